@@ -1,0 +1,206 @@
+"""One exception tree. HTTP status, code and retry hint live on the class, so no other room knows them.
+
+ApplianceError                       500  internal_error
+├── RequestError                     400  invalid_request        the caller must change the request
+│   ├── ContextTooLong               400  context_length_exceeded
+│   ├── Unsupported                  400  unsupported_feature
+│   ├── BodyTooLarge                 413  body_too_large
+│   ├── UnknownModel                 404  model_not_found
+│   └── NotFound                     404  not_found
+├── Unauthorized                     401  invalid_api_key
+├── Forbidden                        403  forbidden
+│   └── ResidencyRefused             403  residency_bound        the answer would have to leave its bound
+├── Busy                             429  capacity_exceeded      waiting helps; carries retry_after_seconds
+│   └── BudgetExceeded               429  budget_exceeded
+├── Unavailable                      503  unavailable            no allowed target is up
+│   ├── EngineBusy                   503  engine_busy            an engine's own bounded queue is full
+│   └── LedgerUnavailable            503  ledger_unavailable     hosted spend cannot be recorded, so none is made
+├── DeadlineExceeded                 504  deadline_exceeded
+├── BackendError                     502  backend_error          a target did not answer as it should
+│   ├── BackendRefused               (upstream's) upstream_rejected   4xx: would fail anywhere, never retried
+│   ├── BackendAuth                  502  backend_auth           our key for the target is missing or wrong
+│   ├── BackendOverloaded            503  backend_overloaded     429, 503, 529 from upstream
+│   ├── BackendTimeout               504  backend_timeout
+│   ├── BackendUnreachable           502  backend_unreachable
+│   ├── BackendGarbage               502  backend_garbage        a reply that is not what the dialect promises
+│   ├── RejectedReply                502  reply_rejected         an answer came and did not pass verification
+│   └── StreamBroken                 502  stream_broken          after the first byte; nothing may be retried
+├── ClientGone                       499  client_closed_request
+└── OperatorError                    500  configuration_error    what the operator wrote or has; shown at start
+    ├── ConfigError                  500  invalid_configuration  names file, line and field
+    ├── ModelFileError               500  model_file_error       missing, truncated, corrupt
+    ├── PullError                    500  pull_failed
+    └── EngineFailed                 500  engine_failed          did not start or died; carries its last words
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class ApplianceError(Exception):
+    """Base of every error this project raises on purpose.
+
+    `message` names the value and the remedy. `param` is the request field at fault, or None.
+    `retry_after_seconds` is set where waiting helps. `status` may be overridden per instance for errors that
+    carry an upstream's status.
+    """
+
+    status: int = 500
+    code: str = "internal_error"
+    kind: str = "server_error"
+    """The `type` of OpenAI's error object."""
+    fallback: bool = False
+    """Whether another target may be tried after this error."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_seconds: float | None = None,
+        status: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_seconds = retry_after_seconds
+        if status is not None:
+            self.status = status
+
+    def to_openai(self) -> Mapping[str, Any]:
+        """The body of an OpenAI-shaped error response."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+class RequestError(ApplianceError):
+    status, code, kind = 400, "invalid_request", "invalid_request_error"
+
+
+class ContextTooLong(RequestError):
+    code = "context_length_exceeded"
+
+
+class Unsupported(RequestError):
+    code = "unsupported_feature"
+
+
+class BodyTooLarge(RequestError):
+    status, code = 413, "body_too_large"
+
+
+class UnknownModel(RequestError):
+    status, code = 404, "model_not_found"
+
+
+class NotFound(RequestError):
+    status, code = 404, "not_found"
+
+
+class Unauthorized(ApplianceError):
+    status, code, kind = 401, "invalid_api_key", "authentication_error"
+
+
+class Forbidden(ApplianceError):
+    status, code, kind = 403, "forbidden", "permission_error"
+
+
+class ResidencyRefused(Forbidden):
+    code = "residency_bound"
+
+
+class Busy(ApplianceError):
+    status, code, kind = 429, "capacity_exceeded", "rate_limit_error"
+
+
+class BudgetExceeded(Busy):
+    code = "budget_exceeded"
+
+
+class Unavailable(ApplianceError):
+    status, code = 503, "unavailable"
+
+
+class EngineBusy(Unavailable):
+    code = "engine_busy"
+    fallback = True
+
+
+class LedgerUnavailable(Unavailable):
+    code = "ledger_unavailable"
+    fallback = True
+
+
+class DeadlineExceeded(ApplianceError):
+    status, code = 504, "deadline_exceeded"
+
+
+class BackendError(ApplianceError):
+    status, code = 502, "backend_error"
+    fallback = True
+
+
+class BackendRefused(BackendError):
+    code, kind = "upstream_rejected", "invalid_request_error"
+    fallback = False
+
+
+class BackendAuth(BackendError):
+    code = "backend_auth"
+
+
+class BackendOverloaded(BackendError):
+    status, code = 503, "backend_overloaded"
+
+
+class BackendTimeout(BackendError):
+    status, code = 504, "backend_timeout"
+
+
+class BackendUnreachable(BackendError):
+    code = "backend_unreachable"
+
+
+class BackendGarbage(BackendError):
+    code = "backend_garbage"
+
+
+class RejectedReply(BackendError):
+    code = "reply_rejected"
+
+
+class StreamBroken(BackendError):
+    code = "stream_broken"
+    fallback = False
+
+
+class ClientGone(ApplianceError):
+    status, code = 499, "client_closed_request"
+
+
+class OperatorError(ApplianceError):
+    code = "configuration_error"
+
+
+class ConfigError(OperatorError):
+    """A mistake in a configuration or policy file, with its place."""
+
+    code = "invalid_configuration"
+
+    def __init__(
+        self, message: str, *, file: str | None = None, line: int | None = None, field: str | None = None
+    ) -> None:
+        place = ":".join(str(part) for part in (file, line) if part is not None)
+        super().__init__(": ".join(part for part in (place, field, message) if part))
+        self.file, self.line, self.field = file, line, field
+
+
+class ModelFileError(OperatorError):
+    code = "model_file_error"
+
+
+class PullError(OperatorError):
+    code = "pull_failed"
+
+
+class EngineFailed(OperatorError):
+    code = "engine_failed"
