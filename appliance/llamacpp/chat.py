@@ -1,0 +1,150 @@
+"""Chat messages to the model's prompt text, by the template in its GGUF."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.exceptions import SecurityError
+
+from appliance.errors import RequestError, Unsupported
+from appliance.llamacpp.sandbox import TemplateLimit, TemplateSandbox
+
+Message = Mapping[str, Any]
+
+MAX_TEMPLATE_CHARS = 1_000_000
+_PROBE = "probe-3f1c"
+
+
+class TemplateRefused(Exception):
+    """The template called `raise_exception`: its own words about what is wrong with the messages."""
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateRefused(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern[:200])
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
+    """As Hugging Face defines it: `<`, `>` and `&` stay as they are, unlike in Jinja's own filter."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=None if indent is None else min(indent, 16))
+
+
+_SANDBOX = TemplateSandbox(
+    functions={"raise_exception": _raise_exception, "strftime_now": _strftime_now}, filters={"tojson": _tojson}
+)
+
+
+@lru_cache(maxsize=8)
+def _compile(source: str) -> jinja2.Template:
+    return _SANDBOX.from_string(source)
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What a template makes of a message, found by rendering probes."""
+
+    system: bool
+    developer: bool
+    tools: bool
+
+
+class ChatTemplate:
+    """One model's template. Rendering is pure but for `strftime_now`, and may run in any thread."""
+
+    def __init__(self, source: str, *, bos_text: str = "", eos_text: str = "") -> None:
+        """Raises RequestError when the source is no template at all."""
+        if len(source) > MAX_TEMPLATE_CHARS:
+            raise RequestError(f"the model's chat template has {len(source)} characters; at most {MAX_TEMPLATE_CHARS}")
+        self.source = source
+        self._special = {"bos_token": bos_text, "eos_token": eos_text}
+        try:
+            self._template = _compile(source)
+        except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
+            raise RequestError(f"the model's chat template cannot be read: {error}") from error
+        self.abilities = Abilities(
+            system=self._shows({"role": "system", "content": _PROBE}, {"role": "user", "content": "hi"}),
+            developer="developer" in source,
+            tools="tools" in source,
+        )
+
+    def render(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, reply: bool = True
+    ) -> str:
+        """The prompt text; with `reply` it ends where the assistant's answer begins.
+
+        Raises RequestError carrying the template's own message when it refuses these messages, and Unsupported when
+        it has no place for tools.
+        """
+        if tools and not self.abilities.tools:
+            raise Unsupported("tools: this model's chat template has no place for tools; leave them out", param="tools")
+        return self._render([self._fitted(message) for message in messages], tools or None, reply)
+
+    def end_of_turn(self) -> str:
+        """What the template writes after an assistant's answer; empty when the template does not tell."""
+        try:
+            text = self.render(
+                [{"role": "user", "content": "hi"}, {"role": "assistant", "content": _PROBE}], reply=False
+            )
+        except RequestError:
+            return ""
+        return text.rpartition(_PROBE)[2] if _PROBE in text else ""
+
+    def _fitted(self, message: Message) -> Message:
+        """A message as templates know them: roles they have, tool arguments as objects, content never None."""
+        fitted = dict(message)
+        if fitted.get("role") == "developer" and not self.abilities.developer:
+            fitted["role"] = "system"
+        if fitted.get("content") is None:
+            fitted["content"] = ""
+        if fitted.get("tool_calls"):
+            fitted["tool_calls"] = [_with_parsed_arguments(call) for call in fitted["tool_calls"]]
+        return fitted
+
+    def _shows(self, *messages: Message) -> bool:
+        try:
+            return _PROBE in self._render(messages, None, True)
+        except RequestError:
+            return False
+
+    def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, reply: bool) -> str:
+        variables = {"messages": messages, "tools": tools, "add_generation_prompt": reply, **self._special}
+        try:
+            return _SANDBOX.render_bounded(self._template, variables)
+        except Exception as error:
+            # A template is a program: with messages it does not expect it may fail in any way Python can.
+            raise RequestError(f"messages: the model's chat template {_reason(error)}", param="messages") from error
+
+
+def _reason(error: Exception) -> str:
+    match error:
+        case TemplateRefused():
+            return f"refuses them: {error}"
+        case TemplateLimit():
+            return f"{error}; send fewer or shorter messages"
+        case SecurityError():
+            return f"does what it may not: {error}"
+        case RecursionError():
+            return "calls itself too deeply"
+        case _:
+            return f"fails on them ({type(error).__name__}: {error})"
+
+
+def _with_parsed_arguments(call: Any) -> Any:
+    """OpenAI carries a tool call's arguments as a JSON string; the templates were written for the object in it."""
+    if not isinstance(call, Mapping) or not isinstance(function := call.get("function"), Mapping):
+        return call
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    try:
+        parsed = json.loads(arguments)
+    except ValueError:
+        return call
+    return {**call, "function": {**function, "arguments": parsed}}

@@ -1,0 +1,124 @@
+"""Constrained decoding: a JSON schema becomes a mask over the next token, by llguidance."""
+
+import ctypes
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import orjson
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.llamacpp import lltokenizer_from_vocab
+
+from appliance.errors import ApplianceError, RequestError
+from appliance.llamacpp.params import Logits
+
+JSON_OBJECT: Mapping[str, Any] = {"type": "object"}
+
+# Small models fill the gaps of flexible JSON with spaces until their budget is gone; a schema may still ask for
+# whitespace by its own `x-guidance`.
+COMPACT: Mapping[str, Any] = {"whitespace_flexible": False}
+
+MAX_CACHED_GRAMMARS = 64
+# A schema may come from a stranger. The default grammar limit (500,000) lets one compile for seconds.
+MAX_GRAMMAR_SIZE = 100_000
+
+
+class ConstraintBroken(ApplianceError):
+    """The grammar hit a limit while decoding, so what would follow could not be held to the schema."""
+
+    code = "constraint_failed"
+
+
+class JsonConstraint:
+    """One sequence's place in a grammar; see `params.Constraint`."""
+
+    def __init__(self, matcher: LLMatcher, vocabulary_size: int) -> None:
+        self._matcher = matcher
+        self._words = np.zeros((vocabulary_size + 31) // 32, dtype=np.int32)
+        self._address = self._words.ctypes.data
+
+    def apply(self, logits: Logits) -> None:
+        """Shape (vocabulary,), in place. Raises ConstraintBroken when the grammar ran into a limit."""
+        self._matcher.unsafe_compute_mask_ptr(self._address, self._words.nbytes)
+        if self._matcher.is_error():
+            raise ConstraintBroken(f"the JSON schema could not be followed further: {self._reason()}; simplify it")
+        bits = np.unpackbits(self._words.view(np.uint8), bitorder="little")[: logits.size]
+        # Measured at 49,152 tokens: with few allowed tokens gathering costs 10 us against 18 us, with many a masked
+        # copy costs 7 us against 78 us.
+        if int(np.bitwise_count(self._words).sum()) < logits.size // 8:
+            allowed = np.flatnonzero(bits)
+            kept = logits[allowed]
+            logits.fill(-np.inf)
+            logits[allowed] = kept
+        else:
+            np.copyto(logits, -np.inf, where=bits == 0)
+
+    def accept(self, token: int) -> None:
+        if not self._matcher.consume_token(token):
+            raise ConstraintBroken(f"token {token} does not fit the JSON schema: {self._reason()}")
+
+    def finished(self) -> bool:
+        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+
+    def _reason(self) -> str:
+        return _first_line(self._matcher.get_error())
+
+
+class Grammars:
+    """Compiles schemas against one vocabulary and remembers the latest. Safe to call from several threads.
+
+    The tokenizer's own tables take 0.2 s to build and are built once, here.
+    """
+
+    def __init__(
+        self,
+        vocab_pointer: ctypes.c_void_p,
+        end_tokens: Collection[int],
+        *,
+        vocabulary_size: int,
+        max_cached: int = MAX_CACHED_GRAMMARS,
+    ) -> None:
+        self._tokenizer: LLTokenizer = lltokenizer_from_vocab(vocab_pointer, eos_token=sorted(end_tokens) or None)
+        self._vocabulary_size = vocabulary_size
+        self._limits = LLParserLimits(max_grammar_size=MAX_GRAMMAR_SIZE)
+        self._compiled: OrderedDict[bytes, LLMatcher] = OrderedDict()
+        self._max_cached = max_cached
+        self._lock = threading.Lock()
+
+    def compile(self, schema: Mapping[str, Any], *, param: str = "response_format") -> JsonConstraint:
+        """A fresh constraint for one sequence. Takes milliseconds, or seconds for a huge schema: call it in a thread.
+
+        Raises RequestError with llguidance's own reason when the schema is invalid or uses what cannot be enforced.
+        """
+        key = hashlib.sha256(orjson.dumps(schema, option=orjson.OPT_NON_STR_KEYS)).digest()
+        with self._lock:
+            matcher = self._compiled.get(key)
+            if matcher is not None:
+                self._compiled.move_to_end(key)
+        if matcher is None:
+            matcher = self._build(schema, param)
+            with self._lock:
+                self._compiled[key] = matcher
+                while len(self._compiled) > self._max_cached:
+                    self._compiled.popitem(last=False)
+        return JsonConstraint(matcher.deep_copy(), self._vocabulary_size)
+
+    def _build(self, schema: Mapping[str, Any], param: str) -> LLMatcher:
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(orjson.dumps(schema).decode(), defaults=dict(COMPACT))
+        except ValueError as error:
+            raise RequestError(f"{param}: the JSON schema cannot be read: {error}", param=param) from error
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+        if matcher.is_error():
+            reason = _first_line(matcher.get_error())
+            raise RequestError(f"{param}: the JSON schema cannot be enforced: {reason}", param=param)
+        return matcher
+
+
+def _first_line(report: str) -> str:
+    """llguidance's reason without the parser state it appends, which would hold parts of the reply."""
+    reason = report.split("<state>")[0].strip()
+    return " ".join(reason.split())[:400]
