@@ -29,6 +29,7 @@ from appliance.config.schema import (
     Server,
     Strict,
 )
+from appliance.config.targets import provider_targets
 
 __all__ = [
     "DEFAULT_POLICY_PATH",
@@ -52,5 +53,6 @@ __all__ = [
     "load_config",
     "load_policy",
     "parse_policy",
+    "provider_targets",
     "read_secret",
 ]

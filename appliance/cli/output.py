@@ -1,0 +1,32 @@
+"""How commands speak: results on stdout, everything else on stderr, errors as one sentence and exit code 1."""
+
+import json
+import sys
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+
+stderr = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def say_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str, ensure_ascii=False), flush=True)
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    print(f"appliance: {message}", file=sys.stderr, flush=True)
+    raise typer.Exit(code)
+
+
+def bytes_text(count: float) -> str:
+    """1234567 -> '1.2 MB' (decimal units, as disks and downloads are sold)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
