@@ -64,6 +64,8 @@ class ApplianceError(Exception):
         self.message = message
         self.param = param
         self.retry_after_seconds = retry_after_seconds
+        self.headers: Mapping[str, str] = {}
+        """What the decision says of itself, where there was one: the headers that every answer carries."""
         if status is not None:
             self.status = status
 
@@ -137,6 +139,8 @@ class DeadlineExceeded(ApplianceError):
 class BackendError(ApplianceError):
     status, code = 502, "backend_error"
     fallback = True
+    may_have_cost: bool = False
+    """Whether the target may have done (and billed) work before it failed, so that its cost is unknown, not nothing."""
 
 
 class BackendRefused(BackendError):
@@ -154,6 +158,7 @@ class BackendOverloaded(BackendError):
 
 class BackendTimeout(BackendError):
     status, code = 504, "backend_timeout"
+    may_have_cost = True
 
 
 class BackendUnreachable(BackendError):
@@ -162,6 +167,7 @@ class BackendUnreachable(BackendError):
 
 class BackendGarbage(BackendError):
     code = "backend_garbage"
+    may_have_cost = True
 
 
 class RejectedReply(BackendError):
@@ -171,6 +177,7 @@ class RejectedReply(BackendError):
 class StreamBroken(BackendError):
     code = "stream_broken"
     fallback = False
+    may_have_cost = True
 
 
 class ClientGone(ApplianceError):
