@@ -1,0 +1,84 @@
+"""A door: the only way to a target's HTTP server. There are two, and nothing else in the project opens connections."""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Final, Protocol
+
+import aiohttp
+import httpx
+from httpx_aiohttp import AiohttpTransport
+
+from appliance.core import EgressPermit, Target
+from appliance.errors import BackendError, BackendGarbage, BackendUnreachable
+
+KEEPALIVE_SECONDS: Final = 3.0
+"""Below the 5 s after which uvicorn (and so vLLM and our engine) closes an idle connection: a POST sent into a closing
+one would be lost, and POSTs are not sent twice."""
+
+CLOSE_SECONDS: Final = 1.0
+"""Giving a connection back waits for a body still being written; a peer that does not read must not hold us."""
+
+
+class Door(Protocol):
+    async def open(self, target: Target, path: str, body: bytes, *, permit: EgressPermit | None) -> httpx.Response:
+        """Send a POST and return as soon as status and headers are there; the body is not read yet.
+
+        Raises ResidencyRefused where this door does not lead to `target`, BackendUnreachable, BackendGarbage.
+        """
+
+    async def aclose(self) -> None: ...
+
+
+def session_over(connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:
+    """A session that keeps no cookies (callers are not to meet in a jar) and asks no environment for proxies."""
+    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False)
+
+
+def transport_over(session: aiohttp.ClientSession) -> AiohttpTransport:
+    """httpx's API over aiohttp's connections. Used without httpx.Client: so no redirect is ever followed."""
+    return AiohttpTransport(client=session, verify=False)
+
+
+async def post(
+    transport: httpx.AsyncBaseTransport, target: Target, url: httpx.URL, body: bytes, headers: Mapping[str, str]
+) -> httpx.Response:
+    """One POST. Only the connect limit is set here; silence after that is timed by who reads."""
+    timeout = {"connect": target.limits.connect_seconds, "read": None, "write": None, "pool": None}
+    request = httpx.Request("POST", url, headers=headers, content=body, extensions={"timeout": timeout})
+    try:
+        return await transport.handle_async_request(request)
+    except (httpx.HTTPError, aiohttp.ClientError, OSError) as error:
+        raise transport_error(target, error) from error
+
+
+def transport_error(target: Target, error: Exception) -> BackendError:
+    """What a failure below HTTP means. Both libraries' exceptions are mapped here and nowhere else."""
+    cause = error.__cause__ if isinstance(error, httpx.HTTPError) and error.__cause__ else error
+    match cause:
+        case aiohttp.ConnectionTimeoutError():
+            seconds = target.limits.connect_seconds
+            return BackendUnreachable(f"{target.name} did not accept a connection within {seconds:g} s")
+        case aiohttp.ClientConnectorError():
+            return BackendUnreachable(f"cannot connect to {target.name}: {_words(cause)}")
+        case aiohttp.ClientConnectionError() | OSError():
+            gone = BackendUnreachable(f"{target.name} closed the connection before it answered")
+            gone.may_have_cost = True
+            return gone
+        case aiohttp.ClientPayloadError():
+            return BackendGarbage(f"{target.name} sent only part of its reply")
+        case _:
+            return BackendGarbage(f"{target.name} does not speak HTTP as expected ({type(cause).__name__})")
+
+
+async def close_response(response: httpx.Response) -> None:
+    """Give the connection back; one whose body was not read to its end is closed, which cancels the work upstream."""
+    try:
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await response.aclose()
+    except (TimeoutError, httpx.HTTPError, aiohttp.ClientError, OSError):
+        return
+
+
+def _words(error: aiohttp.ClientConnectorError) -> str:
+    reason = error.os_error
+    return reason.strerror or str(reason) or type(reason).__name__

@@ -1,0 +1,116 @@
+"""A stream of server-sent events in passing: whole events go through as bytes; few of them are ever parsed."""
+
+import re
+from typing import Any, Final
+
+import orjson
+
+from appliance.core import Usage
+
+# One pass of the regex engine over a block decides whether anything in it needs a look. A text that quotes these words
+# has its quotes escaped inside JSON, so only fields match.
+_NOTABLE: Final = re.compile(rb'"usage"\s*:\s*\{|"finish_reason"\s*:\s*"|"error"\s*:\s*[{"]|\[DONE\]')
+_EVENT_END: Final = re.compile(rb"\r?\n\r?\n")
+
+MAX_EVENT_BYTES: Final = 8_000_000
+"""More than this without the end of an event is not an event stream (base64 images stay below it)."""
+
+DONE: Final = b"data: [DONE]\n\n"
+
+
+class EventTooLong(ValueError):
+    pass
+
+
+class Passage:
+    """Fed with the bytes of one reply, gives back whole events to pass on, and remembers what they said.
+
+    `keep_usage`: whether the caller asked for the usage event; else an event that carries nothing else is left out.
+    """
+
+    __slots__ = ("_keep_usage", "_rest", "done", "error", "finished_choices", "usage")
+
+    def __init__(self, *, keep_usage: bool) -> None:
+        self._keep_usage = keep_usage
+        self._rest = b""
+        self.usage: Usage | None = None
+        self.error: Any = None
+        """The error object of an error event; nothing after it is passed on, nor is the event itself."""
+        self.done = False
+        """Whether `[DONE]` came."""
+        self.finished_choices = 0
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Take what the socket had, return the complete events in it (maybe none). Raises EventTooLong."""
+        data = self._rest + chunk if self._rest else chunk
+        end = data.rfind(b"\n\n") + 2
+        if b"\r" in data:
+            end = max(end, data.rfind(b"\r\n\r\n") + 4 if b"\r\n\r\n" in data else 0)
+        if end < 2:
+            if len(data) > MAX_EVENT_BYTES:
+                raise EventTooLong(f"an event is longer than {MAX_EVENT_BYTES} bytes")
+            self._rest = data
+            return b""
+        block, self._rest = (data, b"") if end == len(data) else (data[:end], data[end:])
+        return block if _NOTABLE.search(block) is None else self._look_at(block)
+
+    def end(self) -> bytes:
+        """The reply's bytes are over: whatever was left without its closing blank line, as an event."""
+        rest, self._rest = self._rest.strip(), b""
+        return self._look_at(rest + b"\n\n") if rest.startswith(b"data:") else b""
+
+    def _look_at(self, block: bytes) -> bytes:
+        kept = []
+        start = 0
+        for match in _EVENT_END.finditer(block):
+            event, start = block[start : match.end()], match.end()
+            if self.error is not None or self.done:
+                break
+            if _NOTABLE.search(event) is None or self._note(event):
+                kept.append(event)
+        return b"".join(kept)
+
+    def _note(self, event: bytes) -> bool:
+        """Remember what a notable event says. False where it is not to be passed on."""
+        data = b"\n".join(line[5:].strip() for line in event.splitlines() if line.startswith(b"data:"))
+        if data == b"[DONE]":
+            self.done = True
+            return True
+        try:
+            payload = orjson.loads(data)
+        except orjson.JSONDecodeError:
+            return True  # not ours to judge: bytes in are bytes out
+        if not isinstance(payload, dict):
+            return True
+        if payload.get("error"):
+            self.error = payload["error"]
+            return False
+        choices = payload.get("choices") or []
+        self.finished_choices += sum(
+            1 for choice in choices if isinstance(choice, dict) and choice.get("finish_reason")
+        )
+        if isinstance(payload.get("usage"), dict):
+            self.usage = read_usage(payload["usage"])
+            return bool(choices) or self._keep_usage
+        return True
+
+
+def read_usage(fields: Any) -> Usage | None:
+    """Token counts under either of OpenAI's two namings; None where there are none to be trusted."""
+    if not isinstance(fields, dict):
+        return None
+    prompt = _count(fields.get("prompt_tokens", fields.get("input_tokens")))
+    if prompt is None:
+        return None
+    taken = fields.get("prompt_tokens_details") or fields.get("input_tokens_details") or {}
+    made = fields.get("completion_tokens_details") or fields.get("output_tokens_details") or {}
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=_count(fields.get("completion_tokens", fields.get("output_tokens"))) or 0,
+        cached_tokens=_count(taken.get("cached_tokens")) or 0 if isinstance(taken, dict) else 0,
+        reasoning_tokens=_count(made.get("reasoning_tokens")) or 0 if isinstance(made, dict) else 0,
+    )
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
