@@ -1,0 +1,166 @@
+"""Chat completions: the envelope is checked, the body travels on verbatim, whole replies are verified."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from appliance.core import Ability, Asked, Format, Outgoing, Reply, Target
+from appliance.errors import RequestError
+from appliance.tasks.fields import (
+    missing,
+    read_bool,
+    read_int,
+    read_list,
+    read_model,
+    read_number,
+    read_object,
+    show,
+    wrong,
+)
+from appliance.tasks.messages import check_messages, holds_more_than_text, message_text
+from appliance.tasks.replies import check_json_choice, check_tool_calls, choices_of
+from appliance.tasks.schemas import check_schema
+from appliance.tasks.tokens import MESSAGE_TOKENS, estimate_tokens
+
+MAX_CHOICES = 128
+MAX_TOP_LOGPROBS = 20
+MAX_STOPS = 16
+DEFAULT_OUTPUT_TOKENS = 256
+"""What admission reckons with where the caller sets no bound: chat answers are seldom longer, and reckoning with the
+whole context would make every engine look full."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatCall:
+    """One chat completion. What must be verified is asked for whole, also when the caller wants a stream."""
+
+    body: Mapping[str, Any]
+    stream: bool
+    prompt_tokens: int
+    output_tokens: int
+    wants_json: bool = False
+    schema: Mapping[str, Any] | None = None
+    tools: frozenset[str] = frozenset()
+
+    def outgoing(self, target: Target) -> Sequence[Outgoing]:
+        body = self.body
+        if body.get("stream") and not self.stream:
+            body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+        return (Outgoing("/chat/completions", body),)
+
+    def read(self, target: Target, replies: Sequence[Reply]) -> Any:
+        """The target's payload, untouched. Raises BackendGarbage or RejectedReply."""
+        payload = replies[0].payload
+        for choice in choices_of(payload, "message"):
+            if self.wants_json:
+                check_json_choice(choice, self.schema)
+            if self.tools:
+                check_tool_calls(choice["message"], self.tools)
+        return payload
+
+
+def read(body: Mapping[str, Any]) -> tuple[Asked, Sequence[ChatCall]]:
+    """Check a chat body. Raises RequestError naming field, value and remedy."""
+    messages = check_messages(body)
+    check_sampling(body)
+    stream = read_bool(body, "stream")
+    output_tokens = read_int(body, "max_completion_tokens", 1) or read_int(body, "max_tokens", 1)
+    logprobs = read_bool(body, "logprobs")
+    if read_int(body, "top_logprobs", 0, MAX_TOP_LOGPROBS) and not logprobs:
+        raise wrong("top_logprobs", body["top_logprobs"], "it needs logprobs: true")
+    format, schema = read_response_format(body)
+    tools, tools_bytes = _read_tools(body)
+    needs: set[Ability] = {"chat"}
+    needs |= {"json_schema"} if format != "text" else set()
+    needs |= {"tools"} if tools else set()
+    needs |= {"logprobs"} if logprobs else set()
+    needs |= {"vision"} if holds_more_than_text(messages) else set()
+    text = message_text(messages)
+    asked = Asked(
+        endpoint="chat",
+        model=read_model(body),
+        body=body,
+        text=text,
+        stream=stream,
+        format="tools" if tools and format == "text" else format,
+        needs=frozenset(needs),
+        output_tokens=output_tokens,
+    )
+    call = ChatCall(
+        body=body,
+        stream=stream and format == "text" and not tools,
+        prompt_tokens=estimate_tokens(text) + MESSAGE_TOKENS * len(messages) + tools_bytes // 4,
+        output_tokens=(output_tokens or DEFAULT_OUTPUT_TOKENS) * (body.get("n") or 1),
+        wants_json=format != "text",
+        schema=schema,
+        tools=tools,
+    )
+    return asked, (call,)
+
+
+def check_sampling(body: Mapping[str, Any]) -> None:
+    """The fields that chat and plain completions share."""
+    read_int(body, "n", 1, MAX_CHOICES)
+    read_number(body, "temperature", 0, 2)
+    read_number(body, "top_p", 0, 1)
+    read_number(body, "presence_penalty", -2, 2)
+    read_number(body, "frequency_penalty", -2, 2)
+    read_int(body, "seed", -(2**63), 2**63 - 1)
+    stop = body.get("stop")
+    if isinstance(stop, list):
+        read_list(stop, "stop", 0, MAX_STOPS, "strings")
+    if stop is not None and not all(isinstance(item, str) for item in (stop if isinstance(stop, list) else [stop])):
+        raise wrong("stop", stop, "it must be a string or a list of strings")
+    if body.get("stream_options") is not None:
+        options = read_object(body["stream_options"], "stream_options", '{"include_usage": true}')
+        if not isinstance(options.get("include_usage", False), bool):
+            raise wrong("stream_options.include_usage", options["include_usage"], "it must be true or false")
+
+
+def read_response_format(body: Mapping[str, Any]) -> tuple[Format, Mapping[str, Any] | None]:
+    """The format asked for, and its schema where it has one."""
+    value = body.get("response_format")
+    if value is None:
+        return "text", None
+    path = "response_format"
+    given = read_object(value, path, '{"type": "json_object"} or {"type": "json_schema", "json_schema": ...}')
+    kind = given.get("type")
+    if kind == "text":
+        return "text", None
+    if kind == "json_object":
+        return "json_object", None
+    if kind != "json_schema":
+        raise wrong(f"{path}.type", kind, "it must be text, json_object or json_schema")
+    inner = f"{path}.json_schema"
+    if given.get("json_schema") is None:
+        raise missing(inner, 'it must be {"name": ..., "schema": ...}')
+    wrapper = read_object(given["json_schema"], inner, '{"name": ..., "schema": ...}')
+    if "schema" not in wrapper:
+        raise missing(f"{inner}.schema", "it must be a JSON schema")
+    return "json_schema", check_schema(wrapper["schema"], f"{inner}.schema")
+
+
+def _read_tools(body: Mapping[str, Any]) -> tuple[frozenset[str], int]:
+    """Names of the tools the model may call, and the size of their descriptions in bytes."""
+    choice = body.get("tool_choice")
+    if choice is not None and not isinstance(choice, str | dict):
+        raise wrong("tool_choice", choice, "it must be none, auto, required, or an object naming a tool")
+    if body.get("tools") is None:
+        return frozenset(), 0
+    names = []
+    for index, tool in enumerate(read_list(body["tools"], "tools", 0, 1024, "tools")):
+        path = f"tools[{index}]"
+        kind = read_object(tool, path, '{"type": "function", "function": {...}}').get("type")
+        inner = tool.get(kind) if isinstance(kind, str) else None
+        if kind not in ("function", "custom") or not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            raise RequestError(
+                f'{path} is {show(tool)}: it must be {{"type": "function", "function": {{"name": ...}}}}', param=path
+            )
+        if inner.get("parameters") is not None:
+            check_schema(inner["parameters"], f"{path}.{kind}.parameters")
+        names.append(inner["name"])
+    if choice == "none":
+        return frozenset(), 0
+    return frozenset(names), len(orjson.dumps(body["tools"]))

@@ -1,0 +1,82 @@
+"""What `probability` and `confidence` mean, in one place.
+
+Decisions: the model gives every label a log likelihood; `probabilities` are their softmax over the labels of the question,
+sharpened or flattened by a temperature, and sum to 1. `confidence` is the probability of the option that is reported.
+`label_mass` says how much of the model's whole distribution fell on any label at all: a low one means that the model
+wanted to say something else, and makes the answer unsure however confident it looks.
+
+Extraction: the confidence of a field is the product of the probabilities of the tokens that its value was written with:
+the model's own probability of writing exactly this value, given what it wrote before. Long values score lower than short
+ones by nature, so a threshold belongs to a field, a model and a variant.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from appliance.tasks.spans import value_spans
+
+DEFAULT_TEMPERATURE = 1.0
+"""1 leaves the model's own distribution as it is: no calibration set has been given."""
+
+
+def calibrated(logprobs: Sequence[float], temperature: float = DEFAULT_TEMPERATURE) -> tuple[float, ...]:
+    """Probabilities of the labels, summing to 1. Labels the model excludes have -inf; not all may. Raises ValueError."""
+    top = max(logprobs)
+    if not math.isfinite(top):
+        raise ValueError("no label has a finite log probability")
+    weights = [math.exp((logprob - top) / temperature) for logprob in logprobs]
+    total = math.fsum(weights)
+    return tuple(weight / total for weight in weights)
+
+
+def most_likely(probabilities: Sequence[float]) -> int:
+    """Index of the option to report; the first of equals, so that equal answers are reported alike."""
+    return max(range(len(probabilities)), key=lambda index: (probabilities[index], -index))
+
+
+def expected_level(probabilities: Sequence[float]) -> float:
+    """The mean level, counted from 0: what a score reports, which may lie between two levels."""
+    return math.fsum(index * probability for index, probability in enumerate(probabilities))
+
+
+def field_confidence(content: str, logprobs: object) -> Mapping[str, float] | None:
+    """Confidence by JSON pointer for every leaf of the JSON in `content`.
+
+    `logprobs` is the `logprobs` object of a chat choice. None where it is absent or its tokens do not spell `content`:
+    a confidence is measured or not given.
+    """
+    tokens = _spelled(content, logprobs)
+    if tokens is None:
+        return None
+    confidence: dict[str, float] = {}
+    for pointer, (start, end) in value_spans(content).items():
+        first, last = len(content[:start].encode()), len(content[:end].encode())
+        total = math.fsum(logprob for begin, stop, logprob in tokens if begin < last and stop > first)
+        confidence[pointer] = min(1.0, math.exp(total))
+    return confidence
+
+
+def _spelled(content: str, logprobs: object) -> list[tuple[int, int, float]] | None:
+    """(first byte, byte after the last, log probability) of each token, if the tokens together are `content`."""
+    rows: Any = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if not isinstance(rows, list):
+        return None
+    tokens: list[tuple[int, int, float]] = []
+    spelled = bytearray()
+    for row in rows:
+        logprob = row.get("logprob") if isinstance(row, dict) else None
+        piece = _bytes_of(row)
+        if piece is None or not isinstance(logprob, int | float):
+            return None
+        tokens.append((len(spelled), len(spelled) + len(piece), float(logprob)))
+        spelled += piece
+    return tokens if bytes(spelled) == content.encode() else None
+
+
+def _bytes_of(row: Any) -> bytes | None:
+    given = row.get("bytes")
+    if isinstance(given, list) and all(type(item) is int and 0 <= item < 256 for item in given):
+        return bytes(given)
+    token = row.get("token")
+    return token.encode("utf-8", "replace") if isinstance(token, str) else None
