@@ -1,0 +1,229 @@
+"""The CPU engine as a program: read the arguments, open the socket, load, serve, drain, say how it ended.
+
+Exit codes: 0 clean, 2 bad arguments, 3 the model file is missing or corrupt, 4 the engine failed.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+import uvicorn
+import uvloop
+
+from appliance.errors import ConfigError, ModelFileError
+from appliance.llamacpp.constrain import Grammars
+from appliance.llamacpp.engine import Engine
+from appliance.llamacpp.events import JsonLines, log
+from appliance.llamacpp.model import Model
+from appliance.llamacpp.process import (
+    EXIT_ARGUMENTS,
+    EXIT_CLEAN,
+    EXIT_ENGINE,
+    EXIT_MODEL_FILE,
+    bind_socket,
+    tie_to_parent,
+)
+from appliance.llamacpp.prompts import Prompts
+from appliance.llamacpp.server import MAX_BODY_BYTES, Desk, Serving, make_app
+
+# Peers are ours, on one machine, and keep their connections; closing an idle one would race with its next use.
+_KEEP_ALIVE_SECONDS = 3_600
+# After a failure the waiting clients get their error before the socket goes.
+_LAST_WORDS_SECONDS = 2.0
+
+Result = TypeVar("Result")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    logging.basicConfig(level=logging.WARNING, handlers=[JsonLines()], force=True)
+    options = _arguments(argv)
+    try:
+        if options.leash_fd is not None:
+            tie_to_parent(options.leash_fd)
+        sock = bind_socket(options.uds)
+    except ConfigError as error:
+        log("bad_arguments", reason=str(error))
+        return EXIT_ARGUMENTS
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(serve(options, sock))
+    finally:
+        options.uds.unlink(missing_ok=True)
+
+
+async def serve(options: argparse.Namespace, sock: socket.socket) -> int:
+    """Answer on `sock` from the first moment (503 while loading) until a signal or the engine ends it."""
+    desk = Desk(max_body_bytes=options.max_body_bytes)
+    server = _Server(
+        uvicorn.Config(
+            make_app(desk),
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=2,
+        )
+    )
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, _on_signal, stop)
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    try:
+        return await _live(options, desk, stop)
+    finally:
+        server.should_exit = True
+        await serving
+
+
+async def _live(options: argparse.Namespace, desk: Desk, stop: asyncio.Event) -> int:
+    log("loading", model=str(options.model), threads=options.threads, context_tokens=options.context_tokens)
+    loading = asyncio.ensure_future(_in_daemon_thread(lambda: _load(options)))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            log("stopped", reason="told to stop while loading")
+            return EXIT_CLEAN
+        model, prompts, grammars = loading.result()
+    except ModelFileError as error:
+        desk.close("failed", error.message)
+        log("model_file_error", reason=error.message)
+        return EXIT_MODEL_FILE
+    except Exception as error:  # whatever keeps the engine from starting is told once, in one line
+        desk.close("failed", str(error))
+        log("engine_failed", reason=f"{type(error).__name__}: {error}")
+        return EXIT_ENGINE
+    finally:
+        if not loading.done():
+            stopping.cancel()
+    try:
+        return await _work(options, desk, stopping, model, prompts, grammars)
+    finally:
+        stopping.cancel()
+        model.close()
+
+
+async def _work(
+    options: argparse.Namespace,
+    desk: Desk,
+    stopping: "asyncio.Task[bool]",
+    model: Model,
+    prompts: Prompts,
+    grammars: Grammars,
+) -> int:
+    engine = Engine(model, max_queued_requests=options.max_queued_requests)
+    engine.start()
+    alias = options.alias or options.model.stem
+    desk.open(Serving(alias, model, engine, prompts, grammars))
+    log("ready", model=alias, context_tokens=model.context_tokens, sequences=model.sequences, threads=model.threads)
+    failing = asyncio.ensure_future(engine.failed.wait())
+    await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
+    failed = failing.done()
+    failing.cancel()
+    if failed:
+        desk.close("failed", engine.failure or "no reason known")
+        log("engine_failed", reason=engine.failure)
+        await engine.close(0)
+    else:
+        desk.close("draining", "the engine was told to stop")
+        log("draining", requests=desk.active, seconds=options.drain_seconds)
+        await engine.close(options.drain_seconds)
+    with suppress(TimeoutError):
+        await asyncio.wait_for(desk.idle(), _LAST_WORDS_SECONDS)
+    log("stopped")
+    return EXIT_ENGINE if failed else EXIT_CLEAN
+
+
+def _load(options: argparse.Namespace) -> tuple[Model, Prompts, Grammars]:
+    model = Model.load(
+        options.model,
+        threads=options.threads,
+        context_tokens=options.context_tokens,
+        sequences=options.sequences,
+        batch_tokens=options.batch_tokens,
+    )
+    grammars = Grammars(model.vocab_pointer, model.end_tokens, vocabulary_size=model.vocabulary_size)
+    return model, Prompts(model), grammars
+
+
+async def _in_daemon_thread(work: Callable[[], Result]) -> Result:
+    """Unlike asyncio's own threads this one does not hold up the end of the program: loading may take minutes."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Result] = loop.create_future()
+
+    def tell(result: Result | None, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        result, problem = None, None
+        try:
+            result = work()
+        except Exception as error:
+            problem = error
+        with suppress(RuntimeError):  # the loop is closed when nobody waits any more
+            loop.call_soon_threadsafe(tell, result, problem)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return await done
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handling: it would close the socket first, and a drain answers 503 on it."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _on_signal(stop: asyncio.Event) -> None:
+    if stop.is_set():  # told twice: at once
+        os._exit(EXIT_CLEAN)
+    stop.set()
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m appliance.llamacpp", description="Serve one GGUF model on a CPU.")
+    parser.add_argument("--model", type=Path, required=True, help="GGUF file")
+    parser.add_argument("--uds", type=Path, required=True, help="unix socket to serve on")
+    parser.add_argument("--alias", help="name of the model in the API (default: the file's name)")
+    parser.add_argument("--threads", type=_positive, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--context-tokens", type=_positive, default=8_192, help="KV cells, shared by all sequences")
+    parser.add_argument("--sequences", type=_positive, default=8, help="sequences that may run at once")
+    parser.add_argument("--batch-tokens", type=_positive, default=512, help="most tokens in one step")
+    parser.add_argument("--max-queued-requests", type=_positive, default=256)
+    parser.add_argument("--max-body-bytes", type=_positive, default=MAX_BODY_BYTES)
+    parser.add_argument("--drain-seconds", type=float, default=20.0, help="time for running requests after SIGTERM")
+    parser.add_argument("--leash-fd", type=int, help="read end of a pipe the parent holds; end when it is closed")
+    options = parser.parse_args(argv)
+    if options.drain_seconds < 0:
+        parser.error(f"--drain-seconds {options.drain_seconds} is negative")
+    return options
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,259 @@
+"""Runs one call's sequences and gives their text: several prompts, several choices, stop strings, one owner."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
+
+from appliance.errors import ApplianceError, EngineFailed, Unavailable
+from appliance.llamacpp.constrain import Grammars
+from appliance.llamacpp.params import Finished, Generate, LabelItem, LabelScores, Load, Sampling, TokenEvent
+from appliance.llamacpp.text import Placed, ReplyText
+
+End = Literal["stop", "length"]
+
+
+class Generation(Protocol):
+    """One sequence in the engine: iterate for tokens as they come, then read `finished`."""
+
+    finished: Finished
+
+    def __aiter__(self) -> AsyncIterator[list[TokenEvent]]: ...
+
+    def cancel(self) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+class Failure(Protocol):
+    """Set when the engine cannot go on."""
+
+    def is_set(self) -> bool: ...
+
+    async def wait(self) -> object: ...
+
+
+class Engine(Protocol):
+    """The scheduler, as the dialect sees it."""
+
+    failed: Failure
+
+    def submit(self, request: Generate) -> Generation: ...
+
+    async def score(self, items: list[LabelItem]) -> list[LabelScores]: ...
+
+    def load(self) -> Load: ...
+
+
+class Pieces(Protocol):
+    """What is needed of `Model` to turn tokens into bytes."""
+
+    def piece(self, token: int, *, special: bool = False) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One checked call: `n` choices for each of `prompts`, in OpenAI's order (all of the first prompt's, then ...)."""
+
+    prompts: Sequence[Sequence[int]]
+    n: int
+    max_tokens: Sequence[int]
+    """By prompt."""
+    sampling: Sampling
+    stops: Sequence[str] = ()
+    logprobs: int | None = None
+    schema: Mapping[str, Any] | None = None
+    ignore_eos: bool = False
+    priority: int = 0
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A step of one choice. `end` is set in its last delta and only there."""
+
+    index: int
+    text: str
+    tokens: Sequence[Placed[TokenEvent]] = ()
+    end: End | None = None
+
+
+@dataclass(slots=True)
+class Usage:
+    """Tokens of the whole call. A prompt counts once, however many choices it got."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A finished choice."""
+
+    text: str
+    tokens: Sequence[Placed[TokenEvent]]
+    end: End
+
+
+@dataclass(slots=True)
+class _Choice:
+    index: int
+    first_of_prompt: bool
+    sequence: Generation
+    text: ReplyText[TokenEvent]
+    completion_tokens: int = field(default=0)
+
+
+class Running:
+    """The sequences of one call. Whoever makes it closes it, whatever happens: closing frees them in the engine."""
+
+    def __init__(
+        self, engine: Engine, pieces: Pieces, requests: Sequence[Generate], stops: Sequence[str], n: int
+    ) -> None:
+        self._engine, self._pieces = engine, pieces
+        self._choices: list[_Choice] = []
+        self.usage = Usage()
+        try:
+            for index, request in enumerate(requests):
+                sequence = engine.submit(request)
+                self._choices.append(_Choice(index, index % n == 0, sequence, ReplyText(stops)))
+        except BaseException:
+            self.cancel()
+            raise
+
+    @classmethod
+    async def start(cls, engine: Engine, pieces: Pieces, grammars: Grammars | None, ask: Ask) -> Self:
+        """Queue all sequences of the call, or none: EngineBusy, ContextTooLong, RequestError (bad schema)."""
+        requests: list[Generate] = []
+        for prompt, max_tokens in zip(ask.prompts, ask.max_tokens, strict=True):
+            for number in range(ask.n):
+                constraint = None
+                if ask.schema is not None and grammars is not None:
+                    constraint = await asyncio.to_thread(grammars.compile, ask.schema)
+                requests.append(
+                    Generate(
+                        prompt=prompt,
+                        max_tokens=max_tokens,
+                        sampling=_seeded(ask.sampling, len(requests) if number else 0),
+                        logprobs=ask.logprobs,
+                        constraint=constraint,
+                        ignore_eos=ask.ignore_eos,
+                        priority=ask.priority,
+                        cache_salt=ask.cache_salt,
+                    )
+                )
+        return cls(engine, pieces, requests, ask.stops, ask.n)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def cancel(self) -> None:
+        for choice in self._choices:
+            choice.sequence.cancel()
+
+    async def aclose(self) -> None:
+        for choice in self._choices:
+            await choice.sequence.aclose()
+
+    async def deltas(self) -> AsyncGenerator[Delta]:
+        """All choices' steps as they come; what one engine step brought for a choice is one delta."""
+        if len(self._choices) == 1:
+            async for delta in self._steps(self._choices[0]):
+                yield delta
+            return
+        arrived: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
+        pumps = [asyncio.create_task(self._pump(choice, arrived)) for choice in self._choices]
+        try:
+            open_choices = len(pumps)
+            while open_choices:
+                item = await arrived.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item is None:
+                    open_choices -= 1
+                else:
+                    yield item
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+    async def collect(self) -> list[Whole]:
+        """All choices, finished, in order."""
+        texts: list[list[str]] = [[] for _ in self._choices]
+        tokens: list[list[Placed[TokenEvent]]] = [[] for _ in self._choices]
+        ends: list[End] = ["length"] * len(self._choices)
+        async for delta in self.deltas():
+            texts[delta.index].append(delta.text)
+            tokens[delta.index].extend(delta.tokens)
+            if delta.end is not None:
+                ends[delta.index] = delta.end
+        return [Whole("".join(text), held, end) for text, held, end in zip(texts, tokens, ends, strict=True)]
+
+    async def _pump(self, choice: _Choice, arrived: "asyncio.Queue[Delta | BaseException | None]") -> None:
+        try:
+            async for delta in self._steps(choice):
+                arrived.put_nowait(delta)
+        except Exception as error:  # handed to the reader, who raises it
+            arrived.put_nowait(error)
+        else:
+            arrived.put_nowait(None)
+
+    async def _steps(self, choice: _Choice) -> AsyncIterator[Delta]:
+        async for events in choice.sequence:
+            delta = self._read(choice, events)
+            if choice.text.stopped:
+                choice.sequence.cancel()
+                # The counts of a cancelled sequence come with its end, at the engine's next step.
+                async for _ in choice.sequence:
+                    pass
+                self._count(choice)
+                yield replace(delta, end="stop")
+                return
+            if delta.text or delta.tokens:
+                yield delta
+        finished = choice.sequence.finished
+        self._count(choice)
+        end = self._end(finished)
+        rest = choice.text.close()
+        yield Delta(choice.index, rest.text, rest.notes, "stop" if choice.text.stopped else end)
+
+    def _read(self, choice: _Choice, events: Sequence[TokenEvent]) -> Delta:
+        text: list[str] = []
+        tokens: list[Placed[TokenEvent]] = []
+        for event in events:
+            choice.completion_tokens += 1
+            step = choice.text.push(self._pieces.piece(event.token), event if event.logprob is not None else None)
+            text.append(step.text)
+            tokens.extend(step.notes)
+            if choice.text.stopped:
+                break
+        return Delta(choice.index, "".join(text), tokens)
+
+    def _end(self, finished: Finished) -> End:
+        if finished.reason == "stop" or finished.reason == "length":
+            return finished.reason
+        if finished.reason == "cancelled":
+            raise Unavailable("the engine is stopping and gave this request up; send it again", retry_after_seconds=5)
+        if self._engine.failed.is_set():
+            raise EngineFailed(f"the engine failed: {finished.error or 'no reason known'}; it is being restarted")
+        raise ApplianceError(f"the reply could not be finished: {finished.error or 'no reason known'}")
+
+    def _count(self, choice: _Choice) -> None:
+        finished = choice.sequence.finished
+        self.usage.completion_tokens += choice.completion_tokens
+        if choice.first_of_prompt:
+            self.usage.prompt_tokens += finished.prompt_tokens
+            self.usage.cached_tokens += finished.cached_tokens
+
+
+def _seeded(sampling: Sampling, number: int) -> Sampling:
+    """Choices of one seeded call differ from each other, and stay the same from call to call."""
+    return sampling if sampling.seed is None or number == 0 else replace(sampling, seed=sampling.seed + number)

@@ -1,0 +1,134 @@
+"""OpenAI's reply shapes: completions, chunks, log probabilities, usage."""
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from appliance.llamacpp.generation import Delta, Pieces, Usage, Whole
+from appliance.llamacpp.params import TokenEvent
+from appliance.llamacpp.text import Placed
+
+Json = dict[str, Any]
+Kind = Literal["chat", "completion"]
+
+IMPOSSIBLE_LOGPROB = -9999.0
+"""OpenAI's figure for "minus infinity", which JSON cannot hold."""
+
+
+def usage_json(usage: Usage) -> Json:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyWriter:
+    """Writes the replies of one call. `logprobs` says whether the caller asked for them."""
+
+    kind: Kind
+    id: str
+    created: int
+    model: str
+    pieces: Pieces
+    logprobs: bool
+    include_usage: bool = False
+
+    @classmethod
+    def new(cls, kind: Kind, model: str, pieces: Pieces, *, logprobs: bool, include_usage: bool) -> "ReplyWriter":
+        prefix = "chatcmpl" if kind == "chat" else "cmpl"
+        return cls(kind, f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model, pieces, logprobs, include_usage)
+
+    def whole(self, choices: Sequence[Whole], usage: Usage) -> Json:
+        written = self._chat_choice if self.kind == "chat" else self._text_choice
+        return {
+            **self._head("chat.completion" if self.kind == "chat" else "text_completion"),
+            "choices": [written(index, choice) for index, choice in enumerate(choices)],
+            "usage": usage_json(usage),
+        }
+
+    def opening(self, index: int) -> Json | None:
+        """The chunk that tells the role; plain completions have none."""
+        if self.kind == "completion":
+            return None
+        return self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}, **_NO_END})
+
+    def chunks(self, delta: Delta) -> list[Json]:
+        """A step's chunks: its text, then, in one of its own, its end."""
+        written = []
+        if delta.text or delta.tokens:
+            if self.kind == "chat":
+                content: Json = {"delta": {"content": delta.text}}
+            else:
+                content = {"text": delta.text}
+            logprobs = self._logprobs(delta.tokens)
+            written.append(self._chunk({"index": delta.index, **content, "logprobs": logprobs, "finish_reason": None}))
+        if delta.end is not None:
+            empty: Json = {"delta": {}} if self.kind == "chat" else {"text": ""}
+            written.append(self._chunk({"index": delta.index, **empty, "logprobs": None, "finish_reason": delta.end}))
+        return written
+
+    def closing(self, usage: Usage) -> Json | None:
+        """The chunk with the usage, where it was asked for."""
+        if not self.include_usage:
+            return None
+        return {**self._head(self._chunk_object), "choices": [], "usage": usage_json(usage)}
+
+    @property
+    def _chunk_object(self) -> str:
+        return "chat.completion.chunk" if self.kind == "chat" else "text_completion"
+
+    def _head(self, kind: str) -> Json:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _chunk(self, choice: Json) -> Json:
+        chunk = {**self._head(self._chunk_object), "choices": [choice]}
+        if self.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+    def _chat_choice(self, index: int, choice: Whole) -> Json:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": self._logprobs(choice.tokens),
+            "finish_reason": choice.end,
+        }
+
+    def _text_choice(self, index: int, choice: Whole) -> Json:
+        logprobs = self._logprobs(choice.tokens)
+        return {"index": index, "text": choice.text, "logprobs": logprobs, "finish_reason": choice.end}
+
+    def _logprobs(self, tokens: Sequence[Placed[TokenEvent]]) -> Json | None:
+        if not self.logprobs:
+            return None
+        if self.kind == "chat":
+            return {"content": [self._chat_token(token.note) for token in tokens], "refusal": None}
+        return {
+            "tokens": [self._text(token.note.token) for token in tokens],
+            "token_logprobs": [_finite(token.note.logprob) for token in tokens],
+            "top_logprobs": [{self._text(one): _finite(p) for one, p in token.note.top} for token in tokens],
+            "text_offset": [token.offset for token in tokens],
+        }
+
+    def _chat_token(self, event: TokenEvent) -> Json:
+        top = [self._token(token, logprob) for token, logprob in event.top]
+        return {**self._token(event.token, event.logprob), "top_logprobs": top}
+
+    def _token(self, token: int, logprob: float | None) -> Json:
+        piece = self.pieces.piece(token, special=True)
+        return {"token": piece.decode("utf-8", "replace"), "bytes": list(piece), "logprob": _finite(logprob)}
+
+    def _text(self, token: int) -> str:
+        return self.pieces.piece(token, special=True).decode("utf-8", "replace")
+
+
+def _finite(logprob: float | None) -> float:
+    return IMPOSSIBLE_LOGPROB if logprob is None or logprob < IMPOSSIBLE_LOGPROB else float(logprob)
+
+
+_NO_END: Mapping[str, None] = {"logprobs": None, "finish_reason": None}
