@@ -1,0 +1,1 @@
+"""Alembic's script folder: `env` runs a migration, `versions` holds them."""

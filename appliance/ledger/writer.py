@@ -1,0 +1,344 @@
+"""The one thread that writes the ledger, on a connection of its own.
+
+Reservations are committed at once, for somebody waits for each. Everything else is gathered for a moment and written
+in one transaction. What cannot be written is kept, up to a bound, and tried again until it can.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from sqlalchemy import Connection, Engine, Update, bindparam, delete, insert, select, text, update
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, NotSupportedError, ProgrammingError
+
+from appliance.core import Outcome
+from appliance.errors import LedgerUnavailable
+from appliance.ledger import rows
+from appliance.ledger.database import explain
+from appliance.ledger.schema import attempts, decisions, exclusions, reservations
+
+logger = logging.getLogger(__name__)
+
+LINGER_SECONDS = 0.25
+"""How long outcomes gather: a transaction for one costs about as much as one for fifty. A crash loses this much of the
+story, and no money: reservations do not wait."""
+BATCH = 500
+FIRST_RETRY_SECONDS = 0.1
+LAST_RETRY_SECONDS = 5.0
+PRUNE_SECONDS = 3600.0
+PRUNE_PAUSE_SECONDS = 0.05
+_SECONDS_PER_DAY = 86_400
+
+_SETTLE: Update = (
+    update(reservations)
+    .where(reservations.c.reservation_id == bindparam("id"), reservations.c.settled_at.is_(None))
+    .values(settled_at=bindparam("at"), settled_nano_usd=bindparam("nano_usd"))
+)
+# A write that changes nothing: whether there is room again can only be found out by writing.
+_PROBE = text("UPDATE alembic_version SET version_num = version_num")
+_ABOUT_THE_ROW = (IntegrityError, DataError, ProgrammingError, InterfaceError, NotSupportedError)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Somebody on an event loop who waits for the writer."""
+
+    loop: asyncio.AbstractEventLoop
+    future: "asyncio.Future[None]"
+
+    def give(self, error: BaseException | None = None) -> None:
+        try:
+            self.loop.call_soon_threadsafe(self._set, error)
+        except RuntimeError:
+            # The loop has been closed: nobody waits any more.
+            return
+
+    def _set(self, error: BaseException | None) -> None:
+        if self.future.done():
+            return
+        if error is None:
+            self.future.set_result(None)
+        else:
+            self.future.set_exception(error)
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    row: rows.Row
+    answer: Answer
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    reservation_id: str
+    nano_usd: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """Answered when the first `accepted` entries have been written. `is_last`: then the writer ends, written or not."""
+
+    accepted: int
+    answer: Answer
+    is_last: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """There is something to gather."""
+
+
+@dataclass(slots=True)
+class Shared:
+    """What both threads see. Each field has one writer; deque and SimpleQueue take either side's calls."""
+
+    urgent: "queue.SimpleQueue[Reservation | Flush | Wake]" = field(default_factory=queue.SimpleQueue)
+    entries: "deque[Outcome | Settlement]" = field(default_factory=deque)
+    is_asleep: bool = False
+    """Whether the next entry has to wake the writer."""
+    held: int = 0
+    """Entries the writer has taken and not written yet. Writer."""
+    spoiled: int = 0
+    """Entries that no database takes. Writer."""
+    reason: str = ""
+    """Why the last write failed; empty when it did not. Writer."""
+
+
+class Writer(threading.Thread):
+    """Owns `engine` and disposes of it at the end."""
+
+    def __init__(self, engine: Engine, shared: Shared, *, retention_days: int, clock: Callable[[], float]) -> None:
+        super().__init__(name="ledger-writer", daemon=True)
+        self._engine = engine
+        self._durable = engine.execution_options(durable=True)
+        self._shared = shared
+        self._retention_seconds = retention_days * _SECONDS_PER_DAY
+        self._clock = clock
+        self._reservations: list[Reservation] = []
+        self._flushes: list[Flush] = []
+        self._held: list[Outcome | Settlement] = []
+        self._done = 0
+        self._gather_until: float | None = None
+        self._retry_at: float | None = None
+        self._retry_seconds = FIRST_RETRY_SECONDS
+        self._prune_at = time.monotonic()
+        self._last: Flush | None = None
+
+    def run(self) -> None:
+        while self._last is None:
+            try:
+                self._wait()
+                self._write_reservations()
+                self._write_entries()
+                self._prune()
+            except Exception as error:
+                # Nothing here may end the thread: spend could not be reserved any more until the next start.
+                logger.exception("the ledger's writer met an error it does not know")
+                self._failed(error)
+            self._answer_flushes()
+        self._engine.dispose()
+        self._last.answer.give(self._unavailable() if self._backlog() else None)
+
+    # -- waiting ---------------------------------------------------------------------------------------------------
+
+    def _wait(self) -> None:
+        """Wait until there is something to do, and take all that is urgent."""
+        shared = self._shared
+        shared.is_asleep = not shared.entries
+        # Looked at again after the flag is up: an entry that came in between has not woken us.
+        if shared.entries:
+            shared.is_asleep = False
+        try:
+            self._take(shared.urgent.get(timeout=self._wait_seconds()))
+            while True:
+                self._take(shared.urgent.get_nowait())
+        except queue.Empty:
+            shared.is_asleep = False
+
+    def _take(self, urgent: Reservation | Flush | Wake) -> None:
+        if isinstance(urgent, Reservation):
+            self._reservations.append(urgent)
+        elif isinstance(urgent, Flush):
+            self._flushes.append(urgent)
+
+    def _wait_seconds(self) -> float:
+        now = time.monotonic()
+        until = self._prune_at
+        if self._retry_at is not None:
+            until = self._retry_at
+        elif self._backlog():
+            if self._gather_until is None:
+                self._gather_until = now + LINGER_SECONDS
+            until = now if self._backlog() >= BATCH else self._gather_until
+        return max(0.0, until - now)
+
+    def _backlog(self) -> int:
+        return len(self._held) + len(self._shared.entries)
+
+    def _is_due(self) -> bool:
+        now = time.monotonic()
+        if self._flushes:
+            return True
+        if self._retry_at is not None:
+            return now >= self._retry_at
+        if self._backlog() >= BATCH:
+            return True
+        return self._gather_until is not None and now >= self._gather_until
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def _write_reservations(self) -> None:
+        waiting, self._reservations = self._reservations, []
+        if not waiting:
+            return
+        try:
+            with self._durable.begin() as connection:
+                connection.execute(insert(reservations), [reservation.row for reservation in waiting])
+        except Exception as error:
+            # Whatever it was, each of these has somebody waiting who must not call without it.
+            self._failed(error)
+            for reservation in waiting:
+                reservation.answer.give(self._unavailable())
+        else:
+            # With a backlog left the trouble may not be over: a small write can fit where a large one does not.
+            if not self._backlog():
+                self._succeeded()
+            for reservation in waiting:
+                reservation.answer.give()
+
+    def _write_entries(self) -> None:
+        """Write until nothing is left or somebody waits for a reservation."""
+        if not self._is_due():
+            return
+        is_probe = self._retry_at is not None
+        while self._backlog() or is_probe:
+            self._hold()
+            try:
+                self._write_held()
+            except DBAPIError as error:
+                self._failed(error)
+                return
+            self._succeeded()
+            is_probe = False
+            if not self._shared.urgent.empty():
+                break
+        self._gather_until = None
+
+    def _hold(self) -> None:
+        entries = self._shared.entries
+        while entries and len(self._held) < BATCH:
+            self._held.append(entries.popleft())
+            self._shared.held = len(self._held)
+
+    def _write_held(self) -> None:
+        try:
+            self._write(self._held)
+        except Exception as error:
+            if _is_about_the_database(error):
+                raise
+            self._write_one_by_one()
+        self._done += len(self._held)
+        self._held.clear()
+        self._shared.held = 0
+
+    def _write_one_by_one(self) -> None:
+        """An entry that the database can never take must not hold up those behind it."""
+        while self._held:
+            try:
+                self._write(self._held[:1])
+            except Exception as error:
+                if _is_about_the_database(error):
+                    raise
+                self._shared.spoiled += 1
+                logger.error("an entry of the ledger cannot be stored and is dropped: %s", error)
+            del self._held[0]
+            self._done += 1
+            self._shared.held = len(self._held)
+
+    def _write(self, entries: list[Outcome | Settlement]) -> None:
+        settled = [
+            {"id": entry.reservation_id, "nano_usd": entry.nano_usd, "at": entry.at}
+            for entry in entries
+            if isinstance(entry, Settlement)
+        ]
+        outcomes = [entry for entry in entries if isinstance(entry, Outcome)]
+        tables = (
+            (decisions, [rows.decision_row(outcome) for outcome in outcomes]),
+            (attempts, [row for outcome in outcomes for row in rows.attempt_rows(outcome)]),
+            (exclusions, [row for outcome in outcomes for row in rows.exclusion_rows(outcome)]),
+        )
+        with self._engine.begin() as connection:
+            if not entries:
+                connection.execute(_PROBE)
+            if settled:
+                connection.execute(_SETTLE, settled)
+            for table, values in tables:
+                if values:
+                    connection.execute(insert(table), values)
+
+    # -- how it goes -----------------------------------------------------------------------------------------------
+
+    def _failed(self, error: BaseException) -> None:
+        reason = explain(error, self._engine.url, "written")
+        if not self._shared.reason:
+            logger.error("%s", reason)
+        self._shared.reason = reason
+        self._retry_at = time.monotonic() + self._retry_seconds
+        self._retry_seconds = min(2 * self._retry_seconds, LAST_RETRY_SECONDS)
+
+    def _succeeded(self) -> None:
+        if self._shared.reason:
+            logger.info("the ledger can be written again")
+        self._shared.reason = ""
+        self._retry_at = None
+        self._retry_seconds = FIRST_RETRY_SECONDS
+
+    def _unavailable(self) -> LedgerUnavailable:
+        return LedgerUnavailable(self._shared.reason, retry_after_seconds=self._retry_seconds)
+
+    def _answer_flushes(self) -> None:
+        waiting, self._flushes = self._flushes, []
+        for flush in waiting:
+            if flush.is_last:
+                self._last = flush
+            elif self._done >= flush.accepted:
+                flush.answer.give()
+            elif self._shared.reason:
+                flush.answer.give(self._unavailable())
+            else:
+                self._flushes.append(flush)
+
+    # -- forgetting ------------------------------------------------------------------------------------------------
+
+    def _prune(self) -> None:
+        """Remove one small batch of what is older than the retention, when there is nothing else to do."""
+        if time.monotonic() < self._prune_at or self._backlog() or self._retry_at is not None:
+            return
+        self._prune_at = time.monotonic() + PRUNE_SECONDS
+        with self._engine.begin() as connection:
+            is_more = prune(connection, self._clock() - self._retention_seconds)
+        if is_more:
+            self._prune_at = time.monotonic() + PRUNE_PAUSE_SECONDS
+
+
+def prune(connection: Connection, before_at: float) -> bool:
+    """Remove up to a batch of decisions and of reservations from before `before_at`; whether there may be more."""
+    old = select(decisions.c.decision_id).where(decisions.c.received_at < before_at).limit(BATCH)
+    ids = connection.execute(old).scalars().all()
+    for table in (attempts, exclusions, decisions):
+        connection.execute(delete(table).where(table.c.decision_id.in_(ids)))
+    spent = select(reservations.c.reservation_id).where(reservations.c.reserved_at < before_at).limit(BATCH)
+    spent_ids = connection.execute(spent).scalars().all()
+    connection.execute(delete(reservations).where(reservations.c.reservation_id.in_(spent_ids)))
+    return BATCH in (len(ids), len(spent_ids))
+
+
+def _is_about_the_database(error: BaseException) -> bool:
+    """Whether it is the database's state (full, locked, damaged, gone), so that trying again later may help."""
+    return isinstance(error, DBAPIError) and (error.connection_invalidated or not isinstance(error, _ABOUT_THE_ROW))
