@@ -81,7 +81,7 @@ def error_in_success(target: Target, error: Any) -> BackendError:
 
 
 def parse_retry_after(headers: Mapping[str, str], wall: float) -> float | None:
-    """Seconds to wait, bounded, by `retry-after-ms` or `retry-after` (seconds or a date); None where neither is usable."""
+    """Seconds to wait, bounded, by `retry-after-ms` or `retry-after` (seconds or a date); None if neither is usable."""
     for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         text = headers.get(name, "").strip()
         if not text:
