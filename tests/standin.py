@@ -1,7 +1,7 @@
 """A stand-in provider: speaks the OpenAI dialect, counts what it did and what that cost, misbehaves when told to.
 
-In a test: `async with StandIn() as provider:` (its own port, or `StandIn(uds=...)` for a stand-in engine). As a process, for
-end-to-end proofs: `python -m tests.standin --port 0`, which prints its URL; `GET /counts` tells what it counted.
+In a test: `async with StandIn() as provider:` (its own port, or `StandIn(uds=...)` for a stand-in engine). As a process,
+for end-to-end proofs: `python -m tests.standin --port 0`, which prints its URL; `GET /counts` tells what it counted.
 """
 
 import argparse
@@ -230,8 +230,8 @@ class StandIn:
 
     async def _events(self, request: Request, body: Mapping[str, Any], mood: Mood) -> AsyncIterator[bytes]:
         self.open_streams += 1
-        sent = 0
         words = [word + " " for word in self.text.split()]
+        sent = 0
         finished = False
         try:
             if mood == "error_event_first":
@@ -242,22 +242,13 @@ class StandIn:
                     await asyncio.sleep(self.seconds_per_token)
                 yield _event(_chunk(body, {"content": word}, None))
                 sent += 1
-                if index == len(words) // 2:
-                    if mood == "half_stream":
-                        return
-                    if mood == "error_event_later":
-                        yield _event({"error": {"message": "out of memory", "type": "server_error"}})
-                        yield b"data: [DONE]\n\n"
-                        return
-                    if mood == "silent_stream":
-                        await self.hold.wait()
-            yield _event(_chunk(body, {}, "stop"))
-            usage = self._usage(body, len(words))
-            if mood != "no_usage" and (body.get("stream_options") or {}).get("include_usage"):
-                yield _event({**_chunk(body, None, None), "choices": [], "usage": usage})
+                if index == len(words) // 2 and mood in _BREAKS:
+                    yield _BREAKS[mood]
+                    return
+                if index == len(words) // 2 and mood == "silent_stream":
+                    await self.hold.wait()
+            yield self._ending(body, mood, len(words))
             finished = True
-            if mood != "stream_without_done":
-                yield b"data: [DONE]\n\n"
         except (asyncio.CancelledError, GeneratorExit):
             self._note_leaving()
             raise
@@ -265,6 +256,13 @@ class StandIn:
             self.open_streams -= 1
             if sent:
                 self._bill(body, self._usage(body, sent), answered=finished)
+
+    def _ending(self, body: Mapping[str, Any], mood: Mood, completion_tokens: int) -> bytes:
+        parts = [_event(_chunk(body, {}, "stop"))]
+        if mood != "no_usage" and (body.get("stream_options") or {}).get("include_usage"):
+            usage = self._usage(body, completion_tokens)
+            parts.append(_event({**_chunk(body, None, None), "choices": [], "usage": usage}))
+        return b"".join(parts) + (b"" if mood == "stream_without_done" else b"data: [DONE]\n\n")
 
     def _usage(self, body: Mapping[str, Any], completion_tokens: int) -> dict[str, int]:
         prompt = max(1, len(orjson.dumps(body.get("messages", body.get("prompt", body.get("input", ""))))) // 4)
@@ -281,6 +279,13 @@ class StandIn:
         served.prompt_tokens += usage["prompt_tokens"]
         served.completion_tokens += usage["completion_tokens"]
         served.usd += (usage["prompt_tokens"] * input_usd + usage["completion_tokens"] * output_usd) / 1e6
+
+
+_BREAKS: Mapping[str, bytes] = {
+    "half_stream": b": so long\n\n",
+    "error_event_later": b'data: {"error": {"message": "out of memory", "type": "server_error"}}\n\ndata: [DONE]\n\n',
+}
+"""What a stream that breaks sends in the middle before it ends."""
 
 
 async def _half(raw: bytes) -> AsyncIterator[bytes]:
