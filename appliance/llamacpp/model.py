@@ -192,9 +192,7 @@ class Model:
         return min(self.context_tokens, self.train_context_tokens or self.context_tokens)
 
     @classmethod
-    def load(
-        cls, path: Path, *, threads: int, context_tokens: int, sequences: int, batch_tokens: int = 512
-    ) -> "Model":
+    def load(cls, path: Path, *, threads: int, context_tokens: int, sequences: int, batch_tokens: int = 512) -> "Model":
         """Load `path` with one KV budget of `context_tokens` (rounded up to 256) for up to `sequences` at once.
 
         Raises ModelFileError when the file is missing, truncated, corrupt or no language model; EngineFailed when
@@ -251,7 +249,7 @@ class Model:
         if count < 0:
             buffer = (lib.llama_token * -count)()
             count = lib.llama_tokenize(self.vocab_pointer, data, len(data), buffer, -count, bos, special)
-        return buffer[:count]
+        return list(buffer[:count])
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes of one token, perhaps a part of a character. Special tokens are empty unless asked for."""
@@ -287,12 +285,17 @@ class Model:
         shape = (self.batch.outputs, self.vocabulary_size)
         if pointer != self._rows_address:
             raw = (ctypes.c_float * (shape[0] * shape[1])).from_address(pointer)
-            self._rows, self._rows_address = np.frombuffer(raw, np.float32).reshape(shape), pointer
+            self._rows, self._rows_address = np.ctypeslib.as_array(raw).reshape(shape), pointer
         return self._rows
 
     def abort(self) -> None:
         """Make a decode that runs in another thread give up within milliseconds; it returns ABORTED."""
         self._abort_flag.raw = b"\x01\x00"
+
+    def reset(self) -> None:
+        """Forget everything, an `abort` included."""
+        self._abort_flag.raw = b"\x00\x00"
+        self.memory_clear()
 
     def last_words(self) -> str:
         """What llama.cpp last complained about."""

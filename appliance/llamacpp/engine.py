@@ -1,0 +1,335 @@
+"""The engine as asyncio sees it: requests in, events out. All llama.cpp work happens in one thread of its own.
+
+Requests cross to the thread through an inbox that is read between steps; results cross back with one wake-up of the
+loop for all sequences of a step.
+"""
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from types import TracebackType
+from typing import Any, Final, Self
+
+from appliance.errors import ApplianceError, ContextTooLong, EngineBusy, EngineFailed, RequestError
+from appliance.llamacpp.calibration import calibrate
+from appliance.llamacpp.labels import ScoreJob
+from appliance.llamacpp.model import Model
+from appliance.llamacpp.params import Finished, Generate, LabelItem, LabelScores, Load, TokenEvent
+from appliance.llamacpp.prefix import as_tokens
+from appliance.llamacpp.runner import STEP_SECONDS, Runner, Told
+from appliance.llamacpp.sequence import Sequence as Running
+
+_LEAST_RETRY_SECONDS: Final = 1.0
+_JOIN_SECONDS: Final = 10.0
+"""A decode that is told to give up does so between two graph nodes, within milliseconds; this is for hung machines."""
+
+
+@dataclass(eq=False, slots=True)
+class _Mailbox:
+    """Where a generation's events wait for their reader. The loop's thread only."""
+
+    events: list[TokenEvent] = field(default_factory=list)
+    finished: Finished | None = None
+    waiter: asyncio.Future[None] | None = None
+
+    def put(self, events: list[TokenEvent], finished: Finished | None) -> None:
+        self.events.extend(events)
+        self.finished = finished
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+
+class Generation:
+    """The answer to one request as it comes: an async iterator over lists of events, everything since the last read.
+
+    When the iterator ends, `finished` says why. Leaving it early (`async with`, `aclose`, `cancel`, or forgetting it)
+    frees its sequence before the next step.
+    """
+
+    def __init__(self, mailbox: _Mailbox, cancel: Callable[[], None]) -> None:
+        self._mailbox, self._cancel = mailbox, cancel
+
+    @property
+    def finished(self) -> Finished | None:
+        """Set once the generation has ended; events may still wait to be read."""
+        return self._mailbox.finished
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[TokenEvent]:
+        mailbox = self._mailbox
+        while not mailbox.events:
+            if mailbox.finished is not None:
+                raise StopAsyncIteration
+            mailbox.waiter = asyncio.get_running_loop().create_future()
+            try:
+                await mailbox.waiter
+            finally:
+                mailbox.waiter = None
+        events, mailbox.events = mailbox.events, []
+        return events
+
+    def cancel(self) -> None:
+        """Stop generating. What was generated before may still be read; `finished` follows. Safe to repeat."""
+        if self._mailbox.finished is None:
+            self._cancel()
+
+    async def aclose(self) -> None:
+        self.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def __del__(self) -> None:
+        self.cancel()
+
+
+class Engine:
+    """Runs one model. `start` and everything else is called on the event loop; `close` does not close the model."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        max_queued_requests: int = 256,
+        max_queued_tokens: int | None = None,
+        calibrate: bool = True,
+        step_seconds: float = STEP_SECONDS,
+    ) -> None:
+        """`max_queued_tokens` bounds the prompt tokens that wait (None: no bound but the number of requests).
+
+        `step_seconds` is about the longest pause of a running stream while other prompts are computed.
+        """
+        self.model = model
+        self.failed: ApplianceError | None = None
+        """Set when the engine can work no more; the process should say so and end."""
+        self._max_requests, self._max_tokens, self._calibrates = max_queued_requests, max_queued_tokens, calibrate
+        self._runner = Runner(model, step_seconds=step_seconds)
+        self._numbers = count()
+        self._inbox: deque[tuple[Callable[[Any], None], Any]] = deque()
+        self._wake = threading.Event()
+        self._closing = self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="llama.cpp", daemon=True)
+        self._mailboxes: dict[Running, _Mailbox] = {}
+        self._answers: dict[ScoreJob, asyncio.Future[None]] = {}
+        self._ready: asyncio.Event = asyncio.Event()
+        self._idle: asyncio.Event = asyncio.Event()
+        self._idle.set()
+        self._sent = _Sent()
+        self._noted = _Sent()
+        self._seen = (self._runner.load(), self._noted)
+        """The thread's last word: its load, and what of the inbox that load takes in. Replaced whole."""
+
+    def start(self) -> None:
+        """Start the thread. The first thing it does is the calibration; requests may be submitted at once."""
+        self._loop = asyncio.get_running_loop()
+        self.model.reset()
+        self._thread.start()
+
+    async def ready(self) -> None:
+        """Wait for the calibration; raises what made the engine fail."""
+        await self._ready.wait()
+        if self.failed is not None:
+            raise self.failed
+
+    def submit(self, request: Generate) -> Generation:
+        """Queue one sequence. Raises ContextTooLong, RequestError for impossible tokens, and EngineBusy."""
+        self._check(request)
+        self._refuse_when_busy(len(request.prompt))
+        sequence = Running.of(request, next(self._numbers), self.model.sequence_context_tokens, self.model.end_tokens)
+        mailbox = self._mailboxes[sequence] = _Mailbox()
+        self._idle.clear()
+        self._send(self._runner.submit, sequence, len(request.prompt), sequence.remaining)
+        return Generation(mailbox, lambda: self._post(self._runner.cancel, sequence))
+
+    async def score(self, items: Sequence[LabelItem]) -> list[LabelScores]:
+        """Score the labels of every item; answers come in the items' order, `error` set where one cannot be scored.
+
+        Raises EngineBusy. Cancelling the caller drops the work that is left.
+        """
+        job = ScoreJob(items)
+        self._refuse_when_busy(job.waiting_tokens)
+        answered = self._answers[job] = asyncio.get_running_loop().create_future()
+        self._idle.clear()
+        self._send(self._runner.score, job, job.waiting_tokens, 0)
+        try:
+            await answered
+        finally:
+            if self._answers.pop(job, None) is not None:
+                self._post(self._runner.cancel_score, job)
+                self._note_idle()
+        return [scores for scores in job.results if scores is not None]
+
+    def load(self) -> Load:
+        """The engine's state as of the last step, with what was submitted since counted as queued."""
+        load, seen = self._seen
+        sent = self._sent
+        return replace(
+            load,
+            queued_requests=load.queued_requests + sent.requests - seen.requests,
+            queued_prompt_tokens=load.queued_prompt_tokens + sent.prompt_tokens - seen.prompt_tokens,
+            remaining_output_tokens=load.remaining_output_tokens + sent.output_tokens - seen.output_tokens,
+        )
+
+    async def close(self, drain_seconds: float) -> None:
+        """Refuse new work, let the running finish for `drain_seconds`, cancel the rest, stop the thread."""
+        self._closing = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), drain_seconds)
+        self._stopping = True
+        if not self._idle.is_set():
+            self.model.abort()
+        self._wake.set()
+        if self._thread.ident is not None:
+            await asyncio.to_thread(self._thread.join, _JOIN_SECONDS)
+        self._end_all("cancelled", None)
+
+    # The loop's side.
+
+    def _check(self, request: Generate) -> None:
+        prompt, context = as_tokens(request.prompt), self.model.sequence_context_tokens
+        if len(prompt) + 1 > context:
+            raise ContextTooLong(
+                f"the prompt is {len(prompt)} tokens and the context holds {context}, one of them for the answer: "
+                "shorten the prompt",
+                param="prompt",
+            )
+        if not len(prompt):
+            raise RequestError("the prompt has no tokens: give at least one", param="prompt")
+        if request.max_tokens < 1:
+            raise RequestError(f"max_tokens is {request.max_tokens}: ask for at least 1", param="max_tokens")
+        if not ((prompt >= 0) & (prompt < self.model.vocabulary_size)).all():
+            raise RequestError(
+                f"a token id is outside of the vocabulary of {self.model.vocabulary_size}", param="prompt"
+            )
+
+    def _refuse_when_busy(self, prompt_tokens: int) -> None:
+        if self.failed is not None or self._closing:
+            raise EngineBusy("the engine is shutting down: use another target or try again when it is back")
+        load = self.load()
+        free = load.sequences_capacity - load.running_sequences
+        full = load.queued_requests >= self._max_requests + free
+        if self._max_tokens is not None and load.queued_prompt_tokens:
+            full = full or load.queued_prompt_tokens + prompt_tokens > self._max_tokens
+        if full:
+            raise EngineBusy(
+                f"{load.queued_requests} requests with {load.queued_prompt_tokens} prompt tokens wait already: "
+                "try again later",
+                retry_after_seconds=self._retry_after(load),
+            )
+
+    def _retry_after(self, load: Load) -> float:
+        """About when the next place in the queue comes free: the time for all known work over its requests."""
+        seconds = self._runner.rates.seconds_for(
+            load.queued_prompt_tokens, load.remaining_output_tokens, load.sequences_capacity
+        )
+        requests = max(1, load.queued_requests + load.running_sequences)
+        return max(_LEAST_RETRY_SECONDS, round((seconds or 0.0) / requests, 1))
+
+    def _send(self, action: Callable[[Any], None], what: Any, prompt_tokens: int, output_tokens: int) -> None:
+        sent = self._sent
+        self._sent = _Sent(sent.requests + 1, sent.prompt_tokens + prompt_tokens, sent.output_tokens + output_tokens)
+        self._post(self._take_note, self._sent)
+        self._post(action, what)
+
+    def _post(self, action: Callable[[Any], None], what: Any) -> None:
+        self._inbox.append((action, what))
+        self._wake.set()
+
+    def _deliver(self, news: list[tuple[Running, list[TokenEvent], Finished | None]], jobs: list[ScoreJob]) -> None:
+        for sequence, events, finished in news:
+            mailbox = self._mailboxes.get(sequence)
+            if mailbox is None:
+                continue
+            mailbox.put(events, finished)
+            if finished is not None:
+                del self._mailboxes[sequence]
+        for job in jobs:
+            answered = self._answers.pop(job, None)
+            if answered is not None and not answered.done():
+                answered.set_result(None)
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not self._mailboxes and not self._answers:
+            self._idle.set()
+
+    def _end_all(self, reason: Any, error: str | None) -> None:
+        """Finish what is still open without the thread's help: it has ended."""
+        for sequence, mailbox in list(self._mailboxes.items()):
+            sequence.finish(reason, error)
+            mailbox.put([], sequence.finished)
+        self._mailboxes.clear()
+        for answered in self._answers.values():
+            if not answered.done():
+                answered.set_exception(EngineFailed(error) if error else EngineBusy("the engine was shut down"))
+        self._answers.clear()
+        self._idle.set()
+        self._ready.set()
+
+    # The thread's side.
+
+    def _work(self) -> None:
+        try:
+            if self._calibrates:
+                calibrate(self.model, self._runner.rates)
+            self._report()
+            self._call(self._ready.set)
+            while not self._stopping:
+                self._turn()
+        except Exception as error:  # the thread's root: whatever it is, the process must hear of it
+            self.failed = (
+                error if isinstance(error, ApplianceError) else EngineFailed(f"{type(error).__name__}: {error}")
+            )
+            self._call(self._end_all, "error", str(self.failed))
+
+    def _turn(self) -> None:
+        """Read the inbox and do one step, or sleep until there is something to do."""
+        self._wake.clear()
+        while self._inbox:
+            action, what = self._inbox.popleft()
+            action(what)
+        if self._runner.idle:
+            self._report()
+            self._wake.wait()
+            return
+        told = self._runner.step()
+        self._report()
+        self._tell(told)
+
+    def _take_note(self, sent: "_Sent") -> None:
+        self._noted = sent
+
+    def _report(self) -> None:
+        self._seen = (self._runner.load(), self._noted)
+
+    def _tell(self, told: Told) -> None:
+        news = []
+        for sequence in dict.fromkeys(told.sequences):
+            events, sequence.events = sequence.events, []
+            news.append((sequence, events, sequence.finished))
+        if news or told.jobs:
+            self._call(self._deliver, news, told.jobs)
+
+    def _call(self, function: Callable[..., None], *values: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed before the engine
+            self._loop.call_soon_threadsafe(function, *values)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """Totals of what was put into the inbox, to tell what the thread has not seen yet."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0

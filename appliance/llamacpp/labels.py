@@ -1,0 +1,333 @@
+"""Scoring labels: every label of an item is a path in a trie, and every node of the trie that has children is computed
+once as a fork of the prompt. A label's likelihood is the product of its tokens' probabilities at the nodes it passes.
+
+The last token of a label is only read off its parent's distribution, so single-token labels cost no decoding at all.
+Items of one call differ in a few tokens; side by side they make a forest, in which a shared run of tokens is computed
+once and belongs to all the sequences under it.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from appliance.llamacpp.params import LabelItem, LabelScores, Logits
+from appliance.llamacpp.prefix import Node, Tokens, as_tokens, common_prefix
+from appliance.llamacpp.sampling import log_normalizer
+
+Ints = npt.NDArray[np.int32]
+
+PROMPT: Final = 0
+"""The trie's root: the end of the prompt."""
+
+
+class LabelTrie:
+    """The labels of one item. Node 0 is the prompt's end, the others are proper prefixes of labels."""
+
+    def __init__(self, labels: Sequence[Sequence[int]]) -> None:
+        self.labels = [tuple(label) for label in labels]
+        nodes: dict[tuple[int, ...], int] = {(): PROMPT}
+        for label in self.labels:
+            for length in range(1, len(label)):
+                nodes.setdefault(label[:length], len(nodes))
+        reads: list[list[tuple[int, int]]] = [[] for _ in nodes]
+        for index, label in enumerate(self.labels):
+            for length, token in enumerate(label):
+                reads[nodes[label[:length]]].append((token, index))
+        self.read_tokens = [np.array([token for token, _ in pairs], np.intp) for pairs in reads]
+        self.read_labels = [np.array([index for _, index in pairs], np.intp) for pairs in reads]
+        self._nodes = nodes
+        self.longest = max((len(label) for label in self.labels), default=0)
+
+    @cached_property
+    def chains(self) -> list[tuple[int, ...]]:
+        """The paths to compute after the prompt, sorted, none of them a prefix of another; at least the empty one."""
+        paths = sorted(self._nodes)
+        following = [*paths[1:], None]
+        return [
+            path for path, after in zip(paths, following, strict=True) if after is None or after[: len(path)] != path
+        ]
+
+    def nodes(self, chain: tuple[int, ...]) -> list[int]:
+        """The nodes along a chain, the prompt's end first."""
+        return [self._nodes[chain[:length]] for length in range(len(chain) + 1)]
+
+    def mass(self, logprobs: Sequence[float]) -> float:
+        """Probability that the text goes on with any of the labels; a label that begins another includes it."""
+        known = dict(zip(self.labels, logprobs, strict=True))
+        least = [label for label in known if not any(label[:length] in known for length in range(len(label)))]
+        return min(1.0, math.fsum(math.exp(known[label]) for label in least))
+
+
+class ScoreJob:
+    """One call: items in order, of which `cursor` are taken. Results arrive in any order."""
+
+    def __init__(self, items: Sequence[LabelItem]) -> None:
+        self.items = items
+        self.cursor = 0
+        self.results: list[LabelScores | None] = [None] * len(items)
+        self.open = len(items)
+        self.waiting_tokens = sum(len(item.prompt) for item in items)
+        """Prompt tokens of items that are not answered yet."""
+        self.cancelled = False
+        self.error: str | None = None
+        self.pieces: list[Piece] = []
+        """Pieces of the item at the cursor that are not taken yet."""
+        self._tries: dict[int, tuple[object, LabelTrie]] = {}
+
+    def trie(self, labels: Sequence[Sequence[int]]) -> LabelTrie:
+        """The trie of a label set; items that share the very same list share it."""
+        known = self._tries.get(id(labels))
+        if known is None:
+            if len(self._tries) >= 64:
+                self._tries.clear()
+            known = self._tries[id(labels)] = (labels, LabelTrie(labels))
+        return known[1]
+
+    def answer(self, index: int, scores: LabelScores) -> None:
+        if self.results[index] is None:
+            self.results[index] = scores
+            self.open -= 1
+            self.waiting_tokens -= len(self.items[index].prompt)
+
+
+@dataclass(eq=False, slots=True)
+class Judged:
+    """An item in work: sums of log probabilities so far, and how many pieces are still out."""
+
+    job: ScoreJob
+    index: int
+    trie: LabelTrie
+    prompt: Tokens
+    sums: npt.NDArray[np.float64]
+    pieces_open: int
+    cached_tokens: int = -1
+
+    @property
+    def salt(self) -> str:
+        return self.job.items[self.index].cache_salt
+
+    def read(self, node: int, logits: Logits) -> None:
+        tokens = self.trie.read_tokens[node]
+        if len(tokens):
+            self.sums[self.trie.read_labels[node]] += logits[tokens].astype(np.float64) - log_normalizer(logits)
+
+    def close_piece(self) -> None:
+        self.pieces_open -= 1
+        if not self.pieces_open:
+            logprobs = self.sums.tolist()
+            mass = self.trie.mass(logprobs)
+            self.job.answer(self.index, LabelScores(logprobs, mass, len(self.prompt), max(0, self.cached_tokens)))
+
+    def fail(self, error: str) -> None:
+        self.job.answer(self.index, failed(len(self.prompt), error))
+
+
+@dataclass(eq=False, slots=True)
+class Piece:
+    """Some chains of an item that are computed together, and the nodes to be read along them."""
+
+    item: Judged
+    chains: list[tuple[int, ...]]
+    fresh: list[int]
+    """Of every chain: how many of its nodes, counted from the prompt's end, an earlier chain reads already."""
+    node: Node | None = None
+    """Where it leaves the prefix tree, pinned while it is in work."""
+    depth: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Cells it needs at most: the rest of the prompt and the chains' own nodes."""
+        repeated = sum(max(0, known - 1) for known in self.fresh[1:])
+        return len(self.item.prompt) - self.depth + sum(map(len, self.chains)) - repeated
+
+
+def failed(prompt_tokens: int, error: str) -> LabelScores:
+    return LabelScores((), 0.0, prompt_tokens, 0, error)
+
+
+def judge(job: ScoreJob, index: int, context_tokens: int, vocabulary: int) -> Judged | str:
+    """Check an item and make it ready; the text of what is wrong with it otherwise."""
+    item = job.items[index]
+    if not item.prompt:
+        return "the prompt is empty: give at least one token"
+    if not item.labels or not all(len(label) for label in item.labels):
+        return "an item needs at least one label, and every label at least one token"
+    trie = job.trie(item.labels)
+    needed = len(item.prompt) + trie.longest - 1
+    if needed > context_tokens:
+        return f"prompt and longest label are {needed} tokens and the context holds {context_tokens}: shorten the text"
+    prompt = as_tokens(item.prompt)
+    if not _known(prompt, vocabulary) or not all(_known(as_tokens(label), vocabulary) for label in trie.labels):
+        return f"a token id is outside of the vocabulary of {vocabulary}"
+    return Judged(job, index, trie, prompt, np.zeros(len(trie.labels)), 0)
+
+
+def _known(tokens: Tokens, vocabulary: int) -> bool:
+    return bool(((tokens >= 0) & (tokens < vocabulary)).all())
+
+
+def cut(item: Judged, chains_at_once: int) -> list[Piece]:
+    """The pieces of an item, each of at most so many chains; nodes that two pieces pass are read in the first only."""
+    pieces: list[Piece] = []
+    before: tuple[int, ...] | None = None
+    for number, chain in enumerate(item.trie.chains):
+        if number % chains_at_once == 0:
+            pieces.append(Piece(item, [], []))
+        pieces[-1].chains.append(chain)
+        pieces[-1].fresh.append(0 if before is None else _shared(before, chain) + 1)
+        before = chain
+    item.pieces_open = len(pieces)
+    return pieces
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+@dataclass(frozen=True, slots=True)
+class Forest:
+    """Paths laid side by side for computing. Entry i is one token of the `sizes[i]` paths from `starts[i]` on.
+
+    Entries of one path come in the order of its tokens, so the list may be cut anywhere into several batches.
+    """
+
+    tokens: Ints
+    positions: Ints
+    starts: Ints
+    sizes: Ints
+    first: list[int]
+    """The entry of each path's first own token."""
+    shared: list[int]
+
+    def entry(self, path: int, offset: int) -> int:
+        """The entry that computes token `offset` of a path."""
+        while offset < self.shared[path]:
+            path -= 1
+        return self.first[path] + offset - self.shared[path]
+
+
+def grow(paths: Sequence[Tokens], depths: Sequence[int], shared: Sequence[int]) -> Forest:
+    """Lay out paths. Number i begins at position `depths[i]` and has its first `shared[i]` tokens in common with path
+    i - 1 (0 for the first)."""
+    starts: list[int] = []
+    sizes: list[Ints] = []
+    first: list[int] = []
+    total = 0
+    for index, path in enumerate(paths):
+        own = len(path) - shared[index]
+        first.append(total)
+        starts.extend([index] * own)
+        width = np.ones(own, np.int32)
+        common, follower = len(path), index + 1
+        while follower < len(paths):
+            common = min(common, shared[follower])
+            if common <= shared[index]:
+                break
+            width[: common - shared[index]] += 1
+            follower += 1
+        sizes.append(width)
+        total += own
+    own_tokens = [path[skip:] for path, skip in zip(paths, shared, strict=True)]
+    positions = [
+        np.arange(depth + skip, depth + len(path), dtype=np.int32)
+        for path, depth, skip in zip(paths, depths, shared, strict=True)
+    ]
+    return Forest(
+        np.concatenate(own_tokens),
+        np.concatenate(positions),
+        np.array(starts, np.int32),
+        np.concatenate(sizes),
+        first,
+        list(shared),
+    )
+
+
+@dataclass(eq=False, slots=True)
+class Window:
+    """Pieces being computed together: a forest, the sequence ids of its paths, and what is read where."""
+
+    pieces: list[Piece]
+    forest: Forest
+    ids: Ints
+    wanted: npt.NDArray[np.int8]
+    reads: dict[int, list[tuple[Judged, int]]]
+    """By entry: whose node it is."""
+    paths_of: list[int]
+    """The first path of every piece."""
+    cursor: int = 0
+    """Entries computed so far."""
+    wanted_before: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
+
+    @property
+    def tokens(self) -> int:
+        return len(self.forest.tokens)
+
+    @property
+    def done(self) -> bool:
+        return self.cursor >= self.tokens
+
+    def slice_end(self, tokens: int, outputs: int) -> int:
+        """Where the next batch ends when it may hold so many tokens and output rows."""
+        by_outputs = (
+            int(np.searchsorted(self.wanted_before, self.wanted_before[self.cursor] + outputs, side="right")) - 1
+        )
+        return min(self.cursor + tokens, by_outputs, self.tokens)
+
+    def take(self, stop: int, rows: Iterable[Logits]) -> None:
+        """Read the rows of the entries up to `stop`, which are computed now."""
+        entries = self.cursor + np.flatnonzero(self.wanted[self.cursor : stop])
+        for entry, row in zip(entries.tolist(), rows, strict=True):
+            for item, node in self.reads[entry]:
+                item.read(node, row)
+        self.cursor = stop
+
+
+def open_window(pieces: Sequence[Piece], ids: Sequence[int], *, merge: bool) -> Window:
+    """Lay out pieces (attached to the prefix tree already). `merge` is off for models whose memory cannot be forked."""
+    ordered = sorted(pieces, key=lambda piece: (piece.item.salt, piece.item.prompt.tolist()))
+    paths: list[Tokens] = []
+    depths: list[int] = []
+    shared: list[int] = []
+    paths_of: list[int] = []
+    before: Piece | None = None
+    for piece in ordered:
+        paths_of.append(len(paths))
+        suffix = piece.item.prompt[piece.depth :]
+        common = _common(before, piece) if merge else 0
+        for number, chain in enumerate(piece.chains):
+            if number and merge:
+                common = len(suffix) + _shared(piece.chains[number - 1], chain)
+            paths.append(np.concatenate([suffix, as_tokens(chain)]) if chain else suffix)
+            depths.append(piece.depth)
+            shared.append(common)
+        before = piece
+    forest = grow(paths, depths, shared)
+    reads: dict[int, list[tuple[Judged, int]]] = {}
+    for piece, path in zip(ordered, paths_of, strict=True):
+        _note_reads(piece, path, forest, reads)
+        if piece.item.cached_tokens < 0:
+            piece.item.cached_tokens = piece.depth + min(shared[path], len(piece.item.prompt) - piece.depth)
+    wanted = np.zeros(len(forest.tokens), np.int8)
+    wanted[list(reads)] = 1
+    before_counts = np.concatenate([[0], np.cumsum(wanted, dtype=np.int64)])
+    return Window(ordered, forest, np.array(ids[: len(paths)], np.int32), wanted, reads, paths_of, 0, before_counts)
+
+
+def _common(before: Piece | None, piece: Piece) -> int:
+    """Tokens of its path that a piece has in common with the one before it."""
+    if before is None or before.depth != piece.depth or before.item.salt != piece.item.salt:
+        return 0
+    return common_prefix(before.item.prompt[piece.depth :], piece.item.prompt[piece.depth :])
+
+
+def _note_reads(piece: Piece, path: int, forest: Forest, reads: dict[int, list[tuple[Judged, int]]]) -> None:
+    end = len(piece.item.prompt) - piece.depth - 1
+    for number, (chain, known) in enumerate(zip(piece.chains, piece.fresh, strict=True)):
+        for step, node in enumerate(piece.item.trie.nodes(chain)):
+            if step >= known:
+                reads.setdefault(forest.entry(path + number, end + step), []).append((piece.item, node))

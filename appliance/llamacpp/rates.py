@@ -1,0 +1,64 @@
+"""How fast this engine is: measured values, corrected by every busy step, and what follows from them."""
+
+from collections.abc import Mapping
+from typing import Final
+
+_WEIGHT: Final = 0.1
+"""Share of a new observation in the running average: about the last twenty steps count."""
+_BUCKETS: Final = (1, 4, 8, 16, 32, 64, 128)
+
+
+class Rates:
+    """Prefill and decode tokens per second. A rate nobody measured is 0, never a guess."""
+
+    def __init__(self, sequences: int) -> None:
+        self.prefill_tokens_per_second = 0.0
+        self._decode: dict[int, float] = dict.fromkeys([n for n in _BUCKETS if n < sequences] + [sequences], 0.0)
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        return tuple(self._decode)
+
+    @property
+    def decode_tokens_per_second(self) -> Mapping[int, float]:
+        """By number of sequences, over all of them together; only what was measured."""
+        return {count: rate for count, rate in self._decode.items() if rate > 0}
+
+    def observe_prefill(self, tokens: int, seconds: float, weight: float = _WEIGHT) -> None:
+        self.prefill_tokens_per_second = _blend(self.prefill_tokens_per_second, tokens / seconds, weight)
+
+    def observe_decode(self, sequences: int, seconds: float, weight: float = _WEIGHT) -> None:
+        """Correct the bucket nearest to `sequences` (in ratio) by what one step of that many took."""
+        nearest = min(self._decode, key=lambda count: max(count, sequences) / min(count, sequences))
+        known, seen = self._decode[nearest], sequences / seconds
+        if known > 0 and nearest != sequences:
+            # Carry the ratio over, so that steps of 5 do not drag the rate at 4 towards the rate at 5.
+            seen = known * seen / self.decode_at(sequences)
+        self._decode[nearest] = _blend(known, seen, weight)
+
+    def decode_at(self, sequences: int) -> float:
+        """Tokens per second at any number of sequences, between the measured ones by straight lines; 0: unknown."""
+        known = sorted(self.decode_tokens_per_second.items())
+        if not known:
+            return 0.0
+        below = [pair for pair in known if pair[0] <= sequences]
+        above = [pair for pair in known if pair[0] >= sequences]
+        if not below:
+            return above[0][1] * sequences / above[0][0]
+        if not above:
+            return below[-1][1]
+        (low, low_rate), (high, high_rate) = below[-1], above[0]
+        share = (sequences - low) / (high - low) if high > low else 0.0
+        return low_rate + share * (high_rate - low_rate)
+
+    def seconds_for(self, prompt_tokens: int, output_tokens: int, sequences: int) -> float | None:
+        """Time for that much work at full concurrency; None while a rate it needs is unknown."""
+        decode = self.decode_at(max(1, sequences))
+        if (prompt_tokens and not self.prefill_tokens_per_second) or (output_tokens and not decode):
+            return None
+        seconds = prompt_tokens / self.prefill_tokens_per_second if prompt_tokens else 0.0
+        return seconds + (output_tokens / decode if output_tokens else 0.0)
+
+
+def _blend(known: float, seen: float, weight: float) -> float:
+    return seen if known <= 0 else known + weight * (seen - known)

@@ -1,0 +1,190 @@
+"""Choosing the next token from one row of logits.
+
+Greedy, unconstrained sequences never come here one by one: `Sampler.plain_greedy` says so and the step takes one argmax
+over all their rows. Rows are views into llama.cpp's buffer: a sampler may write into its own row and in no other.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from appliance.llamacpp.params import Constraint, Logits, Sampling, TokenEvent
+
+_GREEDY_TEMPERATURE: Final = 1e-5
+"""At or below, the distribution is a single token in float32 anyway."""
+_HEAD: Final = 256
+"""How many of the best tokens nucleus sampling looks at first; the whole vocabulary is sorted only where they do not
+hold the mass asked for."""
+
+
+def log_normalizer(logits: Logits) -> float:
+    """log(sum(exp(logits))), computed without overflow."""
+    top = float(logits.max())
+    if top == -math.inf:
+        return top
+    return top + math.log(float(np.exp(logits - np.float32(top)).sum(dtype=np.float64)))
+
+
+def most_probable(logits: Logits, count: int) -> npt.NDArray[np.intp]:
+    """Indices of the `count` highest logits, best first; ties go to the lower index."""
+    if count >= len(logits):
+        return np.lexsort((np.arange(len(logits)), -logits))
+    best = np.argpartition(logits, -count)[-count:]
+    return best[np.lexsort((best, -logits[best]))]
+
+
+def top_logprobs(logits: Logits, normalizer: float, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` most probable tokens with their log probabilities; forbidden tokens are left out."""
+    if count <= 0:
+        return ()
+    best = most_probable(logits, count)
+    pairs = zip(best.tolist(), (logits[best].astype(np.float64) - normalizer).tolist(), strict=True)
+    return tuple((token, value) for token, value in pairs if value > -math.inf)
+
+
+class Sampler:
+    """What one sequence remembers between its tokens: its random stream, its counts and its constraint."""
+
+    __slots__ = (
+        "_bias_tokens",
+        "_bias_values",
+        "_constraint",
+        "_counts",
+        "_greedy",
+        "_logprobs",
+        "_penalizes",
+        "_random",
+        "_sampling",
+        "_shifts",
+        "plain_greedy",
+    )
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        logprobs: int | None = None,
+        constraint: Constraint | None = None,
+        forbidden: Collection[int] = (),
+    ) -> None:
+        """`forbidden` tokens are never drawn; the log probabilities are those of the model with them all the same."""
+        self._sampling, self._logprobs, self._constraint = sampling, logprobs, constraint
+        self._greedy = sampling.temperature <= _GREEDY_TEMPERATURE or sampling.top_k == 1
+        self._random = None if self._greedy else np.random.default_rng(sampling.seed)
+        self._counts: dict[int, int] = {}
+        penalties = sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty - 1.0
+        self._penalizes = any(penalties)
+        bias = dict(sampling.logit_bias) | dict.fromkeys(forbidden, -math.inf)
+        self._bias_tokens = np.fromiter(bias.keys(), np.intp, len(bias))
+        self._bias_values = np.fromiter(bias.values(), np.float32, len(bias))
+        self._shifts = self._penalizes or bool(bias)
+        self.plain_greedy = self._greedy and logprobs is None and constraint is None and not self._shifts
+        """True when the next token is the plain argmax of the logits and nothing else is wanted."""
+
+    @property
+    def stateless(self) -> bool:
+        """True when tokens need not be reported to `accept`."""
+        return self._constraint is None and not self._penalizes
+
+    @property
+    def finished(self) -> bool:
+        """True when the constraint allows nothing but the end."""
+        return self._constraint is not None and self._constraint.finished()
+
+    def choose(self, logits: Logits) -> TokenEvent:
+        """Draw the next token from a row (which is changed) and say how probable it was."""
+        if self._constraint is not None:
+            self._constraint.apply(logits)
+        normalizer = 0.0
+        top: tuple[tuple[int, float], ...] = ()
+        known = logits
+        if self._logprobs is not None:
+            normalizer = log_normalizer(logits)
+            top = top_logprobs(logits, normalizer, self._logprobs)
+            known = logits.copy() if self._shifts else logits
+        if self._shifts:
+            self._shift(logits)
+        token = int(logits.argmax()) if self._greedy else self._draw(logits)
+        if not logits[token] > -math.inf:  # also where it is not a number
+            raise ValueError("no token is allowed here: constraint and logit bias together exclude every one")
+        if self._logprobs is None:
+            return TokenEvent(token)
+        return TokenEvent(token, float(known[token]) - normalizer, top)
+
+    def accept(self, token: int) -> None:
+        """Take note of a token that was chosen here or by the shared argmax."""
+        if self._constraint is not None:
+            self._constraint.accept(token)
+        if self._penalizes:
+            self._counts[token] = self._counts.get(token, 0) + 1
+
+    def _shift(self, logits: Logits) -> None:
+        """Logit bias, then the penalties over the tokens generated so far."""
+        if len(self._bias_tokens):
+            logits[self._bias_tokens] += self._bias_values
+        if not self._counts:
+            return
+        wanted = self._sampling
+        tokens = np.fromiter(self._counts.keys(), np.intp, len(self._counts))
+        counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
+        values = logits[tokens]
+        if wanted.repetition_penalty != 1.0:
+            rate = np.float32(wanted.repetition_penalty)
+            values = np.where(values > 0, values / rate, values * rate)
+        values -= np.float32(wanted.presence_penalty) + np.float32(wanted.frequency_penalty) * counts
+        logits[tokens] = values
+
+    def _draw(self, logits: Logits) -> int:
+        assert self._random is not None
+        tokens, weights = candidates(logits, self._sampling)
+        edges = np.cumsum(weights)
+        place = int(np.searchsorted(edges, self._random.random() * edges[-1], side="right"))
+        return int(tokens[min(place, len(tokens) - 1)])
+
+
+def candidates(logits: Logits, sampling: Sampling) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+    """The tokens that may be drawn and their weights (not normalised): top_k, then top_p, then min_p, best first.
+
+    All three look at the distribution after temperature. With none of them every token is a candidate, in id order.
+    """
+    temperature = np.float64(sampling.temperature)
+    if sampling.top_k <= 0 and sampling.top_p >= 1.0 and sampling.min_p <= 0.0:
+        return np.arange(len(logits)), _weights(logits, float(logits.max()), temperature)
+    if sampling.top_k > 0:
+        tokens = most_probable(logits, min(sampling.top_k, len(logits)))
+        weights = _weights(logits[tokens], float(logits[tokens[0]]), temperature)
+        total = float(weights.sum())
+    else:
+        every = _weights(logits, float(logits.max()), temperature)
+        total = float(every.sum())
+        tokens = _head(logits, every, total, sampling)
+        weights = every[tokens]
+    keep = len(tokens)
+    if sampling.top_p < 1.0:
+        # The token that crosses the bound still belongs to the nucleus.
+        keep = int(np.searchsorted(np.cumsum(weights), sampling.top_p * total, side="left")) + 1
+    if sampling.min_p > 0.0:
+        keep = min(keep, int(np.count_nonzero(weights >= sampling.min_p * weights[0])))
+    keep = max(1, min(keep, len(tokens)))
+    return tokens[:keep], weights[:keep]
+
+
+def _weights(logits: Logits, top: float, temperature: np.float64) -> npt.NDArray[np.float64]:
+    scaled = (logits.astype(np.float64) - top) / temperature
+    return np.exp(scaled, out=scaled)
+
+
+def _head(logits: Logits, weights: npt.NDArray[np.float64], total: float, sampling: Sampling) -> npt.NDArray[np.intp]:
+    """The best tokens, best first, as many as top_p and min_p can need."""
+    tokens = most_probable(logits, min(_HEAD, len(logits)))
+    enough_mass = float(weights[tokens].sum()) >= sampling.top_p * total
+    enough_depth = sampling.min_p > 0.0 and weights[tokens[-1]] < sampling.min_p * weights[tokens[0]]
+    return tokens if enough_mass or enough_depth else most_probable(logits, len(logits))
+
+
+def argmax_rows(rows: npt.NDArray[np.float32]) -> Sequence[int]:
+    """The best token of every row; ties go to the lower id."""
+    best: Sequence[int] = rows.argmax(axis=1).tolist()
+    return best
