@@ -39,6 +39,8 @@ from appliance.llamacpp.server import MAX_BODY_BYTES, Desk, Serving, make_app
 _KEEP_ALIVE_SECONDS = 3_600
 # After a failure the waiting clients get their error before the socket goes.
 _LAST_WORDS_SECONDS = 2.0
+# Health and exit code may tell of a failure this late; its requests hear of it at once.
+_LOOK_SECONDS = 0.2
 
 Result = TypeVar("Result")
 
@@ -126,16 +128,20 @@ async def _work(
 ) -> int:
     engine = Engine(model, max_queued_requests=options.max_queued_requests)
     engine.start()
-    alias = options.alias or options.model.stem
-    desk.open(Serving(alias, model, engine, prompts, grammars))
-    log("ready", model=alias, context_tokens=model.context_tokens, sequences=model.sequences, threads=model.threads)
-    failing = asyncio.ensure_future(engine.failed.wait())
-    await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
-    failed = failing.done()
+    desk.reason = "the engine measures its speed"
+    failing = asyncio.create_task(_until_failed(engine))
+    ready = asyncio.create_task(engine.ready())
+    await asyncio.wait({stopping, failing, ready}, return_when=asyncio.FIRST_COMPLETED)
+    if ready.done() and ready.exception() is None:
+        alias = options.alias or options.model.stem
+        desk.open(Serving(alias, model, engine, prompts, grammars))
+        log("ready", model=alias, context_tokens=model.context_tokens, sequences=model.sequences, threads=model.threads)
+        await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
+    ready.cancel()
     failing.cancel()
-    if failed:
-        desk.close("failed", engine.failure or "no reason known")
-        log("engine_failed", reason=engine.failure)
+    if engine.failed is not None:
+        desk.close("failed", engine.failed.message)
+        log("engine_failed", reason=engine.failed.message)
         await engine.close(0)
     else:
         desk.close("draining", "the engine was told to stop")
@@ -144,7 +150,12 @@ async def _work(
     with suppress(TimeoutError):
         await asyncio.wait_for(desk.idle(), _LAST_WORDS_SECONDS)
     log("stopped")
-    return EXIT_ENGINE if failed else EXIT_CLEAN
+    return EXIT_CLEAN if engine.failed is None else EXIT_ENGINE
+
+
+async def _until_failed(engine: Engine) -> None:
+    while engine.failed is None:  # noqa: ASYNC110  the engine sets it from its own thread and wakes nobody
+        await asyncio.sleep(_LOOK_SECONDS)
 
 
 def _load(options: argparse.Namespace) -> tuple[Model, Prompts, Grammars]:

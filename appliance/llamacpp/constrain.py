@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -81,7 +82,10 @@ class Grammars:
         vocabulary_size: int,
         max_cached: int = MAX_CACHED_GRAMMARS,
     ) -> None:
-        self._tokenizer: LLTokenizer = lltokenizer_from_vocab(vocab_pointer, eos_token=sorted(end_tokens) or None)
+        with warnings.catch_warnings():
+            # llguidance reads the vocabulary by a function that llama.cpp has given a new name.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._tokenizer: LLTokenizer = lltokenizer_from_vocab(vocab_pointer, eos_token=sorted(end_tokens) or None)
         self._vocabulary_size = vocabulary_size
         self._limits = LLParserLimits(max_grammar_size=MAX_GRAMMAR_SIZE)
         self._compiled: OrderedDict[bytes, LLMatcher] = OrderedDict()

@@ -17,7 +17,8 @@ End = Literal["stop", "length"]
 class Generation(Protocol):
     """One sequence in the engine: iterate for tokens as they come, then read `finished`."""
 
-    finished: Finished
+    @property
+    def finished(self) -> Finished | None: ...
 
     def __aiter__(self) -> AsyncIterator[list[TokenEvent]]: ...
 
@@ -26,22 +27,14 @@ class Generation(Protocol):
     async def aclose(self) -> None: ...
 
 
-class Failure(Protocol):
-    """Set when the engine cannot go on."""
-
-    def is_set(self) -> bool: ...
-
-    async def wait(self) -> object: ...
-
-
 class Engine(Protocol):
     """The scheduler, as the dialect sees it."""
 
-    failed: Failure
+    failed: ApplianceError | None
 
     def submit(self, request: Generate) -> Generation: ...
 
-    async def score(self, items: list[LabelItem]) -> list[LabelScores]: ...
+    async def score(self, items: Sequence[LabelItem]) -> list[LabelScores]: ...
 
     def load(self) -> Load: ...
 
@@ -219,9 +212,7 @@ class Running:
                 return
             if delta.text or delta.tokens:
                 yield delta
-        finished = choice.sequence.finished
-        self._count(choice)
-        end = self._end(finished)
+        end = self._end(self._count(choice))
         rest = choice.text.close()
         yield Delta(choice.index, rest.text, rest.notes, "stop" if choice.text.stopped else end)
 
@@ -238,20 +229,22 @@ class Running:
         return Delta(choice.index, "".join(text), tokens)
 
     def _end(self, finished: Finished) -> End:
-        if finished.reason == "stop" or finished.reason == "length":
+        if finished.reason in ("stop", "length"):
             return finished.reason
         if finished.reason == "cancelled":
             raise Unavailable("the engine is stopping and gave this request up; send it again", retry_after_seconds=5)
-        if self._engine.failed.is_set():
-            raise EngineFailed(f"the engine failed: {finished.error or 'no reason known'}; it is being restarted")
+        if self._engine.failed is not None:
+            raise EngineFailed(f"the engine failed: {self._engine.failed.message}; it is being restarted")
         raise ApplianceError(f"the reply could not be finished: {finished.error or 'no reason known'}")
 
-    def _count(self, choice: _Choice) -> None:
+    def _count(self, choice: _Choice) -> Finished:
         finished = choice.sequence.finished
+        assert finished is not None, "a sequence's iterator ends with its end"
         self.usage.completion_tokens += choice.completion_tokens
         if choice.first_of_prompt:
             self.usage.prompt_tokens += finished.prompt_tokens
             self.usage.cached_tokens += finished.cached_tokens
+        return finished
 
 
 def _seeded(sampling: Sampling, number: int) -> Sampling:

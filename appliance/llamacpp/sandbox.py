@@ -16,7 +16,7 @@ from jinja2.visitor import NodeTransformer
 
 MAX_STEPS = 2_000_000
 """Loop rounds and calls in one rendering. A 1,000-message conversation takes about 20,000 in the longest templates."""
-MAX_SECONDS = 5.0
+MAX_SECONDS = 2.0
 MAX_STRING_CHARS = 16_000_000
 """Longest string a template may make: more than a request body can hold (10 MB) after escaping some of it."""
 MAX_WIDTH = 10_000
