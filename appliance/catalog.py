@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
+from appliance.core import Ability
 from appliance.errors import ConfigError, UnknownModel
 
-Ability = Literal["chat", "completions", "json_schema", "labels", "tools", "vision", "embeddings"]
 EngineKind = Literal["llamacpp", "vllm"]
 ModelFormat = Literal["gguf", "safetensors"]
 

@@ -1,0 +1,424 @@
+"""Reads the header of a GGUF file: what the model is, its dimensions, and whether the file is whole.
+
+Nothing in the file is trusted: every count is checked against the bytes that are there before anything is allocated,
+and whatever is wrong becomes a ModelFileError that names the file and the place.
+"""
+
+import math
+import re
+import struct
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from appliance.catalog import FileSource, ModelSpec, Variant
+from appliance.core import Ability
+from appliance.errors import ModelFileError
+
+FIRST_READ_BYTES = 4 << 20
+HEADER_LIMIT_BYTES = 256 << 20
+"""Far above real headers: 150,000 tokens with their merges take about 6 MB."""
+KEPT_STRING_BYTES = 1 << 20
+KEPT_ARRAY_LENGTH = 4096
+"""Longer arrays are vocabularies; of them only the length is kept."""
+ENTRY_LIMIT = 1_000_000
+
+# Elements in a block and bytes of a block, by ggml's number of the tensor type.
+BLOCKS: Mapping[int, tuple[str, int, int]] = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+}
+
+# llama.cpp's name of a whole file's mixture, by general.file_type.
+FILE_TYPES: Mapping[int, str] = {
+    0: "F32",
+    1: "F16",
+    2: "Q4_0",
+    3: "Q4_1",
+    7: "Q8_0",
+    8: "Q5_0",
+    9: "Q5_1",
+    10: "Q2_K",
+    11: "Q3_K_S",
+    12: "Q3_K_M",
+    13: "Q3_K_L",
+    14: "Q4_K_S",
+    15: "Q4_K_M",
+    16: "Q5_K_S",
+    17: "Q5_K_M",
+    18: "Q6_K",
+    25: "IQ4_NL",
+    30: "IQ4_XS",
+    32: "BF16",
+    38: "MXFP4_MOE",
+}
+
+_SCALARS: Mapping[int, str] = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
+_STRING, _ARRAY = 8, 9
+
+TEXT_ABILITIES: tuple[Ability, ...] = ("completions", "labels", "decisions", "json_schema", "logprobs")
+"""What the CPU engine can do with any model that writes text."""
+
+Scalar = int | float | bool | str
+Value = Scalar | tuple[Scalar, ...] | None
+"""None: an array too long to keep."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """What a GGUF says of itself. `needed_bytes` is how long the file must be to hold all its tensors."""
+
+    path: Path
+    version: int
+    architecture: str
+    title: str
+    licence: str | None
+    quantisation: str
+    context_tokens: int
+    layers: int
+    embedding: int
+    heads: int
+    kv_heads: int
+    """The most that any layer has."""
+    head_dimension: int
+    vocabulary_tokens: int
+    sliding_window_tokens: int | None
+    sliding_layers: int
+    """0 where the file does not say which layers slide: then all are counted in full."""
+    parameters: int
+    tensors: int
+    needed_bytes: int
+    size_bytes: int
+    has_chat_template: bool
+    metadata: Mapping[str, Value]
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Read and check the header of the GGUF at `path`.
+
+    Raises ModelFileError: missing, not a GGUF, damaged, a part of a split model, or "truncated: has N bytes, needs M".
+    """
+    try:
+        size_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            return _parse_growing(path, size_bytes, file)
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read ({error.strerror}); pull the model again") from error
+
+
+class _NeedsMore(Exception):
+    """The bytes read so far end inside the header."""
+
+
+class _Damaged(Exception):
+    """What is wrong, without the file's name."""
+
+
+def _parse_growing(path: Path, size_bytes: int, file: BinaryIO) -> GgufHeader:
+    """Read more and more of the file until the header is whole; most headers lie in the first read."""
+    window = FIRST_READ_BYTES
+    while True:
+        file.seek(0)
+        buffer = file.read(min(window, size_bytes, HEADER_LIMIT_BYTES))
+        try:
+            return _parse(path, size_bytes, _Reader(buffer))
+        except _NeedsMore:
+            if len(buffer) >= HEADER_LIMIT_BYTES:
+                raise ModelFileError(f"{path}: its header is larger than {HEADER_LIMIT_BYTES} bytes") from None
+            if len(buffer) >= size_bytes:
+                raise ModelFileError(
+                    f"{path}: truncated: has {size_bytes} bytes and ends inside its header; pull the model again"
+                ) from None
+            window *= 4
+        except _Damaged as error:
+            raise ModelFileError(f"{path}: {error}; pull the model again") from None
+
+
+class _Reader:
+    """A cursor over the bytes that were read; every step is checked against their end."""
+
+    def __init__(self, buffer: bytes) -> None:
+        self.buffer = buffer
+        self.at = 0
+
+    def scalar(self, pattern: str) -> Any:
+        start = self.at
+        self.skip(struct.calcsize(pattern))
+        return struct.unpack_from(pattern, self.buffer, start)[0]
+
+    def skip(self, length: int) -> None:
+        if self.at + length > len(self.buffer):
+            raise _NeedsMore
+        self.at += length
+
+    def string(self) -> str:
+        length: int = self.scalar("<Q")
+        if length > HEADER_LIMIT_BYTES:
+            raise _Damaged(f"damaged: a string of {length} bytes at byte {self.at}")
+        start = self.at
+        self.skip(length)
+        return self.buffer[start : start + min(length, KEPT_STRING_BYTES)].decode("utf-8", "replace")
+
+    def value(self, kind: int, depth: int = 0) -> Value:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            return self._array(depth)
+        if kind not in _SCALARS:
+            raise _Damaged(f"damaged: a value of unknown type {kind} at byte {self.at}")
+        number: Scalar = self.scalar(_SCALARS[kind])
+        return number
+
+    def _array(self, depth: int) -> Value:
+        kind: int = self.scalar("<I")
+        length: int = self.scalar("<Q")
+        if length > HEADER_LIMIT_BYTES or (kind == _ARRAY and (depth > 1 or length > KEPT_ARRAY_LENGTH)):
+            raise _Damaged(f"damaged: an array of {length} items of type {kind} at byte {self.at}")
+        if kind in _SCALARS and length > KEPT_ARRAY_LENGTH:
+            self.skip(length * struct.calcsize(_SCALARS[kind]))
+            return None
+        if kind == _STRING and length > KEPT_ARRAY_LENGTH:
+            self._skip_strings(length)
+            return None
+        items = [self.value(kind, depth + 1) for _ in range(length)]
+        return tuple(item for item in items if isinstance(item, Scalar))
+
+    def _skip_strings(self, count: int) -> None:
+        buffer, at, end = self.buffer, self.at, len(self.buffer)
+        unpack = struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            if at + 8 > end:
+                raise _NeedsMore
+            at += 8 + unpack(buffer, at)[0]
+        self.at = at
+        self.skip(0)
+
+
+def _parse(path: Path, size_bytes: int, reader: _Reader) -> GgufHeader:
+    version, tensor_count, entry_count = _preamble(reader)
+    metadata: dict[str, Value] = {}
+    lengths: dict[str, int] = {}
+    for _ in range(entry_count):
+        key = reader.string()
+        kind: int = reader.scalar("<I")
+        lengths[key] = _length_ahead(reader, kind)
+        metadata[key] = reader.value(kind)
+    if _number(metadata, "split.count", 1) > 1:
+        raise _Damaged("is one part of a split model; only models in one file can be served")
+    tensors = _tensors(reader, tensor_count)
+    alignment = _number(metadata, "general.alignment", 32)
+    if not 0 < alignment <= 1 << 20:
+        raise _Damaged(f"damaged: general.alignment is {alignment}")
+    data_start = -(-reader.at // alignment) * alignment
+    needed_bytes = data_start + max((tensor.offset + tensor.bytes for tensor in tensors), default=0)
+    if size_bytes < needed_bytes:
+        raise _Damaged(f"truncated: has {size_bytes} bytes, needs {needed_bytes}")
+    return _describe(path, version, metadata, lengths, tensors, needed_bytes, size_bytes)
+
+
+def _preamble(reader: _Reader) -> tuple[int, int, int]:
+    magic: bytes = reader.scalar("<4s")
+    if magic != b"GGUF":
+        raise _Damaged(f"is not a GGUF file (it starts with {magic!r})")
+    version: int = reader.scalar("<I")
+    if version not in (2, 3):
+        raise _Damaged(f"is GGUF version {version}; versions 2 and 3 are read")
+    tensor_count: int = reader.scalar("<Q")
+    entry_count: int = reader.scalar("<Q")
+    if max(tensor_count, entry_count) > ENTRY_LIMIT:
+        raise _Damaged(f"damaged: it claims {tensor_count} tensors and {entry_count} header entries")
+    return version, tensor_count, entry_count
+
+
+def _length_ahead(reader: _Reader, kind: int) -> int:
+    """How many items the array at the cursor has; 0 where it is not one. The cursor stays."""
+    if kind != _ARRAY:
+        return 0
+    at = reader.at
+    reader.scalar("<I")
+    length: int = reader.scalar("<Q")
+    reader.at = at
+    return length
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    kind: str
+    elements: int
+    offset: int
+    bytes: int
+
+
+def _tensors(reader: _Reader, count: int) -> list[_Tensor]:
+    tensors = []
+    for _ in range(count):
+        name = reader.string()
+        dimension_count: int = reader.scalar("<I")
+        if dimension_count > 4:
+            raise _Damaged(f"damaged: tensor {name[:80]!r} has {dimension_count} dimensions")
+        elements = math.prod([reader.scalar("<Q") for _ in range(dimension_count)])
+        kind: int = reader.scalar("<I")
+        offset: int = reader.scalar("<Q")
+        if max(elements, offset) > 1 << 50:
+            raise _Damaged(f"damaged: tensor {name[:80]!r} claims {elements} elements at offset {offset}")
+        # A type newer than this table: its size is unknown, so only its start can be checked.
+        label, block, block_bytes = BLOCKS.get(kind, (f"type {kind}", 1, 0))
+        tensors.append(_Tensor(label, elements, offset, elements // block * block_bytes))
+    return tensors
+
+
+def _describe(
+    path: Path,
+    version: int,
+    metadata: Mapping[str, Value],
+    lengths: Mapping[str, int],
+    tensors: Sequence[_Tensor],
+    needed_bytes: int,
+    size_bytes: int,
+) -> GgufHeader:
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str) or not architecture:
+        raise _Damaged("does not say its architecture (general.architecture)")
+    layers = _needed(metadata, f"{architecture}.block_count")
+    embedding = _needed(metadata, f"{architecture}.embedding_length")
+    heads = _needed(metadata, f"{architecture}.attention.head_count")
+    window = _number(metadata, f"{architecture}.attention.sliding_window", 0)
+    licence = metadata.get("general.license")
+    return GgufHeader(
+        path=path,
+        version=version,
+        architecture=architecture,
+        title=str(metadata.get("general.name") or path.stem),
+        licence=licence if isinstance(licence, str) else None,
+        quantisation=_quantisation(metadata, tensors),
+        context_tokens=_needed(metadata, f"{architecture}.context_length"),
+        layers=layers,
+        embedding=embedding,
+        heads=heads,
+        kv_heads=_number(metadata, f"{architecture}.attention.head_count_kv", heads) or heads,
+        head_dimension=max(
+            _number(metadata, f"{architecture}.attention.key_length", 0),
+            _number(metadata, f"{architecture}.attention.value_length", 0),
+        )
+        or max(1, embedding // heads),
+        vocabulary_tokens=lengths.get("tokenizer.ggml.tokens") or _number(metadata, f"{architecture}.vocab_size", 0),
+        sliding_window_tokens=window or None,
+        sliding_layers=_sliding_layers(metadata, architecture, layers) if window else 0,
+        parameters=sum(tensor.elements for tensor in tensors),
+        tensors=len(tensors),
+        needed_bytes=needed_bytes,
+        size_bytes=size_bytes,
+        has_chat_template="tokenizer.chat_template" in metadata,
+        metadata=metadata,
+    )
+
+
+def _number(metadata: Mapping[str, Value], key: str, default: int) -> int:
+    """A whole number of the header; the largest one where there is one a layer."""
+    value = metadata.get(key)
+    if isinstance(value, tuple):
+        value = max((item for item in value if isinstance(item, int)), default=None)
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 1 << 40:
+        raise _Damaged(f"damaged: {key} is {value!r}")
+    return value
+
+
+def _needed(metadata: Mapping[str, Value], key: str) -> int:
+    value = _number(metadata, key, 0)
+    if not 0 < value <= 1 << 31:
+        raise _Damaged(f"its header gives no usable {key} (found {metadata.get(key)!r})")
+    return value
+
+
+def _sliding_layers(metadata: Mapping[str, Value], architecture: str, layers: int) -> int:
+    pattern = metadata.get(f"{architecture}.attention.sliding_window_pattern")
+    if isinstance(pattern, tuple):
+        return min(layers, sum(item is True for item in pattern))
+    return 0
+
+
+def _quantisation(metadata: Mapping[str, Value], tensors: Sequence[_Tensor]) -> str:
+    named = metadata.get("general.file_type")
+    if isinstance(named, int) and named in FILE_TYPES:
+        return FILE_TYPES[named]
+    weights: Counter[str] = Counter()
+    for tensor in tensors:
+        weights[tensor.kind] += tensor.elements
+    return weights.most_common(1)[0][0] if weights else "unknown"
+
+
+def spec_of(header: GgufHeader) -> ModelSpec:
+    """A model that is not in the catalogue, from its own header, so that it can be planned for like any other."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", header.path.stem.lower()).strip("-._")[:64] or "model"
+    variant = Variant(
+        name=re.sub(r"[^a-z0-9._-]+", "-", header.quantisation.lower()),
+        engine="llamacpp",
+        format="gguf",
+        quantisation=header.quantisation,
+        size_bytes=header.size_bytes,
+        sources=(FileSource(kind="file", path=str(header.path)),),
+    )
+    return ModelSpec(
+        name=name,
+        title=header.title,
+        family=header.architecture,
+        publisher="unknown",
+        licence=header.licence or "unknown",
+        parameters=max(1, header.parameters),
+        context_tokens=header.context_tokens,
+        layers=header.layers,
+        embedding=header.embedding,
+        heads=header.heads,
+        kv_heads=header.kv_heads,
+        head_dimension=header.head_dimension,
+        vocabulary_tokens=max(1, header.vocabulary_tokens),
+        abilities=("chat", *TEXT_ABILITIES) if header.has_chat_template else TEXT_ABILITIES,
+        notes="Not in the catalogue: read from the file's own header.",
+        variants=(variant,),
+        sliding_layers=header.sliding_layers,
+        sliding_window_tokens=header.sliding_window_tokens if header.sliding_layers else None,
+    )
