@@ -1,0 +1,103 @@
+"""Traces over OpenTelemetry's API alone: without an SDK in the process every call here does nothing.
+
+Attributes say where a request went and why, never what it said.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from appliance import __version__
+from appliance.core import Attempt, AttemptOutcome, Decision, Endpoint, Outcome
+
+_PROPAGATOR = TraceContextTextMapPropagator()
+
+
+def tracer() -> Tracer:
+    return trace.get_tracer("appliance", __version__)
+
+
+@contextmanager
+def _span(name: str, kind: SpanKind, parent: Context | None = None) -> Iterator[Span]:
+    # An SDK would write the error's text and stack into the span, and those may quote what the caller wrote.
+    with tracer().start_as_current_span(
+        name, context=parent, kind=kind, record_exception=False, set_status_on_exception=False
+    ) as span:
+        try:
+            yield span
+        except BaseException as error:
+            span.set_status(Status(StatusCode.ERROR, type(error).__name__))
+            raise
+
+
+@contextmanager
+def request_span(endpoint: Endpoint, headers: Mapping[str, str]) -> Iterator[Span]:
+    """The span of one request, a child of the caller's if `headers` (names in lower case) hold a W3C traceparent."""
+    with _span(endpoint, SpanKind.SERVER, _PROPAGATOR.extract(headers)) as span:
+        yield span
+
+
+def describe_decision(span: Span, decision: Decision) -> None:
+    """Put what was decided before the first call on a request's span."""
+    if not span.is_recording():
+        return
+    profile, route = decision.profile, decision.route
+    span.set_attributes(
+        {
+            "appliance.request_id": decision.request_id,
+            "appliance.decision_id": decision.id,
+            "appliance.route": route.name,
+            "appliance.policy": route.policy_version,
+            "appliance.residency": str(route.residency),
+            "appliance.residency_reason": route.residency_reason,
+            "appliance.task": profile.task,
+            "appliance.complexity": profile.complexity,
+            "appliance.targets": [attempt.target.name for attempt in route.attempts],
+            "appliance.excluded": [excluded.target for excluded in route.excluded],
+        }
+    )
+
+
+def describe_outcome(span: Span, outcome: Outcome) -> None:
+    """Put the end of a request on its span."""
+    if not span.is_recording():
+        return
+    span.set_attribute("http.response.status_code", outcome.status)
+    if outcome.error_code is not None:
+        span.set_attribute("error.type", outcome.error_code)
+    if outcome.status >= 500:
+        span.set_status(Status(StatusCode.ERROR, outcome.error_code))
+
+
+@contextmanager
+def attempt_span(attempt: Attempt, index: int) -> Iterator[Span]:
+    """The span of one attempt, inside the current request's. End it with `describe_attempt`."""
+    with _span("attempt", SpanKind.CLIENT) as span:
+        if span.is_recording():
+            span.set_attributes(
+                {
+                    "appliance.attempt": index,
+                    "appliance.target": attempt.target.name,
+                    "appliance.location": attempt.target.location,
+                    "appliance.reason": attempt.reason,
+                    "gen_ai.request.model": attempt.target.model,
+                }
+            )
+        yield span
+
+
+def describe_attempt(span: Span, outcome: AttemptOutcome) -> None:
+    """Put how an attempt went on its span."""
+    if not span.is_recording():
+        return
+    span.set_attribute("appliance.result", outcome.result)
+    span.set_attribute("gen_ai.usage.input_tokens", outcome.usage.prompt_tokens)
+    span.set_attribute("gen_ai.usage.output_tokens", outcome.usage.completion_tokens)
+    if outcome.cost_usd is not None:
+        span.set_attribute("appliance.cost_usd", outcome.cost_usd)
+    if outcome.result in ("failed", "rejected", "refused"):
+        span.set_status(Status(StatusCode.ERROR, outcome.result))
