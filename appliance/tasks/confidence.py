@@ -1,16 +1,17 @@
 """What `probability` and `confidence` mean, in one place.
 
-Decisions: the model gives every label a log likelihood; `probabilities` are their softmax over the labels of the question,
-sharpened or flattened by a temperature, and sum to 1. `confidence` is the probability of the option that is reported.
-`label_mass` says how much of the model's whole distribution fell on any label at all: a low one means that the model
-wanted to say something else, and makes the answer unsure however confident it looks.
+Decisions: the model gives every label a log likelihood; `probabilities` are their softmax over the labels of the
+question, sharpened or flattened by a temperature, and sum to 1. `confidence` is the probability of the option that is
+reported. `label_mass` says how much of the model's whole distribution fell on any label at all: a low one means that
+the model wanted to say something else, and makes the answer unsure however confident it looks.
 
 Extraction: the confidence of a field is the product of the probabilities of the tokens that its value was written with:
-the model's own probability of writing exactly this value, given what it wrote before. Long values score lower than short
-ones by nature, so a threshold belongs to a field, a model and a variant.
+the model's own probability of writing exactly this value, given what it wrote before. Long values score lower than
+short ones by nature, so a threshold belongs to a field, a model and a variant.
 """
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ DEFAULT_TEMPERATURE = 1.0
 
 
 def calibrated(logprobs: Sequence[float], temperature: float = DEFAULT_TEMPERATURE) -> tuple[float, ...]:
-    """Probabilities of the labels, summing to 1. Labels the model excludes have -inf; not all may. Raises ValueError."""
+    """Probabilities of the labels, summing to 1. Excluded labels have -inf; ValueError where all are."""
     top = max(logprobs)
     if not math.isfinite(top):
         raise ValueError("no label has a finite log probability")
@@ -49,32 +50,34 @@ def field_confidence(content: str, logprobs: object) -> Mapping[str, float] | No
     tokens = _spelled(content, logprobs)
     if tokens is None:
         return None
+    ends = [end for end, _ in tokens]
+    is_ascii = content.isascii()
     confidence: dict[str, float] = {}
-    for pointer, (start, end) in value_spans(content).items():
-        first, last = len(content[:start].encode()), len(content[:end].encode())
-        total = math.fsum(logprob for begin, stop, logprob in tokens if begin < last and stop > first)
+    for pointer, span in value_spans(content).items():
+        start, stop = span if is_ascii else (len(content[:place].encode()) for place in span)
+        first, last = bisect_right(ends, start), bisect_left(ends, stop)
+        total = math.fsum(logprob for _, logprob in tokens[first : last + 1])
         confidence[pointer] = min(1.0, math.exp(total))
     return confidence
 
 
-def _spelled(content: str, logprobs: object) -> list[tuple[int, int, float]] | None:
-    """(first byte, byte after the last, log probability) of each token, if the tokens together are `content`."""
+def _spelled(content: str, logprobs: object) -> list[tuple[int, float]] | None:
+    """(byte after the last, log probability) of each token, if the tokens together are `content`."""
     rows: Any = logprobs.get("content") if isinstance(logprobs, dict) else None
     if not isinstance(rows, list):
         return None
-    tokens: list[tuple[int, int, float]] = []
+    tokens: list[tuple[int, float]] = []
     spelled = bytearray()
     for row in rows:
-        logprob = row.get("logprob") if isinstance(row, dict) else None
-        piece = _bytes_of(row)
-        if piece is None or not isinstance(logprob, int | float):
+        piece = _bytes_of(row) if isinstance(row, dict) else None
+        if piece is None or not isinstance(row.get("logprob"), int | float):
             return None
-        tokens.append((len(spelled), len(spelled) + len(piece), float(logprob)))
         spelled += piece
+        tokens.append((len(spelled), float(row["logprob"])))
     return tokens if bytes(spelled) == content.encode() else None
 
 
-def _bytes_of(row: Any) -> bytes | None:
+def _bytes_of(row: Mapping[str, Any]) -> bytes | None:
     given = row.get("bytes")
     if isinstance(given, list) and all(type(item) is int and 0 <= item < 256 for item in given):
         return bytes(given)

@@ -1,0 +1,218 @@
+"""Decisions: `POST /v1/decisions` in OpenAI's shape, and `POST /v1/decisions/batch` for many inputs in one call.
+
+Response of the first: {model, answers: [...], usage}; answers in question order, as the official SDK types them, each
+with `label_mass` besides (null where the target does not tell it). A score counts levels from 0 and is their mean.
+
+Batch request: `inputs` (1 to 10,000) instead of `input`. Response: {model, results, usage}; results in order, each
+{index, answers} or {index, error} with OpenAI's error object.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from appliance.core import Ability, Asked, Outgoing, Reply, Target, Usage
+from appliance.errors import ApplianceError, Unsupported
+from appliance.tasks import hosted, labels
+from appliance.tasks.fields import missing, read_list, read_model, refuse_other_contract
+from appliance.tasks.inputs import Input, read_input
+from appliance.tasks.questions import Judged, Question, question_text, read_questions
+from appliance.tasks.tokens import MESSAGE_TOKENS, estimate_tokens
+
+MAX_INPUTS = 10_000
+INPUTS_PER_CALL = 32
+ITEMS_PER_CALL = 512
+"""Inputs times questions: one call holds an engine for about this much, and a failure costs no more than this."""
+
+_OTHERS = {"state": "/v1/systemone", "inputs": "/v1/decisions/batch"}
+_OWN_FIELDS = frozenset({"model", "input", "inputs", "questions", "stream"})
+
+Row = tuple[Judged, ...] | ApplianceError
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a decisions call comes to: a row for each input, in order."""
+
+    model: str
+    rows: tuple[Row, ...]
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionsCall:
+    """Some questions about some inputs.
+
+    `render` makes the caller's payload from the judgement; without one `read` returns the Judgement itself.
+    """
+
+    inputs: tuple[Input, ...]
+    questions: tuple[Question, ...]
+    wired: Sequence[Mapping[str, Any]]
+    """The questions on OpenAI's wire."""
+    extras: Mapping[str, Any]
+    question_first: bool
+    render: Callable[[Judgement, Sequence[Question]], Any] | None = None
+
+    @property
+    def stream(self) -> bool:
+        return False
+
+    @property
+    def prompt_tokens(self) -> int:
+        texts = sum(estimate_tokens(text.text) for text in self.inputs)
+        asks = estimate_tokens(question_text(self.questions)) + MESSAGE_TOKENS * len(self.questions)
+        if self.question_first:
+            return asks + len(self.questions) * texts
+        return texts + len(self.inputs) * asks
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.inputs) * len(self.questions)
+
+    def outgoing(self, target: Target) -> Sequence[Outgoing]:
+        """Label scores where the target can give them, else OpenAI's own endpoint. Raises Unsupported."""
+        has_image = any(text.has_image for text in self.inputs)
+        if "labels" in target.abilities and not has_image:
+            return (labels.outgoing(self.inputs, self.questions, question_first=self.question_first),)
+        if "decisions" in target.abilities:
+            return [hosted.outgoing(text, self.wired, self.extras) for text in self.inputs]
+        what = "look at images" if has_image else "answer decisions"
+        raise Unsupported(f"{target.name} cannot {what}", param="input" if has_image else "model")
+
+    def read(self, target: Target, replies: Sequence[Reply]) -> Any:
+        """The rendered payload. Raises BackendGarbage, or a single input's own error."""
+        rows: Sequence[Row]
+        if "labels" in target.abilities and not any(text.has_image for text in self.inputs):
+            rows = labels.read_scores(replies[0].payload, len(self.inputs), self.questions)
+        else:
+            rows = [hosted.read_answers(reply.payload, self.questions) for reply in replies]
+        judgement = Judgement(target.model, tuple(rows), sum((reply.usage for reply in replies), Usage()))
+        return judgement if self.render is None else self.render(judgement, self.questions)
+
+
+def read(body: Mapping[str, Any]) -> tuple[Asked, Sequence[DecisionsCall]]:
+    """Check a decisions body. Raises RequestError naming field, value and remedy."""
+    refuse_other_contract(body, "/v1/decisions", "input", _OTHERS)
+    questions = read_questions(body)
+    text = read_input(body["input"], "input")
+    call = make_call((text,), questions, body["questions"], _extras(body), openai_payload)
+    return make_asked(body, call), (call,)
+
+
+def read_batch(body: Mapping[str, Any]) -> tuple[Asked, Sequence[DecisionsCall]]:
+    """Check a batch body and cut it into calls; `batch_payload` puts their results together again."""
+    refuse_other_contract(body, "/v1/decisions/batch", "inputs", {"input": "/v1/decisions", "state": "/v1/systemone"})
+    questions = read_questions(body)
+    if body["inputs"] is None:
+        raise missing("inputs", f"it must be a list of 1 to {MAX_INPUTS} inputs")
+    rows = read_list(body["inputs"], "inputs", 1, MAX_INPUTS, "inputs")
+    inputs = tuple(read_input(row, f"inputs[{index}]") for index, row in enumerate(rows))
+    whole = make_call(inputs, questions, body["questions"], _extras(body))
+    size = max(1, min(INPUTS_PER_CALL, ITEMS_PER_CALL // len(questions)))
+    # The layout is chosen once for all: a text's answer must not depend on which chunk it fell into.
+    calls = [
+        DecisionsCall(inputs[start : start + size], questions, whole.wired, whole.extras, whole.question_first)
+        for start in range(0, len(inputs), size)
+    ]
+    return make_asked(body, whole), calls
+
+
+def _extras(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {name: value for name, value in body.items() if name not in _OWN_FIELDS}
+
+
+def make_call(
+    inputs: tuple[Input, ...],
+    questions: tuple[Question, ...],
+    wired: Sequence[Mapping[str, Any]],
+    extras: Mapping[str, Any],
+    render: Callable[[Judgement, Sequence[Question]], Any] | None = None,
+) -> DecisionsCall:
+    return DecisionsCall(inputs, questions, wired, extras, len(inputs) >= len(questions), render)
+
+
+def make_asked(body: Mapping[str, Any], call: DecisionsCall) -> Asked:
+    needs: set[Ability] = {"vision"} if any(text.has_image for text in call.inputs) else set()
+    texts = [text.text for text in call.inputs]
+    return Asked(
+        endpoint="decisions",
+        model=read_model(body),
+        body=body,
+        text="\n".join((question_text(call.questions), *texts)),
+        format="labels",
+        needs=frozenset(needs),
+    )
+
+
+def openai_payload(judgement: Judgement, questions: Sequence[Question]) -> Mapping[str, Any]:
+    """The response of /v1/decisions. Raises the error of its one input."""
+    row = only_row(judgement)
+    return {
+        "model": judgement.model,
+        "answers": _answers(row, questions),
+        "usage": usage_object(judgement.usage),
+    }
+
+
+def only_row(judgement: Judgement) -> tuple[Judged, ...]:
+    (row,) = judgement.rows
+    if isinstance(row, ApplianceError):
+        raise row
+    return row
+
+
+def batch_payload(results: Sequence[Judgement | ApplianceError], calls: Sequence[DecisionsCall]) -> Mapping[str, Any]:
+    """The response of /v1/decisions/batch. A call that failed as a whole gives its error to each of its inputs."""
+    rows: list[Mapping[str, Any]] = []
+    usage, models = Usage(), []
+    for result, call in zip(results, calls, strict=True):
+        answered = result.rows if isinstance(result, Judgement) else (result,) * len(call.inputs)
+        for row in answered:
+            index = {"index": len(rows)}
+            if isinstance(row, ApplianceError):
+                rows.append({**index, **row.to_openai()})
+            else:
+                rows.append({**index, "answers": _answers(row, call.questions)})
+        if isinstance(result, Judgement):
+            usage += result.usage
+            models.append(result.model)
+    return {
+        "model": ", ".join(dict.fromkeys(models)) or None,
+        "results": rows,
+        "usage": usage_object(usage),
+    }
+
+
+def _answers(row: Sequence[Judged], questions: Sequence[Question]) -> Sequence[Mapping[str, Any]]:
+    return [_answer(judged, question) for judged, question in zip(row, questions, strict=True)]
+
+
+def _answer(judged: Judged, question: Question) -> Mapping[str, Any]:
+    if judged.probabilities is None:
+        return {"type": "refusal", "name": question.name}
+    head = {"type": question.kind, "name": question.name}
+    tail = {"label_mass": judged.label_mass}
+    if question.kind == "predicate":
+        return {**head, "probability": judged.probabilities[0], **tail}
+    pairs = list(zip(question.options, judged.probabilities, strict=True))
+    if question.kind == "choice":
+        rows: list[Mapping[str, Any]] = [{"value": option.value, "probability": share} for option, share in pairs]
+        result: Mapping[str, Any] = {"choice": question.options[judged.chosen].value}
+    else:
+        rows = [
+            {"value": level, "label": option.value, "probability": share} for level, (option, share) in enumerate(pairs)
+        ]
+        result = {"score": judged.score}
+    return {**head, **result, "confidence": judged.confidence, "probabilities": rows, **tail}
+
+
+def usage_object(usage: Usage) -> Mapping[str, Any]:
+    """Usage as the SDK types it for decisions. No target reports cache writes, and on-site ones cost nothing."""
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }

@@ -1,0 +1,130 @@
+"""Decisions put to a model that scores labels: the prompt's layout, the labels' spelling, and reading the scores.
+
+Layout: what is the same for most items comes first, so that the engine computes it once. Many texts and few questions
+put the question into the system message; one text and several questions put the text there.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from appliance.core import Outgoing
+from appliance.errors import ApplianceError, BackendGarbage, BackendRefused, ContextTooLong
+from appliance.tasks.confidence import calibrated
+from appliance.tasks.inputs import Input
+from appliance.tasks.questions import Judged, Question
+
+PATH = "/labels"
+MAX_LABEL_CHARS = 40
+"""Longer options are shown with a number and answered by it: a sentence is never a likely answer word for word."""
+
+_TASK = "Answer the question about the text with exactly one of the possible answers, and nothing else."
+_ASKS = {
+    "predicate": "Is this true of the text, yes or no?",
+    "choice": "Question:",
+    "score": "Rate the text, from the lowest level to the highest:",
+}
+
+
+def labels_of(question: Question) -> tuple[str, ...]:
+    """A distinguishable label for every option, in order."""
+    if question.kind == "predicate":
+        return ("yes", "no")
+    texts = [_spelling(option.value) for option in question.options]
+    plain = len({text.casefold() for text in texts}) == len(texts)
+    if plain and all(len(text) <= MAX_LABEL_CHARS and "\n" not in text for text in texts):
+        return tuple(texts)
+    first = 0 if question.kind == "score" else 1
+    return tuple(str(number) for number in range(first, first + len(texts)))
+
+
+def _spelling(value: str | bool) -> str:
+    return value.strip() if isinstance(value, str) else str(value).lower()
+
+
+def outgoing(inputs: Sequence[Input], questions: Sequence[Question], *, question_first: bool) -> Outgoing:
+    """One call that scores every question for every input, inputs outermost."""
+    names: dict[tuple[str, ...], str] = {}
+    asked = []
+    for question in questions:
+        labels = labels_of(question)
+        names.setdefault(labels, f"set{len(names)}")
+        asked.append((_asks(question, labels), names[labels]))
+    pairs = [
+        (*(_question_first if question_first else _text_first)(text.text, ask), labels)
+        for text in inputs
+        for ask, labels in asked
+    ]
+    body: dict[str, Any] = {"label_sets": {name: list(labels) for labels, name in names.items()}}
+    if len({system for system, _, _ in pairs}) == 1:
+        body["messages"] = [_message("system", pairs[0][0])]
+        body["items"] = [{"content": user, "labels": labels} for _, user, labels in pairs]
+    else:
+        body["items"] = [
+            {"messages": [_message("system", system), _message("user", user)], "labels": labels}
+            for system, user, labels in pairs
+        ]
+    return Outgoing(PATH, body)
+
+
+def _message(role: str, content: str) -> Mapping[str, str]:
+    return {"role": role, "content": content}
+
+
+def _question_first(text: str, ask: str) -> tuple[str, str]:
+    return f"{_TASK}\n\n{ask}", text
+
+
+def _text_first(text: str, ask: str) -> tuple[str, str]:
+    return f"{_TASK}\n\nText:\n{text}", ask
+
+
+def _asks(question: Question, labels: Sequence[str]) -> str:
+    lines = [f"{_ASKS[question.kind]} {question.instructions}", "Possible answers:"]
+    for option, label in zip(question.options, labels, strict=True):
+        is_spelled = question.kind == "predicate" or label == _spelling(option.value)
+        meaning = [] if is_spelled else [_shown(option.value)]
+        meaning += [option.description] if option.description else []
+        lines.append(": ".join((f"- {label}", *meaning)))
+    return "\n".join(lines)
+
+
+def _shown(value: str | bool) -> str:
+    return f'"{value}"' if isinstance(value, str) else f"{str(value).lower()} (not the word)"
+
+
+def read_scores(
+    payload: object, inputs: int, questions: Sequence[Question]
+) -> Sequence[tuple[Judged, ...] | ApplianceError]:
+    """Answers to all questions for each input, or why there are none for it. Raises BackendGarbage."""
+    results = payload.get("results") if isinstance(payload, dict) else None
+    if not isinstance(results, list) or len(results) != inputs * len(questions):
+        raise BackendGarbage("the engine's label scores do not match what was asked")
+    rows: list[tuple[Judged, ...] | ApplianceError] = []
+    for start in range(0, len(results), len(questions)):
+        here = results[start : start + len(questions)]
+        errors = [result["error"] for result in here if isinstance(result, dict) and result.get("error")]
+        if errors:
+            rows.append(_error(errors[0]))
+        else:
+            rows.append(tuple(_judged(result, question) for result, question in zip(here, questions, strict=True)))
+    return rows
+
+
+def _error(error: object) -> ApplianceError:
+    """One item's error. What the item itself cannot be, no other target is asked for."""
+    message = error.get("message") if isinstance(error, dict) else error
+    code = error.get("code") if isinstance(error, dict) else None
+    kind = ContextTooLong if code == ContextTooLong.code else BackendRefused
+    return kind(str(message), status=400)
+
+
+def _judged(result: object, question: Question) -> Judged:
+    labels = result.get("labels") if isinstance(result, dict) else None
+    if not isinstance(result, dict) or not isinstance(labels, list) or len(labels) != len(question.options):
+        raise BackendGarbage("a label score of the engine does not have one entry for each label")
+    try:
+        scores = [-float("inf") if row["logprob"] is None else float(row["logprob"]) for row in labels]
+        mass = result.get("label_mass")
+        return Judged(calibrated(scores), None if mass is None else float(mass))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BackendGarbage(f"a label score of the engine cannot be read: {error!r}") from error
