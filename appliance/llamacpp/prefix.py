@@ -1,7 +1,7 @@
 """The prefix tree: which computed prompts lie in KV memory, who uses them, and which go first when room is short.
 
 Every leaf owns one sequence id whose cells hold its whole path, so any point inside the tree can be forked by sharing
-the cells of a leaf below it. Nodes on a path that somebody pinned are not evicted. The tree counts each of its cells once.
+the cells of a leaf below it. Nodes on a path that somebody pinned are not evicted. Every cell of the tree counts once.
 """
 
 from collections.abc import Iterator, Sequence

@@ -29,7 +29,10 @@ def log_normalizer(logits: Logits) -> float:
 
 
 def most_probable(logits: Logits, count: int) -> npt.NDArray[np.intp]:
-    """Indices of the `count` highest logits, best first; ties go to the lower index."""
+    """Indices of the `count` highest logits, best first, of equal ones the lower index first.
+
+    Which of several equal ones at the very end are in is left open.
+    """
     if count >= len(logits):
         return np.lexsort((np.arange(len(logits)), -logits))
     best = np.argpartition(logits, -count)[-count:]
@@ -106,9 +109,11 @@ class Sampler:
             known = logits.copy() if self._shifts else logits
         if self._shifts:
             self._shift(logits)
-        token = int(logits.argmax()) if self._greedy else self._draw(logits)
+        token = int(logits.argmax())
         if not logits[token] > -math.inf:  # also where it is not a number
             raise ValueError("no token is allowed here: constraint and logit bias together exclude every one")
+        if not self._greedy:
+            token = self._draw(logits)
         if self._logprobs is None:
             return TokenEvent(token)
         return TokenEvent(token, float(known[token]) - normalizer, top)

@@ -1,22 +1,36 @@
-"""The embedded model's vocabulary and its engine, loaded once for the room's tests."""
+"""The embedded model, loaded once for all tests of the engine, and a variant in which batching cannot change a digit."""
 
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 
+import llama_cpp.llama_cpp as lib
 import pytest
 
 from appliance.llamacpp.model import Model
-from appliance.llamacpp.prompts import Prompts
 
 
 @pytest.fixture(scope="session")
-def served_model(smollm2_path: Path) -> Iterator[Model]:
-    """Loaded with one thread: llama.cpp's threads spin, and tests share the machine."""
-    model = Model.load(smollm2_path, threads=1, context_tokens=4_096, sequences=8)
-    yield model
-    model.close()
+def model(smollm2_path: Path) -> Iterator[Model]:
+    """Small on purpose: 1,024 KV cells and 4 sequences, so that tests reach the limits quickly."""
+    loaded = Model.load(smollm2_path, threads=1, context_tokens=1024, sequences=4, batch_tokens=256)
+    yield loaded
+    loaded.close()
 
 
 @pytest.fixture(scope="session")
-def prompts(served_model: Model) -> Prompts:
-    return Prompts(served_model)
+def f32_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The same weights in float32, made by llama.cpp's own quantiser."""
+    path = tmp_path_factory.mktemp("f32") / "f32.gguf"
+    params = lib.llama_model_quantize_default_params()
+    params.nthread, params.ftype, params.allow_requantize = 2, lib.LLAMA_FTYPE_ALL_F32, True
+    assert lib.llama_model_quantize(str(smollm2_path).encode(), str(path).encode(), ctypes.byref(params)) == 0
+    yield path
+    path.unlink()
+
+
+@pytest.fixture(scope="session")
+def f32_model(f32_path: Path) -> Iterator[Model]:
+    loaded = Model.load(f32_path, threads=1, context_tokens=1024, sequences=4, batch_tokens=256)
+    yield loaded
+    loaded.close()

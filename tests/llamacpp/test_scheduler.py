@@ -1,0 +1,150 @@
+"""What goes into the next step, as tables; and how the measured rates are kept."""
+
+import pytest
+
+from appliance.llamacpp.params import Generate
+from appliance.llamacpp.rates import Rates
+from appliance.llamacpp.scheduler import (
+    FOLLOW_TOKENS,
+    LEAST_STEP_TOKENS,
+    OUTPUT_RESERVE_TOKENS,
+    Line,
+    Room,
+    leads,
+    promised_tokens,
+    share_prefill,
+    split_budget,
+    step_budget,
+    victim,
+)
+from appliance.llamacpp.sequence import Sequence
+
+
+def sequence(
+    number: int, prompt: int = 100, *, priority: int = 0, computed: int = 0, max_tokens: int = 1000, salt: str = ""
+) -> Sequence:
+    request = Generate(list(range(prompt)), max_tokens, priority=priority, cache_salt=salt)
+    made = Sequence.of(request, number, 4096, frozenset())
+    made.computed = computed
+    return made
+
+
+def test_the_line_goes_by_priority_and_then_by_arrival() -> None:
+    line = Line()
+    for number, priority in ((0, 1), (1, 0), (3, 0), (2, 0)):
+        line.push(sequence(number, priority=priority))
+    assert [waiting.number for waiting in line.in_order()] == [1, 2, 3, 0]
+    line.remove(line.in_order()[1])
+    assert [waiting.number for waiting in line.in_order()] == [1, 3, 0]
+
+
+def test_one_that_was_put_back_returns_to_its_old_place() -> None:
+    line = Line()
+    early = sequence(0)
+    line.push(sequence(5))
+    line.push(early)
+    assert line.in_order()[0] is early
+
+
+@pytest.mark.parametrize(
+    ("used", "promised", "tokens", "fits"), [(0, 0, 100, True), (50, 40, 10, True), (50, 40, 11, False)]
+)
+def test_room_counts_what_is_used_and_what_is_promised(used: int, promised: int, tokens: int, fits: bool) -> None:
+    assert Room(100, used, promised).fits(tokens) is fits
+
+
+def test_a_sequence_is_promised_its_prompt_and_the_first_part_of_its_output() -> None:
+    assert promised_tokens(sequence(0, 100)) == 100 + OUTPUT_RESERVE_TOKENS
+    assert promised_tokens(sequence(0, 100, computed=90, max_tokens=5)) == 15
+
+
+def test_the_end_of_the_context_limits_the_output() -> None:
+    assert sequence(0, 4000, max_tokens=1000).remaining == 96
+
+
+@pytest.mark.parametrize(
+    ("batch", "decoding", "rate", "budget"),
+    [
+        (512, 0, 2000.0, 512),
+        (512, 8, 2000.0, 308),
+        (512, 8, 20000.0, 512),
+        (512, 8, 50.0, 8 + LEAST_STEP_TOKENS),
+        (512, 8, 0.0, 8 + LEAST_STEP_TOKENS),
+        (32, 32, 50.0, 33),
+    ],
+)
+def test_a_step_is_short_while_somebody_reads_a_stream(batch: int, decoding: int, rate: float, budget: int) -> None:
+    assert step_budget(batch, decoding, rate, 0.15) == budget
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pending", "labels", "given"), [(100, 500, False, 100), (100, 500, True, 50), (100, 20, True, 20)]
+)
+def test_prompts_and_labels_share_a_step(tokens: int, pending: int, labels: bool, given: int) -> None:
+    assert split_budget(tokens, pending, labels) == given
+
+
+def test_prompts_are_computed_in_order_of_rank_and_cut_at_the_budget() -> None:
+    late, urgent, early = sequence(2, 100), sequence(3, 100, priority=-1), sequence(1, 100, computed=60)
+    assert share_prefill([late, urgent, early], 150, 8) == [(urgent, 100), (early, 40), (late, 10)]
+    assert share_prefill([late, urgent, early], 150, 1) == [(urgent, 100)]
+    assert share_prefill([late], 0, 8) == []
+
+
+def test_the_youngest_of_the_least_urgent_gives_way() -> None:
+    old, young, batch = sequence(1), sequence(9), sequence(3, priority=5)
+    assert victim([old, young]) is young
+    assert victim([old, batch, young]) is batch
+
+
+@pytest.mark.parametrize(
+    ("leader", "cached", "waits"),
+    [
+        (sequence(0, 100), 0, True),
+        (sequence(0, 100), 99 - FOLLOW_TOKENS, True),
+        (sequence(0, 100), 100 - FOLLOW_TOKENS, False),
+        (sequence(0, 100, computed=99), 0, False),
+        (sequence(0, 100, salt="other"), 0, False),
+        (sequence(0, FOLLOW_TOKENS - 1), 0, False),
+    ],
+)
+def test_a_prompt_waits_for_another_that_computes_the_same(leader: Sequence, cached: int, waits: bool) -> None:
+    assert leads(leader, sequence(1, 100), cached) is waits
+
+
+def test_a_rate_that_nobody_measured_is_unknown() -> None:
+    rates = Rates(8)
+    assert (rates.prefill_tokens_per_second, dict(rates.decode_tokens_per_second), rates.decode_at(3)) == (0, {}, 0)
+    assert rates.seconds_for(10, 0, 1) is None
+    assert rates.seconds_for(0, 0, 1) == 0
+
+
+def test_rates_follow_what_is_seen_slowly() -> None:
+    rates = Rates(8)
+    rates.observe_prefill(100, 1.0)
+    rates.observe_prefill(200, 1.0)
+    assert rates.prefill_tokens_per_second == pytest.approx(110)
+    rates.observe_decode(4, 0.1)
+    assert dict(rates.decode_tokens_per_second) == {4: pytest.approx(40)}
+
+
+def test_decode_rates_lie_on_lines_between_the_measured_ones() -> None:
+    rates = Rates(16)
+    for sequences, seconds in ((1, 0.1), (4, 0.2), (8, 0.2)):
+        rates.observe_decode(sequences, seconds)
+    assert [rates.decode_at(n) for n in (1, 2, 4, 6, 8, 16)] == pytest.approx([10, 40 / 3, 20, 30, 40, 40])
+
+
+def test_a_step_between_two_measured_numbers_corrects_the_nearer_by_its_ratio() -> None:
+    rates = Rates(8)
+    rates.observe_decode(4, 0.2)
+    rates.observe_decode(8, 0.2)
+    rates.observe_decode(5, 5 / 50.0)  # twice the 25 that was expected
+    assert rates.decode_tokens_per_second[4] == pytest.approx(22)
+
+
+def test_the_time_for_known_work_is_the_sum_of_both_kinds() -> None:
+    rates = Rates(4)
+    rates.observe_prefill(100, 1.0)
+    rates.observe_decode(4, 0.1)
+    assert rates.seconds_for(200, 80, 4) == pytest.approx(4.0)
