@@ -1,0 +1,1 @@
+"""The control plane: what the machine has, what fits, and the engines' lives."""

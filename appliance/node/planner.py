@@ -1,0 +1,186 @@
+"""Which models run here, how, and why not the others. Pure: values in, values with reasons out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from appliance.catalog import EngineKind, ModelSpec, Variant
+from appliance.config import Engine as EngineConfig
+from appliance.engines.base import Engine, Memory, Placement, Shape
+from appliance.engines.llamacpp import LlamaCpp
+from appliance.node.probe import Hardware
+
+ENGINES: Final[Mapping[EngineKind, Engine]] = {"llamacpp": LlamaCpp()}
+"""What this node can launch."""
+
+_RESERVE_BYTES: Final = 300_000_000
+"""For the router and its ledger; 5 % of the memory is kept where that is more."""
+_MIN_CONTEXT_TOKENS: Final = 2048
+"""Less than this holds no useful prompt."""
+_FULL_CONTEXT_TOKENS: Final = 32_768
+"""One sequence may be this long unless the operator asks for more: a CPU reads a longer prompt for minutes."""
+_TYPICAL_CONTEXT_TOKENS: Final = 2048
+"""What each sequence beside the longest one is given."""
+_CELLS_PER_SEQUENCE: Final = 512
+_SEQUENCES_PER_CORE: Final = 8
+_MOST_SEQUENCES: Final = 32
+"""Throughput still grew from 8 to 32 sequences on two cores, by 1.2 to 2.2 times."""
+_ROUNDING_TOKENS: Final = 256
+
+_MemoryOf = Callable[[int], Memory]
+"""Cells -> what the engine then holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A model that ought to be served, in one variant. `path` is where its file lies, or will lie once pulled."""
+
+    model: ModelSpec
+    variant: Variant
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    model: str
+    variant: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    placements: tuple[Placement, ...]
+    refusals: tuple[Refusal, ...]
+    usable_bytes: int
+    """Memory that engines may hold together, the reserve taken off."""
+    usable_reason: str
+
+
+def plan(hardware: Hardware, wanted: Sequence[Wanted], config: EngineConfig) -> Plan:
+    """Place every wanted model that fits, in the order given; each one leaves less for those after it.
+
+    Of several variants of one model the first that fits is placed. What `config` sets is kept, or refused in bytes.
+    """
+    usable, usable_reason = usable_bytes(hardware)
+    left = usable
+    placements: list[Placement] = []
+    refusals: list[Refusal] = []
+    for item in wanted:
+        placed = next((place for place in placements if place.model == item.model.name), None)
+        if placed:
+            result: Placement | str = f"{item.model.name} is already placed as {placed.variant}"
+        else:
+            result = _place(hardware, item, config, left)
+        if isinstance(result, str):
+            refusals.append(Refusal(item.model.name, item.variant.name, result))
+        else:
+            placements.append(result)
+            left -= result.memory.total_bytes
+    return Plan(tuple(placements), tuple(refusals), usable, usable_reason)
+
+
+def usable_bytes(hardware: Hardware) -> tuple[int, str]:
+    """What engines may hold together, and how it comes about."""
+    ram = hardware.ram
+    ceiling = min(ram.total_bytes, ram.limit.limit_bytes) if ram.limit else ram.total_bytes
+    reserve = max(_RESERVE_BYTES, ceiling // 20)
+    return max(0, ram.usable_bytes - reserve), f"{ram.usable_reason}; {reserve:,} stay for the node itself"
+
+
+def _place(hardware: Hardware, item: Wanted, config: EngineConfig, left_bytes: int) -> Placement | str:
+    """The placement, or why there is none."""
+    engine = ENGINES.get(item.variant.engine)
+    if engine is None:
+        return f"{item.variant.name} is for {item.variant.engine}; this node launches {', '.join(ENGINES)}"
+    abilities = engine.abilities(item.model)
+    if not abilities:
+        return f"{item.model.name} generates no text; {engine.kind} serves models that do"
+    threads, threads_reason = _threads(hardware, config)
+    sequences, sequences_reason = _sequences(hardware, config)
+    fitted = _fit_context(engine, item, config, sequences, left_bytes)
+    if isinstance(fitted, str):
+        return fitted
+    context, context_reason = fitted
+    if config.sequences is None and sequences > context // _CELLS_PER_SEQUENCE:
+        sequences = max(1, context // _CELLS_PER_SEQUENCE)
+        sequences_reason = f"{sequences} sequences, so that each has {_CELLS_PER_SEQUENCE} tokens of context"
+    memory = engine.memory(item.model, item.variant, context_tokens=context, sequences=sequences)
+    shape = Shape(
+        threads=threads,
+        context_tokens=context,
+        sequences=sequences,
+        sequence_context_tokens=min(context, item.model.context_tokens),
+        max_queued_requests=config.max_queued_requests,
+    )
+    fits = f"needs {memory}; {left_bytes:,} usable"
+    return Placement(
+        model=item.model.name,
+        variant=item.variant.name,
+        engine=engine.kind,
+        path=item.path,
+        shape=shape,
+        memory=memory,
+        abilities=abilities,
+        reasons=(fits, threads_reason, sequences_reason, context_reason),
+    )
+
+
+def _threads(hardware: Hardware, config: EngineConfig) -> tuple[int, str]:
+    cores = hardware.cpu.usable_cores
+    if config.threads is not None:
+        return config.threads, f"{config.threads} threads, as configured ({hardware.cpu.usable_reason})"
+    return cores, f"{cores} threads: {hardware.cpu.usable_reason}"
+
+
+def _sequences(hardware: Hardware, config: EngineConfig) -> tuple[int, str]:
+    if config.sequences is not None:
+        return config.sequences, f"{config.sequences} sequences, as configured"
+    count = min(_MOST_SEQUENCES, _SEQUENCES_PER_CORE * hardware.cpu.usable_cores)
+    return count, f"{count} sequences: {_SEQUENCES_PER_CORE} a core, at most {_MOST_SEQUENCES}"
+
+
+def _fit_context(
+    engine: Engine, item: Wanted, config: EngineConfig, sequences: int, left_bytes: int
+) -> tuple[int, str] | str:
+    """KV cells for all sequences together and the reason, or why not even the least fits."""
+    trained = item.model.context_tokens
+    least = min(_MIN_CONTEXT_TOKENS, trained) if config.context_tokens is None else config.context_tokens
+
+    def memory(cells: int) -> Memory:
+        return engine.memory(item.model, item.variant, context_tokens=cells, sequences=sequences)
+
+    if memory(least).total_bytes > left_bytes:
+        short = memory(least)
+        remedy = _remedy(memory, least, config, left_bytes)
+        return f"needs {short} with {least:,} tokens of context; {left_bytes:,} usable{remedy}"
+    if config.context_tokens is not None:
+        return least, f"{least:,} tokens of context, as configured"
+    full = min(trained, _FULL_CONTEXT_TOKENS)
+    wish = full + (sequences - 1) * min(trained, _TYPICAL_CONTEXT_TOKENS)
+    # Half of what the weights leave: the page cache, other programs and a second model live here too.
+    fixed = memory(0).total_bytes
+    half = _largest_context(memory, wish, fixed + (left_bytes - fixed) // 2)
+    if half >= min(full, wish):
+        return half, f"{half:,} tokens of context: one sequence of {full:,}, {_TYPICAL_CONTEXT_TOKENS:,} for each other"
+    cells = max(least, min(full, _largest_context(memory, full, left_bytes)))
+    return cells, f"{cells:,} tokens of context: what memory leaves of the model's {trained:,}"
+
+
+def _remedy(memory: _MemoryOf, least: int, config: EngineConfig, left_bytes: int) -> str:
+    if config.context_tokens is None:
+        return ": choose a smaller model or variant, or free memory"
+    most = _largest_context(memory, least, left_bytes)
+    return f": set engine.context_tokens to {most:,} or less" if most >= _ROUNDING_TOKENS else ": free memory"
+
+
+def _largest_context(memory: _MemoryOf, wish: int, limit_bytes: int) -> int:
+    """The most cells, up to `wish` and in whole steps of 256, that stay within `limit_bytes`; 0 if none do."""
+    low, high = 0, -(-wish // _ROUNDING_TOKENS)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if memory(middle * _ROUNDING_TOKENS).total_bytes <= limit_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low * _ROUNDING_TOKENS
