@@ -13,42 +13,50 @@ LIST_ITEMS = 8
 MIN_TOKENS = 64
 MAX_TOKENS = 1_024
 """Small models do not stay right over longer objects, and a context of 2,048 tokens must hold the text as well."""
-_MAX_DEPTH = 16
 
 
 def output_tokens(schema: Mapping[str, Any]) -> int:
     """Enough tokens for most objects of the schema, between MIN_TOKENS and MAX_TOKENS."""
-    return max(MIN_TOKENS, min(MAX_TOKENS, _tokens(schema, schema, _MAX_DEPTH)))
+    return max(MIN_TOKENS, min(MAX_TOKENS, _Sizer(schema).tokens(schema)))
 
 
-def _tokens(schema: Any, root: Mapping[str, Any], depth: int) -> int:
-    if not isinstance(schema, dict) or depth == 0:
-        return STRING_TOKENS
-    if isinstance(schema.get("$ref"), str):
-        return _tokens(_resolved(schema["$ref"], root), root, depth - 1)
-    for key in ("anyOf", "oneOf", "allOf"):
-        if isinstance(schema.get(key), list) and schema[key]:
-            return max(_tokens(option, root, depth - 1) for option in schema[key])
-    if "const" in schema or isinstance(schema.get("enum"), list):
-        values = schema.get("enum", [schema.get("const")])
-        return max((estimate_tokens(str(value)) for value in values), default=0) + 4
-    return _by_type(schema, root, depth)
+class _Sizer:
+    def __init__(self, root: Mapping[str, Any]) -> None:
+        self._root = root
+        self._known: dict[str, int] = {}
+        """By reference: each is sized once, or references that fan out would take for ever."""
 
+    def tokens(self, schema: Any) -> int:
+        if not isinstance(schema, dict):
+            return STRING_TOKENS
+        if isinstance(schema.get("$ref"), str):
+            return self._referenced(schema["$ref"])
+        for key in ("anyOf", "oneOf", "allOf"):
+            if isinstance(schema.get(key), list) and schema[key]:
+                return max(self.tokens(option) for option in schema[key])
+        if "const" in schema or isinstance(schema.get("enum"), list):
+            values = schema.get("enum", [schema.get("const")])
+            return max((estimate_tokens(str(value)) for value in values), default=0) + 4
+        return self._by_type(schema)
 
-def _by_type(schema: Mapping[str, Any], root: Mapping[str, Any], depth: int) -> int:
-    properties = schema.get("properties")
-    if isinstance(properties, dict):
-        return 4 + sum(
-            estimate_tokens(name) + 6 + _tokens(inner, root, depth - 1) for name, inner in properties.items()
-        )
-    if "items" in schema:
-        most = schema.get("maxItems")
-        items = min(most, MAX_TOKENS) if type(most) is int else LIST_ITEMS
-        return 4 + items * (2 + _tokens(schema["items"], root, depth - 1))
-    if schema.get("type") in ("number", "integer", "boolean", "null"):
-        return NUMBER_TOKENS
-    longest = schema.get("maxLength")
-    return min(max(1, longest // 3), MAX_TOKENS) if type(longest) is int else STRING_TOKENS
+    def _referenced(self, reference: str) -> int:
+        if reference not in self._known:
+            self._known[reference] = 0  # a cycle's inner turns count nothing
+            self._known[reference] = self.tokens(_resolved(reference, self._root))
+        return self._known[reference]
+
+    def _by_type(self, schema: Mapping[str, Any]) -> int:
+        properties = schema.get("properties")
+        if isinstance(properties, dict):
+            return 4 + sum(estimate_tokens(name) + 6 + self.tokens(inner) for name, inner in properties.items())
+        if "items" in schema:
+            most = schema.get("maxItems")
+            items = min(most, MAX_TOKENS) if type(most) is int else LIST_ITEMS
+            return 4 + items * (2 + self.tokens(schema["items"]))
+        if schema.get("type") in ("number", "integer", "boolean", "null"):
+            return NUMBER_TOKENS
+        longest = schema.get("maxLength")
+        return min(max(1, longest // 3), MAX_TOKENS) if type(longest) is int else STRING_TOKENS
 
 
 def _resolved(reference: str, root: Mapping[str, Any]) -> Any:

@@ -1,0 +1,71 @@
+"""Health, readiness and metrics: for load balancers, orchestrators and scrapers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from starlette.requests import Request as Http
+from starlette.responses import Response
+
+from appliance import __version__
+from appliance.api.parts import Ledger, Metrics, Snapshots
+from appliance.api.replies import json_response
+from appliance.api.rim import Rim
+from appliance.core import Snapshot, Target
+from appliance.pipeline.capacity import STALE_SECONDS
+
+
+class Admin:
+    def __init__(self, rim: Rim, state: Snapshots, ledger: Ledger, metrics: Metrics) -> None:
+        self._rim = rim
+        self._state = state
+        self._ledger = ledger
+        self._metrics = metrics
+
+    async def healthz(self, http: Http) -> Response:
+        """Alive: always 200. `status` is degraded where something needs a person; callers with a key are told what."""
+        health = self._ledger.health()
+        warnings = [{"code": warning.code, "text": warning.text} for warning in self._state.snapshot.warnings]
+        status = "ok" if health.ok and not warnings else "degraded"
+        if not self._rim.auth.knows(http.headers):
+            return json_response({"status": status})
+        ledger = {"ok": health.ok, "reason": health.reason, "pending": health.pending, "dropped": health.dropped}
+        return json_response({"status": status, "version": __version__, "ledger": ledger, "warnings": warnings})
+
+    async def readyz(self, http: Http) -> Response:
+        """200 while some target can answer, 503 with the reasons otherwise."""
+        rows = targets_ready(self._state.snapshot, self._rim.clock())
+        ready = any(row["ready"] for row in rows)
+        body: dict[str, Any] = {"ready": ready}
+        if self._rim.auth.knows(http.headers):
+            body["targets"] = rows
+        headers = {} if ready else {"retry-after": "5"}
+        return json_response(body, status=200 if ready else 503, headers=headers)
+
+    async def metrics(self, http: Http) -> Response:
+        self._rim.auth.caller(http.headers, "admin")
+        self._metrics.observe_snapshot(self._state.snapshot)
+        self._metrics.observe_ledger(self._ledger.health())
+        content, content_type = self._metrics.render()
+        return Response(content, headers={"content-type": content_type})
+
+
+def targets_ready(snapshot: Snapshot, now: float) -> Sequence[Mapping[str, Any]]:
+    """Each target, whether it can answer now, and why not. `now` is monotonic."""
+    rows = []
+    for target in snapshot.targets:
+        reason = _why_not(target, snapshot, now)
+        rows.append({"target": target.name, "location": target.location, "ready": not reason, "reason": reason})
+    return rows
+
+
+def _why_not(target: Target, snapshot: Snapshot, now: float) -> str:
+    if target.provider is not None:
+        return ""  # whether it is up shows when it is called
+    view = snapshot.engines.get(target.name)
+    if view is None:
+        return "its engine has not been seen yet"
+    if view.state != "ready":
+        return f"its engine is {view.state}" + (f": {view.reason}" if view.reason else "")
+    if now - view.seen > STALE_SECONDS:
+        return f"its engine was last seen {now - view.seen:.1f} s ago"
+    return ""

@@ -1,0 +1,105 @@
+"""The application: which path leads where, and how errors look."""
+
+import time
+from collections.abc import Callable
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as Http
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from appliance import __version__
+from appliance.api.admin import Admin
+from appliance.api.auth import Authenticator
+from appliance.api.envelope import Envelope
+from appliance.api.explain import Explain
+from appliance.api.openai import OpenAI
+from appliance.api.parts import Ledger, Metrics, Pipeline, Snapshots
+from appliance.api.replies import error_response
+from appliance.api.rim import Rim
+from appliance.api.tasks import Tasks
+from appliance.config import Server
+from appliance.errors import ApplianceError, NotFound, RequestError
+
+
+def create_app(
+    *,
+    pipeline: Callable[[], Pipeline],
+    auth: Authenticator,
+    state: Snapshots,
+    ledger: Ledger,
+    metrics: Metrics,
+    server: Server,
+    clock: Callable[[], float] = time.monotonic,
+    wall_clock: Callable[[], float] = time.time,
+) -> FastAPI:
+    """The HTTP API over the given rooms. `pipeline` is called once for each request, so a reload may replace it.
+
+    `clock` must be the one that snapshots are dated with.
+    """
+    rim = Rim(pipeline=pipeline, auth=auth, max_body_bytes=server.max_body_bytes, clock=clock, wall_clock=wall_clock)
+    # No interactive documentation: its pages load scripts from elsewhere, and requests travel verbatim anyway.
+    app = FastAPI(
+        title="Appliance",
+        version=__version__,
+        openapi_url=None,
+        routes=_routes(rim, state, ledger, metrics),
+        redirect_slashes=False,
+        exception_handlers={
+            ApplianceError: _on_error,
+            HTTPException: _on_http_error,
+            RequestValidationError: _on_invalid,
+        },
+    )
+    app.add_middleware(Envelope)
+    return app
+
+
+def _routes(rim: Rim, state: Snapshots, ledger: Ledger, metrics: Metrics) -> list[BaseRoute]:
+    """Plain routes: endpoints take the request and return the response, with no model in between for each message."""
+    openai, tasks = OpenAI(rim), Tasks(rim)
+    explain, admin = Explain(rim, ledger), Admin(rim, state, ledger, metrics)
+    return [
+        Route("/v1/chat/completions", openai.chat, methods=["POST"]),
+        Route("/v1/completions", openai.completions, methods=["POST"]),
+        Route("/v1/decisions", tasks.decisions, methods=["POST"]),
+        Route("/v1/decisions/batch", tasks.batch, methods=["POST"]),
+        Route("/v1/systemone", tasks.systemone, methods=["POST"]),
+        Route("/v1/extract", tasks.extract, methods=["POST"]),
+        Route("/v1/models", openai.models, methods=["GET"]),
+        Route("/v1/models/{name:path}", openai.model, methods=["GET"]),
+        Route("/v1/explain", explain.dry_run, methods=["POST"]),
+        Route("/v1/explain/{decision_id}", explain.decision, methods=["GET"]),
+        Route("/healthz", admin.healthz, methods=["GET"]),
+        Route("/readyz", admin.readyz, methods=["GET"]),
+        Route("/metrics", admin.metrics, methods=["GET"]),
+    ]
+
+
+async def _on_error(http: Http, error: Exception) -> Response:
+    assert isinstance(error, ApplianceError)
+    return error_response(error)
+
+
+async def _on_http_error(http: Http, error: Exception) -> Response:
+    """Paths and methods that do not exist."""
+    assert isinstance(error, HTTPException)
+    ours: ApplianceError
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        ours = RequestError(f"{http.method} is not a method of {http.url.path[:200]}: use {allowed}", status=405)
+    elif error.status_code == 404:
+        ours = NotFound(f"{http.url.path[:200]!r} does not exist here: the API is under /v1, for example /v1/models")
+    else:
+        ours = RequestError(str(error.detail), status=error.status_code)
+    ours.headers = dict(error.headers or {})
+    return error_response(ours)
+
+
+async def _on_invalid(http: Http, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return error_response(RequestError(f"{place}: {first['msg']}", param=place))

@@ -1,0 +1,87 @@
+"""Why: what would be decided for a body (POST, nothing is called or recorded), and what was (GET, from the ledger)."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from starlette.requests import Request as Http
+from starlette.responses import Response
+
+from appliance.api.parts import Ledger
+from appliance.api.replies import json_response
+from appliance.api.rim import Reader, Rim
+from appliance.core import Asked, Call, Decision
+from appliance.errors import NotFound
+from appliance.tasks import chat, completions, decisions, extract, systemone
+from appliance.tasks.fields import wrong
+
+READERS: Mapping[str, Reader[Any]] = {
+    "chat": chat.read,
+    "completions": completions.read,
+    "decisions": decisions.read,
+    "decisions/batch": decisions.read_batch,
+    "systemone": systemone.read,
+    "extract": extract.read,
+}
+
+_DECISION_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
+
+
+class Explain:
+    def __init__(self, rim: Rim, ledger: Ledger) -> None:
+        self._rim = rim
+        self._ledger = ledger
+
+    async def dry_run(self, http: Http) -> Response:
+        """Body: that of any endpoint, with `endpoint` naming it ("chat" where it is left out)."""
+        opened = await self._rim.open(http, read_any)
+        decision = self._rim.pipeline.decide(
+            opened.request, prompt_tokens=opened.prompt_tokens, output_tokens=opened.output_tokens
+        )
+        return json_response(_story(decision, opened.request.endpoint, len(opened.calls)))
+
+    async def decision(self, http: Http) -> Response:
+        """A decision that was made; other callers' decisions do not exist for a key without the scope admin."""
+        caller = self._rim.auth.caller(http.headers)
+        decision_id = http.path_params["decision_id"]
+        story = await self._ledger.decision(decision_id) if _DECISION_ID.fullmatch(decision_id) else None
+        if story is None or ("admin" not in caller.scopes and story.get("key_id") != caller.key_id):
+            raise NotFound(
+                f"decision {decision_id[:80]!r} is not known: every answer has its id in the header x-appliance-decision"
+            )
+        return json_response(story)
+
+
+def read_any(body: Mapping[str, Any]) -> tuple[Asked, Sequence[Call]]:
+    """Read a body that says itself for which endpoint it is meant. Raises RequestError as that endpoint would."""
+    named = body.get("endpoint", "chat")
+    name = named.removeprefix("/v1/").replace("chat/completions", "chat") if isinstance(named, str) else ""
+    if name not in READERS:
+        raise wrong("endpoint", named, f"it must be one of {', '.join(READERS)}")
+    return READERS[name]({field: value for field, value in body.items() if field != "endpoint"})
+
+
+def _story(decision: Decision, endpoint: str, calls: int) -> Mapping[str, Any]:
+    route = decision.route
+    return {
+        "dry_run": True,
+        "request_id": decision.request_id,
+        "endpoint": endpoint,
+        "calls": calls,
+        "profile": asdict(decision.profile),
+        "route": route.name,
+        "policy_version": route.policy_version,
+        "pinned": route.pinned,
+        "residency": str(route.residency),
+        "residency_reason": route.residency_reason,
+        "attempts": [
+            {"target": attempt.target.name, "location": attempt.target.location, "reason": attempt.reason}
+            for attempt in route.attempts
+        ],
+        "excluded": [{"target": item.target, "reason": item.reason} for item in route.excluded],
+        "latency_budget_seconds": route.latency_budget_seconds,
+        "max_wait_seconds": route.max_wait_seconds,
+        "total_seconds": route.total_seconds,
+        "max_attempts": route.max_attempts,
+    }

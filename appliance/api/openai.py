@@ -1,0 +1,85 @@
+"""OpenAI's own endpoints: chat completions, completions, models."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from starlette.requests import Request as Http
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from appliance.api.parts import Answer
+from appliance.api.relay import StreamResponse, as_stream
+from appliance.api.replies import json_response
+from appliance.api.rim import Opened, Rim
+from appliance.core import Target
+from appliance.errors import ApplianceError, UnknownModel
+from appliance.tasks import chat, completions
+from appliance.tasks.chat import ChatCall
+from appliance.tasks.completions import CompletionCall
+from appliance.tasks.events import stream_of
+
+AUTO = "auto"
+
+
+class OpenAI:
+    def __init__(self, rim: Rim) -> None:
+        self._rim = rim
+        self._started_at = int(rim.wall_clock())
+
+    async def chat(self, http: Http) -> ASGIApp:
+        opened = await self._rim.open(http, chat.read)
+        return await self._answered(http, opened)
+
+    async def completions(self, http: Http) -> ASGIApp:
+        opened = await self._rim.open(http, completions.read)
+        return await self._answered(http, opened)
+
+    async def _answered(self, http: Http, opened: Opened[ChatCall] | Opened[CompletionCall]) -> ASGIApp:
+        answer = await self._rim.answer(http, opened)
+        if answer.stream is not None:
+            return StreamResponse(answer, answer.stream)
+        if opened.request.stream:
+            # It had to be verified whole first, so the stream is made of the verified reply.
+            return StreamResponse(answer, as_stream(stream_of(answer.payload, opened.request.body)))
+        return await whole(answer, answer.payload)
+
+    async def models(self, http: Http) -> Response:
+        caller = self._rim.auth.caller(http.headers)
+        return json_response({"object": "list", "data": self._models(self._rim.pipeline.models(caller))})
+
+    async def model(self, http: Http) -> Response:
+        caller = self._rim.auth.caller(http.headers)
+        name = http.path_params["name"]
+        found = next((row for row in self._models(self._rim.pipeline.models(caller)) if row["id"] == name), None)
+        if found is None:
+            raise UnknownModel(f"model {name[:256]!r} is not known here: GET /v1/models lists those that are")
+        return json_response(found)
+
+    def _models(self, targets: Sequence[Target]) -> Sequence[Mapping[str, Any]]:
+        auto = {"id": AUTO, "object": "model", "created": self._started_at, "owned_by": "appliance"}
+        return [auto, *(self._model(target) for target in targets)]
+
+    def _model(self, target: Target) -> Mapping[str, Any]:
+        """OpenAI's fields, and what the appliance knows of the target besides. `created` is when this node started."""
+        return {
+            "id": target.name,
+            "object": "model",
+            "created": self._started_at,
+            "owned_by": target.provider or "onsite",
+            "location": target.location,
+            "region": target.region,
+            "context_tokens": target.context_tokens,
+            "abilities": sorted(target.abilities),
+        }
+
+
+async def whole(answer: Answer, payload: Any) -> Response:
+    """A whole answer as a response, and the answer closed."""
+    headers = answer.facts.headers()
+    try:
+        return json_response(payload, status=answer.status, headers=headers)
+    except ApplianceError as error:
+        error.headers = headers
+        raise
+    finally:
+        await answer.aclose()
