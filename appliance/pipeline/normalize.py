@@ -1,0 +1,65 @@
+"""A checked body, the headers and the key become one Request."""
+
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Final
+
+from appliance.core import Asked, Caller, Request, Residency
+from appliance.errors import RequestError
+
+RESIDENCY_HEADER: Final = "x-appliance-residency"
+TAG_HEADER: Final = "x-appliance-tag"
+
+_TAG: Final = re.compile(r"[\w.:/-]{1,64}")
+
+
+def make_request(
+    asked: Asked, *, headers: Mapping[str, str], caller: Caller, request_id: str, now: float, wall: float
+) -> Request:
+    """`headers` in lower case (or a mapping that does not mind); `now` monotonic, `wall` epoch seconds.
+
+    Raises RequestError for a header that cannot be understood: an unknown residency is never read as "any".
+    """
+    return Request(
+        id=request_id,
+        decision_id=new_decision_id(wall),
+        endpoint=asked.endpoint,
+        model=asked.model,
+        body=asked.body,
+        text=asked.text,
+        stream=asked.stream,
+        caller=caller,
+        received=now,
+        received_at=wall,
+        residency=_residency(headers.get(RESIDENCY_HEADER)),
+        tag=_tag(headers.get(TAG_HEADER)),
+        format=asked.format,
+        needs=asked.needs,
+        output_tokens=asked.output_tokens,
+    )
+
+
+def new_decision_id(wall: float) -> str:
+    """`dec_` and 32 hexadecimal digits: milliseconds first, so ids sort by time, then 80 random bits."""
+    milliseconds = int(wall * 1000) & 0xFFFF_FFFF_FFFF
+    return f"dec_{milliseconds:012x}{secrets.token_hex(10)}"
+
+
+def _residency(text: str | None) -> Residency | None:
+    if text is None:
+        return None
+    try:
+        return Residency.parse(text)
+    except ValueError as error:
+        raise RequestError(f"header {RESIDENCY_HEADER}: {error}", param=RESIDENCY_HEADER) from error
+
+
+def _tag(text: str | None) -> str | None:
+    if text is None or text == "":
+        return None
+    if not _TAG.fullmatch(text):
+        raise RequestError(
+            f"header {TAG_HEADER} is {text[:80]!r}: use up to 64 letters, digits and any of . _ : / -", param=TAG_HEADER
+        )
+    return text

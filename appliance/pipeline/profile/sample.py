@@ -1,0 +1,35 @@
+"""The part of a prompt that the rules look at, taken apart once: lowered text, words, edges."""
+
+from dataclasses import dataclass
+from typing import Final
+
+_HEAD_CHARACTERS: Final = 2000
+_TAIL_CHARACTERS: Final = 1000
+"""Instructions stand before or after a document, seldom in its middle, so the middle of a long text is not read."""
+
+_EDGE_CHARACTERS: Final = 300
+
+_TO_SPACE: Final = str.maketrans(dict.fromkeys(".,;:!?()[]{}<>\"'`*_/\\|=\t\n\r", " "))
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    text: str
+    """Lower case."""
+    edges: str
+    """Its first and last few hundred characters: where an instruction is, if there is one."""
+    words: tuple[str, ...]
+    vocabulary: frozenset[str]
+    edge_vocabulary: frozenset[str]
+
+
+def take_sample(text: str) -> Sample:
+    if len(text) > _HEAD_CHARACTERS + _TAIL_CHARACTERS:
+        text = f"{text[:_HEAD_CHARACTERS]}\n{text[-_TAIL_CHARACTERS:]}"
+    lowered = text.lower()
+    words = tuple(lowered.translate(_TO_SPACE).split())
+    vocabulary = frozenset(words)
+    if len(lowered) <= 2 * _EDGE_CHARACTERS:
+        return Sample(lowered, lowered, words, vocabulary, vocabulary)
+    edges = f"{lowered[:_EDGE_CHARACTERS]}\n{lowered[-_EDGE_CHARACTERS:]}"
+    return Sample(lowered, edges, words, vocabulary, frozenset(edges.translate(_TO_SPACE).split()))
