@@ -1,0 +1,103 @@
+"""What the control plane sees, made into snapshots for the requests; and the line on which engines are asked."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+
+from appliance.core import EngineLoad, EngineView, Snapshot, Target, Warning_
+from appliance.engines.llamacpp import read_load
+from appliance.errors import BackendGarbage
+from appliance.state import State
+
+_ANSWER_SECONDS: Final = 5.0
+"""An engine computes without holding its interpreter, so even a busy one answers within a step."""
+
+
+class Signals:
+    """Keeps targets, engine views and warnings, and publishes them together. The only writer of snapshots.
+
+    Every change is published at once: a request must not be sent to an engine that is known to be down.
+    """
+
+    def __init__(self, state: State, clock: Callable[[], float], configured: Sequence[Target] = ()) -> None:
+        self._state, self._clock = state, clock
+        self._configured = tuple(configured)
+        self._own: tuple[Target, ...] = ()
+        self._views: dict[str, EngineView] = {}
+        self._warnings: dict[tuple[str, str], Warning_] = {}
+
+    def set_configured(self, targets: Sequence[Target]) -> None:
+        """Replace the rows of the configured providers, at start and on reload."""
+        self._configured = tuple(targets)
+        self._publish()
+
+    def set_engines(self, targets: Sequence[Target]) -> None:
+        """Replace the rows of this node's own engines; views of others are forgotten."""
+        self._own = tuple(targets)
+        names = {target.name for target in self._own}
+        self._views = {name: view for name, view in self._views.items() if name in names}
+        self._publish()
+
+    def show(self, view: EngineView) -> None:
+        self._views[view.target] = view
+        self._publish()
+
+    def warn(self, code: str, text: str, about: str = "") -> None:
+        """Raise a named condition, or reword it. `about` tells several of one code apart."""
+        warning = Warning_(code, text)
+        if self._warnings.get((code, about)) != warning:
+            self._warnings[code, about] = warning
+            self._publish()
+
+    def clear(self, code: str, about: str = "") -> None:
+        """End a condition, if it is there."""
+        if self._warnings.pop((code, about), None) is not None:
+            self._publish()
+
+    def _publish(self) -> None:
+        snapshot = Snapshot(
+            at=self._clock(),
+            targets=(*self._own, *self._configured),
+            engines=dict(self._views),
+            warnings=tuple(self._warnings.values()),
+        )
+        self._state.publish(snapshot)
+
+
+class EngineLine:
+    """Asks one engine how it is, over its unix socket. Answers of anything but HTTP 200 count as no answer."""
+
+    def __init__(self, socket: Path) -> None:
+        # verify=False: there is no TLS on a unix socket, and reading the certificates takes longer than the call.
+        transport = httpx.AsyncHTTPTransport(uds=str(socket), verify=False)
+        self._client = httpx.AsyncClient(
+            transport=transport, base_url="http://engine", timeout=_ANSWER_SECONDS, trust_env=False
+        )
+
+    async def health_problem(self) -> str | None:
+        """None when it is ready, else what it answered or why it did not."""
+        answer = await self._get("/health")
+        return answer if isinstance(answer, str) else None
+
+    async def load(self) -> EngineLoad | str:
+        """Its load, or why it cannot be had."""
+        answer = await self._get("/load")
+        if isinstance(answer, str):
+            return answer
+        try:
+            return read_load(answer.json())
+        except (BackendGarbage, ValueError) as error:
+            return str(error)
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+    async def _get(self, path: str) -> Any:
+        """The response, or a text that says why there is none."""
+        try:
+            response = await self._client.get(path)
+        except httpx.HTTPError as error:
+            return f"{path}: {type(error).__name__} {error}".rstrip()
+        return response if response.status_code == httpx.codes.OK else f"{path}: HTTP {response.status_code}"

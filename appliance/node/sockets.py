@@ -1,0 +1,59 @@
+"""Where the engines' sockets lie: a private folder with a path short enough for them."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from appliance.errors import EngineFailed
+
+_SOCKET_PATH_BYTES: Final = 100
+"""Unix sockets take 104 (macOS) to 108 bytes, the closing NUL included."""
+_NAME_BYTES: Final = 20
+"""For what mkdtemp adds, and for `/NN.sock`."""
+
+
+class SocketFolder:
+    """A folder that only this user can enter, with a path short enough for sockets in it."""
+
+    def __init__(self, preferred: Path) -> None:
+        """`preferred`/PID-xxxx, or one below XDG_RUNTIME_DIR or the system's temporary folder where that is too long.
+
+        Folders that earlier processes left in `preferred` are removed.
+        """
+        preferred.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _sweep(preferred)
+        self.path = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=_short_enough(preferred)))
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _short_enough(preferred: Path) -> Path:
+    fallbacks = [Path(name) for name in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp") if name]
+    for folder in (preferred.absolute(), *fallbacks):
+        needed = len(os.fsencode(folder)) + len(f"/{os.getpid()}-") + _NAME_BYTES
+        if needed <= _SOCKET_PATH_BYTES and os.access(folder, os.W_OK):
+            return folder
+    raise EngineFailed(
+        f"no folder with a path short enough for unix sockets: set a data directory shorter than {preferred}"
+    )
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the folders of processes that are gone."""
+    for entry in folder.iterdir():
+        owner = entry.name.partition("-")[0]
+        if owner.isdigit() and not _is_alive(int(owner)):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
