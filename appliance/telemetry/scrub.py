@@ -13,7 +13,7 @@ _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     (
         re.compile(
             r"(?i)\b((?:proxy-)?authorization|(?:x[-_])?api[-_]?key|set-cookie|cookie|password|client[-_]secret)"
-            r"(['\"]?\s*[:=]\s*b?['\"]?)(?:(?:bearer|basic|token)\s+)?[^\s'\",;)}\]]+"
+            r"(['\"]?\s*[:=]\s*(?:b?['\"])?)(?:(?:bearer|basic|token)\s+)?[^\s'\",;)}\]]+"
         ),
         rf"\1\2{_HIDDEN}",
     ),

@@ -1,5 +1,6 @@
 """The report's figures, exact to the nano-dollar, and the same whether the node runs or not."""
 
+import asyncio
 import json
 import random
 from pathlib import Path
@@ -73,15 +74,17 @@ async def test_a_hosted_attempt_that_was_never_allowed_out_has_not_left(tmp_path
 async def test_sums_agree_to_the_nano_dollar_with_a_count_kept_elsewhere(tmp_path: Path) -> None:
     chance = random.Random(7)
     ledger = await Ledger.open(url_in(tmp_path), clock=lambda: NOW_AT)
-    spent_nano = 0
-    for number in range(400):
-        usage = Usage(prompt_tokens=chance.randrange(1, 5000), completion_tokens=chance.randrange(1, 900))
+    usages = [Usage(chance.randrange(1, 5000), chance.randrange(1, 900)) for _ in range(400)]
+
+    async def ask(number: int, usage: Usage) -> None:
         assert HOSTED.price is not None
-        spent_nano += usage.prompt_tokens * 3_000 + usage.completion_tokens * 15_000
         cost = HOSTED.price.cost_usd(usage)
         reservation = await ledger.reserve(decision_id=f"dec_{number}", target=HOSTED, usd=2 * cost)
         ledger.settle(reservation, usd=cost)
         ledger.record(outcome(f"dec_{number}", hosted_attempt(usage=usage, cost_usd=cost, reservation=reservation)))
+
+    await asyncio.gather(*(ask(number, usage) for number, usage in enumerate(usages)))
+    spent_nano = sum(usage.prompt_tokens * 3_000 + usage.completion_tokens * 15_000 for usage in usages)
 
     report = await ledger.report(since_at=0, until_at=NOW_AT + 1)
 
