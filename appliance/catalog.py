@@ -104,7 +104,7 @@ class Variant:
     quantisation: str
     """As the format calls it: Q4_1, Q4_K_M, Q8_0, BF16 ..."""
     size_bytes: Positive
-    """Of the weights as they lie on disk."""
+    """Of the weights as they lie on disk. Exact for one file; a folder also holds its configuration and tokenizer."""
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
     """In the order in which they are tried."""
     sha256: Sha256 | None = None
@@ -142,8 +142,6 @@ class ModelSpec:
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)]
     embedded: bool = False
     """The one that `serve` pulls by itself when it is told nothing else."""
-    measuring_only: bool = False
-    """Third-party copy: fit for measuring a machine, not for shipping."""
     sliding_layers: Annotated[int, Field(ge=0)] = 0
     """How many of `layers` keep only the last `sliding_window_tokens`."""
     sliding_window_tokens: Positive | None = None
@@ -190,7 +188,7 @@ class DevicePrior:
     flags: tuple[str, ...] = ()
     """CPU: instruction sets that must all be there, as the kernel names them."""
     product_names: tuple[str, ...] = ()
-    """GPU: any of these within the name that NVML reports."""
+    """GPU: any of these, as whole words, within the name that NVML reports."""
     memory_bytes: Positive | None = None
     """GPU: on the board. A CPU's is asked of the machine."""
     compute_capability: str | None = None
@@ -225,14 +223,12 @@ class Catalog:
         return max(met, key=lambda device: len(device.flags), default=None)
 
     def gpu_prior(self, product_name: str) -> DevicePrior | None:
-        """The prior with the longest name found within the one that NVML reports; None where none is."""
-        found = [
-            (len(name), device)
-            for device in self.devices
-            for name in device.product_names
-            if name.casefold() in product_name.casefold()
-        ]
-        return max(found, key=lambda pair: pair[0])[1] if found else None
+        """The prior whose name stands, as whole words, within the one that NVML reports; None where none does."""
+        for device in self.devices:
+            for name in device.product_names:
+                if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", product_name, re.IGNORECASE):
+                    return device
+        return None
 
 
 def load_catalog(extra_model_folders: Sequence[Path] = ()) -> Catalog:
