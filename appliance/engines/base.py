@@ -74,11 +74,17 @@ class Engine(Protocol):
     def permanent_exits(self) -> frozenset[int]:
         """Exit codes before readiness that another start cannot mend."""
 
-    def argv(self, python: str, placement: Placement, socket: Path, leash_fd: int) -> list[str]:
-        """The command line that serves `placement` on the unix socket and ends when `leash_fd` reaches its end."""
+    def argv(
+        self, python: str, placement: Placement, *, socket: Path, leash_fd: int, drain_seconds: float
+    ) -> list[str]:
+        """The command line that serves `placement` on the unix socket, ends when `leash_fd` reaches its end, and
+        after SIGTERM ends by itself within `drain_seconds`."""
 
     def environment(self) -> Mapping[str, str]:
         """Variables the program needs beside those that every engine gets."""
+
+    def last_words(self, lines: Sequence[str]) -> str:
+        """Why it ended, from the last lines it wrote; empty where they do not say."""
 
     def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> Memory: ...
 

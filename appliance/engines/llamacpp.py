@@ -1,6 +1,7 @@
 """The CPU engine as the control plane sees it: its command line, its memory, its `/load`."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +24,9 @@ residuals), in f32. Together with the other parts 5 to 40 % above what llama.cpp
 _PROGRAM_BYTES: Final = 130_000_000
 """Interpreter, libraries, compiled grammars. Measured: 78 MB after imports, before a model is loaded."""
 
+_FAREWELL_SECONDS: Final = 3.0
+"""From the end of its drain to its exit the engine needs up to 2 s: clients get their last words."""
+
 _LOAD: TypeAdapter[EngineLoad] = TypeAdapter(EngineLoad)
 
 
@@ -38,8 +42,13 @@ class LlamaCpp:
         """Exit codes that another start cannot mend: 2 bad arguments, 3 a model file that cannot be read."""
         return frozenset({2, 3})
 
-    def argv(self, python: str, placement: Placement, socket: Path, leash_fd: int) -> list[str]:
-        """The command line that serves `placement` on the unix socket and ends when `leash_fd` reaches its end."""
+    def argv(
+        self, python: str, placement: Placement, *, socket: Path, leash_fd: int, drain_seconds: float
+    ) -> list[str]:
+        """The command line that serves `placement` on the unix socket and ends when `leash_fd` reaches its end.
+
+        After SIGTERM the engine gives running requests up in time to end by itself within `drain_seconds`.
+        """
         shape = placement.shape
         return command_line(
             [python, "-m", "appliance.llamacpp"],
@@ -51,6 +60,7 @@ class LlamaCpp:
                 "--context-tokens": shape.context_tokens,
                 "--sequences": shape.sequences,
                 "--max-queued-requests": shape.max_queued_requests,
+                "--drain-seconds": max(0.0, drain_seconds - _FAREWELL_SECONDS),
                 "--leash-fd": leash_fd,
             },
         )
@@ -59,6 +69,17 @@ class LlamaCpp:
         """Threads that wait sleep instead of spinning. Spinning ones starve each other as soon as anything else runs:
         two threads on two busy cores decoded 3 tokens/s at 16 sequences spinning and 95 to 200 sleeping."""
         return {"OMP_WAIT_POLICY": "PASSIVE"}
+
+    def last_words(self, lines: Sequence[str]) -> str:
+        """The last reason the engine logged (as JSON), or the last line of anything else, such as a traceback."""
+        for line in reversed(lines):
+            try:
+                event = json.loads(line)
+            except ValueError:
+                return line
+            if isinstance(event, dict) and event.get("reason"):
+                return str(event["reason"])
+        return ""
 
     def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> Memory:
         """Bytes held once the engine is ready: f16 keys and values for every cell, sliding windows kept whole."""

@@ -57,7 +57,8 @@ class Process(Protocol):
     def kill(self) -> None:
         """End the whole group."""
 
-    def last_words(self) -> str: ...
+    def last_lines(self) -> Sequence[str]:
+        """The last lines it wrote, oldest first."""
 
 
 class Launcher(Protocol):
@@ -142,8 +143,8 @@ class Child:
         except (ProcessLookupError, PermissionError):
             return  # nobody is left; macOS says EPERM where only zombies are
 
-    def last_words(self) -> str:
-        return self._output.last_words()
+    def last_lines(self) -> Sequence[str]:
+        return self._output.last_lines()
 
 
 class Output:
@@ -159,11 +160,11 @@ class Output:
         self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._read, name=f"log {path.stem}", daemon=True).start()
 
-    def last_words(self, lines: int = 3) -> str:
-        """The last lines in one."""
-        return " | ".join(list(self._lines)[-lines:])
+    def last_lines(self) -> Sequence[str]:
+        """The last lines, oldest first."""
+        return tuple(self._lines)
 
-    async def wait_for_end(self, timeout_seconds: float = 1.0) -> None:
+    async def wait_for_end(self, timeout_seconds: float = 0.3) -> None:
         """Wait until everything written has been read. A process that left the group may hold the pipe open, hence
         the limit."""
         try:

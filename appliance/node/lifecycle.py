@@ -154,6 +154,7 @@ def _spawn(life: Life, now: float, limits: Limits) -> Step:
         phase="starting",
         since=now,
         wake_at=now + limits.start_seconds,
+        reason="",
         steps=-1,
         stalled_seconds=0.0,
         unhealthy_seconds=0.0,

@@ -20,7 +20,7 @@ _MIN_CONTEXT_TOKENS: Final = 2048
 """Less than this holds no useful prompt."""
 _FULL_CONTEXT_TOKENS: Final = 32_768
 """One sequence may be this long unless the operator asks for more: a CPU reads a longer prompt for minutes."""
-_TYPICAL_CONTEXT_TOKENS: Final = 2048
+_TYPICAL_CONTEXT_TOKENS: Final = 1024
 """What each sequence beside the longest one is given."""
 _CELLS_PER_SEQUENCE: Final = 512
 _SEQUENCES_PER_CORE: Final = 8

@@ -250,7 +250,7 @@ class Keeper:
         try:
             process = await self._launcher.launch(
                 self.placement.model,
-                lambda leash_fd: self._engine.argv(sys.executable, self.placement, self._socket, leash_fd),
+                self._argv,
                 self._engine.environment(),
             )
         except OSError as error:
@@ -260,10 +260,19 @@ class Keeper:
         self._run("exit", lambda: self._watch(process))
         self._run("poll", lambda: self._poll(process))
 
+    def _argv(self, leash_fd: int) -> list[str]:
+        return self._engine.argv(
+            sys.executable,
+            self.placement,
+            socket=self._socket,
+            leash_fd=leash_fd,
+            drain_seconds=self._limits.drain_seconds,
+        )
+
     async def _watch(self, process: Process) -> None:
         code = await process.wait()
         self._process = None
-        self._inbox.put_nowait(Exited(code, process.last_words()))
+        self._inbox.put_nowait(Exited(code, self._engine.last_words(process.last_lines())))
 
     async def _poll(self, process: Process) -> None:
         """As long as `process` lives: ask for its health while it starts, for its load once it is ready."""
