@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import aiohttp
@@ -9,7 +10,7 @@ import httpx
 from httpx_aiohttp import AiohttpTransport
 
 from appliance.core import EgressPermit, Target
-from appliance.errors import BackendError, BackendGarbage, BackendUnreachable
+from appliance.errors import BackendError, BackendGarbage, BackendUnreachable, ResidencyRefused
 
 KEEPALIVE_SECONDS: Final = 3.0
 """Below the 5 s after which uvicorn (and so vLLM and our engine) closes an idle connection: a POST sent into a closing
@@ -82,3 +83,24 @@ async def close_response(response: httpx.Response) -> None:
 def _words(error: aiohttp.ClientConnectorError) -> str:
     reason = error.os_error
     return reason.strerror or str(reason) or type(reason).__name__
+
+
+@dataclass(frozen=True, slots=True)
+class Doors:
+    """Both doors of a node. `egress` is None where no hosted provider is configured: then there is nothing to open."""
+
+    local: Door
+    egress: Door | None = None
+
+    def to(self, target: Target) -> Door:
+        """Raises ResidencyRefused where no door leads to `target`."""
+        if target.location == "onsite":
+            return self.local
+        if self.egress is None:
+            raise ResidencyRefused(f"{target.name} is hosted, and this node has no way off its site")
+        return self.egress
+
+    async def aclose(self) -> None:
+        await self.local.aclose()
+        if self.egress is not None:
+            await self.egress.aclose()
