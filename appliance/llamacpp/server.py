@@ -161,15 +161,15 @@ class Dialect:
 
     async def load(self, request: Request) -> Response:
         serving = self._loaded()
-        return _json(
-            {
-                **asdict(serving.engine.load()),
-                "model": serving.alias,
-                "threads": serving.model.threads,
-                "context_tokens": serving.model.context_tokens,
-                "uptime_seconds": time.monotonic() - self.desk.started,
-            }
-        )
+        load = {
+            **asdict(serving.engine.load()),
+            "model": serving.alias,
+            "threads": serving.model.threads,
+            "context_tokens": serving.model.context_tokens,
+            "uptime_seconds": time.monotonic() - self.desk.started,
+        }
+        # decode_tokens_per_second has numbers for keys
+        return _raw_json(orjson.dumps(load, option=orjson.OPT_NON_STR_KEYS))
 
     async def models(self, request: Request) -> Response:
         serving = self._loaded()

@@ -1,8 +1,9 @@
 """Masks let through what the schema allows, and bad schemas are refused with the reason."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,13 @@ RECEIPT: Mapping[str, Any] = {
     "required": ["shop", "total"],
     "additionalProperties": False,
 }
+
+
+@pytest.fixture(scope="module")
+def served_model(smollm2_path: Path) -> Iterator[Model]:
+    model = Model.load(smollm2_path, threads=1, context_tokens=512, sequences=1)
+    yield model
+    model.close()
 
 
 @pytest.fixture(scope="module")
