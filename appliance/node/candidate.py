@@ -17,6 +17,8 @@ _USABLE_PREFILL_TOKENS_PER_SECOND: Final = 40.0
 """A prompt of 400 tokens within ten seconds."""
 _ASSUMED_BANDWIDTH_BYTES_PER_SECOND: Final = 15_000_000_000
 """Where no prior fits: less than two channels of DDR4 give, so that the advice errs on the small side."""
+_ASSUMED_OPERATIONS_PER_SECOND: Final = 30_000_000_000
+"""Of one core, where no prior fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +30,7 @@ class Candidate:
     placement: Placement
     """Its path is empty: nothing has been pulled."""
     decode_tokens_per_second: float
-    prefill_tokens_per_second: float | None
-    """None where the prior does not know this quantisation."""
+    prefill_tokens_per_second: float
     basis: str
     """Where the rates come from."""
 
@@ -52,20 +53,26 @@ def _candidates(hardware: Hardware, catalog: Catalog) -> Iterator[Candidate]:
 
 
 def _estimate(model: ModelSpec, variant: Variant, placement: Placement, prior: DevicePrior | None) -> Candidate:
-    if prior is None:
-        bandwidth = _ASSUMED_BANDWIDTH_BYTES_PER_SECOND
-        basis = f"estimated from an assumed memory bandwidth of {bandwidth / 1e9:.0f} GB/s"
-        operations = None
-    else:
-        bandwidth = prior.memory_bandwidth_bytes_per_second
-        basis = f"estimated from {bandwidth / 1e9:.0f} GB/s of memory bandwidth ({prior.name}, {prior.basis})"
-        operations = (prior.prefill_operations_per_second or {}).get(variant.quantisation)
-    prefill = None if operations is None else operations * placement.shape.threads / (2 * model.parameters)
-    # One sequence reads all weights for every token.
-    return Candidate(model, variant, placement, bandwidth / variant.size_bytes, prefill, f"{basis}; not measured here")
+    bandwidth, known, origin = _ASSUMED_BANDWIDTH_BYTES_PER_SECOND, dict[str, int](), "assumed"
+    if prior is not None:
+        bandwidth, origin = prior.memory_bandwidth_bytes_per_second, f"{prior.name}, {prior.basis}"
+        known = dict(prior.prefill_operations_per_second or {})
+    # A quantisation nobody measured counts as the slowest of those that were.
+    operations = known.get(variant.quantisation) or min(known.values(), default=_ASSUMED_OPERATIONS_PER_SECOND)
+    basis = f"estimated from {bandwidth / 1e9:.0f} GB/s and {operations / 1e9:.0f} GFLOP/s a core ({origin})"
+    return Candidate(
+        model=model,
+        variant=variant,
+        placement=placement,
+        # One sequence reads all weights for every token.
+        decode_tokens_per_second=bandwidth / variant.size_bytes,
+        prefill_tokens_per_second=operations * placement.shape.threads / (2 * model.parameters),
+        basis=f"{basis}; not measured here",
+    )
 
 
 def _is_quick(candidate: Candidate) -> bool:
-    prefill = candidate.prefill_tokens_per_second
-    reads_quickly = prefill is None or prefill >= _USABLE_PREFILL_TOKENS_PER_SECOND
-    return reads_quickly and candidate.decode_tokens_per_second >= _USABLE_DECODE_TOKENS_PER_SECOND
+    return (
+        candidate.decode_tokens_per_second >= _USABLE_DECODE_TOKENS_PER_SECOND
+        and candidate.prefill_tokens_per_second >= _USABLE_PREFILL_TOKENS_PER_SECOND
+    )

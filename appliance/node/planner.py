@@ -157,14 +157,14 @@ def _fit_context(
     if config.context_tokens is not None:
         return least, f"{least:,} tokens of context, as configured"
     full = min(trained, _FULL_CONTEXT_TOKENS)
-    wish = full + (sequences - 1) * min(trained, _TYPICAL_CONTEXT_TOKENS)
+    per_sequence = min(trained, _TYPICAL_CONTEXT_TOKENS)
+    wish = full + (sequences - 1) * per_sequence
     # Half of what the weights leave: the page cache, other programs and a second model live here too.
     fixed = memory(0).total_bytes
-    half = _largest_context(memory, wish, fixed + (left_bytes - fixed) // 2)
-    if half >= min(full, wish):
-        return half, f"{half:,} tokens of context: one sequence of {full:,}, {_TYPICAL_CONTEXT_TOKENS:,} for each other"
-    cells = max(least, min(full, _largest_context(memory, full, left_bytes)))
-    return cells, f"{cells:,} tokens of context: what memory leaves of the model's {trained:,}"
+    cells = max(least, _largest_context(memory, wish, fixed + (left_bytes - fixed) // 2))
+    if cells >= wish:
+        return cells, f"{cells:,} tokens of context: one sequence of {full:,} and {per_sequence:,} for each other"
+    return cells, f"{cells:,} tokens of context in half of the memory left (the model's own is {trained:,})"
 
 
 def _remedy(memory: _MemoryOf, least: int, config: EngineConfig, left_bytes: int) -> str:
