@@ -142,6 +142,8 @@ class ModelSpec:
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)]
     embedded: bool = False
     """The one that `serve` pulls by itself when it is told nothing else."""
+    measuring_only: bool = False
+    """Here because package indexes carry it, for measuring machines; never recommended to anyone."""
     sliding_layers: Annotated[int, Field(ge=0)] = 0
     """How many of `layers` keep only the last `sliding_window_tokens`."""
     sliding_window_tokens: Positive | None = None
