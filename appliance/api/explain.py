@@ -48,7 +48,7 @@ class Explain:
         story = await self._ledger.decision(decision_id) if _DECISION_ID.fullmatch(decision_id) else None
         if story is None or ("admin" not in caller.scopes and story.get("key_id") != caller.key_id):
             raise NotFound(
-                f"decision {decision_id[:80]!r} is not known: every answer has its id in the header x-appliance-decision"
+                f"decision {decision_id[:80]!r} is not known: its answer had the id in the header x-appliance-decision"
             )
         return json_response(story)
 
