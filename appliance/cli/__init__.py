@@ -1,0 +1,22 @@
+"""The commands. Each file is one; this one only gathers them."""
+
+import typer
+
+from appliance.cli import keys, models, policy
+from appliance.cli.hardware import plan_command, probe_command
+from appliance.cli.report import report_command
+from appliance.cli.serving import serve_command
+
+app = typer.Typer(
+    help="Serve open-weight models on your own hardware; decide per request what stays and what overflows.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("serve")(serve_command)
+app.command("probe")(probe_command)
+app.command("plan")(plan_command)
+app.command("report")(report_command)
+app.add_typer(models.app, name="models")
+app.add_typer(policy.app, name="policy")
+app.add_typer(keys.app, name="keys")

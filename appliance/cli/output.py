@@ -2,11 +2,20 @@
 
 import json
 import sys
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
 
+from appliance.errors import ApplianceError
+
+Result = TypeVar("Result")
+
+_PIPE_WIDTH = 240
+"""Columns where no terminal says how many there are: a table in a file or a pipe is not to be cut."""
+
+stdout = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 stderr = Console(stderr=True, highlight=False)
 
 
@@ -21,6 +30,14 @@ def say_json(value: Any) -> None:
 def fail(message: str, code: int = 1) -> NoReturn:
     print(f"appliance: {message}", file=sys.stderr, flush=True)
     raise typer.Exit(code)
+
+
+def guarded(work: Callable[[], Result]) -> Result:
+    """Do `work`; one of our own errors ends the program with its sentence instead of a traceback."""
+    try:
+        return work()
+    except ApplianceError as error:
+        fail(str(error))
 
 
 def bytes_text(count: float) -> str:

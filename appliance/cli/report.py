@@ -1,0 +1,55 @@
+"""appliance report: requests, tokens, cost and share by target, from the ledger."""
+
+import time
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from appliance.cli.output import guarded, say, say_json, stdout
+from appliance.cli.places import ConfigOption, DataDirOption, JsonOption, data_dir_of
+from appliance.config import load_config
+from appliance.ledger.database import sqlite_url
+from appliance.ledger.queries import Report, offline_report
+from appliance.serve import LEDGER_FILE
+
+
+def report_command(
+    days: Annotated[float, typer.Option(help="How far back.", min=0.001, max=3660)] = 1.0,
+    config_path: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What was asked, who answered, and what it cost. Works while the node runs and when it does not."""
+    config = guarded(lambda: load_config(config_path))
+    url = config.ledger.url or sqlite_url(data_dir_of(data_dir, config) / LEDGER_FILE)
+    now = time.time()
+    report = guarded(lambda: offline_report(url, since_at=now - days * 86_400, until_at=now + 1))
+    if as_json:
+        say_json(report.to_dict())
+    else:
+        _print(report, measured=config.cost.watts_per_busy_core is not None and config.cost.usd_per_kwh is not None)
+
+
+def _print(report: Report, *, measured: bool) -> None:
+    since = datetime.fromtimestamp(report.since_at, UTC).isoformat(timespec="minutes")
+    say(f"since {since}: {report.requests} requests, {report.answered} answered, {report.cost_usd:.6f} USD")
+    columns = ("target", "location", "requests", "share", "prompt tokens", "cached", "output tokens", "cost USD")
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in report.targets:
+        tokens = (row.prompt_tokens, row.cached_tokens, row.completion_tokens)
+        cost = f"{row.cost_usd:.6f}"
+        table.add_row(row.target, row.location, str(row.requests), f"{row.share:.1%}", *map(str, tokens), cost)
+    stdout.print(table)
+    say(f"overflowed {report.overflowed}, fell back {report.fell_back}, escalated {report.escalated}")
+    bound = ", ".join(f"{count} {name}" for name, count in report.bound.items()) or "none"
+    say(f"bound: {bound}; left the site: {report.left_site}; bound to the site and left: {report.onsite_bound_left}")
+    for code, count in report.errors.items():
+        say(f"ended with {code}: {count}")
+    if report.unsettled:
+        say(f"{report.unsettled} calls are not settled; up to {report.unsettled_usd:.6f} USD of the cost is theirs")
+    if report.unpriced_attempts:
+        say(f"{report.unpriced_attempts} calls used tokens at a cost nobody knows; they are in no sum")
+    if not measured:
+        say("on-site cost is assumed: set usd_per_kwh and watts_per_busy_core under [cost] to what is true here")

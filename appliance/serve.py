@@ -1,0 +1,271 @@
+"""The composition root: every room is built here, started in order, and stopped in the opposite order."""
+
+import asyncio
+import contextlib
+import fcntl
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+import uvicorn
+
+from appliance.api.app import create_app
+from appliance.api.auth import Authenticator, is_loopback
+from appliance.backends.base import Doors
+from appliance.backends.egress import EgressDoor
+from appliance.backends.local import LocalDoor
+from appliance.config import DEFAULT_POLICY_PATH, NodeConfig, Policy, load_policy, provider_targets, read_secret
+from appliance.core import Outcome, Target
+from appliance.engines.base import Placement
+from appliance.errors import ConfigError, EngineFailed, OperatorError
+from appliance.ledger.database import sqlite_url
+from appliance.ledger.store import Ledger
+from appliance.node.launcher import ChildLauncher
+from appliance.node.signals import Signals
+from appliance.node.supervisor import Supervisor
+from appliance.pipeline.admission import Admission
+from appliance.pipeline.answer import Pipeline
+from appliance.pipeline.breaker import Breakers
+from appliance.pipeline.capacity import TokenRatios
+from appliance.pipeline.residency import PermitOffice
+from appliance.state import State
+from appliance.telemetry.logs import setup_logging
+from appliance.telemetry.metrics import Metrics
+
+_log = structlog.get_logger(__name__)
+
+LEDGER_FILE = "ledger.sqlite"
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What a node is started with. `home` is the data directory, `secrets` are the providers' keys by name."""
+
+    config: NodeConfig
+    home: Path
+    placements: tuple[Placement, ...]
+    configured: tuple[Target, ...]
+    policy: Policy
+    policy_path: Path
+    secrets: Mapping[str, str] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """What a node says of itself once it is ready. `hosted` are the names of hosted targets."""
+
+    url: str
+    hosted: tuple[str, ...]
+    policy_version: str
+    policy_path: Path
+    needs_key: bool
+
+
+class Books:
+    """The pipeline's side of the ledger. Metrics learn of every outcome on its way there."""
+
+    def __init__(self, ledger: Ledger, metrics: Metrics) -> None:
+        self._ledger, self._metrics = ledger, metrics
+        self.reserve, self.settle = ledger.reserve, ledger.settle
+
+    def record(self, outcome: Outcome) -> None:
+        self._metrics.observe_outcome(outcome)
+        self._ledger.record(outcome)
+
+
+def prepare(config: NodeConfig, home: Path, placements: tuple[Placement, ...]) -> Site:
+    """Read everything that a start depends on. Raises ConfigError for what contradicts itself or is missing."""
+    if not config.keys and not is_loopback(config.server.host):
+        raise ConfigError(
+            f"listening on {config.server.host} lets others in, so API keys are needed: make one with "
+            "`appliance keys create NAME` and add the row it prints, or listen on 127.0.0.1",
+            field="server.host",
+        )
+    configured = provider_targets(config)
+    names = [placed.target for placed in placements] + [target.name for target in configured]
+    policy_path = Path(config.policy).expanduser() if config.policy else DEFAULT_POLICY_PATH
+    policy = load_policy(policy_path, names)
+    keys = {one.name: secret for one in config.providers if (secret := read_secret(one)) is not None}
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the data directory {home}: {error.strerror}; choose another one") from error
+    return Site(config, home, placements, configured, policy, policy_path, keys)
+
+
+async def serve(site: Site, announce: Callable[[Running], None]) -> None:
+    """Run a node until SIGTERM or SIGINT; calls `announce` once it can answer.
+
+    Raises LedgerUnavailable, EngineFailed and other OperatorErrors for what keeps it from starting.
+    """
+    config, configured = site.config, site.configured
+    setup_logging(config.log.level, config.log.format)
+    async with AsyncExitStack() as stack:
+        stack.enter_context(_alone(site.home))
+        listener = stack.enter_context(_listener(config.server.host, config.server.port))
+        state, metrics = State(time.monotonic), Metrics()
+        signals = Signals(state, time.monotonic, configured)
+        signals.set_configured(configured)
+        supervisor = _supervisor(site, signals)
+        # The engine takes longest, so it starts first.
+        await supervisor.start()
+        stack.push_async_callback(supervisor.stop)
+        ledger_url = config.ledger.url or sqlite_url(site.home / LEDGER_FILE)
+        ledger = await Ledger.open(ledger_url, retention_days=config.ledger.retention_days)
+        stack.push_async_callback(ledger.close)
+        pipeline = _pipeline(site, state, Books(ledger, metrics), stack)
+        auth = Authenticator(config.keys, host=config.server.host)
+        app = create_app(
+            pipeline=lambda: pipeline, auth=auth, state=state, ledger=ledger, metrics=metrics, server=config.server
+        )
+        server = Server(_uvicorn_config(app, config))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        stack.push_async_callback(_ended, server, serving)
+        with server.stops_on(signal.SIGTERM, signal.SIGINT):
+            ready = asyncio.create_task(_wait_ready(supervisor, config, configured))
+            await asyncio.wait({ready, serving}, return_when=asyncio.FIRST_COMPLETED)
+            if ready.done():
+                ready.result()
+                hosted = tuple(target.name for target in configured if target.location == "hosted")
+                announce(Running(_url(listener), hosted, site.policy.version, site.policy_path, bool(config.keys)))
+            else:
+                ready.cancel()
+            await serving
+
+
+class Server(uvicorn.Server):
+    """uvicorn, stopped by us: its own signal handling would end the process before the engines are drained."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    @contextlib.contextmanager
+    def stops_on(self, *numbers: signal.Signals) -> Iterator[None]:
+        """The first signal drains, a second one stops waiting for requests that are still running."""
+        loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            self.force_exit = self.should_exit
+            self.should_exit = True
+
+        for number in numbers:
+            loop.add_signal_handler(number, stop)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+
+async def _ended(server: Server, serving: "asyncio.Task[None]") -> None:
+    server.should_exit = True
+    await asyncio.wait({serving})
+
+
+async def _wait_ready(supervisor: Supervisor, config: NodeConfig, configured: tuple[Target, ...]) -> None:
+    """Engines that fail end the start, unless hosted targets can answer in their place."""
+    try:
+        await supervisor.wait_ready(config.engine.start_seconds)
+    except EngineFailed as error:
+        if not configured:
+            raise
+        _log.error("the engine failed; requests that may leave the site are still answered", reason=str(error))
+
+
+def _supervisor(site: Site, signals: Signals) -> Supervisor:
+    return Supervisor(
+        site.placements,
+        launcher=ChildLauncher(site.home / "logs"),
+        signals=signals,
+        config=site.config.engine,
+        drain_seconds=site.config.server.drain_seconds,
+        runtime_folder=site.home / "run",
+        watts_per_busy_core=site.config.cost.watts_per_busy_core,
+    )
+
+
+def _pipeline(site: Site, state: State, books: Books, stack: AsyncExitStack) -> Pipeline:
+    """The doors, and what decides who goes through which. Without a hosted provider there is only the local one."""
+    config = site.config
+    hosted = {one.name: one.base_url for one in config.providers if one.location == "hosted"}
+    office = PermitOffice()
+    local = LocalDoor(config.network.onsite, {name: key for name, key in site.secrets.items() if name not in hosted})
+    stack.push_async_callback(local.aclose)
+    egress = None
+    if hosted:
+        egress = EgressDoor(hosted, {name: key for name, key in site.secrets.items() if name in hosted}, office.key)
+        stack.push_async_callback(egress.aclose)
+    admission = Admission(state, time.monotonic)
+    stack.push_async_callback(admission.aclose)
+    return Pipeline(
+        policy=site.policy,
+        config=config,
+        state=state,
+        ledger=books,
+        admission=admission,
+        breakers=Breakers(),
+        ratios=TokenRatios(),
+        doors=Doors(local, egress),
+        permits=office,
+        clock=time.monotonic,
+    )
+
+
+@contextlib.contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """One node a data directory: two would share a ledger file, logs and sockets without knowing of each other."""
+    try:
+        lock = (home / "node.lock").open("w")
+    except OSError as error:
+        raise OperatorError(f"cannot write in {home}: {error.strerror}; choose another --data-dir") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OperatorError(f"another node is using {home}; stop it, or choose another --data-dir") from error
+        yield
+
+
+@contextlib.contextmanager
+def _listener(host: str, port: int) -> Iterator[socket.socket]:
+    """A bound socket, before anything slow is started: a port in use is said at once."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise OperatorError(f"cannot listen on {host!r}: {error.strerror or error}; choose another --host") from error
+    with listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            raise OperatorError(
+                f"cannot listen on {host} port {port}: {error.strerror}; end what listens there, or choose another port"
+            ) from error
+        yield listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _uvicorn_config(app: object, config: NodeConfig) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=config.server.max_connections,
+        timeout_graceful_shutdown=int(config.server.drain_seconds),
+    )
