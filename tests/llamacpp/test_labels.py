@@ -160,7 +160,7 @@ def test_labels_and_streams_run_side_by_side(model: Model) -> None:
     prompt = model.tokenize("Once upon a time")
     stream = Sequence.of(Generate(prompt, 30, Sampling(temperature=0), ignore_eos=True), 0, 1024, model.end_tokens)
     runner.submit(stream)
-    job = ScoreJob(items(model))
+    job = ScoreJob(items(model) * 12)
     runner.score(job)
     together = 0
     while not runner.idle:
@@ -192,7 +192,7 @@ def test_every_way_to_score_gives_the_same_to_a_thousandth(f32_model: Model, f32
     for index, item in enumerate(wanted[:2]):
         alone = [score(f32_model, [LabelItem(item.prompt, [label])])[0].logprobs[0] for label in item.labels]
         np.testing.assert_allclose(batch[index].logprobs, alone, atol=1e-3)
-    slow = llama_cpp.Llama(str(f32_path), n_ctx=256, n_threads=1, logits_all=True, verbose=False)
+    slow = llama_cpp.Llama(str(f32_path), n_ctx=256, n_threads=1, logits_all=True, type_k=0, type_v=0, verbose=False)
     reference = [plain(slow, list(wanted[0].prompt), list(label)) for label in wanted[0].labels]
     slow.close()
     np.testing.assert_allclose(batch[0].logprobs, reference, atol=1e-3)
