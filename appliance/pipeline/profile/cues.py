@@ -19,6 +19,8 @@ class Cue:
     words: frozenset[str]
     gate: frozenset[str]
     pattern: re.Pattern[str]
+    mark: str = ""
+    """Opens the gate too; for what is no word."""
     edges_only: bool = False
     """Whether only the beginning and the end count: in the middle of a passage the same words mean nothing."""
 
@@ -26,14 +28,16 @@ class Cue:
         vocabulary = sample.edge_vocabulary if self.edges_only else sample.vocabulary
         if not self.words.isdisjoint(vocabulary):
             return True
-        if self.gate and self.gate.isdisjoint(vocabulary):
+        if self.gate and self.gate.isdisjoint(vocabulary) and (not self.mark or self.mark not in sample.text):
             return False
         return self.pattern.search(sample.edges if self.edges_only else sample.text) is not None
 
 
-def _cue(task: Task, name: str, words: str, gate: str, pattern: str, *, edges_only: bool = False) -> Cue:
+def _cue(
+    task: Task, name: str, words: str, gate: str, pattern: str, *, mark: str = "", edges_only: bool = False
+) -> Cue:
     compiled = re.compile(pattern, re.VERBOSE)
-    return Cue(task, name, frozenset(words.split()), frozenset(gate.split()), compiled, edges_only)
+    return Cue(task, name, frozenset(words.split()), frozenset(gate.split()), compiled, mark, edges_only)
 
 
 CUES: Final = (
@@ -85,6 +89,7 @@ CUES: Final = (
           | \bdef\ \w+\( | \#include\ *< | \bpublic\ static\b | ^import\ \w+$ | \bselect\ .{1,80}\ from\ \w
           | \bassert\ \w+\( | time\ complexity | null\ ?pointer | compile\ error
           | binary\ (?:search\ )?tree | linked\ list | sorted\ arrays? | dynamic\ programming""",
+        mark="```",
     ),
     _cue(
         "summarisation",
