@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from blockbuster import blockbuster_ctx
+from sqlalchemy import Engine, event
 
 from appliance.core import Caller, Outcome, Request
 from appliance.errors import LedgerUnavailable
@@ -55,8 +56,9 @@ async def test_what_was_queued_is_written_when_the_ledger_closes(tmp_path: Path)
     assert offline_report(url_in(tmp_path), since_at=0, until_at=NOW_AT + 1).requests == 1200
 
 
-async def test_the_writer_writes_by_itself_without_being_asked(tmp_path: Path) -> None:
+async def test_the_writer_wakes_up_and_writes_without_being_asked(tmp_path: Path) -> None:
     ledger = await Ledger.open(url_in(tmp_path))
+    await until(lambda: ledger._shared.is_asleep)
     ledger.record(outcome())
     assert ledger.health().pending == 1
 
@@ -102,6 +104,27 @@ async def test_a_reservation_of_many_requests_at_once_is_one_of_each(tmp_path: P
     assert len(set(ids)) == 100
     assert report.unsettled == 100
     assert report.cost_usd == 0.1
+    await ledger.close()
+
+
+async def test_a_reservation_waits_for_the_disk_and_an_outcome_does_not(tmp_path: Path) -> None:
+    ledger = await Ledger.open(url_in(tmp_path))
+    said: list[str] = []
+
+    def listen(_connection: object, _cursor: object, statement: str, *_rest: object) -> None:
+        said.append(statement.split("(")[0].strip())
+
+    event.listen(Engine, "before_cursor_execute", listen)
+    try:
+        await ledger.reserve(decision_id="dec_1", target=HOSTED, usd=0.02)
+        ledger.record(outcome())
+        await ledger.flush()
+    finally:
+        event.remove(Engine, "before_cursor_execute", listen)
+
+    reserving, recording = said.index("INSERT INTO reservations"), said.index("INSERT INTO decisions")
+    assert said[reserving - 2 : reserving] == ["PRAGMA synchronous=FULL", "BEGIN IMMEDIATE"]
+    assert said[recording - 2 : recording] == ["PRAGMA synchronous=NORMAL", "BEGIN IMMEDIATE"]
     await ledger.close()
 
 
