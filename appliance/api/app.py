@@ -47,8 +47,8 @@ def create_app(
         openapi_url=None,
         routes=_routes(rim, state, ledger, metrics),
         redirect_slashes=False,
+        # Errors of our own, and defects, are answered by the envelope.
         exception_handlers={
-            ApplianceError: _on_error,
             HTTPException: _on_http_error,
             RequestValidationError: _on_invalid,
         },
@@ -76,11 +76,6 @@ def _routes(rim: Rim, state: Snapshots, ledger: Ledger, metrics: Metrics) -> lis
         Route("/readyz", admin.readyz, methods=["GET"]),
         Route("/metrics", admin.metrics, methods=["GET"]),
     ]
-
-
-async def _on_error(http: Http, error: Exception) -> Response:
-    assert isinstance(error, ApplianceError)
-    return error_response(error)
 
 
 async def _on_http_error(http: Http, error: Exception) -> Response:

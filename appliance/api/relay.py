@@ -1,7 +1,8 @@
 """Sending answers. The response owns the answer: whatever happens to the client, the answer is closed."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Mapping
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import structlog
@@ -86,22 +87,25 @@ class StreamResponse:
     async def _relay(self, send: Send) -> None:
         headers = {**STREAM_HEADERS, **self._answer.facts.headers()}
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": self._answer.status, "headers": raw})
+        try:
+            await send({"type": "http.response.start", "status": self._answer.status, "headers": raw})
+            async with aclosing(self._pieces()) as pieces:
+                async for piece in pieces:
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except OSError:
+            return  # the client's connection broke while we wrote to it
+
+    async def _pieces(self) -> AsyncGenerator[bytes, None]:
+        """The events. After the first byte an error is an event of its own, and no `[DONE]` follows it."""
         try:
             async for piece in self._events:
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                yield piece
         except ApplianceError as error:
-            await self._end_with(error, send)
-        except OSError:
-            return  # the client's connection broke while we wrote
+            yield event(error.to_openai())
         except Exception:
             log.error("stream failed unexpectedly", request_id=self._answer.facts.request_id, exc_info=True)
-            await self._end_with(StreamBroken("the appliance failed unexpectedly in the middle of this stream"), send)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _end_with(self, error: ApplianceError, send: Send) -> None:
-        """After the first byte an error is an event of its own, and no `[DONE]` follows it."""
-        await send({"type": "http.response.body", "body": event(error.to_openai()), "more_body": True})
+            yield event(StreamBroken("the appliance failed unexpectedly in the middle of this stream").to_openai())
 
 
 async def as_stream(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
