@@ -215,7 +215,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="GGUF file")
     parser.add_argument("--uds", type=Path, required=True, help="unix socket to serve on")
     parser.add_argument("--alias", help="name of the model in the API (default: the file's name)")
-    parser.add_argument("--threads", type=_positive, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=_positive, default=_usable_cpus(), help="default: all usable CPUs")
     parser.add_argument("--context-tokens", type=_positive, default=8_192, help="KV cells, shared by all sequences")
     parser.add_argument("--sequences", type=_positive, default=8, help="sequences that may run at once")
     parser.add_argument("--batch-tokens", type=_positive, default=512, help="most tokens in one step")
@@ -229,6 +229,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -237,4 +241,5 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # A model that is still being loaded holds a thread deep in C++, which does not survive Python's own way out.
+    os._exit(main())

@@ -84,7 +84,8 @@ class ChatTemplate:
         """
         if tools and not self.abilities.tools:
             raise Unsupported("tools: this model's chat template has no place for tools; leave them out", param="tools")
-        return self._render([self._fitted(message) for message in messages], tools or None, reply)
+        fitted = [self._fitted(message) for message in messages]
+        return self._render(fitted if self.abilities.system else _folded(fitted), tools or None, reply)
 
     def end_of_turn(self) -> str:
         """What the template writes after an assistant's answer; empty when the template does not tell."""
@@ -134,6 +135,17 @@ def _reason(error: Exception) -> str:
             return "calls itself too deeply"
         case _:
             return f"fails on them ({type(error).__name__}: {error})"
+
+
+def _folded(messages: Sequence[Message]) -> list[Message]:
+    """System messages put at the head of the first user message, for models that were trained without such a role."""
+    system = [str(message["content"]) for message in messages if message.get("role") == "system"]
+    rest = [dict(message) for message in messages if message.get("role") != "system"]
+    first = next((message for message in rest if message.get("role") == "user"), None)
+    if not system or first is None:
+        return list(messages)
+    first["content"] = "\n\n".join([*system, first["content"]])
+    return list(rest)
 
 
 def _with_parsed_arguments(call: Any) -> Any:

@@ -60,6 +60,16 @@ def test_the_developer_is_the_system_where_the_template_knows_no_developer() -> 
     assert render("{# developer #}{{ messages[0].role }}", developer) == "developer"
 
 
+@pytest.mark.parametrize(
+    "refuses", ["{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}", ""]
+)
+def test_instructions_reach_a_model_that_knows_no_system_role(refuses: str) -> None:
+    source = refuses + "{% for m in messages if m.role != 'system' %}[{{ m.role }}: {{ m.content }}]{% endfor %}"
+    system = {"role": "system", "content": "be brief"}
+    assert render(source, system, USER) == "[user: be brief\n\nhi]"
+    assert render(source, {**system, "role": "developer"}, USER) == "[user: be brief\n\nhi]"
+
+
 def test_tool_arguments_reach_the_template_as_objects() -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     said = {"role": "assistant", "content": None, "tool_calls": [call]}

@@ -1,5 +1,7 @@
 """The program's beginning and its end: sockets, bad files, leash, signals."""
 
+import asyncio
+import json
 import os
 import signal
 import socket
@@ -9,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from appliance.errors import EngineFailed
+from appliance.llamacpp import __main__ as program_module
+from appliance.llamacpp.engine import Engine
+from appliance.llamacpp.process import bind_socket
 from tests.llamacpp.engine_program import end, eventually, health, start, until
 
 
@@ -104,11 +110,41 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
+def test_sigterm_while_loading_ends_the_program_cleanly(smollm2_path: Path, tmp_path: Path) -> None:
+    program = start(tmp_path, smollm2_path)
+    until(lambda: health(program.uds) != 0, "the socket")
+    program.process.send_signal(signal.SIGTERM)
+    assert program.process.wait(10) == 0
+    os.close(program.leash)
+    assert not program.uds.exists()
+
+
+@pytest.mark.anyio
+async def test_an_engine_that_fails_ends_the_program_with_4_and_says_why(
+    smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class FailingEngine(Engine):
+        def start(self) -> None:
+            super().start()
+            asyncio.get_running_loop().call_later(0.2, self._fail)
+
+        def _fail(self) -> None:
+            self.failed = EngineFailed("the sky fell")
+
+    monkeypatch.setattr(program_module, "Engine", FailingEngine)
+    options = program_module._arguments(["--model", str(smollm2_path), "--uds", str(tmp_path / "s"), "--threads", "1"])
+    sock = bind_socket(options.uds)
+    async with asyncio.timeout(30):
+        assert await program_module.serve(options, sock) == 4
+    events = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert [event["reason"] for event in events if event["event"] == "engine_failed"] == ["the sky fell"]
+
+
 @pytest.mark.anyio
 async def test_sigterm_lets_what_runs_finish_and_refuses_what_is_new(smollm2_path: Path, tmp_path: Path) -> None:
     program = start(tmp_path, smollm2_path, "--context-tokens", "1024", "--sequences", "2")
     until(lambda: health(program.uds) == 200, "readiness")
-    ask = {"prompt": "Once", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    ask = {"prompt": "Once", "max_tokens": 60, "ignore_eos": True, "stream": True}
     async with program.client() as http, http.stream("POST", "/v1/completions", json=ask) as reply:
         lines = reply.aiter_lines()
         await anext(lines)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import httpx2
 import jsonschema
 import openai
 import pytest
@@ -44,8 +45,9 @@ async def http(program: Program) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
-async def sdk(http: httpx.AsyncClient) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(api_key="unused", base_url="http://engine/v1", http_client=http, max_retries=0)
+async def sdk(program: Program) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with httpx2.AsyncClient(transport=httpx2.AsyncHTTPTransport(uds=str(program.uds)), timeout=60) as client:
+        yield openai.AsyncOpenAI(api_key="unused", base_url="http://engine/v1", http_client=client, max_retries=0)
 
 
 async def test_chat_has_openais_shape(sdk: openai.AsyncOpenAI) -> None:
@@ -184,9 +186,10 @@ async def test_20_streams_at_once_each_get_their_own_answer(sdk: openai.AsyncOpe
 
 
 async def test_a_client_that_leaves_a_stream_frees_its_sequences(http: httpx.AsyncClient) -> None:
-    ask = {"messages": HI, "max_tokens": 3_000, "n": 3, "stream": True, "ignore_eos": True}
+    ask = {"messages": HI, "max_tokens": 900, "n": 3, "stream": True, "ignore_eos": True}
     async with http.stream("POST", "/v1/chat/completions", json=ask) as reply:
-        await anext(reply.aiter_lines())
+        lines = reply.aiter_lines()  # held: a forgotten iterator would close the stream
+        await anext(lines)
 
         async def all_run() -> bool:
             return bool((await http.get("/load")).json()["running_sequences"] == 3)
@@ -200,7 +203,7 @@ async def test_a_client_that_leaves_a_stream_frees_its_sequences(http: httpx.Asy
 async def test_a_client_that_leaves_while_it_waits_frees_its_work(http: httpx.AsyncClient, path: str) -> None:
     ask: dict[str, Any] = {"messages": HI, "max_tokens": 900, "n": 12, "ignore_eos": True}
     if path == "/v1/labels":
-        items = [{"content": f"text {number} " * 40, "labels": "t"} for number in range(300)]
+        items = [{"content": f"text {number} " * 20, "labels": "t"} for number in range(300)]
         ask = {"label_sets": {"t": ["a", "b"]}, "items": items}
     before = (await http.get("/load")).json()["steps"]
 
