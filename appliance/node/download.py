@@ -126,7 +126,7 @@ def _one_try(download: Download, part: Path, report: Report, client: httpx.Clien
     digest = hashlib.sha256()
     with part.open("a+b") as file:
         file.seek(0)
-        done = _digest_into(digest, file, PullProgress("verify", download.what, 0, download.size_bytes), report)
+        kept = done = _digest_into(digest, file, PullProgress("verify", download.what, 0, download.size_bytes), report)
         if download.size_bytes is None or done < download.size_bytes:
             done, digest = _receive(download, file, done, digest, report, client)
         file.flush()
@@ -137,6 +137,8 @@ def _one_try(download: Download, part: Path, report: Report, client: httpx.Clien
     )
     if wrong:
         part.unlink()
+        if kept:
+            raise _Again("what was kept of an earlier try does not fit; starting anew")
         raise PullError(
             f"checking {download.what}: expected {download.size_bytes or 'any number of'} bytes with sha256 "
             f"{download.sha256 or '(unknown)'}, got {done} bytes with {found}; what came has been thrown away: "
@@ -171,11 +173,15 @@ def _receive(
             if response.status_code == 416:
                 raise _Again("the server had nothing beyond what is already there; starting anew")
             total = _total(download, response, done)
-            for chunk in response.iter_raw(CHUNK_BYTES):
+            reported = done
+            # As it comes: with a chunk size, what had come of the last chunk would be lost when the connection breaks.
+            for chunk in response.iter_raw():
                 file.write(chunk)
                 digest.update(chunk)
                 done += len(chunk)
-                report(PullProgress("download", download.what, done, total))
+                if done - reported >= CHUNK_BYTES or done == total:
+                    report(PullProgress("download", download.what, done, total))
+                    reported = done
     except httpx.TransportError as error:
         raise _Again(f"the connection failed ({type(error).__name__}: {error})".rstrip(": ")) from error
     if total is not None and done < total:
