@@ -1,6 +1,6 @@
 """A stand-in provider: speaks the OpenAI dialect, counts what it did and what that cost, misbehaves when told to.
 
-In a test: `async with StandIn() as provider:` (its own port, or `StandIn(uds=...)` for a stand-in engine). As a process,
+In a test: `async with StandIn() as provider:` (a port, or `StandIn(uds=...)` for a stand-in engine). As a program,
 for end-to-end proofs: `python -m tests.standin --port 0`, which prints its URL; `GET /counts` tells what it counted.
 """
 
@@ -96,7 +96,6 @@ class StandIn:
         self.hold = asyncio.Event()
         """Set to let `hang`, `slow_to_write` and `silent_stream` go on."""
         self._server: uvicorn.Server | None = None
-        self._task: asyncio.Task[None] | None = None
 
     @property
     def calls(self) -> int:
@@ -107,34 +106,42 @@ class StandIn:
         return sum(served.usd for served in self.served.values())
 
     async def __aenter__(self) -> "StandIn":
-        self._server = uvicorn.Server(
-            uvicorn.Config(self.app(), log_level="critical", lifespan="off", timeout_graceful_shutdown=1, ws="none")
-        )
+        config = uvicorn.Config(self.app(), log_level="critical", lifespan="off", ws="none")
+        config.load()
+        server = uvicorn.Server(config)
+        server.lifespan = config.lifespan_class(config)
         if self.uds:
             listener = socket.socket(socket.AF_UNIX)
             listener.bind(self.uds)
             self.address = f"unix:{self.uds}"
         else:
-            listener = socket.socket()
+            # asyncio turns Nagle's algorithm off only where the socket says that it is TCP
+            listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(("127.0.0.1", self.port))
             self.address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
         listener.listen(1024)
-        self._task = asyncio.create_task(self._server.serve([listener]))
+        await server.startup([listener])
+        self._server = server
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
     async def stop(self) -> None:
-        """Stop listening and drop every connection, as a crash would."""
-        if self._server is None or self._task is None:
+        """Stop listening and drop every connection at once, as a crash would."""
+        server, self._server = self._server, None
+        if server is None:
             return
-        self.hold.set()
-        self._server.should_exit = self._server.force_exit = True
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
-        self._server = self._task = None
+        for listener in server.servers:
+            listener.close()
+        for connection in list(server.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+        tasks = list(server.server_state.tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def app(self) -> Starlette:
         paths = ("chat/completions", "completions", "decisions", "labels")
