@@ -168,6 +168,7 @@ class Keeper:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
+        self._show()  # a target without a view would be one that nobody knows anything of
         self._run("keeper", self._live)
         self._inbox.put_nowait(Start())
 
@@ -318,4 +319,7 @@ class Keeper:
                 _log.exception("control task failed", task=name, model=self.placement.model)
                 text = f"the {name} task of {self.placement.model} failed and goes on: {error!r}"
                 self._signals.warn("control_task_failed", text, about=f"{name} {self.target.name}")
+                if self._process is None:
+                    # Whatever was under way has come to nothing; the life must not wait for its end.
+                    self._inbox.put_nowait(Exited(None, repr(error)))
                 await asyncio.sleep(_AFTER_FAILURE_SECONDS)
