@@ -6,6 +6,7 @@ copying them.
 """
 
 import ctypes
+import os
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ ABORTED: Final = 2
 
 _GGUF_MAGIC: Final = b"GGUF"
 _WARN, _ERROR = 3, 4  # ggml_log_level
+_F16_BYTES: Final = 2
 _LAST_WORDS: Final = 6
 _LOGITS_BYTES: Final = 32 << 20
 """Bound of the logits buffer and of its double in the compute graph; rows beyond what one step reads are waste."""
@@ -225,7 +227,12 @@ class Model:
         if not lib.llama_model_has_decoder(handle) or lib.llama_model_has_encoder(handle):
             lib.llama_model_free(handle)
             raise ModelFileError(f"{str(path)!r} is not a decoder-only language model: choose one that generates text")
-        ids = min(256, sequences + _SPARE_SEQUENCES) if _forkable(handle) else sequences
+        try:
+            _check_memory(handle, context_tokens)
+        except EngineFailed:
+            lib.llama_model_free(handle)
+            raise
+        ids = min(256, sequences + _SPARE_SEQUENCES) if _forkable(handle) else sequences + 1
         vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(handle))
         outputs = max(ids, min(batch_tokens, _LOGITS_BYTES // (4 * vocabulary)))
         context = lib.llama_init_from_model(
@@ -360,6 +367,19 @@ def _check_file(path: Path) -> None:
         raise ModelFileError(f"{str(path)!r} cannot be read ({error.strerror}): correct path or permissions") from error
     if magic != _GGUF_MAGIC:
         raise ModelFileError(f"{str(path)!r} is not a GGUF file (it begins with {magic!r}): pull the model again")
+
+
+def _check_memory(handle: Any, context_tokens: int) -> None:
+    """Refuse what no memory of this machine could hold: llama.cpp would be killed while it fills it with zeros."""
+    head_size = lib.llama_model_n_embd(handle) // max(1, lib.llama_model_n_head(handle))
+    row_bytes = 2 * _F16_BYTES * head_size * lib.llama_model_n_head_kv(handle)
+    needed = context_tokens * row_bytes * lib.llama_model_n_layer(handle)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if context_tokens < 1 or needed > memory:
+        raise EngineFailed(
+            f"a context of {context_tokens} tokens takes about {needed} bytes and this machine has {memory}: "
+            "ask for fewer tokens, and for at least 1"
+        )
 
 
 def _forkable(handle: Any) -> bool:

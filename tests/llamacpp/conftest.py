@@ -12,8 +12,8 @@ from appliance.llamacpp.model import Model
 
 @pytest.fixture(scope="session")
 def model(smollm2_path: Path) -> Iterator[Model]:
-    """Small on purpose: 1,024 KV cells and 4 sequences, so that tests reach the limits quickly."""
-    loaded = Model.load(smollm2_path, threads=1, context_tokens=1024, sequences=4, batch_tokens=256)
+    """Small on purpose: 512 KV cells and 4 sequences, so that tests reach the limits quickly."""
+    loaded = Model.load(smollm2_path, threads=1, context_tokens=512, sequences=4, batch_tokens=256)
     yield loaded
     loaded.close()
 
@@ -31,6 +31,6 @@ def f32_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="session")
 def f32_model(f32_path: Path) -> Iterator[Model]:
-    loaded = Model.load(f32_path, threads=1, context_tokens=1024, sequences=4, batch_tokens=256, attention="exact")
+    loaded = Model.load(f32_path, threads=1, context_tokens=512, sequences=4, batch_tokens=256, attention="exact")
     yield loaded
     loaded.close()

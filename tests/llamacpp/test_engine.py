@@ -1,0 +1,424 @@
+"""The engine on the real model: what comes back, what is shared, what is freed, and who is harmed by whom (nobody)."""
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import llama_cpp
+import pytest
+
+from appliance.errors import ContextTooLong, EngineBusy, EngineFailed, RequestError
+from appliance.llamacpp.engine import Engine, Generation
+from appliance.llamacpp.model import NO_KV_ROOM, Model
+from appliance.llamacpp.params import Generate, LabelItem, Logits, Sampling, TokenEvent
+
+pytestmark = pytest.mark.anyio
+
+GREEDY = Sampling(temperature=0.0)
+STORY = "Once upon a time there was a small dog who lived near the sea. "
+
+
+@pytest.fixture
+async def engine(model: Model) -> AsyncIterator[Engine]:
+    started = Engine(model, calibrate=False)
+    started.start()
+    yield started
+    await started.close(0)
+
+
+@pytest.fixture
+async def exact(f32_model: Model) -> AsyncIterator[Engine]:
+    started = Engine(f32_model, calibrate=False)
+    started.start()
+    yield started
+    await started.close(0)
+
+
+async def read(generation: Generation) -> list[TokenEvent]:
+    return [event async for events in generation for event in events]
+
+
+async def tokens(generation: Generation) -> list[int]:
+    return [event.token for event in await read(generation)]
+
+
+def story(model: Model, length: int) -> list[int]:
+    return model.tokenize(STORY * 80)[:length]
+
+
+def endless(prompt: Sequence[int], max_tokens: int, **more: object) -> Generate:
+    return Generate(prompt, max_tokens, GREEDY, ignore_eos=True, **more)  # type: ignore[arg-type]
+
+
+async def until(reached: Callable[[], object]) -> None:
+    """Wait for something that the engine's thread does."""
+    async with asyncio.timeout(20):
+        while not reached():  # noqa: ASYNC110 - what a thread does between two steps has no event
+            await asyncio.sleep(0.002)
+
+
+async def until_idle(engine: Engine) -> None:
+    def idle() -> bool:
+        load = engine.load()
+        return not (load.running_sequences or load.queued_requests or load.queued_prompt_tokens or load.kv_used_tokens)
+
+    await until(idle)
+
+
+async def test_an_answer_ends_at_the_end_token_which_is_not_delivered(engine: Engine) -> None:
+    model = engine.model
+    prompt = model.tokenize("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n")
+    generation = engine.submit(Generate(prompt, 50, GREEDY))
+    found = await tokens(generation)
+    assert b"".join(model.piece(token) for token in found) == b"The capital of France is Paris."
+    finished = generation.finished
+    assert finished is not None
+    assert (finished.reason, finished.completion_tokens, finished.prompt_tokens) == ("stop", len(found), len(prompt))
+
+
+async def test_max_tokens_and_the_context_end_an_answer_with_length(engine: Engine) -> None:
+    short = engine.submit(endless(story(engine.model, 20), 7))
+    assert len(await tokens(short)) == 7
+    clamped = engine.submit(endless(story(engine.model, 508), 500))
+    assert len(await tokens(clamped)) == 4
+    assert short.finished is not None and clamped.finished is not None
+    assert (short.finished.reason, clamped.finished.reason) == ("length", "length")
+
+
+async def test_a_prompt_as_long_as_the_context_is_refused_with_both_numbers_and_harms_nobody(engine: Engine) -> None:
+    running = engine.submit(endless(story(engine.model, 20), 20))
+    with pytest.raises(ContextTooLong, match=r"512 tokens and the context holds 512"):
+        engine.submit(endless(story(engine.model, 512), 5))
+    assert len(await tokens(running)) == 20
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (Generate([], 5), "no tokens"),
+        (Generate([1], 0), "max_tokens is 0"),
+        (Generate([49152], 5), "outside of the vocabulary"),
+        (Generate([-1], 5), "outside of the vocabulary"),
+    ],
+)
+async def test_an_impossible_request_is_refused(engine: Engine, request_: Generate, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        engine.submit(request_)
+
+
+async def test_more_streams_than_sequences_are_all_answered(engine: Engine) -> None:
+    prompt = story(engine.model, 30)
+    found = await asyncio.gather(*(tokens(engine.submit(endless(prompt, 5 + n))) for n in range(10)))
+    assert [len(one) for one in found] == [5 + n for n in range(10)]
+
+
+async def test_choices_of_one_prompt_compute_it_once(engine: Engine) -> None:
+    prompt = story(engine.model, 60)
+    together = [engine.submit(endless(prompt, 3)) for _ in range(4)]
+    for generation in together:
+        await tokens(generation)
+    cached = [generation.finished.cached_tokens for generation in together if generation.finished]
+    assert cached == [0, 59, 59, 59]
+    assert engine.load().prefill_tokens_total + engine.load().decode_tokens_total < 60 + 4 * 3 + 4
+
+
+async def test_a_conversation_goes_on_from_what_was_generated(engine: Engine) -> None:
+    prompt = story(engine.model, 40)
+    answer = await tokens(engine.submit(endless(prompt, 10)))
+    followed = engine.submit(endless([*prompt, *answer, 100, 101], 2))
+    await tokens(followed)
+    assert followed.finished is not None
+    assert followed.finished.cached_tokens == 49
+
+
+async def test_tenants_share_no_prefix(engine: Engine) -> None:
+    prompt = story(engine.model, 40)
+    await tokens(engine.submit(endless(prompt, 2, cache_salt="a")))
+    other = engine.submit(endless(prompt, 2, cache_salt="b"))
+    await tokens(other)
+    assert other.finished is not None
+    assert other.finished.cached_tokens == 0
+
+
+async def test_cancelling_frees_the_cells_and_is_told_once(engine: Engine) -> None:
+    generation = engine.submit(endless(story(engine.model, 50), 900))
+    await anext(generation)
+    assert engine.load().kv_used_tokens >= 50
+    generation.cancel()
+    generation.cancel()
+    await read(generation)
+    assert generation.finished is not None
+    assert generation.finished.reason == "cancelled"
+    await until_idle(engine)
+    assert engine.load().kv_used_tokens == 0
+
+
+async def test_one_still_waiting_can_be_cancelled(engine: Engine) -> None:
+    running = [engine.submit(endless([5 + n], 300)) for n in range(4)]
+    waiting = engine.submit(endless([50], 300))
+    waiting.cancel()
+    assert await read(waiting) == []
+    assert waiting.finished is not None
+    assert (waiting.finished.reason, waiting.finished.completion_tokens) == ("cancelled", 0)
+    for generation in running:
+        generation.cancel()
+    await until_idle(engine)
+
+
+async def test_leaving_or_forgetting_a_generation_cancels_it(engine: Engine) -> None:
+    async with engine.submit(endless(story(engine.model, 20), 900)) as left:
+        await anext(left)
+    forgotten = engine.submit(endless(story(engine.model, 30), 900))
+    await anext(forgotten)
+    del forgotten
+    gc.collect()
+    await until_idle(engine)
+
+
+async def test_the_same_seed_gives_the_same_text(engine: Engine) -> None:
+    request = Generate(story(engine.model, 20), 12, Sampling(temperature=1.0, seed=3), ignore_eos=True)
+    first = await tokens(engine.submit(request))
+    again = await tokens(engine.submit(request))
+    other = Generate(story(engine.model, 20), 12, Sampling(temperature=1.0, seed=4), ignore_eos=True)
+    assert first == again != await tokens(engine.submit(other))
+
+
+async def test_logprobs_come_with_every_token(engine: Engine) -> None:
+    request = Generate(story(engine.model, 20), 4, GREEDY, logprobs=3, ignore_eos=True)
+    for event in await read(engine.submit(request)):
+        assert event.logprob is not None
+        assert len(event.top) == 3
+        assert event.top[0][0] == event.token
+        assert event.top[0][1] == pytest.approx(event.logprob)
+        assert event.top[0][1] >= event.top[1][1] >= event.top[2][1]
+
+
+class Breaks:
+    """A constraint that fails after some tokens."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def apply(self, logits: Logits) -> None:
+        if not self.left:
+            raise RuntimeError("the grammar broke")
+
+    def accept(self, token: int) -> None:
+        self.left -= 1
+
+    def finished(self) -> bool:
+        return False
+
+
+async def test_a_constraint_that_fails_ends_its_own_sequence_only(engine: Engine) -> None:
+    good = engine.submit(endless(story(engine.model, 20), 15))
+    bad = engine.submit(Generate(story(engine.model, 25), 15, GREEDY, constraint=Breaks(3)))
+    assert len(await tokens(bad)) == 3
+    assert bad.finished is not None
+    assert bad.finished.reason == "error"
+    assert "the grammar broke" in (bad.finished.error or "")
+    assert len(await tokens(good)) == 15
+
+
+async def test_a_full_queue_refuses_with_a_hint(model: Model) -> None:
+    engine = Engine(model, max_queued_requests=2, calibrate=False)
+    engine.start()
+    accepted = [engine.submit(endless([9 + n], 400)) for n in range(6)]
+    with pytest.raises(EngineBusy, match="wait already") as refused:
+        engine.submit(endless([99], 5))
+    assert (refused.value.retry_after_seconds or 0) >= 1
+    with pytest.raises(EngineBusy):
+        await engine.score([LabelItem([5], [[6]])])
+    for generation in accepted:
+        generation.cancel()
+    await until_idle(engine)
+    assert len(await tokens(engine.submit(endless([99], 5)))) == 5
+    await engine.close(0)
+
+
+async def test_queued_tokens_are_bounded_too(model: Model) -> None:
+    engine = Engine(model, max_queued_tokens=100, calibrate=False)
+    engine.start()
+    alone = engine.submit(endless(story(model, 150), 2))  # nothing waits yet: one is always taken
+    with pytest.raises(EngineBusy):
+        engine.submit(endless(story(model, 150), 2))
+    assert len(await tokens(alone)) == 2
+    await engine.close(0)
+
+
+async def test_load_counts_what_was_submitted_at_once(engine: Engine) -> None:
+    generation = engine.submit(endless(story(engine.model, 50), 30))
+    load = engine.load()
+    assert load.queued_requests + load.running_sequences == 1
+    assert load.remaining_output_tokens == 30
+    assert (load.sequences_capacity, load.kv_capacity_tokens) == (4, 512)
+    await tokens(generation)
+    await until_idle(engine)
+    load = engine.load()
+    assert (load.queued_prompt_tokens, load.remaining_output_tokens, load.kv_used_tokens) == (0, 0, 0)
+    assert load.kv_cached_tokens == 79
+    assert load.decode_tokens_per_second[1] > 0
+
+
+async def test_cancelling_a_score_drops_the_rest(engine: Engine) -> None:
+    items = [LabelItem(story(engine.model, 100 + n % 7), [[5], [6, 7]]) for n in range(200)]
+    task = asyncio.create_task(engine.score(items))
+    await until(lambda: engine.load().steps)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until_idle(engine)
+    assert engine.load().queued_prompt_tokens == 0
+    assert engine.load().prefill_tokens_total < 100 * 200
+
+
+async def test_scoring_nothing_gives_nothing(engine: Engine) -> None:
+    assert await engine.score([]) == []
+
+
+async def test_a_long_prompt_does_not_stall_a_stream(engine: Engine) -> None:
+    stream = engine.submit(endless(story(engine.model, 20), 120))
+    await anext(stream)
+    long = engine.submit(endless(story(engine.model, 300), 1))
+    during = 0
+    while long.finished is None:
+        during += len(await anext(stream))
+    assert during >= 4
+    stream.cancel()
+
+
+async def test_a_step_without_kv_room_is_repaired(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = await tokens(engine.submit(endless(story(engine.model, 30), 8)))
+    decode, codes = engine.model.decode, iter([NO_KV_ROOM])
+    monkeypatch.setattr(engine.model, "decode", lambda: next(codes, None) or decode())
+    assert await tokens(engine.submit(endless(story(engine.model, 30), 8))) == expected
+
+
+async def test_a_failed_step_ends_what_was_in_it_and_the_engine_goes_on(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, codes = engine.model.decode, iter([0, 0, -3])
+    monkeypatch.setattr(engine.model, "decode", lambda: next(codes, 0) or decode())
+    hit = engine.submit(endless(story(engine.model, 30), 50))
+    await read(hit)
+    assert hit.finished is not None
+    assert hit.finished.reason == "error"
+    assert "llama_decode failed with -3" in (hit.finished.error or "")
+    await until_idle(engine)
+    assert engine.load().kv_cached_tokens == 0
+    after = engine.submit(endless(story(engine.model, 30), 5))
+    assert len(await tokens(after)) == 5
+    assert engine.failed is None
+
+
+async def test_a_failed_step_tells_the_items_of_a_score(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, codes = engine.model.decode, iter([-3])
+    monkeypatch.setattr(engine.model, "decode", lambda: next(codes, 0) or decode())
+    items = [LabelItem(story(engine.model, 200 + n), [[5], [6]]) for n in range(3)]
+    found = await engine.score(items)
+    assert [scores.error is None for scores in found].count(False) >= 1
+    assert [scores.error is None for scores in await engine.score(items)] == [True, True, True]
+
+
+async def test_an_engine_that_always_fails_says_so_and_ends_everything(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(model, calibrate=False)
+    monkeypatch.setattr(model, "decode", lambda: -3)
+    engine.start()
+    await engine.ready()
+    generations = [engine.submit(endless([5 + n], 10)) for n in range(9)]
+    for generation in generations:
+        assert await read(generation) == []
+        assert generation.finished is not None
+        assert generation.finished.reason == "error"
+    await until(lambda: engine.failed)
+    assert isinstance(engine.failed, EngineFailed)
+    with pytest.raises(EngineBusy):
+        engine.submit(endless([5], 1))
+    await engine.close(0)
+
+
+async def test_closing_lets_the_running_finish_and_refuses_new_ones(model: Model) -> None:
+    engine = Engine(model, calibrate=False)
+    engine.start()
+    generation = engine.submit(endless(story(model, 20), 10))
+    closing = asyncio.create_task(engine.close(20))
+    await asyncio.sleep(0)
+    with pytest.raises(EngineBusy, match="shutting down"):
+        engine.submit(endless([5], 1))
+    assert len(await tokens(generation)) == 10
+    await closing
+
+
+async def test_closing_at_once_cancels_what_runs(model: Model) -> None:
+    engine = Engine(model, calibrate=False)
+    engine.start()
+    generation = engine.submit(endless(story(model, 450), 50))
+    scoring = asyncio.create_task(engine.score([LabelItem(story(model, 450), [[5]])]))
+    await asyncio.sleep(0.05)
+    await engine.close(0)
+    await read(generation)
+    assert generation.finished is not None
+    assert generation.finished.reason == "cancelled"
+    with pytest.raises(EngineBusy):
+        await scoring
+
+
+async def test_calibration_fills_the_rates(model: Model) -> None:
+    engine = Engine(model)
+    engine.start()
+    await engine.ready()
+    load = engine.load()
+    assert load.prefill_tokens_per_second > 0
+    assert set(load.decode_tokens_per_second) == {1, 4}
+    assert load.kv_used_tokens == 0
+    await engine.close(0)
+
+
+@pytest.mark.slow
+async def test_a_sequence_put_back_loses_nothing_and_repeats_nothing(engine: Engine) -> None:
+    """Four sequences of 20 + 130 tokens do not fit into 512 cells: some must give way and come back."""
+    generations = [engine.submit(endless([300 + n] * 20, 130)) for n in range(4)]
+    found = await asyncio.gather(*(tokens(generation) for generation in generations))
+    assert [len(one) for one in found] == [130] * 4
+    assert engine.load().prefill_tokens_total > 4 * 20
+    await until_idle(engine)
+
+
+@pytest.mark.slow
+async def test_a_crowded_run_writes_what_an_uncontended_one_does(exact: Engine) -> None:
+    prompts = [story(exact.model, 60 + n)[7 * n :] for n in range(4)]
+    alone = [await tokens(exact.submit(endless(prompt, 100))) for prompt in prompts[:2]]
+    before = exact.load().prefill_tokens_total
+    crowded = await asyncio.gather(*(tokens(exact.submit(endless(prompt, 100, cache_salt="x"))) for prompt in prompts))
+    assert exact.load().prefill_tokens_total - before > sum(len(prompt) for prompt in prompts)
+    assert crowded[:2] == alone
+
+
+@pytest.mark.slow
+async def test_greedy_text_is_that_of_the_high_level_class_token_by_token(exact: Engine) -> None:
+    model = exact.model
+    prompts = [model.tokenize(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n") for text in QUESTIONS]
+    ours = await asyncio.gather(*(tokens(exact.submit(endless(prompt, 32))) for prompt in prompts))
+    slow = llama_cpp.Llama(str(model.path), n_ctx=256, n_threads=1, type_k=0, type_v=0, verbose=False)
+    for prompt, one in zip(prompts, ours, strict=True):
+        bias = llama_cpp.LogitsProcessorList([_without(model.end_tokens)])
+        theirs: list[int] = []
+        for token in slow.generate(prompt, temp=0.0, repeat_penalty=1.0, logits_processor=bias):
+            theirs.append(token)
+            if len(theirs) == 32:
+                break
+        assert one == theirs
+    slow.close()
+
+
+QUESTIONS = ["What is the capital of France?", "Write a line about the sea.", "Why is the sky blue?", "Count to ten."]
+
+
+def _without(forbidden: frozenset[int]):  # type: ignore[no-untyped-def]
+    def process(_tokens: object, scores: Logits) -> Logits:
+        scores[list(forbidden)] = -float("inf")
+        return scores
+
+    return process
