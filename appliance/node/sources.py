@@ -18,7 +18,8 @@ from typing import IO
 from urllib.parse import unquote, urlsplit
 
 import httpx
-import huggingface_hub  # the parts that are slow to import are loaded when first used
+import huggingface_hub  # its parts that are slow to import are loaded when first used
+from huggingface_hub import errors as hub_errors
 
 from appliance.catalog import FileSource, HubSource, PypiPart, PypiSource, Source, UrlSource, Variant
 from appliance.errors import PullError
@@ -286,7 +287,7 @@ def _inside(folder: Path, file: str) -> Path:
 
 def _hub_errors() -> tuple[type[Exception], ...]:
     """What the hub's library raises. Its own base class carries the one of the HTTP library that it is built on."""
-    return (ValueError, *huggingface_hub.errors.HfHubHTTPError.__bases__)
+    return (ValueError, *hub_errors.HfHubHTTPError.__bases__)
 
 
 def _hub_headers() -> dict[str, str]:
@@ -296,13 +297,11 @@ def _hub_headers() -> dict[str, str]:
 
 def _hub_error(name: str, error: Exception) -> PullError:
     first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    if isinstance(error, huggingface_hub.errors.GatedRepoError):
+    if isinstance(error, hub_errors.GatedRepoError):
         return SourceRefused(
             f"finding {name}: its publisher wants its licence accepted first; do that on the hub, then set HF_TOKEN"
         )
-    if isinstance(
-        error, (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.RemoteEntryNotFoundError)
-    ):
+    if isinstance(error, (hub_errors.RepositoryNotFoundError, hub_errors.RemoteEntryNotFoundError)):
         return PullError(
             f"finding {name}: the hub does not have it, or only for who is logged in (HF_TOKEN): {first_line}"
         )
