@@ -28,11 +28,13 @@ class Passage:
     `keep_usage`: whether the caller asked for the usage event; else an event that carries nothing else is left out.
     """
 
-    __slots__ = ("_keep_usage", "_rest", "done", "error", "finished_choices", "usage")
+    __slots__ = ("_held", "_held_bytes", "_keep_usage", "_tail", "done", "error", "finished_choices", "usage")
 
     def __init__(self, *, keep_usage: bool) -> None:
         self._keep_usage = keep_usage
-        self._rest = b""
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._tail = b""
         self.usage: Usage | None = None
         self.error: Any = None
         """The error object of an error event; nothing after it is passed on, nor is the event itself."""
@@ -42,21 +44,28 @@ class Passage:
 
     def feed(self, chunk: bytes) -> bytes:
         """Take what the socket had, return the complete events in it (maybe none). Raises EventTooLong."""
-        data = self._rest + chunk if self._rest else chunk
-        end = data.rfind(b"\n\n") + 2
-        if b"\r" in data:
-            end = max(end, data.rfind(b"\r\n\r\n") + 4 if b"\r\n\r\n" in data else 0)
-        if end < 2:
-            if len(data) > MAX_EVENT_BYTES:
+        seen = self._tail + chunk  # what is held back was looked through when it came, but for its last bytes
+        end = _end_of_last_event(seen)
+        if end < 0:
+            self._held.append(chunk)
+            self._held_bytes += len(chunk)
+            self._tail = seen[-3:]
+            if self._held_bytes > MAX_EVENT_BYTES:
                 raise EventTooLong(f"an event is longer than {MAX_EVENT_BYTES} bytes")
-            self._rest = data
             return b""
-        block, self._rest = (data, b"") if end == len(data) else (data[:end], data[end:])
+        block = b"".join([*self._held, seen[len(self._tail) : end]])
+        self._hold(seen[end:])
         return block if _NOTABLE.search(block) is None else self._look_at(block)
+
+    def _hold(self, rest: bytes) -> None:
+        self._held = [rest] if rest else []
+        self._held_bytes = len(rest)
+        self._tail = rest[-3:]
 
     def end(self) -> bytes:
         """The reply's bytes are over: whatever was left without its closing blank line, as an event."""
-        rest, self._rest = self._rest.strip(), b""
+        rest = b"".join(self._held).strip()
+        self._hold(b"")
         return self._look_at(rest + b"\n\n") if rest.startswith(b"data:") else b""
 
     def _look_at(self, block: bytes) -> bytes:
@@ -93,6 +102,16 @@ class Passage:
             self.usage = read_usage(payload["usage"])
             return bool(choices) or self._keep_usage
         return True
+
+
+def _end_of_last_event(data: bytes) -> int:
+    """The index behind the last blank line in `data`, or -1."""
+    end = data.rfind(b"\n\n")
+    end = end + 2 if end >= 0 else -1
+    if b"\r" in data:
+        other = data.rfind(b"\r\n\r\n")
+        end = max(end, other + 4 if other >= 0 else -1)
+    return end
 
 
 def read_usage(fields: Any) -> Usage | None:
