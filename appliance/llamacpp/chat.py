@@ -31,9 +31,16 @@ def _strftime_now(pattern: str) -> str:
     return datetime.now().strftime(pattern[:200])
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """As Hugging Face defines it: `<`, `>` and `&` stay as they are, unlike in Jinja's own filter."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=None if indent is None else min(indent, 16))
+    indent = None if indent is None else min(indent, 16)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 _SANDBOX = TemplateSandbox(

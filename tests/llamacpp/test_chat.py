@@ -47,6 +47,9 @@ def test_a_conversation_ends_where_the_answer_begins() -> None:
         ("{{ [{'k': 'a'}, {'k': 'b'}] | map(attribute='k') | list | join(',') }}", "a,b"),
         ("{{ [{'k': 'a'}, {'k': 'b'}] | join('', attribute='k') }}", "ab"),
         ("{{ 7 % 4 }}{{ 2 * 3 }}{{ 'ab' * 2 }}{{ 2 ** 3 }}", "36abab8"),
+        ("{{ {'b': 1, 'a': 2} | tojson(separators=(',', ':'), sort_keys=true) }}", '{"a":2,"b":1}'),
+        ("{{ 'a{}b{x}'.format(1, x=2) }}", "a1b2"),
+        ("{% generation %}a{{ 1 }}{% endgeneration %}b", "a1b"),
         ("{{ strftime_now('%Y')[:2] }}", "20"),
     ],
 )
@@ -133,6 +136,8 @@ def test_a_template_cannot_reach_python_or_change_the_messages(source: str) -> N
         "{{ 'x' | indent('y' * 1000000) | indent('y' * 10000000) | indent('y' * 16000000) }}",
         "{{ '%099999999999d' % 1 }}",
         "{{ '{:99999999999}'.format(1) }}",
+        "{{ '{:{}}'.format(1, 99999999999) }}",
+        "{{ ('{}' * 1000000).format('x' * 1000000) }}",
         "{{ '%0999999999d' | format(1) }}",
         "{% set ns = namespace(s='xxxxxxxx') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
         "{% set ns = namespace(s='xxxxxxxx') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",

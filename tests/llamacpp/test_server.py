@@ -32,7 +32,16 @@ SCHEMA = {
 
 @pytest.fixture(scope="module")
 def program(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
-    program = start(tmp_path_factory.mktemp("engine"), smollm2_path, "--context-tokens", "4096", "--sequences", "8")
+    program = start(
+        tmp_path_factory.mktemp("engine"),
+        smollm2_path,
+        "--context-tokens",
+        "4096",
+        "--sequences",
+        "8",
+        "--batch-tokens",
+        "128",
+    )
     until(lambda: health(program.uds) == 200, "readiness")
     yield program
     end(program)
