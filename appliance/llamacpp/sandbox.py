@@ -242,7 +242,7 @@ def _replace(context: nodes.EvalContext, text: Any, old: str, new: str, count: i
 def _join(context: nodes.EvalContext, parts: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
     held = list(parts)
     _check_chars(_size(held) + len(d) * len(held))
-    return do_join(context, held, d, attribute)
+    return str(do_join(context, held, d, attribute))
 
 
 def _indent(s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
