@@ -116,8 +116,8 @@ class ReplyStream:
 
     @property
     def is_whole(self) -> bool:
-        """Whether everything that the target had to say has come."""
-        return self._passage.done
+        """Whether everything that the target had to say has come and was handed out."""
+        return self._passage.done and not self._first
 
     async def peek(self, seconds: float) -> None:
         """Read up to the first event and keep it. Raises where the stream fails before that."""
