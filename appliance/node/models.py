@@ -164,6 +164,7 @@ class ModelStore:
                     return self._pull_from(source, spec, variant, shop)
                 except PullError as problem:
                     problems.append(problem)
+                    report(PullProgress("retry", describe(source), note=problem.message))
         if len(problems) == 1:
             raise problems[0]
         raise PullError("; ".join(f"{number}. {problem.message}" for number, problem in enumerate(problems, start=1)))
