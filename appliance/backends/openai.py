@@ -37,6 +37,11 @@ def whole_reply_seconds(target: Target, output_tokens: int) -> float:
     return min(target.limits.total_seconds, target.limits.first_byte_seconds + writing)
 
 
+def first_event_seconds(target: Target) -> float:
+    """How long a target may be silent before the first event; long prompts keep a CPU engine busy for minutes."""
+    return target.limits.total_seconds if target.provider is None else target.limits.first_byte_seconds
+
+
 def salt_of(key_id: str) -> str:
     """What keeps one caller's cached prefixes from another's: time to first token must not tell what others sent."""
     return hashlib.sha256(key_id.encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -172,7 +177,9 @@ class ReplyStream:
                 chunk = await anext(self._chunks, None)
             return self._passage.feed(chunk) if chunk is not None else self._passage.end() or None
         except TimeoutError as error:
-            raise StreamBroken(f"{self._target.name} fell silent") from error
+            is_over = asyncio.get_running_loop().time() >= self._ends_at
+            words = "had not finished when the time for this request was over" if is_over else "fell silent"
+            raise StreamBroken(f"{self._target.name} {words}") from error
         except EventTooLong as error:
             raise StreamBroken(f"{self._target.name}: {error}") from error
         except (httpx.HTTPError, aiohttp.ClientError, OSError) as error:
@@ -207,7 +214,7 @@ async def open_stream(
     options = outgoing.body.get("stream_options")
     passage = Passage(keep_usage=isinstance(options, Mapping) and options.get("include_usage") is True)
     loop = asyncio.get_running_loop()
-    patience = min(seconds, target.limits.first_byte_seconds)
+    patience = min(seconds, first_event_seconds(target))
     started = loop.time()
     try:
         async with asyncio.timeout(patience):

@@ -91,6 +91,7 @@ class Trial:
     """One attempt while it runs. `run` it once; it ends itself unless it returns an open stream: then `end` it."""
 
     __slots__ = (
+        "_is_counted",
         "_means",
         "_request",
         "_reservation",
@@ -115,6 +116,7 @@ class Trial:
         self._slot: Slot | None = None
         self._reservation: str | None = None
         self._reserved_usd = 0.0
+        self._is_counted = False
         self._sent = False
         self._started = means.clock()
         self._started_at = means.wall()
@@ -164,7 +166,8 @@ class Trial:
         means = self._means
         if self._slot is not None:
             self._slot.leave()
-        means.breakers.release(self.target.name)
+        if self._is_counted:
+            means.breakers.release(self.target.name)
         cost_usd = self.cost_usd(may_have_cost=may_have_cost)
         if self._reservation is not None:
             means.ledger.settle(self._reservation, usd=cost_usd or 0.0)
@@ -227,6 +230,7 @@ class Trial:
                 retry_after_seconds=max(1.0, until - now),
             )
         self._means.breakers.start(self.target.name, now)
+        self._is_counted = True
 
     def _tokens(self, call: Call) -> int:
         return self._means.ratios.correct(self.target.name, call.prompt_tokens)

@@ -315,6 +315,15 @@ async def test_pitfall_3_silence_between_tokens_has_its_own_limit(provider: Stan
     await asyncio.wait_for(provider.caller_left.wait(), 5)
 
 
+async def test_pitfall_3_a_stream_has_a_total_limit_too(provider: StandIn, door: EgressDoor) -> None:
+    provider.mood = "silent_stream"
+    target = hosted_target(provider.address)
+    stream = await openai.open_stream(door, target, ASK, permit=permit_for(target), seconds=0.1, salt="s")
+    with pytest.raises(StreamBroken, match="the time for this request was over"):
+        await read_all(stream)
+    await stream.aclose()
+
+
 def test_pitfall_3_a_whole_reply_may_be_silent_for_as_long_as_it_is_written() -> None:
     limits = TimeLimits(first_byte_seconds=10, total_seconds=600)
     assert openai.whole_reply_seconds(hosted_target(limits=limits), 2000) == 110

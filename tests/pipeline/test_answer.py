@@ -24,6 +24,7 @@ from appliance.errors import (
     UnknownModel,
 )
 from appliance.pipeline.admission import Load, Slot
+from appliance.pipeline.attempt import Patience, Trial
 from tests.pipeline.scene import (
     LOCAL_FIRST,
     PRICE,
@@ -389,6 +390,21 @@ async def test_pitfall_2_a_burst_sends_one_probe_to_a_target_that_may_be_well_ag
     answers = await asyncio.gather(*asking)
     assert stage.provider.calls == 1 and done
     assert sorted(answer.facts.target or "" for answer in answers) == ["cloud/big"] + ["onsite/tiny"] * 4
+
+
+async def test_pitfall_2_who_is_turned_away_by_a_breaker_does_not_free_the_probe_of_another(stage: Stage) -> None:
+    for _ in range(3):
+        stage.breakers.fail("cloud/big", stage.now() - 6.0, None)
+    request = request_of(model="cloud/big")
+    decision = stage.pipeline.decide(request, prompt_tokens=1, output_tokens=1)
+    (attempt,) = decision.route.attempts
+    stage.breakers.start("cloud/big", stage.now())
+    trial = Trial(stage.pipeline._means, request, decision, 0, attempt)
+    with pytest.raises(Unavailable, match="keeps failing"):
+        await trial.run(call_of(request), Patience(1.0, 0.0, None, first=False))
+    assert stage.breakers.blocked_until("cloud/big", stage.now()) is not None
+    stage.breakers.release("cloud/big")
+    assert stage.breakers.blocked_until("cloud/big", stage.now()) is None
 
 
 async def test_pitfall_2_a_retry_after_of_a_year_does_not_shut_a_target_out_for_a_year(stage: Stage) -> None:
