@@ -12,7 +12,6 @@ from appliance.backends.egress import EgressDoor
 from appliance.backends.local import LocalDoor
 from appliance.config import NodeConfig, Policy, parse_policy
 from appliance.core import (
-    ANYWHERE,
     Caller,
     EngineLoad,
     EngineView,
@@ -253,5 +252,3 @@ async def read_stream(answer: Answer) -> bytes:
 
 
 EU = Residency("region", "EU")
-
-__all__ = ["ANYWHERE", "EU"]
