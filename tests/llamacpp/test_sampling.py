@@ -12,6 +12,7 @@ from appliance.llamacpp.sampling import (
     candidates,
     log_normalizer,
     most_probable,
+    pick,
     top_logprobs,
 )
 
@@ -42,7 +43,7 @@ class Only:
 @pytest.mark.parametrize(
     ("sampling", "kept"),
     [
-        (Sampling(), {0, 1, 2, 3, 4}),
+        (Sampling(top_p=1.0), {0, 1, 2, 3, 4}),
         (Sampling(top_k=2), {1, 3}),
         (Sampling(top_k=50), {0, 1, 2, 3, 4}),
         (Sampling(top_p=0.39), {1}),
@@ -75,6 +76,14 @@ def test_a_flat_distribution_over_more_tokens_than_the_head_is_cut_rightly() -> 
     flat = np.zeros(1000, np.float32)
     tokens, _ = candidates(flat, Sampling(top_p=0.5))
     assert len(tokens) == 500
+
+
+@pytest.mark.parametrize("size", [1, 511, 512, 513, 5000])
+def test_a_place_in_the_summed_weights_is_found_through_blocks(size: int) -> None:
+    weights = np.random.default_rng(size).random(size).astype(np.float32)
+    edges = np.cumsum(weights, dtype=np.float64)
+    for share in (0.0, 0.1, 0.5, 0.77, 0.999):
+        assert pick(weights, share) == np.searchsorted(edges, share * edges[-1], side="right")
 
 
 def test_draws_follow_the_probabilities() -> None:
