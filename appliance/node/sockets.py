@@ -1,5 +1,6 @@
 """Where the engines' sockets lie: a private folder with a path short enough for them."""
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -22,8 +23,10 @@ class SocketFolder:
 
         Folders that earlier processes left in `preferred` are removed.
         """
-        preferred.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _sweep(preferred)
+        # Where the folder cannot be made, another one will do.
+        with contextlib.suppress(OSError):
+            preferred.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _sweep(preferred)
         self.path = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=_short_enough(preferred)))
 
     def remove(self) -> None:

@@ -219,6 +219,8 @@ class Keeper:
             self._signals.warn("engine_down", f"the engine for {model} {life.reason}", about=self.target.name)
         elif life.phase in ("ready", "stopped"):
             self._signals.clear("engine_down", about=self.target.name)
+            for task in ("keeper", "poll", "exit"):
+                self._signals.clear("control_task_failed", about=f"{task} {self.target.name}")
         level = _log.warning if life.state == "failed" else _log.info
         level("engine", model=model, phase=life.phase, was=before, reason=life.reason, restarts=life.restarts)
         changed, self._phase_changed = self._phase_changed, asyncio.Event()

@@ -288,6 +288,7 @@ async def test_a_fault_in_a_control_task_becomes_a_warning_and_the_task_goes_on(
         await eventually(lambda: bool(scene.state.snapshot.warnings), "a warning")
         assert scene.state.snapshot.warnings[0].code == "control_task_failed"
         await scene.until("ready")
+        assert scene.state.snapshot.warnings == ()
 
 
 async def test_stopping_what_never_started_is_harmless(tmp_path: Path) -> None:
@@ -348,6 +349,13 @@ def test_a_long_path_is_given_up_for_a_short_one(tmp_path: Path) -> None:
     finally:
         folder.remove()
     assert not folder.path.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_given_up_for_another(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    folder = SocketFolder(tmp_path / "file" / "run")
+    assert folder.path.is_dir()
+    folder.remove()
 
 
 def test_folders_of_dead_processes_are_swept_and_those_of_live_ones_kept(tmp_path: Path) -> None:
