@@ -4,6 +4,17 @@ Both are TOML. A mistake raises ConfigError with file, line and field; nothing i
 """
 
 from appliance.config.lines import line_of
+from appliance.config.policy import (
+    Capacity,
+    Defaults,
+    Degrade,
+    Escalation,
+    Match,
+    Policy,
+    Pruning,
+    RouteRule,
+    Score,
+)
 from appliance.config.reading import (
     DEFAULT_POLICY_PATH,
     load_config,
@@ -13,29 +24,28 @@ from appliance.config.reading import (
 )
 from appliance.config.schema import (
     Cost,
-    Defaults,
     Engine,
     Key,
     Ledger,
     Limits,
     Log,
-    Match,
     Network,
     NodeConfig,
-    Policy,
     Provider,
     ProviderModel,
-    RouteRule,
     Server,
-    Strict,
 )
+from appliance.config.strict import Strict
 from appliance.config.targets import provider_targets
 
 __all__ = [
     "DEFAULT_POLICY_PATH",
+    "Capacity",
     "Cost",
     "Defaults",
+    "Degrade",
     "Engine",
+    "Escalation",
     "Key",
     "Ledger",
     "Limits",
@@ -46,7 +56,9 @@ __all__ = [
     "Policy",
     "Provider",
     "ProviderModel",
+    "Pruning",
     "RouteRule",
+    "Score",
     "Server",
     "Strict",
     "line_of",

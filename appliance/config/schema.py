@@ -12,22 +12,27 @@ Usd = Annotated[float, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
-def _check_residency(text: str) -> str:
+def check_residency(text: str) -> str:
     return str(Residency.parse(text))
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class Server(Strict):
     """Where the HTTP API listens."""
 
     host: str = "127.0.0.1"
+    """Address to listen on. Beyond loopback, API keys are required."""
     port: int = Field(default=8080, ge=0, le=65_535)
+    """0 takes a free one."""
     max_body_bytes: int = Field(default=8_000_000, gt=0)
+    """Longer request bodies get a 413."""
     max_connections: int = Field(default=1024, gt=0)
+    """Connections served at once; more get a 503."""
     drain_seconds: PositiveSeconds = 30.0
+    """How long running requests may take to finish after SIGTERM."""
 
 
 class Engine(Strict):
@@ -36,12 +41,19 @@ class Engine(Strict):
     model: str = "smollm2-135m-instruct"
     """A catalogue name, or the path of a GGUF file."""
     variant: str | None = None
+    """One of the model's variants; empty: one that lies here, else its first."""
     threads: int | None = Field(default=None, gt=0)
+    """Empty: the cores this process may use."""
     context_tokens: int | None = Field(default=None, ge=256)
     """KV cells shared by all sequences."""
     sequences: int | None = Field(default=None, ge=1, le=256)
+    quality: Quality | None = None
+    """Overrides what the catalogue says of the model; see ProviderModel."""
+    """Requests computed at once."""
     max_queued_requests: int = Field(default=256, ge=1)
+    """The engine's own queue; a backstop, since the node queues before it."""
     start_seconds: PositiveSeconds = 300.0
+    """An engine that is not ready after so long has failed."""
     stall_seconds: PositiveSeconds = 60.0
     """No token for this long while work is waiting: the engine counts as hung and is restarted."""
 
@@ -50,26 +62,34 @@ class Cost(Strict):
     """What local work costs. The defaults are assumptions, and reports say so until they are set."""
 
     usd_per_kwh: Usd | None = None
+    """Price of electricity; empty: 0.30 is assumed."""
     watts_per_busy_core: Usd | None = None
+    """Extra power of a core at work; empty: 10 is assumed."""
     hardware_usd_per_hour: Usd = 0.0
+    """Amortisation, charged for the seconds the engine works."""
 
 
 class Ledger(Strict):
     """Where decisions and money are recorded. Empty: a SQLite file in the data directory."""
 
     url: str | None = None
+    """An SQLAlchemy address; empty: a SQLite file in the data directory."""
     retention_days: int = Field(default=90, ge=1)
+    """Older decisions are removed."""
 
 
 class Log(Strict):
     level: Literal["debug", "info", "warning", "error"] = "info"
+    """What is logged on stderr."""
     format: Literal["auto", "json", "console"] = "auto"
+    """`auto`: plain text on a terminal, JSON elsewhere."""
 
 
 class Network(Strict):
     """Addresses that belong to this site besides loopback and unix sockets."""
 
     onsite: tuple[str, ...] = ()
+    """Networks in CIDR form; servers of this site are reached nowhere else."""
 
     @field_validator("onsite")
     @classmethod
@@ -83,29 +103,45 @@ class ProviderModel(Strict):
     """One model of a provider, with its price in US dollars per million tokens."""
 
     name: str = Field(min_length=1)
+    """As the provider calls it; the target is `PROVIDER/NAME`."""
     abilities: tuple[Ability, ...] = ("chat", "completions", "json_schema", "logprobs", "tools")
+    """What it can do; requests that need more are not sent to it."""
     context_tokens: int | None = Field(default=None, gt=0)
+    """Longer prompts are not sent to it; empty: not known, not checked."""
     input_usd: Usd | None = None
+    """Per million prompt tokens. Required where hosted: unknown is not free."""
     cached_input_usd: Usd | None = None
+    """Per million cached prompt tokens; empty: as `input_usd`."""
     output_usd: Usd | None = None
+    """Per million completion tokens. Required where hosted."""
 
 
 class Limits(Strict):
     connect_seconds: PositiveSeconds = 5.0
+    """To be connected."""
     first_byte_seconds: PositiveSeconds = 60.0
+    """From sending to the first byte."""
     between_tokens_seconds: PositiveSeconds = 30.0
+    """The longest silence inside a stream."""
 
 
 class Provider(Strict):
     """A server somebody else runs, or another server of this site (`location = "onsite"`)."""
 
     name: Name
+    """First part of its targets' names."""
     dialect: Literal["openai"] = "openai"
+    """The wire format it speaks."""
     location: Location = "hosted"
+    """`onsite` for a server of your own; its address must then lie on-site."""
     region: str | None = Field(default=None, pattern=r"^[A-Z]{2}(-[A-Z0-9]{1,8})?$")
+    """Where it computes, for example `EU`. Without one it gets no region-bound request."""
     base_url: str = Field(pattern=r"^https?://\S+[^/\s]$")
+    """Up to and including the version, for example `https://host/v1`."""
     key_env: str | None = None
+    """Environment variable that holds its API key."""
     key_file: str | None = None
+    """Or a file that holds it."""
     models: tuple[ProviderModel, ...] = Field(min_length=1)
     limits: Limits = Limits()
 
@@ -131,19 +167,26 @@ class Key(Strict):
     """An API key, stored as the SHA-256 of its text: `appliance keys create` prints such a row."""
 
     name: Name
+    """Who uses it; decisions are recorded under this name."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Of the key's text."""
     scopes: tuple[Scope, ...] = ("client",)
+    """`admin` may read every decision and the metrics."""
     residency: str = "any"
+    """Binds everything sent with this key: onsite, region:XX or any."""
     tier: str | None = None
+    """A label of your own, for example `free` or `paid`."""
     routes: tuple[str, ...] | None = None
+    """The only routes this key may use; empty: all."""
 
-    _residency = field_validator("residency")(_check_residency)
+    _residency = field_validator("residency")(check_residency)
 
 
 class NodeConfig(Strict):
     """The whole configuration file."""
 
     data_dir: str | None = None
+    """Models, ledger and logs; empty: `APPLIANCE_HOME`, else `~/.local/share/appliance`."""
     policy: str | None = None
     """Path of the policy file; empty: the one that comes with the appliance."""
     server: Server = Server()
@@ -162,83 +205,4 @@ class NodeConfig(Strict):
             for name in names:
                 if names.count(name) > 1:
                     raise ValueError(f"{kind} {name!r} is defined twice")
-        return self
-
-
-class Match(Strict):
-    """Which requests a route is for. Every field given must hold; a list holds if one of its values does."""
-
-    task: tuple[Task, ...] | None = None
-    endpoint: tuple[Endpoint, ...] | None = None
-    format: tuple[Format, ...] | None = None
-    complexity_at_least: float | None = Field(default=None, ge=0, le=1)
-    complexity_below: float | None = Field(default=None, ge=0, le=1)
-    prompt_tokens_at_least: int | None = Field(default=None, ge=0)
-    prompt_tokens_below: int | None = Field(default=None, ge=1)
-    key: tuple[str, ...] | None = None
-    tag: tuple[str, ...] | None = None
-
-    @model_validator(mode="after")
-    def _can_hold(self) -> "Match":
-        if None not in (self.complexity_at_least, self.complexity_below):
-            assert self.complexity_at_least is not None and self.complexity_below is not None
-            if self.complexity_at_least >= self.complexity_below:
-                raise ValueError("complexity_at_least is not below complexity_below: no request can match")
-        if None not in (self.prompt_tokens_at_least, self.prompt_tokens_below):
-            assert self.prompt_tokens_at_least is not None and self.prompt_tokens_below is not None
-            if self.prompt_tokens_at_least >= self.prompt_tokens_below:
-                raise ValueError("prompt_tokens_at_least is not below prompt_tokens_below: no request can match")
-        return self
-
-
-class RouteRule(Strict):
-    """One route. What is left out comes from [defaults]."""
-
-    name: Name
-    match: Match = Match()
-    targets: tuple[str, ...] = Field(min_length=1)
-    """In order of preference: a target's name, `onsite` (all on-site targets) or `hosted` (all hosted ones)."""
-    residency: str | None = None
-    latency_budget_seconds: PositiveSeconds | None = None
-    max_wait_seconds: PositiveSeconds | None = None
-    total_seconds: PositiveSeconds | None = None
-    max_attempts: int | None = Field(default=None, ge=1, le=10)
-
-    @field_validator("residency")
-    @classmethod
-    def _is_residency(cls, value: str | None) -> str | None:
-        return None if value is None else _check_residency(value)
-
-
-class Defaults(Strict):
-    """For every route that does not say otherwise."""
-
-    residency: str = "any"
-    latency_budget_seconds: PositiveSeconds = 10.0
-    max_wait_seconds: PositiveSeconds = 60.0
-    total_seconds: PositiveSeconds = 600.0
-    max_attempts: int = Field(default=3, ge=1, le=10)
-
-    _residency = field_validator("residency")(_check_residency)
-
-
-class Policy(Strict):
-    """Routes, first match first. `version` is the hash of the file's text, so equal versions are equal policies."""
-
-    version: str = Field(default="", exclude=True)
-    defaults: Defaults = Defaults()
-    routes: tuple[RouteRule, ...] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _is_consistent(self) -> "Policy":
-        names = [route.name for route in self.routes]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"route {name!r} is defined twice")
-        last = self.routes[-1]
-        if last.match != Match():
-            raise ValueError(f"the last route, {last.name!r}, has a match: end with a route for everything else")
-        for route in self.routes[:-1]:
-            if route.match == Match():
-                raise ValueError(f"route {route.name!r} matches everything, so the routes after it can never be used")
         return self

@@ -36,6 +36,7 @@ def _target(provider: Provider, model: ProviderModel) -> Target:
         region=provider.region,
         provider=provider.name,
         price=price,
+        quality=model.quality,
         limits=TimeLimits(
             connect_seconds=provider.limits.connect_seconds,
             first_byte_seconds=provider.limits.first_byte_seconds,

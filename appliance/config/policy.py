@@ -1,0 +1,227 @@
+"""The policy's own tables: routes, what they are for, where they lead, what they may cost and what happens when not."""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from appliance.config.strict import Name, PositiveSeconds, Strict, check_residency
+from appliance.core import Endpoint, Format, LatencyClass, Stage, Task
+
+Share = Annotated[float, Field(gt=0, le=1)]
+PositiveUsd = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+Tokens = Annotated[int, Field(ge=1)]
+
+SECRET_HEADERS = frozenset({"authorization", "proxy-authorization", "cookie", "x-api-key", "api-key"})
+
+
+class Match(Strict):
+    """Which requests a route is for. Every field given must hold; a list holds if one of its values does."""
+
+    task: tuple[Task, ...] | None = None
+    endpoint: tuple[Endpoint, ...] | None = None
+    format: tuple[Format, ...] | None = None
+    latency_class: tuple[LatencyClass, ...] | None = None
+    language: tuple[str, ...] | None = None
+    """ISO 639-1 codes, as the profile guesses them."""
+    risk: tuple[Name, ...] | None = None
+    """Risk classes, as the profile gives them: `normal` where nothing else was found."""
+    complexity_at_least: float | None = Field(default=None, ge=0, le=1)
+    complexity_below: float | None = Field(default=None, ge=0, le=1)
+    prompt_tokens_at_least: int | None = Field(default=None, ge=0)
+    prompt_tokens_below: int | None = Field(default=None, ge=1)
+    output_tokens_at_least: int | None = Field(default=None, ge=0)
+    output_tokens_below: int | None = Field(default=None, ge=1)
+    key: tuple[str, ...] | None = None
+    """Names of API keys."""
+    tier: tuple[str, ...] | None = None
+    """Tiers of API keys."""
+    tag: tuple[str, ...] | None = None
+    """Values of the header `x-appliance-tag`."""
+    header: Mapping[str, str] | None = None
+    """Other headers and the value that each must have, for example `header = { "x-team" = "sales" }`."""
+
+    @field_validator(
+        "task", "endpoint", "format", "latency_class", "language", "risk", "key", "tier", "tag", mode="after"
+    )
+    @classmethod
+    def _names_something(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value == ():
+            raise ValueError("an empty list matches nothing: leave the field out, or name a value")
+        return value
+
+    @field_validator("header")
+    @classmethod
+    def _in_lower_case(cls, value: Mapping[str, str] | None) -> Mapping[str, str] | None:
+        if value is None:
+            return None
+        if not value:
+            raise ValueError("an empty table matches nothing: leave the field out, or name a header")
+        secret = sorted(name for name in value if name.lower() in SECRET_HEADERS)
+        if secret:
+            raise ValueError(f"header {secret[0]!r} carries a secret, which no policy may hold: match on key or tier")
+        return {name.lower(): text for name, text in value.items()}
+
+    @model_validator(mode="after")
+    def _can_hold(self) -> "Match":
+        for name, low, high in self.ranges():
+            if low is not None and high is not None and low >= high:
+                raise ValueError(f"{name}_at_least is not below {name}_below: no request can match")
+        return self
+
+    def ranges(self) -> tuple[tuple[str, float | None, float | None], ...]:
+        """Name, lower bound (included) and upper bound (not included) of each figure."""
+        return (
+            ("complexity", self.complexity_at_least, self.complexity_below),
+            ("prompt_tokens", self.prompt_tokens_at_least, self.prompt_tokens_below),
+            ("output_tokens", self.output_tokens_at_least, self.output_tokens_below),
+        )
+
+    def lists(self) -> tuple[tuple[str, tuple[str, ...] | None], ...]:
+        """Name and accepted values of each field that holds a list."""
+        return (
+            ("task", self.task),
+            ("endpoint", self.endpoint),
+            ("format", self.format),
+            ("latency_class", self.latency_class),
+            ("language", self.language),
+            ("risk", self.risk),
+            ("key", self.key),
+            ("tier", self.tier),
+            ("tag", self.tag),
+        )
+
+
+class Score(Strict):
+    """Weights to choose among the targets by, instead of their order. Only their proportions matter."""
+
+    latency: Weight = 0.0
+    quality: Weight = 0.0
+    cost: Weight = 0.0
+
+    @model_validator(mode="after")
+    def _weighs_something(self) -> "Score":
+        if self.latency + self.quality + self.cost <= 0:
+            raise ValueError("every weight is 0: give at least one of latency, quality and cost a weight")
+        return self
+
+
+class Escalation(Strict):
+    """Ask a better target when the answer is unsure. Decisions, extractions, and chats that ask for logprobs."""
+
+    below_confidence: Share
+    """What unsure means: the least confidence of an answer's parts is below this."""
+    below_label_mass: Share | None = None
+    """Unsure too: so little probability fell on the options of a decision at all."""
+    max_rate: Share
+    """Most escalations as a share of the answers judged in the window; beyond it unsure answers stand."""
+    window_seconds: PositiveSeconds = 3600.0
+    to: tuple[str, ...] = Field(min_length=1)
+    """In order of preference, as a route's targets."""
+
+
+class Pruning(Strict):
+    keep_tokens: Tokens
+    """About how many prompt tokens stay: the system messages and the newest turns; the oldest turns go first."""
+
+
+class Degrade(Strict):
+    """One step down, taken when no target could answer in full. Steps are tried in their order.
+
+    `constrained`: a shorter answer or a smaller context. `reduced_scope`: the system messages and the last user message
+    alone. `static`: `text` as the answer, without any model. Chat and completions only.
+    """
+
+    step: Literal["constrained", "reduced_scope", "static"]
+    max_output_tokens: Tokens | None = None
+    keep_tokens: Tokens | None = None
+    text: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> "Degrade":
+        limits = self.max_output_tokens is not None or self.keep_tokens is not None
+        if self.step == "static" and (self.text is None or limits):
+            raise ValueError("a static step has text, and nothing else")
+        if self.step != "static" and self.text is not None:
+            raise ValueError(f"a {self.step} step has no text: only a static one answers by itself")
+        if self.step == "constrained" and not limits:
+            raise ValueError("a constrained step needs max_output_tokens or keep_tokens")
+        if self.step == "reduced_scope" and self.keep_tokens is not None:
+            raise ValueError("reduced_scope keeps the last user message alone: use constrained for keep_tokens")
+        return self
+
+
+class RouteRule(Strict):
+    """One route. What is left out comes from [defaults]."""
+
+    name: Name
+    stage: Stage = "managed"
+    """Life cycle. Answers of a deprecated route carry a warning header."""
+    match: Match = Match()
+    targets: tuple[str, ...] = Field(min_length=1)
+    """In order of preference: a target's name, `onsite` (all on-site targets) or `hosted` (all hosted ones)."""
+    score: Score | None = None
+    """Choose among the targets by these weights instead of by their order."""
+    allowed_risk: tuple[Name, ...] | None = Field(default=None, min_length=1)
+    """Requests of another risk class are refused."""
+    residency: str | None = None
+    latency_budget_seconds: PositiveSeconds | None = None
+    answer_budget_seconds: PositiveSeconds | None = None
+    """To the end of the answer, where that counts too: a target predicted to need longer is passed over."""
+    max_wait_seconds: PositiveSeconds | None = None
+    total_seconds: PositiveSeconds | None = None
+    max_attempts: int | None = Field(default=None, ge=1, le=10)
+    retry_billed: bool = False
+    """Whether the same target may be asked again after a failure that may have been billed."""
+    min_quality: float | None = Field(default=None, gt=0, le=1)
+    """Quality floor: targets that declare less, or nothing, are left out."""
+    max_cost_usd: PositiveUsd | None = None
+    """Ceiling for one request, all its attempts together."""
+    max_cost_per_success_usd: PositiveUsd | None = None
+    """Ceiling for what an answer of one target has cost of late, failures included; above it the target is left out."""
+    max_output_tokens: Tokens | None = None
+    prune_context: Pruning | None = None
+    escalation: Escalation | None = None
+    fallback: Name | None = None
+    """A route whose targets follow after this one's own."""
+    degrade: tuple[Degrade, ...] = ()
+    quota: Share | None = None
+    """Most of all requests, as a share over the last hour, that this route takes."""
+    beyond_quota: Literal["next", "refuse"] = "next"
+
+    @field_validator("residency")
+    @classmethod
+    def _is_residency(cls, value: str | None) -> str | None:
+        return None if value is None else check_residency(value)
+
+
+class Defaults(Strict):
+    """For every route that does not say otherwise."""
+
+    residency: str = "any"
+    latency_budget_seconds: PositiveSeconds = 10.0
+    max_wait_seconds: PositiveSeconds = 60.0
+    total_seconds: PositiveSeconds = 600.0
+    max_attempts: int = Field(default=3, ge=1, le=10)
+
+    _residency = field_validator("residency")(check_residency)
+
+
+class Capacity(Strict):
+    """How the on-site engines are shared out."""
+
+    reserved_for_bound: float = Field(default=0.1, ge=0, lt=1)
+    """Share of an engine's sequences that requests which may go elsewhere leave free for those that may not."""
+
+
+class Policy(Strict):
+    """Routes, first match first. `version` is the hash of the file's text, so equal versions are equal policies."""
+
+    version: str = Field(default="", exclude=True)
+    defaults: Defaults = Defaults()
+    capacity: Capacity = Capacity()
+    routes: tuple[RouteRule, ...] = Field(min_length=1)
+
+    def route(self, name: str) -> RouteRule | None:
+        return next((route for route in self.routes if route.name == name), None)
