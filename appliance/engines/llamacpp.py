@@ -67,7 +67,8 @@ class LlamaCpp:
 
     def environment(self) -> Mapping[str, str]:
         """Threads that wait sleep instead of spinning. Spinning ones starve each other as soon as anything else runs:
-        two threads on two busy cores decoded 3 tokens/s at 16 sequences spinning and 95 to 200 sleeping."""
+        two threads on two busy cores decoded 3 to 4 tokens/s at 16 sequences spinning and 85 to 200 sleeping. What
+        sleeping costs on an idle machine has not been measured."""
         return {"OMP_WAIT_POLICY": "PASSIVE"}
 
     def last_words(self, lines: Sequence[str]) -> str:
