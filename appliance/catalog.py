@@ -147,6 +147,8 @@ class ModelSpec:
     sliding_layers: Annotated[int, Field(ge=0)] = 0
     """How many of `layers` keep only the last `sliding_window_tokens`."""
     sliding_window_tokens: Positive | None = None
+    quality: Annotated[float, Field(ge=0, le=1)] | None = None
+    """How good its answers are, on the scale that the operator uses for hosted models too; None: nobody has said."""
     template: str | None = None
     """A chat template that replaces the one in the model's own files."""
 

@@ -26,6 +26,8 @@ Ability = Literal[
 ]
 Scope = Literal["client", "admin"]
 EngineState = Literal["starting", "ready", "draining", "failed", "stopped"]
+Stage = Literal["experimental", "managed", "deprecated"]
+"""Life cycle of a route."""
 AttemptResult = Literal["answered", "overflowed", "failed", "rejected", "refused", "cancelled"]
 
 _REGION = re.compile(r"[A-Z]{2}(-[A-Z0-9]{1,8})?")
@@ -120,6 +122,8 @@ class Request:
     residency: Residency | None = None
     """From the request's own header; None when it said nothing."""
     tag: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """In lower case, or a mapping that does not mind; may hold secrets, so they are never shown."""
     format: Format = "text"
     needs: frozenset[Ability] = frozenset()
     """What a target must be able to do to answer this at all."""
@@ -185,6 +189,8 @@ class Target:
     """The configured provider whose key is used; None for engines of this node."""
     price: Price | None = None
     """None only on-site: hosted targets always have one."""
+    quality: float | None = None
+    """How good its answers are, from 0 to 1, as the operator or the catalogue declares it."""
     limits: TimeLimits = TimeLimits()
 
 

@@ -87,9 +87,8 @@ def prepare(config: NodeConfig, home: Path, placements: tuple[Placement, ...]) -
             field="server.host",
         )
     configured = provider_targets(config)
-    names = [placed.target for placed in placements] + [target.name for target in configured]
     policy_path = Path(config.policy).expanduser() if config.policy else DEFAULT_POLICY_PATH
-    policy = load_policy(policy_path, names)
+    policy = load_policy(policy_path, [*configured, *(placed.target for placed in placements)])
     keys = {one.name: secret for one in config.providers if (secret := read_secret(one)) is not None}
     try:
         home.mkdir(parents=True, exist_ok=True)

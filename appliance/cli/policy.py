@@ -23,9 +23,7 @@ def check(
     try:
         config = load_config(config_path)
         path = path or (Path(config.policy) if config.policy else DEFAULT_POLICY_PATH)
-        policy = load_policy(
-            path, [target.name for target in provider_targets(config)] + _onsite_names(config.engine.model)
-        )
+        policy = load_policy(path, [*provider_targets(config), *_onsite_names(config.engine.model)])
     except ConfigError as error:
         fail(str(error))
     say(f"{path}: valid, {len(policy.routes)} routes, version {policy.version}")

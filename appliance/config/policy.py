@@ -20,19 +20,29 @@ class Match(Strict):
     """Which requests a route is for. Every field given must hold; a list holds if one of its values does."""
 
     task: tuple[Task, ...] | None = None
+    """What the request is for, as the profile has it."""
     endpoint: tuple[Endpoint, ...] | None = None
+    """Which API it came by."""
     format: tuple[Format, ...] | None = None
+    """What the answer must look like."""
     latency_class: tuple[LatencyClass, ...] | None = None
+    """`batch` for many texts in a call, else `interactive`."""
     language: tuple[str, ...] | None = None
     """ISO 639-1 codes, as the profile guesses them."""
     risk: tuple[Name, ...] | None = None
     """Risk classes, as the profile gives them: `normal` where nothing else was found."""
     complexity_at_least: float | None = Field(default=None, ge=0, le=1)
+    """0 is a look-up, 1 needs a frontier model."""
     complexity_below: float | None = Field(default=None, ge=0, le=1)
+    """As above; not included."""
     prompt_tokens_at_least: int | None = Field(default=None, ge=0)
+    """Estimated length of the prompt."""
     prompt_tokens_below: int | None = Field(default=None, ge=1)
+    """As above; not included."""
     output_tokens_at_least: int | None = Field(default=None, ge=0)
+    """The caller's limit, or the usual length of an answer."""
     output_tokens_below: int | None = Field(default=None, ge=1)
+    """As above; not included."""
     key: tuple[str, ...] | None = None
     """Names of API keys."""
     tier: tuple[str, ...] | None = None
@@ -97,8 +107,11 @@ class Score(Strict):
     """Weights to choose among the targets by, instead of their order. Only their proportions matter."""
 
     latency: Weight = 0.0
+    """Of a short predicted time to the first token."""
     quality: Weight = 0.0
+    """Of the targets' declared quality."""
     cost: Weight = 0.0
+    """Of a low expected cost."""
 
     @model_validator(mode="after")
     def _weighs_something(self) -> "Score":
@@ -117,6 +130,7 @@ class Escalation(Strict):
     max_rate: Share
     """Most escalations as a share of the answers judged in the window; beyond it unsure answers stand."""
     window_seconds: PositiveSeconds = 3600.0
+    """Over which that share is taken."""
     to: tuple[str, ...] = Field(min_length=1)
     """In order of preference, as a route's targets."""
 
@@ -134,9 +148,13 @@ class Degrade(Strict):
     """
 
     step: Literal["constrained", "reduced_scope", "static"]
+    """What to do without."""
     max_output_tokens: Tokens | None = None
+    """Longest answer of this step."""
     keep_tokens: Tokens | None = None
+    """Largest context of this step, for `constrained`."""
     text: str | None = Field(default=None, min_length=1)
+    """The answer of a `static` step: what the caller can do now."""
 
     @model_validator(mode="after")
     def _is_complete(self) -> "Degrade":
@@ -156,6 +174,7 @@ class RouteRule(Strict):
     """One route. What is left out comes from [defaults]."""
 
     name: Name
+    """What headers, the ledger and keys call it."""
     stage: Stage = "managed"
     """Life cycle. Answers of a deprecated route carry a warning header."""
     match: Match = Match()
@@ -166,12 +185,17 @@ class RouteRule(Strict):
     allowed_risk: tuple[Name, ...] | None = Field(default=None, min_length=1)
     """Requests of another risk class are refused."""
     residency: str | None = None
+    """Binds what takes this route: onsite, region:XX or any."""
     latency_budget_seconds: PositiveSeconds | None = None
+    """To the first token: a target predicted to need longer is passed over while another one is left."""
     answer_budget_seconds: PositiveSeconds | None = None
     """To the end of the answer, where that counts too: a target predicted to need longer is passed over."""
     max_wait_seconds: PositiveSeconds | None = None
+    """How long a request may queue on-site when there is nowhere else to go."""
     total_seconds: PositiveSeconds | None = None
+    """One deadline for all attempts together."""
     max_attempts: int | None = Field(default=None, ge=1, le=10)
+    """One number for the whole request: overflow, fallback, retry and escalation together."""
     retry_billed: bool = False
     """Whether the same target may be asked again after a failure that may have been billed."""
     min_quality: float | None = Field(default=None, gt=0, le=1)
@@ -181,6 +205,7 @@ class RouteRule(Strict):
     max_cost_per_success_usd: PositiveUsd | None = None
     """Ceiling for what an answer of one target has cost of late, failures included; above it the target is left out."""
     max_output_tokens: Tokens | None = None
+    """Longest answer: a caller's higher limit is lowered to this."""
     prune_context: Pruning | None = None
     escalation: Escalation | None = None
     fallback: Name | None = None
@@ -189,6 +214,7 @@ class RouteRule(Strict):
     quota: Share | None = None
     """Most of all requests, as a share over the last hour, that this route takes."""
     beyond_quota: Literal["next", "refuse"] = "next"
+    """What happens then: the next route that matches is taken, or the request is refused."""
 
     @field_validator("residency")
     @classmethod
@@ -200,10 +226,15 @@ class Defaults(Strict):
     """For every route that does not say otherwise."""
 
     residency: str = "any"
+    """For routes that say nothing of it."""
     latency_budget_seconds: PositiveSeconds = 10.0
+    """To the first token."""
     max_wait_seconds: PositiveSeconds = 60.0
+    """In the queue, where there is nowhere else to go."""
     total_seconds: PositiveSeconds = 600.0
+    """For all attempts together."""
     max_attempts: int = Field(default=3, ge=1, le=10)
+    """For the whole request."""
 
     _residency = field_validator("residency")(check_residency)
 

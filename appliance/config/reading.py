@@ -1,5 +1,6 @@
 """From a file's text to settings, or to an error that names file, line and field."""
 
+import difflib
 import hashlib
 import os
 import re
@@ -10,8 +11,12 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from appliance.config.contradictions import first_mistake
 from appliance.config.lines import line_of
-from appliance.config.schema import NodeConfig, Policy, Provider, Strict
+from appliance.config.policy import Policy
+from appliance.config.schema import NodeConfig, Provider
+from appliance.config.strict import Strict
+from appliance.core import Target
 from appliance.errors import ConfigError
 
 DEFAULT_POLICY_PATH = Path(__file__).with_name("policy.default.toml")
@@ -24,25 +29,23 @@ def load_config(path: Path | None) -> NodeConfig:
     return NodeConfig() if path is None else _validate(NodeConfig, _read(path), str(path))
 
 
-def load_policy(path: Path | None, targets: Sequence[str] | None = None) -> Policy:
+def load_policy(path: Path | None, targets: Sequence[Target | str] | None = None) -> Policy:
     """Read a policy; None gives the one that comes with the appliance. Raises ConfigError.
 
-    With `targets` (the names of all targets there are) a route that names another one is an error too.
+    With `targets` (all there are; a plain name stands for an engine of this node) a route that names another one, or is
+    bound to where none of them is, is an error too.
     """
     path = path or DEFAULT_POLICY_PATH
     return parse_policy(_read(path), str(path), targets)
 
 
-def parse_policy(text: str, file: str, targets: Sequence[str] | None = None) -> Policy:
+def parse_policy(text: str, file: str, targets: Sequence[Target | str] | None = None) -> Policy:
     """As load_policy, from text; `file` is for messages."""
     policy = _validate(Policy, text, file)
-    for index, route in enumerate(policy.routes if targets is not None else ()):
-        for target in route.targets:
-            if target not in {"onsite", "hosted", *(targets or ())}:
-                location = ("routes", index, "targets")
-                known = ", ".join(["onsite", "hosted", *sorted(targets or ())])
-                message = f"target {target!r} of route {route.name!r} does not exist; there are {known}"
-                raise ConfigError(message, file=file, line=line_of(text, location), field=_dotted(location))
+    mistake = first_mistake(policy, targets)
+    if mistake is not None:
+        place = mistake.location
+        raise ConfigError(mistake.message, file=file, line=line_of(text, place), field=_dotted(place))
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return policy.model_copy(update={"version": f"sha256:{digest}"})
 
@@ -94,7 +97,10 @@ def _validate(model: type[Document], text: str, file: str) -> Document:
         location = first["loc"]
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            message = f"is not a known setting here; known are {', '.join(_known_fields(model, location))}"
+            known = _known_fields(model, location)
+            near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.7)
+            meant = f"did you mean {near[0]}? " if near else ""
+            message = f"is not a known setting here; {meant}known are {', '.join(known)}"
         elif first["type"] != "value_error" and not isinstance(first["input"], dict | list | tuple):
             message = f"{message} (it is {first['input']!r})"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""

@@ -1,23 +1,12 @@
-"""The settings themselves: every table and field of the configuration file and of the policy."""
+"""The settings of the node: every table and field of the configuration file."""
 
 import ipaddress
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from appliance.core import Ability, Endpoint, Format, Location, Residency, Scope, Task
-
-PositiveSeconds = Annotated[float, Field(gt=0, le=86_400)]
-Usd = Annotated[float, Field(ge=0)]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
-
-
-def check_residency(text: str) -> str:
-    return str(Residency.parse(text))
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+from appliance.config.strict import Name, PositiveSeconds, Quality, Strict, Usd, check_residency
+from appliance.core import Ability, Location, Scope
 
 
 class Server(Strict):
@@ -47,9 +36,9 @@ class Engine(Strict):
     context_tokens: int | None = Field(default=None, ge=256)
     """KV cells shared by all sequences."""
     sequences: int | None = Field(default=None, ge=1, le=256)
-    quality: Quality | None = None
-    """Overrides what the catalogue says of the model; see ProviderModel."""
     """Requests computed at once."""
+    quality: Quality | None = None
+    """How good its answers are, from 0 to 1 on your own scale; empty: what the catalogue says, if it says anything."""
     max_queued_requests: int = Field(default=256, ge=1)
     """The engine's own queue; a backstop, since the node queues before it."""
     start_seconds: PositiveSeconds = 300.0
@@ -114,6 +103,8 @@ class ProviderModel(Strict):
     """Per million cached prompt tokens; empty: as `input_usd`."""
     output_usd: Usd | None = None
     """Per million completion tokens. Required where hosted."""
+    quality: Quality | None = None
+    """How good its answers are, from 0 to 1 on your own scale: for the quality floors and scores of routes."""
 
 
 class Limits(Strict):

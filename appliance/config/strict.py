@@ -19,4 +19,4 @@ def check_residency(text: str) -> str:
 class Strict(BaseModel):
     """Unknown fields, wrong types and later changes are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)

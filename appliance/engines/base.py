@@ -58,6 +58,8 @@ class Placement:
     abilities: frozenset[Ability]
     reasons: tuple[str, ...]
     """Why the figures are what they are, in the order in which they were decided."""
+    quality: float | None = None
+    """How good its answers are, from 0 to 1, where somebody has declared it."""
 
     @property
     def target(self) -> str:

@@ -123,6 +123,7 @@ def _place(hardware: Hardware, item: Wanted, config: EngineConfig, left_bytes: i
         memory=memory,
         abilities=abilities,
         reasons=(fits, threads_reason, sequences_reason, context_reason),
+        quality=item.model.quality if config.quality is None else config.quality,
     )
 
 
