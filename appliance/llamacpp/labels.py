@@ -41,7 +41,9 @@ class LabelTrie:
         self.read_tokens = [np.array([token for token, _ in pairs], np.intp) for pairs in reads]
         self.read_labels = [np.array([index for _, index in pairs], np.intp) for pairs in reads]
         self._nodes = nodes
-        self.longest = max((len(label) for label in self.labels), default=0)
+        self.longest = max(map(len, self.labels), default=0)
+        self.lowest = min(map(min, self.labels), default=0)
+        self.highest = max(map(max, self.labels), default=0)
 
     @cached_property
     def chains(self) -> list[tuple[int, ...]]:
@@ -162,13 +164,9 @@ def judge(job: ScoreJob, index: int, context_tokens: int, vocabulary: int) -> Ju
     if needed > context_tokens:
         return f"prompt and longest label are {needed} tokens and the context holds {context_tokens}: shorten the text"
     prompt = as_tokens(item.prompt)
-    if not _known(prompt, vocabulary) or not all(_known(as_tokens(label), vocabulary) for label in trie.labels):
+    if min(trie.lowest, int(prompt.min())) < 0 or max(trie.highest, int(prompt.max())) >= vocabulary:
         return f"a token id is outside of the vocabulary of {vocabulary}"
     return Judged(job, index, trie, prompt, np.zeros(len(trie.labels)), 0)
-
-
-def _known(tokens: Tokens, vocabulary: int) -> bool:
-    return bool(((tokens >= 0) & (tokens < vocabulary)).all())
 
 
 def cut(item: Judged, chains_at_once: int) -> list[Piece]:
