@@ -255,6 +255,11 @@ class Model:
             lib.llama_model_free(self._handle)
             self._context = self._handle = self._memory = None
 
+    def use_threads(self, threads: int) -> None:
+        """Compute with so many threads from the next decode on."""
+        lib.llama_set_n_threads(self._context, threads, threads)
+        self.threads = threads
+
     # The vocabulary: safe from any thread.
 
     def tokenize(self, text: str, *, special: bool = True, bos: bool = False) -> list[int]:
