@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import structlog
 import uvicorn
@@ -97,8 +98,90 @@ def prepare(config: NodeConfig, home: Path, placements: tuple[Placement, ...]) -
     return Site(config, home, placements, configured, policy, policy_path, keys)
 
 
-async def serve(site: Site, announce: Callable[[Running], None]) -> None:
-    """Run a node until SIGTERM or SIGINT; calls `announce` once it can answer.
+class Node:
+    """The half of a node that a reload replaces: policy, providers with their prices and keys, API keys.
+
+    Engines, ledger, admission, breakers and what was learned of token ratios go on; requests that have begun keep the
+    pipeline they began with. Everything is called on the event loop.
+    """
+
+    def __init__(self, site: Site, reread: Callable[[], Site], state: State, signals: Signals, books: Books) -> None:
+        self._site, self._reread = site, reread
+        self._state, self._signals, self._books = state, signals, books
+        self._office, self._breakers, self._ratios = PermitOffice(), Breakers(), TokenRatios()
+        self._admission = Admission(state, time.monotonic)
+        self._retired: list[Doors] = []
+        self._doors = self._make_doors(site)
+        self.auth = Authenticator(site.config.keys, host=site.config.server.host)
+        self.pipeline = self._make_pipeline(site)
+
+    async def reload(self) -> Mapping[str, Any]:
+        """Read configuration and policy again and use them from the next request on.
+
+        Says what is in force and which changed settings wait for a restart. Raises ConfigError for a mistake, and then
+        all stays as it was.
+        """
+        try:
+            site = await asyncio.to_thread(self._reread)
+        except ConfigError as error:
+            self._signals.warn("reload_failed", f"the old settings stay in force: {error}")
+            _log.error("reload failed; the old settings stay in force", reason=str(error))
+            raise
+        old, self._site = self._site.config, site
+        if (
+            site.config.providers != old.providers
+            or site.secrets != self._doors_secrets
+            or site.config.network != old.network
+        ):
+            # Requests under way still hold the old doors; they are closed when the node stops.
+            self._retired.append(self._doors)
+            self._doors = self._make_doors(site)
+        self._signals.set_configured(site.configured)
+        self.auth.load(site.config.keys)
+        self.pipeline = self._make_pipeline(site)
+        self._signals.clear("reload_failed")
+        waiting = [name for name in _FIXED if getattr(site.config, name) != getattr(old, name)]
+        _log.info("reloaded", policy=site.policy.version, needs_restart=waiting)
+        return {"policy_version": site.policy.version, "policy": str(site.policy_path), "needs_restart": waiting}
+
+    async def aclose(self) -> None:
+        await self._admission.aclose()
+        for doors in (*self._retired, self._doors):
+            await doors.local.aclose()
+            if doors.egress is not None:
+                await doors.egress.aclose()
+
+    def _make_doors(self, site: Site) -> Doors:
+        """What leads to targets. Without a hosted provider there is only the local door."""
+        config, self._doors_secrets = site.config, site.secrets
+        hosted = {one.name: one.base_url for one in config.providers if one.location == "hosted"}
+        onsite_secrets = {name: secret for name, secret in site.secrets.items() if name not in hosted}
+        local = LocalDoor(config.network.onsite, onsite_secrets)
+        if not hosted:
+            return Doors(local)
+        secrets = {name: secret for name, secret in site.secrets.items() if name in hosted}
+        return Doors(local, EgressDoor(hosted, secrets, self._office.key))
+
+    def _make_pipeline(self, site: Site) -> Pipeline:
+        return Pipeline(
+            policy=site.policy,
+            config=site.config,
+            state=self._state,
+            ledger=self._books,
+            admission=self._admission,
+            breakers=self._breakers,
+            ratios=self._ratios,
+            doors=self._doors,
+            permits=self._office,
+        )
+
+
+_FIXED = ("data_dir", "server", "engine", "ledger", "log")
+"""Settings that are read at start alone."""
+
+
+async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Running], None]) -> None:
+    """Run a node until SIGTERM or SIGINT; calls `announce` once it can answer. SIGHUP reloads what `reread` gives.
 
     Raises LedgerUnavailable, EngineFailed and other OperatorErrors for what keeps it from starting.
     """
@@ -117,15 +200,21 @@ async def serve(site: Site, announce: Callable[[Running], None]) -> None:
         ledger_url = config.ledger.url or sqlite_url(site.home / LEDGER_FILE)
         ledger = await Ledger.open(ledger_url, retention_days=config.ledger.retention_days)
         stack.push_async_callback(ledger.close)
-        pipeline = _pipeline(site, state, Books(ledger, metrics), stack)
-        auth = Authenticator(config.keys, host=config.server.host)
+        node = Node(site, reread, state, signals, Books(ledger, metrics))
+        stack.push_async_callback(node.aclose)
         app = create_app(
-            pipeline=lambda: pipeline, auth=auth, state=state, ledger=ledger, metrics=metrics, server=config.server
+            pipeline=lambda: node.pipeline,
+            auth=node.auth,
+            state=state,
+            ledger=ledger,
+            metrics=metrics,
+            server=config.server,
+            reload=node.reload,
         )
         server = Server(_uvicorn_config(app, config))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         stack.push_async_callback(_ended, server, serving)
-        with server.stops_on(signal.SIGTERM, signal.SIGINT):
+        with server.stops_on(signal.SIGTERM, signal.SIGINT), _reloads_on_hangup(node):
             ready = asyncio.create_task(_wait_ready(supervisor, config, configured))
             await asyncio.wait({ready, serving}, return_when=asyncio.FIRST_COMPLETED)
             if ready.done():
@@ -162,6 +251,27 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
 
+@contextlib.contextmanager
+def _reloads_on_hangup(node: Node) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def reload() -> None:
+        with contextlib.suppress(ConfigError):  # logged, and on the health page
+            await node.reload()
+
+    def hangup() -> None:
+        task = loop.create_task(reload())
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, hangup)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+
+
 async def _ended(server: Server, serving: "asyncio.Task[None]") -> None:
     server.should_exit = True
     await asyncio.wait({serving})
@@ -186,33 +296,6 @@ def _supervisor(site: Site, signals: Signals) -> Supervisor:
         drain_seconds=site.config.server.drain_seconds,
         runtime_folder=site.home / "run",
         watts_per_busy_core=site.config.cost.watts_per_busy_core,
-    )
-
-
-def _pipeline(site: Site, state: State, books: Books, stack: AsyncExitStack) -> Pipeline:
-    """The doors, and what decides who goes through which. Without a hosted provider there is only the local one."""
-    config = site.config
-    hosted = {one.name: one.base_url for one in config.providers if one.location == "hosted"}
-    office = PermitOffice()
-    local = LocalDoor(config.network.onsite, {name: key for name, key in site.secrets.items() if name not in hosted})
-    stack.push_async_callback(local.aclose)
-    egress = None
-    if hosted:
-        egress = EgressDoor(hosted, {name: key for name, key in site.secrets.items() if name in hosted}, office.key)
-        stack.push_async_callback(egress.aclose)
-    admission = Admission(state, time.monotonic)
-    stack.push_async_callback(admission.aclose)
-    return Pipeline(
-        policy=site.policy,
-        config=config,
-        state=state,
-        ledger=books,
-        admission=admission,
-        breakers=Breakers(),
-        ratios=TokenRatios(),
-        doors=Doors(local, egress),
-        permits=office,
-        clock=time.monotonic,
     )
 
 

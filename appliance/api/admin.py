@@ -1,8 +1,9 @@
-"""Health, readiness and metrics: for load balancers, orchestrators and scrapers."""
+"""Health, readiness, metrics and reload: for load balancers, orchestrators, scrapers and operators."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+import structlog
 from starlette.requests import Request as Http
 from starlette.responses import Response
 
@@ -11,12 +12,23 @@ from appliance.api.parts import Ledger, Metrics, Snapshots
 from appliance.api.replies import json_response
 from appliance.api.rim import Rim
 from appliance.core import Snapshot, Target
+from appliance.errors import ConfigError, RequestError
 from appliance.pipeline.capacity import STALE_SECONDS
+
+_log = structlog.get_logger(__name__)
 
 
 class Admin:
-    def __init__(self, rim: Rim, state: Snapshots, ledger: Ledger, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        rim: Rim,
+        state: Snapshots,
+        ledger: Ledger,
+        metrics: Metrics,
+        reload: Callable[[], Awaitable[Mapping[str, Any]]],
+    ) -> None:
         self._rim = rim
+        self._reload = reload
         self._state = state
         self._ledger = ledger
         self._metrics = metrics
@@ -47,6 +59,15 @@ class Admin:
         self._metrics.observe_ledger(self._ledger.health())
         content, content_type = self._metrics.render()
         return Response(content, headers={"content-type": content_type})
+
+    async def reload(self, http: Http) -> Response:
+        """Policy, providers, prices and keys from their files, from the next request on; a mistake changes nothing."""
+        caller = self._rim.auth.caller(http.headers, "admin")
+        _log.info("reload asked for", key=caller.key_id)
+        try:
+            return json_response(await self._reload())
+        except ConfigError as error:
+            raise RequestError(f"nothing was changed: {error}", status=422) from error
 
 
 def targets_ready(snapshot: Snapshot, now: float) -> Sequence[Mapping[str, Any]]:

@@ -1,7 +1,8 @@
 """The application: which path leads where, and how errors look."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -32,12 +33,14 @@ def create_app(
     ledger: Ledger,
     metrics: Metrics,
     server: Server,
+    reload: Callable[[], Awaitable[Mapping[str, Any]]],
     clock: Callable[[], float] = time.monotonic,
     wall_clock: Callable[[], float] = time.time,
 ) -> FastAPI:
     """The HTTP API over the given rooms. `pipeline` is called once for each request, so a reload may replace it.
 
-    `clock` must be the one that snapshots are dated with.
+    `reload` reads the configuration again and says what is in force; `clock` must be the one that snapshots are dated
+    with.
     """
     rim = Rim(pipeline=pipeline, auth=auth, max_body_bytes=server.max_body_bytes, clock=clock, wall_clock=wall_clock)
     # No interactive documentation: its pages load scripts from elsewhere, and requests travel verbatim anyway.
@@ -45,7 +48,7 @@ def create_app(
         title="Appliance",
         version=__version__,
         openapi_url=None,
-        routes=_routes(rim, state, ledger, metrics),
+        routes=_routes(rim, Admin(rim, state, ledger, metrics, reload), ledger),
         redirect_slashes=False,
         # Errors of our own, and defects, are answered by the envelope.
         exception_handlers={
@@ -57,10 +60,10 @@ def create_app(
     return app
 
 
-def _routes(rim: Rim, state: Snapshots, ledger: Ledger, metrics: Metrics) -> list[BaseRoute]:
+def _routes(rim: Rim, admin: Admin, ledger: Ledger) -> list[BaseRoute]:
     """Plain routes: endpoints take the request and return the response, with no model in between for each message."""
     openai, tasks = OpenAI(rim), Tasks(rim)
-    explain, admin = Explain(rim, ledger), Admin(rim, state, ledger, metrics)
+    explain = Explain(rim, ledger)
     return [
         Route("/v1/chat/completions", openai.chat, methods=["POST"]),
         Route("/v1/completions", openai.completions, methods=["POST"]),
@@ -75,6 +78,7 @@ def _routes(rim: Rim, state: Snapshots, ledger: Ledger, metrics: Metrics) -> lis
         Route("/healthz", admin.healthz, methods=["GET"]),
         Route("/readyz", admin.readyz, methods=["GET"]),
         Route("/metrics", admin.metrics, methods=["GET"]),
+        Route("/admin/reload", admin.reload, methods=["POST"]),
     ]
 
 

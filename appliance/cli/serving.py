@@ -20,7 +20,7 @@ from appliance.node.choice import wanted
 from appliance.node.models import ModelStore
 from appliance.node.planner import Wanted, plan
 from appliance.node.probe import Hardware, probe
-from appliance.serve import Running, prepare, serve
+from appliance.serve import Running, Site, prepare, serve
 
 
 def serve_command(
@@ -44,7 +44,12 @@ def serve_command(
     outcome = plan(hardware, [chosen], config.engine)
     if not outcome.placements:
         fail(f"{chosen.model.name} cannot be served here: {outcome.refusals[0].reason}")
-    site = guarded(lambda: prepare(config, home, outcome.placements))
+
+    def read() -> Site:
+        now = _with_options(load_config(config_path), host, port, model)
+        return prepare(now, home, outcome.placements)
+
+    site = guarded(read)
 
     def announce(running: Running) -> None:
         say(_ready_message(running, outcome.placements[0], chosen, home, time.monotonic() - started))
@@ -52,7 +57,7 @@ def serve_command(
         say("Stop it with Ctrl-C.")
 
     try:
-        uvloop.run(serve(site, announce))
+        uvloop.run(serve(site, read, announce))
     except ApplianceError as error:
         fail(str(error))
     except KeyboardInterrupt:

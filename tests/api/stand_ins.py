@@ -31,7 +31,7 @@ from appliance.core import (
     Usage,
     Warning_,
 )
-from appliance.errors import ApplianceError
+from appliance.errors import ApplianceError, ConfigError
 from appliance.ledger.store import LedgerHealth
 from appliance.state import State
 from appliance.telemetry.metrics import Metrics
@@ -190,7 +190,15 @@ def make_app(
     ledger: StandInLedger | None = None,
     shown: Snapshot | None = None,
     max_body_bytes: int = 100_000,
+    mistake: ConfigError | None = None,
 ) -> FastAPI:
+    """`mistake`: what a reload stumbles over."""
+
+    async def reload() -> Mapping[str, Any]:
+        if mistake is not None:
+            raise mistake
+        return {"policy_version": "sha256:2", "needs_restart": []}
+
     state = State(lambda: NOW)
     state.publish(snapshot() if shown is None else shown)
     return create_app(
@@ -200,6 +208,7 @@ def make_app(
         ledger=ledger or StandInLedger(),
         metrics=Metrics(),
         server=Server(max_body_bytes=max_body_bytes),
+        reload=reload,
         clock=lambda: NOW,
         wall_clock=lambda: 1_800_000_000.0,
     )

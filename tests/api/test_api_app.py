@@ -417,3 +417,26 @@ async def test_a_large_schema_is_checked_away_from_the_loop(http: httpx.AsyncCli
     body = {"text": "x", "schema": {"type": "object", "properties": properties, "required": ["field_0"]}}
     response = await http.post("/v1/extract", json=body)
     assert response.status_code in (200, 502)
+
+
+async def test_a_reload_needs_an_admin_key_and_says_what_is_in_force(pipeline: StandInPipeline) -> None:
+    def key(name: str, *scopes: str) -> Key:
+        digest = hashlib.sha256(f"sk-{name}".encode()).hexdigest()
+        return Key.model_validate({"name": name, "sha256": digest, "scopes": scopes})
+
+    app = make_app(pipeline, keys=[key("client", "client"), key("boss", "client", "admin")])
+    async with client(app) as http:
+        assert (await http.post("/admin/reload")).status_code == 401
+        assert (await http.post("/admin/reload", headers={"x-api-key": "sk-client"})).status_code == 403
+        response = await http.post("/admin/reload", headers={"x-api-key": "sk-boss"})
+        assert response.json() == {"policy_version": "sha256:2", "needs_restart": []}
+
+
+async def test_a_reload_that_finds_a_mistake_says_where_and_that_nothing_changed(pipeline: StandInPipeline) -> None:
+    mistake = ConfigError("greater than 0", file="policy.toml", line=7, field="defaults.max_attempts")
+    async with client(make_app(pipeline, mistake=mistake)) as http:
+        response = await http.post("/admin/reload")
+    assert response.status_code == 422
+    message = error_of(response)["message"]
+    assert "nothing was changed" in message
+    assert "policy.toml:7: defaults.max_attempts" in message
