@@ -17,6 +17,11 @@ PATH = "/labels"
 MAX_LABEL_CHARS = 40
 """Longer options are shown with a number and answered by it: a sentence is never a likely answer word for word."""
 
+CUE = "Label: "
+"""Begins the model's answer. Chat models open with a sentence of their own otherwise: on SmolLM2-135M it raised the
+label mass from 0.01 to 0.19 (4 news topics) and from 0.002 to 0.025 (8 banking intents), where it also named 36 of 80
+texts rightly instead of 20."""
+
 _TASK = "Answer the question about the text with exactly one of the possible answers, and nothing else."
 _ASKS = {
     "predicate": "Is this true of the text, yes or no?",
@@ -54,7 +59,7 @@ def outgoing(inputs: Sequence[Input], questions: Sequence[Question], *, question
         for text in inputs
         for ask, labels in asked
     ]
-    body: dict[str, Any] = {"label_sets": {name: list(labels) for labels, name in names.items()}}
+    body: dict[str, Any] = {"label_sets": {name: list(labels) for labels, name in names.items()}, "cue": CUE}
     if len({system for system, _, _ in pairs}) == 1:
         body["messages"] = [_message("system", pairs[0][0])]
         body["items"] = [{"content": user, "labels": labels} for _, user, labels in pairs]
