@@ -31,11 +31,12 @@ class Opened(Generic[SomeCall]):
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(call.prompt_tokens for call in self.calls)
+        """Of the largest call: one decision is made for all of them, and that one is the hardest to place."""
+        return max(call.prompt_tokens for call in self.calls)
 
     @property
     def output_tokens(self) -> int:
-        return sum(call.output_tokens for call in self.calls)
+        return max(call.output_tokens for call in self.calls)
 
 
 class Rim:

@@ -14,7 +14,7 @@ from appliance.errors import ApplianceError
 from appliance.tasks import decisions, extract, systemone
 
 DECISION_CALLS_AT_ONCE = 4
-"""Calls of a batch under way together; each holds up to 512 label scores, so a few keep an engine busy."""
+"""Calls of a batch under way together; each holds thousands of tokens, so a few keep an engine busy."""
 EXTRACT_CALLS_AT_ONCE = 16
 """Texts of one extract request under way together; what an engine cannot take yet waits in its turn."""
 

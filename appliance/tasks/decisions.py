@@ -7,7 +7,7 @@ Batch request: `inputs` (1 to 10,000) instead of `input`. Response: {model, resu
 {index, answers} or {index, error} with OpenAI's error object.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,13 @@ from appliance.tasks import hosted, labels
 from appliance.tasks.fields import missing, read_list, read_model, refuse_other_contract
 from appliance.tasks.inputs import Input, read_input
 from appliance.tasks.questions import Judged, Question, question_text, read_questions
-from appliance.tasks.tokens import MESSAGE_TOKENS, estimate_tokens
+from appliance.tasks.tokens import estimate_tokens
 
 MAX_INPUTS = 10_000
 INPUTS_PER_CALL = 32
-ITEMS_PER_CALL = 512
-"""Inputs times questions: one call holds an engine for about this much, and a failure costs no more than this."""
+TOKENS_PER_CALL = 2_048
+"""Of a batch. A call holds an engine for a few seconds at most (a small model on two cores computes 500 tokens/s),
+others get their turn between two, and a failure costs no more than one."""
 
 _OTHERS = {"state": "/v1/systemone", "inputs": "/v1/decisions/batch"}
 _OWN_FIELDS = frozenset({"model", "input", "inputs", "questions", "stream"})
@@ -60,11 +61,16 @@ class DecisionsCall:
 
     @property
     def prompt_tokens(self) -> int:
+        """Every item whole, as engines report it: how much of it is shared and cached shows only when it was done."""
         texts = sum(estimate_tokens(text.text) for text in self.inputs)
-        asks = estimate_tokens(question_text(self.questions)) + MESSAGE_TOKENS * len(self.questions)
-        if self.question_first:
-            return asks + len(self.questions) * texts
-        return texts + len(self.inputs) * asks
+        asks = sum(labels.question_tokens(question) for question in self.questions)
+        return len(self.questions) * texts + len(self.inputs) * asks
+
+    @property
+    def longest_prompt_tokens(self) -> int:
+        """The longest single prompt: what a context must hold, however many items there are."""
+        text = max(estimate_tokens(text.text) for text in self.inputs)
+        return text + max(labels.question_tokens(question) for question in self.questions)
 
     @property
     def output_tokens(self) -> int:
@@ -109,13 +115,27 @@ def read_batch(body: Mapping[str, Any]) -> tuple[Asked, Sequence[DecisionsCall]]
     rows = read_list(body["inputs"], "inputs", 1, MAX_INPUTS, "inputs")
     inputs = tuple(read_input(row, f"inputs[{index}]") for index, row in enumerate(rows))
     whole = make_call(inputs, questions, body["questions"], _extras(body))
-    size = max(1, min(INPUTS_PER_CALL, ITEMS_PER_CALL // len(questions)))
     # The layout is chosen once for all: a text's answer must not depend on which chunk it fell into.
     calls = [
-        DecisionsCall(inputs[start : start + size], questions, whole.wired, whole.extras, whole.question_first)
-        for start in range(0, len(inputs), size)
+        DecisionsCall(chunk, questions, whole.wired, whole.extras, whole.question_first)
+        for chunk in _chunks(inputs, questions)
     ]
     return make_asked(body, whole), calls
+
+
+def _chunks(inputs: Sequence[Input], questions: Sequence[Question]) -> Iterator[tuple[Input, ...]]:
+    """The inputs in order, as many together as one call may hold; each at least alone."""
+    asks = sum(labels.question_tokens(question) for question in questions)
+    chunk: list[Input] = []
+    tokens = 0
+    for text in inputs:
+        needed = asks + len(questions) * estimate_tokens(text.text)
+        if chunk and (len(chunk) == INPUTS_PER_CALL or tokens + needed > TOKENS_PER_CALL):
+            yield tuple(chunk)
+            chunk, tokens = [], 0
+        chunk.append(text)
+        tokens += needed
+    yield tuple(chunk)
 
 
 def _extras(body: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ from appliance.errors import ApplianceError, BackendGarbage, BackendRefused, Con
 from appliance.tasks.confidence import calibrated
 from appliance.tasks.inputs import Input
 from appliance.tasks.questions import Judged, Question
+from appliance.tasks.tokens import MESSAGE_TOKENS, estimate_tokens
 
 PATH = "/labels"
 MAX_LABEL_CHARS = 40
@@ -44,6 +45,11 @@ def labels_of(question: Question) -> tuple[str, ...]:
 
 def _spelling(value: str | bool) -> str:
     return value.strip() if isinstance(value, str) else str(value).lower()
+
+
+def question_tokens(question: Question) -> int:
+    """About how many tokens an item has besides its text."""
+    return estimate_tokens(f"{_TASK}{_asks(question, labels_of(question))}{CUE}") + 2 * MESSAGE_TOKENS
 
 
 def outgoing(inputs: Sequence[Input], questions: Sequence[Question], *, question_first: bool) -> Outgoing:

@@ -68,10 +68,17 @@ def test_one_question_comes_first_so_that_texts_share_it_as_prefix() -> None:
 
 def test_a_batch_keeps_one_layout_whatever_chunk_a_text_falls_into() -> None:
     _, calls = decisions.read_batch({"inputs": ["text"] * 65, "questions": ALL})
-    assert [len(call.inputs) for call in calls] == [32, 32, 1]
+    assert sum(len(call.inputs) for call in calls) == 65 and len(calls) > 2
     assert {call.question_first for call in calls} == {True}
-    (outgoing,) = calls[2].outgoing(LOCAL)
+    (outgoing,) = calls[-1].outgoing(LOCAL)
     assert outgoing.body["items"][0]["messages"][1] == {"role": "user", "content": "text"}
+
+
+def test_a_batch_is_cut_by_tokens_and_a_text_longer_than_a_chunk_stands_alone() -> None:
+    texts = ["short"] * 40 + ["word " * 5000] + ["short"]
+    _, calls = decisions.read_batch({"inputs": texts, "questions": [TOPIC]})
+    assert [len(call.inputs) for call in calls] == [32, 8, 1, 1]
+    assert calls[2].longest_prompt_tokens > 5000 > calls[0].prompt_tokens > 32 * calls[0].longest_prompt_tokens - 33
 
 
 def test_many_questions_make_smaller_chunks() -> None:
@@ -272,6 +279,7 @@ def test_a_batchs_rows_come_in_order_with_the_errors_of_single_inputs() -> None:
     judged = calls[0].read(LOCAL, [reply({"results": results}, Usage(50, 31))])
     assert isinstance(judged, Judgement)
     payload = batch_payload([judged, BackendOverloaded("full")], calls)
+    assert [len(call.inputs) for call in calls] == [32, 2]
     rows = payload["results"]
     assert [row["index"] for row in rows] == list(range(34))
     assert rows[0]["answers"][0]["probability"] == pytest.approx(0.6)
