@@ -26,6 +26,25 @@ Ability = Literal[
 ]
 Scope = Literal["client", "admin"]
 EngineState = Literal["starting", "ready", "draining", "failed", "stopped"]
+PersonalKind = Literal[
+    "email",
+    "phone",
+    "payment_card",
+    "iban",
+    "bic",
+    "national_id",
+    "passport",
+    "driver_license",
+    "medical_record",
+    "date_of_birth",
+    "ip_address",
+    "mac_address",
+    "crypto_wallet",
+    "credentials",
+    "postal_address",
+    "person_name",
+]
+"""Kinds of personal or secret data that content is searched for."""
 Stage = Literal["experimental", "managed", "deprecated"]
 """Life cycle of a route."""
 AttemptResult = Literal["answered", "overflowed", "failed", "rejected", "refused", "cancelled"]
@@ -103,6 +122,15 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
+class Content:
+    """What a request's content was found to hold before it was routed. Holds kinds alone, never the data."""
+
+    kinds: tuple[PersonalKind, ...] = ()
+    not_searched: str = ""
+    """Why not all of it was searched; what nobody has looked at counts as personal data."""
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One request as the caller wrote it, envelope checked, body verbatim."""
 
@@ -129,6 +157,8 @@ class Request:
     """What a target must be able to do to answer this at all."""
     output_tokens: int | None = None
     """Upper bound the caller set; None when it set none."""
+    content: Content | None = None
+    """None until it has been searched, and where no route asks for that."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from appliance.config.strict import Name, PositiveSeconds, Strict, check_residency
-from appliance.core import Endpoint, Format, LatencyClass, Stage, Task
+from appliance.core import Endpoint, Format, LatencyClass, PersonalKind, Residency, Stage, Task
 
 Share = Annotated[float, Field(gt=0, le=1)]
 PositiveUsd = Annotated[float, Field(gt=0)]
@@ -170,6 +170,53 @@ class Degrade(Strict):
         return self
 
 
+ContentSearch = Literal["off", "personal_data"]
+
+STRUCTURED: tuple[PersonalKind, ...] = (
+    "email",
+    "phone",
+    "payment_card",
+    "iban",
+    "bic",
+    "national_id",
+    "passport",
+    "driver_license",
+    "medical_record",
+    "date_of_birth",
+    "ip_address",
+    "mac_address",
+    "crypto_wallet",
+    "credentials",
+)
+"""What has a form of its own, so that patterns and check digits find nearly all of it."""
+
+
+class PersonalData(Strict):
+    """Requests that hold personal data are bound, whatever key and header allow.
+
+    All that a model would read is searched before the request is routed. What could not be searched (it took too long,
+    it is an image, the detector failed) is bound too.
+    """
+
+    content: ContentSearch = "off"
+    """`personal_data` searches the requests of every route that does not say otherwise."""
+    kinds: tuple[PersonalKind, ...] = Field(default=STRUCTURED, min_length=1)
+    """What counts. `postal_address` and `person_name` are found in part only, and so are not among the defaults."""
+    bound: str = "onsite"
+    """What binds such a request: onsite or region:XX."""
+    detector: Literal["patterns", "presidio"] = "patterns"
+    """`presidio` needs the extra of that name and a language model for it."""
+    timeout_seconds: PositiveSeconds = 2.0
+    """Longest search; a request that takes longer is bound."""
+
+    @field_validator("bound")
+    @classmethod
+    def _binds(cls, value: str) -> str:
+        if Residency.parse(value).kind == "any":
+            raise ValueError("a bound of 'any' binds nothing: use onsite or region:XX, or set content to off")
+        return check_residency(value)
+
+
 class RouteRule(Strict):
     """One route. What is left out comes from [defaults]."""
 
@@ -186,6 +233,8 @@ class RouteRule(Strict):
     """Requests of another risk class are refused."""
     residency: str | None = None
     """Binds what takes this route: onsite, region:XX or any."""
+    content: ContentSearch | None = None
+    """Whether personal data in a request binds it; empty: as under [residency]."""
     latency_budget_seconds: PositiveSeconds | None = None
     """To the first token: a target predicted to need longer is passed over while another one is left."""
     answer_budget_seconds: PositiveSeconds | None = None
@@ -251,8 +300,19 @@ class Policy(Strict):
 
     version: str = Field(default="", exclude=True)
     defaults: Defaults = Defaults()
+    residency: PersonalData = PersonalData()
     capacity: Capacity = Capacity()
     routes: tuple[RouteRule, ...] = Field(min_length=1)
+
+    @property
+    def searches_content(self) -> bool:
+        """Whether any route wants requests searched: it is done before one is chosen."""
+        return any(self.content_bound(route) is not None for route in self.routes)
+
+    def content_bound(self, route: RouteRule) -> Residency | None:
+        """What personal data binds a request of `route` to; None where its content does not count."""
+        wanted = route.content or self.residency.content
+        return Residency.parse(self.residency.bound) if wanted == "personal_data" else None
 
     def route(self, name: str) -> RouteRule | None:
         return next((route for route in self.routes if route.name == name), None)

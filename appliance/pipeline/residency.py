@@ -1,16 +1,50 @@
 """Where a request may be answered, and the only maker of permits to send it off the site. Pure but for its key."""
 
 import secrets
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 from appliance.backends.seal import seal
-from appliance.core import ANYWHERE, EgressPermit, Request, Residency, Target, strictest
+from appliance.core import (
+    ANYWHERE,
+    ONSITE,
+    Content,
+    EgressPermit,
+    PersonalKind,
+    Request,
+    Residency,
+    Target,
+    strictest,
+)
 from appliance.errors import ResidencyRefused
 
+KIND_NAMES: Final[Mapping[PersonalKind, str]] = {
+    "email": "e-mail address",
+    "phone": "telephone number",
+    "payment_card": "card number",
+    "iban": "IBAN",
+    "bic": "BIC",
+    "national_id": "national id",
+    "passport": "passport number",
+    "driver_license": "driving licence",
+    "medical_record": "medical record number",
+    "date_of_birth": "date of birth",
+    "ip_address": "IP address",
+    "mac_address": "MAC address",
+    "crypto_wallet": "crypto wallet",
+    "credentials": "credentials",
+    "postal_address": "postal address",
+    "person_name": "person's name",
+}
 
-def bound_of(request: Request, *, route: str, route_residency: str | None, default: str) -> tuple[Residency, str]:
-    """The strictest of what key, header, route and policy say, and why.
 
-    `route_residency` is what the route itself says, None when it leaves that to the policy's default.
+def bound_of(
+    request: Request, *, route: str, route_residency: str | None, default: str, content: Residency | None = None
+) -> tuple[Residency, str]:
+    """The strictest of what key, header, route, policy and the request's content say, and why.
+
+    `route_residency` is what the route itself says, None when it leaves that to the policy's default. `content` is what
+    personal data binds this route's requests to, None where it does not count. The reason names kinds, never the data.
     """
     said = [
         (f"key {request.caller.name!r}", request.caller.residency),
@@ -19,6 +53,8 @@ def bound_of(request: Request, *, route: str, route_residency: str | None, defau
     ]
     if route_residency is None:
         said.append(("the policy's defaults", Residency.parse(default)))
+    if content is not None and (found := _of_content(request.content, [bound for _, bound in said])):
+        said.append((found, content))
     limits = [(who, bound) for who, bound in said if bound.kind != "any"]
     if not limits:
         return ANYWHERE, "nothing binds it"
@@ -29,6 +65,17 @@ def bound_of(request: Request, *, route: str, route_residency: str | None, defau
         others.append("the request's header says any")
     reason = f"{bound} by {' and '.join(deciding)}" if deciding else f"{bound}, the only place inside every bound"
     return bound, f"{reason}; the stricter wins over: {', '.join(others)}" if others else reason
+
+
+def _of_content(content: Content | None, others: Sequence[Residency]) -> str:
+    """What about the content binds; empty where nothing does. Not to have been searched binds too."""
+    if content is None:
+        # A request that is bound to the site anyway need not be searched.
+        return "" if ONSITE in others else "its content (not searched)"
+    what = [KIND_NAMES[kind] for kind in content.kinds]
+    if content.not_searched:
+        what.append(f"not searched: {content.not_searched}")
+    return f"its content ({', '.join(what)})" if what else ""
 
 
 class PermitOffice:

@@ -4,7 +4,7 @@ import pytest
 
 from appliance.config import load_policy, parse_policy, provider_targets
 from appliance.config.schema import NodeConfig
-from appliance.core import Target
+from appliance.core import ONSITE, Target
 from appliance.errors import ConfigError
 
 GOOD = """\
@@ -142,3 +142,15 @@ def test_the_policy_that_comes_along_fits_every_set_of_targets() -> None:
     sets: list[list[Target | str]] = [[], ["onsite/tiny"], [*configured()], [*configured(), "onsite/tiny"]]
     for targets in sets:
         assert load_policy(None, targets).version
+
+
+def test_personal_data_binds_to_somewhere_and_every_route_may_say_otherwise() -> None:
+    with pytest.raises(ConfigError, match=r"policy.toml:3: residency.bound: a bound of 'any' binds nothing"):
+        parse_policy('[residency]\ncontent = "personal_data"\nbound = "any"\n' + GOOD, "policy.toml")
+    policy = parse_policy('[residency]\nbound = "region:EU"\n' + GOOD, "policy.toml")
+    assert not policy.searches_content
+    policy = parse_policy(GOOD.replace('name = "sales"', 'name = "sales"\ncontent = "personal_data"'), "policy.toml")
+    assert policy.searches_content
+    assert [policy.content_bound(route) for route in policy.routes] == [None, ONSITE, None]
+    with pytest.raises(ConfigError, match=r"residency\.kinds\[0\]"):
+        parse_policy('[residency]\nkinds = ["e-mail"]\n' + GOOD, "policy.toml")

@@ -2,15 +2,15 @@
 
 import ast
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from appliance.backends.seal import is_sealed
-from appliance.core import ANYWHERE, ONSITE, Asked, Residency
+from appliance.core import ANYWHERE, ONSITE, Asked, Content, PersonalKind, Residency
 from appliance.errors import RequestError, ResidencyRefused
 from appliance.pipeline.normalize import make_request, new_decision_id
-from appliance.pipeline.residency import PermitOffice, bound_of
+from appliance.pipeline.residency import KIND_NAMES, PermitOffice, bound_of
 from tests.pipeline.scene import EU, caller_of, engine_target, hosted_target, request_of
 
 SOURCE = Path(__file__).parents[2] / "appliance"
@@ -38,6 +38,53 @@ def test_the_strictest_bound_wins_and_says_who_set_it(
     bound, reason = bound_of(request, route="r", route_residency=route, default=default)
     assert str(bound) == expected
     assert all(word in reason for word in words), reason
+
+
+@pytest.mark.parametrize(
+    ("key", "header", "content", "setting", "expected", "words"),
+    [
+        (ANYWHERE, None, Content(("email", "iban")), ONSITE, "onsite", "onsite by its content (e-mail address, IBAN)"),
+        (ANYWHERE, None, Content(("email",)), None, "any", "nothing binds it"),
+        (ANYWHERE, None, Content(), ONSITE, "any", "nothing binds it"),
+        (ANYWHERE, None, Content(("phone",)), EU, "region:EU", "region:EU by its content (telephone number)"),
+        (ANYWHERE, None, None, ONSITE, "onsite", "onsite by its content (not searched)"),
+        (
+            ANYWHERE,
+            None,
+            Content((), "it took too long"),
+            ONSITE,
+            "onsite",
+            "its content (not searched: it took too long)",
+        ),
+        (
+            EU,
+            None,
+            Content(("phone",)),
+            ONSITE,
+            "onsite",
+            "(telephone number); the stricter wins over: key",
+        ),
+        (ANYWHERE, ANYWHERE, Content(("phone",)), ONSITE, "onsite", "wins over: the request's header says any"),
+        (ONSITE, None, None, ONSITE, "onsite", "onsite by key 'tester'"),
+        (ONSITE, None, Content(("email",)), ONSITE, "onsite", "by key 'tester' and its content (e-mail address)"),
+    ],
+)
+def test_personal_data_binds_and_so_does_what_was_not_searched(
+    key: Residency,
+    header: Residency | None,
+    content: Content | None,
+    setting: Residency | None,
+    expected: str,
+    words: str,
+) -> None:
+    request = request_of(caller=caller_of(residency=key), residency=header, content=content)
+    bound, reason = bound_of(request, route="r", route_residency=None, default="any", content=setting)
+    assert str(bound) == expected
+    assert words in reason
+
+
+def test_every_kind_has_a_name_for_reasons() -> None:
+    assert set(KIND_NAMES) == set(get_args(PersonalKind))
 
 
 def test_a_permit_is_for_one_request_and_one_endpoint() -> None:
