@@ -290,8 +290,8 @@ def test_a_batchs_rows_come_in_order_with_the_errors_of_single_inputs() -> None:
 
 def test_a_single_inputs_own_error_is_the_requests_error() -> None:
     _, (call,) = decisions.read({"input": "x", "questions": [TRUE]})
-    too_long = {"error": {"code": "context_length_exceeded", "message": "9000 tokens do not fit 2048"}}
-    with pytest.raises(ContextTooLong, match="9000"):
+    too_long = {"error": {"code": "context_length_exceeded", "message": "items[0]: 9000 tokens do not fit 2048"}}
+    with pytest.raises(ContextTooLong, match=r"^9000"):
         call.read(LOCAL, [reply({"results": [too_long]})])
 
 
