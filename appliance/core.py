@@ -312,6 +312,15 @@ class Route:
     """One deadline for the whole chain."""
     max_attempts: int
     pinned: bool = False
+    stage: Stage = "managed"
+    answer_budget_seconds: float | None = None
+    """To the end of the answer, where the route limits that too."""
+    max_cost_usd: float | None = None
+    """For all attempts of the request together."""
+    retry_billed: bool = False
+    """Whether the same target may be asked again after a failure that may have been billed."""
+    escalations: tuple[Attempt, ...] = ()
+    """Who is asked when an answer is unsure, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -449,6 +458,8 @@ class Facts:
     policy_version: str
     cost_usd: float | None
     cost_is_final: bool
+    warning: str | None = None
+    """What the caller should know of the route besides: that it is deprecated."""
 
     def headers(self) -> dict[str, str]:
         headers = {
@@ -463,4 +474,6 @@ class Facts:
         }
         if not self.cost_is_final:
             headers["x-appliance-cost-basis"] = "estimate"
+        if self.warning is not None:
+            headers["x-appliance-warning"] = self.warning.encode("ascii", "replace").decode()
         return headers

@@ -32,7 +32,7 @@ from appliance.node.supervisor import Supervisor
 from appliance.pipeline.admission import Admission
 from appliance.pipeline.answer import Pipeline
 from appliance.pipeline.breaker import Breakers
-from appliance.pipeline.capacity import TokenRatios
+from appliance.pipeline.means import Memory
 from appliance.pipeline.residency import PermitOffice
 from appliance.state import State
 from appliance.telemetry.logs import setup_logging
@@ -101,15 +101,15 @@ def prepare(config: NodeConfig, home: Path, placements: tuple[Placement, ...]) -
 class Node:
     """The half of a node that a reload replaces: policy, providers with their prices and keys, API keys.
 
-    Engines, ledger, admission, breakers and what was learned of token ratios go on; requests that have begun keep the
+    Engines, ledger, admission, breakers and what was learned of targets go on; requests that have begun keep the
     pipeline they began with. Everything is called on the event loop.
     """
 
     def __init__(self, site: Site, reread: Callable[[], Site], state: State, signals: Signals, books: Books) -> None:
         self._site, self._reread = site, reread
         self._state, self._signals, self._books = state, signals, books
-        self._office, self._breakers, self._ratios = PermitOffice(), Breakers(), TokenRatios()
-        self._admission = Admission(state, time.monotonic)
+        self._office, self._breakers, self._memory = PermitOffice(), Breakers(), Memory()
+        self._admission = Admission(state, time.monotonic, self._memory.experience)
         self._retired: list[Doors] = []
         self._doors = self._make_doors(site)
         self.auth = Authenticator(site.config.keys, host=site.config.server.host)
@@ -170,9 +170,10 @@ class Node:
             ledger=self._books,
             admission=self._admission,
             breakers=self._breakers,
-            ratios=self._ratios,
+            memory=self._memory,
             doors=self._doors,
             permits=self._office,
+            alerts=self._signals,
         )
 
 

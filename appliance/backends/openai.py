@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import math
 import time
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Final, cast
@@ -204,9 +205,17 @@ class ReplyStream:
 
 
 async def open_stream(
-    door: Door, target: Target, outgoing: Outgoing, *, permit: EgressPermit | None, seconds: float, salt: str
+    door: Door,
+    target: Target,
+    outgoing: Outgoing,
+    *,
+    permit: EgressPermit | None,
+    seconds: float,
+    salt: str,
+    first_event_within: float = math.inf,
 ) -> ReplyStream:
-    """Open a stream and see its first event. `seconds` bounds the whole stream; the target's limits bound its silences.
+    """Open a stream and see its first event. `seconds` bounds the whole stream; the target's limits bound its silences,
+    and `first_event_within` the first one where that is shorter.
 
     Raises BackendError's family: until this returns another target may be tried.
     """
@@ -214,7 +223,7 @@ async def open_stream(
     options = outgoing.body.get("stream_options")
     passage = Passage(keep_usage=isinstance(options, Mapping) and options.get("include_usage") is True)
     loop = asyncio.get_running_loop()
-    patience = min(seconds, first_event_seconds(target))
+    patience = min(seconds, first_event_seconds(target), first_event_within)
     started = loop.time()
     try:
         async with asyncio.timeout(patience):

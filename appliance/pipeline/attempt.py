@@ -1,13 +1,10 @@
-"""One attempt at one target: it takes a slot, a spend reservation and a connection, and gives each of them back."""
-
 import asyncio
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from appliance.backends import openai
-from appliance.backends.base import Doors
-from appliance.config import Cost
 from appliance.core import (
     Attempt,
     AttemptOutcome,
@@ -15,11 +12,9 @@ from appliance.core import (
     Call,
     Decision,
     EgressPermit,
-    Outcome,
     Outgoing,
     Reply,
     Request,
-    Target,
     Usage,
 )
 from appliance.errors import (
@@ -29,78 +24,59 @@ from appliance.errors import (
     BackendTimeout,
     BackendUnreachable,
     Busy,
-    EngineBusy,
-    LedgerUnavailable,
     RejectedReply,
-    RequestError,
-    ResidencyRefused,
     Unavailable,
 )
-from appliance.pipeline.admission import Admission, Load, Slot
-from appliance.pipeline.breaker import Breakers
-from appliance.pipeline.capacity import TokenRatios
+from appliance.pipeline.admission import Load, Slot
 from appliance.pipeline.cost import hosted_usd, onsite_usd, reserve_usd
-from appliance.pipeline.residency import PermitOffice
+from appliance.pipeline.learning import Experience
+from appliance.pipeline.means import Means, Patience, Purse
+from appliance.pipeline.outcome import detail_of, may_have_cost, result_of
 from appliance.pipeline.verify import read_verified
-from appliance.state import State
+from appliance.telemetry import traces
+from appliance.telemetry.scrub import scrub_text
 
 _CALLS_AT_ONCE: Final = 8
 """One piece of work may become many calls to a hosted target; more at once only meets its rate limit sooner."""
 
-
-class SpendLedger(Protocol):
-    """What the pipeline asks of the ledger."""
-
-    async def reserve(self, *, decision_id: str, target: Target, usd: float) -> str: ...
-
-    def settle(self, reservation_id: str, *, usd: float) -> None: ...
-
-    def record(self, outcome: Outcome) -> None: ...
+_PREFIX_CHARACTERS: Final = 256
+"""Prompts that begin alike for so long are taken to share what an engine has cached of them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Means:
-    """What attempts work with."""
+class Errand:
+    """What all attempts of one request have in common."""
 
-    state: State
-    ledger: SpendLedger
-    admission: Admission
-    breakers: Breakers
-    ratios: TokenRatios
-    doors: Doors
-    permits: PermitOffice
-    cost: Cost
-    cores: int
-    clock: Callable[[], float]
-    wall: Callable[[], float]
+    request: Request
+    decision: Decision
+    purse: Purse
+    prefix: Hashable
+    """What tells prompts that begin alike."""
+    leaves_free: float = 0.0
+    """Share of an engine that is kept for those who are bound."""
 
 
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How long an attempt may take, in seconds from now."""
-
-    total_seconds: float
-    wait_seconds: float
-    budget_seconds: float | None
-    """None where there is nowhere else to go."""
-    first: bool
-    """Whether it waits before those who are not bound."""
+def prefix_of(request: Request) -> Hashable:
+    """Engines keep callers' caches apart, so the same words of another caller are not the same beginning."""
+    return hash((request.caller.key_id, request.endpoint, request.text[:_PREFIX_CHARACTERS]))
 
 
 class Trial:
     """One attempt while it runs. `run` it once; it ends itself unless it returns an open stream: then `end` it."""
 
     __slots__ = (
+        "_attempt",
+        "_call",
+        "_errand",
         "_is_counted",
         "_means",
-        "_request",
         "_reservation",
         "_reserved_usd",
         "_sent",
         "_slot",
+        "_span",
         "_started",
         "_started_at",
-        "decision",
         "first_byte_seconds",
         "index",
         "outcome",
@@ -110,9 +86,11 @@ class Trial:
         "usage",
     )
 
-    def __init__(self, means: Means, request: Request, decision: Decision, index: int, attempt: Attempt) -> None:
+    def __init__(self, means: Means, errand: Errand, index: int, attempt: Attempt) -> None:
         self._means = means
-        self._request = request
+        self._errand = errand
+        self._attempt = attempt
+        self._call: Call | None = None
         self._slot: Slot | None = None
         self._reservation: str | None = None
         self._reserved_usd = 0.0
@@ -120,7 +98,7 @@ class Trial:
         self._sent = False
         self._started = means.clock()
         self._started_at = means.wall()
-        self.decision = decision
+        self._span = traces.begin_attempt(attempt, index)
         self.index = index
         self.target = attempt.target
         self.reason = attempt.reason
@@ -133,30 +111,30 @@ class Trial:
         """The verified payload, or None with `stream` open. Raises ApplianceError, having ended itself."""
         target = self.target
         outgoing: Sequence[Outgoing] = ()
+        self._call = call
         try:
             outgoing = call.outgoing(target)
             await self._enter(call, patience)
             self._check_breaker()
             permit = self._permit()
             await self._reserve(call, len(outgoing))
-            seconds = patience.total_seconds - (self._means.clock() - self._started)
             self._sent = True
             if call.stream:
-                await self._open(outgoing[0], permit, seconds)
+                await self._open(outgoing[0], permit, patience)
                 return None
-            payload = await self._whole(call, outgoing, permit, seconds)
+            payload = await self._whole(call, outgoing, permit, patience)
         except ApplianceError as error:
             self._tell(error)
             several = self._sent and len(outgoing) > 1  # the others may have been answered
-            self.end(result_of(error), detail_of(error), may_have_cost=several or _may_have_cost(error))
+            self.end(result_of(error), detail_of(error), may_have_cost=several or may_have_cost(error))
             raise
         except BaseException:
             self.end("cancelled", "the caller left")
             raise
         self._means.breakers.succeed(target.name)
-        self.end("answered", "")
         if len(outgoing) == 1:
-            self._means.ratios.learn(target.name, call.prompt_tokens, self.usage.prompt_tokens)
+            self.learn()
+        self.end("answered", "")
         return payload
 
     def end(self, result: AttemptResult, detail: str, *, may_have_cost: bool = True) -> AttemptOutcome:
@@ -171,13 +149,14 @@ class Trial:
         cost_usd = self.cost_usd(may_have_cost=may_have_cost)
         if self._reservation is not None:
             means.ledger.settle(self._reservation, usd=cost_usd or 0.0)
+        self._errand.purse.settle(self._reserved_usd, cost_usd)
         self.outcome = AttemptOutcome(
             index=self.index,
             target=self.target.name,
             location=self.target.location,
             reason=self.reason,
             result=result,
-            detail=detail,
+            detail=scrub_text(detail) if detail else "",
             started_at=self._started_at,
             first_byte_seconds=self.first_byte_seconds,
             total_seconds=means.clock() - self._started,
@@ -185,7 +164,31 @@ class Trial:
             cost_usd=cost_usd,
             reservation=self._reservation,
         )
+        traces.end_attempt(self._span, self.outcome)
         return self.outcome
+
+    def wrote(self, events: int) -> None:
+        """So many events of its stream have come; an event is a token, or a few."""
+        if self._slot is not None:
+            self._slot.wrote(events)
+
+    def learn(self) -> None:
+        """From an answer that came whole: what was expected of it, and what it was."""
+        call, slot, usage, experience = self._call, self._slot, self.usage, self._means.memory.experience
+        if call is None or slot is None or usage == Usage():
+            return
+        name, kind = self.target.name, slot.load.kind
+        experience.tokens.learn(name, call.prompt_tokens, usage.prompt_tokens)
+        experience.learn_cached(name, self._errand.prefix, usage.prompt_tokens, usage.cached_tokens)
+        experience.learn_output(name, kind, call.output_tokens, usage.completion_tokens)
+        if self.target.provider is None:
+            begun, ended = slot.predicted.first_byte_seconds, slot.predicted.finish_seconds
+            # by the tokens it came to, so that a wrong guess at its length is not taken for a slow engine
+            ended = begun + (ended - begun) * usage.completion_tokens / max(1, slot.load.output_tokens)
+            taken = self._means.clock() - slot.entered
+            experience.finish_pace.learn((name, kind), ended, taken)
+            if not call.stream:
+                experience.first_byte_pace.learn((name, kind), ended, taken)
 
     def fail_late(self) -> None:
         """The stream broke after it had begun: the next request should know."""
@@ -203,18 +206,27 @@ class Trial:
         view = self._means.state.snapshot.engines.get(self.target.name)
         return onsite_usd(self.target, view, self.usage, self._means.cost, self._means.cores)
 
-    def expected_cost_usd(self, call: Call) -> float | None:
+    def expected_cost_usd(self) -> float | None:
         """Before the usage is known: what was reserved, or the engine time that the call is expected to take."""
         if self._reservation is not None:
             return self._reserved_usd
-        expected = Usage(self._tokens(call), call.output_tokens)
+        assert self._call is not None
+        expected = Usage(self._tokens(self._call), self._call.output_tokens)
         view = self._means.state.snapshot.engines.get(self.target.name)
         return onsite_usd(self.target, view, expected, self._means.cost, self._means.cores)
 
     async def _enter(self, call: Call, patience: Patience) -> None:
         self._slot = await self._means.admission.enter(
             self.target,
-            Load(self._tokens(call), call.output_tokens),
+            load_of(
+                self._means.memory.experience,
+                self._errand.request,
+                self.target.name,
+                prefix=self._errand.prefix,
+                prompt_tokens=call.prompt_tokens,
+                output_tokens=call.output_tokens,
+                leaves_free=self._errand.leaves_free,
+            ),
             first=patience.first,
             wait_seconds=patience.wait_seconds,
             budget_seconds=patience.budget_seconds,
@@ -233,43 +245,77 @@ class Trial:
         self._is_counted = True
 
     def _tokens(self, call: Call) -> int:
-        return self._means.ratios.correct(self.target.name, call.prompt_tokens)
+        return self._means.memory.experience.tokens.correct(self.target.name, call.prompt_tokens)
 
     def _permit(self) -> EgressPermit | None:
         """On every hop anew, for the concrete endpoint."""
         if self.target.location == "onsite":
             return None
-        return self._means.permits.permit(self._request, self.target, self.decision.route.residency)
+        errand = self._errand
+        return self._means.permits.permit(errand.request, self.target, errand.decision.route.residency)
 
     async def _reserve(self, call: Call, calls: int) -> None:
         price = self.target.price
         if self.target.location == "onsite" or price is None:
             return
-        self._reserved_usd = reserve_usd(
-            price, prompt_tokens=self._tokens(call) * calls, output_tokens=call.output_tokens * calls
-        )
+        usd = reserve_usd(price, prompt_tokens=self._tokens(call) * calls, output_tokens=call.output_tokens * calls)
+        self._errand.purse.take(usd, self.target.name)
+        self._reserved_usd = usd
         self._reservation = await self._means.ledger.reserve(
-            decision_id=self.decision.id, target=self.target, usd=self._reserved_usd
+            decision_id=self._errand.decision.id, target=self.target, usd=usd
         )
 
-    async def _open(self, outgoing: Outgoing, permit: EgressPermit | None, seconds: float) -> None:
+    async def _open(self, outgoing: Outgoing, permit: EgressPermit | None, patience: Patience) -> None:
         """Up to the first event: the commit point lies behind it."""
         target = self.target
-        self.stream = await openai.open_stream(
-            self._means.doors.to(target),
-            target,
-            outgoing,
-            permit=permit,
-            seconds=seconds,
-            salt=openai.salt_of(self._request.caller.key_id),
-        )
+        assert self._slot is not None
+        until = self._given_up(patience.budget_seconds, self._slot.predicted.first_byte_seconds, patience)
+        try:
+            self.stream = await openai.open_stream(
+                self._means.doors.to(target),
+                target,
+                outgoing,
+                permit=permit,
+                seconds=self._left(patience),
+                first_event_within=math.inf if until is None else max(0.0, until),
+                salt=openai.salt_of(self._errand.request.caller.key_id),
+            )
+        except BackendTimeout as error:
+            raise self._too_slow(error, until, "begun to answer") from error
         self._first_byte()
         self._means.breakers.succeed(target.name)
 
+    def _left(self, patience: Patience) -> float:
+        return patience.total_seconds - (self._means.clock() - self._started)
+
+    def _given_up(self, budget: float | None, predicted: float, patience: Patience) -> float | None:
+        """How long from now an engine of this node gets before another target is asked; None: as long as it takes.
+
+        So early that whoever comes next is still in time, but never before what was predicted, and then at the end of
+        the budget: what is on its way is not thrown away for something slower.
+        """
+        if budget is None or self.target.provider is not None:
+            return None
+        waited = self._means.clock() - self._started
+        return max(budget - patience.elsewhere_seconds, min(budget, waited + predicted)) - waited
+
+    def _too_slow(self, error: BackendTimeout, until: float | None, done: str) -> ApplianceError:
+        """Given up for another target, which is overflow; or really timed out."""
+        waited = self._means.clock() - self._started
+        if until is None or waited < until:
+            return error
+        return Busy(f"{self.target.name} had not {done} after {waited:.1f} s", retry_after_seconds=1.0)
+
     async def _whole(
-        self, call: Call, outgoing: Sequence[Outgoing], permit: EgressPermit | None, seconds: float
+        self, call: Call, outgoing: Sequence[Outgoing], permit: EgressPermit | None, patience: Patience
     ) -> Any:
-        replies = await self._send_all(call, outgoing, permit, seconds)
+        assert self._slot is not None
+        until = self._given_up(patience.answer_seconds, self._slot.predicted.finish_seconds, patience)
+        left = self._left(patience)
+        try:
+            replies = await self._send_all(call, outgoing, permit, left if until is None else min(left, until))
+        except BackendTimeout as error:
+            raise self._too_slow(error, until, "answered") from error
         self._first_byte()
         for reply in replies:
             self.usage += reply.usage
@@ -281,7 +327,7 @@ class Trial:
         self, call: Call, outgoing: Sequence[Outgoing], permit: EgressPermit | None, seconds: float
     ) -> Sequence[Reply]:
         door = self._means.doors.to(self.target)
-        salt = openai.salt_of(self._request.caller.key_id)
+        salt = openai.salt_of(self._errand.request.caller.key_id)
         patience = min(seconds, openai.whole_reply_seconds(self.target, call.output_tokens))
         if len(outgoing) == 1:
             return [await openai.send(door, self.target, outgoing[0], permit=permit, seconds=patience, salt=salt)]
@@ -302,8 +348,16 @@ class Trial:
 
     def _first_byte(self) -> None:
         self.first_byte_seconds = self._means.clock() - self._started
-        if self._slot is not None:
-            self._slot.first_token()
+        slot, experience = self._slot, self._means.memory.experience
+        if slot is None:
+            return
+        slot.first_token()
+        taken = self._means.clock() - slot.entered
+        if self.target.provider is not None:
+            experience.learn_first_byte(self.target.name, self.stream is not None, taken)
+        elif self.stream is not None:
+            key = (self.target.name, slot.load.kind)
+            experience.first_byte_pace.learn(key, slot.predicted.first_byte_seconds, taken)
 
     def _tell(self, error: ApplianceError) -> None:
         """What an error says of the target, for those who come next."""
@@ -318,33 +372,29 @@ class Trial:
             self._means.breakers.fail(self.target.name, self._means.clock(), error.retry_after_seconds)
 
 
-def result_of(error: ApplianceError) -> AttemptResult:
-    match error:
-        case EngineBusy() | Busy():
-            return "overflowed"
-        case RejectedReply():
-            return "rejected"
-        case RequestError() | BackendRefused() | ResidencyRefused():
-            return "refused"
-        case LedgerUnavailable():
-            return "failed"
-        case Unavailable():
-            return "overflowed"
-        case _:
-            return "failed"
-
-
-def detail_of(error: ApplianceError) -> str:
-    """For headers and the ledger: our own words only. What a target says may quote the prompt or the answer."""
-    if isinstance(error, Busy | Unavailable) and not isinstance(error, EngineBusy):
-        return error.message
-    return f"{error.code} ({error.status})" if isinstance(error, BackendRefused) else error.code
+def load_of(
+    experience: Experience,
+    request: Request,
+    target: str,
+    *,
+    prefix: Hashable,
+    prompt_tokens: int,
+    output_tokens: int,
+    leaves_free: float,
+) -> Load:
+    """What a call of so many tokens, by our estimate and by the caller's limit, brings to `target`."""
+    tokens = experience.tokens.correct(target, prompt_tokens)
+    expected = experience.output_tokens(target, request.endpoint, output_tokens)
+    return Load(
+        experience.uncached_tokens(target, prefix, tokens),
+        expected,
+        kv_tokens=tokens + expected,
+        kind=request.endpoint,
+        stream=request.stream,
+        leaves_free=leaves_free,
+    )
 
 
 def _first_of(errors: BaseExceptionGroup[BaseException]) -> BaseException:
     first = errors.exceptions[0]
     return _first_of(first) if isinstance(first, BaseExceptionGroup) else first
-
-
-def _may_have_cost(error: ApplianceError) -> bool:
-    return isinstance(error, BackendError) and error.may_have_cost

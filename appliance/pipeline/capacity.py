@@ -1,6 +1,8 @@
 """When an engine could begin and finish one more request: own ledger x measured rates; gauges only correct. Pure."""
 
-from collections.abc import Mapping
+import heapq
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,8 +15,9 @@ BACKLOG_SEQUENCES: Final = 2
 """Beyond its sequences an engine gets this many more, so that it never idles between two; the rest waits here, where it
 can be put in order and can still go elsewhere."""
 
-_CHUNK_TOKENS: Final = 256
-"""Prompt tokens an engine computes between two steps of the sequences it is writing."""
+_STEP_SECONDS: Final = 0.15
+_LEAST_CHUNK_TOKENS: Final = 64
+"""An engine that is writing computes prompts in pieces of about this long, but not smaller ones, between two tokens."""
 
 _PRIOR_PREFILL: Final = 100.0
 _PRIOR_DECODE: Final = 10.0
@@ -28,13 +31,18 @@ class InFlight:
     sequences: int = 0
     waiting: int = 0
     prompt_tokens: int = 0
-    """Of requests whose first token has not come."""
+    """Still to be computed, of requests whose first token has not come."""
     waiting_prompt_tokens: int = 0
     output_tokens: int = 0
-    """Still to be written at most, by all in flight."""
+    """Still to be written, as far as can be told, by all in flight."""
     waiting_output_tokens: int = 0
     kv_tokens: int = 0
     """Prompt and output of all in flight: the cells they may come to hold."""
+    outputs: tuple[int, ...] | None = None
+    """What each in flight has still to write; None: spread evenly."""
+    waiting_outputs: tuple[int, ...] | None = None
+    at_view: "InFlight | None" = None
+    """What was in flight when the engine's gauges were read: what they show beyond that is not ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,28 +70,128 @@ def predict(
     output_tokens: int,
     now: float,
     not_before: float = 0.0,
+    kv_tokens: int | None = None,
+    reserved: float = 0.0,
 ) -> Prediction:
-    """What one more request would meet. `not_before`: views seen up to then are not believed (we know better since)."""
+    """What one more request would meet.
+
+    `prompt_tokens` are those that have to be computed, `output_tokens` those expected to be written; `kv_tokens` the
+    cells it may come to hold where that is more. `not_before`: views seen up to then are not believed (we know better
+    since). `reserved`: the share of sequences and cells that this request must leave free for others.
+    """
     problem = _not_ready(view, now, not_before)
     if view is None or view.load is None or problem:
         return Prediction(0.0, 0.0, fits_kv=False, ready=False, reason=problem, can_enter=False)
-    load = view.load
+    load, others = view.load, _not_ours(view.load, inflight)
     capacity = max(1, load.sequences_capacity)
-    ahead = inflight.sequences + inflight.waiting
-    running = max(inflight.sequences, load.running_sequences)
-    fits = _fits_kv(load, inflight, prompt_tokens + output_tokens)
-    wait = 0.0 if fits and ahead < capacity else _wait_for_a_place(load, inflight, ahead, capacity)
-    # own ledger first; the engine's own queue counts where it knows of more than we do
-    queued = max(inflight.prompt_tokens, load.queued_prompt_tokens) + inflight.waiting_prompt_tokens
-    prefill = _prefill_seconds(load, queued + prompt_tokens, min(running, capacity))
-    first_byte = wait + prefill
-    together = min(ahead + 1, capacity)
-    finish = first_byte + output_tokens / (decode_rate(load.decode_tokens_per_second, together) / together)
-    reason = f"{queued + prompt_tokens} prompt tokens to compute, {ahead} of {capacity} sequences taken"
-    if not fits:
+    open_to_it = max(1, capacity - math.ceil(capacity * reserved))
+    cells = prompt_tokens + output_tokens if kv_tokens is None else kv_tokens
+    missing = inflight.kv_tokens + others.kv_tokens + cells - int(load.kv_capacity_tokens * (1 - reserved))
+    inside = inflight.sequences
+    ahead = inside + inflight.waiting
+    machine = _Machine(load, min(inside + others.sequences, capacity), inflight.prompt_tokens + others.prompt_tokens)
+    wait = 0.0
+    if missing > 0 or ahead >= open_to_it:
+        wait = machine.wait_seconds(inflight, load, open_to_it, missing)
+    first_byte = machine.first_byte_seconds(wait, inflight.waiting_prompt_tokens, prompt_tokens)
+    finish = first_byte + output_tokens * machine.seconds_per_token(min(ahead + 1, capacity))
+    tokens = machine.prompt_tokens + inflight.waiting_prompt_tokens + prompt_tokens
+    reason = f"{tokens} prompt tokens to compute, {ahead} of {capacity} sequences taken"
+    if missing > 0:
         reason += f", KV cache full ({load.kv_capacity_tokens} tokens)"
-    can_enter = inflight.sequences < capacity + BACKLOG_SEQUENCES and (fits or inflight.sequences == 0)
-    return Prediction(first_byte, finish, fits, ready=True, reason=reason, can_enter=can_enter)
+    room = open_to_it + (0 if reserved else BACKLOG_SEQUENCES)
+    can_enter = inside < room and (missing <= 0 or inside == 0)
+    return Prediction(first_byte, finish, missing <= 0, ready=True, reason=reason, can_enter=can_enter)
+
+
+def _not_ours(load: EngineLoad, inflight: InFlight) -> InFlight:
+    """What the engine's gauges showed beyond what we had given it when they were read.
+
+    Our own ledger is exact and at once, a gauge is late: so it never makes an engine look emptier than the ledger says,
+    and what has left since it was read is not counted again.
+    """
+    ours = inflight if inflight.at_view is None else inflight.at_view
+    return InFlight(
+        sequences=max(0, load.running_sequences - ours.sequences),
+        prompt_tokens=max(0, load.queued_prompt_tokens - ours.prompt_tokens),
+        kv_tokens=max(0, load.kv_used_tokens - ours.kv_tokens),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Machine:
+    """An engine at work: `running` sequences, and `prompt_tokens` of theirs still to be computed.
+
+    Between two tokens of the running sequences it computes a piece of a prompt, if there is one.
+    """
+
+    load: EngineLoad
+    running: int
+    prompt_tokens: int
+
+    def wait_seconds(self, inflight: InFlight, load: EngineLoad, capacity: int, missing_cells: int) -> float:
+        """Until so many have finished that one more finds a sequence among `capacity`, and its cells."""
+        outputs = inflight.outputs
+        if outputs is None:
+            outputs = _evenly(max(inflight.output_tokens, load.remaining_output_tokens), max(1, inflight.sequences))
+        ends = sorted(self._writing_seconds(tokens) for tokens in outputs)
+        for_cells = 0.0
+        if missing_cells > 0 and ends:
+            each = max(1.0, inflight.kv_tokens / len(ends))
+            for_cells = ends[min(len(ends), math.ceil(missing_cells / each)) - 1]
+        queue = inflight.waiting_outputs
+        if queue is None:
+            queue = _evenly(inflight.waiting_output_tokens, inflight.waiting)
+        return max(for_cells, self._for_a_sequence(ends, queue, inflight, capacity))
+
+    def _for_a_sequence(self, ends: list[float], queue: Sequence[int], inflight: InFlight, capacity: int) -> float:
+        """Those who wait take the places as they become free, one after the other, and free them in turn."""
+        free = capacity - len(ends)
+        if free < 0:  # more inside than there is room for: the last ones are the engine's own queue
+            ends = ends[-free:]
+        heap = [0.0] * max(0, free) + ends
+        heapq.heapify(heap)
+        prompt = self.prefill_seconds(inflight.waiting_prompt_tokens // len(queue)) if queue else 0.0
+        for tokens in queue:
+            heapq.heapreplace(heap, heap[0] + prompt + tokens * self.seconds_per_token(capacity))
+        return heap[0]
+
+    def first_byte_seconds(self, wait: float, waiting_tokens: int, prompt_tokens: int) -> float:
+        """Prompts ahead are computed while it waits; its own comes after them."""
+        if wait == 0.0:
+            return self.prefill_seconds(self.prompt_tokens + waiting_tokens + prompt_tokens)
+        left = max(0.0, self.prefill_seconds(self.prompt_tokens) - wait)
+        return wait + left + self.prefill_seconds(prompt_tokens)
+
+    def prefill_seconds(self, tokens: int) -> float:
+        """Computing prompts, with one step of the running sequences between two pieces."""
+        seconds = tokens / self._prefill_rate
+        return seconds + tokens / self._chunk * self.seconds_per_token(self.running) if self.running else seconds
+
+    def seconds_per_token(self, running: int) -> float:
+        """One step of so many sequences: each of them writes one token."""
+        together = max(1, running)
+        return together / decode_rate(self.load.decode_tokens_per_second, together)
+
+    def _writing_seconds(self, tokens: int) -> float:
+        """Until one of the running sequences has written so many, slowed down while prompts are computed between."""
+        between = min(tokens * self._chunk, self.prompt_tokens) / self._prefill_rate
+        return tokens * self.seconds_per_token(self.running) + between
+
+    @property
+    def _prefill_rate(self) -> float:
+        return self.load.prefill_tokens_per_second or _PRIOR_PREFILL
+
+    @property
+    def _chunk(self) -> float:
+        return max(_LEAST_CHUNK_TOKENS, self._prefill_rate * _STEP_SECONDS)
+
+
+def _evenly(total: int, count: int) -> tuple[int, ...]:
+    """`total` over `count` sequences that began one after another: the next to finish is nearly done."""
+    if count <= 0:
+        return ()
+    return tuple(round(total * 2 * (place + 1) / (count * (count + 1))) for place in range(count))
 
 
 def _not_ready(view: EngineView | None, now: float, not_before: float) -> str:
@@ -98,36 +206,6 @@ def _not_ready(view: EngineView | None, now: float, not_before: float) -> str:
     if view.seen <= not_before:
         return "the engine has just failed to answer"
     return ""
-
-
-def _fits_kv(load: EngineLoad, inflight: InFlight, tokens: int) -> bool:
-    held = max(inflight.kv_tokens, load.kv_used_tokens)
-    return held + tokens <= load.kv_capacity_tokens
-
-
-def _wait_for_a_place(load: EngineLoad, inflight: InFlight, ahead: int, capacity: int) -> float:
-    """Seconds until so many have finished that one more finds a sequence.
-
-    `n` sequences with `left` tokens between them finish one after another, on average spread evenly over twice the mean
-    time; those behind the first `capacity` come in further rounds of the same length.
-    """
-    busy = min(max(1, ahead), capacity)
-    left = max(inflight.output_tokens + inflight.waiting_output_tokens, load.remaining_output_tokens)
-    rate = decode_rate(load.decode_tokens_per_second, busy)
-    rounds_left = left / rate
-    behind = ahead - capacity + 1
-    if behind <= 0:  # a sequence is free but the cache is full: somebody has to finish
-        behind = 1
-    return min(rounds_left * 2 * behind / (busy + 1), rounds_left)
-
-
-def _prefill_seconds(load: EngineLoad, tokens: int, running: int) -> float:
-    """Computing prompts, with one step of the running sequences between two chunks."""
-    seconds = tokens / (load.prefill_tokens_per_second or _PRIOR_PREFILL)
-    if running:
-        steps = -(-tokens // _CHUNK_TOKENS)
-        seconds += steps * running / decode_rate(load.decode_tokens_per_second, running)
-    return seconds
 
 
 def decode_rate(measured: Mapping[int, float], sequences: int) -> float:
@@ -146,36 +224,3 @@ def decode_rate(measured: Mapping[int, float], sequences: int) -> float:
     if low == high:
         return low_rate
     return low_rate + (high_rate - low_rate) * (sequences - low) / (high - low)
-
-
-class TokenRatios:
-    """How far our token estimates are off, per target, learned from the usage that targets report.
-
-    No tokenizer of ours counts for a hosted model, so the estimate is corrected by experience instead of trusted.
-    """
-
-    _LEARNING: Final = 0.05
-    _FIRST: Final = 1.2
-    """Until something was learned, estimates are raised by a fifth: too few tokens promise too much."""
-    _ENOUGH: Final = 3
-
-    def __init__(self) -> None:
-        self._ratios: dict[str, tuple[float, int]] = {}
-
-    def correct(self, target: str, estimated_tokens: int) -> int:
-        ratio, _ = self._ratios.get(target, (self._FIRST, 0))
-        return max(1, round(estimated_tokens * ratio))
-
-    def at_least(self, target: str, estimated_tokens: int) -> int:
-        """What the true count is hardly ever below, to refuse by: half the estimate, or a bit under the learned one."""
-        ratio, seen = self._ratios.get(target, (self._FIRST, 0))
-        return int(estimated_tokens * (ratio * 0.7 if seen >= self._ENOUGH else 0.5))
-
-    def learn(self, target: str, estimated_tokens: int, reported_tokens: int) -> None:
-        """Short prompts teach nothing: the chat template outweighs them."""
-        if estimated_tokens < 20 or reported_tokens <= 0:
-            return
-        new = min(max(reported_tokens / estimated_tokens, 0.25), 6.0)
-        ratio, seen = self._ratios.get(target, (new, 0))
-        weight = max(self._LEARNING, 1 / (seen + 1))
-        self._ratios[target] = (ratio + (new - ratio) * weight, seen + 1)

@@ -34,6 +34,7 @@ def make_request(
         received_at=wall,
         residency=_residency(headers.get(RESIDENCY_HEADER)),
         tag=_tag(headers.get(TAG_HEADER)),
+        headers=headers,
         format=asked.format,
         needs=asked.needs,
         output_tokens=asked.output_tokens,

@@ -1,16 +1,32 @@
 """What a request says of itself when it has ended: the facts for its headers, the row for the ledger. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
-from appliance.core import AttemptOutcome, Decision, Facts, Outcome, Request, Usage
-from appliance.errors import ApplianceError
+from appliance.core import AttemptOutcome, AttemptResult, Decision, Facts, Outcome, Request, Usage
+from appliance.errors import (
+    ApplianceError,
+    BackendError,
+    BackendRefused,
+    Busy,
+    EngineBusy,
+    LedgerUnavailable,
+    RejectedReply,
+    RequestError,
+    ResidencyRefused,
+    Unavailable,
+)
+from appliance.telemetry.scrub import scrub_text
 
 _MAX_ATTEMPTS_KEPT: Final = 64
 """More than this in one row (thousands of texts in a call) are added up by target and result."""
 
 _REASON_CHARACTERS: Final = 240
+
+_WARNINGS: Final[Mapping[str, str]] = {
+    "deprecated": "the route of this request is deprecated and is going to be removed",
+}
 
 
 def facts_of(
@@ -29,6 +45,7 @@ def facts_of(
         policy_version=decision.route.policy_version,
         cost_usd=total_usd(attempts),
         cost_is_final=True,
+        warning=_WARNINGS.get(decision.route.stage),
     )
 
 
@@ -105,4 +122,32 @@ def _sum(index: int, group: Sequence[AttemptOutcome]) -> AttemptOutcome:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())[:_REASON_CHARACTERS]
+    return scrub_text(" ".join(text.split())[:_REASON_CHARACTERS])
+
+
+def result_of(error: ApplianceError) -> AttemptResult:
+    match error:
+        case EngineBusy() | Busy():
+            return "overflowed"
+        case RejectedReply():
+            return "rejected"
+        case RequestError() | BackendRefused() | ResidencyRefused():
+            return "refused"
+        case LedgerUnavailable():
+            return "failed"
+        case Unavailable():
+            return "overflowed"
+        case _:
+            return "failed"
+
+
+def detail_of(error: ApplianceError) -> str:
+    """For headers and the ledger: our own words only. What a target says may quote the prompt or the answer."""
+    if isinstance(error, Busy | Unavailable) and not isinstance(error, EngineBusy):
+        return error.message
+    return f"{error.code} ({error.status})" if isinstance(error, BackendRefused) else error.code
+
+
+def may_have_cost(error: ApplianceError) -> bool:
+    """Whether the target may have done (and billed) work before this."""
+    return isinstance(error, BackendError) and error.may_have_cost

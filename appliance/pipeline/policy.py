@@ -1,26 +1,19 @@
 """The policy applied to one request: which route, which targets, in which order, and why. Pure."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
 
-from appliance.config import Match, Policy, RouteRule
-from appliance.core import Attempt, Caller, Excluded, Profile, Request, Residency, Route, Snapshot, Target
-from appliance.errors import (
-    ApplianceError,
-    ContextTooLong,
-    Forbidden,
-    ResidencyRefused,
-    Unavailable,
-    UnknownModel,
-    Unsupported,
-)
+from appliance.config import Policy, RouteRule
+from appliance.core import Attempt, Excluded, Profile, Request, Residency, Route, Snapshot, Target
+from appliance.errors import ApplianceError
 from appliance.pipeline.capacity import Prediction
+from appliance.pipeline.matching import bare_name, chain_of, in_order, route_of
+from appliance.pipeline.refusal import Judged, Kind, refusal_of, unknown_model
 from appliance.pipeline.residency import bound_of
+from appliance.pipeline.scoring import Figures, by_score
 
 AUTO: Final = "auto"
-
-_MAX_NAMES: Final = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +27,10 @@ class Outlook:
     """What the count is hardly ever below."""
     blocked_seconds: float | None = None
     """How long its breaker keeps it from being tried; None where it may be."""
+    usd: float = 0.0
+    """The most that one attempt is going to cost, as far as it is known."""
+    usd_per_success: float | None = None
+    """What an answer has cost of late on this route; None where too few have been seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,155 +40,185 @@ class Ranking:
     """What to tell the caller where no attempt is left; None where there is one."""
 
 
-_Kind = Literal["residency", "needs", "context", "blocked", "waiting", "late", "now"]
-
-
 @dataclass(frozen=True, slots=True)
-class _Judged:
-    target: Target
-    position: int
-    """From 1, in the route's order of preference."""
-    kind: _Kind
-    reason: str
+class _Case:
+    """What every candidate is judged by."""
+
+    request: Request
+    rule: RouteRule
+    route: Route
+    """Without its attempts."""
+    outlooks: Mapping[str, Outlook]
 
 
 def rank(
-    request: Request, profile: Profile, policy: Policy, snapshot: Snapshot, outlooks: Mapping[str, Outlook]
+    request: Request,
+    profile: Profile,
+    policy: Policy,
+    snapshot: Snapshot,
+    outlooks: Mapping[str, Outlook],
+    rule: RouteRule | None = None,
 ) -> Ranking:
-    """`outlooks` has every target of `snapshot`. Raises UnknownModel, or Forbidden where the key may use no route.
+    """`outlooks` has every target of `snapshot`; `rule` is the route that was chosen, else it is chosen here.
 
-    An empty set of attempts stays empty: `refusal` says why.
+    An empty set of attempts stays empty: `refusal` says why. Raises Forbidden or BudgetExceeded as `route_of` does.
     """
-    rule = route_of(request, profile, policy)
-    bound, bound_reason = bound_of(
-        request, route=rule.name, route_residency=rule.residency, default=policy.defaults.residency
-    )
+    rule = rule or route_of(request, profile, policy)
+    route = _bare_route(request, rule, policy)
     pinned = pinned_targets(request.model, snapshot.targets)
-    candidates = in_order(rule.targets, snapshot.targets) if pinned is None else pinned
-    budget = rule.latency_budget_seconds or policy.defaults.latency_budget_seconds
-    judged = [
-        _judge(request, target, position, bound, bound_reason, outlooks[target.name], budget)
-        for position, target in enumerate(candidates, 1)
-    ]
-    attempts, excluded = _arrange(judged, rule, profile, pinned=pinned is not None)
-    route = Route(
+    if pinned == ():
+        return Ranking(route, unknown_model(request, AUTO, snapshot.targets))
+    route = replace(route, pinned=pinned is not None)
+    case = _Case(request, rule, route, outlooks)
+    judged = _judge_all(case, policy, snapshot.targets) if pinned is None else _judge_in_order(case, pinned)
+    attempts, excluded = _arrange(judged, case, profile)
+    escalations = () if pinned is not None or rule.escalation is None else _escalations(case, snapshot.targets)
+    route = replace(route, attempts=attempts, excluded=excluded, escalations=escalations)
+    return Ranking(route, None if attempts else refusal_of(request, route, judged))
+
+
+def _bare_route(request: Request, rule: RouteRule, policy: Policy) -> Route:
+    defaults = policy.defaults
+    bound, bound_reason = bound_of(
+        request,
+        route=rule.name,
+        route_residency=rule.residency,
+        default=defaults.residency,
+        content=policy.content_bound(rule),
+    )
+    return Route(
         name=rule.name,
         policy_version=policy.version,
         residency=bound,
         residency_reason=bound_reason,
-        attempts=attempts,
-        excluded=excluded,
-        latency_budget_seconds=budget,
-        max_wait_seconds=rule.max_wait_seconds or policy.defaults.max_wait_seconds,
-        total_seconds=rule.total_seconds or policy.defaults.total_seconds,
-        max_attempts=rule.max_attempts or policy.defaults.max_attempts,
-        pinned=pinned is not None,
-    )
-    return Ranking(route, None if attempts else _refusal(request, route, judged, outlooks))
-
-
-def route_of(request: Request, profile: Profile, policy: Policy) -> RouteRule:
-    """The first route that matches and that the key may use. Raises Forbidden where there is none."""
-    allowed = request.caller.routes
-    for rule in policy.routes:
-        if (allowed is None or rule.name in allowed) and _matches(rule.match, request, profile):
-            return rule
-    raise Forbidden(
-        f"key {request.caller.name!r} may use {', '.join(sorted(allowed or ())) or 'no route'}, "
-        f"and none of them is for this request (task {profile.task})"
+        attempts=(),
+        excluded=(),
+        latency_budget_seconds=rule.latency_budget_seconds or defaults.latency_budget_seconds,
+        max_wait_seconds=rule.max_wait_seconds or defaults.max_wait_seconds,
+        total_seconds=rule.total_seconds or defaults.total_seconds,
+        max_attempts=rule.max_attempts or defaults.max_attempts,
+        stage=rule.stage,
+        answer_budget_seconds=rule.answer_budget_seconds,
+        max_cost_usd=rule.max_cost_usd,
+        retry_billed=rule.retry_billed,
     )
 
 
-def _matches(match: Match, request: Request, profile: Profile) -> bool:
-    given = (
-        (match.task, profile.task),
-        (match.endpoint, request.endpoint),
-        (match.format, profile.format),
-        (match.key, request.caller.name),
-        (match.tag, request.tag),
+def no_route(request: Request, policy: Policy) -> Route:
+    """For a request that may use none: refused, and written down all the same."""
+    bound, reason = bound_of(request, route="none", route_residency=None, default=policy.defaults.residency)
+    defaults = policy.defaults
+    return Route(
+        name="none",
+        policy_version=policy.version,
+        residency=bound,
+        residency_reason=reason,
+        attempts=(),
+        excluded=(),
+        latency_budget_seconds=defaults.latency_budget_seconds,
+        max_wait_seconds=defaults.max_wait_seconds,
+        total_seconds=defaults.total_seconds,
+        max_attempts=defaults.max_attempts,
     )
-    if any(values is not None and value not in values for values, value in given):
-        return False
-    ranges = (
-        (match.complexity_at_least, match.complexity_below, profile.complexity),
-        (match.prompt_tokens_at_least, match.prompt_tokens_below, profile.prompt_tokens),
-    )
-    return all((low is None or value >= low) and (high is None or value < high) for low, high, value in ranges)
-
-
-def in_order(words: Iterable[str], targets: Sequence[Target]) -> tuple[Target, ...]:
-    """The targets that a route's words name, in its order, each once."""
-    found: dict[str, Target] = {}
-    for word in words:
-        for target in targets:
-            if word in (target.name, target.location):
-                found.setdefault(target.name, target)
-    return tuple(found.values())
 
 
 def pinned_targets(model: str, targets: Sequence[Target]) -> tuple[Target, ...] | None:
-    """The targets a pinned model leaves, or None for `auto`. Raises UnknownModel with the names that exist."""
+    """The targets a pinned model leaves (none where nobody has it), or None for `auto`."""
     if model in ("", AUTO):
         return None
     exact = tuple(target for target in targets if target.name == model)
-    found = exact or tuple(target for target in targets if bare_name(target) == model)
-    if not found:
-        names = sorted({AUTO, *(target.name for target in targets), *map(bare_name, targets)})
-        more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-        there = ", ".join(names[:_MAX_NAMES]) + more
-        raise UnknownModel(f"model {model[:100]!r} does not exist here; there are {there}", param="model")
-    return found
+    return exact or tuple(target for target in targets if bare_name(target) == model)
 
 
-def bare_name(target: Target) -> str:
-    """The model's name without its place: `onsite/qwen3-4b` is `qwen3-4b`."""
-    return target.name.partition("/")[2] or target.name
+def _judge_all(case: _Case, policy: Policy, targets: Sequence[Target]) -> list[Judged]:
+    """The route's own targets, then those of the routes it falls back on, each once."""
+    judged: list[Judged] = []
+    for rule in chain_of(case.rule, policy):
+        known = {one.target.name for one in judged}
+        fresh = tuple(target for target in in_order(rule.targets, targets) if target.name not in known)
+        if rule is case.rule:
+            judged += _judge_in_order(case, fresh)
+            continue
+        own, _ = bound_of(
+            case.request,
+            route=rule.name,
+            route_residency=rule.residency,
+            default=policy.defaults.residency,
+            content=policy.content_bound(rule),
+        )
+        found = _judge_in_order(replace(case, rule=rule), fresh, first=len(judged) + 1)
+        judged += [replace(_inside(one, own, rule.name), via=rule.name) for one in found]
+    return judged
 
 
-def visible_targets(caller: Caller, targets: Sequence[Target]) -> tuple[Target, ...]:
-    """What `caller` could ever be answered by: a key bound to the site does not see hosted models."""
-    return tuple(target for target in targets if caller.residency.allows(target))
+def _inside(one: Judged, bound: Residency, route: str) -> Judged:
+    """A fallback route's own bound holds for its targets too."""
+    if one.kind == "residency" or bound.allows(one.target):
+        return one
+    return replace(one, kind="residency", reason=f"outside the residency bound ({bound} by route {route!r})")
 
 
-def _judge(
-    request: Request,
-    target: Target,
-    position: int,
-    bound: Residency,
-    bound_reason: str,
-    outlook: Outlook,
-    budget_seconds: float,
-) -> _Judged:
-    kind, reason = _verdict(request, target, bound, bound_reason, outlook, budget_seconds)
-    return _Judged(target, position, kind, reason)
+def _judge_in_order(case: _Case, targets: Sequence[Target], first: int = 1) -> list[Judged]:
+    merits: Sequence[tuple[Target, str]] = [(target, "") for target in targets]
+    if case.rule.score is not None and len(targets) > 1:
+        figures = {target.name: _figures(target, case.outlooks[target.name]) for target in targets}
+        merits = by_score(targets, figures, case.rule.score, case.route.latency_budget_seconds)
+    return [_judge(case, target, position, merit) for position, (target, merit) in enumerate(merits, first)]
 
 
-def _verdict(
-    request: Request, target: Target, bound: Residency, bound_reason: str, outlook: Outlook, budget_seconds: float
-) -> tuple[_Kind, str]:
-    if not bound.allows(target):
-        return "residency", f"outside the residency bound ({bound_reason})"
+def _figures(target: Target, outlook: Outlook) -> Figures:
+    return Figures(outlook.prediction.first_byte_seconds, outlook.usd, target.quality)
+
+
+def _judge(case: _Case, target: Target, position: int, merit: str) -> Judged:
+    outlook = case.outlooks[target.name]
+    kind, reason = _never(case, target, outlook) or _not_now(case, target, outlook)
+    return Judged(target, position, kind, reason, outlook.prompt_tokens, outlook.blocked_seconds or 0.0, None, merit)
+
+
+def _never(case: _Case, target: Target, outlook: Outlook) -> tuple[Kind, str] | None:
+    """What no waiting mends."""
+    request, rule, route = case.request, case.rule, case.route
+    if not route.residency.allows(target):
+        return "residency", f"outside the residency bound ({route.residency_reason})"
     missing = request.needs - target.abilities
     if missing:
         return "needs", f"cannot do {', '.join(sorted(missing))}"
+    if rule.min_quality is not None and (target.quality is None or target.quality < rule.min_quality):
+        declared = "declares no quality" if target.quality is None else f"declares quality {target.quality:g}"
+        return "quality", f"{declared}, the floor is {rule.min_quality:g}"
     context = target.context_tokens
     if context is not None and outlook.least_prompt_tokens + 1 > context:
         return "context", f"the prompt has about {outlook.prompt_tokens} tokens, the context {context}"
+    if rule.max_cost_usd is not None and outlook.usd > rule.max_cost_usd:
+        return "cost", f"would cost up to {outlook.usd:.6f} USD, the ceiling is {rule.max_cost_usd:.6f} USD"
+    ceiling = rule.max_cost_per_success_usd
+    if ceiling is not None and outlook.usd_per_success is not None and outlook.usd_per_success > ceiling:
+        return "cost", f"has cost {outlook.usd_per_success:.6f} USD an answer of late, the ceiling is {ceiling:.6f} USD"
+    return None
+
+
+def _not_now(case: _Case, target: Target, outlook: Outlook) -> tuple[Kind, str]:
+    """What may be better in a while."""
+    prediction, route, context = outlook.prediction, case.route, target.context_tokens
     if outlook.blocked_seconds is not None:
         return "blocked", f"it kept failing; tried again in {outlook.blocked_seconds:.0f} s"
-    prediction = outlook.prediction
     if not prediction.ready:
         return "waiting", prediction.reason
     if context is not None and outlook.prompt_tokens + 1 > context:
         return "late", f"the prompt may be too long (about {outlook.prompt_tokens} tokens, context {context})"
-    if prediction.first_byte_seconds > budget_seconds:
-        needs = f"would need {prediction.first_byte_seconds:.1f} s to the first token, budget {budget_seconds:.1f} s"
-        return "late", needs
+    first, finish = prediction.first_byte_seconds, prediction.finish_seconds
+    if first > route.latency_budget_seconds:
+        return "late", f"would need {first:.1f} s to the first token, budget {route.latency_budget_seconds:.1f} s"
+    if route.answer_budget_seconds is not None and finish > route.answer_budget_seconds:
+        return "late", f"would need {finish:.1f} s for the whole answer, budget {route.answer_budget_seconds:.1f} s"
+    if finish > route.total_seconds:
+        return "late", f"would need {finish:.1f} s for the whole answer, which may take {route.total_seconds:.1f} s"
     return "now", ""
 
 
 def _arrange(
-    judged: Sequence[_Judged], rule: RouteRule, profile: Profile, *, pinned: bool
+    judged: Sequence[Judged], case: _Case, profile: Profile
 ) -> tuple[tuple[Attempt, ...], tuple[Excluded, ...]]:
     """In the route's order: those who can begin in time, then those who cannot; engines that are not up only where
     nothing else is left, for a request can wait for them."""
@@ -199,12 +226,12 @@ def _arrange(
     late = [one for one in judged if one.kind == "late"]
     waiting = [one for one in judged if one.kind == "waiting"]
     usable = [*now, *late] or waiting
-    attempts = tuple(Attempt(one.target, _reason(one, judged, rule, profile, pinned=pinned)) for one in usable)
+    attempts = tuple(Attempt(one.target, _reason(one, judged, case, profile)) for one in usable)
     excluded = tuple(Excluded(one.target.name, one.reason) for one in judged if one not in usable)
     return attempts, excluded
 
 
-def _reason(one: _Judged, judged: Sequence[_Judged], rule: RouteRule, profile: Profile, *, pinned: bool) -> str:
+def _reason(one: Judged, judged: Sequence[Judged], case: _Case, profile: Profile) -> str:
     if one.kind == "waiting":
         return f"waits for {one.target.name}: {one.reason}"
     if one.kind == "late":
@@ -215,12 +242,16 @@ def _reason(one: _Judged, judged: Sequence[_Judged], rule: RouteRule, profile: P
     if passed_over:
         first = passed_over[0]
         return f"overflow: {first.target.name} {first.reason}"
-    if pinned:
+    if case.route.pinned:
         return "pinned by the request"
-    least = rule.match.complexity_at_least
+    if one.via is not None:
+        return f"fallback route {one.via} of route {case.rule.name}"
+    if one.merit:
+        return f"{_ordinal(one.position)} of route {case.rule.name} by {one.merit}"
+    least = case.rule.match.complexity_at_least
     if least is not None and one.position == 1:
-        return f"complex: {profile.complexity:.2f} is at least {least:.2f} (route {rule.name})"
-    return f"{_ordinal(one.position)} choice of route {rule.name}"
+        return f"complex: {profile.complexity:.2f} is at least {least:.2f} (route {case.rule.name})"
+    return f"{_ordinal(one.position)} choice of route {case.rule.name}"
 
 
 def _ordinal(position: int) -> str:
@@ -228,36 +259,10 @@ def _ordinal(position: int) -> str:
     return words[position - 1] if position <= len(words) else f"{position}th"
 
 
-def _refusal(
-    request: Request, route: Route, judged: Sequence[_Judged], outlooks: Mapping[str, Outlook]
-) -> ApplianceError:
-    """The most helpful of the reasons: what passes by itself, then what the caller can change, then what nobody can."""
-    by_kind: dict[str, list[_Judged]] = {}
-    for one in judged:
-        by_kind.setdefault(one.kind, []).append(one)
-    bound = "" if "residency" not in by_kind else f" (targets outside {route.residency} are not allowed to answer it)"
-    if blocked := by_kind.get("blocked"):
-        soonest = min(outlooks[one.target.name].blocked_seconds or 0.0 for one in blocked)
-        names = ", ".join(one.target.name for one in blocked)
-        return Unavailable(
-            f"every target left for this request keeps failing: {names}; try again in {soonest:.0f} s{bound}",
-            retry_after_seconds=max(1.0, soonest),
-        )
-    if tight := by_kind.get("context"):
-        widest = max(tight, key=lambda one: one.target.context_tokens or 0)
-        tokens = outlooks[widest.target.name].prompt_tokens
-        context = widest.target.context_tokens
-        return ContextTooLong(
-            f"the prompt has about {tokens} tokens and the largest context here is {context} tokens: shorten it{bound}",
-            param="messages" if request.endpoint == "chat" else None,
-        )
-    if unable := by_kind.get("needs"):
-        what = "; ".join(f"{one.target.name} {one.reason}" for one in unable[:5])
-        return Unsupported(f"no target can do what this request asks for: {what}{bound}")
-    if by_kind.get("residency"):
-        asked = f"model {request.model!r} is" if route.pinned else "every target of its route is"
-        return ResidencyRefused(
-            f"{asked} outside this request's bound: {route.residency_reason}. "
-            "Use an on-site model, or a key and header that allow it to leave"
-        )
-    return Unavailable(f"route {route.name!r} has no target on this node: start an engine or configure a provider")
+def _escalations(case: _Case, targets: Sequence[Target]) -> tuple[Attempt, ...]:
+    """Who may be asked instead of an unsure answer; the quality floor and every bound hold for them too."""
+    assert case.rule.escalation is not None
+    candidates = in_order(case.rule.escalation.to, targets)
+    judged = [_judge(case, target, position, "") for position, target in enumerate(candidates, 1)]
+    reason = f"escalation: an answer below {case.rule.escalation.below_confidence:g} (route {case.rule.name})"
+    return tuple(Attempt(one.target, reason) for one in judged if one.kind in ("now", "late"))

@@ -4,7 +4,7 @@ Attributes say where a request went and why, never what it said.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -73,21 +73,58 @@ def describe_outcome(span: Span, outcome: Outcome) -> None:
         span.set_status(Status(StatusCode.ERROR, outcome.error_code))
 
 
+def begin_request(endpoint: Endpoint, headers: Mapping[str, str]) -> Span:
+    """The span of one request, a child of the caller's if `headers` hold a W3C traceparent; `end_request` ends it.
+
+    For a request that outlives the function it began in, as a stream does.
+    """
+    parent = _PROPAGATOR.extract(headers) if "traceparent" in headers else None
+    return tracer().start_span(endpoint, context=parent, kind=SpanKind.SERVER)
+
+
+def within(span: Span) -> AbstractContextManager[Span]:
+    """What is begun inside becomes a child of `span`, which does not end with it."""
+    return trace.use_span(span, end_on_exit=False, record_exception=False, set_status_on_exception=False)
+
+
+def end_request(span: Span, decision: Decision, outcome: Outcome) -> None:
+    describe_decision(span, decision)
+    describe_outcome(span, outcome)
+    span.end()
+
+
+def begin_attempt(attempt: Attempt, index: int) -> Span:
+    """As `attempt_span`, for an attempt that outlives the function it began in; `end_attempt` ends it."""
+    span = tracer().start_span("attempt", kind=SpanKind.CLIENT)
+    _describe_target(span, attempt, index)
+    return span
+
+
+def end_attempt(span: Span, outcome: AttemptOutcome) -> None:
+    describe_attempt(span, outcome)
+    span.end()
+
+
 @contextmanager
 def attempt_span(attempt: Attempt, index: int) -> Iterator[Span]:
     """The span of one attempt, inside the current request's. End it with `describe_attempt`."""
     with _span("attempt", SpanKind.CLIENT) as span:
-        if span.is_recording():
-            span.set_attributes(
-                {
-                    "appliance.attempt": index,
-                    "appliance.target": attempt.target.name,
-                    "appliance.location": attempt.target.location,
-                    "appliance.reason": attempt.reason,
-                    "gen_ai.request.model": attempt.target.model,
-                }
-            )
+        _describe_target(span, attempt, index)
         yield span
+
+
+def _describe_target(span: Span, attempt: Attempt, index: int) -> None:
+    if not span.is_recording():
+        return
+    span.set_attributes(
+        {
+            "appliance.attempt": index,
+            "appliance.target": attempt.target.name,
+            "appliance.location": attempt.target.location,
+            "appliance.reason": attempt.reason,
+            "gen_ai.request.model": attempt.target.model,
+        }
+    )
 
 
 def describe_attempt(span: Span, outcome: AttemptOutcome) -> None:

@@ -29,7 +29,7 @@ from appliance.errors import LedgerUnavailable, RejectedReply
 from appliance.pipeline.admission import Admission
 from appliance.pipeline.answer import Answer, Pipeline
 from appliance.pipeline.breaker import Breakers
-from appliance.pipeline.capacity import TokenRatios
+from appliance.pipeline.means import Memory
 from appliance.pipeline.residency import PermitOffice
 from appliance.state import State
 
@@ -196,9 +196,12 @@ class Scene:
         self.now = time.monotonic
         self.state = State(self.now)
         self.ledger = RecordingLedger()
-        self.admission = Admission(self.state, self.now)
+        self.memory = Memory()
+        self.admission = Admission(self.state, self.now, self.memory.experience)
         self.breakers = Breakers()
-        self.ratios = TokenRatios()
+        self.pauses: list[float] = []
+        """What was waited before retries; no test waits for it."""
+        self.alerts: dict[tuple[str, str], str] = {}
         self.permits = PermitOffice()
         hosted = {target.provider: target.address for target in targets if target.location == "hosted"}
         addresses = {name: address for name, address in hosted.items() if name is not None}
@@ -216,11 +219,28 @@ class Scene:
             ledger=self.ledger,
             admission=self.admission,
             breakers=self.breakers,
-            ratios=self.ratios,
+            memory=self.memory,
             doors=self.doors,
             permits=self.permits,
+            alerts=self,
+            pause=self.pause,
+            chance=lambda: 0.5,
+            wall=self.wall,
         )
         return self.pipeline
+
+    def wall(self) -> float:
+        return time.time()
+
+    async def pause(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        await asyncio.sleep(0)
+
+    def warn(self, code: str, text: str, about: str = "") -> None:
+        self.alerts[code, about] = text
+
+    def clear(self, code: str, about: str = "") -> None:
+        self.alerts.pop((code, about), None)
 
     def publish(self, **fields: Any) -> None:
         """A fresh snapshot: every engine of this node ready, unless `fields` says otherwise."""

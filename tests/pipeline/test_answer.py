@@ -16,6 +16,7 @@ from appliance.errors import (
     BackendUnreachable,
     Busy,
     DeadlineExceeded,
+    Forbidden,
     LedgerUnavailable,
     RejectedReply,
     ResidencyRefused,
@@ -23,7 +24,8 @@ from appliance.errors import (
     UnknownModel,
 )
 from appliance.pipeline.admission import Load
-from appliance.pipeline.attempt import Patience, Trial
+from appliance.pipeline.attempt import Errand, Trial
+from appliance.pipeline.means import Patience, Purse
 from tests.pipeline.scene import (
     LOCAL_FIRST,
     PRICE,
@@ -90,9 +92,20 @@ async def test_deciding_and_answering_here_costs_little(stage: Stage) -> None:
 
 
 async def test_an_unknown_model_is_refused_before_anything_happens(stage: Stage) -> None:
-    with pytest.raises(UnknownModel):
+    with pytest.raises(UnknownModel) as caught:
         await stage.ask(model="gpt-99")
-    assert not stage.ledger.outcomes
+    assert (stage.engine.calls, stage.provider.calls) == (0, 0)
+    (outcome,) = stage.ledger.outcomes
+    assert (outcome.status, outcome.error_code, outcome.route) == (404, "model_not_found", "general")
+    assert caught.value.headers["x-appliance-decision"] == outcome.decision_id
+
+
+async def test_a_key_without_a_route_is_refused_and_written_down_with_its_headers(stage: Stage) -> None:
+    with pytest.raises(Forbidden, match="may use complex") as caught:
+        await stage.ask(caller=caller_of(routes=frozenset({"complex"})))
+    assert caught.value.headers["x-appliance-route"] == "none"
+    (outcome,) = stage.ledger.outcomes
+    assert (outcome.status, outcome.error_code, outcome.route) == (403, "forbidden", "none")
 
 
 # --- overflow, fallback, rejection
@@ -364,7 +377,7 @@ async def test_pitfall_2_who_is_turned_away_by_a_breaker_does_not_free_the_probe
     decision = stage.pipeline.decide(request, prompt_tokens=1, output_tokens=1)
     (attempt,) = decision.route.attempts
     stage.breakers.start("cloud/big", stage.now())
-    trial = Trial(stage.pipeline._means, request, decision, 0, attempt)
+    trial = Trial(stage.pipeline._means, Errand(request, decision, Purse(None), 0), 0, attempt)
     with pytest.raises(Unavailable, match="keeps failing"):
         await trial.run(call_of(request), Patience(1.0, 0.0, None, first=False))
     assert stage.breakers.blocked_until("cloud/big", stage.now()) is not None
@@ -382,7 +395,7 @@ async def test_pitfall_2_a_retry_after_of_a_year_does_not_shut_a_target_out_for_
 
 
 async def test_pitfall_3_one_deadline_for_the_whole_chain(stage: Stage) -> None:
-    stage.reload(LOCAL_FIRST.replace("total_seconds = 20.0", "total_seconds = 0.2"))
+    stage.reload(LOCAL_FIRST.replace("20.0", "0.2").replace("budget_seconds = 2.0", "budget_seconds = 0.1"))
     stage.engine.mood = stage.provider.mood = "hang"
     started = stage.now()
     with pytest.raises((BackendTimeout, DeadlineExceeded)):

@@ -8,8 +8,9 @@ from appliance.config import Cost
 from appliance.core import Outgoing, Price, Reply, Usage
 from appliance.errors import BackendGarbage, RejectedReply
 from appliance.pipeline.breaker import CLOSED, Breaker, Breakers, after_failure, after_nothing, after_start
-from appliance.pipeline.capacity import STALE_SECONDS, InFlight, Prediction, TokenRatios, decode_rate, predict
+from appliance.pipeline.capacity import STALE_SECONDS, InFlight, Prediction, decode_rate, predict
 from appliance.pipeline.cost import hosted_usd, onsite_usd, reserve_usd, usd_per_busy_second
+from appliance.pipeline.learning import TokenRatios
 from appliance.pipeline.verify import read_verified
 from tests.pipeline.scene import PRICE, ChatCall, engine_target, load_of, view_of
 

@@ -7,7 +7,8 @@ import pytest
 from appliance.core import ANYWHERE, ONSITE, Profile, Request, Residency, Snapshot, Target
 from appliance.errors import ContextTooLong, Forbidden, ResidencyRefused, Unavailable, UnknownModel, Unsupported
 from appliance.pipeline.capacity import NOT_PREDICTED, Prediction
-from appliance.pipeline.policy import Outlook, Ranking, rank, visible_targets
+from appliance.pipeline.matching import visible_targets
+from appliance.pipeline.policy import Outlook, Ranking, rank
 from tests.pipeline.scene import LOCAL_FIRST, caller_of, engine_target, hosted_target, policy_of, request_of
 
 LOCAL, HOSTED = engine_target(), hosted_target()
@@ -138,10 +139,17 @@ def test_pitfall_6_a_model_that_exists_here_and_outside_keeps_only_its_place_her
 
 
 def test_an_unknown_model_is_refused_with_the_names_that_exist() -> None:
-    with pytest.raises(UnknownModel) as caught:
-        ranked(request_of(model="gpt-99"))
-    assert caught.value.status == 404 and caught.value.param == "model"
-    assert "'gpt-99'" in caught.value.message and "onsite/tiny" in caught.value.message
+    refused = ranked(request_of(model="gpt-99"))
+    assert order(refused) == [] and isinstance(refused.refusal, UnknownModel)
+    assert refused.refusal.status == 404 and refused.refusal.param == "model"
+    for words in ("'gpt-99'", "onsite/tiny", "cloud/big"):
+        assert words in refused.refusal.message
+
+
+def test_an_unknown_model_tells_a_bound_key_of_no_hosted_one() -> None:
+    refused = ranked(request_of(model="gpt-99", caller=caller_of(residency=ONSITE)))
+    assert refused.refusal is not None and "onsite/tiny" in refused.refusal.message
+    assert "big" not in refused.refusal.message
 
 
 @pytest.mark.parametrize(
