@@ -18,6 +18,7 @@ Task = Literal[
 ]
 Format = Literal["text", "json_object", "json_schema", "labels", "tools"]
 LatencyClass = Literal["interactive", "batch"]
+Profiler = Literal["rules", "learned", "llm"]
 Endpoint = Literal["chat", "completions", "decisions", "extract"]
 Location = Literal["onsite", "hosted"]
 Dialect = Literal["openai"]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from appliance.config.strict import Name, PositiveSeconds, Strict, check_residency
-from appliance.core import Endpoint, Format, LatencyClass, PersonalKind, Residency, Stage, Task
+from appliance.core import Endpoint, Format, LatencyClass, PersonalKind, Profiler, Residency, Stage, Task
 
 Share = Annotated[float, Field(gt=0, le=1)]
 PositiveUsd = Annotated[float, Field(gt=0)]
@@ -284,6 +284,9 @@ class Defaults(Strict):
     """For all attempts together."""
     max_attempts: int = Field(default=3, ge=1, le=10)
     """For the whole request."""
+    profiler: Profiler = "rules"
+    """Who says what a request is for and how complex it is: `rules`, `learned` (weights trained on open routing data),
+    or `llm` (a model of this node, asked briefly; where it cannot answer in time the rules speak)."""
 
     _residency = field_validator("residency")(check_residency)
 

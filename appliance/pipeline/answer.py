@@ -21,11 +21,13 @@ from appliance.config import NodeConfig, Policy
 from appliance.core import Call, Caller, Decision, Facts, Request, Target
 from appliance.errors import ApplianceError, ClientGone, StreamBroken, UnknownModel
 from appliance.pipeline.admission import Admission
+from appliance.pipeline.asking import Asking
 from appliance.pipeline.attempt import Trial
 from appliance.pipeline.breaker import Breakers
 from appliance.pipeline.decide import Decided, Decider
 from appliance.pipeline.matching import visible_targets
 from appliance.pipeline.means import Alerts, Means, Memory, NoAlerts, SpendLedger
+from appliance.pipeline.profile import Opinion, check_profiler
 from appliance.pipeline.residency import PermitOffice
 from appliance.pipeline.walk import Walk
 from appliance.state import State
@@ -35,7 +37,8 @@ from appliance.telemetry import traces
 class Pipeline:
     """One policy and configuration over the parts that outlive a reload (admission, breakers, memory, doors).
 
-    It holds nothing that changes itself, so a reload builds a new one and swaps the reference.
+    It holds nothing that changes itself but opinions that can be asked for again, so a reload builds a new one and
+    swaps the reference. Raises OperatorError where the policy's profiler cannot be used.
     """
 
     def __init__(
@@ -73,7 +76,9 @@ class Pipeline:
             pause=pause,
             chance=chance,
         )
+        check_profiler(policy.defaults.profiler)
         self._decider = Decider(policy, self._means)
+        self._asking = Asking(policy.defaults.profiler, self._means)
 
     def decide(self, request: Request, *, prompt_tokens: int, output_tokens: int | None) -> Decision:
         """Everything before the first call: what explain shows. No attempts means that it would be refused.
@@ -81,14 +86,15 @@ class Pipeline:
         Raises UnknownModel, Forbidden where the key may use no route for this request, BudgetExceeded where its route
         has no quota left.
         """
-        decided = self._decider.decide(request, prompt_tokens, output_tokens)
+        decided = self._decider.decide(request, prompt_tokens, output_tokens, self._asking.known(request))
         if decided.refusal is not None and (decided.rule is None or isinstance(decided.refusal, UnknownModel)):
             raise decided.refusal
         return decided.decision
 
     async def answer(self, request: Request, call: Call) -> "Answer":
         """Answer `request`. The caller must `aclose` what it gets. Raises ApplianceError, its `headers` set."""
-        walk, close = self._begin(request, call.prompt_tokens, call.output_tokens)
+        opinion = await self._asking.opinion(request)
+        walk, close = self._begin(request, call.prompt_tokens, call.output_tokens, opinion)
         try:
             with traces.within(walk.span):
                 trial, payload = await walk.run(call)
@@ -109,7 +115,8 @@ class Pipeline:
         Raises ApplianceError where the decision itself is a refusal.
         """
         prompt_tokens = max(call.prompt_tokens for call in calls)
-        walk, close = self._begin(request, prompt_tokens, max(call.output_tokens for call in calls))
+        opinion = await self._asking.opinion(request)
+        walk, close = self._begin(request, prompt_tokens, max(call.output_tokens for call in calls), opinion)
         results: list[Any] = [None] * len(calls)
         try:
             if walk.refusal is not None:
@@ -134,11 +141,11 @@ class Pipeline:
         return visible_targets(caller, self._means.state.snapshot.targets)
 
     def _begin(
-        self, request: Request, prompt_tokens: int, output_tokens: int | None
+        self, request: Request, prompt_tokens: int, output_tokens: int | None, opinion: Opinion | str
     ) -> tuple[Walk, "Callable[[ApplianceError | None], Facts]"]:
         """Decide, and what is to be called once when the request has ended, however it did."""
         span = traces.begin_request(request.endpoint, request.headers)
-        decided = self._decider.decide(request, prompt_tokens, output_tokens)
+        decided = self._decider.decide(request, prompt_tokens, output_tokens, opinion)
         self._means.memory.of_late.took(decided.decision.route.name, self._means.clock())
         walk = Walk(self._means, request, decided, partial(self._again, request), span)
         return walk, partial(self._close, walk)

@@ -11,7 +11,7 @@ from appliance.pipeline.cost import onsite_usd, reserve_usd
 from appliance.pipeline.matching import route_of
 from appliance.pipeline.means import Means
 from appliance.pipeline.policy import Outlook, no_route, rank
-from appliance.pipeline.profile import profile
+from appliance.pipeline.profile import Opinion, profile
 from appliance.pipeline.shape import AS_IT_IS, Shape, shape_of
 
 
@@ -37,8 +37,17 @@ class Decider:
         self._policy = policy
         self._means = means
 
-    def decide(self, request: Request, prompt_tokens: int, output_tokens: int | None) -> Decided:
-        made = profile(request, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+    def decide(
+        self, request: Request, prompt_tokens: int, output_tokens: int | None, opinion: Opinion | str
+    ) -> Decided:
+        """`opinion`: of a local model, or why there is none."""
+        made = profile(
+            request,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            profiler=self._policy.defaults.profiler,
+            opinion=opinion,
+        )
         prefix, leaves_free = prefix_of(request), self._policy.capacity.reserved_for_bound
         over_quota = self._means.memory.of_late.over_quota(self._policy.routes, self._means.clock())
         try:

@@ -1,5 +1,62 @@
-"""What a request is, before any model is called: task, complexity, format, language, length."""
+"""What a request is, before any model is called: task, complexity, format, language, length.
 
-from appliance.pipeline.profile.rules import profile
+Three profilers behind one function, chosen in the policy: rules, learned weights, and a local model's opinion. All are
+pure: the opinion was asked for before (`pipeline.asking`), and where there is none the rules speak.
+"""
 
-__all__ = ["profile"]
+from typing import Final
+
+from appliance.core import LatencyClass, Profile, Profiler, Request
+from appliance.pipeline.profile import learned, rules
+from appliance.pipeline.profile.guess import Guess, Opinion
+from appliance.pipeline.profile.language import guess_language
+from appliance.pipeline.profile.opinion import guess_by
+from appliance.pipeline.profile.sample import Sample, take_sample
+
+__all__ = ["Opinion", "check_profiler", "profile"]
+
+DEFAULT_OUTPUT_TOKENS: Final = 256
+
+
+def profile(
+    request: Request,
+    *,
+    prompt_tokens: int,
+    output_tokens: int | None,
+    profiler: Profiler = "rules",
+    opinion: Opinion | str = "no local model was asked",
+) -> Profile:
+    """The profile of `request`. Token counts are the caller's estimates; None: the usual length of an answer.
+
+    `opinion`: what a local model said, or why there is nothing; only the profiler "llm" looks at it. Raises
+    OperatorError where "learned" is chosen and its weights cannot be used; `check_profiler` says so beforehand.
+    """
+    sample = take_sample(request.text)
+    made = _guess(request, sample, prompt_tokens, profiler, opinion)
+    return Profile(
+        task=made.task,
+        complexity=made.complexity,
+        format=request.format,
+        latency_class=_latency_class(request),
+        language=guess_language(sample.text, sample.words),
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens if output_tokens is not None else DEFAULT_OUTPUT_TOKENS,
+        reasons=made.reasons,
+    )
+
+
+def check_profiler(profiler: Profiler) -> None:
+    """Load what `profiler` needs. Raises OperatorError where that cannot be used."""
+    if profiler == "learned":
+        learned.shipped_weights()
+
+
+def _guess(request: Request, sample: Sample, prompt_tokens: int, profiler: Profiler, opinion: Opinion | str) -> Guess:
+    if profiler == "learned":
+        return learned.guess(request, sample, learned.shipped_weights())
+    by_rules = rules.guess(request, sample, prompt_tokens=prompt_tokens)
+    return by_rules if profiler == "rules" else guess_by(opinion, by_rules)
+
+
+def _latency_class(request: Request) -> LatencyClass:
+    return "batch" if "inputs" in request.body or "texts" in request.body else "interactive"

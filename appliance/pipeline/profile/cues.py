@@ -127,6 +127,28 @@ CUES: Final = (
     ),
 )
 
+_CHOICES: Final = re.compile(r"^[ \t]*\(?a[.):][ \t]\S.*\n+[ \t]*\(?b[.):][ \t]\S", re.MULTILINE)
+
+_PROBLEM_WORDS: Final = 250
+_PROBLEM_NUMBERS: Final = 3
+_NUMBER_WORDS = """
+one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty hundred thousand dozen half
+third quarter twice double triple percent"""
+_NUMBERS: Final = frozenset(_NUMBER_WORDS.split())
+
+
+def has_choices(sample: Sample) -> bool:
+    """A question with lettered answers, each on a line of its own: it asks for knowledge, whatever its words."""
+    return _CHOICES.search(sample.text) is not None
+
+
+def is_word_problem(sample: Sample) -> bool:
+    """A short text with several numbers, in digits or words, and a question at its end."""
+    if len(sample.words) > _PROBLEM_WORDS or "?" not in sample.text[-80:]:
+        return False
+    return sum(word in _NUMBERS or any(map(str.isdigit, word)) for word in sample.words) >= _PROBLEM_NUMBERS
+
+
 _DEMANDING = """
 prove derive theorem rigorous optimal trade-off trade-offs architecture algorithm complexity concurrency concurrent
 analyze analyse evaluate critique justify implications strategy multi-step step-by-step comprehensive detailed thorough

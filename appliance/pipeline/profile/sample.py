@@ -1,5 +1,6 @@
 """The part of a prompt that the rules look at, taken apart once: lowered text, words, edges."""
 
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -9,7 +10,9 @@ _TAIL_CHARACTERS: Final = 1000
 
 _EDGE_CHARACTERS: Final = 300
 
-_TO_SPACE: Final = str.maketrans(dict.fromkeys(".,;:!?()[]{}<>\"'`*_/\\|=\t\n\r", " "))
+_SIGNS: Final = ".,;:!?()[]{}<>\"'`*_/\\|="
+_TO_SPACE: Final = str.maketrans(dict.fromkeys(_SIGNS, " "))
+_WORD: Final = re.compile(rf"[^\s{re.escape(_SIGNS)}]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +30,14 @@ def take_sample(text: str) -> Sample:
     if len(text) > _HEAD_CHARACTERS + _TAIL_CHARACTERS:
         text = f"{text[:_HEAD_CHARACTERS]}\n{text[-_TAIL_CHARACTERS:]}"
     lowered = text.lower()
-    words = tuple(lowered.translate(_TO_SPACE).split())
+    words = _words_of(lowered)
     vocabulary = frozenset(words)
     if len(lowered) <= 2 * _EDGE_CHARACTERS:
         return Sample(lowered, lowered, words, vocabulary, vocabulary)
     edges = f"{lowered[:_EDGE_CHARACTERS]}\n{lowered[-_EDGE_CHARACTERS:]}"
-    return Sample(lowered, edges, words, vocabulary, frozenset(edges.translate(_TO_SPACE).split()))
+    return Sample(lowered, edges, words, vocabulary, frozenset(_words_of(edges)))
+
+
+def _words_of(text: str) -> tuple[str, ...]:
+    # translate is the faster one for ASCII, and seven times slower for anything else
+    return tuple(text.translate(_TO_SPACE).split() if text.isascii() else _WORD.findall(text))
