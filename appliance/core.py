@@ -106,6 +106,7 @@ class Caller:
     tier: str | None = None
     routes: frozenset[str] | None = None
     """Names of the routes this key may use; None: all."""
+    requests_per_minute: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,6 +116,11 @@ class Busy(ApplianceError):
 
 class BudgetExceeded(Busy):
     code = "budget_exceeded"
+    fallback = True
+
+
+class RateLimited(Busy):
+    code = "rate_limit_exceeded"
 
 
 class Unavailable(ApplianceError):

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,19 @@ from appliance.api.auth import Authenticator, is_loopback
 from appliance.backends.base import Doors
 from appliance.backends.egress import EgressDoor
 from appliance.backends.local import LocalDoor
-from appliance.config import DEFAULT_POLICY_PATH, NodeConfig, Policy, load_policy, provider_targets, read_secret
-from appliance.core import Outcome, Target
+from appliance.config import DEFAULT_POLICY_PATH, Key, NodeConfig, Policy, load_policy, provider_targets, read_secret
+from appliance.core import Target
 from appliance.engines.base import Placement
-from appliance.errors import ConfigError, EngineFailed, OperatorError
+from appliance.errors import ConfigError, EngineFailed, LedgerUnavailable, OperatorError
 from appliance.ledger.database import sqlite_url
+from appliance.ledger.keys import list_keys
 from appliance.ledger.store import Ledger
 from appliance.node.launcher import ChildLauncher
 from appliance.node.signals import Signals
 from appliance.node.supervisor import Supervisor
 from appliance.pipeline.admission import Admission
 from appliance.pipeline.answer import Pipeline
+from appliance.pipeline.books import Books, Caps
 from appliance.pipeline.breaker import Breakers
 from appliance.pipeline.means import Memory
 from appliance.pipeline.residency import PermitOffice
@@ -39,8 +41,6 @@ from appliance.telemetry.logs import setup_logging
 from appliance.telemetry.metrics import Metrics
 
 _log = structlog.get_logger(__name__)
-
-LEDGER_FILE = "ledger.sqlite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,13 @@ class Site:
     policy: Policy
     policy_path: Path
     secrets: Mapping[str, str] = field(repr=False)
+    stored_keys: tuple[Key, ...] = ()
+    """API keys made by command; those of the configuration are in `config`."""
+
+    @property
+    def keys(self) -> Mapping[str, Key]:
+        """By name; the configuration's win."""
+        return {key.name: key for key in (*self.stored_keys, *self.config.keys)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,35 +74,37 @@ class Running:
     needs_key: bool
 
 
-class Books:
-    """The pipeline's side of the ledger. Metrics learn of every outcome on its way there."""
-
-    def __init__(self, ledger: Ledger, metrics: Metrics) -> None:
-        self._ledger, self._metrics = ledger, metrics
-        self.reserve, self.settle = ledger.reserve, ledger.settle
-
-    def record(self, outcome: Outcome) -> None:
-        self._metrics.observe_outcome(outcome)
-        self._ledger.record(outcome)
+def ledger_url(config: NodeConfig, home: Path) -> str:
+    """Where the ledger lies: the configured database, else a file in the data directory."""
+    return config.ledger.url or sqlite_url(home / "ledger.sqlite")
 
 
 def prepare(config: NodeConfig, home: Path, placements: tuple[Placement, ...]) -> Site:
     """Read everything that a start depends on. Raises ConfigError for what contradicts itself or is missing."""
-    if not config.keys and not is_loopback(config.server.host):
-        raise ConfigError(
-            f"listening on {config.server.host} lets others in, so API keys are needed: make one with "
-            "`appliance keys create NAME` and add the row it prints, or listen on 127.0.0.1",
-            field="server.host",
-        )
     configured = provider_targets(config)
     policy_path = Path(config.policy).expanduser() if config.policy else DEFAULT_POLICY_PATH
     policy = load_policy(policy_path, [*configured, *(placed.target for placed in placements)])
-    keys = {one.name: secret for one in config.providers if (secret := read_secret(one)) is not None}
+    secrets = {one.name: secret for one in config.providers if (secret := read_secret(one)) is not None}
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot make the data directory {home}: {error.strerror}; choose another one") from error
-    return Site(config, home, placements, configured, policy, policy_path, keys)
+    stored = _stored_keys(config, home)
+    if not config.keys and not stored and not is_loopback(config.server.host):
+        raise ConfigError(
+            f"listening on {config.server.host} lets others in, so API keys are needed: make one with "
+            "`appliance keys create NAME` (with the same data directory), or listen on 127.0.0.1",
+            field="server.host",
+        )
+    return Site(config, home, placements, configured, policy, policy_path, secrets, stored)
+
+
+def _stored_keys(config: NodeConfig, home: Path) -> tuple[Key, ...]:
+    """API keys made by command, where there is a ledger already. One that cannot be read is said when it is opened."""
+    try:
+        return tuple(one.key for one in list_keys(ledger_url(config, home)) if one.revoked_at is None)
+    except LedgerUnavailable:
+        return ()
 
 
 class Node:
@@ -112,7 +121,7 @@ class Node:
         self._admission = Admission(state, time.monotonic, self._memory.experience)
         self._retired: list[Doors] = []
         self._doors = self._make_doors(site)
-        self.auth = Authenticator(site.config.keys, host=site.config.server.host)
+        self.auth = Authenticator(tuple(site.keys.values()), host=site.config.server.host)
         self.pipeline = self._make_pipeline(site)
 
     async def reload(self) -> Mapping[str, Any]:
@@ -137,12 +146,28 @@ class Node:
             self._retired.append(self._doors)
             self._doors = self._make_doors(site)
         self._signals.set_configured(site.configured)
-        self.auth.load(site.config.keys)
+        self._use(site)
         self.pipeline = self._make_pipeline(site)
         self._signals.clear("reload_failed")
         waiting = [name for name in _FIXED if getattr(site.config, name) != getattr(old, name)]
         _log.info("reloaded", policy=site.policy.version, needs_restart=waiting)
         return {"policy_version": site.policy.version, "policy": str(site.policy_path), "needs_restart": waiting}
+
+    def _use(self, site: Site) -> None:
+        self._site = site
+        self.auth.load(tuple(site.keys.values()))
+        self._books.caps = Caps(site.config, site.policy, site.keys)
+
+    async def follow_keys(self, ledger: Ledger) -> None:
+        """Use keys that are made or revoked by command while the node runs. Runs until cancelled."""
+        known: tuple[Any, ...] | None = None
+        while True:
+            with contextlib.suppress(LedgerUnavailable):  # the health page says so; keys stay as they are
+                mark = await ledger.keys_mark()
+                if known is not None and mark != known:
+                    self._use(replace(self._site, stored_keys=tuple(await ledger.keys())))
+                known = mark
+            await asyncio.sleep(_KEYS_SECONDS)
 
     async def aclose(self) -> None:
         await self._admission.aclose()
@@ -177,6 +202,8 @@ class Node:
         )
 
 
+_KEYS_SECONDS = 2.0
+"""How soon a key that is made or revoked by command counts."""
 _FIXED = ("data_dir", "server", "engine", "ledger", "log")
 """Settings that are read at start alone."""
 
@@ -198,11 +225,13 @@ async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Runn
         # The engine takes longest, so it starts first.
         await supervisor.start()
         stack.push_async_callback(supervisor.stop)
-        ledger_url = config.ledger.url or sqlite_url(site.home / LEDGER_FILE)
-        ledger = await Ledger.open(ledger_url, retention_days=config.ledger.retention_days)
+        ledger = await Ledger.open(ledger_url(config, site.home), retention_days=config.ledger.retention_days)
         stack.push_async_callback(ledger.close)
-        node = Node(site, reread, state, signals, Books(ledger, metrics))
+        books = Books(ledger, metrics, signals, Caps(config, site.policy, site.keys))
+        node = Node(site, reread, state, signals, books)
         stack.push_async_callback(node.aclose)
+        following = asyncio.create_task(node.follow_keys(ledger))
+        stack.callback(following.cancel)
         app = create_app(
             pipeline=lambda: node.pipeline,
             auth=node.auth,
@@ -221,7 +250,7 @@ async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Runn
             if ready.done():
                 ready.result()
                 hosted = tuple(target.name for target in configured if target.location == "hosted")
-                announce(Running(_url(listener), hosted, site.policy.version, site.policy_path, bool(config.keys)))
+                announce(Running(_url(listener), hosted, site.policy.version, site.policy_path, bool(site.keys)))
             else:
                 ready.cancel()
             await serving

@@ -10,6 +10,7 @@ from starlette.requests import Request as Http
 
 from appliance.api.auth import Authenticator
 from appliance.api.body import parse_body, read_body
+from appliance.api.limits import RateLimits
 from appliance.api.parts import Answer, Many, Pipeline
 from appliance.api.relay import unless_gone
 from appliance.core import Asked, Call, Request
@@ -56,6 +57,7 @@ class Rim:
         self.clock = clock
         self.wall_clock = wall_clock
         self._max_body_bytes = max_body_bytes
+        self._limits = RateLimits(clock)
 
     @property
     def pipeline(self) -> Pipeline:
@@ -65,6 +67,7 @@ class Rim:
         """Raises what is wrong with the key, the body or the headers, in this order."""
         now, wall = self.clock(), self.wall_clock()
         caller = self.auth.caller(http.headers)
+        self._limits.take(caller)
         raw = await read_body(http.receive, http.headers, self._max_body_bytes)
         if len(raw) < IN_A_THREAD_BYTES:
             asked, calls = reader(parse_body(raw))

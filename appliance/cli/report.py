@@ -10,9 +10,8 @@ from rich.table import Table
 from appliance.cli.output import guarded, say, say_json, stdout
 from appliance.cli.places import ConfigOption, DataDirOption, JsonOption, data_dir_of
 from appliance.config import load_config
-from appliance.ledger.database import sqlite_url
 from appliance.ledger.queries import Report, offline_report
-from appliance.serve import LEDGER_FILE
+from appliance.serve import ledger_url
 
 
 def report_command(
@@ -23,7 +22,7 @@ def report_command(
 ) -> None:
     """What was asked, who answered, and what it cost. Works while the node runs and when it does not."""
     config = guarded(lambda: load_config(config_path))
-    url = config.ledger.url or sqlite_url(data_dir_of(data_dir, config) / LEDGER_FILE)
+    url = ledger_url(config, data_dir_of(data_dir, config))
     now = time.time()
     report = guarded(lambda: offline_report(url, since_at=now - days * 86_400, until_at=now + 1))
     if as_json:

@@ -35,6 +35,8 @@ from appliance.config.schema import (
     Provider,
     ProviderModel,
     Server,
+    Tolerance,
+    Workload,
 )
 from appliance.config.strict import Strict
 from appliance.config.targets import provider_targets
@@ -63,6 +65,8 @@ __all__ = [
     "Score",
     "Server",
     "Strict",
+    "Tolerance",
+    "Workload",
     "line_of",
     "load_config",
     "load_policy",

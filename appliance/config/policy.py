@@ -245,6 +245,8 @@ class RouteRule(Strict):
     """One deadline for all attempts together."""
     max_attempts: int | None = Field(default=None, ge=1, le=10)
     """One number for the whole request: overflow, fallback, retry and escalation together."""
+    daily_usd: float | None = Field(default=None, ge=0)
+    """What this route's requests may cost in hosted calls in one UTC day; empty: no limit."""
     retry_billed: bool = False
     """Whether the same target may be asked again after a failure that may have been billed."""
     min_quality: float | None = Field(default=None, gt=0, le=1)

@@ -24,15 +24,34 @@ class Server(Strict):
     """How long running requests may take to finish after SIGTERM."""
 
 
+Workload = Literal["balanced", "prefill", "decode"]
+
+
+class Tolerance(Strict):
+    """How near a variant that was derived here must come to its source, or it is not used however quick it is."""
+
+    label_agreement: float = Field(default=0.97, ge=0, le=1)
+    """Share of the built-in questions, at least, to which it gives its source's label, or one that the source finds
+    all but as likely (within a quarter of a nat)."""
+    median_kl: float = Field(default=0.02, ge=0)
+    """Divergence of next-token distributions, in nats, at most."""
+
+
 class Engine(Strict):
     """The CPU engine. Whatever is left out is planned from what the machine has."""
 
     model: str = "smollm2-135m-instruct"
     """A catalogue name, or the path of a GGUF file."""
     variant: str | None = None
-    """One of the model's variants; empty: one that lies here, else its first."""
+    """One of the model's variants; empty: one that lies here, else its first, or what was measured to be quicker."""
     threads: int | None = Field(default=None, gt=0)
-    """Empty: the cores this process may use."""
+    """Empty: what was measured to be quickest, else the cores this process may use."""
+    workload: Workload = "balanced"
+    """What the engine mostly does: prefill (decisions, extraction), decode (writing), or both. It decides between
+    variants that answer alike."""
+    calibrate: bool = True
+    """Whether a first start measures variants and thread counts for about half a minute."""
+    tolerance: Tolerance = Tolerance()
     context_tokens: int | None = Field(default=None, ge=256)
     """KV cells shared by all sequences."""
     sequences: int | None = Field(default=None, ge=1, le=256)
@@ -135,6 +154,8 @@ class Provider(Strict):
     """Or a file that holds it."""
     models: tuple[ProviderModel, ...] = Field(min_length=1)
     limits: Limits = Limits()
+    daily_usd: Usd | None = None
+    """What this provider may cost in one UTC day; empty: no limit."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "Provider":
@@ -154,6 +175,15 @@ class Provider(Strict):
         return self
 
 
+class Budget(Strict):
+    """Caps on what hosted calls may cost. They are hard: a call that could exceed one is not made."""
+
+    daily_usd: Usd | None = None
+    """Over all providers, in one UTC day; empty: no limit."""
+    alert_at: float = Field(default=0.8, gt=0, le=1)
+    """Share of a cap from which the health page warns."""
+
+
 class Key(Strict):
     """An API key, stored as the SHA-256 of its text: `appliance keys create` prints such a row."""
 
@@ -169,6 +199,10 @@ class Key(Strict):
     """A label of your own, for example `free` or `paid`."""
     routes: tuple[str, ...] | None = None
     """The only routes this key may use; empty: all."""
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    """More get a 429 with the seconds to wait; empty: no limit."""
+    daily_usd: Usd | None = None
+    """What this key's requests may cost in hosted calls in one UTC day; empty: no limit."""
 
     _residency = field_validator("residency")(check_residency)
 
@@ -184,6 +218,7 @@ class NodeConfig(Strict):
     engine: Engine = Engine()
     cost: Cost = Cost()
     ledger: Ledger = Ledger()
+    budget: Budget = Budget()
     log: Log = Log()
     network: Network = Network()
     providers: tuple[Provider, ...] = ()

@@ -6,7 +6,7 @@ exact whatever their order; at one cent per million tokens a single token still 
 
 from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text
 
-REVISIONS = ("0001",)
+REVISIONS = ("0001", "0002")
 """Every revision there is, oldest first: a database that names another one was written by a newer appliance."""
 
 NANO_PER_USD = 1_000_000_000
@@ -93,6 +93,29 @@ reservations = Table(
     # Both empty until the call has ended; a reservation that stays open counts as spent.
     Column("settled_at", Float(53)),
     Column("settled_nano_usd", BigInteger),
+    # The UTC day and the budgets' scopes (a JSON list) it counts towards; empty where no budget counts it.
+    Column("day", Integer),
+    Column("scopes", Text),
     Index("ix_reservations_reserved_at", "reserved_at"),
     Index("ix_reservations_decision_id", "decision_id"),
+)
+
+spend = Table(
+    "spend",
+    metadata,
+    Column("day", Integer, primary_key=True),
+    Column("scope", String, primary_key=True),
+    Column("nano_usd", BigInteger, nullable=False),
+)
+"""Sums of the reservations of a UTC day (in days since the epoch), changed in the same transactions as they are."""
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("sha256", String, nullable=False, unique=True),
+    # The other settings of a key, as JSON.
+    Column("settings", Text, nullable=False),
+    Column("created_at", Float(53), nullable=False),
+    Column("revoked_at", Float(53)),
 )

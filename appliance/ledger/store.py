@@ -5,20 +5,24 @@ Nothing here touches the database on the event loop: the writer's thread writes,
 
 import asyncio
 import contextlib
+import json
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine
 
+from appliance.config import Key
 from appliance.core import Outcome, Target
 from appliance.errors import LedgerUnavailable
+from appliance.ledger.budgets import Cap, day_of
 from appliance.ledger.database import explained, open_reader, open_writer
+from appliance.ledger.keys import keys_mark, read_keys
 from appliance.ledger.queries import Report, read_decision, read_report
-from appliance.ledger.rows import to_nano
+from appliance.ledger.rows import to_nano, to_usd
 from appliance.ledger.writer import Answer, Flush, Reservation, Settlement, Shared, Wake, Writer
 
 Found = TypeVar("Found")
@@ -55,6 +59,9 @@ class Ledger:
         self._accepted = 0
         self._refused = 0
         self._is_closed = False
+        self._spent_day = 0
+        self.spent_today: dict[str, float] = {}
+        """US dollars by budget scope as of its last reservation on this UTC day."""
 
     @classmethod
     async def open(
@@ -77,32 +84,42 @@ class Ledger:
         writer.start()
         return cls(url, writer, shared, reader, max_pending, clock)
 
-    async def reserve(self, *, decision_id: str, target: Target, usd: float) -> str:
+    async def reserve(self, *, decision_id: str, target: Target, usd: float, caps: Sequence[Cap] = ()) -> str:
         """Put down that up to `usd` may be spent at `target`; returns the reservation's id.
 
         It is on disk before this returns, and counts as spent until settled, so a crash never loses money spent. Raises
-        LedgerUnavailable when it cannot be written: then the call must not be made.
+        BudgetExceeded where it would exceed one of `caps`, and LedgerUnavailable when it cannot be written: then the
+        call must not be made.
         """
         if self._is_closed:
             raise LedgerUnavailable("the ledger is closed: the node is stopping")
         reservation_id = f"res_{secrets.token_hex(12)}"
+        now = self._clock()
         row = {
             "reservation_id": reservation_id,
             "decision_id": decision_id,
             "target": target.name,
             "location": target.location,
-            "reserved_at": self._clock(),
+            "reserved_at": now,
             "reserved_nano_usd": to_nano(usd),
+            "day": day_of(now) if caps else None,
+            "scopes": json.dumps([cap.scope for cap in caps]) if caps else None,
         }
-        answer = _answer()
-        self._shared.urgent.put(Reservation(row, answer))
+        reservation = Reservation(row, caps, _answer())
+        self._shared.urgent.put(reservation)
         try:
-            await answer.future
+            await reservation.answer.future
         except asyncio.CancelledError:
             # Nobody is going to make the call. The writer does reservations first, so this finds it.
             self.settle(reservation_id, usd=0.0)
             raise
+        self._note_spent(day_of(now), reservation.spent)
         return reservation_id
+
+    def _note_spent(self, day: int, spent: Mapping[str, int]) -> None:
+        if day != self._spent_day:
+            self._spent_day, self.spent_today = day, {}
+        self.spent_today.update({scope: to_usd(nano) for scope, nano in spent.items()})
 
     def settle(self, reservation_id: str, *, usd: float) -> None:
         """Put down what a reserved call really cost. Queued and never dropped: there are no more than reservations.
@@ -133,6 +150,15 @@ class Ledger:
     async def report(self, *, since_at: float, until_at: float) -> Report:
         """What happened from `since_at` up to, not including, `until_at` (wall clock). Raises LedgerUnavailable."""
         return await self._read(lambda connection: read_report(connection, since_at=since_at, until_at=until_at))
+
+    async def keys_mark(self) -> tuple[Any, ...]:
+        """Changes when an API key was added or revoked. Raises LedgerUnavailable when it cannot be read."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._query, keys_mark)
+
+    async def keys(self) -> Sequence[Key]:
+        """The API keys made by command that are in use. Raises LedgerUnavailable when they cannot be read."""
+        stored = await asyncio.get_running_loop().run_in_executor(self._readers, self._query, read_keys)
+        return [one.key for one in stored if one.revoked_at is None]
 
     async def flush(self) -> None:
         """Wait until all that was queued is written. Raises LedgerUnavailable when it cannot be; it stays queued."""

@@ -10,17 +10,18 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sqlalchemy import Connection, Engine, Update, bindparam, delete, insert, select, text, update
+from sqlalchemy import Connection, Engine, delete, insert, select, text
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, NotSupportedError, ProgrammingError
 
 from appliance.core import Outcome
-from appliance.errors import LedgerUnavailable
+from appliance.errors import BudgetExceeded, LedgerUnavailable
 from appliance.ledger import rows
+from appliance.ledger.budgets import Cap, day_of, hold, settle
 from appliance.ledger.database import explain
-from appliance.ledger.schema import attempts, decisions, exclusions, reservations
+from appliance.ledger.schema import attempts, decisions, exclusions, reservations, spend
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +36,6 @@ PRUNE_SECONDS = 3600.0
 PRUNE_PAUSE_SECONDS = 0.05
 _SECONDS_PER_DAY = 86_400
 
-_SETTLE: Update = (
-    update(reservations)
-    .where(reservations.c.reservation_id == bindparam("id"), reservations.c.settled_at.is_(None))
-    .values(settled_at=bindparam("at"), settled_nano_usd=bindparam("nano_usd"))
-)
 # A write that changes nothing: whether there is room again can only be found out by writing.
 _PROBE = text("UPDATE alembic_version SET version_num = version_num")
 _ABOUT_THE_ROW = (IntegrityError, DataError, ProgrammingError, InterfaceError, NotSupportedError)
@@ -68,10 +64,13 @@ class Answer:
             self.future.set_exception(error)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reservation:
     row: rows.Row
+    caps: Sequence[Cap]
     answer: Answer
+    spent: Mapping[str, int] = field(default_factory=dict)
+    """Nano-dollars by scope, this reservation included, once it is written. Writer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,9 +195,14 @@ class Writer(threading.Thread):
         waiting, self._reservations = self._reservations, []
         if not waiting:
             return
+        refused: dict[int, BudgetExceeded] = {}
         try:
             with self._durable.begin() as connection:
-                connection.execute(insert(reservations), [reservation.row for reservation in waiting])
+                for index, reservation in enumerate(waiting):
+                    try:
+                        self._reserve(connection, reservation)
+                    except BudgetExceeded as refusal:
+                        refused[index] = refusal
         except Exception as error:
             # Whatever it was, each of these has somebody waiting who must not call without it.
             self._failed(error)
@@ -208,8 +212,15 @@ class Writer(threading.Thread):
             # With a backlog left the trouble may not be over: a small write can fit where a large one does not.
             if not self._backlog():
                 self._succeeded()
-            for reservation in waiting:
-                reservation.answer.give()
+            for index, reservation in enumerate(waiting):
+                reservation.answer.give(refused.get(index))
+
+    @staticmethod
+    def _reserve(connection: Connection, reservation: Reservation) -> None:
+        """Raises BudgetExceeded before anything is written for it."""
+        row = reservation.row
+        reservation.spent = hold(connection, reservation.caps, row["reserved_nano_usd"], row["reserved_at"])
+        connection.execute(insert(reservations), [row])
 
     def _write_entries(self) -> None:
         """Write until nothing is left or somebody waits for a reservation."""
@@ -261,11 +272,7 @@ class Writer(threading.Thread):
             self._shared.held = len(self._held)
 
     def _write(self, entries: list[Outcome | Settlement]) -> None:
-        settled = [
-            {"id": entry.reservation_id, "nano_usd": entry.nano_usd, "at": entry.at}
-            for entry in entries
-            if isinstance(entry, Settlement)
-        ]
+        settled = [entry for entry in entries if isinstance(entry, Settlement)]
         outcomes = [entry for entry in entries if isinstance(entry, Outcome)]
         tables = (
             (decisions, [rows.decision_row(outcome) for outcome in outcomes]),
@@ -275,8 +282,8 @@ class Writer(threading.Thread):
         with self._engine.begin() as connection:
             if not entries:
                 connection.execute(_PROBE)
-            if settled:
-                connection.execute(_SETTLE, settled)
+            for entry in settled:
+                settle(connection, entry.reservation_id, entry.nano_usd, entry.at)
             for table, values in tables:
                 if values:
                     connection.execute(insert(table), values)
@@ -336,6 +343,7 @@ def prune(connection: Connection, before_at: float) -> bool:
     spent_ids = connection.execute(spent).scalars().all()
     if spent_ids:
         connection.execute(delete(reservations).where(reservations.c.reservation_id.in_(spent_ids)))
+    connection.execute(delete(spend).where(spend.c.day < day_of(before_at)))
     return BATCH in (len(ids), len(spent_ids))
 
 

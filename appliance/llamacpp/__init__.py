@@ -2,5 +2,5 @@
 
     python -m appliance.llamacpp --model FILE.gguf --uds SOCKET
 
-It imports nothing of the rest but `appliance.errors` and `appliance.core`, so it can be replaced, moved or killed alone.
+It imports nothing of the rest but `appliance.errors`, so it can be replaced, moved or killed alone.
 """

@@ -262,7 +262,11 @@ class Trial:
         self._errand.purse.take(usd, self.target.name)
         self._reserved_usd = usd
         self._reservation = await self._means.ledger.reserve(
-            decision_id=self._errand.decision.id, target=self.target, usd=usd
+            decision_id=self._errand.decision.id,
+            target=self.target,
+            usd=usd,
+            route=self._errand.decision.route.name,
+            key_id=self._errand.request.caller.key_id,
         )
 
     async def _open(self, outgoing: Outgoing, permit: EgressPermit | None, patience: Patience) -> None:

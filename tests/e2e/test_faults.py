@@ -228,3 +228,81 @@ def test_a_contradictory_policy_names_file_line_and_field(smollm2_path: Path, tm
 def test_listening_beyond_loopback_without_keys_is_refused(smollm2_path: Path, tmp_path: Path) -> None:
     said = serve_fails(home_with_model(tmp_path, smollm2_path), SMALL_ENGINE, ("--host", "0.0.0.0"))
     assert "appliance keys create" in said
+
+
+def cli(home: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "appliance", *arguments, "--data-dir", str(home)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+async def test_a_key_made_while_the_node_runs_works_and_a_revoked_one_stops_working(
+    smollm2_path: Path, tmp_path: Path
+) -> None:
+    home = home_with_model(tmp_path, smollm2_path)
+    cli(home, "keys", "create", "first")
+    with running_node(home, config=SMALL_ENGINE) as node:
+        async with httpx.AsyncClient(base_url=node.url, timeout=60) as client:
+            assert (await client.get("/v1/models")).status_code == 401
+            made = cli(home, "keys", "create", "second", "--residency", "onsite")
+            key = next(line.strip() for line in made.splitlines() if line.strip().startswith("apl_"))
+
+            async def status() -> int:
+                return (await client.get("/v1/models", headers={"authorization": f"Bearer {key}"})).status_code
+
+            async def works() -> bool:
+                return await status() == 200
+
+            async def is_refused() -> bool:
+                return await status() == 401
+
+            await until(works, 15)
+            cli(home, "keys", "revoke", "second")
+            await until(is_refused, 15)
+
+
+async def test_a_reload_changes_the_policy_and_drops_no_stream(smollm2_path: Path, tmp_path: Path) -> None:
+    policy = '[[routes]]\nname = "before"\ntargets = ["onsite"]\n'
+    with running_node(home_with_model(tmp_path, smollm2_path), config=SMALL_ENGINE, policy=policy) as node:
+        (engine,) = node.engine_pids()
+        async with httpx.AsyncClient(base_url=node.url, timeout=60) as client:
+            body = {**CHAT, "max_tokens": 80, "ignore_eos": True}
+            streams = [asyncio.create_task(read_stream(client, body, {})) for _ in range(4)]
+
+            async def are_running() -> bool:
+                return await running_sequences(client) >= 4
+
+            await until(are_running)
+            (tmp_path / "policy.toml").write_text(policy.replace("before", "after"))
+            node.process.send_signal(signal.SIGHUP)
+            dry = {"messages": [{"role": "user", "content": "Hi"}]}
+
+            async def is_new() -> bool:
+                return bool((await client.post("/v1/explain", json=dry)).json()["route"] == "after")
+
+            await until(is_new)
+            (tmp_path / "policy.toml").write_text("nonsense")
+            refused = await client.post("/admin/reload")
+            assert refused.status_code == 422
+            assert "policy.toml" in refused.json()["error"]["message"]
+            assert (await client.get("/healthz")).json()["warnings"][0]["code"] == "reload_failed"
+            assert await is_new()
+            for status, text in await asyncio.gather(*streams):
+                assert status == 200
+                assert text.endswith("data: [DONE]\n\n")
+            assert node.engine_pids() == [engine]
+
+
+async def test_a_spent_budget_keeps_answers_on_the_site(smollm2_path: Path, tmp_path: Path) -> None:
+    async with StandIn() as provider:
+        config = provider_config(provider.address) + "\n[budget]\ndaily_usd = 0.002\n"
+        policy = '[[routes]]\nname = "all"\ntargets = ["hosted", "onsite"]\n'
+        home = home_with_model(tmp_path, smollm2_path)
+        with running_node(home, config=SMALL_ENGINE + config, policy=policy) as node:
+            async with httpx.AsyncClient(base_url=node.url, timeout=60) as client:
+                body = {**CHAT, "max_tokens": 16}
+                replies = await asyncio.gather(*(client.post("/v1/chat/completions", json=body) for _ in range(30)))
+                assert {reply.status_code for reply in replies} == {200}
+                locations = [reply.headers["x-appliance-location"] for reply in replies]
+                assert set(locations) == {"hosted", "onsite"}
+                assert provider.calls == locations.count("hosted")
+                assert provider.usd <= 0.002

@@ -166,7 +166,7 @@ class RecordingLedger:
     is_full: bool = False
     log: list[str] = field(default_factory=list)
 
-    async def reserve(self, *, decision_id: str, target: Target, usd: float) -> str:
+    async def reserve(self, *, decision_id: str, target: Target, usd: float, route: str, key_id: str) -> str:
         await asyncio.sleep(0)
         if self.is_full:
             raise LedgerUnavailable("the disk is full")

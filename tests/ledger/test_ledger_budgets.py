@@ -1,0 +1,110 @@
+"""Spending caps: kept in the transaction that reserves, so that calls under way together cannot overshoot them."""
+
+import asyncio
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from appliance.errors import BudgetExceeded
+from appliance.ledger.budgets import Cap
+from appliance.ledger.store import Ledger
+from tests.ledger.samples import HOSTED, NOW_AT, url_in
+
+pytestmark = pytest.mark.anyio
+
+DAY = 86_400.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.at = NOW_AT - NOW_AT % DAY + 3_600.0
+
+    def __call__(self) -> float:
+        return self.at
+
+
+async def reserve(ledger: Ledger, usd: float, *caps: Cap) -> str:
+    return await ledger.reserve(decision_id="dec_1", target=HOSTED, usd=usd, caps=caps)
+
+
+async def test_200_calls_at_once_against_a_cap_overshoot_it_by_nothing(tmp_path: Path) -> None:
+    ledger = await Ledger.open(url_in(tmp_path), clock=Clock())
+    cap = Cap("all", 0.50)
+    results = await asyncio.gather(*(reserve(ledger, 0.01, cap) for _ in range(200)), return_exceptions=True)
+    assert sum(isinstance(result, str) for result in results) == 50
+    assert sum(isinstance(result, BudgetExceeded) for result in results) == 150
+    assert ledger.spent_today == {"all": pytest.approx(0.50)}
+    await ledger.close()
+
+
+async def test_what_a_call_did_not_cost_is_given_back_once(tmp_path: Path) -> None:
+    ledger = await Ledger.open(url_in(tmp_path), clock=Clock())
+    cap = Cap("provider:acme", 1.0)
+    first = await reserve(ledger, 0.9, cap)
+    with pytest.raises(BudgetExceeded, match=r"provider:acme is 1 USD, 0\.900000 of it"):
+        await reserve(ledger, 0.2, cap)
+    ledger.settle(first, usd=0.1)
+    ledger.settle(first, usd=0.0)
+    await ledger.flush()
+    await reserve(ledger, 0.9, cap)
+    with pytest.raises(BudgetExceeded):
+        await reserve(ledger, 0.01, cap)
+    await ledger.close()
+
+
+async def test_one_cap_of_several_refuses_and_then_none_is_charged(tmp_path: Path) -> None:
+    ledger = await Ledger.open(url_in(tmp_path), clock=Clock())
+    everything, key = Cap("all", 10.0), Cap("key:batch", 0.05)
+    with pytest.raises(BudgetExceeded, match="key:batch"):
+        await reserve(ledger, 0.06, everything, key)
+    await reserve(ledger, 0.05, everything, key)
+    assert ledger.spent_today == {"all": pytest.approx(0.05), "key:batch": pytest.approx(0.05)}
+    await ledger.close()
+
+
+async def test_a_refusal_says_when_the_budget_is_new_and_the_next_day_is_free_again(tmp_path: Path) -> None:
+    clock = Clock()
+    ledger = await Ledger.open(url_in(tmp_path), clock=clock)
+    cap = Cap("all", 0.01)
+    await reserve(ledger, 0.01, cap)
+    with pytest.raises(BudgetExceeded) as caught:
+        await reserve(ledger, 0.01, cap)
+    assert caught.value.retry_after_seconds == pytest.approx(DAY - 3_600.0)
+    clock.at += DAY
+    await reserve(ledger, 0.01, cap)
+    await ledger.close()
+
+
+async def test_a_call_settled_after_midnight_is_given_back_to_the_day_it_was_reserved_on(tmp_path: Path) -> None:
+    clock = Clock()
+    ledger = await Ledger.open(url_in(tmp_path), clock=clock)
+    cap = Cap("all", 1.0)
+    late = await reserve(ledger, 0.8, cap)
+    clock.at += DAY
+    await reserve(ledger, 0.9, cap)
+    ledger.settle(late, usd=0.1)
+    await ledger.close()
+    with sqlite3.connect(tmp_path / "ledger.db") as database:
+        sums = [nano for (nano,) in database.execute("SELECT nano_usd FROM spend ORDER BY day")]
+    assert sums == [100_000_000, 900_000_000]
+
+
+async def test_a_cap_outlives_a_restart_and_an_open_reservation_counts_as_spent(tmp_path: Path) -> None:
+    clock = Clock()
+    ledger = await Ledger.open(url_in(tmp_path), clock=clock)
+    cap = Cap("all", 1.0)
+    await reserve(ledger, 0.7, cap)
+    await ledger.close()
+    again = await Ledger.open(url_in(tmp_path), clock=clock)
+    with pytest.raises(BudgetExceeded):
+        await reserve(again, 0.4, cap)
+    await reserve(again, 0.3, cap)
+    await again.close()
+
+
+async def test_a_scope_without_a_limit_is_counted_all_the_same(tmp_path: Path) -> None:
+    ledger = await Ledger.open(url_in(tmp_path), clock=Clock())
+    await reserve(ledger, 100.0, Cap("route:general"))
+    assert ledger.spent_today == {"route:general": 100.0}
+    await ledger.close()
