@@ -60,8 +60,10 @@ def features_of(text: str) -> Features:
     if not len(words):
         return Features(np.empty(0, np.int64), log_words)
     pairs = _mixed(words[:-1] * _LEFT + words[1:] * _RIGHT)
-    buckets = np.unique(np.concatenate((words, pairs)) & _MASK)
-    return Features(buckets.astype(np.int64), log_words)
+    buckets = (np.concatenate((words, pairs)) & _MASK).astype(np.int64)
+    buckets.sort()  # four times as fast as numpy's own `unique`
+    is_first = np.concatenate((_TRUE, buckets[1:] != buckets[:-1]))
+    return Features(buckets[is_first], log_words)
 
 
 def _sample(text: str) -> bytes:
@@ -113,6 +115,7 @@ def _powers(factor: int) -> Hashes:
 _KINDS: Final = _kinds()
 _NO_KIND: Final = np.zeros(1, np.uint8)
 _VALUES: Final = _values()
+_TRUE: Final = np.ones(1, np.bool_)
 _NO_SUM: Final = np.zeros(1, np.uint64)
 _POWERS: Final = _powers(_FACTOR)
 _INVERSE_POWERS: Final = _powers(pow(_FACTOR, -1, 1 << 64))
