@@ -36,8 +36,14 @@ from appliance.llamacpp.speed import CONTEXT_TOKENS, MOST_SEQUENCES, SEQUENCES, 
 
 _SOURCE_SHARE: Final = 0.25
 """Share of the time that reading the texts with the source may take; every variant then reads as many."""
-_DERIVED_BYTES_PER_SECOND: Final = 60_000_000
-"""What deriving reaches at least, on one busy core: it tells whether there is time left for it."""
+_REST_SHARE: Final = 0.35
+"""What does not decide between variants is measured only while more than this share of the time is left."""
+_DERIVED_BYTES_PER_SECOND: Final = 150_000_000
+"""What deriving reached on two cores that others used as well; it tells whether there is time left for it."""
+
+
+Speed = tuple[int, int | None]
+"""Threads, and sequences that generate at once; None: prefill."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +54,16 @@ class Job:
     threads: tuple[int, ...]
     """The first is the most; quality is read with it."""
     sequences: tuple[int, ...]
+    """The first decides between variants."""
     figure_seconds: float
     most_texts: int
     seconds: float
     """When this long has passed, nothing new is begun."""
+
+    @property
+    def speeds(self) -> list[Speed]:
+        """What is measured of every variant; the first two decide between variants."""
+        return [(threads, sequences) for threads in self.threads for sequences in (None, *self.sequences)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +77,20 @@ class Measured:
     """One variant as far as it got."""
 
     name: str
+    path: Path
     size_bytes: int = 0
     held_bytes: int = 0
-    """Memory the process grew by: weights, KV cells of a small context, buffers."""
+    """Memory for weights, the KV cells of a small context, and buffers."""
     derived_seconds: float | None = None
     """None: the file was there."""
     quality: Quality | None = None
     """None for the source, and where it was not measured."""
     figures: list[Figure] = field(default_factory=list)
+
+    def told(self) -> dict[str, Any]:
+        table = dataclasses.asdict(self)
+        del table["path"]
+        return table
 
 
 class Progress:
@@ -118,30 +136,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def calibrate(job: Job) -> dict[str, Any]:
-    """Measure all variants, the source first. Raises what the source's own measurement raises."""
+    """Measure all variants, the source first. Raises what the source's own measurement raises.
+
+    What decides between variants comes first for all of them; other thread counts and numbers of sequences follow.
+    """
     began, load, stolen = time.monotonic(), load_average(), stolen_seconds()
-    figures_each = len(job.threads) * (1 + len(job.sequences))
-    progress = Progress(len(job.variants) * (figures_each + 1) + len(job.variants) - 1, job.seconds)
+    first, rest = job.speeds[:2], job.speeds[2:]
+    progress = Progress(len(job.variants) * (len(job.speeds) + 2) - 1, job.seconds)
     (source_name, source_path), *others = job.variants
-    source = Measured(source_name)
-    with _loaded(source, source_path, job) as model:
+    source = Measured(source_name, source_path)
+    found = [source]
+    with _loaded(source, job) as model:
         parameters = model.n_params
         progress.begin(f"{source_name}: reading the texts that variants are compared on")
         reading = read_source(model, job.most_texts, job.seconds * _SOURCE_SHARE) if others else None
-        _measure_speed(source, model, job, progress)
-    found = [source]
+        _measure_speed(source, model, first, job, progress, 0.0)
     for name, path in others:
-        variant = Measured(name)
+        variant = Measured(name, path)
         try:
-            if reading is not None and _derived(variant, source_path, path, parameters, job, progress):
-                _measure_variant(variant, path, reading, job, progress)
+            if reading is not None and _derived(variant, source_path, parameters, job, progress):
+                _measure_variant(variant, reading, first, job, progress)
                 found.append(variant)
         except ApplianceError as error:
             progress.left_out.append(LeftOut(name, error.message))
+    for variant in found:
+        _measure_rest(variant, rest, job, progress)
     return {
         "source": source_name,
         "parameters": parameters,
-        "variants": [{**dataclasses.asdict(one), "figures": _figures(one)} for one in found],
+        "variants": [variant.told() for variant in found],
         "left_out": [dataclasses.asdict(one) for one in progress.left_out],
         "llama_cpp": llama_cpp.__version__,
         "system": lib.llama_print_system_info().decode("utf-8", "replace").strip(),
@@ -151,52 +174,63 @@ def calibrate(job: Job) -> dict[str, Any]:
     }
 
 
-def _derived(variant: Measured, source: Path, path: Path, parameters: int, job: Job, progress: Progress) -> bool:
+def _derived(variant: Measured, source: Path, parameters: int, job: Job, progress: Progress) -> bool:
     """Have the variant's file there; False where there is no time to make it."""
-    expected = estimated_bytes(parameters, variant.name) / _DERIVED_BYTES_PER_SECOND
-    if path.exists():
-        expected = 0.0
-    if not progress.begin(f"{variant.name}: deriving it from {source.stem}", expected):
+    is_there = variant.path.exists()
+    expected = 0.0 if is_there else estimated_bytes(parameters, variant.name) / _DERIVED_BYTES_PER_SECOND
+    if not progress.begin(f"{variant.name}: deriving it", expected):
         return False
-    if not path.exists():
+    if not is_there:
         began = time.monotonic()
-        derive(source, path, variant.name, parameters=parameters, threads=max(job.threads))
+        derive(source, variant.path, variant.name, parameters=parameters, threads=max(job.threads))
         variant.derived_seconds = round(time.monotonic() - began, 2)
     return True
 
 
-def _measure_variant(variant: Measured, path: Path, reading: Reading, job: Job, progress: Progress) -> None:
-    with _loaded(variant, path, job) as model:
+def _measure_variant(
+    variant: Measured, reading: Reading, speeds: Sequence[Speed], job: Job, progress: Progress
+) -> None:
+    with _loaded(variant, job) as model:
         if progress.begin(f"{variant.name}: comparing its answers with the source's"):
             variant.quality = compare(model, reading)
-        _measure_speed(variant, model, job, progress)
+        _measure_speed(variant, model, speeds, job, progress, 0.0)
 
 
-def _measure_speed(variant: Measured, model: Model, job: Job, progress: Progress) -> None:
-    for threads in job.threads:
+def _measure_rest(variant: Measured, speeds: Sequence[Speed], job: Job, progress: Progress) -> None:
+    if not speeds:
+        return
+    if progress.seconds_left <= job.seconds * _REST_SHARE:
+        progress.left_out.append(LeftOut(f"{variant.name}: other threads and sequences", "no time was left for them"))
+        return
+    with _loaded(variant, job) as model:
+        _measure_speed(variant, model, speeds, job, progress, job.seconds * _REST_SHARE)
+
+
+def _measure_speed(
+    variant: Measured, model: Model, speeds: Sequence[Speed], job: Job, progress: Progress, spared_seconds: float
+) -> None:
+    """Measure `speeds` one by one while more than `spared_seconds` are left."""
+    for threads, sequences in speeds:
         model.use_threads(threads)
-        if progress.begin(f"{variant.name}: prompt tokens a second with {threads} threads"):
-            variant.figures.append(measure_prefill(model, job.figure_seconds))
-        for sequences in job.sequences:
-            if progress.begin(f"{variant.name}: {sequences} sequences with {threads} threads"):
-                variant.figures.append(measure_decode(model, sequences, job.figure_seconds))
+        if sequences is None:
+            if progress.begin(f"{variant.name}: prompt tokens a second, threads: {threads}", spared_seconds):
+                variant.figures.append(measure_prefill(model, job.figure_seconds))
+        elif progress.begin(f"{variant.name}: sequences: {sequences}, threads: {threads}", spared_seconds):
+            variant.figures.append(measure_decode(model, sequences, job.figure_seconds))
 
 
 @contextmanager
-def _loaded(variant: Measured, path: Path, job: Job) -> Iterator[Model]:
+def _loaded(variant: Measured, job: Job) -> Iterator[Model]:
     process = psutil.Process()
-    before = process.memory_info().rss
-    model = Model.load(path, threads=job.threads[0], context_tokens=CONTEXT_TOKENS, sequences=MOST_SEQUENCES)
+    model = Model.load(variant.path, threads=job.threads[0], context_tokens=CONTEXT_TOKENS, sequences=MOST_SEQUENCES)
     try:
         yield model
-        variant.size_bytes = path.stat().st_size
-        variant.held_bytes = max(0, process.memory_info().rss - before)
+        variant.size_bytes = variant.path.stat().st_size
+        held = process.memory_info().rss
     finally:
         model.close()
-
-
-def _figures(variant: Measured) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(figure) for figure in variant.figures]
+    # By what closing gives back: the growth since loading would count the libraries' own first allocations too.
+    variant.held_bytes = max(0, held - process.memory_info().rss)
 
 
 def _grown(before: float | None, after: float | None) -> float | None:

@@ -1,7 +1,8 @@
 """Whether somebody else used the cores while something was measured: how long our threads were ready and had to wait.
 
-The kernel keeps that for every thread. Comparing CPU time with wall time would not do: threads that wait for each other
-sleep, so that a step which nobody disturbs gets less than its share of CPU time as well.
+The kernel keeps that for every thread. Comparing CPU time with wall time would not show it: threads that wait for each
+other sleep, so that a step which nobody disturbs gets less than its share of CPU time as well. But CPU time says what a
+disturbed step took of the cores, whoever else had them in between.
 """
 
 import os
@@ -20,6 +21,8 @@ _STEAL_FIELD: Final = 8
 @dataclass(frozen=True, slots=True)
 class Lap:
     seconds: float
+    cpu_seconds: float
+    """Of all threads of this process together."""
     waited_seconds: float | None
     """Of all threads of this process together, ready to run and not running. None where the system does not say."""
 
@@ -38,15 +41,16 @@ class Stopwatch:
 
     def start(self) -> None:
         self._waited = self._waited_seconds()
-        self._began = time.perf_counter()
+        self._began, self._cpu = time.perf_counter(), time.process_time()
 
     def lap(self) -> Lap:
         """The time since `start` or the last lap."""
-        now = time.perf_counter()
+        now, cpu = time.perf_counter(), time.process_time()
         waited = self._waited_seconds()
         known = None if waited is None or self._waited is None else max(0.0, waited - self._waited)
-        lap = Lap(now - self._began, known)
-        self._waited, self._began = waited, time.perf_counter()
+        lap = Lap(now - self._began, cpu - self._cpu, known)
+        self._waited = waited
+        self._began, self._cpu = time.perf_counter(), time.process_time()
         return lap
 
     def _waited_seconds(self) -> float | None:

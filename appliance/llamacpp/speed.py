@@ -13,7 +13,7 @@ from appliance.errors import EngineFailed
 from appliance.llamacpp.disturbance import Lap, Stopwatch
 from appliance.llamacpp.model import Model
 
-SEQUENCES: Final = (1, 4, 8, 16, 32)
+SEQUENCES: Final = (8, 1, 4, 16, 32)
 MOST_SEQUENCES: Final = max(SEQUENCES)
 CONTEXT_TOKENS: Final = 2048
 """Enough for the longest measurement: a prefix, and every sequence's own tokens."""
@@ -35,7 +35,9 @@ class Figure:
     sequences: int
     """How many generated at once; 1 for prefill."""
     tokens_per_second: float
-    """Over all sequences together."""
+    """Over all sequences together, by the clock."""
+    tokens_per_core_second: float
+    """By the CPU time that was used: comparable between variants even where other programs held the cores."""
     repeats: int
     disturbed: bool
     waited_share: float | None
@@ -119,6 +121,7 @@ def _figure(kind: Literal["prefill", "decode"], threads: int, sequences: int, to
         threads=threads,
         sequences=sequences,
         tokens_per_second=round(tokens / statistics.median(lap.seconds for lap in used), 2),
+        tokens_per_core_second=round(tokens / max(1e-9, statistics.median(lap.cpu_seconds for lap in used)), 2),
         repeats=len(used),
         disturbed=disturbed,
         waited_share=round(statistics.median(known), 4) if known else None,
