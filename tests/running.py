@@ -51,9 +51,11 @@ def running_node(
     arguments: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     seconds: float = 60.0,
+    calibrate: bool = False,
 ) -> Iterator[RunningNode]:
     """Start `appliance serve` on a free port, wait until it says it is ready, stop it at the end.
 
+    A first start measures nothing unless told to `calibrate`: tests need the same node every time, and soon.
     Raises RuntimeError with what it printed when it ends or stays silent for longer than `seconds`.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
@@ -64,6 +66,7 @@ def running_node(
     config_path.write_text(config)
     command = [sys.executable, "-m", "appliance", "serve", "--port", "0"]
     command += ["--config", str(config_path), "--data-dir", str(data_dir), *arguments]
+    command += [] if calibrate else ["--no-calibrate"]
     started = time.monotonic()
     with (data_dir / "node.log").open("w") as log:
         process = subprocess.Popen(

@@ -32,15 +32,14 @@ def list_models(config_path: ConfigOption = None, data_dir: DataDirOption = None
     known = {(row["model"], row["variant"]) for row in rows}
     for stored in store.stored():
         if (stored.model, stored.variant) not in known:
-            rows.append(
-                {"model": stored.model, "variant": stored.variant, "size_bytes": stored.size_bytes, "here": True}
-            )
+            row = {"model": stored.model, "variant": stored.variant, "size_bytes": stored.size_bytes, "here": True}
+            rows.append({**row, "source": stored.source})
     if as_json:
         say_json(rows)
         return
     table = Table("model", "variant", "size", "engine", "licence", "here", box=None, pad_edge=False)
     for row in rows:
-        here = "yes" if row["here"] else ""
+        here = row.get("source") or "yes" if row["here"] else ""
         cells = (row["model"], row["variant"], bytes_text(row["size_bytes"]))
         table.add_row(*cells, row.get("engine", ""), row.get("licence", ""), here)
     stdout.print(table)

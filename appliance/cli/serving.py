@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,15 +11,17 @@ import typer
 import uvloop
 
 from appliance.catalog import Catalog, load_catalog
+from appliance.cli.calibrate import first_start
 from appliance.cli.models import pull_with_progress
 from appliance.cli.output import bytes_text, fail, guarded, say, stderr
 from appliance.cli.places import ConfigOption, DataDirOption, data_dir_of
 from appliance.config import NodeConfig, load_config
 from appliance.engines.base import Placement
 from appliance.errors import ApplianceError
+from appliance.node.candidate import best_candidate
 from appliance.node.choice import wanted
 from appliance.node.models import ModelStore
-from appliance.node.planner import Wanted, plan
+from appliance.node.planner import Plan, Wanted, plan
 from appliance.node.probe import Hardware, probe
 from appliance.serve import Running, Site, prepare, serve
 
@@ -31,6 +34,9 @@ def serve_command(
     config_path: ConfigOption = None,
     data_dir: DataDirOption = None,
     model: Annotated[str | None, typer.Option(help="A catalogue name, or the path of a GGUF file.")] = None,
+    no_calibrate: Annotated[
+        bool, typer.Option("--no-calibrate", help="Measure nothing at a first start; what was measured before counts.")
+    ] = False,
 ) -> None:
     """Run a node: pull the model if it is not here, start the engine, serve the API until stopped."""
     started = time.monotonic()
@@ -41,7 +47,9 @@ def serve_command(
     if not chosen.path.exists():
         stderr.print(f"pulling {chosen.model.name} ({chosen.variant.name}, {bytes_text(chosen.variant.size_bytes)})")
         pull_with_progress(store, chosen.model, chosen.variant)
-    outcome = plan(hardware, [chosen], config.engine)
+    engine = config.engine.model_copy(update={"calibrate": False}) if no_calibrate else config.engine
+    candidates = first_start(chosen, engine, home, hardware, store)
+    outcome = plan(hardware, candidates, config.engine)
     if not outcome.placements:
         fail(f"{chosen.model.name} cannot be served here: {outcome.refusals[0].reason}")
 
@@ -52,7 +60,8 @@ def serve_command(
     site = guarded(read)
 
     def announce(running: Running) -> None:
-        say(_ready_message(running, outcome.placements[0], chosen, home, time.monotonic() - started))
+        why = _why(outcome, candidates)
+        say(_ready_message(running, outcome.placements[0], chosen, home, time.monotonic() - started, why))
         say(_advice(catalog, hardware, chosen))
         say("Stop it with Ctrl-C.")
 
@@ -111,12 +120,21 @@ _TRIES = (
 """One line of curl for each of the three things a node is for."""
 
 
-def _ready_message(running: Running, placement: Placement, chosen: Wanted, home: Path, seconds: float) -> str:
+def _why(outcome: Plan, candidates: Sequence[Wanted]) -> str:
+    """Why the variant that is served was chosen; empty where nothing was measured."""
+    served = outcome.placements[0].variant
+    if outcome.refusals and candidates[0].variant.name != served:
+        return f"{candidates[0].variant.name} is quicker, but {outcome.refusals[0].reason}"
+    return candidates[0].reason
+
+
+def _ready_message(running: Running, placement: Placement, chosen: Wanted, home: Path, seconds: float, why: str) -> str:
     shape, url = placement.shape, running.url
     auth = ' -H "Authorization: Bearer $KEY"' if running.needs_key else ""
     lines = [
         f"\nReady after {seconds:.1f} s at {url}",
         f"  model    {placement.model}, variant {placement.variant} ({chosen.model.parameters / 1e6:,.0f}M parameters)",
+        *([f"           chosen because {why}"] if why else []),
         f"  engine   llama.cpp, {shape.threads} threads, {shape.context_tokens:,} tokens of context,"
         f" {shape.sequences} sequences",
         f"  hosted   {', '.join(running.hosted) or 'none configured, so every request is answered on this machine'}",
@@ -131,11 +149,21 @@ def _ready_message(running: Running, placement: Placement, chosen: Wanted, home:
 
 
 def _advice(catalog: Catalog, hardware: Hardware, chosen: Wanted) -> str:
-    lines = []
-    if chosen.model.embedded:
-        lines.append(
-            f"{chosen.model.name} is for trying things out: its answers are often wrong. It shows how the node works."
-        )
-    if chosen.model.embedded:
-        lines.append("No larger model of the catalogue fits this machine: `appliance plan` says why.")
+    """For the embedded model: that it is only for trying things out, and what this machine could run instead."""
+    if not chosen.model.embedded:
+        return ""
+    lines = [f"{chosen.model.name} is for trying things out: its answers are often wrong. It shows how the node works."]
+    better = best_candidate(hardware, catalog)
+    if better is None or better.model.parameters <= chosen.model.parameters:
+        return f"{lines[0]}\nNo larger model of the catalogue would be quick here: `appliance plan` says what fits.\n"
+    name, variant = better.model.name, better.variant.name
+    lines.append(
+        f"This machine could run {better.model.title}: about {better.decode_tokens_per_second:,.0f} tokens/s for one "
+        f"request and {better.prefill_tokens_per_second:,.0f} prompt tokens/s, {better.basis}."
+    )
+    size = bytes_text(better.variant.size_bytes)
+    lines.append(
+        f"Get ({size}) and serve it with: appliance models pull {name} --variant {variant} && "
+        f"scripts/serve --model {name}"
+    )
     return "\n".join(lines) + "\n"

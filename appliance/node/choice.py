@@ -1,12 +1,16 @@
-"""From what the operator named to what is planned for: a catalogue name, or a GGUF of their own."""
+"""From what the operator named to what is planned for: a catalogue name, or a GGUF of their own; and from what was
+measured to the variant that is served."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from appliance.catalog import Catalog
+from appliance.catalog import Catalog, FileSource, ModelSpec, Variant
 from appliance.config import Engine
 from appliance.errors import ModelFileError, UnknownModel
+from appliance.node.calibration import Calibration, choose
 from appliance.node.gguf import read_header, spec_of
-from appliance.node.models import ModelStore
+from appliance.node.models import ModelStore, StoredModel
 from appliance.node.planner import Wanted
 
 
@@ -24,13 +28,73 @@ def wanted(engine: Engine, catalog: Catalog, store: ModelStore) -> Wanted:
     Raises UnknownModel, or ModelFileError for a file. What does not lie here yet has a path that does not exist.
     """
     if engine.model.endswith(".gguf"):
-        return wanted_file(Path(engine.model).expanduser())
+        found = wanted_file(Path(engine.model).expanduser())
+        return found if engine.variant is None else _named_variant(found, engine.variant, store)
     model = catalog.model(engine.model)
     variants = model.for_engine("llamacpp")
     if not variants:
         raise UnknownModel(f"model {model.name!r} has no variant for this node's CPU engine; choose another model")
-    if engine.variant is not None:
-        variants = (model.variant(engine.variant),)
     here = [variant for variant in variants if store.find(model.name, variant.name)]
     chosen = (here or variants)[0]
-    return Wanted(model, chosen, store.path_of(model.name, chosen.name))
+    found = Wanted(model, chosen, store.path_of(model.name, chosen.name))
+    return found if engine.variant is None else _named_variant(found, engine.variant, store)
+
+
+def _named_variant(found: Wanted, name: str, store: ModelStore) -> Wanted:
+    """The model of `found` in the variant the operator named: as published, or as derived on this machine."""
+    model = found.model
+    if name == found.variant.name:
+        return found
+    if any(variant.name == name for variant in model.variants):
+        return Wanted(model, model.variant(name), store.path_of(model.name, name))
+    stored = store.find(model.name, name)
+    if stored is not None and stored.derived_from is not None:
+        return _derived(model, stored)
+    known = ", ".join(variant.name for variant in model.variants)
+    raise UnknownModel(
+        f"model {model.name!r} has no variant {name!r}; it has {known}. "
+        f"`appliance calibrate {model.name} --variants {name}` derives it where llama.cpp can"
+    )
+
+
+def measured(source: Wanted, calibration: Calibration, engine: Engine, store: ModelStore) -> tuple[Wanted, ...]:
+    """What to plan for, best first, by what was measured of `source`. The source comes last: it always may be served.
+
+    With a variant that the operator named nothing but the thread count is chosen.
+    """
+    here = {} if engine.variant is not None else {one.variant: one for one in derived(source, calibration, store)}
+    choice = choose(
+        calibration.measurement,
+        engine.workload,
+        engine.tolerance,
+        threads=engine.threads,
+        available={source.variant.name, *here},
+    )
+    if choice is None:
+        return (source,)
+    fallback = replace(source, threads=choice.threads)
+    if choice.variant == source.variant.name:
+        return (replace(fallback, reason=choice.reason),)
+    best = replace(_derived(source.model, here[choice.variant]), threads=choice.threads, reason=choice.reason)
+    return (best, fallback)
+
+
+def derived(source: Wanted, calibration: Calibration, store: ModelStore) -> Iterator[StoredModel]:
+    """The measured variants whose files lie here, unchanged and made from this very source."""
+    for variant in calibration.measurement.variants:
+        stored = store.find(source.model.name, variant.name)
+        if stored is not None and stored.unchanged and stored.derived_from == calibration.key.file:
+            yield stored
+
+
+def _derived(model: ModelSpec, stored: StoredModel) -> Wanted:
+    variant = Variant(
+        name=stored.variant,
+        engine="llamacpp",
+        format="gguf",
+        quantisation=stored.variant.upper(),
+        size_bytes=stored.size_bytes,
+        sources=(FileSource(kind="file", path=str(stored.path)),),
+        sha256=stored.sha256,
+    )
+    return Wanted(model, variant, stored.path)

@@ -44,6 +44,8 @@ class StoredModel:
     """ISO 8601, UTC."""
     unchanged: bool
     """Whether size and modification time still are what was recorded when its checksum was proven."""
+    derived_from: str | None = None
+    """Identity of the file it was made from on this machine; None for what came as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class _Stamp:
     """Of the file; of a folder, of the sorted list of its files' checksums."""
     source: str
     pulled_at: str
+    derived_from: str | None = None
 
 
 class ModelStore:
@@ -113,7 +116,8 @@ class ModelStore:
             raise ModelFileError(
                 f"{stored.path}: sha256 is {found}, recorded was {stored.sha256}; remove it and pull again"
             )
-        self._write_stamp(model, variant, stored.path, found, stored.source or "put there by hand")
+        source = stored.source or "put there by hand"
+        self._write_stamp(model, variant, stored.path, found, source, stored.derived_from)
         return self._describe(model, variant, stored.path)
 
     def remove(self, model: str, variant: str) -> int:
@@ -129,6 +133,31 @@ class ModelStore:
             if not any(folder.iterdir()):
                 folder.rmdir()
         return freed
+
+    # ---- variants made here ----
+
+    def draft_of(self, model: str, variant: str) -> Path:
+        """Where a variant that is being derived lies until `adopt` takes it over; `remove` and `discard` clear it."""
+        return self._workshop(model, variant) / f"{variant}.gguf"
+
+    def adopt(self, model: str, variant: str, *, source: str, derived_from: str) -> StoredModel:
+        """Take a finished draft over, with its checksum and what it was made from. What was put there by hand is set
+        aside. Raises PullError where the disk fails, ModelFileError where the draft is not whole."""
+        draft, final = self.draft_of(model, variant), self.folder / model / f"{variant}.gguf"
+        read_header(draft)
+        try:
+            sha256 = _sha256_of(draft, lambda _: None)
+            self._clear(model, variant, final)
+            draft.replace(final)
+            self._write_stamp(model, variant, final, sha256, f"derived from {source}", derived_from)
+        except OSError as error:
+            raise disk_error(error, final, f"{model} {variant}") from error
+        self.discard(model, variant)
+        return self._describe(model, variant, final)
+
+    def discard(self, model: str, variant: str) -> None:
+        """Clear an unfinished draft."""
+        shutil.rmtree(self._workshop(model, variant), ignore_errors=True)
 
     # ---- how a pull goes ----
 
@@ -230,6 +259,7 @@ class ModelStore:
             source=stamp.source if stamp else None,
             pulled_at=stamp.pulled_at if stamp else None,
             unchanged=stamp is not None and (stamp.size_bytes, stamp.mtime_ns) == (size_bytes, mtime_ns),
+            derived_from=stamp.derived_from if stamp else None,
         )
 
     def _read_stamp(self, model: str, variant: str) -> _Stamp | None:
@@ -238,9 +268,11 @@ class ModelStore:
         except (OSError, ValueError, TypeError):
             return None  # none, or one that cannot be understood: the file counts as not proven
 
-    def _write_stamp(self, model: str, variant: str, path: Path, sha256: str, source: str) -> None:
+    def _write_stamp(
+        self, model: str, variant: str, path: Path, sha256: str, source: str, derived_from: str | None = None
+    ) -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        stamp = _Stamp(_size_bytes(path), _mtime_ns(path), sha256, source, now)
+        stamp = _Stamp(_size_bytes(path), _mtime_ns(path), sha256, source, now, derived_from)
         target = self._stamp_path(model, variant)
         draft = target.with_suffix(f".{os.getpid()}.draft")
         draft.write_text(json.dumps(asdict(stamp), indent=1) + "\n", "utf-8")

@@ -39,6 +39,10 @@ class Wanted:
     model: ModelSpec
     variant: Variant
     path: Path
+    threads: int | None = None
+    """What was measured to be quickest; None where nothing was."""
+    reason: str = ""
+    """Why this variant and no other one, where it was chosen by measurement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,7 @@ def _place(hardware: Hardware, item: Wanted, config: EngineConfig, left_bytes: i
     abilities = engine.abilities(item.model)
     if not abilities:
         return f"{item.model.name} generates no text; {engine.kind} serves models that do"
-    threads, threads_reason = _threads(hardware, config)
+    threads, threads_reason = _threads(hardware, item, config)
     sequences, sequences_reason = _sequences(hardware, config)
     fitted = _fit_context(engine, item, config, sequences, left_bytes)
     if isinstance(fitted, str):
@@ -122,15 +126,17 @@ def _place(hardware: Hardware, item: Wanted, config: EngineConfig, left_bytes: i
         shape=shape,
         memory=memory,
         abilities=abilities,
-        reasons=(fits, threads_reason, sequences_reason, context_reason),
+        reasons=(*filter(None, (item.reason,)), fits, threads_reason, sequences_reason, context_reason),
         quality=item.model.quality if config.quality is None else config.quality,
     )
 
 
-def _threads(hardware: Hardware, config: EngineConfig) -> tuple[int, str]:
+def _threads(hardware: Hardware, item: Wanted, config: EngineConfig) -> tuple[int, str]:
     cores = hardware.cpu.usable_cores
     if config.threads is not None:
         return config.threads, f"{config.threads} threads, as configured ({hardware.cpu.usable_reason})"
+    if item.threads is not None:
+        return item.threads, f"{item.threads} threads, measured to be quickest ({hardware.cpu.usable_reason})"
     return cores, f"{cores} threads: {hardware.cpu.usable_reason}"
 
 
