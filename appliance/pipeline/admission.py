@@ -297,10 +297,11 @@ class Admission:
         """By how much longer things of this kind took here than predicted."""
         if not plain.ready:
             return plain
-        first = plain.first_byte_seconds * self._experience.first_byte_pace.ratio((target, load.kind))
+        key = (target, load.kind)
+        first = plain.first_byte_seconds * self._experience.first_byte_pace.ratio(key)
         rest = max(0.0, plain.finish_seconds - plain.first_byte_seconds)
-        finish = max(first + rest, plain.finish_seconds * self._experience.finish_pace.ratio((target, load.kind)))
-        return replace(plain, first_byte_seconds=first, finish_seconds=finish)
+        finish = max(first + rest, plain.finish_seconds * self._experience.finish_pace.ratio(key))
+        return Prediction(first, finish, plain.fits_kv, plain.ready, plain.reason, plain.can_enter)
 
     def _tally(self, target: str, place: _Place, line: Sequence[Load]) -> InFlight:
         """The ledger of one target as it stands now: what has been written since counts no more."""
@@ -310,6 +311,7 @@ class Admission:
         outputs = tuple(
             slot.output_left(now, speed) // slot.load.share for slot in place.slots for _ in range(slot.load.share)
         )
+        is_new = view is not None and view.seen != place.seen
         tally = InFlight(
             sequences=place.sequences,
             waiting=sum(load.share for load in line),
@@ -320,10 +322,11 @@ class Admission:
             kv_tokens=place.cells,
             outputs=outputs,
             waiting_outputs=tuple(load.output_tokens for load in line),
+            at_view=None if is_new else place.at_view,
         )
-        if view is not None and view.seen != place.seen:
+        if view is not None and is_new:
             place.seen, place.at_view = view.seen, tally
-        return replace(tally, at_view=place.at_view)
+        return tally
 
     def _start_pump(self) -> None:
         if self._pump is None or self._pump.done():

@@ -105,8 +105,7 @@ class Pipeline:
             close(_cut_short(error))
             raise
         if trial is None or trial.stream is None:
-            close(None)
-            return Answer(walk.facts(), payload=payload)
+            return Answer(close(None), payload=payload)
         return Answer(walk.facts_so_far(trial), streaming=_Streaming(trial, walk, close))
 
     async def answer_many(self, request: Request, calls: Sequence[Call], *, concurrency: int) -> "Many":

@@ -13,6 +13,7 @@ from appliance.pipeline.matching import QUOTA_WINDOW_SECONDS
 
 _BUCKETS: Final = 60
 _COST_WINDOW_SECONDS: Final = 3600.0
+_ROOM: Final = 0.8
 _FEW: Final = 20
 """Attempts that have to be seen before a cost for each success is held against a target."""
 
@@ -85,6 +86,11 @@ class OfLate:
         """Whether one more stays inside the rate."""
         judged, escalated = self._escalation(route, rule).sums(now)
         return escalated + 1 <= rule.max_rate * judged
+
+    def has_room(self, route: str, rule: Escalation, now: float) -> bool:
+        """Whether the rate is well below its cap: at the cap itself every other answer would say something else."""
+        judged, escalated = self._escalation(route, rule).sums(now)
+        return escalated <= _ROOM * rule.max_rate * judged
 
     def escalated(self, route: str, rule: Escalation, now: float) -> None:
         self._escalation(route, rule).add(now, 0, 1)

@@ -64,11 +64,10 @@ def rank(
     An empty set of attempts stays empty: `refusal` says why. Raises Forbidden or BudgetExceeded as `route_of` does.
     """
     rule = rule or route_of(request, profile, policy)
-    route = _bare_route(request, rule, policy)
     pinned = pinned_targets(request.model, snapshot.targets)
+    route = _bare_route(request, rule, policy, pinned=pinned is not None)
     if pinned == ():
         return Ranking(route, unknown_model(request, AUTO, snapshot.targets))
-    route = replace(route, pinned=pinned is not None)
     case = _Case(request, rule, route, outlooks)
     judged = _judge_all(case, policy, snapshot.targets) if pinned is None else _judge_in_order(case, pinned)
     attempts, excluded = _arrange(judged, case, profile)
@@ -77,7 +76,7 @@ def rank(
     return Ranking(route, None if attempts else refusal_of(request, route, judged))
 
 
-def _bare_route(request: Request, rule: RouteRule, policy: Policy) -> Route:
+def _bare_route(request: Request, rule: RouteRule, policy: Policy, *, pinned: bool) -> Route:
     defaults = policy.defaults
     bound, bound_reason = bound_of(
         request,
@@ -97,6 +96,7 @@ def _bare_route(request: Request, rule: RouteRule, policy: Policy) -> Route:
         max_wait_seconds=rule.max_wait_seconds or defaults.max_wait_seconds,
         total_seconds=rule.total_seconds or defaults.total_seconds,
         max_attempts=rule.max_attempts or defaults.max_attempts,
+        pinned=pinned,
         stage=rule.stage,
         answer_budget_seconds=rule.answer_budget_seconds,
         max_cost_usd=rule.max_cost_usd,

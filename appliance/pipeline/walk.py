@@ -131,12 +131,12 @@ class Walk:
                 tried.append((trial, error))
                 if not _goes_on(error):
                     break
-            else:
-                self._note_first_byte()
-                return await self._or_better(call, decided, trial, payload, made + len(tried) + 1)
+                continue
             finally:
                 if trial.outcome is not None:
                     self.attempts.append(trial.outcome)
+            self._note_first_byte()
+            return await self._or_better(call, decided, trial, payload, made + len(tried) + 1)
         raise _last_of(tried)
 
     def _trial(self, decided: Decided, index: int, attempt: Attempt) -> Trial:
@@ -168,7 +168,7 @@ class Walk:
             pause = min(_FIRST_PAUSE_SECONDS * 2 ** (len(failed) - 1), _LONGEST_PAUSE_SECONDS)
             pause = max(pause * (0.5 + self._means.chance()), failed[-1].retry_after_seconds or 0.0)
             blocked = self._means.breakers.blocked_until(attempt.target.name, now + pause)
-            if blocked is None and now + pause < self._ends:
+            if blocked is None and pause <= route.max_wait_seconds and now + pause < self._ends:
                 reason = f"retry: {attempt.target.name} {failed[-1].code}"
                 return Turn(replace(attempt, reason=reason), pause, None)
         return None
@@ -217,8 +217,9 @@ class Walk:
             self._means.alerts.warn("escalation_capped", text, route.name)
             self._reword(trial, "answered", f"unsure: {why}; not escalated, the rate is used up")
             return trial, payload
-        self._means.alerts.clear("escalation_capped", route.name)
         of_late.escalated(route.name, rule, now)
+        if of_late.has_room(route.name, rule, now):
+            self._means.alerts.clear("escalation_capped", route.name)
         return await self._escalate(call, decided, trial, payload, betters[: route.max_attempts - made], why)
 
     async def _escalate(

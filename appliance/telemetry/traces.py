@@ -3,11 +3,10 @@
 Attributes say where a request went and why, never what it said.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 from opentelemetry import trace
-from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -21,27 +20,7 @@ def tracer() -> Tracer:
     return trace.get_tracer("appliance", __version__)
 
 
-@contextmanager
-def _span(name: str, kind: SpanKind, parent: Context | None = None) -> Iterator[Span]:
-    # An SDK would write the error's text and stack into the span, and those may quote what the caller wrote.
-    with tracer().start_as_current_span(
-        name, context=parent, kind=kind, record_exception=False, set_status_on_exception=False
-    ) as span:
-        try:
-            yield span
-        except BaseException as error:
-            span.set_status(Status(StatusCode.ERROR, type(error).__name__))
-            raise
-
-
-@contextmanager
-def request_span(endpoint: Endpoint, headers: Mapping[str, str]) -> Iterator[Span]:
-    """The span of one request, a child of the caller's if `headers` (names in lower case) hold a W3C traceparent."""
-    with _span(endpoint, SpanKind.SERVER, _PROPAGATOR.extract(headers)) as span:
-        yield span
-
-
-def describe_decision(span: Span, decision: Decision) -> None:
+def _describe_decision(span: Span, decision: Decision) -> None:
     """Put what was decided before the first call on a request's span."""
     if not span.is_recording():
         return
@@ -62,7 +41,7 @@ def describe_decision(span: Span, decision: Decision) -> None:
     )
 
 
-def describe_outcome(span: Span, outcome: Outcome) -> None:
+def _describe_outcome(span: Span, outcome: Outcome) -> None:
     """Put the end of a request on its span."""
     if not span.is_recording():
         return
@@ -88,29 +67,21 @@ def within(span: Span) -> AbstractContextManager[Span]:
 
 
 def end_request(span: Span, decision: Decision, outcome: Outcome) -> None:
-    describe_decision(span, decision)
-    describe_outcome(span, outcome)
+    _describe_decision(span, decision)
+    _describe_outcome(span, outcome)
     span.end()
 
 
 def begin_attempt(attempt: Attempt, index: int) -> Span:
-    """As `attempt_span`, for an attempt that outlives the function it began in; `end_attempt` ends it."""
+    """The span of one attempt, inside the current request's; `end_attempt` ends it."""
     span = tracer().start_span("attempt", kind=SpanKind.CLIENT)
     _describe_target(span, attempt, index)
     return span
 
 
 def end_attempt(span: Span, outcome: AttemptOutcome) -> None:
-    describe_attempt(span, outcome)
+    _describe_attempt(span, outcome)
     span.end()
-
-
-@contextmanager
-def attempt_span(attempt: Attempt, index: int) -> Iterator[Span]:
-    """The span of one attempt, inside the current request's. End it with `describe_attempt`."""
-    with _span("attempt", SpanKind.CLIENT) as span:
-        _describe_target(span, attempt, index)
-        yield span
 
 
 def _describe_target(span: Span, attempt: Attempt, index: int) -> None:
@@ -127,7 +98,7 @@ def _describe_target(span: Span, attempt: Attempt, index: int) -> None:
     )
 
 
-def describe_attempt(span: Span, outcome: AttemptOutcome) -> None:
+def _describe_attempt(span: Span, outcome: AttemptOutcome) -> None:
     """Put how an attempt went on its span."""
     if not span.is_recording():
         return

@@ -1,0 +1,57 @@
+"""Mistakes that other gateways have documented and that could be made here, each by its number."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from appliance.core import ONSITE
+from tests.pipeline.scene import caller_of
+from tests.pipeline.stage import Stage, settled
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_pitfall_8_nothing_is_answered_from_a_cache_of_answers(stage: Stage) -> None:
+    """The same words twice are two answers: none is kept, so none can be shown to somebody else."""
+    for caller in (caller_of(), caller_of(), caller_of(key_id="key-2")):
+        await stage.ask("What is my balance?", caller=caller)
+    assert stage.engine.calls == 3
+
+
+async def test_pitfall_8_what_engines_cache_of_prompts_is_kept_apart_by_caller(stage: Stage) -> None:
+    for key in ("key-1", "key-1", "key-2"):
+        await stage.ask("What is my balance?", caller=caller_of(key_id=key))
+    first, again, other = (body["cache_salt"] for body in stage.engine.bodies)
+    assert first == again != other
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completions", "decisions", "extract"])
+async def test_pitfall_17_every_endpoint_goes_through_the_same_policy(stage: Stage, endpoint: str) -> None:
+    stage.engine.mood = "server_error"
+    bound: dict[str, Any] = {"endpoint": endpoint, "needs": frozenset(), "residency": ONSITE}
+    with pytest.raises(Exception, match="failed"):
+        await stage.ask(**bound)
+    assert stage.provider.calls == 0
+    await stage.ask(**{**bound, "residency": None})
+    assert stage.provider.calls == 1
+
+
+async def test_pitfall_18_while_an_engine_loads_those_who_may_go_elsewhere_do(stage: Stage) -> None:
+    stage.publish(state="starting")
+    assert (await stage.ask()).facts.reason == "overflow: onsite/tiny engine starting"
+    waiting = asyncio.create_task(stage.ask(residency=ONSITE))
+    await settled()
+    assert not waiting.done() and "onsite/tiny" in stage.state.demand
+    stage.publish()
+    assert (await waiting).facts.target == "onsite/tiny"
+
+
+async def test_pitfall_18_those_who_wait_for_an_engine_do_not_start_it_over_and_over(stage: Stage) -> None:
+    """Demand is noted, never acted on here: whoever swaps engines sees one wish, however many ask."""
+    stage.publish(state="starting")
+    waiting = [asyncio.create_task(stage.ask(residency=ONSITE)) for _ in range(5)]
+    await settled()
+    assert list(stage.state.demand) == ["onsite/tiny"]
+    stage.publish()
+    await asyncio.gather(*waiting)
