@@ -19,7 +19,7 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError
 from appliance.core import Outcome
 from appliance.errors import BudgetExceeded, LedgerUnavailable
 from appliance.ledger import rows
-from appliance.ledger.budgets import Cap, day_of, hold, settle
+from appliance.ledger.budgets import Cap, Counting, day_of
 from appliance.ledger.database import explain
 from appliance.ledger.schema import attempts, decisions, exclusions, reservations, spend
 
@@ -198,11 +198,7 @@ class Writer(threading.Thread):
         refused: dict[int, BudgetExceeded] = {}
         try:
             with self._durable.begin() as connection:
-                for index, reservation in enumerate(waiting):
-                    try:
-                        self._reserve(connection, reservation)
-                    except BudgetExceeded as refusal:
-                        refused[index] = refusal
+                refused = _reserve(connection, waiting)
         except Exception as error:
             # Whatever it was, each of these has somebody waiting who must not call without it.
             self._failed(error)
@@ -214,13 +210,6 @@ class Writer(threading.Thread):
                 self._succeeded()
             for index, reservation in enumerate(waiting):
                 reservation.answer.give(refused.get(index))
-
-    @staticmethod
-    def _reserve(connection: Connection, reservation: Reservation) -> None:
-        """Raises BudgetExceeded before anything is written for it."""
-        row = reservation.row
-        reservation.spent = hold(connection, reservation.caps, row["reserved_nano_usd"], row["reserved_at"])
-        connection.execute(insert(reservations), [row])
 
     def _write_entries(self) -> None:
         """Write until nothing is left or somebody waits for a reservation."""
@@ -282,8 +271,10 @@ class Writer(threading.Thread):
         with self._engine.begin() as connection:
             if not entries:
                 connection.execute(_PROBE)
-            for entry in settled:
-                settle(connection, entry.reservation_id, entry.nano_usd, entry.at)
+            if settled:
+                counting = Counting(connection)
+                counting.settle(settled)
+                counting.write()
             for table, values in tables:
                 if values:
                     connection.execute(insert(table), values)
@@ -331,6 +322,23 @@ class Writer(threading.Thread):
             is_more = prune(connection, self._clock() - self._retention_seconds)
         if is_more:
             self._prune_at = time.monotonic() + PRUNE_PAUSE_SECONDS
+
+
+def _reserve(connection: Connection, waiting: Sequence[Reservation]) -> dict[int, BudgetExceeded]:
+    """Write those that no budget refuses; the refusals by position."""
+    refused: dict[int, BudgetExceeded] = {}
+    counting = Counting(connection)
+    for index, reservation in enumerate(waiting):
+        row = reservation.row
+        try:
+            reservation.spent = counting.hold(reservation.caps, row["reserved_nano_usd"], row["reserved_at"])
+        except BudgetExceeded as refusal:
+            refused[index] = refusal
+    granted = [reservation.row for index, reservation in enumerate(waiting) if index not in refused]
+    if granted:
+        connection.execute(insert(reservations), granted)
+    counting.write()
+    return refused
 
 
 def prune(connection: Connection, before_at: float) -> bool:

@@ -47,8 +47,10 @@ def _instance(schema: Mapping[str, Any]) -> Any:
 async def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds-per-token", type=float, default=0.0)
+    parser.add_argument("--words", type=int, default=6, help="of a streamed answer; one event each")
     options = parser.parse_args()
-    async with StandIn(seconds_per_token=options.seconds_per_token, reply=reply) as provider:
+    text = " ".join(["word"] * options.words)
+    async with StandIn(text=text, seconds_per_token=options.seconds_per_token, reply=reply) as provider:
         print(provider.address, flush=True)
         await asyncio.Event().wait()
 
