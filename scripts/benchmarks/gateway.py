@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import secrets
 import statistics
 import sys
 import tempfile
@@ -165,7 +166,7 @@ models = [{{ name = "stub", input_usd = 0.0, output_usd = 0.0, abilities = {abil
 async def litellm(base_url: str) -> AsyncIterator[Contender]:
     """LiteLLM's proxy with one worker. Raises PeerMissing."""
     environment = installed(LITELLM, lambda text: print(text, file=sys.stderr))
-    port = free_port()
+    port, key = free_port(), f"sk-{secrets.token_hex(16)}"
     model = {"model": "openai/stub", "api_base": base_url, "api_key": "none"}
     config = {"model_list": [{"model_name": "stub", "litellm_params": model}]}
 
@@ -181,9 +182,9 @@ async def litellm(base_url: str) -> AsyncIterator[Contender]:
         health="/health/liveliness",
         model="stub",
         seconds=180,
-        environment={"LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
+        environment={"LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_MASTER_KEY": key},
     ) as server:
-        yield Contender("LiteLLM", f"http://127.0.0.1:{port}/v1", "stub", server.pids()[0])
+        yield Contender("LiteLLM", f"http://127.0.0.1:{port}/v1", "stub", server.pids()[0], key)
 
 
 async def run(options: argparse.Namespace) -> dict[str, Any]:
