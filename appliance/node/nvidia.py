@@ -1,10 +1,9 @@
 """NVIDIA devices through NVML. What a device does not tell is None, and unknown memory is never called free."""
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
-
-import pynvml
 
 _THROTTLES: Final = {
     0x004: "power cap",
@@ -54,11 +53,27 @@ class Gpus:
     """The newest CUDA that the driver can run."""
 
 
-def read_gpus(ram_total_bytes: int, ram_usable_bytes: int, nvml: Any = pynvml) -> Gpus:
-    """Every NVIDIA device, or none and the reason. Never raises for what NVML answers.
+_NO_LIBRARY: Final = "the driver's library (libnvidia-ml) is not installed"
+
+
+def load_nvml() -> Any | None:
+    """The bindings, or None where the driver's library is not there: then their 12 MB need not be in memory."""
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    import pynvml  # noqa: PLC0415 - only where there is something to bind to
+
+    return pynvml
+
+
+def read_gpus(ram_total_bytes: int, ram_usable_bytes: int, nvml: Any | None) -> Gpus:
+    """Every NVIDIA device, or none and the reason. Never raises for what NVML answers; `nvml` is what `load_nvml` gave.
 
     The RAM figures stand in for the memory of devices that share the machine's own.
     """
+    if nvml is None:
+        return Gpus((), f"none, because {_NO_LIBRARY}")
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
@@ -145,7 +160,7 @@ def _word(text: str | bytes | None) -> str | None:
 
 def _why_none(error: Any, nvml: Any) -> str:
     known = {
-        nvml.NVML_ERROR_LIBRARY_NOT_FOUND: "the driver's library (libnvidia-ml) is not installed",
+        nvml.NVML_ERROR_LIBRARY_NOT_FOUND: _NO_LIBRARY,
         nvml.NVML_ERROR_DRIVER_NOT_LOADED: "the NVIDIA driver is not loaded",
         nvml.NVML_ERROR_NO_PERMISSION: "this user may not talk to the driver",
         nvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: (

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pynvml
-
 from appliance.node.cpu import Cpu, Ram, read_cpu, read_ram
-from appliance.node.nvidia import Gpus, read_gpus
+from appliance.node.nvidia import Gpus, load_nvml, read_gpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +43,8 @@ class Hardware:
         return {**table, "fingerprint": self.fingerprint}
 
 
-def probe(root: Path = Path("/"), nvml: Any = pynvml) -> Hardware:
+def probe(root: Path = Path("/"), nvml: Any | None = None) -> Hardware:
     """Read the machine. Takes milliseconds without a GPU, up to a second or two while a driver wakes up; call it from a
     thread where an event loop runs. `root` and `nvml` are replaced by recordings in tests."""
     ram = read_ram(root)
-    return Hardware(read_cpu(root), ram, read_gpus(ram.total_bytes, ram.usable_bytes, nvml))
+    return Hardware(read_cpu(root), ram, read_gpus(ram.total_bytes, ram.usable_bytes, nvml or load_nvml()))
