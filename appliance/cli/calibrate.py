@@ -84,21 +84,21 @@ def calibrate_command(
 
 def first_start(
     source: Wanted, engine: Engine, home: Path, hardware: Hardware, store: ModelStore
-) -> tuple[Wanted, ...]:
-    """What to plan for, best first: by remembered figures, else by a short measurement, else the source as it is.
+) -> tuple[tuple[Wanted, ...], Calibration | None]:
+    """What to plan for, best first: by remembered figures, else by a short measurement, else the source as it is; and
+    the figures.
 
     Whatever goes wrong here is said and never keeps a node from serving.
     """
     if engine.variant is not None and engine.threads is not None:
-        return (source,)
+        return (source,), None
     try:
         calibration = _remembered_or_short(source, engine, home, hardware, store)
-        return (source,) if calibration is None else measured(source, calibration, engine, store)
+        return (source,) if calibration is None else measured(source, calibration, engine, store), calibration
     except (ApplianceError, OSError) as error:
-        stderr.print(
-            f"calibration failed: {error}; {source.variant.name} is served as it is", style="yellow", soft_wrap=True
-        )
-        return (source,)
+        text = f"calibration failed: {error}; {source.variant.name} is served as it is"
+        stderr.print(text, style="yellow", soft_wrap=True)
+        return (source,), None
 
 
 def _remembered_or_short(

@@ -32,8 +32,8 @@ def list_models(config_path: ConfigOption = None, data_dir: DataDirOption = None
     known = {(row["model"], row["variant"]) for row in rows}
     for stored in store.stored():
         if (stored.model, stored.variant) not in known:
-            row = {"model": stored.model, "variant": stored.variant, "size_bytes": stored.size_bytes, "here": True}
-            rows.append({**row, "source": stored.source})
+            facts: dict[str, Any] = {"model": stored.model, "variant": stored.variant, "size_bytes": stored.size_bytes}
+            rows.append({**facts, "here": True, "source": stored.source})
     if as_json:
         say_json(rows)
         return

@@ -18,6 +18,7 @@ from appliance.cli.places import ConfigOption, DataDirOption, data_dir_of
 from appliance.config import NodeConfig, load_config
 from appliance.engines.base import Placement
 from appliance.errors import ApplianceError
+from appliance.node.calibration import Calibration
 from appliance.node.candidate import best_candidate
 from appliance.node.choice import wanted
 from appliance.node.models import ModelStore
@@ -48,7 +49,7 @@ def serve_command(
         stderr.print(f"pulling {chosen.model.name} ({chosen.variant.name}, {bytes_text(chosen.variant.size_bytes)})")
         pull_with_progress(store, chosen.model, chosen.variant)
     engine = config.engine.model_copy(update={"calibrate": False}) if no_calibrate else config.engine
-    candidates = first_start(chosen, engine, home, hardware, store)
+    candidates, calibration = first_start(chosen, engine, home, hardware, store)
     outcome = plan(hardware, candidates, config.engine)
     if not outcome.placements:
         fail(f"{chosen.model.name} cannot be served here: {outcome.refusals[0].reason}")
@@ -62,7 +63,7 @@ def serve_command(
     def announce(running: Running) -> None:
         why = _why(outcome, candidates)
         say(_ready_message(running, outcome.placements[0], chosen, home, time.monotonic() - started, why))
-        say(_advice(catalog, hardware, chosen))
+        say(_advice(catalog, hardware, chosen, calibration))
         say("Stop it with Ctrl-C.")
 
     try:
@@ -148,12 +149,12 @@ def _ready_message(running: Running, placement: Placement, chosen: Wanted, home:
     return "\n".join(lines) + "\n"
 
 
-def _advice(catalog: Catalog, hardware: Hardware, chosen: Wanted) -> str:
+def _advice(catalog: Catalog, hardware: Hardware, chosen: Wanted, calibration: Calibration | None) -> str:
     """For the embedded model: that it is only for trying things out, and what this machine could run instead."""
     if not chosen.model.embedded:
         return ""
     lines = [f"{chosen.model.name} is for trying things out: its answers are often wrong. It shows how the node works."]
-    better = best_candidate(hardware, catalog)
+    better = best_candidate(hardware, catalog, calibration.measurement if calibration else None)
     if better is None or better.model.parameters <= chosen.model.parameters:
         return f"{lines[0]}\nNo larger model of the catalogue would be quick here: `appliance plan` says what fits.\n"
     name, variant = better.model.name, better.variant.name

@@ -116,8 +116,6 @@ class Progress:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)  # llama.cpp's quantiser does not come back to Python for minutes
     try:
         job, leash_fd = _arguments(argv)
         if leash_fd is not None:
@@ -289,5 +287,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # llama.cpp's quantiser does not come back to Python for minutes
     # Threads of llama.cpp's do not survive Python's own way out.
     os._exit(main())

@@ -1,13 +1,14 @@
 """Which catalogue model this machine would run well: an estimate from priors, said to be one. Pure."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from appliance.catalog import Catalog, DevicePrior, ModelSpec, Variant
 from appliance.config import Engine as EngineConfig
 from appliance.engines.base import Placement
+from appliance.node.calibration import Measurement
 from appliance.node.planner import Wanted, plan
 from appliance.node.probe import Hardware
 
@@ -35,14 +36,43 @@ class Candidate:
     """Where the rates come from."""
 
 
-def best_candidate(hardware: Hardware, catalog: Catalog) -> Candidate | None:
-    """The largest chat model for a CPU engine that fits and is estimated to be quick enough; None where none is."""
-    candidates = [found for found in _candidates(hardware, catalog) if _is_quick(found)]
+def best_candidate(hardware: Hardware, catalog: Catalog, measured: Measurement | None = None) -> Candidate | None:
+    """The largest chat model for a CPU engine that fits and is estimated to be quick enough; None where none is.
+
+    What was `measured` of another model on this machine takes the place of the priors.
+    """
+    prior = catalog.cpu_prior(hardware.cpu.flags)
+    prior = prior if measured is None else corrected(prior, measured)
+    candidates = [found for found in _candidates(hardware, catalog, prior) if _is_quick(found)]
     return max(candidates, key=lambda found: (found.model.parameters, found.variant.size_bytes), default=None)
 
 
-def _candidates(hardware: Hardware, catalog: Catalog) -> Iterator[Candidate]:
-    prior = catalog.cpu_prior(hardware.cpu.flags)
+def corrected(prior: DevicePrior | None, measured: Measurement) -> DevicePrior | None:
+    """The prior with what the figures of one model say: operations by quantisation, and a bandwidth they prove.
+
+    A small model is held up by more than memory, so its decoding can prove a higher bandwidth, never a lower one.
+    """
+    if prior is None:
+        return None
+    operations: dict[str, int] = {}
+    bandwidth = prior.memory_bandwidth_bytes_per_second
+    for variant in measured.variants:
+        for figure in variant.figures:
+            if figure.disturbed:
+                continue
+            if figure.kind == "prefill":
+                done = int(2 * measured.parameters * figure.tokens_per_second / figure.threads)
+                operations[variant.name.upper()] = max(done, operations.get(variant.name.upper(), 0))
+            elif figure.sequences == 1:
+                bandwidth = max(bandwidth, int(figure.tokens_per_second * variant.size_bytes))
+    return replace(
+        prior,
+        prefill_operations_per_second={**(prior.prefill_operations_per_second or {}), **operations},
+        memory_bandwidth_bytes_per_second=bandwidth,
+    )
+
+
+def _candidates(hardware: Hardware, catalog: Catalog, prior: DevicePrior | None) -> Iterator[Candidate]:
     for model in catalog.models:
         if "chat" not in model.abilities:
             continue
