@@ -27,7 +27,7 @@ WEIGHTS_PATH: Final = Path(__file__).parents[1] / "appliance" / "pipeline" / "pr
 
 _MADE_PER_TASK: Final = 240
 _SEED: Final = 20
-_TASK_RIDGE: Final = 10.0
+_TASK_RIDGE: Final = 3.0
 _MARK_RIDGE: Final = 1.0
 _GAIN_RIDGE: Final = 40.0
 _GAIN_SHARE: Final = 0.5
@@ -138,7 +138,7 @@ def _importance(kinds: Sequence[tuple[str, Task | None]], tasks: Sequence[Task |
     for task, weight in zip(tasks, each, strict=True):
         of_task[task] += weight
     mean = sum(of_task.values()) / len(of_task)
-    by_task: Vector = np.array([(mean / of_task[task]) ** 0.5 for task in tasks])
+    by_task: Vector = np.array([mean / of_task[task] for task in tasks])
     return each * by_task
 
 

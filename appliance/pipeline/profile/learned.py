@@ -27,7 +27,7 @@ TASKS: Final[tuple[Task, ...]] = tuple(task for task in get_args(Task) if task !
 COLUMNS: Final = (*TASKS, "difficulty", "rarity")
 """`rarity`: how much a feature counts at all, by how few texts have it."""
 
-MARKS: Final = (*(cue.name for cue in CUES), "a word problem", "choices to choose from", "no mark")
+MARKS: Final = (*(cue.name for cue in CUES), "a word problem", "choices to choose from")
 """What the rules see, as features: the cues know how tasks are asked for, the words know what about."""
 
 FILE: Final = "weights.npz"
@@ -80,8 +80,7 @@ def score(text: str, sample: Sample, weights: Weights) -> Scores:
 def marks_of(sample: Sample) -> NDArray[np.float32]:
     """1 or 0 for each of MARKS."""
     found = [cue.is_in(sample) for cue in CUES]
-    found += [is_word_problem(sample), has_choices(sample)]
-    return np.array([*found, not any(found)], np.float32)
+    return np.array([*found, is_word_problem(sample), has_choices(sample)], np.float32)
 
 
 def guess(request: Request, sample: Sample, weights: Weights) -> Guess:
