@@ -34,6 +34,7 @@ from appliance.pipeline.admission import Admission
 from appliance.pipeline.answer import Pipeline
 from appliance.pipeline.books import Books, Caps
 from appliance.pipeline.breaker import Breakers
+from appliance.pipeline.inspection import Detector, detector_for
 from appliance.pipeline.means import Memory
 from appliance.pipeline.residency import PermitOffice
 from appliance.state import State
@@ -56,6 +57,8 @@ class Site:
     secrets: Mapping[str, str] = field(repr=False)
     stored_keys: tuple[Key, ...] = ()
     """API keys made by command; those of the configuration are in `config`."""
+    detector: Detector | None = None
+    """Of personal data, where the policy wants requests searched."""
 
     @property
     def keys(self) -> Mapping[str, Key]:
@@ -96,7 +99,8 @@ def prepare(config: NodeConfig, home: Path, placements: tuple[Placement, ...]) -
             "`appliance keys create NAME` (with the same data directory), or listen on 127.0.0.1",
             field="server.host",
         )
-    return Site(config, home, placements, configured, policy, policy_path, secrets, stored)
+    detector = detector_for(policy)
+    return Site(config, home, placements, configured, policy, policy_path, secrets, stored, detector)
 
 
 def _stored_keys(config: NodeConfig, home: Path) -> tuple[Key, ...]:
@@ -191,6 +195,7 @@ class Node:
         return Pipeline(
             policy=site.policy,
             config=site.config,
+            detector=site.detector,
             state=self._state,
             ledger=self._books,
             admission=self._admission,

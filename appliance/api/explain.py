@@ -36,9 +36,9 @@ class Explain:
     async def dry_run(self, http: Http) -> Response:
         """Body: that of any endpoint, with `endpoint` naming it ("chat" where it is left out)."""
         opened = await self._rim.open(http, read_any)
-        decision = self._rim.pipeline.decide(
-            opened.request, prompt_tokens=opened.prompt_tokens, output_tokens=opened.output_tokens
-        )
+        pipeline = self._rim.pipeline
+        request = await pipeline.searched(opened.request)
+        decision = pipeline.decide(request, prompt_tokens=opened.prompt_tokens, output_tokens=opened.output_tokens)
         return json_response(_story(decision, opened.request.endpoint, len(opened.calls)))
 
     async def decision(self, http: Http) -> Response:

@@ -30,7 +30,7 @@ class Match(Strict):
     language: tuple[str, ...] | None = None
     """ISO 639-1 codes, as the profile guesses them."""
     risk: tuple[Name, ...] | None = None
-    """Risk classes, as the profile gives them: `normal` where nothing else was found."""
+    """Risk classes: `personal_data` where requests are searched for it and some was found, else `normal`."""
     complexity_at_least: float | None = Field(default=None, ge=0, le=1)
     """0 is a look-up, 1 needs a frontier model."""
     complexity_below: float | None = Field(default=None, ge=0, le=1)

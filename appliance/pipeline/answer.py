@@ -25,6 +25,7 @@ from appliance.pipeline.asking import Asking
 from appliance.pipeline.attempt import Trial
 from appliance.pipeline.breaker import Breakers
 from appliance.pipeline.decide import Decided, Decider
+from appliance.pipeline.inspection import Detector, Inspector
 from appliance.pipeline.matching import visible_targets
 from appliance.pipeline.means import Alerts, Means, Memory, NoAlerts, SpendLedger
 from appliance.pipeline.profile import Opinion, check_profiler
@@ -53,6 +54,7 @@ class Pipeline:
         memory: Memory,
         doors: Doors,
         permits: PermitOffice,
+        detector: Detector | None = None,
         alerts: Alerts | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
@@ -78,7 +80,12 @@ class Pipeline:
         )
         check_profiler(policy.defaults.profiler)
         self._decider = Decider(policy, self._means)
+        self._inspector = Inspector(policy.residency, detector) if policy.searches_content else None
         self._asking = Asking(policy.defaults.profiler, self._means)
+
+    async def searched(self, request: Request) -> Request:
+        """The request, its content searched for personal data where the policy wants that. `decide` wants it so."""
+        return request if self._inspector is None else await self._inspector.search(request)
 
     def decide(self, request: Request, *, prompt_tokens: int, output_tokens: int | None) -> Decision:
         """Everything before the first call: what explain shows. No attempts means that it would be refused.
@@ -93,6 +100,7 @@ class Pipeline:
 
     async def answer(self, request: Request, call: Call) -> "Answer":
         """Answer `request`. The caller must `aclose` what it gets. Raises ApplianceError, its `headers` set."""
+        request = await self.searched(request)
         opinion = await self._asking.opinion(request)
         walk, close = self._begin(request, call.prompt_tokens, call.output_tokens, opinion)
         try:
@@ -111,9 +119,12 @@ class Pipeline:
     async def answer_many(self, request: Request, calls: Sequence[Call], *, concurrency: int) -> "Many":
         """Answer every call under one decision, at most `concurrency` at once. A call that fails fails alone.
 
+        The strictest bound that any part of the request needs holds for all of it.
+
         Raises ApplianceError where the decision itself is a refusal.
         """
         prompt_tokens = max(call.prompt_tokens for call in calls)
+        request = await self.searched(request)
         opinion = await self._asking.opinion(request)
         walk, close = self._begin(request, prompt_tokens, max(call.output_tokens for call in calls), opinion)
         results: list[Any] = [None] * len(calls)

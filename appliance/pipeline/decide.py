@@ -4,7 +4,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 from appliance.config import Policy, RouteRule
-from appliance.core import Decision, Profile, Request, Residency, Target, Usage
+from appliance.core import Decision, Profile, Request, Target, Usage
 from appliance.errors import ApplianceError, BudgetExceeded, Forbidden
 from appliance.pipeline.attempt import load_of, prefix_of
 from appliance.pipeline.cost import onsite_usd, reserve_usd
@@ -12,6 +12,7 @@ from appliance.pipeline.matching import route_of
 from appliance.pipeline.means import Means
 from appliance.pipeline.policy import Outlook, no_route, rank
 from appliance.pipeline.profile import Opinion, profile
+from appliance.pipeline.residency import bound_by
 from appliance.pipeline.shape import AS_IT_IS, Shape, shape_of
 
 
@@ -66,7 +67,8 @@ class Decider:
     def _place(self, request: Request, made: Profile, rule: RouteRule, shape: Shape, prefix: Hashable) -> Decided:
         snapshot, leaves_free = self._means.state.snapshot, self._policy.capacity.reserved_for_bound
         prompt_tokens, output_tokens = shape.prompt_tokens(made.prompt_tokens), shape.output_tokens(made.output_tokens)
-        is_bound = _is_bound(request, rule, self._policy)
+        # Bound in any way, it neither overflows nor leaves places to others.
+        is_bound = bound_by(request, rule, self._policy)[0].kind != "any"
         outlooks = {
             target.name: self._outlook(request, target, rule, prefix, prompt_tokens, output_tokens, is_bound)
             for target in snapshot.targets
@@ -115,10 +117,3 @@ class Decider:
         view = self._means.state.snapshot.engines.get(target.name)
         usage = Usage(prompt_tokens, output_tokens)
         return onsite_usd(target, view, usage, self._means.cost, self._means.cores) or 0.0
-
-
-def _is_bound(request: Request, rule: RouteRule, policy: Policy) -> bool:
-    """Whether anything keeps it from going everywhere: then it neither overflows nor leaves places to others."""
-    said = Residency.parse(rule.residency or policy.defaults.residency)
-    bounds = (request.caller.residency, request.residency, said)
-    return any(bound is not None and bound.kind != "any" for bound in bounds)

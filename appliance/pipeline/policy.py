@@ -10,7 +10,7 @@ from appliance.errors import ApplianceError
 from appliance.pipeline.capacity import Prediction
 from appliance.pipeline.matching import bare_name, chain_of, in_order, route_of
 from appliance.pipeline.refusal import Judged, Kind, refusal_of, unknown_model
-from appliance.pipeline.residency import bound_of
+from appliance.pipeline.residency import bound_by, bound_of
 from appliance.pipeline.scoring import Figures, by_score
 
 AUTO: Final = "auto"
@@ -78,13 +78,7 @@ def rank(
 
 def _bare_route(request: Request, rule: RouteRule, policy: Policy, *, pinned: bool) -> Route:
     defaults = policy.defaults
-    bound, bound_reason = bound_of(
-        request,
-        route=rule.name,
-        route_residency=rule.residency,
-        default=defaults.residency,
-        content=policy.content_bound(rule),
-    )
+    bound, bound_reason = bound_by(request, rule, policy)
     return Route(
         name=rule.name,
         policy_version=policy.version,
@@ -139,13 +133,7 @@ def _judge_all(case: _Case, policy: Policy, targets: Sequence[Target]) -> list[J
         if rule is case.rule:
             judged += _judge_in_order(case, fresh)
             continue
-        own, _ = bound_of(
-            case.request,
-            route=rule.name,
-            route_residency=rule.residency,
-            default=policy.defaults.residency,
-            content=policy.content_bound(rule),
-        )
+        own, _ = bound_by(case.request, rule, policy)
         found = _judge_in_order(replace(case, rule=rule), fresh, first=len(judged) + 1)
         judged += [replace(_inside(one, own, rule.name), via=rule.name) for one in found]
     return judged

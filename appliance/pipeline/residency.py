@@ -1,13 +1,13 @@
 """Where a request may be answered, and the only maker of permits to send it off the site. Pure but for its key."""
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Final
 
 from appliance.backends.seal import seal
+from appliance.config import Policy, RouteRule
 from appliance.core import (
     ANYWHERE,
-    ONSITE,
     Content,
     EgressPermit,
     PersonalKind,
@@ -53,7 +53,7 @@ def bound_of(
     ]
     if route_residency is None:
         said.append(("the policy's defaults", Residency.parse(default)))
-    if content is not None and (found := _of_content(request.content, [bound for _, bound in said])):
+    if content is not None and (found := _of_content(request.content)):
         said.append((found, content))
     limits = [(who, bound) for who, bound in said if bound.kind != "any"]
     if not limits:
@@ -67,11 +67,21 @@ def bound_of(
     return bound, f"{reason}; the stricter wins over: {', '.join(others)}" if others else reason
 
 
-def _of_content(content: Content | None, others: Sequence[Residency]) -> str:
+def bound_by(request: Request, rule: RouteRule, policy: Policy) -> tuple[Residency, str]:
+    """As bound_of, for a request that takes the route `rule`."""
+    return bound_of(
+        request,
+        route=rule.name,
+        route_residency=rule.residency,
+        default=policy.defaults.residency,
+        content=policy.content_bound(rule),
+    )
+
+
+def _of_content(content: Content | None) -> str:
     """What about the content binds; empty where nothing does. Not to have been searched binds too."""
     if content is None:
-        # A request that is bound to the site anyway need not be searched.
-        return "" if ONSITE in others else "its content (not searched)"
+        return "its content (not searched)"
     what = [KIND_NAMES[kind] for kind in content.kinds]
     if content.not_searched:
         what.append(f"not searched: {content.not_searched}")

@@ -114,6 +114,9 @@ class StandInPipeline:
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     answered: asyncio.Event = field(default_factory=asyncio.Event)
 
+    async def searched(self, request: Request) -> Request:
+        return request
+
     def decide(self, request: Request, *, prompt_tokens: int, output_tokens: int) -> Decision:
         self.requests.append(request)
         profile = Profile("chat", 0.1, request.format, "interactive", "en", prompt_tokens, output_tokens)

@@ -29,6 +29,7 @@ from appliance.errors import LedgerUnavailable, RejectedReply
 from appliance.pipeline.admission import Admission
 from appliance.pipeline.answer import Answer, Pipeline
 from appliance.pipeline.breaker import Breakers
+from appliance.pipeline.inspection import Detector, detector_for
 from appliance.pipeline.means import Memory
 from appliance.pipeline.residency import PermitOffice
 from appliance.state import State
@@ -203,6 +204,8 @@ class Scene:
         """What was waited before retries; no test waits for it."""
         self.alerts: dict[tuple[str, str], str] = {}
         self.permits = PermitOffice()
+        self.detector: Detector | None = None
+        """Set before `reload` to search with another one than the policy names."""
         hosted = {target.provider: target.address for target in targets if target.location == "hosted"}
         addresses = {name: address for name, address in hosted.items() if name is not None}
         egress = EgressDoor(addresses, dict.fromkeys(addresses, "sk-secret"), self.permits.key) if addresses else None
@@ -212,9 +215,11 @@ class Scene:
         self.publish()
 
     def reload(self, policy: str) -> Pipeline:
+        written = policy_of(policy)
         self.pipeline = Pipeline(
-            policy=policy_of(policy),
+            policy=written,
             config=NodeConfig(),
+            detector=self.detector or detector_for(written),
             state=self.state,
             ledger=self.ledger,
             admission=self.admission,

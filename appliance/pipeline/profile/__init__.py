@@ -16,6 +16,8 @@ from appliance.pipeline.profile.sample import Sample, take_sample
 __all__ = ["Opinion", "check_profiler", "profile"]
 
 DEFAULT_OUTPUT_TOKENS: Final = 256
+PERSONAL_DATA: Final = "personal_data"
+"""Risk class of a request in which some was found."""
 
 
 def profile(
@@ -41,6 +43,7 @@ def profile(
         language=guess_language(sample.text, sample.words),
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens if output_tokens is not None else DEFAULT_OUTPUT_TOKENS,
+        risk=PERSONAL_DATA if request.content is not None and request.content.kinds else "normal",
         reasons=made.reasons,
     )
 
