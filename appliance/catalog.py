@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, Validati
 
 from appliance.core import Ability
 from appliance.errors import ConfigError, UnknownModel
+from appliance.positions import Location, dotted, line_of
 
 EngineKind = Literal["llamacpp", "vllm"]
 ModelFormat = Literal["gguf", "safetensors"]
@@ -25,9 +26,6 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Positive = Annotated[int, Field(gt=0)]
 _STRICT = ConfigDict(extra="forbid")
-
-Location = tuple[str | int, ...]
-"""A place in a TOML file: table names, keys, and the index within an array of tables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +267,7 @@ def load_model(path: Path) -> ModelSpec:
     spec: ModelSpec
     spec, text = _load(path, _MODEL)
     for location, problem in _contradictions(spec, path.stem):
-        raise ConfigError(problem, file=str(path), line=line_of(text, location), field=_dotted(location))
+        raise ConfigError(problem, file=str(path), line=line_of(text, location), field=dotted(location))
     return spec
 
 
@@ -331,54 +329,12 @@ def _load(path: Path, adapter: TypeAdapter[Any]) -> tuple[Any, str]:
         location = _without_tags(first["loc"])
         problem = "is not a known key; remove it" if first["type"] == "unexpected_keyword_argument" else first["msg"]
         line = line_of(text, location)
-        raise ConfigError(problem, file=str(path), line=line, field=_dotted(location)) from error
+        raise ConfigError(problem, file=str(path), line=line, field=dotted(location)) from error
 
 
 def _without_tags(location: Location) -> Location:
     """Pydantic puts the kind of a source into the path; the file has no such level."""
     return tuple(part for index, part in enumerate(location) if not (index >= 2 and location[index - 2] == "sources"))
-
-
-def _dotted(location: Location) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-
-
-_HEADER = re.compile(r"^\s*(\[\[?)\s*([\w.\s\"'-]+?)\s*\]")
-_KEY = re.compile(r"^\s*([\w\"'-]+)\s*=")
-
-
-def line_of(text: str, location: Location) -> int | None:
-    """The line of a TOML text, from 1, where `location` or the nearest thing above it stands; None if nothing does."""
-    table: Location = ()
-    last_index: dict[Location, int] = {}
-    best_length, best_line = 0, None
-    for number, line in enumerate(text.splitlines(), start=1):
-        header, key = _HEADER.match(line), _KEY.match(line)
-        if header:
-            table = _table_path(header[2], header[1] == "[[", last_index)
-            here = table
-        elif key:
-            here = (*table, key[1].strip("\"'"))
-        else:
-            continue
-        if len(here) > best_length and location[: len(here)] == here:
-            best_length, best_line = len(here), number
-    return best_line
-
-
-def _table_path(header: str, is_array_item: bool, last_index: dict[Location, int]) -> Location:
-    """The path a header opens, with the index of each array of tables that it goes through."""
-    path: Location = ()
-    names = [name.strip().strip("\"'") for name in header.split(".")]
-    for name in names[:-1]:
-        path = (*path, name)
-        if path in last_index:
-            path = (*path, last_index[path])
-    path = (*path, names[-1])
-    if is_array_item:
-        last_index[path] = last_index.get(path, -1) + 1
-        path = (*path, last_index[path])
-    return path
 
 
 _MODEL: TypeAdapter[ModelSpec] = TypeAdapter(ModelSpec)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from appliance import catalog
-from appliance.catalog import ModelSpec, data_folder, line_of, load_catalog, load_device, load_model
+from appliance.catalog import ModelSpec, data_folder, load_catalog, load_device, load_model
 from appliance.errors import ConfigError, UnknownModel
 
 EMBEDDED = data_folder("model_configs") / "smollm2-135m-instruct.toml"
@@ -196,11 +196,3 @@ def test_a_contradictory_device_file_is_refused(tmp_path: Path, old: str, new: s
     with pytest.raises(ConfigError) as caught:
         load_device(path)
     assert caught.value.field == field
-
-
-def test_lines_are_found_below_nested_arrays_of_tables() -> None:
-    text = "a = 1\n[[x]]\nb = 1\n[[x.y]]\nc = 1\n[[x]]\nb = 2\n[[x.y]]\nc = 2\n[[x.y]]\nc = 3\n"
-    assert line_of(text, ("x", 1, "y", 1, "c")) == 11
-    assert line_of(text, ("x", 1, "y", 0, "missing")) == 8
-    assert line_of(text, ("x", 0, "b")) == 3
-    assert line_of(text, ("nothing",)) is None

@@ -3,7 +3,6 @@
 Both are TOML. A mistake raises ConfigError with file, line and field; nothing is guessed, nothing unknown is ignored.
 """
 
-from appliance.config.lines import line_of
 from appliance.config.policy import (
     Capacity,
     Defaults,
@@ -67,7 +66,6 @@ __all__ = [
     "Strict",
     "Tolerance",
     "Workload",
-    "line_of",
     "load_config",
     "load_policy",
     "parse_policy",

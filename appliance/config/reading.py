@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from appliance.config.contradictions import first_mistake
-from appliance.config.lines import line_of
 from appliance.config.policy import Policy
 from appliance.config.schema import NodeConfig, Provider
 from appliance.config.strict import Strict
 from appliance.core import Target
 from appliance.errors import ConfigError
+from appliance.positions import dotted, line_of
 
 DEFAULT_POLICY_PATH = Path(__file__).with_name("policy.default.toml")
 
@@ -45,7 +45,7 @@ def parse_policy(text: str, file: str, targets: Sequence[Target | str] | None = 
     mistake = first_mistake(policy, targets)
     if mistake is not None:
         place = mistake.location
-        raise ConfigError(mistake.message, file=file, line=line_of(text, place), field=_dotted(place))
+        raise ConfigError(mistake.message, file=file, line=line_of(text, place), field=dotted(place))
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return policy.model_copy(update={"version": f"sha256:{digest}"})
 
@@ -105,7 +105,7 @@ def _validate(model: type[Document], text: str, file: str) -> Document:
             message = f"{message} (it is {first['input']!r})"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise ConfigError(
-            message + more, file=file, line=line_of(text, location), field=_dotted(location) or None
+            message + more, file=file, line=line_of(text, location), field=dotted(location) or None
         ) from error
 
 
@@ -135,10 +135,3 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in getattr(annotation, "__args__", ()) for model in _models_in(argument)]
-
-
-def _dotted(location: tuple[int | str, ...]) -> str:
-    text = ""
-    for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
-    return text

@@ -1,19 +1,22 @@
-"""Finding the line of a setting: tomllib keeps no positions, and an error without a line is half an error."""
+"""Where a setting stands in a TOML text: tomllib keeps no positions, and an error without a line is half an error."""
 
 import re
+
+Location = tuple[int | str, ...]
+"""A place in a TOML file: table names, keys, and the index within an array of tables."""
 
 _HEADER = re.compile(r"^\s*(\[\[?)\s*([^\]]+?)\s*\]\]?\s*(#.*)?$")
 _ASSIGNMENT = re.compile(r"^\s*([A-Za-z0-9_.\"'-]+)\s*=")
 
 
-def line_of(text: str, location: tuple[int | str, ...]) -> int | None:
+def line_of(text: str, location: Location) -> int | None:
     """The line (from 1) on which the setting at `location` stands, or its table's when it has no line of its own.
 
     tomllib keeps no positions; this follows table headers and assignments, which is enough for files people write.
     """
     best: tuple[int, int] | None = None
-    counts: dict[tuple[int | str, ...], int] = {}
-    table: tuple[int | str, ...] = ()
+    counts: dict[Location, int] = {}
+    table: Location = ()
     for number, line in enumerate(text.splitlines(), 1):
         header = _HEADER.match(line)
         if header:
@@ -29,8 +32,8 @@ def line_of(text: str, location: tuple[int | str, ...]) -> int | None:
     return best[1] if best else None
 
 
-def _table_path(header: str, *, is_array: bool, counts: dict[tuple[int | str, ...], int]) -> tuple[int | str, ...]:
-    path: tuple[int | str, ...] = ()
+def _table_path(header: str, *, is_array: bool, counts: dict[Location, int]) -> Location:
+    path: Location = ()
     parts = [part.strip("\"' ") for part in header.split(".")]
     for position, part in enumerate(parts):
         path = (*path, part)
@@ -39,3 +42,8 @@ def _table_path(header: str, *, is_array: bool, counts: dict[tuple[int | str, ..
         if path in counts:
             path = (*path, counts[path])
     return path
+
+
+def dotted(location: Location) -> str:
+    """`("routes", 1, "match")` as people write it: `routes[1].match`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
