@@ -32,7 +32,7 @@ class Tolerance(Strict):
 
     label_agreement: float = Field(default=0.97, ge=0, le=1)
     """Share of the built-in questions, at least, to which it gives its source's label, or one that the source finds
-    all but as likely (within a quarter of a nat)."""
+    all but as likely (within a quarter of a nat). One question may differ, unless this is 1."""
     median_kl: float = Field(default=0.02, ge=0)
     """Divergence of next-token distributions, in nats, at most."""
 

@@ -3,6 +3,7 @@
 The figures come from `python -m appliance.llamacpp.calibrate`; `calibrator` runs it, `calibrations` remembers them.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
@@ -278,7 +279,8 @@ def _refusal(variant: VariantFigures, measurement: Measurement, tolerance: Toler
     quality = variant.quality
     if quality is None:
         return "its answers were not compared"
-    if quality.label_agreement < tolerance.label_agreement:
+    differing = round((1 - quality.label_agreement) * quality.questions)
+    if differing > _may_differ(quality.questions, tolerance):
         return (
             f"it agreed with {measurement.source} on {quality.label_agreement:.1%} of {quality.questions} labels "
             f"(asked: {tolerance.label_agreement:.1%})"
@@ -286,6 +288,13 @@ def _refusal(variant: VariantFigures, measurement: Measurement, tolerance: Toler
     if quality.median_kl > tolerance.median_kl:
         return f"its median KL from {measurement.source} is {quality.median_kl:.4f} (at most {tolerance.median_kl:g})"
     return None
+
+
+def _may_differ(questions: int, tolerance: Tolerance) -> int:
+    """How many labels. One always, unless all are asked for: of a short form's few questions one is more than the
+    tolerance, and says nothing. What spoils a model shows in the divergence as well."""
+    share = 1 - tolerance.label_agreement
+    return 0 if share == 0 else max(1, math.floor(share * questions))
 
 
 def _first_sentence(chosen: _Option, source: _Option, rivals: int, mix: Mix, workload: Workload) -> str:

@@ -114,6 +114,27 @@ def test_the_tolerance_decides_what_may_be_served(tolerance: Tolerance, chosen: 
     assert words in choice.reason
 
 
+@pytest.mark.parametrize(
+    ("questions", "differing", "tolerance", "served"),
+    [
+        (16, 1, 0.97, "bf16"),
+        (16, 2, 0.97, "q4_1"),
+        (122, 3, 0.97, "bf16"),
+        (122, 4, 0.97, "q4_1"),
+        (122, 1, 1.0, "q4_1"),
+        (122, 0, 1.0, "bf16"),
+    ],
+)
+def test_one_of_few_questions_may_differ_and_of_many_the_share_that_is_tolerated(
+    questions: int, differing: int, tolerance: float, served: str
+) -> None:
+    quality = replace(GOOD, questions=questions, label_agreement=round(1 - differing / questions, 4))
+    found = measurement(variant("q4_1", None), variant("bf16", quality))
+    choice = choose(found, "balanced", Tolerance(label_agreement=tolerance))
+    assert choice is not None
+    assert choice.variant == served
+
+
 def test_a_variant_that_was_not_compared_is_never_served() -> None:
     choice = choose(measurement(variant("q4_1", None), variant("bf16", None)), "prefill", TOLERANCE)
     assert choice is not None
