@@ -40,11 +40,19 @@ class Tasks:
 
     async def extract(self, http: Http) -> Response:
         opened = await self._rim.open(http, extract.read)
-        if "texts" not in opened.request.body:
+        is_single = "texts" not in opened.request.body
+        if is_single and len(opened.calls) == 1:
             answer = await self._rim.answer(http, opened)
-            return await whole(answer, extract.payload(answer.payload))
+            return await whole(answer, extract.payload([answer.payload], opened.calls))
         many = await self._rim.answer_many(http, opened, concurrency=EXTRACT_CALLS_AT_ONCE)
-        return _rows(many, extract.texts_payload(_some(many)))
+        results = _some(many)
+        if not is_single:
+            return _rows(many, extract.texts_payload(results, opened.calls))
+        try:
+            return _rows(many, extract.payload(results, opened.calls))
+        except ApplianceError as error:
+            error.headers = {**many.facts.headers(), **error.headers}
+            raise
 
 
 def _some(many: Many) -> Sequence[Any]:

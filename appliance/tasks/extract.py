@@ -1,34 +1,44 @@
 """Extraction: `POST /v1/extract` turns texts into objects that match a JSON schema.
 
 Request: `text` (one) or `texts` (1 to 1,000), `schema` (a JSON schema of type object), and optionally `instructions`,
-`model`, `max_tokens` (for each object; sized from the schema otherwise).
+`model`, `max_tokens` (for each object; sized from the schema otherwise), `chunk_tokens` (128 to 1,000,000; 2,048
+otherwise: longer texts are cut into overlapping pieces of about that size, and what the pieces give is put together).
 Response for `text`: {model, object, confidence, usage}. For `texts`: {model, results, usage}, results in order, each
 {index, object, confidence} or {index, error} with OpenAI's error object.
 `confidence` maps a JSON pointer to each leaf of the object to a probability (what it means: confidence.py), and is null
-where the target gives no token probabilities. `usage` is that of a chat completion, summed.
+where the target gives no token probabilities. `usage` is that of a chat completion, summed. An object out of several
+pieces has `evidence` besides: JSON pointer of a property or a list's item -> {start, end}, the characters of the piece
+it was taken from. `cut`, where it is there, lists the strings that reached the length at which on-site engines end
+those that the schema leaves unbounded (see decoding.py); give them a maxLength.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import orjson
 
 from appliance.core import Asked, Outgoing, Reply, Target, Usage
 from appliance.errors import ApplianceError, RejectedReply, RequestError
-from appliance.tasks import sizes
+from appliance.tasks import chunks, sizes
 from appliance.tasks.confidence import field_confidence
+from appliance.tasks.decoding import MAX_STRING_CHARS, decode_schema
 from appliance.tasks.fields import missing, read_int, read_list, read_model, read_text, refuse_other_contract, wrong
 from appliance.tasks.replies import check_json_choice, choices_of
-from appliance.tasks.schemas import check_schema, is_strict_subset
+from appliance.tasks.schemas import check_schema, check_value, is_strict_subset
+from appliance.tasks.spans import string_leaves
 from appliance.tasks.tokens import MESSAGE_TOKENS, estimate_tokens
 
 MAX_TEXTS = 1_000
+CHUNK_TOKENS = 2_048
+"""What the smallest contexts in use hold together with an answer twice over; small models lose the thread beyond."""
+MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 128, 1_000_000
 
-_TASK = (
-    "Extract the fields of this JSON schema from the text that the user sends. Take every value from the text. "
-    "Reply with the JSON object alone."
-)
+_ROLE = "You extract data from texts as JSON."
+# The task comes after the text: SmolLM2-135M copies values then instead of inventing them (of 48 fields of receipts it
+# had 9 right, and 1 with the task and the schema before the text).
+_TASK = "Return a JSON object with these fields of the text above, each copied exactly as it is written there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +47,27 @@ class Extracted:
     confidence: Mapping[str, float] | None
     model: str
     usage: Usage
+    cut: tuple[str, ...] = ()
+    """JSON pointers of strings that were ended at a length their schema does not name."""
+    evidence: Mapping[str, chunks.Span] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ExtractCall:
-    """One text. `read` returns Extracted; `payload` and `texts_payload` make the response of it."""
+    """One text, or a piece of one. `read` returns Extracted; `payload` and `texts_payload` make the response of it."""
 
     text: str
-    system: str
+    task: str
     schema: Mapping[str, Any]
+    bounded: Mapping[str, Any]
+    """What on-site engines decode under; see `decoding`."""
     output_tokens: int
+    """To reckon with."""
+    max_tokens: int
+    """Where the answer is cut off."""
+    index: int = 0
+    """Of the text, among the request's."""
+    span: chunks.Span = (0, 0)
 
     @property
     def stream(self) -> bool:
@@ -54,18 +75,22 @@ class ExtractCall:
 
     @property
     def prompt_tokens(self) -> int:
-        return estimate_tokens(self.system) + estimate_tokens(self.text) + 2 * MESSAGE_TOKENS
+        return estimate_tokens(_ROLE) + estimate_tokens(self.task) + estimate_tokens(self.text) + 2 * MESSAGE_TOKENS
 
     def outgoing(self, target: Target) -> Sequence[Outgoing]:
         # Hosted APIs refuse `strict` for schemas with open objects or optional fields; on-site engines always enforce.
-        strict = target.location == "onsite" or is_strict_subset(self.schema)
+        onsite = target.location == "onsite"
+        strict, schema = (True, self.bounded) if onsite else (is_strict_subset(self.schema), self.schema)
         body: dict[str, Any] = {
-            "messages": [{"role": "system", "content": self.system}, {"role": "user", "content": self.text}],
+            "messages": [
+                {"role": "system", "content": _ROLE},
+                {"role": "user", "content": f"{self.text}\n\n{self.task}"},
+            ],
             "temperature": 0,
-            "max_tokens": self.output_tokens,
+            "max_tokens": self.max_tokens,
             "response_format": {
                 "type": "json_schema",
-                "json_schema": {"name": "extraction", "strict": strict, "schema": self.schema},
+                "json_schema": {"name": "extraction", "strict": strict, "schema": schema},
             },
         }
         if "logprobs" in target.abilities:
@@ -79,30 +104,65 @@ class ExtractCall:
         if found is None:
             raise RejectedReply("the model refused to extract from this text")
         confidence = field_confidence(choice["message"]["content"], choice.get("logprobs"))
-        return Extracted(found, confidence, target.model, replies[0].usage)
+        cut: tuple[str, ...] = ()
+        if target.location == "onsite" and self.bounded != self.schema:
+            cut = tuple(place for place, text in string_leaves(found) if len(text) == MAX_STRING_CHARS)
+        return Extracted(found, confidence, target.model, replies[0].usage, cut)
 
 
 def read(body: Mapping[str, Any]) -> tuple[Asked, Sequence[ExtractCall]]:
-    """Check an extract body. Raises RequestError naming field, value and remedy."""
+    """Check an extract body; one call for each text, or for each piece of one.
+
+    Raises RequestError naming field, value and remedy.
+    """
     texts = _read_texts(body)
     if body.get("schema") is None:
         raise missing("schema", 'it must be a JSON schema, such as {"type": "object", "properties": {...}}')
     schema = check_schema(body["schema"], "schema")
     if schema.get("type") != "object":
         raise wrong("schema.type", schema.get("type"), 'it must be "object": put other values into a property')
-    instructions = read_text(body, "instructions")
-    output_tokens = read_int(body, "max_tokens", 1) or sizes.output_tokens(schema)
-    system = "\n\n".join(filter(None, (_TASK, instructions, orjson.dumps(schema).decode())))
+    given = read_int(body, "max_tokens", 1)
+    chunk_tokens = read_int(body, "chunk_tokens", MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS) or CHUNK_TOKENS
+    task, bounded = _task(schema, read_text(body, "instructions")), decode_schema(schema)
+    likely = given or sizes.output_tokens(schema)
+    call = ExtractCall("", task, schema, bounded, likely, given or sizes.most_tokens(bounded))
     asked = Asked(
         endpoint="extract",
         model=read_model(body),
         body=body,
-        text="\n".join((system, *texts)),
+        text="\n".join((task, *texts)),
         format="json_schema",
         needs=frozenset({"chat", "json_schema"}),
-        output_tokens=output_tokens,
+        output_tokens=likely,
     )
-    return asked, [ExtractCall(text, system, schema, output_tokens) for text in texts]
+    calls = [
+        replace(call, text=text[start:stop], index=index, span=(start, stop))
+        for index, text in enumerate(texts)
+        for start, stop in chunks.spans(text, chunk_tokens)
+    ]
+    return asked, calls
+
+
+def _task(schema: Mapping[str, Any], instructions: str | None) -> str:
+    """What is asked after the text: names and descriptions where the fields are plain, else the schema itself."""
+    rows = schema.get("properties") or {}
+    if all(_is_plain(row) for row in rows.values()) and rows:
+        names = [f"{name} ({row['description']})" if row.get("description") else name for name, row in rows.items()]
+        asked = f"{_TASK}: {', '.join(names)}."
+    else:
+        asked = f"{_TASK}, following this JSON schema:\n{orjson.dumps(schema).decode()}"
+    return "\n\n".join(filter(None, (asked, instructions)))
+
+
+def _is_plain(row: Any) -> bool:
+    """Whether a name and a description say all there is to say of a property."""
+    kind = row.get("type") if isinstance(row, dict) else None
+    return kind in ("string", "number", "integer", "boolean") and not row.keys() & {
+        "enum",
+        "const",
+        "pattern",
+        "format",
+    }
 
 
 def _read_texts(body: Mapping[str, Any]) -> Sequence[str]:
@@ -124,30 +184,65 @@ def _read_one(value: object, path: str) -> str:
     return value
 
 
-def payload(extracted: Extracted) -> Mapping[str, Any]:
-    """The response for one text."""
-    return {
-        "model": extracted.model,
-        "object": extracted.object,
-        "confidence": extracted.confidence,
-        "usage": usage_object(extracted.usage),
-    }
+Result = Extracted | ApplianceError
 
 
-def texts_payload(results: Sequence[Extracted | ApplianceError]) -> Mapping[str, Any]:
+def payload(results: Sequence[Result], calls: Sequence[ExtractCall]) -> Mapping[str, Any]:
+    """The response for one text. Raises the error of a piece that failed."""
+    (found,) = _by_text(results, calls)
+    if isinstance(found, ApplianceError):
+        raise found
+    return {"model": found.model, **_row(found), "usage": usage_object(found.usage)}
+
+
+def texts_payload(results: Sequence[Result], calls: Sequence[ExtractCall]) -> Mapping[str, Any]:
     """The response for several texts, in order."""
-    rows: list[Mapping[str, Any]] = []
-    for index, result in enumerate(results):
-        if isinstance(result, Extracted):
-            rows.append({"index": index, "object": result.object, "confidence": result.confidence})
-        else:
-            rows.append({"index": index, **result.to_openai()})
+    found = _by_text(results, calls)
+    rows = [
+        {"index": index, **(one.to_openai() if isinstance(one, ApplianceError) else _row(one))}
+        for index, one in enumerate(found)
+    ]
     done = [result for result in results if isinstance(result, Extracted)]
     return {
         "model": ", ".join(dict.fromkeys(result.model for result in done)) or None,
         "results": rows,
         "usage": usage_object(sum((result.usage for result in done), Usage())),
     }
+
+
+def _row(found: Extracted) -> Mapping[str, Any]:
+    row: dict[str, Any] = {"object": found.object, "confidence": found.confidence}
+    if found.evidence is not None:
+        row["evidence"] = {place: {"start": start, "end": end} for place, (start, end) in found.evidence.items()}
+    if found.cut:
+        row["cut"] = found.cut
+    return row
+
+
+def _by_text(results: Sequence[Result], calls: Sequence[ExtractCall]) -> list[Result]:
+    pairs = zip(calls, results, strict=True)
+    return [_of_text(list(group)) for _, group in groupby(pairs, key=lambda pair: pair[0].index)]
+
+
+def _of_text(pairs: Sequence[tuple[ExtractCall, Result]]) -> Result:
+    """The object of one text. Where one of its pieces failed the text did: a half may lack what counts."""
+    done: list[tuple[ExtractCall, Extracted]] = []
+    for call, result in pairs:
+        if isinstance(result, ApplianceError):
+            return result
+        done.append((call, result))
+    if len(done) == 1:
+        return done[0][1]
+    merged = chunks.merge([chunks.Part(call.span, found.object, found.confidence) for call, found in done])
+    try:
+        check_value(done[0][0].schema, merged.object)
+    except RejectedReply as error:
+        return RejectedReply(f"what the text's {len(done)} pieces gave cannot be put together: {error.message}")
+    models = dict.fromkeys(found.model for _, found in done)
+    usage = sum((found.usage for _, found in done), Usage())
+    places = {place for place, text in string_leaves(merged.object) if len(text) == MAX_STRING_CHARS}
+    cut = tuple(sorted(places)) if any(found.cut for _, found in done) else ()
+    return Extracted(merged.object, merged.confidence, ", ".join(models), usage, cut, merged.evidence)
 
 
 def usage_object(usage: Usage) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""How many tokens an object that follows a schema may need: bounds answers, so that a model that rambles is cut off."""
+"""How many tokens an object of a schema takes: what admission reckons with, and where an answer is cut off."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,11 +8,14 @@ from appliance.tasks.tokens import estimate_tokens
 STRING_TOKENS = 64
 """For strings without maxLength: names, addresses, a sentence."""
 NUMBER_TOKENS = 12
+LONGEST_NUMBER_TOKENS = 28
+"""Sign, sixteen digits, point and nine decimals: see `decoding`."""
 LIST_ITEMS = 8
 """For lists without maxItems."""
 MIN_TOKENS = 64
 MAX_TOKENS = 1_024
 """Small models do not stay right over longer objects, and a context of 2,048 tokens must hold the text as well."""
+CUT_OFF_TOKENS = 4_096
 
 
 def output_tokens(schema: Mapping[str, Any]) -> int:
@@ -20,9 +23,18 @@ def output_tokens(schema: Mapping[str, Any]) -> int:
     return max(MIN_TOKENS, min(MAX_TOKENS, _Sizer(schema).tokens(schema)))
 
 
+def most_tokens(schema: Mapping[str, Any]) -> int:
+    """Enough for every object of a schema that bounds everything, with each letter a token of its own.
+
+    At most CUT_OFF_TOKENS: beyond that an answer may be cut off, and is then refused.
+    """
+    return max(output_tokens(schema), min(CUT_OFF_TOKENS, _Sizer(schema, characters_per_token=1).tokens(schema)))
+
+
 class _Sizer:
-    def __init__(self, root: Mapping[str, Any]) -> None:
+    def __init__(self, root: Mapping[str, Any], characters_per_token: int = 3) -> None:
         self._root = root
+        self._characters_per_token = characters_per_token
         self._known: dict[str, int] = {}
         """By reference: each is sized once, or references that fan out would take for ever."""
 
@@ -54,9 +66,11 @@ class _Sizer:
             items = min(most, MAX_TOKENS) if type(most) is int else LIST_ITEMS
             return 4 + items * (2 + self.tokens(schema["items"]))
         if schema.get("type") in ("number", "integer", "boolean", "null"):
-            return NUMBER_TOKENS
+            return NUMBER_TOKENS if self._characters_per_token > 1 else LONGEST_NUMBER_TOKENS
         longest = schema.get("maxLength")
-        return min(max(1, longest // 3), MAX_TOKENS) if type(longest) is int else STRING_TOKENS
+        if type(longest) is not int:
+            return STRING_TOKENS
+        return min(max(1, longest // self._characters_per_token), CUT_OFF_TOKENS)
 
 
 def _resolved(reference: str, root: Mapping[str, Any]) -> Any:

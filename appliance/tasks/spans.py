@@ -1,8 +1,9 @@
 """Where each value stands in a JSON text. The text has been parsed before, so this only walks it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import count
+from typing import Any
 
 import orjson
 
@@ -38,7 +39,7 @@ def _walk(text: str, place: int, pointer: str, leaves: dict[str, Span]) -> int:
         key = str(index)
         if is_object:
             end = _scalar_end(text, place)
-            key = orjson.loads(text[place:end]).replace("~", "~0").replace("/", "~1")
+            key = escaped(orjson.loads(text[place:end]))
             place = _skip(text, end) + 1  # the colon
         place = _skip(text, _walk(text, place, f"{pointer}/{key}", leaves))
         if text[place] != ",":
@@ -56,3 +57,20 @@ def _scalar_end(text: str, place: int) -> int:
 def _skip(text: str, place: int) -> int:
     blank = _BLANK.match(text, place)
     return place if blank is None else blank.end()
+
+
+def string_leaves(value: Any, pointer: str = "") -> Iterator[tuple[str, str]]:
+    """Every string of a parsed JSON value with its JSON pointer."""
+    if isinstance(value, str):
+        yield pointer, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from string_leaves(inner, f"{pointer}/{escaped(key)}")
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from string_leaves(inner, f"{pointer}/{index}")
+
+
+def escaped(key: str) -> str:
+    """A key as it stands in a JSON pointer."""
+    return key.replace("~", "~0").replace("/", "~1")
