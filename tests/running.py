@@ -52,10 +52,12 @@ def running_node(
     environment: Mapping[str, str] | None = None,
     seconds: float = 60.0,
     calibrate: bool = False,
+    within: Sequence[str] = (),
 ) -> Iterator[RunningNode]:
     """Start `appliance serve` on a free port, wait until it says it is ready, stop it at the end.
 
-    A first start measures nothing unless told to `calibrate`: tests need the same node every time, and soon.
+    A first start measures nothing unless told to `calibrate`: tests need the same node every time, and soon. `within`
+    is a command that becomes the one given to it, such as `ip netns exec NAME`.
     Raises RuntimeError with what it printed when it ends or stays silent for longer than `seconds`.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
@@ -64,7 +66,7 @@ def running_node(
         (data_dir / "policy.toml").write_text(policy)
         config = f"policy = {str(data_dir / 'policy.toml')!r}\n".replace("'", '"') + config
     config_path.write_text(config)
-    command = [sys.executable, "-m", "appliance", "serve", "--port", "0"]
+    command = [*within, sys.executable, "-m", "appliance", "serve", "--port", "0"]
     command += ["--config", str(config_path), "--data-dir", str(data_dir), *arguments]
     command += [] if calibrate else ["--no-calibrate"]
     started = time.monotonic()

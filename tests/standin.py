@@ -69,6 +69,7 @@ class StandIn:
     """
 
     uds: str | None = None
+    host: str = "127.0.0.1"
     port: int = 0
     text: str = "The answer is forty two."
     mood: Mood = "well"
@@ -118,8 +119,8 @@ class StandIn:
             # asyncio turns Nagle's algorithm off only where the socket says that it is TCP
             listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(("127.0.0.1", self.port))
-            self.address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+            listener.bind((self.host, self.port))
+            self.address = f"http://{self.host}:{listener.getsockname()[1]}/v1"
         listener.listen(1024)
         await server.startup([listener])
         self._server = server
@@ -316,10 +317,13 @@ def _chunk(body: Mapping[str, Any], delta: Mapping[str, Any] | None, finish_reas
 
 async def _main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--seconds-per-token", type=float, default=0.0)
     arguments = parser.parse_args()
-    async with StandIn(port=arguments.port, seconds_per_token=arguments.seconds_per_token) as provider:
+    async with StandIn(
+        host=arguments.host, port=arguments.port, seconds_per_token=arguments.seconds_per_token
+    ) as provider:
         print(provider.address, flush=True)  # noqa: T201 - the one thing its starter waits for
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
