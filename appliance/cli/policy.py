@@ -1,5 +1,6 @@
 """appliance policy: check, show and compare the rules that route requests, and ask what they would do with one."""
 
+import asyncio
 import json
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from appliance.core import Ability, Caller, Profile, Request, Residency, Snapsho
 from appliance.errors import ApplianceError, ConfigError, UnknownModel
 from appliance.pipeline.capacity import NOT_PREDICTED, Prediction
 from appliance.pipeline.cost import reserve_usd
+from appliance.pipeline.inspection import Inspector, detector_for
 from appliance.pipeline.normalize import make_request
 from appliance.pipeline.policy import Outlook, Ranking, rank
 from appliance.pipeline.profile import profile
@@ -51,6 +53,7 @@ def check(
         config = load_config(config_path)
         path = _path_of(path, config)
         policy = load_policy(path, _targets(config))
+        detector_for(policy)
     except ConfigError as error:
         fail(str(error))
     say(f"{path}: valid, {len(policy.routes)} routes, version {policy.version}")
@@ -97,7 +100,7 @@ def explain(
         targets = _targets(config)
         policy = load_policy(path, targets)
         caller = _caller(config, key, tier)
-        request, made = _read(body_path, caller, header or [])
+        request, made = _read(body_path, caller, header or [], policy)
         ranking = _rank(request, made, policy, targets, local)
     except ApplianceError as error:
         fail(str(error))
@@ -148,7 +151,7 @@ def _caller(config: NodeConfig, name: str, tier: str | None) -> Caller:
     return Caller(name, name, residency=Residency.parse(found.residency), tier=tier or found.tier, routes=routes)
 
 
-def _read(path: Path, caller: Caller, given: list[str]) -> tuple[Request, Profile]:
+def _read(path: Path, caller: Caller, given: list[str], policy: Policy) -> tuple[Request, Profile]:
     """The request as the API would read it. Raises RequestError for what is wrong with it."""
     try:
         body = json.loads(path.read_text())
@@ -166,6 +169,8 @@ def _read(path: Path, caller: Caller, given: list[str]) -> tuple[Request, Profil
     request = make_request(
         asked, headers=headers, caller=caller, request_id="explain", now=time.monotonic(), wall=time.time()
     )
+    if policy.searches_content:
+        request = asyncio.run(Inspector(policy.residency, detector_for(policy)).search(request))
     prompt_tokens = max(call.prompt_tokens for call in calls)
     return request, profile(
         request, prompt_tokens=prompt_tokens, output_tokens=max(call.output_tokens for call in calls)

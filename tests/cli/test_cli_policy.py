@@ -1,6 +1,7 @@
 """appliance policy"""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,17 @@ def test_explain_reads_the_body_of_every_endpoint(home: Path) -> None:
     body.write_text(json.dumps({"endpoint": "decisions", "input": "Buy now", "questions": [question]}))
     done = run("explain", home / "policy.toml", body, "--config", home / "appliance.toml")
     assert "classification: the decisions endpoint" in done.stdout
+
+
+def test_explaining_searches_the_request_where_the_policy_does(home: Path) -> None:
+    (home / "policy.toml").write_text('[residency]\ncontent = "personal_data"\n' + POLICY)
+    assert "onsite by its content (e-mail address)" in explain(home, "Write to jane@example.com").stdout
+    assert "nothing binds it" in explain(home, "Write to nobody").stdout
+
+
+@pytest.mark.skipif(find_spec("presidio_analyzer") is not None, reason="presidio-analyzer is installed")
+def test_a_detector_that_is_not_installed_is_a_mistake_of_the_policy(home: Path) -> None:
+    (home / "policy.toml").write_text('[residency]\ncontent = "personal_data"\ndetector = "presidio"\n' + POLICY)
+    done = run("check", home / "policy.toml", "--config", home / "appliance.toml")
+    assert done.exit_code == 1
+    assert "appliance[presidio]" in done.stderr
