@@ -36,6 +36,7 @@ from appliance.pipeline.books import Books, Caps
 from appliance.pipeline.breaker import Breakers
 from appliance.pipeline.inspection import Detector, detector_for
 from appliance.pipeline.means import Memory
+from appliance.pipeline.profile import check_profiler
 from appliance.pipeline.residency import PermitOffice
 from appliance.state import State
 from appliance.telemetry.logs import setup_logging
@@ -100,6 +101,7 @@ def prepare(config: NodeConfig, home: Path, placements: tuple[Placement, ...]) -
             field="server.host",
         )
     detector = detector_for(policy)
+    check_profiler(policy.defaults.profiler)
     return Site(config, home, placements, configured, policy, policy_path, secrets, stored, detector)
 
 

@@ -39,7 +39,7 @@ class Pipeline:
     """One policy and configuration over the parts that outlive a reload (admission, breakers, memory, doors).
 
     It holds nothing that changes itself but opinions that can be asked for again, so a reload builds a new one and
-    swaps the reference. Raises OperatorError where the policy's profiler cannot be used.
+    swaps the reference. Raises ConfigError where the policy's profiler cannot be used.
     """
 
     def __init__(

@@ -3,12 +3,13 @@
 import io
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from appliance.core import Task
-from appliance.errors import OperatorError
+from appliance.errors import ConfigError
 from appliance.pipeline.profile import check_profiler, learned, profile
 from appliance.pipeline.profile.features import BUCKETS, MAX_FEATURES, features_of
 from appliance.pipeline.profile.learned import (
@@ -119,10 +120,24 @@ def test_weights_that_are_not_there_are_said_at_once_with_a_remedy(monkeypatch: 
     monkeypatch.setattr(learned, "FILE", "no-such-weights.npz")
     shipped_weights.cache_clear()
     try:
-        with pytest.raises(OperatorError, match='profiler = "rules"'):
+        with pytest.raises(ConfigError, match='profiler = "rules"'):
             check_profiler("learned")
         check_profiler("rules")
         check_profiler("llm")
+    finally:
+        shipped_weights.cache_clear()
+
+
+@pytest.mark.parametrize("size", [0, 10, 1000, 400_000])
+def test_weights_that_were_cut_off_are_a_mistake_of_the_configuration(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / learned.FILE).write_bytes(WEIGHTS_PATH.read_bytes()[:size])
+    monkeypatch.setattr(learned, "files", lambda package: tmp_path)
+    shipped_weights.cache_clear()
+    try:
+        with pytest.raises(ConfigError, match="cannot be used"):
+            shipped_weights()
     finally:
         shipped_weights.cache_clear()
 

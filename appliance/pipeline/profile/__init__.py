@@ -31,7 +31,7 @@ def profile(
     """The profile of `request`. Token counts are the caller's estimates; None: the usual length of an answer.
 
     `opinion`: what a local model said, or why there is nothing; only the profiler "llm" looks at it. Raises
-    OperatorError where "learned" is chosen and its weights cannot be used; `check_profiler` says so beforehand.
+    ConfigError where "learned" is chosen and its weights cannot be used; `check_profiler` says so beforehand.
     """
     sample = take_sample(request.text)
     made = _guess(request, sample, prompt_tokens, profiler, opinion)
@@ -49,7 +49,7 @@ def profile(
 
 
 def check_profiler(profiler: Profiler) -> None:
-    """Load what `profiler` needs. Raises OperatorError where that cannot be used."""
+    """Load what `profiler` needs, which takes milliseconds. Raises ConfigError where that cannot be used."""
     if profiler == "learned":
         learned.shipped_weights()
 

@@ -6,6 +6,8 @@ learned from questions that a weak and a strong model both answered: what the st
 """
 
 import hashlib
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +19,7 @@ import orjson
 from numpy.typing import NDArray
 
 from appliance.core import Request, Task
-from appliance.errors import OperatorError
+from appliance.errors import ConfigError
 from appliance.pipeline.profile.cues import CUES, has_choices, is_word_problem
 from appliance.pipeline.profile.features import BUCKETS, FEATURE_VERSION, features_of
 from appliance.pipeline.profile.guess import BASE_COMPLEXITY, SIMPLE, SIMPLE_SCALE, Guess, given_task
@@ -107,20 +109,24 @@ def complexity_of(task: Task, difficulty: float) -> float:
 
 @lru_cache(maxsize=1)
 def shipped_weights() -> Weights:
-    """Those of the package. Raises OperatorError where the file is not there, damaged or of another version."""
+    """Those of the package. Raises ConfigError where the file is not there, damaged or of another version."""
     path = files("appliance.pipeline.profile") / FILE
     try:
         with path.open("rb") as file:
             return read_weights(file)
-    except (OSError, ValueError, KeyError) as error:
-        raise OperatorError(
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise ConfigError(
             f"the learned profiler's weights cannot be used: {error}; install the appliance again, or set "
-            '[defaults] profiler = "rules" in the policy'
+            'profiler = "rules"',
+            field="defaults.profiler",
         ) from error
 
 
 def read_weights(file: IO[bytes]) -> Weights:
-    """Raises ValueError or KeyError for what does not fit this code. Nothing in the file is ever run."""
+    """Raises ValueError or KeyError for what does not fit this code, and what zip files raise for what is cut off.
+
+    Nothing in the file is ever run.
+    """
     with np.load(file, allow_pickle=False) as arrays:
         about = orjson.loads(arrays["about"].tobytes())
         table, rest = arrays["table"], arrays["rest"]
