@@ -80,7 +80,7 @@ class Pipeline:
         )
         check_profiler(policy.defaults.profiler)
         self._decider = Decider(policy, self._means)
-        self._inspector = Inspector(policy.residency, detector) if policy.searches_content else None
+        self._inspector = Inspector(policy.residency, detector, alerts) if policy.searches_content else None
         self._asking = Asking(policy.defaults.profiler, self._means)
 
     async def searched(self, request: Request) -> Request:

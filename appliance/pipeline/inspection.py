@@ -5,10 +5,11 @@ data would: under load as well as otherwise.
 """
 
 import asyncio
+import contextlib
 import importlib
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Protocol
@@ -18,6 +19,7 @@ import structlog
 from appliance.config import PersonalData, Policy
 from appliance.core import Content, PersonalKind, Request
 from appliance.errors import ConfigError
+from appliance.pipeline.means import Alerts, NoAlerts
 from appliance.pipeline.personal.texts import Readable, chunks, readable
 
 AT_ONCE_CHARACTERS: Final = 8_192
@@ -33,6 +35,8 @@ _MODULES: Final[Mapping[str, str]] = {
     "patterns": "appliance.pipeline.personal.find",
     "presidio": "appliance.pipeline.personal.presidio",
 }
+
+_CODE: Final = "content_not_searched"
 
 _log = structlog.get_logger(__name__)
 
@@ -56,7 +60,7 @@ def detector_for(policy: Policy) -> Detector | None:
         return None
     name = policy.residency.detector
     try:
-        # Not at the top: the tables of number formats take 16 MB, and most nodes do not search.
+        # Not at the top: the tables of number formats take up to 16 MB, and most nodes do not search.
         module: Any = importlib.import_module(_MODULES[name])
         made: Detector = module.make(policy.residency.kinds)
     except ModuleNotFoundError as error:
@@ -71,56 +75,64 @@ def detector_for(policy: Policy) -> Detector | None:
 class Inspector:
     """Searches requests as one policy has it. One for each policy; all is called on the event loop."""
 
-    def __init__(self, rules: PersonalData, detector: Detector | None) -> None:
+    def __init__(self, rules: PersonalData, detector: Detector | None, alerts: Alerts | None = None) -> None:
         self._rules = rules
         self._detector = detector
+        self._alerts = alerts or NoAlerts()
+        self._in_trouble = True
+        """Whether there may be a warning that the next search makes untrue."""
         self._places = asyncio.Semaphore(SEARCHES_AT_ONCE)
 
     async def search(self, request: Request) -> Request:
         """The request with its content filled in. Raises nothing but CancelledError."""
-        content = self._at_once(request)
-        if content is None:
-            content = await self._in_thread(request.body)
+        if self._detector is None:
+            return replace(request, content=Content((), "there is no detector"))
+        try:
+            content = self._at_once(request, self._detector) or await self._in_thread(request.body, self._detector)
+        except _NotSearched as error:
+            reason = str(error)
+            self._in_trouble = True
+            self._alerts.warn(_CODE, f"requests are bound because their content was not searched: {reason}")
+            return replace(request, content=Content((), reason))
+        if self._in_trouble:
+            self._in_trouble = False
+            self._alerts.clear(_CODE)
         return replace(request, content=content)
 
-    def _at_once(self, request: Request) -> Content | None:
+    def _at_once(self, request: Request, detector: Detector) -> Content | None:
         """None where that would keep the loop for too long."""
-        if self._detector is None:
-            return Content((), "there is no detector")
-        if not self._detector.is_quick or len(request.text) > AT_ONCE_CHARACTERS:
+        if not detector.is_quick or len(request.text) > AT_ONCE_CHARACTERS:
             return None
-        read = readable(request.body, limit_characters=AT_ONCE_CHARACTERS)
-        if read is None or _count_digits(read.text) > AT_ONCE_DIGITS:
-            return None
-        return _guarded(lambda: _content(self._kinds(read.text), read))
+        with _failing_safely():
+            read = readable(request.body, limit_characters=AT_ONCE_CHARACTERS)
+            if read is None or _count_digits(read.text) > AT_ONCE_DIGITS:
+                return None
+            return _content(detector.kinds_in(read.text), read)
 
-    async def _in_thread(self, body: Mapping[str, Any]) -> Content:
+    async def _in_thread(self, body: Mapping[str, Any], detector: Detector) -> Content:
         seconds = self._rules.timeout_seconds
         stop = threading.Event()
         try:
             async with asyncio.timeout(seconds):
                 await self._places.acquire()
-                return await _run(partial(self._search, body, stop), self._places.release)
-        except TimeoutError:
-            _log.warning("a request was not searched in time and is bound", seconds=seconds)
-            return Content((), f"the search took longer than {seconds:g} s")
+                return await _run(partial(_search, body, detector, stop), self._places.release)
+        except TimeoutError as error:
+            raise _NotSearched(f"the search took longer than {seconds:g} s") from error
         finally:
             stop.set()
 
-    def _search(self, body: Mapping[str, Any], stop: threading.Event) -> Content:
-        """In a thread. One kind is enough to bind, so the first piece that has any is the last."""
+
+def _search(body: Mapping[str, Any], detector: Detector, stop: threading.Event) -> Content:
+    """In a thread. One kind is enough to bind, so the first piece that has any is the last."""
+    with _failing_safely():
         read = readable(body)
         assert read is not None
         for piece in chunks(read.text):
-            kinds = self._kinds(piece)
+            kinds = detector.kinds_in(piece)
             if kinds or stop.is_set():
                 return _content(kinds, read)
             time.sleep(0)  # the event loop's turn
         return _content((), read)
-
-    def _kinds(self, text: str) -> tuple[PersonalKind, ...]:
-        assert self._detector is not None
-        return self._detector.kinds_in(text)
 
 
 def _content(kinds: tuple[PersonalKind, ...], read: Readable) -> Content:
@@ -130,14 +142,19 @@ def _content(kinds: tuple[PersonalKind, ...], read: Readable) -> Content:
     return Content(kinds, what)
 
 
-def _guarded(search: Callable[[], Content]) -> Content:
+class _NotSearched(Exception):
+    """Says why; never what the text was."""
+
+
+@contextlib.contextmanager
+def _failing_safely() -> Iterator[None]:
     """A detector may fail in any way. What its error says may quote the text, so only its type is told."""
     try:
-        return search()
+        yield
     except Exception as error:  # whatever it is, the request is bound
         name = type(error).__name__
         _log.error("the detector of personal data failed; the request is bound", error=name)
-        return Content((), f"the detector failed ({name})")
+        raise _NotSearched(f"the detector failed ({name})") from None
 
 
 async def _run(search: Callable[[], Content], done: Callable[[], None]) -> Content:
@@ -148,17 +165,23 @@ async def _run(search: Callable[[], Content], done: Callable[[], None]) -> Conte
     loop = asyncio.get_running_loop()
     result: asyncio.Future[Content] = loop.create_future()
 
-    def end(content: Content) -> None:
+    def end(content: Content | _NotSearched) -> None:
         done()
-        if not result.done():
+        if result.done():
+            return
+        if isinstance(content, Content):
             result.set_result(content)
+        else:
+            result.set_exception(content)
 
     def work() -> None:
-        content = _guarded(search)
+        content: Content | _NotSearched
         try:
+            content = search()
+        except _NotSearched as error:
+            content = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(end, content)
-        except RuntimeError:
-            return  # the loop is closed: nobody waits any more
 
     threading.Thread(target=work, name="search for personal data", daemon=True).start()
     return await result

@@ -243,6 +243,15 @@ async def test_of_many_texts_one_that_holds_personal_data_binds_all(searching: S
     assert searching.engine.calls == 2
 
 
+async def test_a_body_of_odd_shapes_is_read_all_the_same(searching: Stage) -> None:
+    odd: dict[str, Any] = {"type": ["string", "null"], "a": [[], {}, None, True, 1.5, [[["x"]]]], "": {"": SECRET}}
+    assert "e-mail" in (await decided(searching, request_of("x", body=odd))).route.residency_reason
+    deep: dict[str, Any] = {"text": SECRET}
+    for _ in range(5000):
+        deep = {"a": [deep]}
+    assert "e-mail" in (await decided(searching, request_of("x", body=deep))).route.residency_reason
+
+
 class Hanging:
     """A detector that does not come back until it is let go."""
 
@@ -282,8 +291,10 @@ async def test_pitfall_7_a_detector_that_hangs_binds_and_hanging_ones_do_not_pil
     reason = searching.ledger.outcomes[-1].residency_reason
     assert reason == "onsite by its content (not searched: the search took longer than 0.2 s)"
     assert hanging.begun == SEARCHES_AT_ONCE
+    assert "took longer than 0.2 s" in searching.alerts["content_not_searched", ""]
     hanging.go_on.set()
     assert (await searching.ask("harmless")).facts.location == "hosted", "and when it is back, it is used again"
+    assert not searching.alerts
 
 
 async def test_pitfall_7_a_detector_that_crashes_binds_and_its_words_stay_with_it(searching: Stage) -> None:
@@ -295,7 +306,7 @@ async def test_pitfall_7_a_detector_that_crashes_binds_and_its_words_stay_with_i
     assert {short.facts.location, long.facts.location} == {"onsite"}
     for outcome in searching.ledger.outcomes:
         assert outcome.residency_reason == "onsite by its content (not searched: the detector failed (ValueError))"
-    assert [log["error"] for log in logs if "detector" in log["event"]] == ["ValueError", "ValueError"]
+    assert [log["error"] for log in logs if "detector" in log["event"]] == ["ValueError"] * 2
     assert SECRET not in str(logs)
 
 
@@ -313,6 +324,7 @@ async def test_two_megabytes_are_searched_whole_while_the_loop_goes_on(searching
     assert content is not None
     assert content.kinds == ("email",)
     assert longest < 0.5, "others had to wait"
+    assert not searching.alerts
 
 
 async def test_pitfall_7_what_was_not_searched_in_time_is_bound(searching: Stage) -> None:

@@ -31,7 +31,8 @@ def readable(body: Mapping[str, Any], *, limit_characters: int | None = None) ->
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
-            if value.get("type") in _ATTACHMENTS:
+            kind = value.get("type")
+            if isinstance(kind, str) and kind in _ATTACHMENTS:
                 attachments += 1
                 continue
             for name, item in reversed(value.items()):
