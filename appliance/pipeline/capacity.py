@@ -84,7 +84,8 @@ def predict(
         return Prediction(0.0, 0.0, fits_kv=False, ready=False, reason=problem, can_enter=False)
     load, others = view.load, _not_ours(view.load, inflight)
     capacity = max(1, load.sequences_capacity)
-    open_to_it = max(1, capacity - math.ceil(capacity * reserved))
+    kept = max(1, int(capacity * reserved)) if reserved else 0
+    open_to_it = max(1, capacity - kept)
     cells = prompt_tokens + output_tokens if kv_tokens is None else kv_tokens
     missing = inflight.kv_tokens + others.kv_tokens + cells - int(load.kv_capacity_tokens * (1 - reserved))
     inside = inflight.sequences

@@ -69,6 +69,8 @@ class Pace:
     time it is not it sinks by a fraction of that, so that it settles where about one in fifty exceeds it.
     """
 
+    FIRST: Final = 1.25
+    """Until something was learned: careful, since a miss breaks a promise and caution costs little."""
     LEAST: Final = 0.25
     MOST: Final = 4.0
     _STEP: Final = 0.1
@@ -81,13 +83,13 @@ class Pace:
         self._logs: dict[Hashable, float] = {}
 
     def ratio(self, key: Hashable) -> float:
-        return math.exp(self._logs.get(key, 0.0))
+        return math.exp(self._logs.get(key, math.log(self.FIRST)))
 
     def learn(self, key: Hashable, predicted_seconds: float, observed_seconds: float) -> None:
         """`predicted_seconds` before any correction."""
         if predicted_seconds < self._TOO_SHORT or observed_seconds <= 0:
             return
-        log = self._logs.get(key, 0.0)
+        log = self._logs.get(key, math.log(self.FIRST))
         seen = math.log(observed_seconds / predicted_seconds)
         log += self._STEP * (1 - self._EXCEEDED) if seen > log else -self._STEP * self._EXCEEDED
         self._logs[key] = min(max(log, math.log(self.LEAST)), math.log(self.MOST))

@@ -22,6 +22,8 @@ from typing import Any
 
 import aiohttp
 
+from scripts.benchmarks import replay as replay_trace
+from scripts.benchmarks.traces import FILES
 from tests.running import ROOT, RunningNode, running_node
 
 BUDGET_SECONDS = 2.0
@@ -34,6 +36,12 @@ max_wait_seconds = 120.0
 name = "complex"
 match = {{ complexity_at_least = 0.7 }}
 targets = ["hosted", "onsite"]
+
+[[routes]]
+name = "whole-answers"
+match = {{ endpoint = ["decisions", "extract"] }}
+targets = ["onsite", "hosted"]
+answer_budget_seconds = {BUDGET_SECONDS}
 
 [[routes]]
 name = "rest"
@@ -267,13 +275,27 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=16, help="requests at once while measuring the capacity")
     parser.add_argument("--seconds-per-token", type=float, default=0.01, help="of the stand-in provider")
     parser.add_argument("--json", type=Path, help="write the result there too")
+    parser.add_argument("--trace", choices=sorted(FILES), help="replay recorded traffic, beside a static limit")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/load", help="folder of the traces")
+    parser.add_argument("--seconds", type=float, default=40.0, help="how long each replay of a trace lasts")
+    parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help="latency budget of a replay")
+    parser.add_argument("--slots", type=int, help="the static limit; else as many as the engine has sequences")
+    parser.add_argument("--mean-prompt-tokens", type=int, default=160, help="a trace is scaled to this")
     options = parser.parse_args()
+    policy = POLICY if options.trace is None else replay_trace.POLICY.format(budget=options.budget)
     with tempfile.TemporaryDirectory() as folder, stand_in(options.seconds_per_token) as provider:
         home = Path(folder)
         shared = Path.home() / ".local/share/appliance/models"
         if shared.is_dir():
             (home / "models").symlink_to(shared)
-        with running_node(home, config=provider_config(provider), policy=POLICY, seconds=600) as node:
+        with running_node(home, config=provider_config(provider), policy=policy, seconds=600) as node:
+            if options.trace is not None:
+                replayed = asyncio.run(replay_trace.run(node, provider, options))
+                replay_trace.show(replayed)
+                replay_trace.save(replayed, options.json)
+                if replayed["node"]["bound_left"] or replayed["node"]["unbound_lost"]:
+                    raise SystemExit("a promise was broken: see above")
+                return
             found = asyncio.run(run(node, provider, options))
     show(found)
     if options.json:
