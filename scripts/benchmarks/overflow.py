@@ -280,7 +280,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=40.0, help="how long each replay of a trace lasts")
     parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help="latency budget of a replay")
     parser.add_argument("--slots", type=int, help="the static limit; else as many as the engine has sequences")
-    parser.add_argument("--mean-prompt-tokens", type=int, default=160, help="a trace is scaled to this")
+    parser.add_argument("--mean-prompt-tokens", type=int, help="a trace is scaled to this; else by speed")
     options = parser.parse_args()
     policy = POLICY if options.trace is None else replay_trace.POLICY.format(budget=options.budget)
     with tempfile.TemporaryDirectory() as folder, stand_in(options.seconds_per_token) as provider:

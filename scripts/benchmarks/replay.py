@@ -120,21 +120,28 @@ Choose = Callable[[bool], str]
 async def saturate(
     session: aiohttp.ClientSession, bodies: Sequence[dict[str, Any]], model: str, at_once: int, seconds: float
 ) -> float:
-    """Requests a second with the engine always full."""
-    waiting, ends = itertools.cycle(bodies), time.monotonic() + seconds
-    finished = 0
+    """Requests a second with the engine always full: those that ended in the window, without its beginning."""
+    waiting, began = itertools.cycle(bodies), time.monotonic()
+    first, last = began + 0.25 * seconds, began + seconds
+    ended: list[float] = []
 
     async def worker() -> None:
-        nonlocal finished
-        while time.monotonic() < ends:
+        while time.monotonic() < last:
             answered = await send(session, {**next(waiting), "model": model}, is_bound=True)
             if not answered.is_whole:
                 raise SystemExit(f"a request failed while the capacity was measured: {answered}")
-            finished += 1
+            ended.append(time.monotonic())
 
-    began = time.monotonic()
-    await asyncio.gather(*(worker() for _ in range(at_once)))
-    return finished / (time.monotonic() - began)
+    workers = [asyncio.create_task(worker()) for _ in range(at_once)]
+    await asyncio.sleep(seconds)
+    rate = sum(first <= at <= last for at in ended) / (last - first)
+    for one in workers:  # what is under way is of no use any more
+        one.cancel()
+    await asyncio.wait(workers)
+    for one in workers:
+        if not one.cancelled():
+            one.result()
+    return rate
 
 
 async def replay(
@@ -219,8 +226,9 @@ async def run(node: RunningNode, provider: str, options: argparse.Namespace) -> 
     async with aiohttp.ClientSession(node.url, connector=connector, timeout=timeout) as session:
         local, hosted = await _models(session)
         engine = Engine(node)
-        sequences = (await engine.now())["sequences_capacity"]
-        trace = read_trace(options.trace, options.data, 4000, options.mean_prompt_tokens)
+        load = await engine.now()
+        sequences = load["sequences_capacity"]
+        trace = read_trace(options.trace, options.data, 4000, options.mean_prompt_tokens or _mean_prompt(load, options))
         async with engine.counting() as seen:
             bodies = _bodies(trace[:400], 1)
             capacity = await saturate(session, bodies, local, 2 * sequences, options.seconds * 0.6)
@@ -233,6 +241,8 @@ async def run(node: RunningNode, provider: str, options: argparse.Namespace) -> 
             "saturated_prompt_tokens_per_second": full[0],
             "saturated_output_tokens_per_second": full[1],
             "sequences": sequences,
+            "mean_prompt_tokens": sum(one.prompt_tokens for one in trace) / len(trace),
+            "mean_output_tokens": sum(one.output_tokens for one in trace) / len(trace),
             "budget_seconds": options.budget,
         }
         limit = StaticLimit(local, hosted, options.slots or sequences)
@@ -243,6 +253,11 @@ async def run(node: RunningNode, provider: str, options: argparse.Namespace) -> 
         for name, choose, ended in ways:
             found[name] = await _phase(session, engine, provider, trace[:count], capacity, full, options, choose, ended)
     return found
+
+
+def _mean_prompt(load: dict[str, Any], options: argparse.Namespace) -> int:
+    """So long that this machine reads several within the budget, as the trace's own machines did."""
+    return int(min(1000, max(32, load["prefill_tokens_per_second"] * options.budget / 8)))
 
 
 async def _phase(
@@ -304,7 +319,8 @@ async def _counts(session: aiohttp.ClientSession, provider: str) -> dict[str, An
 
 def show(found: dict[str, Any]) -> None:
     print(
-        f"{found['trace']}: capacity {found['capacity_per_second']:.2f} requests/s on-site, "
+        f"{found['trace']}: {found['mean_prompt_tokens']:.0f} tokens in and up to {found['mean_output_tokens']:.0f} "
+        f"out on average; capacity {found['capacity_per_second']:.2f} requests/s on-site, "
         f"offered {found['offered_per_second']:.2f}/s; the full engine reads "
         f"{found['saturated_prompt_tokens_per_second']:.0f} and writes "
         f"{found['saturated_output_tokens_per_second']:.0f} tokens/s in {found['sequences']} sequences"
