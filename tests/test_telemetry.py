@@ -457,3 +457,19 @@ def test_without_an_sdk_nothing_is_recorded_and_nothing_breaks() -> None:
     traces.end_request(span, decision(), OUTCOME)
 
     assert not span.is_recording()
+
+
+def test_turns_and_unsure_answers_are_counted_by_what_the_attempts_say() -> None:
+    metrics = Metrics()
+    unsure = replace(ANSWERED, result="rejected", detail="unsure: confidence 0.40 is below 0.70")
+    kept = replace(ANSWERED, detail="unsure: confidence 0.40 is below 0.70; not escalated, the rate is used up")
+    better = replace(ANSWERED, target="acme/large", reason="escalation: onsite/small confidence 0.40 is below 0.70")
+    less = replace(ANSWERED, reason="degraded (constrained): backend_error; first choice of route r")
+    for attempts in ((unsure, better), (kept,), (less,)):
+        metrics.observe_outcome(replace(OUTCOME, attempts=attempts))
+
+    page = metrics.render()[0].decode()
+    assert 'appliance_turns_total{target="acme/large",why="escalation"} 1.0' in page
+    assert 'appliance_turns_total{target="onsite/small",why="degraded"} 1.0' in page
+    assert 'appliance_unsure_total{target="onsite/small",what="escalated"} 1.0' in page
+    assert 'appliance_unsure_total{target="onsite/small",what="kept"} 1.0' in page

@@ -79,9 +79,13 @@ def _story(decision: Decision, endpoint: str, calls: int) -> Mapping[str, Any]:
             {"target": attempt.target.name, "location": attempt.target.location, "reason": attempt.reason}
             for attempt in route.attempts
         ],
+        "escalations": [attempt.target.name for attempt in route.escalations],
         "excluded": [{"target": item.target, "reason": item.reason} for item in route.excluded],
+        "stage": route.stage,
         "latency_budget_seconds": route.latency_budget_seconds,
+        "answer_budget_seconds": route.answer_budget_seconds,
         "max_wait_seconds": route.max_wait_seconds,
         "total_seconds": route.total_seconds,
         "max_attempts": route.max_attempts,
+        "max_cost_usd": route.max_cost_usd,
     }

@@ -14,6 +14,7 @@ from appliance.core import AttemptOutcome, EngineView, Outcome, Snapshot
 FIRST_BYTE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 30.0, 60.0, 120.0, 300.0)
 REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 600.0)
 _MOST_VALUES = 200
+_TURNS = frozenset({"overflow", "fallback", "rejected", "retry", "escalation", "degraded"})
 _ENGINE = "appliance_engine_"
 
 
@@ -93,6 +94,18 @@ class Metrics:
             buckets=REQUEST_BUCKETS,
             registry=registry,
         )
+        self._turns = Counter(
+            "appliance_turns_total",
+            "Attempts that were not a route's plain choice: overflow, fallback, rejected, retry, escalation, degraded.",
+            ("target", "why"),
+            registry=registry,
+        )
+        self._unsure = Counter(
+            "appliance_unsure_total",
+            "Answers below their route's confidence: escalated, or kept (rate used up, or nobody better answered).",
+            ("target", "what"),
+            registry=registry,
+        )
         self._overflow = Counter(
             "appliance_overflow_total",
             "Requests that a target could not have taken in time.",
@@ -136,6 +149,11 @@ class Metrics:
         self._attempts.labels(target, attempt.result).inc()
         if attempt.result == "overflowed":
             self._overflow.labels(target).inc()
+        why = attempt.reason.partition(":")[0].partition(" ")[0]
+        if why in _TURNS:
+            self._turns.labels(target, why).inc()
+        if attempt.detail.startswith("unsure"):
+            self._unsure.labels(target, "kept" if attempt.result == "answered" else "escalated").inc()
         usage = attempt.usage
         for kind, tokens in (
             ("prompt", usage.prompt_tokens),
