@@ -54,6 +54,7 @@ def setup_logging(level: Level = "info", format: Format = "auto", *, stream: Tex
     root.setLevel(level.upper())
     for name in _WITH_HANDLERS:
         logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).setLevel(logging.NOTSET)
         logging.getLogger(name).propagate = True
     for name in _CHATTY:
         logging.getLogger(name).setLevel("DEBUG" if level == "debug" else "WARNING")
