@@ -171,9 +171,11 @@ def _read(path: Path, caller: Caller, given: list[str], policy: Policy) -> tuple
     )
     if policy.searches_content:
         request = asyncio.run(Inspector(policy.residency, detector_for(policy)).search(request))
-    prompt_tokens = max(call.prompt_tokens for call in calls)
     return request, profile(
-        request, prompt_tokens=prompt_tokens, output_tokens=max(call.output_tokens for call in calls)
+        request,
+        prompt_tokens=max(call.prompt_tokens for call in calls),
+        output_tokens=max(call.output_tokens for call in calls),
+        profiler=policy.defaults.profiler,
     )
 
 
