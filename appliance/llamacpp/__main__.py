@@ -39,8 +39,6 @@ from appliance.llamacpp.server import MAX_BODY_BYTES, Desk, Serving, make_app
 _KEEP_ALIVE_SECONDS = 3_600
 # After a failure the waiting clients get their error before the socket goes.
 _LAST_WORDS_SECONDS = 2.0
-# Health and exit code may tell of a failure this late; its requests hear of it at once.
-_LOOK_SECONDS = 0.2
 
 Result = TypeVar("Result")
 
@@ -129,7 +127,7 @@ async def _work(
     engine = Engine(model, max_queued_requests=options.max_queued_requests)
     engine.start()
     desk.reason = "the engine measures its speed"
-    failing = asyncio.create_task(_until_failed(engine))
+    failing = asyncio.create_task(engine.until_failed())
     ready = asyncio.create_task(engine.ready())
     await asyncio.wait({stopping, failing, ready}, return_when=asyncio.FIRST_COMPLETED)
     if ready.done() and ready.exception() is None:
@@ -153,11 +151,6 @@ async def _work(
     return EXIT_CLEAN if engine.failed is None else EXIT_ENGINE
 
 
-async def _until_failed(engine: Engine) -> None:
-    while engine.failed is None:  # noqa: ASYNC110  the engine sets it from its own thread and wakes nobody
-        await asyncio.sleep(_LOOK_SECONDS)
-
-
 def _load(options: argparse.Namespace) -> tuple[Model, Prompts, Grammars]:
     model = Model.load(
         options.model,
@@ -165,6 +158,7 @@ def _load(options: argparse.Namespace) -> tuple[Model, Prompts, Grammars]:
         context_tokens=options.context_tokens,
         sequences=options.sequences,
         batch_tokens=options.batch_tokens,
+        lanes=options.lane_tokens,
     )
     grammars = Grammars(model.vocab_pointer, model.end_tokens, vocabulary_size=model.vocabulary_size)
     return model, Prompts(model), grammars
@@ -217,6 +211,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--alias", help="name of the model in the API (default: the file's name)")
     parser.add_argument("--threads", type=_positive, default=_usable_cpus(), help="default: all usable CPUs")
     parser.add_argument("--context-tokens", type=_positive, default=8_192, help="KV cells, shared by all sequences")
+    parser.add_argument(
+        "--lane-tokens",
+        type=int,
+        help="of the KV cells, how many each sequence gets for itself (0: none; "
+        "default: what is left beside one sequence of the model's full length)",
+    )
     parser.add_argument("--sequences", type=_positive, default=8, help="sequences that may run at once")
     parser.add_argument("--batch-tokens", type=_positive, default=512, help="most tokens in one step")
     parser.add_argument("--max-queued-requests", type=_positive, default=256)
@@ -224,6 +224,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--drain-seconds", type=float, default=20.0, help="time for running requests after SIGTERM")
     parser.add_argument("--leash-fd", type=int, help="read end of a pipe the parent holds; end when it is closed")
     options = parser.parse_args(argv)
+    if (
+        options.lane_tokens is not None
+        and not 0 <= options.lane_tokens <= options.context_tokens // 2 // options.sequences
+    ):
+        parser.error(f"--lane-tokens {options.lane_tokens} for each sequence is not within half of --context-tokens")
     if options.drain_seconds < 0:
         parser.error(f"--drain-seconds {options.drain_seconds} is negative")
     return options

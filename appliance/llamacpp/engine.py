@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from appliance.errors import ApplianceError, ContextTooLong, EngineBusy, EngineFailed, RequestError
-from appliance.llamacpp.calibration import calibrate
+from appliance.llamacpp.first_rates import measure
 from appliance.llamacpp.labels import ScoreJob
 from appliance.llamacpp.model import Model
 from appliance.llamacpp.params import Finished, Generate, LabelItem, LabelScores, Load, TokenEvent
@@ -24,6 +24,8 @@ from appliance.llamacpp.runner import STEP_SECONDS, Runner, Told
 from appliance.llamacpp.sequence import Sequence as Running
 
 _LEAST_RETRY_SECONDS: Final = 1.0
+_RESTART_SECONDS: Final = 5.0
+"""About what an engine that ends needs to be back."""
 _JOIN_SECONDS: Final = 10.0
 """A decode that is told to give up does so between two graph nodes, within milliseconds; this is for hung machines."""
 
@@ -112,7 +114,7 @@ class Engine:
         """
         self.model = model
         self.failed: ApplianceError | None = None
-        """Set when the engine can work no more; the process should say so and end."""
+        """Set when the engine can work no more; the process should say so and end. `until_failed` waits for it."""
         self._max_requests, self._max_tokens, self._calibrates = max_queued_requests, max_queued_tokens, calibrate
         self._runner = Runner(model, step_seconds=step_seconds)
         self._numbers = count()
@@ -123,6 +125,7 @@ class Engine:
         self._mailboxes: dict[Running, _Mailbox] = {}
         self._answers: dict[ScoreJob, asyncio.Future[None]] = {}
         self._ready: asyncio.Event = asyncio.Event()
+        self._failing: asyncio.Event = asyncio.Event()
         self._idle: asyncio.Event = asyncio.Event()
         self._idle.set()
         self._sent = _Sent()
@@ -142,6 +145,12 @@ class Engine:
         if self.failed is not None:
             raise self.failed
 
+    async def until_failed(self) -> ApplianceError:
+        """Wait until the engine can work no more; gives the reason. It may never return."""
+        await self._failing.wait()
+        assert self.failed is not None
+        return self.failed
+
     def submit(self, request: Generate) -> Generation:
         """Queue one sequence. Raises ContextTooLong, RequestError for impossible tokens, and EngineBusy."""
         self._check(request)
@@ -150,7 +159,7 @@ class Engine:
         mailbox = self._mailboxes[sequence] = _Mailbox()
         self._idle.clear()
         self._send(self._runner.submit, sequence, len(request.prompt), sequence.remaining)
-        return Generation(mailbox, lambda: self._post(self._runner.cancel, sequence))
+        return Generation(mailbox, lambda: self._drop(sequence, self._runner.cancel))
 
     async def score(self, items: Sequence[LabelItem]) -> list[LabelScores]:
         """Score the labels of every item; answers come in the items' order, `error` set where one cannot be scored.
@@ -166,7 +175,7 @@ class Engine:
             await answered
         finally:
             if self._answers.pop(job, None) is not None:
-                self._post(self._runner.cancel_score, job)
+                self._drop(job, self._runner.cancel_score)
                 self._note_idle()
         return [scores for scores in job.results if scores is not None]
 
@@ -215,7 +224,10 @@ class Engine:
 
     def _refuse_when_busy(self, prompt_tokens: int) -> None:
         if self.failed is not None or self._closing:
-            raise EngineBusy("the engine is shutting down: use another target or try again when it is back")
+            raise EngineBusy(
+                "the engine is shutting down: use another target or try again when it is back",
+                retry_after_seconds=_RESTART_SECONDS,
+            )
         load = self.load()
         free = load.sequences_capacity - load.running_sequences
         full = load.queued_requests >= self._max_requests + free
@@ -246,6 +258,14 @@ class Engine:
         self._inbox.append((action, what))
         self._wake.set()
 
+    def _drop(self, what: Running | ScoreJob, action: Callable[[Any], None]) -> None:
+        """Take note that nobody waits for something; when that was all that is being computed, stop computing it."""
+        what.dropped = True
+        self._post(action, what)
+        in_step = self._runner.in_step
+        if in_step and all(one.dropped for one in in_step):
+            self.model.abort()  # should the thread be in its next step by now, it does that again
+
     def _deliver(self, news: list[tuple[Running, list[TokenEvent], Finished | None]], jobs: list[ScoreJob]) -> None:
         for sequence, events, finished in news:
             mailbox = self._mailboxes.get(sequence)
@@ -272,17 +292,19 @@ class Engine:
         self._mailboxes.clear()
         for answered in self._answers.values():
             if not answered.done():
-                answered.set_exception(EngineFailed(error) if error else EngineBusy("the engine was shut down"))
+                answered.set_exception(_gone(error))
         self._answers.clear()
         self._idle.set()
         self._ready.set()
+        if self.failed is not None:
+            self._failing.set()
 
     # The thread's side.
 
     def _work(self) -> None:
         try:
             if self._calibrates:
-                calibrate(self.model, self._runner.rates)
+                measure(self.model, self._runner.rates)
             self._report()
             self._call(self._ready.set)
             while not self._stopping:
@@ -324,6 +346,12 @@ class Engine:
     def _call(self, function: Callable[..., None], *values: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop was closed before the engine
             self._loop.call_soon_threadsafe(function, *values)
+
+
+def _gone(error: str | None) -> ApplianceError:
+    if error is not None:
+        return EngineFailed(error)
+    return EngineBusy("the engine was shut down: try again when it is back", retry_after_seconds=_RESTART_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,6 +123,7 @@ class LabelsIn(_Strict):
     items: Annotated[list[LabelItemIn], Field(min_length=1, max_length=MAX_LABEL_ITEMS)]
     cue: str = ""
     ending: bool = True
+    priority: int = 0
     cache_salt: Salt | None = None
     prompt_cache_key: Salt | None = None
 

@@ -75,11 +75,26 @@ class ScoreJob:
         self.open = len(items)
         self.waiting_tokens = sum(len(item.prompt) for item in items)
         """Prompt tokens of items that are not answered yet."""
+        self.priority = min((item.priority for item in items), default=0)
+        self.place = 0.0
+        """The turn of its next item; see `fairness`."""
+        self.number = 0
+        """Order of arrival."""
+        self.dropped = False
+        """Nobody waits for it any more. Set by the event loop's thread before the engine's takes note."""
         self.cancelled = False
-        self.error: str | None = None
         self.pieces: list[Piece] = []
         """Pieces of the item at the cursor that are not taken yet."""
         self._tries: dict[int, tuple[object, LabelTrie]] = {}
+
+    @property
+    def rank(self) -> tuple[int, float, int]:
+        """Whose next item goes first: lower priority value, then what is begun, then the tenant's turn."""
+        return self.priority, 0.0 if self.pieces else self.place, self.number
+
+    @property
+    def untaken(self) -> bool:
+        return bool(self.pieces) or self.cursor < len(self.items)
 
     def trie(self, labels: Sequence[Sequence[int]]) -> LabelTrie:
         """The trie of a label set; items that share the very same list share it."""
@@ -113,10 +128,8 @@ class Judged:
     def salt(self) -> str:
         return self.job.items[self.index].cache_salt
 
-    def read(self, node: int, logits: Logits) -> None:
-        tokens = self.trie.read_tokens[node]
-        if len(tokens):
-            self.sums[self.trie.read_labels[node]] += logits[tokens].astype(np.float64) - log_normalizer(logits)
+    def add(self, node: int, logprobs: npt.NDArray[np.float64]) -> None:
+        self.sums[self.trie.read_labels[node]] += logprobs
 
     def close_piece(self) -> None:
         self.pieces_open -= 1
@@ -260,6 +273,8 @@ class Window:
     cursor: int = 0
     """Entries computed so far."""
     wanted_before: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
+    found: list[tuple[Judged, int, npt.NDArray[np.float64]]] = field(default_factory=list)
+    """What was read so far. It counts once the whole window is computed, so that one that fails leaves no trace."""
 
     @property
     def tokens(self) -> int:
@@ -280,9 +295,16 @@ class Window:
         """Read the rows of the entries up to `stop`, which are computed now."""
         entries = self.cursor + np.flatnonzero(self.wanted[self.cursor : stop])
         for entry, row in zip(entries.tolist(), rows, strict=True):
+            normalizer = log_normalizer(row)
             for item, node in self.reads[entry]:
-                item.read(node, row)
+                self.found.append((item, node, row[item.trie.read_tokens[node]].astype(np.float64) - normalizer))
         self.cursor = stop
+
+    def settle(self) -> None:
+        """Let what was read count."""
+        for item, node, logprobs in self.found:
+            item.add(node, logprobs)
+        self.found.clear()
 
 
 def open_window(pieces: Sequence[Piece], ids: Sequence[int], *, merge: bool) -> Window:

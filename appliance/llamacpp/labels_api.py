@@ -2,7 +2,7 @@
 
 Request: `label_sets` {name: [label, ...]}, `items` [{labels: name, and one of content | messages | prompt}], and
 optionally `messages` (shared, before every item's own), `cue` (the beginning of the assistant's answer), `ending`,
-`cache_salt`, `model`. Reply: `results`, one for each item in order, each
+`cache_salt`, `priority` (lower first), `model`. Reply: `results`, one for each item in order, each
 {labels: [{label, logprob, probability}], label_mass, prompt_tokens, cached_tokens} or {error}, and one `usage`.
 
 `logprob` is the whole label's likelihood; `probability` is its share among the labels of the set, so these sum to 1;
@@ -154,7 +154,7 @@ def _item(
     if not prompt:
         raise RequestError(f"{field}: is empty and this model has no token to begin with; write something", param=field)
     check_length(len(prompt) + max(map(len, labels.labels)) - 1, limits, field)
-    return LabelItem(prompt, labels.labels, salt(call.cache_salt, call.prompt_cache_key))
+    return LabelItem(prompt, labels.labels, salt(call.cache_salt, call.prompt_cache_key), call.priority)
 
 
 def _check_distinct(name: str, labels: Sequence[str], tokens: Sequence[tuple[int, ...]]) -> None:

@@ -90,6 +90,8 @@ class LabelItem:
     labels: Sequence[Sequence[int]]
     """Token ids of every label as they would follow the prompt. At least one token each."""
     cache_salt: str = ""
+    priority: int = 0
+    """Lower first. A call is as urgent as the most urgent of its items."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +120,10 @@ class Load:
     remaining_output_tokens: int
     """Upper bound: sum of max_tokens left over running and queued sequences."""
     kv_used_tokens: int
-    """Cells held by running sequences; what the prefix cache could give back is not counted."""
+    """Cells held by running sequences, in lanes too; what the prefix cache could give back is not counted."""
     kv_cached_tokens: int
     kv_capacity_tokens: int
+    """Shared cells and lanes together."""
     steps: int
     prefill_tokens_total: int
     decode_tokens_total: int
@@ -128,3 +131,12 @@ class Load:
     """Measured: at start by a short calibration, then corrected by an exponential average over busy steps."""
     decode_tokens_per_second: Mapping[int, float]
     """By number of running sequences (1, 4, 8, ...), over all sequences together."""
+    label_items: int = 0
+    """Items of label calls that are not answered yet. They are no sequences, and their calls count as queued requests
+    only until the first item is taken."""
+    lane_sequences: int = 0
+    """Of the running sequences, those that lie in lanes."""
+    compute_seconds_total: float = 0.0
+    """Time spent in llama.cpp's decode."""
+    host_seconds_total: float = 0.0
+    """CPU time of the engine's thread outside of that: scheduling, sampling, reading labels."""

@@ -1,35 +1,45 @@
-"""One step at a time: admit, fill the batch, decode, read it, tell.
+"""One step at a time: admit, compute the lanes, fill the batch with the rest, decode, read it, tell.
 
-Owned by one thread. Decisions lie in `scheduler`, what is cached in `prefix`, label work in `scoring`.
+Owned by one thread. Decisions lie in `scheduler`, what is cached in `prefix`, where a sequence lies in `cells`, label
+work in `scoring`.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
 from appliance.errors import EngineFailed
+from appliance.llamacpp.batch import Batch
+from appliance.llamacpp.cells import Cells
+from appliance.llamacpp.context import ABORTED, NO_KV_ROOM, Context, Rows
+from appliance.llamacpp.fairness import Turns
 from appliance.llamacpp.labels import ScoreJob
-from appliance.llamacpp.model import ABORTED, NO_KV_ROOM, Model
-from appliance.llamacpp.params import Load, TokenEvent
+from appliance.llamacpp.model import Model
+from appliance.llamacpp.params import Load, Logits, TokenEvent
 from appliance.llamacpp.prefix import PrefixTree
 from appliance.llamacpp.rates import Rates
 from appliance.llamacpp.sampling import argmax_rows
 from appliance.llamacpp.scheduler import (
     Line,
     Room,
+    gives_way,
     leads,
     promised_tokens,
     share_prefill,
     split_budget,
     step_budget,
+    tokens_asked,
     victim,
+    worth_a_lane,
 )
 from appliance.llamacpp.scoring import Scorer
 from appliance.llamacpp.sequence import Sequence
 
-STEP_SECONDS: Final = 0.15
-"""About the longest gap between two tokens of a stream while long prompts arrive; shorter steps waste prefill speed."""
+STEP_SECONDS: Final = 0.1
+"""About what prompts and labels may take of a step while somebody reads a stream. Shorter steps compute prompts in
+batches that waste the matrix kernels, and give the streams more than their share."""
 _CACHED_SHARE: Final = 0.5
 """Share of the KV cells that unused prefixes may keep. Every cell slows attention a little for everybody: 7,000 idle
 cells cost 20 % of decode speed on SmolLM2-135M."""
@@ -64,31 +74,39 @@ class Runner:
         self.rates = Rates(model.sequences)
         self._clock, self._step_seconds = clock, step_seconds
         self._batch_tokens = min(batch_tokens or model.batch.capacity_tokens, model.batch.capacity_tokens)
-        self._free_ids = list(range(model.sequence_ids))
-        self._tree = PrefixTree(model, self._free_ids)
+        free_ids = list(range(model.sequence_ids))
+        self._tree = PrefixTree(model, free_ids)
+        self._cells = Cells(model, self._tree, free_ids)
+        self._turns = Turns()
         self._line = Line()
         self._running: list[Sequence] = []
-        self._scorer = Scorer(model, self._tree, self._free_ids, self._room)
+        self._scorer = Scorer(model, self._tree, free_ids, self._turns, self._room)
         self._told = Told()
         self._failures = 0
+        self._suspects: deque[Sequence] = deque()
+        """Sequences of a step that failed. Each runs alone until it has computed what it had, or has failed again."""
+        self.in_step: frozenset[Sequence | ScoreJob] = frozenset()
+        """Whose prompts and labels are being computed. Read by the event loop's thread, to abort what nobody wants."""
         self.steps = self.prefill_tokens_total = self.decode_tokens_total = 0
+        self._compute_seconds = self._compute_cpu_seconds = 0.0
+        self._cpu_at_start: float | None = None
 
     # What comes in, between steps.
 
     def submit(self, sequence: Sequence) -> None:
+        sequence.place = self._turns.place(sequence.request.cache_salt, tokens_asked(sequence))
         self._line.push(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence now and free its cells; harmless when it has ended already."""
         if sequence.finished is not None:
             return
-        if sequence.id < 0:
-            self._line.remove(sequence)
-            sequence.finish("cancelled")
-            self._told.sequences.append(sequence)
-        else:
-            sequence.finish("cancelled")
+        sequence.finish("cancelled")
+        if sequence.running:
             self._retire(sequence)
+        else:
+            self._line.remove(sequence)
+            self._told.sequences.append(sequence)
 
     def score(self, job: ScoreJob) -> None:
         self._scorer.add(job)
@@ -105,72 +123,111 @@ class Runner:
 
     def step(self) -> Told:
         """Do one step's work; give everything that changed since the last one."""
-        began = self._clock()
+        if self._cpu_at_start is None:
+            self._cpu_at_start = time.thread_time()
         self._admit()
-        decoding = [sequence for sequence in self._running if sequence.pending == 1]
-        chunks = self._fill(decoding)
-        if self.batch.size:
-            self._compute(decoding, chunks, began)
+        if self._step_lanes():
+            self._step_shared()
+        self._tree.evict(self._tree.evictable_tokens - int(_CACHED_SHARE * self.model.context_tokens))
         self._told.jobs = self._scorer.take_answered()
         told, self._told = self._told, Told()
         return told
 
-    def _fill(self, decoding: list[Sequence]) -> list[Chunk]:
-        """Put the step into the batch: the next token of each that generates, then pieces of prompts, then labels."""
-        batch = self.batch
-        batch.clear()
-        budget = step_budget(
-            self._batch_tokens, len(decoding), self.rates.prefill_tokens_per_second, self._step_seconds
-        )
-        prefilling = [sequence for sequence in self._running if sequence.pending > 1]
-        pending = sum(sequence.pending for sequence in prefilling)
-        for_prompts = split_budget(budget - len(decoding), pending, self._scorer.busy)
-        chunks = share_prefill(prefilling, for_prompts, batch.outputs_max - len(decoding))
-        chunks = self._make_room(decoding, chunks)
-        if decoding:
-            batch.add_each(
-                [int(sequence.tokens[sequence.computed]) for sequence in decoding],
-                [sequence.computed for sequence in decoding],
-                [sequence.id for sequence in decoding],
-            )
-        for sequence, tokens in chunks:
-            start, stop = sequence.computed, sequence.computed + tokens
-            batch.add(sequence.tokens[start:stop], start, sequence.id, last_output=stop == sequence.length)
-        self._scorer.fill(budget - batch.size, alone=not self._running)
-        return chunks
-
-    def _compute(self, decoding: list[Sequence], chunks: list[Chunk], began: float) -> None:
-        code = self.model.decode()
+    def _step_lanes(self) -> bool:
+        """The next token of every sequence in a lane. False when that failed and the step is over."""
+        self._settle()
+        lanes, sequences = self.model.lanes, self._trial(list(self._cells.in_lanes))
+        if lanes is None or not sequences:
+            return True
+        lanes.batch.clear()
+        _add_next_tokens(lanes.batch, sequences, [sequence.lane for sequence in sequences])
+        code, seconds = self._decode(lanes)
         if code:
-            self._recover(code, decoding, chunks)
-            return
-        self._failures = 0
-        self.steps += 1
-        prefilled = self.batch.size - len(decoding)
-        self.decode_tokens_total += len(decoding)
-        self.prefill_tokens_total += prefilled
-        decoded = len(decoding)
-        self._read_decoding(decoding)
-        self._scorer.read(self._read_prefilled(chunks, decoded))
-        self._tree.evict(self._tree.evictable_tokens - int(_CACHED_SHARE * self.model.context_tokens))
-        self._observe(decoded, prefilled, self._clock() - began)
+            self._recover(code, sequences)
+            return False
+        self.decode_tokens_total += len(sequences)
+        self.rates.observe_decode(len(sequences), seconds)
+        self._read_decoding(sequences, lanes.rows)
+        return True
 
-    def _observe(self, decoded: int, prefilled: int, seconds: float) -> None:
+    def _step_shared(self) -> None:
+        """The next token of those in the shared memory, pieces of prompts, and labels."""
+        decoding = self._trial([one for one in self._running if one.lane < 0 and one.pending == 1])
+        chunks = self._fill(decoding)
+        if not self.batch.size:
+            return
+        with_labels = self._scorer.in_step
+        self.in_step = frozenset((*decoding, *(sequence for sequence, _ in chunks), *with_labels))
+        code, seconds = self._decode(self.model)
+        self.in_step = frozenset()
+        if code:
+            self._recover(code, [*decoding, *(sequence for sequence, _ in chunks)])
+            return
+        decoded, prefilled = len(decoding), self.batch.size - len(decoding)
+        self.decode_tokens_total += decoded
+        self.prefill_tokens_total += prefilled
+        self._read_decoding(decoding, self.model.rows)
+        self._scorer.read(self._read_prefilled(chunks, decoded))
         if decoded and not prefilled:
             self.rates.observe_decode(decoded, seconds)
         elif prefilled >= _PREFILL_OBSERVED and not decoded:
             self.rates.observe_prefill(prefilled, seconds)
 
+    def _fill(self, decoding: list[Sequence]) -> list[Chunk]:
+        """Put the step into the batch: the next token of each that generates, then pieces of prompts, then labels."""
+        batch, scorer = self.batch, self._scorer
+        batch.clear()
+        budget = step_budget(
+            self._batch_tokens,
+            len(decoding),
+            len(self._cells.in_lanes),
+            self.rates.prefill_tokens_per_second,
+            self._step_seconds,
+        )
+        prefilling = self._trial([one for one in self._running if one.lane < 0 and one.pending > 1])
+        pending = sum(sequence.pending for sequence in prefilling)
+        urgent = min((sequence.request.priority for sequence in prefilling), default=0)
+        for_prompts = split_budget(budget - len(decoding), pending, urgent, scorer.waiting_tokens, scorer.priority)
+        chunks = share_prefill(prefilling, for_prompts, batch.outputs_max - len(decoding))
+        chunks = self._make_room(decoding, chunks)
+        if decoding:
+            _add_next_tokens(batch, decoding, [sequence.id for sequence in decoding])
+        for sequence, tokens in chunks:
+            start, stop = sequence.computed, sequence.computed + tokens
+            batch.add(sequence.tokens[start:stop], start, sequence.id, last_output=stop == sequence.length)
+        if not self._suspects:
+            scorer.fill(budget - batch.size, alone=not self._running)
+        return chunks
+
+    def _decode(self, context: Context) -> tuple[int, float]:
+        """llama.cpp's code and the seconds it took."""
+        began, cpu = self._clock(), time.thread_time()
+        code = context.decode()
+        self._compute_cpu_seconds += time.thread_time() - cpu
+        seconds = self._clock() - began
+        self._compute_seconds += seconds
+        if not code:
+            self._failures = 0
+            self.steps += 1
+        return code, seconds
+
     # Generating.
 
     def _admit(self) -> None:
+        """Start what waits, in order, as long as there is room. A more urgent one may take the place of another."""
         for sequence in self._line.in_order():
-            if len(self._running) >= self.model.sequences or not self._tree.free_up_ids(1):
+            if self._trial([sequence]) and not self._waits_for_leader(sequence) and not self._start_before(sequence):
                 return
-            if self._waits_for_leader(sequence):
-                continue
-            if not self._start(sequence):
-                return
+
+    def _start_before(self, sequence: Sequence) -> bool:
+        """Start a sequence, in the place of less urgent ones where that is needed; False when it has to wait."""
+        while not self._start(sequence):
+            last = victim(self._running) if self._running and self._suspects else gives_way(self._running, sequence)
+            if last is None:
+                return False
+            self._cells.keep(last, self._spare_cells())
+            self._put_back(last)
+        return True
 
     def _waits_for_leader(self, sequence: Sequence) -> bool:
         if not self.model.forkable:
@@ -180,48 +237,66 @@ class Runner:
 
     def _start(self, sequence: Sequence) -> bool:
         """Give a sequence its id and cells if they fit; False when it has to wait."""
-        depth = 0
-        if self.model.forkable:
-            tokens = sequence.tokens[: sequence.length]
-            match = self._tree.match(tokens, sequence.request.cache_salt, sequence.length - 1)
-            self._tree.pin(match.node)
-            sequence.node, depth = match.node, match.depth
-        sequence.computed = sequence.shared = depth
+        if len(self._running) >= self.model.sequences or not self._tree.free_up_ids(1):
+            return False
+        self._cells.find(sequence)
         if not self._room().fits(promised_tokens(sequence)) and (self._running or self._scorer.window_tokens):
-            self._let_go(sequence)
+            self._cells.let_go(sequence)
             return False
         self._line.remove(sequence)
-        sequence.id = self._free_ids.pop()
-        if sequence.node is not None:
-            self._tree.share(sequence.node, sequence.id, 0, depth)
+        self._turns.begin(sequence.place, tokens_asked(sequence))
+        self._cells.seat(sequence)
         if sequence.cached_tokens is None:
-            sequence.cached_tokens = depth
+            sequence.cached_tokens = sequence.computed
         self._running.append(sequence)
         return True
 
-    def _read_decoding(self, decoding: list[Sequence]) -> None:
-        rows = self.model.rows
+    def _settle(self) -> None:
+        """Move sequences that generate into lanes, and out where they have outgrown them."""
+        lanes = self.model.lanes
+        if lanes is None:
+            return
+        for sequence in [one for one in self._cells.in_lanes if one.length > lanes.tokens]:
+            if not self._cells.to_shared(sequence, self._spare_cells()):
+                self._put_back(sequence)
+        for sequence in self._running:
+            if sequence.lane < 0 and worth_a_lane(sequence, self._cells.lane_tokens, len(self._running)):
+                self._cells.to_lane(sequence)
+
+    def _trial(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Those that may be computed now: after a failed step the suspects, one by one."""
+        if self._suspects:
+            return [sequence for sequence in sequences if sequence is self._suspects[0]]
+        return [] if self._scorer.careful else sequences
+
+    def _read_decoding(self, decoding: list[Sequence], rows: Rows) -> None:
         greedy = [sequence.sampler.plain_greedy for sequence in decoding]
         best = argmax_rows(rows[: len(decoding)]) if any(greedy) else ()
-        for index, sequence in enumerate(decoding):
+        for index, sequence in enumerate(list(decoding)):  # lanes close up when one of them ends
             sequence.computed += 1
             if greedy[index]:
                 self._take(sequence, TokenEvent(best[index]))
             else:
-                self._sample(sequence, index)
+                self._sample(sequence, rows[index])
+            self._clear_suspect(sequence)
 
     def _read_prefilled(self, chunks: list[tuple[Sequence, int]], row: int) -> int:
         for sequence, tokens in chunks:
             sequence.computed += tokens
             if sequence.computed == sequence.length:
-                self._cache(sequence, sequence.length)
-                self._sample(sequence, row)
+                self._cells.cache(sequence, sequence.length)
+                self._sample(sequence, self.model.rows[row])
+                self._clear_suspect(sequence)
                 row += 1
         return row
 
-    def _sample(self, sequence: Sequence, row: int) -> None:
+    def _clear_suspect(self, sequence: Sequence) -> None:
+        if self._suspects and sequence is self._suspects[0]:
+            self._suspects.popleft()
+
+    def _sample(self, sequence: Sequence, row: Logits) -> None:
         try:
-            event = sequence.sampler.choose(self.model.rows[row])
+            event = sequence.sampler.choose(row)
         except Exception as error:  # a constraint's fault harms its own sequence only
             sequence.finish("error", f"the next token cannot be chosen: {error}")
             self._retire(sequence)
@@ -251,39 +326,18 @@ class Runner:
         """Take a finished sequence out; its tokens stay cached where they are whole."""
         assert sequence.finished is not None
         if sequence.finished.reason in ("stop", "length"):
-            self._cache(sequence, sequence.computed)
+            self._cells.keep(sequence, self._spare_cells())
         self._running.remove(sequence)
-        self._free(sequence)
+        self._cells.free(sequence)
+        if sequence in self._suspects:
+            self._suspects.remove(sequence)
         self._told.sequences.append(sequence)
 
     def _put_back(self, sequence: Sequence) -> None:
         """Preempt: the cells go, the tokens stay, and the line takes it back at its old place."""
         self._running.remove(sequence)
-        self._free(sequence)
+        self._cells.free(sequence)
         self._line.push(sequence)
-
-    def _free(self, sequence: Sequence) -> None:
-        self.model.memory_remove(sequence.id, 0)
-        self._free_ids.append(sequence.id)
-        sequence.id = -1
-        self._let_go(sequence)
-
-    def _let_go(self, sequence: Sequence) -> None:
-        if sequence.node is not None:
-            self._tree.unpin(sequence.node)
-        sequence.node, sequence.computed, sequence.shared = None, 0, 0
-
-    def _cache(self, sequence: Sequence, length: int) -> None:
-        """Hand the first `length` cells of a sequence to the prefix tree, and pin them there for it."""
-        if sequence.node is None or length <= sequence.shared:
-            return
-        tokens = sequence.tokens[:length]
-        node = self._tree.insert(tokens, sequence.request.cache_salt, sequence.id, sequence.shared)
-        if node is None:
-            return
-        self._tree.pin(node)
-        self._tree.unpin(sequence.node)
-        sequence.node, sequence.shared = node, length
 
     # Room, and what happens when a step fails.
 
@@ -300,32 +354,64 @@ class Runner:
         """
         while True:
             needed = len(decoding) + sum(tokens for _, tokens in chunks)
-            own = sum(sequence.private for sequence in self._running)
-            free = self.model.context_tokens - self._tree.tokens - own - self._scorer.window_tokens
-            if free + self._tree.evict(needed - free) >= needed or not self._running:
+            free = self._spare_cells()
+            shared = [sequence for sequence in self._running if sequence.lane < 0]
+            if free + self._tree.evict(needed - free) >= needed or not shared:
                 return chunks
-            self._put_back(victim(self._running))
+            self._put_back(victim(shared))
             decoding[:] = [sequence for sequence in decoding if sequence.id >= 0]
             chunks = [chunk for chunk in chunks if chunk[0].id >= 0]
 
-    def _recover(self, code: int, decoding: list[Sequence], chunks: list[Chunk]) -> None:
-        """A decode failed: end what was in its batch, put everything else back, begin again with empty memory."""
+    def _spare_cells(self) -> int:
+        """Cells of the shared memory that nobody holds, not even the cache."""
+        own = sum(sequence.private for sequence in self._running)
+        return self.model.context_tokens - self._tree.tokens - own - self._scorer.window_tokens
+
+    def _recover(self, code: int, sequences: list[Sequence]) -> None:
+        """A decode failed. What was alone in it ends; of several, nobody knows who did it, so they try one by one.
+
+        All others are put back too and begin again with empty memory; they lose nothing but time.
+        """
         if code == ABORTED:
-            return  # the engine is closing
+            self._go_on(sequences)
+            return
         self._failures += 1
         if code == NO_KV_ROOM and self._failures == 1 and self._tree.evict(self.model.context_tokens):
             return  # nothing changed in memory: the same step comes again with the cache gone
         reason = f"llama_decode failed with {code}: {self.model.last_words()}"
-        for sequence in [*decoding, *(sequence for sequence, _ in chunks)]:
-            sequence.finish("error", reason)
-            self._retire(sequence)
-        self._scorer.fail(reason)
+        alone = len(sequences) + len(self._scorer.in_step) == 1
+        self._suspects.clear()
+        self._scorer.recover(reason, alone=alone)
+        for sequence in sequences:
+            if alone:
+                sequence.finish("error", reason)
+                self._retire(sequence)
+            else:
+                self._suspects.append(sequence)
         for sequence in list(self._running):
             self._put_back(sequence)
         self.model.memory_clear()
         self._tree.forget()
         if self._failures >= _FATAL_FAILURES:
             raise EngineFailed(f"{self._failures} steps failed in a row; the last: {reason}")
+
+    def _go_on(self, sequences: list[Sequence]) -> None:
+        """A decode was given up, since nobody wanted what was in it; what somebody does want comes again.
+
+        llama.cpp takes the cells of an aborted batch back. Label forks share cells, so they begin anew.
+        """
+        self.model.allow()
+        if self._scorer.in_step:
+            self._scorer.put_back()
+        for sequence in sequences:
+            if self._cells.held(sequence) != sequence.computed:
+                self._put_back(sequence)
+
+    def _host_seconds(self) -> float:
+        """CPU time of the thread that steps, outside of decoding. Only that thread can tell."""
+        if self._cpu_at_start is None:
+            return 0.0
+        return max(0.0, time.thread_time() - self._cpu_at_start - self._compute_cpu_seconds)
 
     def load(self) -> Load:
         """The state as of now, between two steps."""
@@ -339,12 +425,24 @@ class Runner:
             sequences_capacity=self.model.sequences,
             queued_prompt_tokens=prompts + self._scorer.waiting_tokens,
             remaining_output_tokens=sum(sequence.remaining for sequence in (*line, *running)),
-            kv_used_tokens=private + self._tree.pinned_tokens + self._scorer.window_tokens,
+            kv_used_tokens=private + self._cells.used_in_lanes + self._tree.pinned_tokens + self._scorer.window_tokens,
             kv_cached_tokens=self._tree.evictable_tokens,
-            kv_capacity_tokens=self.model.context_tokens,
+            kv_capacity_tokens=self.model.kv_capacity_tokens,
             steps=self.steps,
             prefill_tokens_total=self.prefill_tokens_total,
             decode_tokens_total=self.decode_tokens_total,
             prefill_tokens_per_second=self.rates.prefill_tokens_per_second,
             decode_tokens_per_second=self.rates.decode_tokens_per_second,
+            label_items=self._scorer.open_items,
+            lane_sequences=len(self._cells.in_lanes),
+            compute_seconds_total=self._compute_seconds,
+            host_seconds_total=self._host_seconds(),
         )
+
+
+def _add_next_tokens(batch: Batch, sequences: list[Sequence], ids: list[int]) -> None:
+    batch.add_each(
+        [int(sequence.tokens[sequence.computed]) for sequence in sequences],
+        [sequence.computed for sequence in sequences],
+        ids,
+    )

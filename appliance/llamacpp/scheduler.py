@@ -19,12 +19,15 @@ OUTPUT_RESERVE_TOKENS: Final = 64
 free when they get there."""
 FOLLOW_TOKENS: Final = 32
 """A prompt waits for another that is computing at least this many of its tokens; for fewer, waiting costs more."""
-LEAST_STEP_TOKENS: Final = 64
+LEAST_STEP_TOKENS: Final = 32
 """Smaller prefill batches than this waste the matrix kernels."""
+LANE_MARGIN_TOKENS: Final = 64
+"""Room to grow that makes moving into a lane worth its copy."""
+LANE_LEAST_OUTPUT_TOKENS: Final = 8
 
 
 class Line:
-    """Waiting sequences: lower priority value first, then in order of arrival."""
+    """Waiting sequences: lower priority value first, then the tenants in turn, each in order of arrival."""
 
     def __init__(self) -> None:
         self._waiting: list[Sequence] = []
@@ -36,15 +39,15 @@ class Line:
         return tuple(self._waiting)
 
     def push(self, sequence: Sequence) -> None:
-        """A sequence that was put back returns to its old place, since its number says how long it has waited."""
+        """A sequence that was put back returns to its old place, since its rank says how long it has waited."""
         insort(self._waiting, sequence, key=_rank)
 
     def remove(self, sequence: Sequence) -> None:
         self._waiting.remove(sequence)
 
 
-def _rank(sequence: Sequence) -> tuple[int, int]:
-    return sequence.request.priority, sequence.number
+def _rank(sequence: Sequence) -> tuple[int, float, int]:
+    return sequence.rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +63,21 @@ class Room:
 
 
 def promised_tokens(sequence: Sequence) -> int:
-    """Cells that an admitted sequence may still count on."""
+    """Cells of the shared memory that an admitted sequence may still count on."""
+    if sequence.lane >= 0:
+        return 0
     return sequence.pending + min(sequence.remaining, OUTPUT_RESERVE_TOKENS)
+
+
+def worth_a_lane(sequence: Sequence, lane_tokens: int, running: int) -> bool:
+    """Whether a generating sequence should leave the shared memory: where others run too, each pays for all cells."""
+    fits = sequence.length + min(sequence.remaining, LANE_MARGIN_TOKENS) <= lane_tokens
+    return running > 1 and fits and sequence.pending == 1 and sequence.remaining >= LANE_LEAST_OUTPUT_TOKENS
+
+
+def tokens_asked(sequence: Sequence) -> int:
+    """What a request counts for in its tenant's turn: its prompt and the first part of its output."""
+    return sequence.length + min(sequence.remaining, OUTPUT_RESERVE_TOKENS)
 
 
 def leads(leader: Sequence, follower: Sequence, cached: int) -> bool:
@@ -76,12 +92,15 @@ def leads(leader: Sequence, follower: Sequence, cached: int) -> bool:
     return shared - cached >= FOLLOW_TOKENS
 
 
-def step_budget(batch_tokens: int, decoding: int, prefill_tokens_per_second: float, step_seconds: float) -> int:
-    """Tokens one step may compute.
+def step_budget(
+    batch_tokens: int, decoding: int, in_lanes: int, prefill_tokens_per_second: float, step_seconds: float
+) -> int:
+    """Tokens one step may compute in the shared memory, `decoding` of them for sequences that generate there.
 
-    While somebody is reading a stream, a step lasts about `step_seconds`, so that a long prompt cannot stall it.
+    While somebody is reading a stream, there or in a lane, prompts and labels get about `step_seconds` of a step, so
+    that a long prompt cannot stall it.
     """
-    if not decoding:
+    if not decoding + in_lanes:
         return batch_tokens
     batch_tokens = max(batch_tokens, decoding + 1)
     if prefill_tokens_per_second <= 0:
@@ -90,9 +109,15 @@ def step_budget(batch_tokens: int, decoding: int, prefill_tokens_per_second: flo
     return min(batch_tokens, decoding + max(LEAST_STEP_TOKENS, affordable))
 
 
-def split_budget(tokens: int, prefill_pending: int, labels_waiting: bool) -> int:
-    """How many of `tokens` go to prompts when label work waits too: half, or what the prompts need if that is less."""
-    return min(prefill_pending, tokens // 2 if labels_waiting else tokens)
+def split_budget(tokens: int, prompts: int, prompt_priority: int, labels: int, label_priority: int | None) -> int:
+    """How many of `tokens` go to prompts, which need `prompts`, when `labels` wait too (priority None: none do).
+
+    The more urgent take all they need. Equally urgent ones get half each, and what the others leave.
+    """
+    if label_priority is None or prompt_priority < label_priority:
+        return min(prompts, tokens)
+    left = max(0, tokens - labels)
+    return min(prompts, max(left, tokens // 2) if prompt_priority == label_priority else left)
 
 
 def share_prefill(sequences: Iterable[Sequence], tokens: int, outputs: int) -> list[tuple[Sequence, int]]:
@@ -111,3 +136,9 @@ def share_prefill(sequences: Iterable[Sequence], tokens: int, outputs: int) -> l
 def victim(running: Ordered[Sequence]) -> Sequence:
     """Who gives way when KV room runs out: the one that ranks last. It waited least, and has least to recompute."""
     return max(running, key=_rank)
+
+
+def gives_way(running: Ordered[Sequence], arrived: Sequence) -> Sequence | None:
+    """Who is put back for one that waits and is more urgent; never one of the same priority."""
+    last = max(running, key=_rank, default=None)
+    return last if last is not None and last.request.priority > arrived.request.priority else None

@@ -5,9 +5,12 @@ A window is as many items as fit into what is left of a step; it may last severa
 
 from collections import deque
 from collections.abc import Callable
+from itertools import count
+from operator import attrgetter
 from typing import Final
 
-from appliance.llamacpp.labels import Piece, ScoreJob, Window, cut, failed, judge, open_window
+from appliance.llamacpp.fairness import Turns
+from appliance.llamacpp.labels import Judged, Piece, ScoreJob, Window, cut, failed, judge, open_window
 from appliance.llamacpp.model import Model
 from appliance.llamacpp.prefix import PrefixTree, Tokens, common_prefix
 from appliance.llamacpp.scheduler import Room
@@ -24,10 +27,17 @@ _WORTH_CACHING_TOKENS: Final = 16
 class Scorer:
     """The label side of a runner; its thread only. `room` tells the KV cells in use and promised."""
 
-    def __init__(self, model: Model, tree: PrefixTree, free_ids: list[int], room: Callable[[], Room]) -> None:
+    def __init__(
+        self, model: Model, tree: PrefixTree, free_ids: list[int], turns: Turns, room: Callable[[], Room]
+    ) -> None:
         self._model, self._batch, self._tree, self._free_ids, self._room = model, model.batch, tree, free_ids, room
+        self._turns = turns
         self._paths = _PATHS if model.forkable else 1
-        self._jobs: deque[ScoreJob] = deque()
+        self._jobs: list[ScoreJob] = []
+        """Calls with items that are not taken yet."""
+        self._numbers = count()
+        self._suspects = 0
+        """So many items in a row are computed alone: one of them made a step fail."""
         self._open: list[ScoreJob] = []
         """Calls not answered yet, those with all items taken included."""
         self._answered: list[ScoreJob] = []
@@ -53,9 +63,33 @@ class Scorer:
     def untouched_jobs(self) -> int:
         return sum(1 for job in self._jobs if not job.cursor)
 
+    @property
+    def open_items(self) -> int:
+        return sum(job.open for job in self._open)
+
+    @property
+    def priority(self) -> int | None:
+        """Of the most urgent work there is; None: there is none."""
+        waiting = [job.priority for job in self._jobs]
+        if self._window is not None:
+            waiting.extend(piece.item.job.priority for piece in self._window.pieces)
+        return min(waiting, default=None)
+
+    @property
+    def in_step(self) -> set[ScoreJob]:
+        """The calls whose items are in the batch."""
+        return {piece.item.job for piece in self._window.pieces} if self._window is not None and self._stop else set()
+
+    @property
+    def careful(self) -> bool:
+        """Items have to be computed alone to find the one that makes steps fail."""
+        return bool(self._suspects and self.busy)
+
     def add(self, job: ScoreJob) -> None:
         self._open.append(job)
+        job.number = next(self._numbers)
         if job.items:
+            self._queue(job)
             self._jobs.append(job)
         else:
             self._answered.append(job)
@@ -109,19 +143,39 @@ class Scorer:
         if self._window.done:
             self._close(keep_prefixes=True)
 
-    def fail(self, reason: str) -> None:
-        """The decode of what `fill` added failed: the items of the window get the reason."""
-        if self._window is not None:
-            for piece in self._window.pieces:
-                piece.item.fail(reason)
+    def recover(self, reason: str, *, alone: bool) -> None:
+        """The decode of what `fill` added failed, and memory is cleared next. An item that was alone in it gets the
+        reason; of several nobody knows which it was, so they come again one by one."""
+        if self._window is None:
+            return
+        items = {id(piece.item): piece.item for piece in self._window.pieces}
+        if self._stop and alone and len(items) == 1:
+            for item in items.values():
+                item.fail(reason)
+                self._drop_pieces(item)
+            self._suspects = max(0, self._suspects - 1)
             self._close(keep_prefixes=False)
+            return
+        if self._stop:
+            self._suspects = len(items)
+        self.put_back()
+
+    def put_back(self) -> None:
+        """Take the window in work apart; its items are taken first next time. Nothing of it counts."""
+        window = self._window
+        if window is None:
+            return
+        self._close(keep_prefixes=False)
+        for piece in reversed(window.pieces):
+            if not piece.item.job.cancelled:
+                self._return(piece)
 
     # Windows.
 
     def _open_window(self, tokens: int, alone: bool) -> None:
         pieces: list[Piece] = []
         total = paths = 0
-        while total < tokens and self._jobs:
+        while total < tokens and self._jobs and not (self._suspects and pieces):
             piece = self._next_piece()
             if piece is None:
                 continue
@@ -144,39 +198,52 @@ class Scorer:
                 for path in range(first, first + len(piece.chains)):
                     self._tree.share(piece.node, int(window.ids[path]), 0, piece.depth)
 
+    def _queue(self, job: ScoreJob) -> None:
+        """Give the next item of a call its turn."""
+        if job.cursor < len(job.items):
+            item = job.items[job.cursor]
+            job.place = self._turns.place(item.cache_salt, len(item.prompt))
+
     def _next_piece(self) -> Piece | None:
-        """The next piece of the calls in turn, so that a small call need not wait for a large one."""
-        job = self._jobs[0]
-        self._jobs.rotate(-1)
+        """The next piece of the call whose turn it is; calls of one tenant take turns item by item."""
+        job = min(self._jobs, key=attrgetter("rank"))
         if not job.pieces:
             index, job.cursor = job.cursor, job.cursor + 1
+            self._turns.begin(job.place, len(job.items[index].prompt))
+            self._queue(job)
             item = judge(job, index, self._model.sequence_context_tokens, self._model.vocabulary_size)
             if isinstance(item, str):
                 job.answer(index, failed(len(job.items[index].prompt), item))
             else:
                 job.pieces = cut(item, _CHAINS_AT_ONCE if self._model.forkable else 1)
         piece = job.pieces.pop(0) if job.pieces else None
-        if not job.pieces and job.cursor >= len(job.items):
+        if not job.untaken:
             self._jobs.remove(job)
         return piece
 
     def _give_back(self, piece: Piece, *, impossible: bool) -> None:
         """A piece that does not fit now comes first next time, or is refused where it could never fit."""
         self._detach(piece)
-        job = piece.item.job
         if impossible:
             piece.item.fail(
                 f"prompt and labels take {piece.tokens} tokens of memory and there are {self._model.context_tokens}: "
                 "shorten the text or use fewer labels"
             )
-            job.pieces = [other for other in job.pieces if other.item is not piece.item]
-            if job in self._jobs and not job.pieces and job.cursor >= len(job.items):
-                self._jobs.remove(job)
-            return
+            self._drop_pieces(piece.item)
+        else:
+            self._return(piece)
+
+    def _return(self, piece: Piece) -> None:
+        job = piece.item.job
         job.pieces.insert(0, piece)
-        if job in self._jobs:
+        if job not in self._jobs:
+            self._jobs.append(job)
+
+    def _drop_pieces(self, item: Judged) -> None:
+        job = item.job
+        job.pieces = [other for other in job.pieces if other.item is not item]
+        if job in self._jobs and not job.untaken:
             self._jobs.remove(job)
-        self._jobs.appendleft(job)
 
     def _attach(self, piece: Piece) -> None:
         if self._model.forkable:
@@ -209,6 +276,9 @@ class Scorer:
     def _close(self, *, keep_prefixes: bool) -> None:
         window, self._window, self._stop = self._window, None, 0
         assert window is not None
+        if keep_prefixes:
+            window.settle()
+            self._suspects = max(0, self._suspects - len({id(piece.item) for piece in window.pieces}))
         if keep_prefixes and self._model.forkable:
             for piece, path in zip(window.pieces, window.paths_of, strict=True):
                 self._keep_prefix(piece, int(window.ids[path]))

@@ -14,6 +14,7 @@ class Sequence:
     """`tokens[:length]` are prompt and output so far; the first `computed` of them lie in KV memory.
 
     The first `shared` cells belong to the prefix tree, down to the pinned `node`; the others are this sequence's own.
+    It lies in the shared memory under `id`, or in a `lane`, or, while it waits, nowhere (both -1).
     """
 
     request: Generate
@@ -24,7 +25,10 @@ class Sequence:
     """Length at which generation ends: prompt + max_tokens, or the end of the context."""
     tokens: Tokens
     length: int
+    place: float = 0.0
+    """Its tenant's turn; see `fairness`."""
     id: int = -1
+    lane: int = -1
     computed: int = 0
     shared: int = 0
     node: Node | None = None
@@ -33,6 +37,8 @@ class Sequence:
     events: list[TokenEvent] = field(default_factory=list)
     """Not delivered yet."""
     finished: Finished | None = None
+    dropped: bool = False
+    """Nobody waits for it any more. Set by the event loop's thread before the engine's takes note."""
 
     @classmethod
     def of(cls, request: Generate, number: int, context_tokens: int, end_tokens: frozenset[int]) -> "Sequence":
@@ -63,9 +69,18 @@ class Sequence:
         return self.length - self.computed
 
     @property
+    def rank(self) -> tuple[int, float, int]:
+        """Who goes first: lower priority value, then the tenant's turn, then order of arrival."""
+        return self.request.priority, self.place, self.number
+
+    @property
+    def running(self) -> bool:
+        return self.id >= 0 or self.lane >= 0
+
+    @property
     def private(self) -> int:
-        """Cells that only this sequence holds."""
-        return self.computed - self.shared
+        """Cells of the shared memory that only this sequence holds."""
+        return self.computed - self.shared if self.lane < 0 else 0
 
     def append(self, event: TokenEvent) -> None:
         self.tokens[self.length] = event.token

@@ -8,8 +8,9 @@ import llama_cpp
 import pytest
 
 from appliance.errors import ContextTooLong, EngineBusy, EngineFailed, RequestError
+from appliance.llamacpp.context import NO_KV_ROOM
 from appliance.llamacpp.engine import Engine, Generation
-from appliance.llamacpp.model import NO_KV_ROOM, Model
+from appliance.llamacpp.model import Model
 from appliance.llamacpp.params import Generate, LabelItem, Logits, Sampling, TokenEvent
 
 pytestmark = pytest.mark.anyio
@@ -311,13 +312,45 @@ async def test_a_failed_step_ends_what_was_in_it_and_the_engine_goes_on(
     assert engine.failed is None
 
 
-async def test_a_failed_step_tells_the_items_of_a_score(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def fails_on(model: Model, token: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every decode fail whose batch holds `token`."""
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda: -3 if token in model.batch.tokens else decode())
+
+
+async def test_of_a_failed_step_only_the_sequence_ends_that_made_it_fail(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails_on(engine.model, 4321, monkeypatch)
+    good = [engine.submit(endless(story(engine.model, 30 + n)[n:], 20)) for n in range(2)]
+    await anext(good[0])
+    bad = engine.submit(endless([*story(engine.model, 20), 4321], 5))
+    assert await tokens(bad) == []
+    assert bad.finished is not None
+    assert (bad.finished.reason, "failed with -3" in (bad.finished.error or "")) == ("error", True)
+    assert len(await tokens(good[0])) + len(await tokens(good[1])) in (38, 39)
+    assert engine.failed is None
+
+
+async def test_of_a_failed_step_only_the_label_item_gets_an_error_that_made_it_fail(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails_on(engine.model, 4321, monkeypatch)
+    items = [LabelItem([*story(engine.model, 30 + n), *more], [[5], [6]]) for n, more in enumerate([[], [4321], []])]
+    stream = engine.submit(endless(story(engine.model, 20), 40))
+    found = await engine.score(items)
+    assert [scores.error is None for scores in found] == [True, False, True]
+    assert "failed with -3" in (found[1].error or "")
+    assert len(await tokens(stream)) == 40
+    monkeypatch.undo()
+    assert [scores.error is None for scores in await engine.score(items)] == [True, True, True]
+
+
+async def test_a_step_that_fails_once_costs_nobody_anything(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     decode, codes = engine.model.decode, iter([-3])
     monkeypatch.setattr(engine.model, "decode", lambda: next(codes, 0) or decode())
-    items = [LabelItem(story(engine.model, 200 + n), [[5], [6]]) for n in range(3)]
-    found = await engine.score(items)
-    assert [scores.error is None for scores in found].count(False) >= 1
-    assert [scores.error is None for scores in await engine.score(items)] == [True, True, True]
+    items = [LabelItem(story(engine.model, 40 + n), [[5], [6]]) for n in range(3)]
+    assert [scores.error for scores in await engine.score(items)] == [None] * 3
 
 
 async def test_an_engine_that_always_fails_says_so_and_ends_everything(
@@ -371,7 +404,7 @@ async def test_calibration_fills_the_rates(model: Model) -> None:
     await engine.ready()
     load = engine.load()
     assert load.prefill_tokens_per_second > 0
-    assert set(load.decode_tokens_per_second) == {1, 4}
+    assert {1} <= set(load.decode_tokens_per_second) <= {1, 4}  # what takes too long is left to the first requests
     assert load.kv_used_tokens == 0
     await engine.close(0)
 

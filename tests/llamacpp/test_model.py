@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from appliance.errors import EngineFailed, ModelFileError
-from appliance.llamacpp.model import ABORTED, Model
+from appliance.llamacpp.context import ABORTED
+from appliance.llamacpp.model import Model
 
 
 def load(path: Path, context_tokens: int = 256) -> Model:

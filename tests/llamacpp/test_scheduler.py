@@ -2,6 +2,7 @@
 
 import pytest
 
+from appliance.llamacpp.fairness import Turns
 from appliance.llamacpp.params import Generate
 from appliance.llamacpp.rates import Rates
 from appliance.llamacpp.scheduler import (
@@ -10,12 +11,15 @@ from appliance.llamacpp.scheduler import (
     OUTPUT_RESERVE_TOKENS,
     Line,
     Room,
+    gives_way,
     leads,
     promised_tokens,
     share_prefill,
     split_budget,
     step_budget,
+    tokens_asked,
     victim,
+    worth_a_lane,
 )
 from appliance.llamacpp.sequence import Sequence
 
@@ -63,25 +67,40 @@ def test_the_end_of_the_context_limits_the_output() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "decoding", "rate", "budget"),
+    ("batch", "decoding", "in_lanes", "rate", "budget"),
     [
-        (512, 0, 2000.0, 512),
-        (512, 8, 2000.0, 308),
-        (512, 8, 20000.0, 512),
-        (512, 8, 50.0, 8 + LEAST_STEP_TOKENS),
-        (512, 8, 0.0, 8 + LEAST_STEP_TOKENS),
-        (32, 32, 50.0, 33),
+        (512, 0, 0, 2000.0, 512),
+        (512, 8, 0, 2000.0, 308),
+        (512, 0, 8, 2000.0, 300),
+        (512, 8, 0, 20000.0, 512),
+        (512, 8, 0, 50.0, 8 + LEAST_STEP_TOKENS),
+        (512, 8, 0, 0.0, 8 + LEAST_STEP_TOKENS),
+        (512, 0, 8, 0.0, LEAST_STEP_TOKENS),
+        (32, 32, 0, 50.0, 33),
     ],
 )
-def test_a_step_is_short_while_somebody_reads_a_stream(batch: int, decoding: int, rate: float, budget: int) -> None:
-    assert step_budget(batch, decoding, rate, 0.15) == budget
+def test_a_step_is_short_while_somebody_reads_a_stream(
+    batch: int, decoding: int, in_lanes: int, rate: float, budget: int
+) -> None:
+    assert step_budget(batch, decoding, in_lanes, rate, 0.15) == budget
 
 
 @pytest.mark.parametrize(
-    ("tokens", "pending", "labels", "given"), [(100, 500, False, 100), (100, 500, True, 50), (100, 20, True, 20)]
+    ("prompts", "prompt_priority", "labels", "label_priority", "given"),
+    [
+        (500, 0, 0, None, 100),
+        (500, 0, 1000, 0, 50),
+        (20, 0, 1000, 0, 20),
+        (500, 0, 30, 0, 70),
+        (500, 0, 1000, 1, 100),
+        (500, 1, 1000, 0, 0),
+        (500, 1, 30, 0, 70),
+    ],
 )
-def test_prompts_and_labels_share_a_step(tokens: int, pending: int, labels: bool, given: int) -> None:
-    assert split_budget(tokens, pending, labels) == given
+def test_prompts_and_labels_share_a_step_unless_one_is_more_urgent(
+    prompts: int, prompt_priority: int, labels: int, label_priority: int | None, given: int
+) -> None:
+    assert split_budget(100, prompts, prompt_priority, labels, label_priority) == given
 
 
 def test_prompts_are_computed_in_order_of_rank_and_cut_at_the_budget() -> None:
@@ -89,6 +108,52 @@ def test_prompts_are_computed_in_order_of_rank_and_cut_at_the_budget() -> None:
     assert share_prefill([late, urgent, early], 150, 8) == [(urgent, 100), (early, 40), (late, 10)]
     assert share_prefill([late, urgent, early], 150, 1) == [(urgent, 100)]
     assert share_prefill([late], 0, 8) == []
+
+
+def test_tenants_take_turns_in_the_line_and_one_that_was_put_back_keeps_its_own() -> None:
+    line, turns = Line(), Turns()
+    for number, salt in enumerate(["a", "a", "a", "b", "c", "b"]):
+        waiting = sequence(number, salt=salt)
+        waiting.place = turns.place(salt, tokens_asked(waiting))
+        line.push(waiting)
+    order = [waiting.number for waiting in line.in_order()]
+    assert order == [0, 3, 4, 1, 5, 2]
+    first = line.in_order()[0]
+    line.remove(first)
+    turns.begin(first.place, tokens_asked(first))
+    line.push(first)
+    assert line.in_order()[0] is first
+
+
+@pytest.mark.parametrize(
+    ("computed", "max_tokens", "lane", "running", "worth"),
+    [
+        (99, 1000, 512, 2, True),
+        (99, 1000, 512, 1, False),
+        (98, 1000, 512, 2, False),
+        (99, 1000, 163, 2, False),
+        (99, 1000, 164, 2, True),
+        (99, 5, 512, 2, False),
+        (99, 1000, 0, 2, False),
+    ],
+)
+def test_a_sequence_moves_to_a_lane_when_it_generates_and_the_lane_has_room_to_grow(
+    computed: int, max_tokens: int, lane: int, running: int, worth: bool
+) -> None:
+    assert worth_a_lane(sequence(0, 100, computed=computed, max_tokens=max_tokens), lane, running) is worth
+
+
+def test_a_sequence_in_a_lane_counts_on_no_shared_cells() -> None:
+    laned = sequence(0, 100, computed=99)
+    laned.lane = 0
+    assert (promised_tokens(laned), laned.private, laned.running) == (0, 0, True)
+
+
+def test_only_the_less_urgent_give_way_to_one_that_waits() -> None:
+    batch, later, peer = sequence(1, priority=5), sequence(2, priority=5), sequence(3)
+    assert gives_way([batch, later, peer], sequence(9)) is later
+    assert gives_way([peer], sequence(9)) is None
+    assert gives_way([], sequence(9)) is None
 
 
 def test_the_youngest_of_the_least_urgent_gives_way() -> None:
