@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Final
 
-from appliance.core import Asked, Caller, Request, Residency
+from appliance.core import Asked, Caller, Request, Residency, strictest
 from appliance.errors import RequestError
 
 RESIDENCY_HEADER: Final = "x-appliance-residency"
@@ -32,7 +32,7 @@ def make_request(
         caller=caller,
         received=now,
         received_at=wall,
-        residency=_residency(headers.get(RESIDENCY_HEADER)),
+        residency=_residency(headers),
         tag=_tag(headers.get(TAG_HEADER)),
         headers=headers,
         format=asked.format,
@@ -47,11 +47,12 @@ def new_decision_id(wall: float) -> str:
     return f"dec_{milliseconds:012x}{secrets.token_hex(10)}"
 
 
-def _residency(text: str | None) -> Residency | None:
-    if text is None:
-        return None
+def _residency(headers: Mapping[str, str]) -> Residency | None:
+    """What the header says; where it was sent more than once, by a client and a proxy, the strictest of all that."""
+    # By items: asked for by name, such a mapping gives the first alone.
+    texts = [text for name, text in headers.items() if name.lower() == RESIDENCY_HEADER]
     try:
-        return Residency.parse(text)
+        return strictest(*map(Residency.parse, texts)) if texts else None
     except ValueError as error:
         raise RequestError(f"header {RESIDENCY_HEADER}: {error}", param=RESIDENCY_HEADER) from error
 

@@ -1,10 +1,12 @@
 """Bounds and permits, and that the code has no other way out."""
 
 import ast
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from starlette.datastructures import Headers
 
 from appliance.backends.seal import is_sealed
 from appliance.core import ANYWHERE, ONSITE, Asked, Content, PersonalKind, Residency
@@ -116,7 +118,7 @@ def asked() -> Asked:
     return Asked("chat", "auto", {}, "hello")
 
 
-def made(headers: dict[str, str]) -> Any:
+def made(headers: Mapping[str, str]) -> Any:
     return make_request(asked(), headers=headers, caller=caller_of(), request_id="r", now=1.0, wall=2.0)
 
 
@@ -130,6 +132,27 @@ def test_headers_become_residency_and_tag() -> None:
 def test_an_unknown_residency_is_refused_and_never_read_as_any(value: str) -> None:
     with pytest.raises(RequestError, match="x-appliance-residency"):
         made({"x-appliance-residency": value})
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["any", "onsite"], ONSITE),
+        (["onsite", "any"], ONSITE),
+        (["any", "any"], ANYWHERE),
+        (["region:EU", "any"], EU),
+        (["region:EU", "region:US"], ONSITE),
+    ],
+)
+def test_of_a_residency_header_sent_twice_the_strictest_counts(values: list[str], expected: Residency) -> None:
+    headers = Headers(raw=[(b"x-appliance-residency", value.encode()) for value in values])
+    assert made(headers).residency == expected
+
+
+def test_an_unknown_residency_beside_a_known_one_is_refused() -> None:
+    headers = Headers(raw=[(b"x-appliance-residency", b"any"), (b"x-appliance-residency", b"on-site")])
+    with pytest.raises(RequestError, match="on-site"):
+        made(headers)
 
 
 @pytest.mark.parametrize("value", ["with space", "x" * 65, "é\n"])
