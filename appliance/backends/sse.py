@@ -17,6 +17,9 @@ MAX_EVENT_BYTES: Final = 8_000_000
 
 DONE: Final = b"data: [DONE]\n\n"
 
+MOST_TOKENS: Final = 1_000_000_000
+"""More than this in one call is no count; no ledger could hold what it would cost."""
+
 
 class EventTooLong(ValueError):
     pass
@@ -132,4 +135,4 @@ def read_usage(fields: Any) -> Usage | None:
 
 
 def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TOKENS else None

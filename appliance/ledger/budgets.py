@@ -17,6 +17,8 @@ from appliance.ledger.rows import to_nano, to_usd
 from appliance.ledger.schema import reservations, spend
 
 _SECONDS_PER_DAY = 86_400
+_MOST_NANO = 2**62
+"""What a database's column of integers holds, and one call more; 4.6 milliards of dollars."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,8 @@ class Counting:
         self._read(day, [cap.scope for cap in caps])
         for cap in caps:
             spent = self._sums[day, cap.scope]
+            if spent + nano > _MOST_NANO:
+                raise BudgetExceeded(f"this call may cost {to_usd(nano):.3g} USD, more than is ever spent in a day")
             if cap.limit_usd is not None and spent + nano > to_nano(cap.limit_usd):
                 raise BudgetExceeded(
                     f"the daily budget of {cap.scope} is {cap.limit_usd:g} USD, {to_usd(spent):.6f} of it is spent or "

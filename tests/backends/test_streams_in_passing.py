@@ -102,6 +102,7 @@ def test_an_endless_event_is_not_collected_for_ever() -> None:
         ({"prompt_tokens": 5, "completion_tokens": None, "prompt_tokens_details": None}, Usage(5)),
         ({"prompt_tokens": "5"}, None),
         ({"prompt_tokens": -1}, None),
+        ({"prompt_tokens": 10**18}, None),
         ({"prompt_tokens": True}, None),
         ({}, None),
         (None, None),

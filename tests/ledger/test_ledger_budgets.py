@@ -108,3 +108,14 @@ async def test_a_scope_without_a_limit_is_counted_all_the_same(tmp_path: Path) -
     await reserve(ledger, 100.0, Cap("route:general"))
     assert ledger.spent_today == {"route:general": 100.0}
     await ledger.close()
+
+
+async def test_a_call_that_could_cost_more_than_can_be_written_is_refused_and_troubles_no_other(tmp_path: Path) -> None:
+    ledger = await Ledger.open(url_in(tmp_path), clock=Clock())
+    cap = Cap("all")
+    results = await asyncio.gather(*(reserve(ledger, usd, cap) for usd in (0.5, 1e14, 0.5)), return_exceptions=True)
+    assert [isinstance(result, str) for result in results] == [True, False, True]
+    assert isinstance(results[1], BudgetExceeded)
+    assert ledger.health().ok
+    assert ledger.spent_today == {"all": pytest.approx(1.0)}
+    await ledger.close()
