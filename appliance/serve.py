@@ -17,6 +17,7 @@ import uvicorn
 
 from appliance.api.app import create_app
 from appliance.api.auth import Authenticator, is_loopback
+from appliance.api.connection import Connection
 from appliance.backends.base import Doors
 from appliance.backends.egress import EgressDoor
 from appliance.backends.local import LocalDoor
@@ -56,15 +57,15 @@ class Site:
     policy: Policy
     policy_path: Path
     secrets: Mapping[str, str] = field(repr=False)
-    stored_keys: tuple[Key, ...] = ()
-    """API keys made by command; those of the configuration are in `config`."""
+    stored_keys: tuple[Key, ...] | None = ()
+    """API keys made by command; those of the configuration are in `config`. None where they could not be read."""
     detector: Detector | None = None
     """Of personal data, where the policy wants requests searched."""
 
     @property
     def keys(self) -> Mapping[str, Key]:
         """By name; the configuration's win."""
-        return {key.name: key for key in (*self.stored_keys, *self.config.keys)}
+        return {key.name: key for key in (*(self.stored_keys or ()), *self.config.keys)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +106,12 @@ def prepare(config: NodeConfig, home: Path, placements: tuple[Placement, ...]) -
     return Site(config, home, placements, configured, policy, policy_path, secrets, stored, detector)
 
 
-def _stored_keys(config: NodeConfig, home: Path) -> tuple[Key, ...]:
-    """API keys made by command, where there is a ledger already. One that cannot be read is said when it is opened."""
+def _stored_keys(config: NodeConfig, home: Path) -> tuple[Key, ...] | None:
+    """API keys made by command; None where there is no ledger yet, or it cannot be read (said when it is opened)."""
     try:
         return tuple(one.key for one in list_keys(ledger_url(config, home)) if one.revoked_at is None)
     except LedgerUnavailable:
-        return ()
+        return None
 
 
 class Node:
@@ -126,6 +127,8 @@ class Node:
         self._office, self._breakers, self._memory = PermitOffice(), Breakers(), Memory()
         self._admission = Admission(state, time.monotonic, self._memory.experience)
         self._retired: list[Doors] = []
+        self._changing = asyncio.Lock()
+        """What was read first comes into force first: an older reading never replaces a newer one."""
         self._doors = self._make_doors(site)
         self.auth = Authenticator(tuple(site.keys.values()), host=site.config.server.host)
         self.pipeline = self._make_pipeline(site)
@@ -136,12 +139,19 @@ class Node:
         Says what is in force and which changed settings wait for a restart. Raises ConfigError for a mistake, and then
         all stays as it was.
         """
-        try:
-            site = await asyncio.to_thread(self._reread)
-        except ConfigError as error:
-            self._signals.warn("reload_failed", f"the old settings stay in force: {error}")
-            _log.error("reload failed; the old settings stay in force", reason=str(error))
-            raise
+        async with self._changing:
+            try:
+                site = await asyncio.to_thread(self._reread)
+            except ConfigError as error:
+                self._signals.warn("reload_failed", f"the old settings stay in force: {error}")
+                _log.error("reload failed; the old settings stay in force", reason=str(error))
+                raise
+            return self._replace(site)
+
+    def _replace(self, site: Site) -> Mapping[str, Any]:
+        if site.stored_keys is None:
+            # An unreadable ledger must not take away keys: with them would go what binds their requests.
+            site = replace(site, stored_keys=self._site.stored_keys)
         old, self._site = self._site.config, site
         if (
             site.config.providers != old.providers
@@ -169,10 +179,11 @@ class Node:
         known: tuple[Any, ...] | None = None
         while True:
             with contextlib.suppress(LedgerUnavailable):  # the health page says so; keys stay as they are
-                mark = await ledger.keys_mark()
-                if known is not None and mark != known:
-                    self._use(replace(self._site, stored_keys=tuple(await ledger.keys())))
-                known = mark
+                async with self._changing:
+                    mark = await ledger.keys_mark()
+                    if known is not None and mark != known:
+                        self._use(replace(self._site, stored_keys=tuple(await ledger.keys())))
+                    known = mark
             await asyncio.sleep(_KEYS_SECONDS)
 
     async def aclose(self) -> None:
@@ -379,7 +390,7 @@ def _url(listener: socket.socket) -> str:
 def _uvicorn_config(app: object, config: NodeConfig) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
-        http="httptools",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,

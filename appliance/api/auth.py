@@ -30,14 +30,17 @@ class Authenticator:
         self._host = host
         self._is_loopback = is_loopback(host)
         self._callers: Mapping[str, Caller] = {}
+        self._has_had_keys = False
+        """A node whose last key is revoked or lost is closed, not open to everybody."""
         self.load(keys)
 
     def load(self, keys: Sequence[Key]) -> None:
         self._callers = {key.sha256: _caller(key) for key in keys}
+        self._has_had_keys = self._has_had_keys or bool(keys)
 
     def caller(self, headers: Mapping[str, str], scope: Scope = "client") -> Caller:
         """Who asks. `headers` must not mind case. Raises Unauthorized, or Forbidden where the key lacks `scope`."""
-        if not self._callers:
+        if not self._has_had_keys:
             return self._anonymous(headers)
         text = _key_text(headers)
         if not text:

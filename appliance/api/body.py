@@ -1,5 +1,6 @@
 """Reading a request's body: bounded, then parsed, with every refusal naming what is wrong and where."""
 
+import asyncio
 import json
 import re
 from collections.abc import Mapping
@@ -13,11 +14,16 @@ from appliance.errors import BodyTooLarge, ClientGone, RequestError
 MAX_DEPTH = 100
 """Nested containers. No request needs as many, and code that walks bodies recursively stays far from its limit."""
 
+BODY_SECONDS = 60.0
+"""For a whole body to come, so that nobody holds a connection by sending a byte now and then. The largest body that is
+read by default needs 1 Mbit/s."""
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 async def read_body(receive: Receive, headers: Mapping[str, str], max_bytes: int) -> bytes:
-    """The raw body. Raises BodyTooLarge as soon as it is known to be too large, without reading the rest."""
+    """The raw body. Raises BodyTooLarge as soon as it is known to be too large, without reading the rest, and
+    RequestError where it has not come after BODY_SECONDS."""
     encoding = headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         raise RequestError(
@@ -26,6 +32,16 @@ async def read_body(receive: Receive, headers: Mapping[str, str], max_bytes: int
     length = headers.get("content-length", "")
     if length.isdecimal() and int(length) > max_bytes:
         raise _too_large(f"{int(length)} bytes", max_bytes)
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await _read_all(receive, max_bytes)
+    except TimeoutError as error:
+        late = RequestError(f"the body did not come within {BODY_SECONDS:.0f} s: send it without pauses", status=408)
+        late.headers = {"connection": "close"}
+        raise late from error
+
+
+async def _read_all(receive: Receive, max_bytes: int) -> bytes:
     pieces: list[bytes] = []
     size = 0
     while True:

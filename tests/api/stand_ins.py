@@ -218,11 +218,17 @@ def make_app(
 
 
 @asynccontextmanager
-async def served(app: FastAPI) -> AsyncIterator[str]:
+async def served(app: FastAPI, http: Any = "httptools", limit_concurrency: int | None = None) -> AsyncIterator[str]:
     """The application on a free port of the loopback; gives the base URL."""
     server = uvicorn.Server(
         uvicorn.Config(
-            app, http="httptools", ws="none", lifespan="off", log_level="critical", timeout_graceful_shutdown=1
+            app,
+            http=http,
+            ws="none",
+            lifespan="off",
+            log_level="critical",
+            limit_concurrency=limit_concurrency,
+            timeout_graceful_shutdown=1,
         )
     )
     listener = socket.socket()

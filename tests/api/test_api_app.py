@@ -7,10 +7,11 @@ from typing import Any
 import httpx
 import pytest
 
+from appliance.api.auth import Authenticator
 from appliance.api.body import MAX_DEPTH
 from appliance.config import Key
 from appliance.core import Snapshot, Warning_
-from appliance.errors import Busy, ConfigError, EngineBusy
+from appliance.errors import Busy, ConfigError, EngineBusy, Unauthorized
 from tests.api.stand_ins import NOW, SMALL, StandInLedger, StandInPipeline, make_app, snapshot
 
 pytestmark = pytest.mark.anyio
@@ -250,6 +251,14 @@ async def test_where_keys_are_configured_one_is_needed(
             assert not pipeline.requests
         else:
             assert pipeline.requests[0].caller.name == "shop"
+
+
+async def test_a_node_whose_last_key_is_gone_is_closed_and_not_open_to_everybody() -> None:
+    auth = Authenticator(KEYS, host="127.0.0.1")
+    auth.load(())
+    for headers in ({}, {"authorization": "Bearer sk-client"}):
+        with pytest.raises(Unauthorized):
+            auth.caller(headers)
 
 
 async def test_an_unknown_key_is_refused_before_the_body_is_read(pipeline: StandInPipeline) -> None:

@@ -260,6 +260,23 @@ async def test_a_key_made_while_the_node_runs_works_and_a_revoked_one_stops_work
             await until(is_refused, 15)
 
 
+async def test_a_reload_that_cannot_read_the_ledger_keeps_the_keys_and_what_they_bind(
+    smollm2_path: Path, tmp_path: Path
+) -> None:
+    home = home_with_model(tmp_path, smollm2_path)
+    made = cli(home, "keys", "create", "clinic", "--residency", "onsite", "--admin")
+    key = next(line.strip() for line in made.splitlines() if line.strip().startswith("apl_"))
+    with running_node(home, config=SMALL_ENGINE + provider_config("http://127.0.0.1:9/v1")) as node:
+        async with httpx.AsyncClient(base_url=node.url, timeout=60) as client:
+            (home / "ledger.sqlite").rename(home / "elsewhere.sqlite")
+            headers = {"authorization": f"Bearer {key}"}
+            assert (await client.post("/admin/reload", headers=headers)).status_code == 200
+            assert (await client.get("/v1/models")).status_code == 401
+            dry = {"messages": [{"role": "user", "content": "Hi"}]}
+            told = (await client.post("/v1/explain", json=dry, headers=headers)).json()
+            assert told["residency"] == "onsite"
+
+
 async def test_a_reload_changes_the_policy_and_drops_no_stream(smollm2_path: Path, tmp_path: Path) -> None:
     policy = '[[routes]]\nname = "before"\ntargets = ["onsite"]\n'
     with running_node(home_with_model(tmp_path, smollm2_path), config=SMALL_ENGINE, policy=policy) as node:
