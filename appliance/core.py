@@ -224,6 +224,8 @@ class Target:
     quality: float | None = None
     """How good its answers are, from 0 to 1, as the operator or the catalogue declares it."""
     limits: TimeLimits = TimeLimits()
+    variant: str | None = None
+    """Which of the model's variants an engine of this node serves; what was calibrated on one is not true of others."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ import uvicorn
 from appliance.api.app import create_app
 from appliance.api.auth import Authenticator, is_loopback
 from appliance.api.connection import Connection
+from appliance.api.task_fits import TaskFits
 from appliance.backends.base import Doors
 from appliance.backends.egress import EgressDoor
 from appliance.backends.local import LocalDoor
@@ -258,6 +259,7 @@ async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Runn
             metrics=metrics,
             server=config.server,
             reload=node.reload,
+            task_fits=TaskFits(site.home / "task_fits.json"),
         )
         server = Server(_uvicorn_config(app, config))
         serving = asyncio.create_task(server.serve(sockets=[listener]))

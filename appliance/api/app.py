@@ -20,6 +20,7 @@ from appliance.api.openai import OpenAI
 from appliance.api.parts import Ledger, Metrics, Pipeline, Snapshots
 from appliance.api.replies import error_response
 from appliance.api.rim import Rim
+from appliance.api.task_fits import TaskFits
 from appliance.api.tasks import Tasks
 from appliance.config import Server
 from appliance.errors import ApplianceError, NotFound, RequestError
@@ -34,13 +35,14 @@ def create_app(
     metrics: Metrics,
     server: Server,
     reload: Callable[[], Awaitable[Mapping[str, Any]]],
+    task_fits: TaskFits | None = None,
     clock: Callable[[], float] = time.monotonic,
     wall_clock: Callable[[], float] = time.time,
 ) -> FastAPI:
     """The HTTP API over the given rooms. `pipeline` is called once for each request, so a reload may replace it.
 
-    `reload` reads the configuration again and says what is in force; `clock` must be the one that snapshots are dated
-    with.
+    `task_fits` remembers calibrated tasks (None: while the program runs). `reload` reads the configuration again and
+    says what is in force; `clock` must be the one that snapshots are dated with.
     """
     rim = Rim(pipeline=pipeline, auth=auth, max_body_bytes=server.max_body_bytes, clock=clock, wall_clock=wall_clock)
     # No interactive documentation: its pages load scripts from elsewhere, and requests travel verbatim anyway.
@@ -48,7 +50,7 @@ def create_app(
         title="Appliance",
         version=__version__,
         openapi_url=None,
-        routes=_routes(rim, Admin(rim, state, ledger, metrics, reload), ledger),
+        routes=_routes(rim, Admin(rim, state, ledger, metrics, reload), ledger, task_fits or TaskFits()),
         redirect_slashes=False,
         # Errors of our own, and defects, are answered by the envelope.
         exception_handlers={
@@ -60,15 +62,16 @@ def create_app(
     return app
 
 
-def _routes(rim: Rim, admin: Admin, ledger: Ledger) -> list[BaseRoute]:
+def _routes(rim: Rim, admin: Admin, ledger: Ledger, task_fits: TaskFits) -> list[BaseRoute]:
     """Plain routes: endpoints take the request and return the response, with no model in between for each message."""
-    openai, tasks = OpenAI(rim), Tasks(rim)
+    openai, tasks = OpenAI(rim), Tasks(rim, task_fits)
     explain = Explain(rim, ledger)
     return [
         Route("/v1/chat/completions", openai.chat, methods=["POST"]),
         Route("/v1/completions", openai.completions, methods=["POST"]),
         Route("/v1/decisions", tasks.decisions, methods=["POST"]),
         Route("/v1/decisions/batch", tasks.batch, methods=["POST"]),
+        Route("/v1/decisions/calibrate", tasks.calibrate, methods=["POST"]),
         Route("/v1/systemone", tasks.systemone, methods=["POST"]),
         Route("/v1/extract", tasks.extract, methods=["POST"]),
         Route("/v1/models", openai.models, methods=["GET"]),

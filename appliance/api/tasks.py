@@ -1,42 +1,63 @@
-"""The task endpoints: decisions in both wire formats, in batches, and extraction."""
+"""The task endpoints: decisions in both wire formats, in batches, their calibration, and extraction."""
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import structlog
 from starlette.requests import Request as Http
 from starlette.responses import Response
 
 from appliance.api.openai import whole
 from appliance.api.parts import Many
 from appliance.api.replies import json_response
-from appliance.api.rim import Rim
+from appliance.api.rim import Reader, Rim
+from appliance.api.task_fits import TaskFits
 from appliance.errors import ApplianceError
-from appliance.tasks import decisions, extract, systemone
+from appliance.tasks import decisions, extract, lessons, systemone
+from appliance.tasks.decisions import DecisionsCall
+from appliance.tasks.methods import Priors
 
 DECISION_CALLS_AT_ONCE = 4
 """Calls of a batch under way together; each holds thousands of tokens, so a few keep an engine busy."""
 EXTRACT_CALLS_AT_ONCE = 16
 """Texts of one extract request under way together; what an engine cannot take yet waits in its turn."""
 
+_log = structlog.get_logger(__name__)
+
 
 class Tasks:
-    def __init__(self, rim: Rim) -> None:
+    def __init__(self, rim: Rim, fits: TaskFits) -> None:
         self._rim = rim
+        self._fits = fits
+        self._priors = Priors()
 
     async def decisions(self, http: Http) -> Response:
-        opened = await self._rim.open(http, decisions.read)
-        answer = await self._rim.answer(http, opened)
-        return await whole(answer, answer.payload)
+        return await self._decide(http, decisions.read)
 
     async def systemone(self, http: Http) -> Response:
-        opened = await self._rim.open(http, systemone.read)
+        return await self._decide(http, systemone.read)
+
+    async def _decide(self, http: Http, read: Callable[..., Any]) -> Response:
+        opened = await self._rim.open(http, self._judging(read))
         answer = await self._rim.answer(http, opened)
         return await whole(answer, answer.payload)
 
     async def batch(self, http: Http) -> Response:
-        opened = await self._rim.open(http, decisions.read_batch)
+        opened = await self._rim.open(http, self._judging(decisions.read_batch))
         many = await self._rim.answer_many(http, opened, concurrency=DECISION_CALLS_AT_ONCE)
         return _rows(many, decisions.batch_payload(_some(many), opened.calls))
+
+    async def calibrate(self, http: Http) -> Response:
+        """Changes the answers of every caller that names the task, so it takes the scope admin."""
+        caller = self._rim.auth.caller(http.headers, "admin")
+        opened = await self._rim.open(http, partial(lessons.read, priors=self._priors))
+        many = await self._rim.answer_many(http, opened, concurrency=DECISION_CALLS_AT_ONCE)
+        learnt = await asyncio.to_thread(lessons.learn, opened.request.body, opened.calls, _some(many))
+        await asyncio.to_thread(self._fits.put, learnt.fit)
+        _log.info("task calibrated", task=learnt.fit.task, target=learnt.fit.target, key=caller.key_id)
+        return _rows(many, learnt.report)
 
     async def extract(self, http: Http) -> Response:
         opened = await self._rim.open(http, extract.read)
@@ -53,6 +74,10 @@ class Tasks:
         except ApplianceError as error:
             error.headers = {**many.facts.headers(), **error.headers}
             raise
+
+    def _judging(self, read: Callable[..., Any]) -> Reader[DecisionsCall]:
+        """A reader of decisions that knows the tasks calibrated here."""
+        return partial(read, tasks=self._fits.tasks, priors=self._priors)
 
 
 def _some(many: Many) -> Sequence[Any]:

@@ -4,6 +4,7 @@ import typer
 
 from appliance.cli import keys, models, policy
 from appliance.cli.calibrate import calibrate_command
+from appliance.cli.calibrate_task import calibrate_task_command
 from appliance.cli.hardware import plan_command, probe_command
 from appliance.cli.report import report_command
 from appliance.cli.serving import serve_command
@@ -18,6 +19,7 @@ app.command("serve")(serve_command)
 app.command("probe")(probe_command)
 app.command("plan")(plan_command)
 app.command("calibrate")(calibrate_command)
+app.command("calibrate-task")(calibrate_task_command)
 app.command("report")(report_command)
 app.add_typer(models.app, name="models")
 app.add_typer(policy.app, name="policy")

@@ -159,6 +159,7 @@ class Keeper:
             abilities=placement.abilities,
             context_tokens=placement.shape.sequence_context_tokens,
             quality=placement.quality,
+            variant=placement.variant,
         )
         self._engine, self._launcher, self._signals = engine, launcher, signals
         self._socket, self._limits, self._watts, self._clock = socket, limits, watts, clock

@@ -1,9 +1,13 @@
 """What `probability` and `confidence` mean, in one place.
 
-Decisions: the model gives every label a log likelihood; `probabilities` are their softmax over the labels of the
-question, sharpened or flattened by a temperature, and sum to 1. `confidence` is the probability of the option that is
-reported. `label_mass` says how much of the model's whole distribution fell on any label at all: a low one means that
-the model wanted to say something else, and makes the answer unsure however confident it looks.
+Decisions: the model gives every label a log likelihood; its `scores` are these, normalised over the labels of the
+question. With `debias` they are averaged over two orders of the options, forward and reversed; with `calibrate:
+"content_free"` the scores for a text that says nothing are taken off, so that only what the text itself adds counts.
+`probabilities` are the softmax of scores / temperature + bias, and sum to 1; temperature and biases are those that were
+fitted for the task the request names (fitting.py), and 1 and 0 otherwise. `confidence` is the probability of the option
+that is reported. `label_mass` says how much of the model's whole distribution fell on any label at all: a low one means
+that the model wanted to say something else, and makes the answer unsure however confident it looks. A fit belongs to a
+task, a model and a variant; an answer of any other model is never given it.
 
 Extraction: the confidence of a field is the product of the probabilities of the tokens that its value was written with:
 the model's own probability of writing exactly this value, given what it wrote before. Long values score lower than
@@ -21,14 +25,40 @@ DEFAULT_TEMPERATURE = 1.0
 """1 leaves the model's own distribution as it is: no calibration set has been given."""
 
 
-def calibrated(logprobs: Sequence[float], temperature: float = DEFAULT_TEMPERATURE) -> tuple[float, ...]:
+UNSURE_LABEL_MASS = 0.05
+"""Below, an answer is marked `unsure`: nineteen times out of twenty the model would have said something else."""
+LEAST_SCORE = -100.0
+"""Scores are not let further down: differences beyond say nothing, and infinities cannot be averaged or taken off."""
+
+
+def calibrated(
+    scores: Sequence[float], temperature: float = DEFAULT_TEMPERATURE, bias: Sequence[float] = ()
+) -> tuple[float, ...]:
     """Probabilities of the labels, summing to 1. Excluded labels have -inf; ValueError where all are."""
-    top = max(logprobs)
-    if not math.isfinite(top):
+    if not math.isfinite(max(scores)):
         raise ValueError("no label has a finite log probability")
-    weights = [math.exp((logprob - top) / temperature) for logprob in logprobs]
+    shifts = bias or (0.0,) * len(scores)
+    values = [score / temperature + shift for score, shift in zip(scores, shifts, strict=True)]
+    top = max(values)
+    weights = [math.exp(value - top) for value in values]
     total = math.fsum(weights)
     return tuple(weight / total for weight in weights)
+
+
+def normalised(logprobs: Sequence[float]) -> tuple[float, ...]:
+    """Scores: log shares among the labels, none below LEAST_SCORE."""
+    shares = calibrated(logprobs)
+    return tuple(max(LEAST_SCORE, math.log(share)) if share else LEAST_SCORE for share in shares)
+
+
+def averaged(scores: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """One question asked in several ways: the mean score of every label."""
+    return tuple(math.fsum(column) / len(scores) for column in zip(*scores, strict=True))
+
+
+def without_prior(scores: Sequence[float], prior: Sequence[float]) -> tuple[float, ...]:
+    """What a text adds to the scores of one that says nothing."""
+    return tuple(score - before for score, before in zip(scores, prior, strict=True))
 
 
 def most_likely(probabilities: Sequence[float]) -> int:

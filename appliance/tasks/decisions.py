@@ -5,17 +5,33 @@ with `label_mass` besides (null where the target does not tell it). A score coun
 
 Batch request: `inputs` (1 to 10,000) instead of `input`. Response: {model, results, usage}; results in order, each
 {index, answers} or {index, error} with OpenAI's error object.
+
+Ours besides, in both: `debias`, `calibrate` and `task` (methods.py), for models whose labels are scored here (what a
+hosted model says is given as it comes); and on an answer `unsure: true` where its label mass is low, and
+`calibrated_for` where a task's fit was applied.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from appliance.core import Ability, Asked, Outgoing, Reply, Target, Usage
-from appliance.errors import ApplianceError, Unsupported
+from appliance.errors import ApplianceError, BackendGarbage, Unsupported
 from appliance.tasks import hosted, labels
+from appliance.tasks.confidence import calibrated, without_prior
 from appliance.tasks.fields import missing, read_list, read_model, refuse_other_contract
 from appliance.tasks.inputs import Input, read_input
+from appliance.tasks.methods import (
+    CONTENT_FREE,
+    FIELDS,
+    PLAINLY,
+    UNFITTED,
+    Judging,
+    Priors,
+    Tasks,
+    question_key,
+    read_judging,
+)
 from appliance.tasks.questions import Judged, Question, question_text, read_questions
 from appliance.tasks.tokens import estimate_tokens
 
@@ -26,7 +42,8 @@ TOKENS_PER_CALL = 2_048
 others get their turn between two, and a failure costs no more than one."""
 
 _OTHERS = {"state": "/v1/systemone", "inputs": "/v1/decisions/batch"}
-_OWN_FIELDS = frozenset({"model", "input", "inputs", "questions", "stream"})
+_OWN_FIELDS = frozenset({"model", "input", "inputs", "questions", "stream"}) | FIELDS
+_NOTHING = Input(CONTENT_FREE, CONTENT_FREE)
 
 Row = tuple[Judged, ...] | ApplianceError
 
@@ -38,6 +55,8 @@ class Judgement:
     model: str
     rows: tuple[Row, ...]
     usage: Usage
+    target: str = ""
+    variant: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +73,9 @@ class DecisionsCall:
     extras: Mapping[str, Any]
     question_first: bool
     render: Callable[[Judgement, Sequence[Question]], Any] | None = None
+    judging: Judging = PLAINLY
+    priors: Priors = field(default_factory=Priors)
+    """Shared by all calls of a program that keeps one."""
 
     @property
     def stream(self) -> bool:
@@ -64,7 +86,7 @@ class DecisionsCall:
         """Every item whole, as engines report it: how much of it is shared and cached shows only when it was done."""
         texts = sum(estimate_tokens(text.text) for text in self.inputs)
         asks = sum(labels.question_tokens(question) for question in self.questions)
-        return len(self.questions) * texts + len(self.inputs) * asks
+        return self.judging.method.ways * (len(self.questions) * texts + len(self.inputs) * asks)
 
     @property
     def longest_prompt_tokens(self) -> int:
@@ -74,13 +96,16 @@ class DecisionsCall:
 
     @property
     def output_tokens(self) -> int:
-        return len(self.inputs) * len(self.questions)
+        return len(self.inputs) * len(self.questions) * self.judging.method.ways
 
     def outgoing(self, target: Target) -> Sequence[Outgoing]:
         """Label scores where the target can give them, else OpenAI's own endpoint. Raises Unsupported."""
         has_image = any(text.has_image for text in self.inputs)
         if "labels" in target.abilities and not has_image:
-            return (labels.outgoing(self.inputs, self.questions, question_first=self.question_first),)
+            method = self.judging.method
+            asks_prior = method.content_free and self.priors.wanted(self._prior_keys(target))
+            inputs = (*self.inputs, _NOTHING) if asks_prior else self.inputs
+            return (labels.outgoing(inputs, self.questions, question_first=self.question_first, debias=method.debias),)
         if "decisions" in target.abilities:
             return [hosted.outgoing(text, self.wired, self.extras) for text in self.inputs]
         what = "look at images" if has_image else "answer decisions"
@@ -90,23 +115,65 @@ class DecisionsCall:
         """The rendered payload. Raises BackendGarbage, or a single input's own error."""
         rows: Sequence[Row]
         if "labels" in target.abilities and not any(text.has_image for text in self.inputs):
-            rows = labels.read_scores(replies[0].payload, len(self.inputs), self.questions)
+            rows = self._read_labels(target, replies[0].payload)
         else:
             rows = [hosted.read_answers(reply.payload, self.questions) for reply in replies]
-        judgement = Judgement(target.model, tuple(rows), sum((reply.usage for reply in replies), Usage()))
+        usage = sum((reply.usage for reply in replies), Usage())
+        judgement = Judgement(target.model, tuple(rows), usage, target.name, target.variant)
         return judgement if self.render is None else self.render(judgement, self.questions)
 
+    def _read_labels(self, target: Target, payload: object) -> Sequence[Row]:
+        rows = list(labels.read_scored(payload, self.questions, debias=self.judging.method.debias))
+        if len(rows) == len(self.inputs) + 1 and self.judging.method.content_free:
+            self._note_prior(target, rows.pop())
+        if len(rows) != len(self.inputs):
+            raise BackendGarbage("the engine's label scores do not match what was asked")
+        priors = [self.priors.get(key) for key in self._prior_keys(target)]
+        return [row if isinstance(row, ApplianceError) else self._judged(target, row, priors) for row in rows]
 
-def read(body: Mapping[str, Any]) -> tuple[Asked, Sequence[DecisionsCall]]:
-    """Check a decisions body. Raises RequestError naming field, value and remedy."""
+    def _judged(
+        self, target: Target, row: Sequence[labels.Scored], priors: Sequence[tuple[float, ...] | None]
+    ) -> tuple[Judged, ...]:
+        answers = []
+        for question, scored, prior in zip(self.questions, row, priors, strict=True):
+            scores = scored.scores
+            if self.judging.method.content_free:
+                if prior is None:
+                    raise BackendGarbage("the engine gave no scores for the text that says nothing")
+                scores = without_prior(scores, prior)
+            name, fit = self.judging.fit(target, question) or (None, UNFITTED)
+            shares = calibrated(scores, fit.temperature, fit.bias)
+            answers.append(Judged(shares, scored.label_mass, scores, name))
+        return tuple(answers)
+
+    def _note_prior(self, target: Target, row: Sequence[labels.Scored] | ApplianceError) -> None:
+        if not isinstance(row, ApplianceError):
+            for key, scored in zip(self._prior_keys(target), row, strict=True):
+                self.priors.note(key, scored.scores)
+
+    def _prior_keys(self, target: Target) -> Sequence[tuple[Any, ...]]:
+        place = (target.name, target.variant, self.question_first, self.judging.method.debias)
+        return [(*place, question_key(question)) for question in self.questions]
+
+
+def read(
+    body: Mapping[str, Any], tasks: Tasks | None = None, priors: Priors | None = None
+) -> tuple[Asked, Sequence[DecisionsCall]]:
+    """Check a decisions body. `tasks` None: a task it names is not looked up.
+
+    Raises RequestError naming field, value and remedy, and NotFound for an unknown task.
+    """
     refuse_other_contract(body, "/v1/decisions", "input", _OTHERS)
     questions = read_questions(body)
     text = read_input(body["input"], "input")
     call = make_call((text,), questions, body["questions"], _extras(body), openai_payload)
+    call = replace(call, judging=read_judging(body, questions, tasks), priors=priors or call.priors)
     return make_asked(body, call), (call,)
 
 
-def read_batch(body: Mapping[str, Any]) -> tuple[Asked, Sequence[DecisionsCall]]:
+def read_batch(
+    body: Mapping[str, Any], tasks: Tasks | None = None, priors: Priors | None = None
+) -> tuple[Asked, Sequence[DecisionsCall]]:
     """Check a batch body and cut it into calls; `batch_payload` puts their results together again."""
     refuse_other_contract(body, "/v1/decisions/batch", "inputs", {"input": "/v1/decisions", "state": "/v1/systemone"})
     questions = read_questions(body)
@@ -115,21 +182,26 @@ def read_batch(body: Mapping[str, Any]) -> tuple[Asked, Sequence[DecisionsCall]]
     rows = read_list(body["inputs"], "inputs", 1, MAX_INPUTS, "inputs")
     inputs = tuple(read_input(row, f"inputs[{index}]") for index, row in enumerate(rows))
     whole = make_call(inputs, questions, body["questions"], _extras(body))
-    # The layout is chosen once for all: a text's answer must not depend on which chunk it fell into.
-    calls = [
-        DecisionsCall(chunk, questions, whole.wired, whole.extras, whole.question_first)
-        for chunk in _chunks(inputs, questions)
-    ]
-    return make_asked(body, whole), calls
+    whole = replace(whole, judging=read_judging(body, questions, tasks), priors=priors or whole.priors)
+    return make_asked(body, whole), split(whole)
 
 
-def _chunks(inputs: Sequence[Input], questions: Sequence[Question]) -> Iterator[tuple[Input, ...]]:
+def split(whole: DecisionsCall) -> Sequence[DecisionsCall]:
+    """A call about many inputs as calls that an engine answers in a few seconds each.
+
+    The layout stays that of the whole: a text's answer must not depend on which chunk it fell into.
+    """
+    return [replace(whole, inputs=chunk) for chunk in _chunks(whole)]
+
+
+def _chunks(whole: DecisionsCall) -> Iterator[tuple[Input, ...]]:
     """The inputs in order, as many together as one call may hold; each at least alone."""
-    asks = sum(labels.question_tokens(question) for question in questions)
+    inputs, ways = whole.inputs, whole.judging.method.ways
+    asks = sum(labels.question_tokens(question) for question in whole.questions)
     chunk: list[Input] = []
     tokens = 0
     for text in inputs:
-        needed = asks + len(questions) * estimate_tokens(text.text)
+        needed = ways * (asks + len(whole.questions) * estimate_tokens(text.text))
         if chunk and (len(chunk) == INPUTS_PER_CALL or tokens + needed > TOKENS_PER_CALL):
             yield tuple(chunk)
             chunk, tokens = [], 0
@@ -212,7 +284,7 @@ def _answer(judged: Judged, question: Question) -> Mapping[str, Any]:
     if judged.probabilities is None:
         return {"type": "refusal", "name": question.name}
     head = {"type": question.kind, "name": question.name}
-    tail = {"label_mass": judged.label_mass}
+    tail = judged.remarks
     if question.kind == "predicate":
         return {**head, "probability": judged.probabilities[0], **tail}
     pairs = list(zip(question.options, judged.probabilities, strict=True))

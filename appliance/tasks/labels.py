@@ -6,13 +6,14 @@ put the question into the system message; one text and several questions put the
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from appliance.core import Outgoing
 from appliance.errors import ApplianceError, BackendGarbage, BackendRefused, ContextTooLong
-from appliance.tasks.confidence import calibrated
+from appliance.tasks.confidence import averaged, calibrated, normalised
 from appliance.tasks.inputs import Input
-from appliance.tasks.questions import Judged, Question
+from appliance.tasks.questions import Judged, Option, Question
 from appliance.tasks.tokens import MESSAGE_TOKENS, estimate_tokens
 
 PATH = "/labels"
@@ -32,6 +33,40 @@ _ASKS = {
     "choice": "Question:",
     "score": "Rate the text, from the lowest level to the highest:",
 }
+_REVERSED_SCORE = "Rate the text, from the highest level to the lowest:"
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """A question as it is put to the model: one of several where the order of its options should not count."""
+
+    ask: str
+    labels: tuple[str, ...]
+    options: tuple[int, ...]
+    """Which option each label stands for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A question's answer before it is calibrated: a score for each option in order (see `confidence`)."""
+
+    scores: tuple[float, ...]
+    label_mass: float | None
+
+
+def wordings(question: Question, *, debias: bool) -> tuple[Wording, ...]:
+    """The question with its options in order and, for `debias`, also in reverse."""
+    labels = labels_of(question)
+    count = len(labels)
+    forward = Wording(_asks(question, labels), labels, tuple(range(count)))
+    if not debias:
+        return (forward,)
+    if question.kind == "choice" and not _is_spelled(question.options[0], labels[0]):
+        # Numbers say where an option stands, so they are given anew; a level's number says how high it is.
+        options = tuple(reversed(question.options))
+        return forward, Wording(_asks(question, labels, options), labels, tuple(reversed(range(count))))
+    turned = _asks(question, labels[::-1], question.options[::-1], _REVERSED_SCORE)
+    return forward, Wording(turned, labels, tuple(range(count)))
 
 
 def labels_of(question: Question) -> tuple[str, ...]:
@@ -55,14 +90,15 @@ def question_tokens(question: Question) -> int:
     return estimate_tokens(f"{_TASK}{_asks(question, labels_of(question))}{CUE}") + 2 * MESSAGE_TOKENS
 
 
-def outgoing(inputs: Sequence[Input], questions: Sequence[Question], *, question_first: bool) -> Outgoing:
-    """One call that scores every question for every input, inputs outermost."""
+def outgoing(
+    inputs: Sequence[Input], questions: Sequence[Question], *, question_first: bool, debias: bool = False
+) -> Outgoing:
+    """One call that scores every wording of every question for every input, inputs outermost."""
     names: dict[tuple[str, ...], str] = {}
     asked = []
-    for question in questions:
-        labels = labels_of(question)
-        names.setdefault(labels, f"set{len(names)}")
-        asked.append((_asks(question, labels), names[labels]))
+    for wording in (wording for question in questions for wording in wordings(question, debias=debias)):
+        names.setdefault(wording.labels, f"set{len(names)}")
+        asked.append((wording.ask, names[wording.labels]))
     pairs = [
         (*(_question_first if question_first else _text_first)(text.text, ask), labels)
         for text in inputs
@@ -92,14 +128,22 @@ def _text_first(text: str, ask: str) -> tuple[str, str]:
     return f"{_TASK}\n\nText:\n{text}", ask
 
 
-def _asks(question: Question, labels: Sequence[str]) -> str:
-    lines = [f"{_ASKS[question.kind]} {question.instructions}", "Possible answers:"]
-    for option, label in zip(question.options, labels, strict=True):
-        is_spelled = question.kind == "predicate" or label == _spelling(option.value)
+def _asks(
+    question: Question, labels: Sequence[str], options: Sequence[Option] | None = None, score_ask: str | None = None
+) -> str:
+    """The question and its possible answers, `options` (the question's own otherwise) in their order."""
+    ask = score_ask if question.kind == "score" and score_ask else _ASKS[question.kind]
+    lines = [f"{ask} {question.instructions}", "Possible answers:"]
+    for option, label in zip(options or question.options, labels, strict=True):
+        is_spelled = question.kind == "predicate" or _is_spelled(option, label)
         meaning = [] if is_spelled else [_shown(option.value)]
         meaning += [option.description] if option.description else []
         lines.append(": ".join((f"- {label}", *meaning)))
     return "\n".join(lines)
+
+
+def _is_spelled(option: Option, label: str) -> bool:
+    return label == _spelling(option.value)
 
 
 def _shown(value: str | bool) -> str:
@@ -109,19 +153,46 @@ def _shown(value: str | bool) -> str:
 def read_scores(
     payload: object, inputs: int, questions: Sequence[Question]
 ) -> Sequence[tuple[Judged, ...] | ApplianceError]:
-    """Answers to all questions for each input, or why there are none for it. Raises BackendGarbage."""
-    results = payload.get("results") if isinstance(payload, dict) else None
-    if not isinstance(results, list) or len(results) != inputs * len(questions):
+    """Answers to all questions for each input as the model gives them, or why there are none for it.
+
+    Raises BackendGarbage.
+    """
+    rows = read_scored(payload, questions)
+    if len(rows) != inputs:
         raise BackendGarbage("the engine's label scores do not match what was asked")
-    rows: list[tuple[Judged, ...] | ApplianceError] = []
-    for start in range(0, len(results), len(questions)):
-        here = results[start : start + len(questions)]
+    return [
+        row
+        if isinstance(row, ApplianceError)
+        else tuple(Judged(calibrated(one.scores), one.label_mass, one.scores) for one in row)
+        for row in rows
+    ]
+
+
+def read_scored(
+    payload: object, questions: Sequence[Question], *, debias: bool = False
+) -> Sequence[tuple[Scored, ...] | ApplianceError]:
+    """The scores of all questions for each input, or why there are none for it. Raises BackendGarbage."""
+    results = payload.get("results") if isinstance(payload, dict) else None
+    asked = [wordings(question, debias=debias) for question in questions]
+    width = sum(map(len, asked))
+    if not isinstance(results, list) or len(results) % width:
+        raise BackendGarbage("the engine's label scores do not match what was asked")
+    rows: list[tuple[Scored, ...] | ApplianceError] = []
+    for start in range(0, len(results), width):
+        here = results[start : start + width]
         errors = [result["error"] for result in here if isinstance(result, dict) and result.get("error")]
         if errors:
             rows.append(_error(errors[0]))
         else:
-            rows.append(tuple(_judged(result, question) for result, question in zip(here, questions, strict=True)))
+            following = iter(here)
+            rows.append(tuple(_mean([_scored(next(following), one) for one in wording]) for wording in asked))
     return rows
+
+
+def _mean(scored: Sequence[Scored]) -> Scored:
+    masses = [one.label_mass for one in scored if one.label_mass is not None]
+    mass = sum(masses) / len(masses) if len(masses) == len(scored) else None
+    return Scored(averaged([one.scores for one in scored]), mass)
 
 
 def _error(error: object) -> ApplianceError:
@@ -132,13 +203,15 @@ def _error(error: object) -> ApplianceError:
     return kind(_ITEM.sub("", str(message)), param="input", status=400)
 
 
-def _judged(result: object, question: Question) -> Judged:
+def _scored(result: object, wording: Wording) -> Scored:
     labels = result.get("labels") if isinstance(result, dict) else None
-    if not isinstance(result, dict) or not isinstance(labels, list) or len(labels) != len(question.options):
+    if not isinstance(result, dict) or not isinstance(labels, list) or len(labels) != len(wording.labels):
         raise BackendGarbage("a label score of the engine does not have one entry for each label")
     try:
-        scores = [-float("inf") if row["logprob"] is None else float(row["logprob"]) for row in labels]
+        logprobs = [-float("inf") if row["logprob"] is None else float(row["logprob"]) for row in labels]
+        scores = normalised(logprobs)
         mass = result.get("label_mass")
-        return Judged(calibrated(scores), None if mass is None else float(mass))
+        by_option = tuple(scores[wording.options.index(option)] for option in range(len(scores)))
+        return Scored(by_option, None if mass is None else float(mass))
     except (KeyError, TypeError, ValueError) as error:
         raise BackendGarbage(f"a label score of the engine cannot be read: {error!r}") from error

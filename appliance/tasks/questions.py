@@ -7,7 +7,7 @@ from typing import Any, Literal
 import orjson
 
 from appliance.errors import RequestError
-from appliance.tasks.confidence import expected_level, most_likely
+from appliance.tasks.confidence import UNSURE_LABEL_MASS, expected_level, most_likely
 from appliance.tasks.fields import missing, read_list, read_object, wrong
 
 MAX_QUESTIONS = 400
@@ -42,6 +42,10 @@ class Judged:
     probabilities: tuple[float, ...] | None
     label_mass: float | None = None
     """How much of the model's whole distribution fell on any option; None where the target does not tell."""
+    scores: tuple[float, ...] = ()
+    """What the probabilities were made of, before temperature and bias; empty where the target gives probabilities."""
+    task: str | None = None
+    """The task whose fit was applied."""
 
     @property
     def chosen(self) -> int:
@@ -57,6 +61,16 @@ class Judged:
     def score(self) -> float:
         assert self.probabilities is not None
         return expected_level(self.probabilities)
+
+    @property
+    def remarks(self) -> Mapping[str, Any]:
+        """What is told besides the answer itself, in every wire format."""
+        remarks: dict[str, Any] = {"label_mass": self.label_mass}
+        if self.label_mass is not None and self.label_mass < UNSURE_LABEL_MASS:
+            remarks["unsure"] = True
+        if self.task is not None:
+            remarks["calibrated_for"] = self.task
+        return remarks
 
 
 PREDICATE = (Option(True), Option(False))

@@ -3,10 +3,12 @@
 Request: {model, state: text or JSON, questions: {id: {type, instructions, criteria}}} with type `noul` (criteria
 optional {true, false}), `choice` (criteria {option: description or null}) or `score` (criteria [level, ...] from the
 lowest). Response: {model, answers: {id: answer}, usage}. Levels are numbered from 0, as strings, in `legend` and
-`probabilities`. A question that the model declined to answer is missing from `answers`. `label_mass` is ours.
+`probabilities`. A question that the model declined to answer is missing from `answers`. `label_mass`, `unsure` and
+`calibrated_for` are ours, and so are the request's `debias`, `calibrate` and `task`: see decisions.py.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -17,6 +19,7 @@ from appliance.tasks.decisions import DecisionsCall, Judgement, make_asked, make
 from appliance.tasks.fields import missing, read_object, refuse_other_contract, wrong
 from appliance.tasks.hosted import on_the_wire
 from appliance.tasks.inputs import Input
+from appliance.tasks.methods import Priors, Tasks, read_judging
 from appliance.tasks.questions import (
     MAX_CHOICES,
     MAX_LEVELS,
@@ -29,13 +32,16 @@ from appliance.tasks.questions import (
 )
 
 
-def read(body: Mapping[str, Any]) -> tuple[Asked, Sequence[DecisionsCall]]:
-    """Check a System One body. Raises RequestError naming field, value and remedy."""
+def read(
+    body: Mapping[str, Any], tasks: Tasks | None = None, priors: Priors | None = None
+) -> tuple[Asked, Sequence[DecisionsCall]]:
+    """Check a System One body, as `decisions.read` does. Raises RequestError naming field, value and remedy."""
     others = {"input": "/v1/decisions", "inputs": "/v1/decisions/batch"}
     refuse_other_contract(body, "/v1/systemone", "state", others)
     questions = _read_questions(body.get("questions"))
     text = _content(body["state"], "state")
     call = make_call((Input(text, text),), questions, on_the_wire(questions), {}, _payload)
+    call = replace(call, judging=read_judging(body, questions, tasks), priors=priors or call.priors)
     return make_asked(body, call), (call,)
 
 
@@ -121,7 +127,7 @@ def _payload(judgement: Judgement, questions: Sequence[Question]) -> Mapping[str
 def _answer(judged: Judged, question: Question) -> Mapping[str, Any]:
     shares = judged.probabilities
     assert shares is not None
-    tail = {"label_mass": judged.label_mass}
+    tail = judged.remarks
     if question.kind == "predicate":
         return {"type": "noul", "noul": shares[0], **tail}
     values = [str(option.value) for option in question.options]
