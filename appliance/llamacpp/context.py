@@ -45,20 +45,20 @@ class Context:
     def decode(self) -> int:
         """Run `batch`. 0: done, `rows` are valid. NO_KV_ROOM: nothing changed. ABORTED or below 0: memory in doubt."""
         self.batch.raw.n_tokens = self.batch.size
-        self._rows_address = 0
         return int(lib.llama_decode(self._context, self.batch.raw))
 
     @property
     def rows(self) -> Rows:
         """Logits of the tokens of the last decode that asked for output, in the order they were added."""
-        pointer = ctypes.cast(lib.llama_get_logits(self._context), ctypes.c_void_p).value
+        pointer = lib.llama_get_logits(self._context)
         if not pointer or not self.batch.outputs:
             return self._rows[:0]
-        shape = (self.batch.outputs, self.vocabulary_size)
-        if pointer != self._rows_address:
-            raw = (ctypes.c_float * (shape[0] * shape[1])).from_address(pointer)
-            self._rows, self._rows_address = np.ctypeslib.as_array(raw).reshape(shape), pointer
-        return self._rows
+        address = ctypes.addressof(pointer.contents)  # a cast would leave a cycle of references behind each time
+        if address != self._rows_address:
+            shape = (self.batch.outputs_max, self.vocabulary_size)
+            raw = (ctypes.c_float * (shape[0] * shape[1])).from_address(address)
+            self._rows, self._rows_address = np.ctypeslib.as_array(raw).reshape(shape), address
+        return self._rows[: self.batch.outputs]
 
     def abort(self) -> None:
         """Make a decode that runs in another thread give up within milliseconds; it returns ABORTED, and so does

@@ -2,13 +2,14 @@
 
 import asyncio
 import gc
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import llama_cpp
 import pytest
 
 from appliance.errors import ContextTooLong, EngineBusy, EngineFailed, RequestError
-from appliance.llamacpp.context import NO_KV_ROOM
+from appliance.llamacpp.context import ABORTED, NO_KV_ROOM
 from appliance.llamacpp.engine import Engine, Generation
 from appliance.llamacpp.model import Model
 from appliance.llamacpp.params import Generate, LabelItem, Logits, Sampling, TokenEvent
@@ -273,6 +274,84 @@ async def test_cancelling_a_score_drops_the_rest(engine: Engine) -> None:
     assert engine.load().prefill_tokens_total < 100 * 200
 
 
+async def test_a_prompt_that_nobody_waits_for_is_given_up_in_the_middle_of_its_step(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decode tells when it begins, and does not go on before the cancellation is in."""
+    begun, cancelled, decode, codes = threading.Event(), threading.Event(), engine.model.decode, list[int]()
+
+    def slow() -> int:
+        begun.set()
+        cancelled.wait(10)
+        codes.append(decode())
+        return codes[-1]
+
+    monkeypatch.setattr(engine.model, "decode", slow)
+    generation = engine.submit(endless(story(engine.model, 250), 5))
+    await asyncio.to_thread(begun.wait, 10)
+    generation.cancel()
+    cancelled.set()
+    await read(generation)
+    assert codes == [ABORTED]
+    after = engine.submit(endless(story(engine.model, 30), 5))
+    assert len(await tokens(after)) == 5
+    assert engine.load().prefill_tokens_total < 250
+
+
+async def test_a_step_is_not_given_up_while_somebody_waits_for_a_part_of_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, cancelled, decode, codes = threading.Event(), threading.Event(), engine.model.decode, list[int]()
+
+    def slow() -> int:
+        begun.set()
+        cancelled.wait(10)
+        codes.append(decode())
+        return codes[-1]
+
+    kept = engine.submit(endless(story(engine.model, 20), 3))
+    gone = engine.submit(endless([7, *story(engine.model, 20)], 3))
+    monkeypatch.setattr(engine.model, "decode", slow)
+    await asyncio.to_thread(begun.wait, 10)
+    gone.cancel()
+    cancelled.set()
+    assert len(await tokens(kept)) == 3
+    assert ABORTED not in codes[1:]
+
+
+async def test_an_urgent_label_call_does_not_wait_for_a_long_one(engine: Engine) -> None:
+    long = [LabelItem(story(engine.model, 100)[n % 50 :], [[5], [6, 7]], priority=5) for n in range(200)]
+    bulk = asyncio.create_task(engine.score(long))
+    await until(lambda: engine.load().steps)
+    assert engine.load().label_items > 100
+    urgent = await engine.score([LabelItem(story(engine.model, 40), [[5], [6]])])
+    assert urgent[0].error is None
+    assert engine.load().label_items > 100
+    bulk.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await bulk
+    await until_idle(engine)
+
+
+async def test_a_long_label_call_of_one_tenant_does_not_hold_up_another(engine: Engine) -> None:
+    long = [LabelItem(story(engine.model, 100)[n % 50 :], [[5], [6, 7]], "bulk") for n in range(200)]
+    bulk = asyncio.create_task(engine.score(long))
+    await until(lambda: engine.load().steps)
+    await engine.score([LabelItem(story(engine.model, 40), [[5], [6]], "other")])
+    assert engine.load().label_items > 100
+    bulk.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await bulk
+    await until_idle(engine)
+
+
+async def test_the_load_tells_how_much_of_the_time_is_the_engines_own(engine: Engine) -> None:
+    await tokens(engine.submit(endless(story(engine.model, 50), 30)))
+    await until_idle(engine)
+    load = engine.load()
+    assert 0 < load.host_seconds_total < 0.5 * load.compute_seconds_total
+
+
 async def test_scoring_nothing_gives_nothing(engine: Engine) -> None:
     assert await engine.score([]) == []
 
@@ -365,7 +444,8 @@ async def test_an_engine_that_always_fails_says_so_and_ends_everything(
         assert await read(generation) == []
         assert generation.finished is not None
         assert generation.finished.reason == "error"
-    await until(lambda: engine.failed)
+    async with asyncio.timeout(20):
+        assert await engine.until_failed() is engine.failed
     assert isinstance(engine.failed, EngineFailed)
     with pytest.raises(EngineBusy):
         engine.submit(endless([5], 1))
