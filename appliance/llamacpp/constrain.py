@@ -61,6 +61,11 @@ class JsonConstraint:
         if not self._matcher.consume_token(token):
             raise ConstraintBroken(f"token {token} does not fit the JSON schema: {self._reason()}")
 
+    def forced(self) -> list[int]:
+        """What the schema leaves no choice about: keys, and the signs between them. Computed together in one step."""
+        tokens: list[int] = self._matcher.compute_ff_tokens()
+        return tokens
+
     def finished(self) -> bool:
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 

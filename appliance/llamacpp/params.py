@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,14 @@ class Constraint(Protocol):
 
     def finished(self) -> bool:
         """True when the text is complete and nothing but the end may follow."""
+
+
+@runtime_checkable
+class Forcing(Protocol):
+    """A constraint that can tell when it leaves no choice."""
+
+    def forced(self) -> list[int]:
+        """The tokens that must come next, one after the other; none where there is a choice."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -284,7 +284,8 @@ class Runner:
         for sequence, tokens in chunks:
             sequence.computed += tokens
             if sequence.computed == sequence.length:
-                self._cells.cache(sequence, sequence.length)
+                if sequence.shared < sequence.prompt_length:
+                    self._cells.cache(sequence, sequence.length)
                 self._sample(sequence, self.model.rows[row])
                 self._clear_suspect(sequence)
                 row += 1
@@ -313,6 +314,7 @@ class Runner:
         if not sampler.stateless:
             try:
                 sampler.accept(event.token)
+                self._append_forced(sequence)
             except Exception as error:
                 sequence.finish("error", f"the constraint refuses its own token: {error}")
         if sequence.finished is None and (sampler.finished or not sequence.remaining):
@@ -321,6 +323,17 @@ class Runner:
             self._retire(sequence)
         else:
             self._told.sequences.append(sequence)
+
+    def _append_forced(self, sequence: Sequence) -> None:
+        """Tokens without a choice are computed with the next one, as a piece of prompt is.
+
+        Not in a lane: there each rides along with the other lanes' tokens, and a run would be a pass of its own.
+        """
+        if sequence.lane >= 0:
+            return
+        for event in sequence.sampler.forced()[: sequence.remaining]:
+            sequence.append(event)
+            sequence.sampler.accept(event.token)
 
     def _retire(self, sequence: Sequence) -> None:
         """Take a finished sequence out; its tokens stay cached where they are whole."""

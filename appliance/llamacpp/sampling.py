@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from appliance.llamacpp.params import Constraint, Logits, Sampling, TokenEvent
+from appliance.llamacpp.params import Constraint, Forcing, Logits, Sampling, TokenEvent
 
 _GREEDY_TEMPERATURE: Final = 1e-5
 """At or below, the distribution is a single token in float32 anyway."""
@@ -60,6 +60,7 @@ class Sampler:
         "_bias_values",
         "_constraint",
         "_counts",
+        "_forcing",
         "_greedy",
         "_logprobs",
         "_penalizes",
@@ -78,6 +79,7 @@ class Sampler:
     ) -> None:
         """`forbidden` tokens are never drawn; the log probabilities are those of the model with them all the same."""
         self._sampling, self._logprobs, self._constraint = sampling, logprobs, constraint
+        self._forcing = constraint if isinstance(constraint, Forcing) else None
         self._greedy = sampling.temperature <= _GREEDY_TEMPERATURE or sampling.top_k == 1
         self._random = None if self._greedy else np.random.default_rng(sampling.seed)
         self._counts: dict[int, int] = {}
@@ -128,6 +130,13 @@ class Sampler:
             self._constraint.accept(token)
         if self._penalizes:
             self._counts[token] = self._counts.get(token, 0) + 1
+
+    def forced(self) -> list[TokenEvent]:
+        """The tokens that the constraint leaves no choice about, to be taken as they are; each must be accepted."""
+        tokens: list[int] = self._forcing.forced() if self._forcing is not None else []
+        if self._logprobs is None:
+            return [TokenEvent(token) for token in tokens]
+        return [TokenEvent(token, 0.0, ((token, 0.0),) if self._logprobs else ()) for token in tokens]
 
     def _shift(self, logits: Logits) -> None:
         """Logit bias, then the penalties over the tokens generated so far."""

@@ -1,0 +1,93 @@
+"""Runs of tokens that a schema leaves no choice about are computed in one step, and change nothing of the answer."""
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import pytest
+
+from appliance.llamacpp.constrain import Grammars, JsonConstraint
+from appliance.llamacpp.engine import Engine
+from appliance.llamacpp.model import Model
+from appliance.llamacpp.params import Generate, Logits, Sampling, TokenEvent
+
+pytestmark = pytest.mark.anyio
+
+NAMES = ("customer_reference", "delivery_address", "invoice_number")
+SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "properties": {name: {"type": "string", "maxLength": 8} for name in NAMES},
+    "required": list(NAMES),
+    "additionalProperties": False,
+}
+
+
+class Unhurried:
+    """The same constraint without telling what it forces."""
+
+    def __init__(self, inner: JsonConstraint) -> None:
+        self._inner = inner
+
+    def apply(self, logits: Logits) -> None:
+        self._inner.apply(logits)
+
+    def accept(self, token: int) -> None:
+        self._inner.accept(token)
+
+    def finished(self) -> bool:
+        return self._inner.finished()
+
+
+@pytest.fixture
+async def exact(f32_model: Model) -> AsyncIterator[Engine]:
+    started = Engine(f32_model, calibrate=False)
+    started.start()
+    yield started
+    await started.close(0)
+
+
+@pytest.fixture(scope="module")
+def grammars(f32_model: Model) -> Grammars:
+    return Grammars(f32_model.vocab_pointer, f32_model.end_tokens, vocabulary_size=f32_model.vocabulary_size)
+
+
+async def answer(engine: Engine, constraint: Any, **more: Any) -> tuple[list[TokenEvent], int]:
+    """The tokens of an answer, and how many steps they took."""
+    prompt = engine.model.tokenize("An order as JSON:\n")
+    before = engine.load().steps
+    request = Generate(prompt, more.pop("max_tokens", 120), Sampling(temperature=0.0), constraint=constraint, **more)
+    events = [event async for events in engine.submit(request) for event in events]
+    return events, engine.load().steps - before
+
+
+async def test_forced_runs_take_one_step_and_the_object_is_whole(exact: Engine, grammars: Grammars) -> None:
+    events, steps = await answer(exact, grammars.compile(SCHEMA), logprobs=1)
+    text = b"".join(exact.model.piece(event.token) for event in events).decode()
+    assert set(json.loads(text)) == set(NAMES)
+    assert steps <= len(events) - 6
+    forced = [event for event in events if event.logprob == 0.0]
+    assert len(forced) >= 6 and all(event.top == ((event.token, 0.0),) for event in forced)
+
+
+async def test_forced_runs_change_nothing_of_the_answer(exact: Engine, grammars: Grammars) -> None:
+    hurried, few = await answer(exact, grammars.compile(SCHEMA), logprobs=0)
+    unhurried, many = await answer(exact, Unhurried(grammars.compile(SCHEMA)), logprobs=0)
+    model = exact.model
+    assert [model.piece(event.token) for event in hurried] == [model.piece(event.token) for event in unhurried]
+    assert few < many
+    for one, other in zip(hurried, unhurried, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=2e-3)
+
+
+async def test_a_forced_run_stops_where_the_budget_ends(exact: Engine, grammars: Grammars) -> None:
+    for budget in (1, 2, 3):
+        events, _ = await answer(exact, grammars.compile(SCHEMA), max_tokens=budget)
+        assert len(events) == budget
+
+
+def test_a_schema_with_a_choice_forces_nothing(f32_model: Model, grammars: Grammars) -> None:
+    constraint = grammars.compile({"type": "object", "properties": {"a": {"enum": ["long_word_one", "other"]}}})
+    assert constraint.forced() == []
+    only = grammars.compile({"const": {"a_long_key": 1}})
+    text = b"".join(f32_model.piece(token) for token in only.forced())
+    assert b'{"a_long_key":1}'.startswith(text) and len(text) > 8
