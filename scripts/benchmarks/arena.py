@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
+import psutil
 
 from scripts.benchmarks.measuring import Series, turns
 from scripts.benchmarks.peers.base import Peer
@@ -16,7 +17,8 @@ from scripts.benchmarks.peers.processes import Server, Setup
 RUN_SECONDS = 180.0
 """No run may take longer; on an idle machine the slowest takes about 15."""
 WARM_UP_SHARE = 0.125
-FAILURES = (RuntimeError, aiohttp.ClientError, TimeoutError, OSError, KeyError)
+FAILURES = (RuntimeError, aiohttp.ClientError, OSError, LookupError, psutil.Error)
+"""What a server or the way to it can do wrong."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,12 @@ class Bench:
         target: float | None,
         **more: Any,
     ) -> None:
-        """A row of the report: ours against theirs, for what was measured of both."""
+        """A row of the report: ours against theirs, for what was measured of both. No row for who was not asked."""
+        peer = None if theirs is None else theirs.partition(",")[0]
+        if peer is not None and peer not in self.arena.peers:
+            return
+        if peer in self.arena.missing:
+            more["note"] = f"{peer} is not here: {self.arena.missing[peer][:150]}"
         mine = series.get(ours, Series(ours, ()))
         other = None if theirs is None else series.get(theirs, Series(theirs, ()))
         figure = mine.median if other is None else ratio(mine, other)

@@ -157,7 +157,7 @@ async def many_labels(bench: Bench) -> None:
     if theirs and way:
         contenders.append(decider(LLAMA_SERVER, theirs, bench.method(LLAMA_SERVER, way), make, texts, SLOTS))
     found = await bench.arena.race("labels77", contenders)
-    note = f"llama-server: {bench.theirs}, {way}; ours: {bench.ours['prefill'][0]}"
+    note = f"llama-server: {bench.theirs}, {way or 'no way in time'}; ours: {bench.ours['prefill'][0]}"
     bench.add("labels77", f"77 labels, {texts} texts", "answers/s", found, OURS, LLAMA_SERVER, 2.0, note=note)
 
 

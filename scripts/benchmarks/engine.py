@@ -27,7 +27,7 @@ from appliance.config import Engine
 from appliance.node.choice import wanted_file
 from appliance.node.models import ModelStore
 from appliance.node.probe import probe
-from scripts.benchmarks.arena import Arena
+from scripts.benchmarks.arena import FAILURES, Arena
 from scripts.benchmarks.bench import QUICK, Bench, Kind, Sizes
 from scripts.benchmarks.decision_rows import choose_their_way
 from scripts.benchmarks.measuring import Result, shown
@@ -119,7 +119,11 @@ async def run(bench: Bench, options: argparse.Namespace) -> None:
             await choose_their_way(bench, variants)
         for name in options.only:
             bench.arena.say(f"[bold]{name}[/bold] (after {time.monotonic() - bench.arena.began:.0f} s)")
-            await ROWS[name](bench)
+            try:
+                await ROWS[name](bench)
+            except FAILURES as error:
+                bench.arena.failures.append(f"{name}: {error!r}"[:400])
+                bench.arena.say(bench.arena.failures[-1])
     finally:
         await bench.arena.aclose()
 

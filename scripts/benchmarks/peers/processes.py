@@ -24,6 +24,8 @@ STOP_SECONDS = 15.0
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 REQUEST_SECONDS = 300.0
+IDLE_SECONDS = 2.0
+"""Less than any server keeps an idle connection open (5 s is usual), so that none is closed just as it is used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +68,9 @@ def connect(address: Path | str) -> aiohttp.ClientSession:
     """A client without a limit of its own on connections; `address` is a unix socket or a base URL."""
     connector: aiohttp.BaseConnector
     if isinstance(address, Path):
-        connector, url = aiohttp.UnixConnector(str(address), limit=0), "http://server"
+        connector, url = aiohttp.UnixConnector(str(address), limit=0, keepalive_timeout=IDLE_SECONDS), "http://server"
     else:
-        connector, url = aiohttp.TCPConnector(limit=0), address
+        connector, url = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS), address
     return aiohttp.ClientSession(url, connector=connector, timeout=aiohttp.ClientTimeout(total=REQUEST_SECONDS))
 
 
