@@ -5,6 +5,7 @@ in one transaction. What cannot be written is kept, up to a bound, and tried aga
 """
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -152,12 +153,15 @@ class Writer(threading.Thread):
         shared = self._shared
         # The flag goes up before the entries are looked at: one that came in between has not woken us, but is seen.
         shared.is_asleep = not shared.entries
-        try:
+        with contextlib.suppress(queue.Empty):
             self._take(shared.urgent.get(timeout=self._wait_seconds()))
+            self._take_urgent()
+        shared.is_asleep = False
+
+    def _take_urgent(self) -> None:
+        with contextlib.suppress(queue.Empty):
             while True:
-                self._take(shared.urgent.get_nowait())
-        except queue.Empty:
-            shared.is_asleep = False
+                self._take(self._shared.urgent.get_nowait())
 
     def _take(self, urgent: Reservation | Flush | Wake) -> None:
         if isinstance(urgent, Reservation):
@@ -218,6 +222,9 @@ class Writer(threading.Thread):
         is_probe = self._retry_at is not None
         while self._backlog() or is_probe:
             self._hold()
+            # A settlement that is held now may be of a reservation made meanwhile, and must find it.
+            self._take_urgent()
+            self._write_reservations()
             try:
                 self._write_held()
             except DBAPIError as error:

@@ -8,7 +8,9 @@ import pytest
 
 from appliance.errors import BudgetExceeded
 from appliance.ledger.budgets import Cap
+from appliance.ledger.database import open_writer
 from appliance.ledger.store import Ledger
+from appliance.ledger.writer import Answer, Flush, Reservation, Settlement, Shared, Writer
 from tests.ledger.samples import HOSTED, NOW_AT, url_in
 
 pytestmark = pytest.mark.anyio
@@ -119,3 +121,30 @@ async def test_a_call_that_could_cost_more_than_can_be_written_is_refused_and_tr
     assert ledger.health().ok
     assert ledger.spent_today == {"all": pytest.approx(1.0)}
     await ledger.close()
+
+
+async def test_a_reservation_cancelled_while_the_writer_is_at_its_entries_is_given_back(tmp_path: Path) -> None:
+    shared = Shared()
+    writer = Writer(open_writer(url_in(tmp_path)), shared, retention_days=90, clock=Clock())
+    row: dict[str, object] = {
+        "reservation_id": "res_1",
+        "decision_id": "dec_1",
+        "target": HOSTED.name,
+        "location": "hosted",
+        "reserved_at": NOW_AT,
+        "reserved_nano_usd": 5,
+        "day": int(NOW_AT // DAY),
+        "scopes": '["all"]',
+    }
+    loop = asyncio.get_running_loop()
+    # What the writer finds when both come in after it has looked for reservations and before it takes entries.
+    shared.urgent.put(Reservation(row, (Cap("all"),), Answer(loop, loop.create_future())))
+    shared.entries.append(Settlement("res_1", 0, NOW_AT))
+    shared.urgent.put(Flush(1, Answer(loop, ended := loop.create_future()), is_last=True))
+    writer._gather_until = 0.0
+    writer._write_entries()
+    await asyncio.to_thread(writer.run)
+    await ended
+    with sqlite3.connect(tmp_path / "ledger.db") as database:
+        assert database.execute("SELECT settled_nano_usd FROM reservations").fetchall() == [(0,)]
+        assert database.execute("SELECT nano_usd FROM spend").fetchall() == [(0,)]
