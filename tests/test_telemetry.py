@@ -81,6 +81,11 @@ def lines(stream: io.StringIO) -> list[dict[str, Any]]:
     return [json.loads(line) for line in stream.getvalue().splitlines()]
 
 
+def test_a_databases_statements_are_not_logged_at_info() -> None:
+    setup_logging("info", "json", stream=io.StringIO())
+    assert not logging.getLogger("sqlalchemy.engine.Engine").isEnabledFor(logging.INFO)
+
+
 def test_our_lines_and_those_of_libraries_look_the_same(stream: io.StringIO) -> None:
     setup_logging("info", "json", stream=stream)
     structlog.stdlib.get_logger("appliance.node").info("engine ready", engine="onsite/small", seconds=1.5)

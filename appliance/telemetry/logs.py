@@ -15,8 +15,8 @@ from appliance.telemetry.scrub import scrub_event
 Level = Literal["debug", "info", "warning", "error"]
 Format = Literal["auto", "json", "console"]
 
-# They log each request or each migration at info: the ledger and the metrics tell that better.
-_CHATTY = ("aiohttp.access", "alembic", "httpcore", "httpx", "uvicorn.access")
+# They log each request, statement or migration at info: the ledger and the metrics tell that better.
+_CHATTY = ("aiohttp.access", "alembic", "httpcore", "httpx", "sqlalchemy", "uvicorn.access")
 # They bring handlers of their own, which would print a second time in another format.
 _WITH_HANDLERS = ("uvicorn", "uvicorn.access", "uvicorn.error", "uvicorn.asgi", "sqlalchemy", "sqlalchemy.engine")
 
