@@ -32,6 +32,7 @@ def calibrate_task_command(
     content_free: Annotated[
         bool, typer.Option("--content-free", help="Take off what the model says to a text that says nothing.")
     ] = False,
+    short: Annotated[bool, typer.Option("--short", help="Ask in the short layout, which saves tokens.")] = False,
     url: Annotated[str | None, typer.Option(help="Where the node is; empty: as configured, on this machine.")] = None,
     key: Annotated[str | None, typer.Option(help=f"An API key with the scope admin; empty: {KEY_VARIABLE}.")] = None,
     config_path: ConfigOption = None,
@@ -48,6 +49,7 @@ def calibrate_task_command(
         "bias": bias,
         "debias": debias,
         "calibrate": "content_free" if content_free else "none",
+        "layout": "short" if short else "chat",
     }
     if model is not None:
         body["model"] = model

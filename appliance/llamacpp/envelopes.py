@@ -122,6 +122,7 @@ class LabelsIn(_Strict):
     label_sets: Annotated[dict[str, list[str]], Field(min_length=1)]
     items: Annotated[list[LabelItemIn], Field(min_length=1, max_length=MAX_LABEL_ITEMS)]
     cue: str = ""
+    open_turn: bool = False
     ending: bool = True
     priority: int = 0
     cache_salt: Salt | None = None

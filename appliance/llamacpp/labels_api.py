@@ -1,8 +1,9 @@
 """POST /v1/labels: the probability of every label of a set, for many texts in one call.
 
 Request: `label_sets` {name: [label, ...]}, `items` [{labels: name, and one of content | messages | prompt}], and
-optionally `messages` (shared, before every item's own), `cue` (the beginning of the assistant's answer), `ending`,
-`cache_salt`, `priority` (lower first), `model`. Reply: `results`, one for each item in order, each
+optionally `messages` (shared, before every item's own), `cue` (the beginning of the assistant's answer), `open_turn`
+(true: the cue follows the last message within its turn, which saves the tokens that end it and open the assistant's),
+`ending`, `cache_salt`, `priority` (lower first), `model`. Reply: `results`, one for each item in order, each
 {labels: [{label, logprob, probability}], label_mass, prompt_tokens, cached_tokens} or {error}, and one `usage`.
 
 `logprob` is the whole label's likelihood; `probability` is its share among the labels of the set, so these sum to 1;
@@ -142,8 +143,8 @@ def _item(
         text = item.prompt + call.cue
     else:
         own = item.messages or [MessageIn(role="user", content=item.content)]
-        text = prompts.rendered([*(call.messages or ()), *own]) + call.cue
-    head, tail = prompts.split_tail(text)
+        text = (prompts.opened if call.open_turn else prompts.rendered)([*(call.messages or ()), *own]) + call.cue
+    head, tail = prompts.split_tail(text, call.cue if call.open_turn else "")
     labels = tails.get((tail, item.labels))
     if labels is None:
         labels = prompts.label_tail(tail, call.label_sets[item.labels], ending=call.ending)

@@ -25,6 +25,8 @@ MAX_REMEMBERED_FRAGMENTS = 512
 _OPEN, _SHUT = "\ufdd0", "\ufdd1"
 _QUOTED = re.compile(f"{_OPEN}([0-9]+){_SHUT}")
 
+_PROBE = "\ufdd2"  # stands for a message's content; a noncharacter like those above
+
 # After these a word follows without a space: `{"label": "`, `(`, `key=`, `a/`.
 _CLOSING = frozenset(":;,.!?)]}")
 
@@ -68,6 +70,7 @@ class Prompts:
         self._cut = _alternatives(_safe_cuts(written, control))
         self._adds_bos = bool(lib.llama_vocab_get_add_bos(model.vocab_pointer)) and model.bos_token >= 0
         self._remembered = lru_cache(maxsize=MAX_REMEMBERED_FRAGMENTS)(self._fragment_tokens)
+        self._after_content = lru_cache(maxsize=64)(self._end_of_turn)
         self.turn_end = self._turn_end()
 
     def raw(self, text: str) -> list[int]:
@@ -87,6 +90,17 @@ class Prompts:
         plain = [self._plain(position, message) for position, message in enumerate(messages)]
         return self.template.render(plain, tools=tools)
 
+    def opened(self, messages: Sequence[MessageIn]) -> str:
+        """The template's text up to the end of the last message's content, its turn left open."""
+        return self.rendered(messages).removesuffix(self._after_content(tuple(one.role for one in messages)))
+
+    def _end_of_turn(self, roles: tuple[str, ...]) -> str:
+        """What the template writes after the last message's content; nothing where it does not end with that once."""
+        messages = [MessageIn.model_validate({"role": role, "content": "-"}) for role in roles]
+        messages[-1] = messages[-1].model_copy(update={"content": _PROBE})
+        _, probe, after = self.rendered(messages).partition(_PROBE)
+        return after if probe and _PROBE not in after else ""
+
     def tokens(self, text: str) -> list[int]:
         """Token ids of a rendered text, without BOS. Equal to `Model.tokenize` of the whole, but remembers fragments.
 
@@ -98,10 +112,19 @@ class Prompts:
             tokens.extend(self._remembered(fragment) if remember else self._fragment_tokens(fragment))
         return tokens
 
-    def split_tail(self, text: str) -> tuple[str, str]:
-        """The text before its last control token, and the rest: what a label's tokens may depend on."""
+    def split_tail(self, text: str, cue: str = "") -> tuple[str, str]:
+        """The text before its last control token, and the rest: what a label's tokens may depend on.
+
+        Only the `cue` at its end where the vocabulary splits the text there anyway, so that its labels need not be
+        tokenised anew behind every text.
+        """
         fragments = self._fragments(text)
-        return text[: len(text) - len(fragments[-1])], fragments[-1]
+        tail = fragments[-1]
+        if cue and tail.endswith(cue):
+            before = tail.removesuffix(cue)
+            if self.tokens(tail) == [*self.tokens(before), *self.tokens(cue)]:
+                tail = cue
+        return text[: len(text) - len(tail)], tail
 
     def head_tokens(self, head: str, tail: str) -> list[int]:
         """BOS, where there is one, and the tokens of all that stands before `tail` (see `split_tail`)."""

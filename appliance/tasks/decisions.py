@@ -6,8 +6,8 @@ with `label_mass` besides (null where the target does not tell it). A score coun
 Batch request: `inputs` (1 to 10,000) instead of `input`. Response: {model, results, usage}; results in order, each
 {index, answers} or {index, error} with OpenAI's error object.
 
-Ours besides, in both: `debias`, `calibrate` and `task` (methods.py), for models whose labels are scored here (what a
-hosted model says is given as it comes); and on an answer `unsure: true` where its label mass is low, and
+Ours besides, in both: `debias`, `calibrate`, `layout` and `task` (methods.py), for models whose labels are scored here
+(what a hosted model says is given as it comes); and on an answer `unsure: true` where its label mass is low, and
 `calibrated_for` where a task's fit was applied.
 """
 
@@ -105,7 +105,11 @@ class DecisionsCall:
             method = self.judging.method
             asks_prior = method.content_free and self.priors.wanted(self._prior_keys(target))
             inputs = (*self.inputs, _NOTHING) if asks_prior else self.inputs
-            return (labels.outgoing(inputs, self.questions, question_first=self.question_first, debias=method.debias),)
+            return (
+                labels.outgoing(
+                    inputs, self.questions, question_first=self.question_first, debias=method.debias, short=method.short
+                ),
+            )
         if "decisions" in target.abilities:
             return [hosted.outgoing(text, self.wired, self.extras) for text in self.inputs]
         what = "look at images" if has_image else "answer decisions"
@@ -152,7 +156,7 @@ class DecisionsCall:
                 self.priors.note(key, scored.scores)
 
     def _prior_keys(self, target: Target) -> Sequence[tuple[Any, ...]]:
-        place = (target.name, target.variant, self.question_first, self.judging.method.debias)
+        place = (target.name, target.variant, self.question_first, self.judging.method)
         return [(*place, question_key(question)) for question in self.questions]
 
 

@@ -25,6 +25,11 @@ CUE = "Label: "
 label mass from 0.01 to 0.19 (4 news topics) and from 0.002 to 0.025 (8 banking intents), where it also named 36 of 80
 texts rightly instead of 20."""
 
+SHORT_CUE = "\nLabel: "
+"""Follows the text within its turn: five tokens fewer for every text on SmolLM2 (33 of 38 with a text of 31), for chat
+models give up their template's turns. There, on 24 texts each, it named as many right (banking 8 of 24 against 7, news
+13 and 13), with a tenth to a fifth of the label mass."""
+
 _ITEM = re.compile(r"^items\[\d+\](?:\.\w+)*: ")
 
 _TASK = "Answer the question about the text with exactly one of the possible answers, and nothing else."
@@ -91,7 +96,12 @@ def question_tokens(question: Question) -> int:
 
 
 def outgoing(
-    inputs: Sequence[Input], questions: Sequence[Question], *, question_first: bool, debias: bool = False
+    inputs: Sequence[Input],
+    questions: Sequence[Question],
+    *,
+    question_first: bool,
+    debias: bool = False,
+    short: bool = False,
 ) -> Outgoing:
     """One call that scores every wording of every question for every input, inputs outermost."""
     names: dict[tuple[str, ...], str] = {}
@@ -104,7 +114,8 @@ def outgoing(
         for text in inputs
         for ask, labels in asked
     ]
-    body: dict[str, Any] = {"label_sets": {name: list(labels) for labels, name in names.items()}, "cue": CUE}
+    body: dict[str, Any] = {"label_sets": {name: list(labels) for labels, name in names.items()}}
+    body |= {"cue": SHORT_CUE, "open_turn": True} if short else {"cue": CUE}
     if len({system for system, _, _ in pairs}) == 1:
         body["messages"] = [_message("system", pairs[0][0])]
         body["items"] = [{"content": user, "labels": labels} for _, user, labels in pairs]

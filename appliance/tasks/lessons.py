@@ -2,8 +2,8 @@
 
 Request: `task` (its name), `questions` as for /v1/decisions, `examples` (20 to 2,000): {input, label} for one question,
 {input, labels: {question's name: label}} for several, where a label is a choice's value, a score's level or a
-predicate's true or false; optionally `model`, `debias`, `calibrate` (they become the task's method) and `bias` (true: a
-bias for each option is fitted too, which needs examples of every option; false otherwise).
+predicate's true or false; optionally `model`, `debias`, `calibrate`, `layout` (they become the task's method) and
+`bias` (true: a bias for each option is fitted too, which needs examples of every option; false otherwise).
 Response: {task, target, variant, questions: [{name, examples, temperature, bias, before, after}], usage}; `before` and
 `after` hold accuracy, ece, brier and log_loss, `after` on examples that were not fitted on.
 """

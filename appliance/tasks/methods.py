@@ -1,7 +1,9 @@
-"""How decisions are to be judged, beyond asking once: what a request's `debias`, `calibrate` and `task` mean.
+"""How decisions are to be judged, beyond asking once: what a request's `debias`, `calibrate`, `layout` and `task`
+mean.
 
 `debias: true` asks every question twice, with the options in order and reversed. `calibrate: "content_free"` asks it
-about a text that says nothing too. `task: NAME` applies what was fitted for that task (fitting.py) with the method it
+about a text that says nothing too. `layout: "short"` saves the tokens between a text and its label (labels.py says what
+that costs). `task: NAME` applies what was fitted for that task (fitting.py) with the method it
 was fitted with.
 """
 
@@ -21,7 +23,7 @@ from appliance.tasks.questions import Question
 
 CONTENT_FREE = "N/A"
 """The text that says nothing. Chat templates may drop an empty turn, so it has letters."""
-FIELDS = frozenset({"debias", "calibrate", "task"})
+FIELDS = frozenset({"debias", "calibrate", "layout", "task"})
 _MAX_NAME_CHARS = 128
 _MAX_PRIORS = 4_096
 _PRIOR_USES = 1_000
@@ -32,6 +34,7 @@ _PRIOR_USES = 1_000
 class Method:
     debias: bool = False
     content_free: bool = False
+    short: bool = False
 
     @property
     def ways(self) -> int:
@@ -106,7 +109,7 @@ def read_judging(body: Mapping[str, Any], questions: Sequence[Question], tasks: 
         error = NotFound(f"task {name!r} has not been calibrated here; there are: {known}")
         error.param = "task"
         raise error
-    for field in ("debias", "calibrate"):
+    for field in ("debias", "calibrate", "layout"):
         if body.get(field) is not None:
             raise RequestError(f"{field} is the task's when task is given: leave one of the two out", param=field)
     known_keys = {key for row in fits for key in row.fits}
@@ -124,7 +127,10 @@ def read_method(body: Mapping[str, Any]) -> Method:
     calibrate = body.get("calibrate")
     if calibrate not in (None, "none", "content_free"):
         raise wrong("calibrate", calibrate, 'it must be "content_free" or "none"')
-    return Method(read_bool(body, "debias"), calibrate == "content_free")
+    layout = body.get("layout")
+    if layout not in (None, "chat", "short"):
+        raise wrong("layout", layout, 'it must be "chat" or "short"')
+    return Method(read_bool(body, "debias"), calibrate == "content_free", layout == "short")
 
 
 def read_task(body: Mapping[str, Any]) -> str | None:

@@ -4,7 +4,7 @@ Request: {model, state: text or JSON, questions: {id: {type, instructions, crite
 optional {true, false}), `choice` (criteria {option: description or null}) or `score` (criteria [level, ...] from the
 lowest). Response: {model, answers: {id: answer}, usage}. Levels are numbered from 0, as strings, in `legend` and
 `probabilities`. A question that the model declined to answer is missing from `answers`. `label_mass`, `unsure` and
-`calibrated_for` are ours, and so are the request's `debias`, `calibrate` and `task`: see decisions.py.
+`calibrated_for` are ours, and so are the request's `debias`, `calibrate`, `layout` and `task`: see decisions.py.
 """
 
 from collections.abc import Mapping, Sequence

@@ -318,6 +318,27 @@ def test_raw_prompts_have_no_template_and_shared_messages_come_first(prompts: Pr
 ITEM = {"content": "x", "labels": "topic"}
 
 
+def test_an_open_turn_saves_what_ends_it_and_opens_the_next(prompts: Prompts, model: Model) -> None:
+    items = [{"content": text, "labels": "topic"} for text in ("charged twice", "two\nlines <|im_end|>", "trailing ")]
+    shared = [{"role": "system", "content": "Name the topic."}]
+    ask = labels(prompts, model, messages=shared, items=items, cue="\nLabel: ", open_turn=True)
+    closed = labels(prompts, model, messages=shared, items=items, cue="Label: ")
+    for position, item in enumerate(items):
+        text = written(model, ask.items[position].prompt)
+        assert text.endswith(f"<|im_start|>user\n{item['content']}\nLabel:")
+        assert len(closed.items[position].prompt) - len(ask.items[position].prompt) in (5, 6)
+        assert [written(model, label) for label in ask.items[position].labels] == [" billing", " delivery"]
+    assert ask.items[0].labels is ask.items[1].labels, "labels are tokenised once for all texts"
+
+
+def test_an_open_turn_has_the_tokens_of_its_text(prompts: Prompts, model: Model) -> None:
+    ask = labels(prompts, model, cue="\nLabel: ", open_turn=True)
+    whole = [*ask.items[0].prompt, *ask.items[0].labels[1]]
+    rendered = prompts.rendered([MessageIn(role="user", content="my card was charged twice")])
+    text = rendered.partition("<|im_end|>\n<|im_start|>assistant")[0] + "\nLabel: delivery"
+    assert whole == model.tokenize(text)
+
+
 @pytest.mark.parametrize(
     ("fields", "names", "param"),
     [

@@ -153,6 +153,12 @@ def test_a_task_brings_the_method_it_was_fitted_with() -> None:
     assert len(items(one_call({"task": "mail"}, tasks_with(debias=True)))) == 2
 
 
+def test_the_short_layout_puts_the_label_behind_the_text() -> None:
+    body = one_call({"layout": "short"}).outgoing(LOCAL)[0].body
+    assert body["open_turn"] is True and body["cue"].startswith("\n")
+    assert "open_turn" not in one_call({"layout": "chat"}).outgoing(LOCAL)[0].body
+
+
 def test_a_low_label_mass_makes_an_answer_unsure_in_both_formats() -> None:
     payload = one_call({}).read(LOCAL, [reply({"results": [scored(0.9, 0.1, mass=0.01)]})])
     assert payload["answers"][0]["unsure"] is True
@@ -172,6 +178,7 @@ def test_a_low_label_mass_makes_an_answer_unsure_in_both_formats() -> None:
     [
         ({"debias": "yes"}, "debias", "true or false"),
         ({"calibrate": "platt"}, "calibrate", "content_free"),
+        ({"layout": "long"}, "layout", "short"),
         ({"task": ""}, "task", "a name"),
         ({"task": 5}, "task", "5"),
         ({"task": "mail", "debias": True}, "debias", "the task's"),
