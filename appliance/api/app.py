@@ -69,6 +69,7 @@ def _routes(rim: Rim, admin: Admin, ledger: Ledger, task_fits: TaskFits) -> list
     return [
         Route("/v1/chat/completions", openai.chat, methods=["POST"]),
         Route("/v1/completions", openai.completions, methods=["POST"]),
+        Route("/v1/embeddings", openai.embeddings, methods=["POST"]),
         Route("/v1/decisions", tasks.decisions, methods=["POST"]),
         Route("/v1/decisions/batch", tasks.batch, methods=["POST"]),
         Route("/v1/decisions/calibrate", tasks.calibrate, methods=["POST"]),

@@ -13,7 +13,7 @@ from appliance.api.replies import json_response
 from appliance.api.rim import Reader, Rim
 from appliance.core import Asked, Call, Decision
 from appliance.errors import NotFound
-from appliance.tasks import chat, completions, decisions, extract, systemone
+from appliance.tasks import chat, completions, decisions, embeddings, extract, systemone
 from appliance.tasks.fields import wrong
 
 READERS: Mapping[str, Reader[Any]] = {
@@ -23,6 +23,7 @@ READERS: Mapping[str, Reader[Any]] = {
     "decisions/batch": decisions.read_batch,
     "systemone": systemone.read,
     "extract": extract.read,
+    "embeddings": embeddings.read,
 }
 
 _DECISION_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")

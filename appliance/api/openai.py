@@ -1,4 +1,4 @@
-"""OpenAI's own endpoints: chat completions, completions, models."""
+"""OpenAI's own endpoints: chat completions, completions, embeddings, models."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,13 +12,17 @@ from appliance.api.relay import StreamResponse, as_stream
 from appliance.api.replies import json_response
 from appliance.api.rim import Opened, Rim
 from appliance.core import Target
-from appliance.errors import ApplianceError, UnknownModel
-from appliance.tasks import chat, completions
+from appliance.errors import ApplianceError, UnknownModel, Unsupported
+from appliance.tasks import chat, completions, embeddings
 from appliance.tasks.chat import ChatCall
 from appliance.tasks.completions import CompletionCall
 from appliance.tasks.events import stream_of
 
 AUTO = "auto"
+_NO_EMBEDDINGS = (
+    "no model of this node does: the CPU engine serves chat models, so configure a provider (an on-site server counts) "
+    'with a model that has abilities = ["embeddings"]'
+)
 
 
 class OpenAI:
@@ -33,6 +37,19 @@ class OpenAI:
     async def completions(self, http: Http) -> ASGIApp:
         opened = await self._rim.open(http, completions.read)
         return await self._answered(http, opened)
+
+    async def embeddings(self, http: Http) -> ASGIApp:
+        opened = await self._rim.open(http, embeddings.read)
+        try:
+            answer = await self._rim.answer(http, opened)
+        except Unsupported as error:
+            able = [
+                one.name for one in self._rim.pipeline.models(opened.request.caller) if "embeddings" in one.abilities
+            ]
+            serve = f"these do: {', '.join(able)}" if able else _NO_EMBEDDINGS
+            error.message = f"{opened.request.model!r} makes no embeddings; {serve}"
+            raise
+        return await whole(answer, answer.payload)
 
     async def _answered(self, http: Http, opened: Opened[ChatCall] | Opened[CompletionCall]) -> ASGIApp:
         answer = await self._rim.answer(http, opened)

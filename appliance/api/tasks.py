@@ -47,7 +47,8 @@ class Tasks:
     async def batch(self, http: Http) -> Response:
         opened = await self._rim.open(http, self._judging(decisions.read_batch))
         many = await self._rim.answer_many(http, opened, concurrency=DECISION_CALLS_AT_ONCE)
-        return _rows(many, decisions.batch_payload(_some(many), opened.calls))
+        # In a thread: 10,000 inputs with 77 options make 44 MB of JSON, and streams go on.
+        return await asyncio.to_thread(lambda: _rows(many, decisions.batch_payload(_some(many), opened.calls)))
 
     async def calibrate(self, http: Http) -> Response:
         """Changes the answers of every caller that names the task, so it takes the scope admin."""

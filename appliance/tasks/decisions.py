@@ -83,16 +83,24 @@ class DecisionsCall:
 
     @property
     def prompt_tokens(self) -> int:
-        """Every item whole, as engines report it: how much of it is shared and cached shows only when it was done."""
+        """Every item whole, as engines report it: how much of it is shared and cached shows only when it was done.
+
+        Of a batch no more than a call is cut to: one text that no context holds must not refuse all the others.
+        """
         texts = sum(estimate_tokens(text.text) for text in self.inputs)
         asks = sum(labels.question_tokens(question) for question in self.questions)
-        return self.judging.method.ways * (len(self.questions) * texts + len(self.inputs) * asks)
+        whole = self.judging.method.ways * (len(self.questions) * texts + len(self.inputs) * asks)
+        return whole if self.render is not None else min(whole, max(TOKENS_PER_CALL, self._asks_tokens))
+
+    @property
+    def _asks_tokens(self) -> int:
+        """The longest question alone, which every text of a batch needs."""
+        return max(labels.question_tokens(question) for question in self.questions)
 
     @property
     def longest_prompt_tokens(self) -> int:
         """The longest single prompt: what a context must hold, however many items there are."""
-        text = max(estimate_tokens(text.text) for text in self.inputs)
-        return text + max(labels.question_tokens(question) for question in self.questions)
+        return max(estimate_tokens(text.text) for text in self.inputs) + self._asks_tokens
 
     @property
     def output_tokens(self) -> int:

@@ -11,7 +11,7 @@ from appliance.api.auth import Authenticator
 from appliance.api.body import MAX_DEPTH
 from appliance.config import Key
 from appliance.core import Snapshot, Warning_
-from appliance.errors import Busy, ConfigError, EngineBusy, Unauthorized
+from appliance.errors import Busy, ConfigError, EngineBusy, Unauthorized, Unsupported
 from tests.api.stand_ins import NOW, SMALL, StandInLedger, StandInPipeline, make_app, snapshot
 
 pytestmark = pytest.mark.anyio
@@ -449,3 +449,19 @@ async def test_a_reload_that_finds_a_mistake_says_where_and_that_nothing_changed
     message = error_of(response)["message"]
     assert "nothing was changed" in message
     assert "policy.toml:7: defaults.max_attempts" in message
+
+
+async def test_embeddings_come_from_a_model_that_makes_them(http: httpx.AsyncClient, pipeline: StandInPipeline) -> None:
+    pipeline.reply = lambda outgoing: {"object": "list", "data": [{"index": 0, "embedding": [0.5]}]}
+    response = await http.post("/v1/embeddings", json={"model": "embed", "input": "x"})
+    assert response.json()["data"][0]["embedding"] == [0.5]
+    assert pipeline.requests[0].needs == {"embeddings"}
+
+
+async def test_a_chat_model_asked_for_embeddings_says_what_would_make_them(
+    http: httpx.AsyncClient, pipeline: StandInPipeline
+) -> None:
+    pipeline.error = Unsupported("no target can do what this request asks for")
+    response = await http.post("/v1/embeddings", json={"model": SMALL.name, "input": "x"})
+    assert (response.status_code, error_of(response)["code"]) == (400, "unsupported_feature")
+    assert SMALL.name in error_of(response)["message"] and "abilities" in error_of(response)["message"]

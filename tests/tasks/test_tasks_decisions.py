@@ -81,6 +81,13 @@ def test_a_batch_is_cut_by_tokens_and_a_text_longer_than_a_chunk_stands_alone() 
     assert calls[2].longest_prompt_tokens > 5000 > calls[0].prompt_tokens > 32 * calls[0].longest_prompt_tokens - 33
 
 
+def test_a_text_that_no_context_holds_does_not_make_its_batch_look_impossible() -> None:
+    _, calls = decisions.read_batch({"inputs": ["short", "word " * 50_000, "short"], "questions": [TOPIC]})
+    assert max(call.prompt_tokens for call in calls) <= decisions.TOKENS_PER_CALL
+    _, (alone,) = decisions.read({"input": "word " * 50_000, "questions": [TOPIC]})
+    assert alone.prompt_tokens > 50_000
+
+
 def test_many_questions_make_smaller_chunks() -> None:
     questions = [{**TRUE, "name": f"q{n}"} for n in range(400)]
     _, calls = decisions.read_batch({"inputs": ["text"] * 3, "questions": questions})
