@@ -21,6 +21,9 @@ STREAM_HEADERS: Mapping[str, str] = {
     "x-accel-buffering": "no",
 }
 
+STALLED_SECONDS = 60.0
+"""A client that takes nothing for so long has stopped reading: what answers it is needed by others."""
+
 log = structlog.stdlib.get_logger(__name__)
 
 
@@ -91,10 +94,11 @@ class StreamResponse:
             await send({"type": "http.response.start", "status": self._answer.status, "headers": raw})
             async with aclosing(self._pieces()) as pieces:
                 async for piece in pieces:
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    async with asyncio.timeout(STALLED_SECONDS):
+                        await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except OSError:
-            return  # the client's connection broke while we wrote to it
+            return  # the client's connection broke while we wrote to it, or the time for that was over
 
     async def _pieces(self) -> AsyncGenerator[bytes, None]:
         """The events. After the first byte an error is an event of its own, and no `[DONE]` follows it."""

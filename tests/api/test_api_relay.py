@@ -10,6 +10,7 @@ import httpx
 import orjson
 import pytest
 
+from appliance.api import relay
 from appliance.api.relay import StreamResponse, unless_gone
 from appliance.core import Facts
 from appliance.errors import ClientGone, StreamBroken
@@ -177,3 +178,20 @@ async def test_waiting_ends_when_the_client_leaves_and_not_before() -> None:
     left.set()
     with pytest.raises(ClientGone):
         await unless_gone(receive, asyncio.Event().wait())
+
+
+async def test_a_client_that_stops_reading_does_not_hold_what_answers_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "STALLED_SECONDS", 0.05)
+    answer = StandInAnswer(Facts("req", "dec", SMALL.name, "onsite", "general", "only one", "sha256:0", 0.0, True))
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def receive() -> MutableMapping[str, Any]:
+        await asyncio.Event().wait()
+        return {}
+
+    async with asyncio.timeout(10):
+        await StreamResponse(answer, StandInStream(PIECES))({"type": "http"}, receive, send)
+    assert answer.closed.is_set()
