@@ -194,6 +194,12 @@ def test_no_repetition_makes_the_search_slow(piece: str) -> None:
     assert long < 8 * short + 0.02, f"{short:.4f} s, then {long:.4f} s for four times as much"
 
 
+@pytest.mark.parametrize("zero", [0x0660, 0xFF10, 0x1D7CE, 0x1D7F6])
+def test_digits_of_another_alphabet_hide_no_number(zero: int) -> None:
+    written = "".join(chr(zero + int(digit)) for digit in "4111111111111111")
+    assert kinds(f"card {written}") == {"payment_card"}
+
+
 def test_chunks_overlap_so_that_nothing_is_cut_in_two() -> None:
     text = ("word " * 4000)[: CHUNK_CHARACTERS - 9] + " 4111 1111 1111 1111 " + "word " * 8000
     found = [piece for piece in chunks(text) if PatternDetector(STRUCTURED).kinds_in(piece)]

@@ -17,7 +17,7 @@ _AFTER_CHARACTERS: Final = 40
 _SPACES: Final = "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
 _DASHES: Final = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63"
 _INVISIBLE: Final = "\u200b\u200c\u200d\u2060\ufeff\u00ad"
-_FIRST_DIGITS: Final = (0x0660, 0x06F0, 0x0966, 0x09E6)
+_FIRST_DIGITS: Final = (0x0660, 0x06F0, 0x0966, 0x09E6, *range(0x1D7CE, 0x1D7FF, 10))
 _PLAIN: Final = {
     **dict.fromkeys(_SPACES, " "),
     **dict.fromkeys(_DASHES, "-"),
