@@ -27,7 +27,13 @@ class SocketFolder:
         with contextlib.suppress(OSError):
             preferred.mkdir(mode=0o700, parents=True, exist_ok=True)
             _sweep(preferred)
-        self.path = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=_short_enough(preferred)))
+        folder = _short_enough(preferred)
+        try:
+            self.path = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=folder))
+        except OSError as error:
+            raise EngineFailed(
+                f"cannot make a folder for sockets in {folder}: {error.strerror}; free or mend it"
+            ) from error
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -37,7 +43,7 @@ def _short_enough(preferred: Path) -> Path:
     fallbacks = [Path(name) for name in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp") if name]
     for folder in (preferred.absolute(), *fallbacks):
         needed = len(os.fsencode(folder)) + len(f"/{os.getpid()}-") + _NAME_BYTES
-        if needed <= _SOCKET_PATH_BYTES and os.access(folder, os.W_OK):
+        if needed <= _SOCKET_PATH_BYTES and folder.is_dir() and os.access(folder, os.W_OK):
             return folder
     raise EngineFailed(
         f"no folder with a path short enough for unix sockets: set a data directory shorter than {preferred}"

@@ -397,3 +397,12 @@ async def test_kill_nine_of_the_router_takes_its_engine_along(tmp_path: Path) ->
     await router.wait()
     await eventually(lambda: not is_running(engine), "the engine's end")
     os.kill(grandchild, signal.SIGKILL)  # the fake engine ends alone; the leash program ends whole groups
+
+
+def test_where_the_folder_for_sockets_is_no_folder_another_one_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    folder = SocketFolder(tmp_path / "run")
+    try:
+        assert folder.path.is_dir() and tmp_path not in folder.path.parents
+    finally:
+        folder.remove()
