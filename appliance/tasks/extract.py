@@ -54,7 +54,12 @@ class Extracted:
 
 @dataclass(frozen=True, slots=True)
 class ExtractCall:
-    """One text, or a piece of one. `read` returns Extracted; `payload` and `texts_payload` make the response of it."""
+    """One text, or a piece of one. `read` returns Extracted; `payload` and `texts_payload` make the response of it.
+
+    The object is written as a whole. Forking every field from the document and writing them side by side was measured
+    on receipts with SmolLM2-135M: 10 took 62 s instead of 55 (two at once), and 5 of 40 fields were right instead of 8,
+    for a field written alone does not see the ones before it.
+    """
 
     text: str
     task: str
