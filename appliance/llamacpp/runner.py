@@ -24,6 +24,7 @@ from appliance.llamacpp.sampling import argmax_rows
 from appliance.llamacpp.scheduler import (
     Line,
     Room,
+    cache_limit,
     gives_way,
     leads,
     promised_tokens,
@@ -40,9 +41,6 @@ from appliance.llamacpp.sequence import Sequence
 STEP_SECONDS: Final = 0.1
 """About what prompts and labels may take of a step while somebody reads a stream. Shorter steps compute prompts in
 batches that waste the matrix kernels, and give the streams more than their share."""
-_CACHED_SHARE: Final = 0.5
-"""Share of the KV cells that unused prefixes may keep. Every cell slows attention a little for everybody: 7,000 idle
-cells cost 20 % of decode speed on SmolLM2-135M."""
 _FATAL_FAILURES: Final = 3
 """So many failed steps in a row mean that it is not the requests' fault."""
 _PREFILL_OBSERVED: Final = 32
@@ -128,7 +126,8 @@ class Runner:
         self._admit()
         if self._step_lanes():
             self._step_shared()
-        self._tree.evict(self._tree.evictable_tokens - int(_CACHED_SHARE * self.model.context_tokens))
+        crowded = len(self._line) > 0 or self._scorer.waiting_tokens > self._batch_tokens
+        self._tree.evict(self._tree.evictable_tokens - cache_limit(self.model.context_tokens, crowded))
         self._told.jobs = self._scorer.take_answered()
         told, self._told = self._told, Told()
         return told

@@ -7,10 +7,11 @@ from appliance.llamacpp.params import Generate
 from appliance.llamacpp.rates import Rates
 from appliance.llamacpp.scheduler import (
     FOLLOW_TOKENS,
-    LEAST_STEP_TOKENS,
     OUTPUT_RESERVE_TOKENS,
+    SLOW_STEP_TOKENS,
     Line,
     Room,
+    cache_limit,
     gives_way,
     leads,
     promised_tokens,
@@ -70,12 +71,14 @@ def test_the_end_of_the_context_limits_the_output() -> None:
     ("batch", "decoding", "in_lanes", "rate", "budget"),
     [
         (512, 0, 0, 2000.0, 512),
-        (512, 8, 0, 2000.0, 308),
-        (512, 0, 8, 2000.0, 300),
+        (512, 8, 0, 2000.0, 256),
+        (512, 0, 8, 2000.0, 256),
         (512, 8, 0, 20000.0, 512),
-        (512, 8, 0, 50.0, 8 + LEAST_STEP_TOKENS),
-        (512, 8, 0, 0.0, 8 + LEAST_STEP_TOKENS),
-        (512, 0, 8, 0.0, LEAST_STEP_TOKENS),
+        (512, 8, 0, 400.0, 64),
+        (512, 40, 0, 400.0, 128),
+        (512, 8, 0, 50.0, 8 + SLOW_STEP_TOKENS),
+        (512, 8, 0, 0.0, 64),
+        (512, 0, 8, 0.0, 64),
         (32, 32, 0, 50.0, 33),
     ],
 )
@@ -101,6 +104,11 @@ def test_prompts_and_labels_share_a_step_unless_one_is_more_urgent(
     prompts: int, prompt_priority: int, labels: int, label_priority: int | None, given: int
 ) -> None:
     assert split_budget(100, prompts, prompt_priority, labels, label_priority) == given
+
+
+def test_unused_prefixes_give_way_where_work_waits() -> None:
+    assert [cache_limit(16_384, crowded) for crowded in (False, True)] == [8_192, 2_048]
+    assert cache_limit(512, True) == 256
 
 
 def test_prompts_are_computed_in_order_of_rank_and_cut_at_the_budget() -> None:
