@@ -89,7 +89,11 @@ def _with_options(config: NodeConfig, host: str | None, port: int | None, model:
 _TRIES = (
     (
         "chat/completions",
-        {"model": "auto", "messages": [{"role": "user", "content": "Where is the Eiffel Tower?"}]},
+        {
+            "model": "auto",
+            "messages": [{"role": "user", "content": "Where is the Eiffel Tower?"}],
+            "temperature": 0,
+        },
     ),
     (
         "decisions",
@@ -109,11 +113,11 @@ _TRIES = (
     (
         "extract",
         {
-            "text": "Invoice 4711 from Acme Ltd, total 99.50 EUR",
+            "text": "Invoice number 4711 from Acme Ltd. The total is 99.50 EUR.",
             "schema": {
                 "type": "object",
-                "properties": {"number": {"type": "string"}, "total": {"type": "number"}},
-                "required": ["number", "total"],
+                "properties": {"invoice_number": {"type": "string"}, "total_eur": {"type": "number"}},
+                "required": ["invoice_number", "total_eur"],
             },
         },
     ),
