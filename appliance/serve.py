@@ -62,6 +62,8 @@ class Site:
     """API keys made by command; those of the configuration are in `config`. None where they could not be read."""
     detector: Detector | None = None
     """Of personal data, where the policy wants requests searched."""
+    has_had_keys: bool = False
+    """Whether any key was ever made by command, revoked ones included: then nobody is anonymous."""
 
     @property
     def keys(self) -> Mapping[str, Key]:
@@ -95,7 +97,7 @@ def prepare(config: NodeConfig, home: Path, placements: tuple[Placement, ...]) -
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot make the data directory {home}: {error.strerror}; choose another one") from error
-    stored = _stored_keys(config, home)
+    stored, has_had_keys = _stored_keys(config, home)
     if not config.keys and not stored and not is_loopback(config.server.host):
         raise ConfigError(
             f"listening on {config.server.host} lets others in, so API keys are needed: make one with "
@@ -104,15 +106,17 @@ def prepare(config: NodeConfig, home: Path, placements: tuple[Placement, ...]) -
         )
     detector = detector_for(policy)
     check_profiler(policy.defaults.profiler)
-    return Site(config, home, placements, configured, policy, policy_path, secrets, stored, detector)
+    return Site(config, home, placements, configured, policy, policy_path, secrets, stored, detector, has_had_keys)
 
 
-def _stored_keys(config: NodeConfig, home: Path) -> tuple[Key, ...] | None:
-    """API keys made by command; None where there is no ledger yet, or it cannot be read (said when it is opened)."""
+def _stored_keys(config: NodeConfig, home: Path) -> tuple[tuple[Key, ...] | None, bool]:
+    """API keys made by command, and whether there ever were any. None where there is no ledger yet, or it cannot be
+    read (said when it is opened)."""
     try:
-        return tuple(one.key for one in list_keys(ledger_url(config, home)) if one.revoked_at is None)
+        stored = list_keys(ledger_url(config, home))
     except LedgerUnavailable:
-        return None
+        return None, False
+    return tuple(one.key for one in stored if one.revoked_at is None), bool(stored)
 
 
 class Node:
@@ -131,7 +135,8 @@ class Node:
         self._changing = asyncio.Lock()
         """What was read first comes into force first: an older reading never replaces a newer one."""
         self._doors = self._make_doors(site)
-        self.auth = Authenticator(tuple(site.keys.values()), host=site.config.server.host)
+        host = site.config.server.host
+        self.auth = Authenticator(tuple(site.keys.values()), host=host, has_had_keys=site.has_had_keys)
         self.pipeline = self._make_pipeline(site)
 
     async def reload(self) -> Mapping[str, Any]:

@@ -26,11 +26,12 @@ def is_loopback(host: str) -> bool:
 class Authenticator:
     """Turns headers into a Caller. `load` replaces the keys whole, as a reload does."""
 
-    def __init__(self, keys: Sequence[Key], *, host: str) -> None:
+    def __init__(self, keys: Sequence[Key], *, host: str, has_had_keys: bool = False) -> None:
+        """`has_had_keys`: there were keys before, even if none is left."""
         self._host = host
         self._is_loopback = is_loopback(host)
         self._callers: Mapping[str, Caller] = {}
-        self._has_had_keys = False
+        self._has_had_keys = has_had_keys
         """A node whose last key is revoked or lost is closed, not open to everybody."""
         self.load(keys)
 

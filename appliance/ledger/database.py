@@ -105,6 +105,7 @@ _REMEDIES = (
     ("unable to open", "check that its folder exists and is writable for this user and that the disk has space"),
     ("not a database", "it is damaged or no ledger: move the file away (a new one is made) or restore a copy"),
     ("malformed", "it is damaged: move the file and its -wal and -shm away (a new one is made) or restore a copy"),
+    ("deleted or replaced", "put the file back, or restart the node (hosted calls stay refused until then)"),
     ("disk i/o", "check the disk and the space left on it"),
 )
 
@@ -215,3 +216,25 @@ def _revision(connection: Connection, place: str) -> str | None:
             f"{REVISIONS[-1]}): update the appliance, or set ledger.url to another place"
         )
     return revision
+
+
+class LedgerFile:
+    """The file that an engine has open. SQLite would go on writing into one that was deleted, and nobody would know."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._path = Path(engine.url.database or "") if _is_sqlite(engine.url) else None
+        self._identity = self._look()
+
+    def check(self) -> None:
+        """Raises OSError where the file is not the one that was opened."""
+        if self._path is not None and self._look() != self._identity:
+            raise OSError("its file was deleted or replaced while the node runs")
+
+    def _look(self) -> tuple[int, int] | None:
+        if self._path is None:
+            return None
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino

@@ -21,7 +21,7 @@ from appliance.core import Outcome
 from appliance.errors import BudgetExceeded, LedgerUnavailable
 from appliance.ledger import rows
 from appliance.ledger.budgets import Cap, Counting, day_of
-from appliance.ledger.database import explain
+from appliance.ledger.database import LedgerFile, explain
 from appliance.ledger.schema import attempts, decisions, exclusions, reservations, spend
 
 logger = logging.getLogger(__name__)
@@ -118,6 +118,7 @@ class Writer(threading.Thread):
         super().__init__(name="ledger-writer", daemon=True)
         self._engine = engine
         self._durable = engine.execution_options(durable=True)
+        self._file: LedgerFile | None = None
         self._shared = shared
         self._retention_seconds = retention_days * _SECONDS_PER_DAY
         self._clock = clock
@@ -132,6 +133,7 @@ class Writer(threading.Thread):
         self._last: Flush | None = None
 
     def run(self) -> None:
+        self._file = LedgerFile(self._engine)
         while self._last is None:
             try:
                 self._wait()
@@ -201,6 +203,8 @@ class Writer(threading.Thread):
             return
         refused: dict[int, BudgetExceeded] = {}
         try:
+            if self._file is not None:
+                self._file.check()
             with self._durable.begin() as connection:
                 refused = _reserve(connection, waiting)
         except Exception as error:

@@ -465,3 +465,9 @@ async def test_a_chat_model_asked_for_embeddings_says_what_would_make_them(
     response = await http.post("/v1/embeddings", json={"model": SMALL.name, "input": "x"})
     assert (response.status_code, error_of(response)["code"]) == (400, "unsupported_feature")
     assert SMALL.name in error_of(response)["message"] and "abilities" in error_of(response)["message"]
+
+
+async def test_a_node_whose_keys_are_all_revoked_is_closed_after_a_restart_too(pipeline: StandInPipeline) -> None:
+    auth = Authenticator((), host="127.0.0.1", has_had_keys=True)
+    with pytest.raises(Unauthorized, match="no API key was sent"):
+        auth.caller({})

@@ -303,3 +303,16 @@ def test_a_report_of_no_ledger_says_so(tmp_path: Path) -> None:
     with pytest.raises(LedgerUnavailable, match=r"there is no ledger at .*ledger\.db'"):
         offline_report(url_in(tmp_path), since_at=0, until_at=1)
     assert not (tmp_path / "ledger.db").exists()
+
+
+@pytest.mark.anyio
+async def test_a_ledger_that_was_deleted_while_it_is_open_reserves_nothing_more(tmp_path: Path) -> None:
+    ledger = await Ledger.open(url_in(tmp_path))
+    await ledger.reserve(decision_id="dec_1", target=HOSTED, usd=0.02)
+    (tmp_path / "ledger.db").rename(tmp_path / "elsewhere.db")
+    with pytest.raises(LedgerUnavailable, match="deleted or replaced while the node runs"):
+        await ledger.reserve(decision_id="dec_2", target=HOSTED, usd=0.02)
+    assert not ledger.health().ok
+    (tmp_path / "elsewhere.db").rename(tmp_path / "ledger.db")
+    await ledger.reserve(decision_id="dec_3", target=HOSTED, usd=0.02)
+    await ledger.close()
