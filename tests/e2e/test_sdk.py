@@ -101,7 +101,9 @@ def test_decisions_give_a_probability_for_every_option(client: openai.OpenAI) ->
     )
     topic, angry = reply.answers
     assert topic.type == "choice"
-    assert topic.choice == "billing"
+    # Which one a model of this size picks is not the point; that it is the most probable one is.
+    assert topic.choice == max(topic.probabilities, key=lambda row: row.probability).value
+    assert topic.confidence == pytest.approx(max(row.probability for row in topic.probabilities))
     assert sum(row.probability for row in topic.probabilities) == pytest.approx(1.0)
     assert angry.type == "predicate"
     assert 0.0 <= angry.probability <= 1.0

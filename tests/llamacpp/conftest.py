@@ -10,7 +10,8 @@ import pytest
 from appliance.llamacpp.model import Model
 
 
-@pytest.fixture(scope="session")
+# Models are closed with their module: half a gigabyte is not held, nor threads kept, while the rest of the suite runs.
+@pytest.fixture(scope="module")
 def model(smollm2_path: Path) -> Iterator[Model]:
     """Small on purpose: 512 KV cells and 4 sequences, so that tests reach the limits quickly."""
     loaded = Model.load(smollm2_path, threads=1, context_tokens=512, sequences=4, batch_tokens=256)
@@ -29,7 +30,7 @@ def f32_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     path.unlink()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def f32_model(f32_path: Path) -> Iterator[Model]:
     loaded = Model.load(f32_path, threads=1, context_tokens=512, sequences=4, batch_tokens=256, attention="exact")
     yield loaded
