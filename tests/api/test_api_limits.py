@@ -1,10 +1,14 @@
 """Requests a minute by key."""
 
+import hashlib
+
 import pytest
 
+from appliance.api.auth import Authenticator
 from appliance.api.limits import RateLimits
+from appliance.config import Key
 from appliance.core import Caller
-from appliance.errors import RateLimited
+from appliance.errors import RateLimited, Unauthorized
 
 
 class Clock:
@@ -58,3 +62,15 @@ def test_one_key_does_not_use_up_anothers_allowance_and_a_clock_that_stands_stil
     for caller in (slow, other):
         with pytest.raises(RateLimited):
             limits.take(caller)
+
+
+def test_5000_keys_are_told_apart() -> None:
+    def digest(number: int) -> str:
+        return hashlib.sha256(f"sk-{number}".encode()).hexdigest()
+
+    keys = [Key.model_validate({"name": f"key-{number}", "sha256": digest(number)}) for number in range(5000)]
+    auth = Authenticator(keys, host="127.0.0.1")
+    for number in (0, 2499, 4999):
+        assert auth.caller({"authorization": f"Bearer sk-{number}"}).key_id == f"key-{number}"
+    with pytest.raises(Unauthorized):
+        auth.caller({"authorization": "Bearer sk-5000"})
