@@ -318,7 +318,7 @@ async def test_a_spent_budget_keeps_answers_on_the_site(smollm2_path: Path, tmp_
             async with httpx.AsyncClient(base_url=node.url, timeout=60) as client:
                 body = {**CHAT, "max_tokens": 16}
                 replies = await asyncio.gather(*(client.post("/v1/chat/completions", json=body) for _ in range(30)))
-                # One that finds the engine busy for longer than it may wait is told so; none is answered beyond the cap.
+                # One that finds the engine busy for too long is told so; none is answered beyond the cap.
                 for reply in replies:
                     assert reply.status_code == 200 or reply.json()["error"]["code"] in (
                         "budget_exceeded",
