@@ -1,6 +1,7 @@
 """Keeps the planned engines alive: one keeper task for each, which feeds its life cycle and does as that says."""
 
 import asyncio
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -103,12 +104,10 @@ class Supervisor:
         Raises EngineFailed with the engine's last words when one has failed for good, has failed three times in a row,
         or the time is over. The engines are left as they are: those that may still come up go on trying.
         """
-        try:
+        with contextlib.suppress(TimeoutError):  # who is not ready by then is told below
             async with asyncio.timeout(timeout_seconds):
                 for keeper in self._keepers:
                     await keeper.wait_for(_is_decided)
-        except TimeoutError:
-            pass
         for keeper in self._keepers:
             if keeper.life.phase != "ready":
                 reason = keeper.life.reason or f"not ready within {timeout_seconds:g} s"
