@@ -19,8 +19,8 @@ from appliance.core import Ability
 from appliance.errors import ConfigError, UnknownModel
 from appliance.positions import Location, dotted, line_of
 
-EngineKind = Literal["llamacpp", "vllm"]
-ModelFormat = Literal["gguf", "safetensors"]
+EngineKind = Literal["llamacpp", "vllm", "encoder"]
+ModelFormat = Literal["gguf", "safetensors", "onnx"]
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]

@@ -19,11 +19,23 @@ Task = Literal[
 Format = Literal["text", "json_object", "json_schema", "labels", "tools"]
 LatencyClass = Literal["interactive", "batch"]
 Profiler = Literal["rules", "learned", "llm"]
-Endpoint = Literal["chat", "completions", "decisions", "extract", "embeddings"]
+Endpoint = Literal[
+    "chat", "completions", "decisions", "extract", "embeddings", "messages", "responses", "generate_content"
+]
 Location = Literal["onsite", "hosted"]
-Dialect = Literal["openai"]
+Dialect = Literal["openai", "anthropic", "gemini"]
 Ability = Literal[
-    "chat", "completions", "labels", "decisions", "json_schema", "logprobs", "tools", "vision", "embeddings"
+    "chat",
+    "completions",
+    "labels",
+    "decisions",
+    "json_schema",
+    "logprobs",
+    "tools",
+    "vision",
+    "embeddings",
+    "reasoning",
+    "classify",
 ]
 Scope = Literal["client", "admin"]
 EngineState = Literal["starting", "ready", "draining", "failed", "stopped"]
