@@ -18,13 +18,13 @@ class Shape:
     """KV cells shared by all sequences."""
     sequences: int
     sequence_context_tokens: int
-    """The longest one sequence may become."""
+    """The longest one sequence may become; what vLLM calls max_model_len."""
     max_queued_requests: int
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What an engine will hold, in bytes, part by part."""
+    """What an engine will hold, in bytes, part by part. Of an engine on GPUs: on each of its devices."""
 
     weights_bytes: int
     kv_bytes: int
@@ -45,6 +45,31 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuShare:
+    """What an engine takes of which GPUs. Every one of `devices` gives the same."""
+
+    devices: tuple[str, ...]
+    """UUIDs as NVML tells them (`GPU-...`, `MIG-...`), or indices where it tells none; as CUDA_VISIBLE_DEVICES takes
+    them. There are tensor_parallel x data_parallel of them."""
+    memory_utilization: float
+    """Share of a device's total memory that the engine may hold, all parts together."""
+    kv_cache_bytes: int
+    """KV cache on each device. Its part of `Memory`; the engine is told it, so that it need not measure."""
+    max_batched_tokens: int
+    """Tokens computed in one step, over all sequences."""
+    tensor_parallel: int = 1
+    """Each layer is split over so many devices."""
+    data_parallel: int = 1
+    """So many whole copies of the model, each on `tensor_parallel` devices."""
+    dtype: str = "auto"
+    """Of activations, in the engine's words; auto: what the checkpoint says."""
+    kv_dtype: str = "auto"
+    """Of keys and values, in the engine's words; auto: as `dtype`."""
+    unified_memory: bool = False
+    """The devices share the machine's RAM."""
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
     """One model, in one variant, on this machine."""
 
@@ -60,6 +85,11 @@ class Placement:
     """Why the figures are what they are, in the order in which they were decided."""
     quality: float | None = None
     """How good its answers are, from 0 to 1, where somebody has declared it."""
+    gpu: GpuShare | None = None
+    """None: it computes on the processor. Then `shape.threads` count; on GPUs they do not."""
+    settings: tuple[tuple[str, str], ...] = ()
+    """Further options of the engine, each with its value, as the catalogue or the operator gives them
+    (`--reasoning-parser`, `qwen3`); an empty value stands for an option that takes none."""
 
     @property
     def target(self) -> str:
