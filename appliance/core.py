@@ -337,6 +337,8 @@ class Route:
     """Whether the same target may be asked again after a failure that may have been billed."""
     escalations: tuple[Attempt, ...] = ()
     """Who is asked when an answer is unsure, in order."""
+    standby: tuple[Attempt, ...] = ()
+    """Engines that are not up now: waited for only where every attempt has come to nothing."""
 
 
 @dataclass(frozen=True, slots=True)

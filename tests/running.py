@@ -1,6 +1,7 @@
 """Real processes for end-to-end tests and benchmarks: a node as a user would start it."""
 
 import contextlib
+import ctypes
 import os
 import re
 import select
@@ -72,7 +73,13 @@ def running_node(
     started = time.monotonic()
     with (data_dir / "node.log").open("w") as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **(environment or {})}
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, **(environment or {})},
+            preexec_fn=_dies_with_us,
         )
     try:
         text = _read_until_ready(process, started + seconds, data_dir / "node.log")
@@ -89,6 +96,12 @@ def running_node(
                 process.wait()
         assert process.stdout is not None
         process.stdout.close()
+
+
+def _dies_with_us() -> None:
+    """A node whose test or benchmark was killed ends, too, and drains: Linux alone knows how (PR_SET_PDEATHSIG is 1)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _read_until_ready(process: "subprocess.Popen[str]", deadline: float, log: Path) -> str:

@@ -70,9 +70,9 @@ def rank(
         return Ranking(route, unknown_model(request, AUTO, snapshot.targets))
     case = _Case(request, rule, route, outlooks)
     judged = _judge_all(case, policy, snapshot.targets) if pinned is None else _judge_in_order(case, pinned)
-    attempts, excluded = _arrange(judged, case, profile)
+    attempts, standby, excluded = _arrange(judged, case, profile)
     escalations = () if pinned is not None or rule.escalation is None else _escalations(case, snapshot.targets)
-    route = replace(route, attempts=attempts, excluded=excluded, escalations=escalations)
+    route = replace(route, attempts=attempts, standby=standby, excluded=excluded, escalations=escalations)
     return Ranking(route, None if attempts else refusal_of(request, route, judged))
 
 
@@ -207,16 +207,17 @@ def _not_now(case: _Case, target: Target, outlook: Outlook) -> tuple[Kind, str]:
 
 def _arrange(
     judged: Sequence[Judged], case: _Case, profile: Profile
-) -> tuple[tuple[Attempt, ...], tuple[Excluded, ...]]:
+) -> tuple[tuple[Attempt, ...], tuple[Attempt, ...], tuple[Excluded, ...]]:
     """In the route's order: those who can begin in time, then those who cannot; engines that are not up only where
-    nothing else is left, for a request can wait for them."""
+    nothing else is left, for a request can wait for them. Where something is, they stand by."""
     now = [one for one in judged if one.kind == "now"]
     late = [one for one in judged if one.kind == "late"]
     waiting = [one for one in judged if one.kind == "waiting"]
     usable = [*now, *late] or waiting
     attempts = tuple(Attempt(one.target, _reason(one, judged, case, profile)) for one in usable)
+    standby = tuple(Attempt(one.target, _reason(one, judged, case, profile)) for one in waiting if one not in usable)
     excluded = tuple(Excluded(one.target.name, one.reason) for one in judged if one not in usable)
-    return attempts, excluded
+    return attempts, standby, excluded
 
 
 def _reason(one: Judged, judged: Sequence[Judged], case: _Case, profile: Profile) -> str:

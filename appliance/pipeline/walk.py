@@ -146,7 +146,7 @@ class Walk:
     def _turn(
         self, route: Route, tried: Sequence[tuple[Trial, ApplianceError]], made: int, *, retries: bool
     ) -> Turn | None:
-        """The route's next attempt; after the last one the same target again, where that can help."""
+        """The route's next attempt; after the last one the same target again, where that can help; then who stands by."""
         left = route.max_attempts - made
         if len(tried) >= left:
             return None
@@ -156,7 +156,9 @@ class Walk:
                 attempt = replace(attempt, reason=_next_reason(*tried[-1]))
             following = route.attempts[len(tried) + 1 : left]
             return Turn(attempt, 0.0, following[0].target if following else None)
-        return self._retry(route, tried) if retries and tried else None
+        if not tried:
+            return None
+        return (self._retry(route, tried) if retries else None) or _standby(route, tried)
 
     def _retry(self, route: Route, tried: Sequence[tuple[Trial, ApplianceError]]) -> Turn | None:
         """The first of the route's targets that failed in a way that passes, while there is time for it."""
@@ -300,6 +302,14 @@ class Walk:
     def _note_first_byte(self) -> None:
         if self.first_byte_seconds is None:
             self.first_byte_seconds = self._means.clock() - self._request.received
+
+
+def _standby(route: Route, tried: Sequence[tuple[Trial, ApplianceError]]) -> Turn | None:
+    """An engine that was not up when the request was decided, now that there is nobody else: a hosted target may be
+    refused by a budget only after it was chosen."""
+    asked = {trial.target.name for trial, _ in tried}
+    attempt = next((attempt for attempt in route.standby if attempt.target.name not in asked), None)
+    return None if attempt is None else Turn(replace(attempt, reason=_next_reason(*tried[-1])), 0.0, None)
 
 
 def _marked(decided: Decided, step: Degrade, cause: ApplianceError) -> Decided:

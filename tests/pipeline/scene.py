@@ -25,7 +25,7 @@ from appliance.core import (
     Target,
     TimeLimits,
 )
-from appliance.errors import LedgerUnavailable, RejectedReply
+from appliance.errors import BudgetExceeded, LedgerUnavailable, RejectedReply
 from appliance.pipeline.admission import Admission
 from appliance.pipeline.answer import Answer, Pipeline
 from appliance.pipeline.breaker import Breakers
@@ -165,12 +165,15 @@ class RecordingLedger:
     settled: dict[str, float] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
     is_full: bool = False
+    is_spent: bool = False
     log: list[str] = field(default_factory=list)
 
     async def reserve(self, *, decision_id: str, target: Target, usd: float, route: str, key_id: str) -> str:
         await asyncio.sleep(0)
         if self.is_full:
             raise LedgerUnavailable("the disk is full")
+        if self.is_spent:
+            raise BudgetExceeded("today's budget is spent")
         reservation = f"res-{len(self.reserved) + 1}"
         self.reserved[reservation] = (target.name, usd)
         self.log.append(f"reserve {target.name}")

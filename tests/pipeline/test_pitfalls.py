@@ -7,7 +7,7 @@ import pytest
 
 from appliance.core import ONSITE
 from tests.pipeline.scene import caller_of
-from tests.pipeline.stage import Stage, settled
+from tests.pipeline.stage import Stage, attempts, settled
 
 pytestmark = pytest.mark.anyio
 
@@ -45,6 +45,24 @@ async def test_pitfall_18_while_an_engine_loads_those_who_may_go_elsewhere_do(st
     assert not waiting.done() and "onsite/tiny" in stage.state.demand
     stage.publish()
     assert (await waiting).facts.target == "onsite/tiny"
+
+
+async def test_an_engine_that_loads_is_waited_for_where_money_keeps_the_hosted_target_out(stage: Stage) -> None:
+    stage.publish(state="starting")
+    stage.ledger.is_spent = True
+    waiting = asyncio.create_task(stage.ask())
+    await settled()
+    assert not waiting.done() and "onsite/tiny" in stage.state.demand
+    stage.publish()
+    assert (await waiting).facts.target == "onsite/tiny"
+    assert attempts(stage) == [("cloud/big", "overflowed"), ("onsite/tiny", "answered")]
+    assert stage.provider.calls == 0
+
+
+async def test_who_stands_by_is_not_asked_where_somebody_has_answered(stage: Stage) -> None:
+    stage.publish(state="starting")
+    await stage.ask()
+    assert attempts(stage) == [("cloud/big", "answered")] and "onsite/tiny" not in stage.state.demand
 
 
 async def test_pitfall_18_those_who_wait_for_an_engine_do_not_start_it_over_and_over(stage: Stage) -> None:
