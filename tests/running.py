@@ -99,7 +99,7 @@ def running_node(
 
 
 def _dies_with_us() -> None:
-    """A node whose test or benchmark was killed ends, too, and drains: Linux alone knows how (PR_SET_PDEATHSIG is 1)."""
+    """A node whose test or benchmark was killed ends, too, and drains. Linux alone can (PR_SET_PDEATHSIG is 1)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 

@@ -146,7 +146,8 @@ class Walk:
     def _turn(
         self, route: Route, tried: Sequence[tuple[Trial, ApplianceError]], made: int, *, retries: bool
     ) -> Turn | None:
-        """The route's next attempt; after the last one the same target again, where that can help; then who stands by."""
+        """The route's next attempt; after the last one the same target again, where that can help; then who
+        stands by."""
         left = route.max_attempts - made
         if len(tried) >= left:
             return None
