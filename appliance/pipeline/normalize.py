@@ -1,5 +1,6 @@
 """A checked body, the headers and the key become one Request."""
 
+import difflib
 import re
 import secrets
 from collections.abc import Mapping
@@ -10,6 +11,9 @@ from appliance.errors import RequestError
 
 RESIDENCY_HEADER: Final = "x-appliance-residency"
 TAG_HEADER: Final = "x-appliance-tag"
+
+_PREFIX: Final = "x-appliance-"
+"""Of headers that are ours alone: one that we do not know is a mistake that might unbind a request."""
 
 _TAG: Final = re.compile(r"[\w.:/-]{1,64}")
 
@@ -48,13 +52,27 @@ def new_decision_id(wall: float) -> str:
 
 
 def _residency(headers: Mapping[str, str]) -> Residency | None:
-    """What the header says; where it was sent more than once, by a client and a proxy, the strictest of all that."""
+    """What the header says; where it was sent more than once, by a client and a proxy, the strictest of all that.
+
+    Raises RequestError for a header that looks like one of ours and is none: a typo must not bind nothing.
+    """
     # By items: asked for by name, such a mapping gives the first alone.
-    texts = [text for name, text in headers.items() if name.lower() == RESIDENCY_HEADER]
+    ours = [(name, text) for name, text in headers.items() if name.lower().replace("_", "-").startswith(_PREFIX)]
+    for name, _ in ours:
+        if name.lower() not in (RESIDENCY_HEADER, TAG_HEADER):
+            raise _unknown_header(name.lower())
+    texts = [text for name, text in ours if name.lower() == RESIDENCY_HEADER]
     try:
         return strictest(*map(Residency.parse, texts)) if texts else None
     except ValueError as error:
         raise RequestError(f"header {RESIDENCY_HEADER}: {error}", param=RESIDENCY_HEADER) from error
+
+
+def _unknown_header(name: str) -> RequestError:
+    near = difflib.get_close_matches(name, (RESIDENCY_HEADER, TAG_HEADER), n=1, cutoff=0.0)[0]
+    return RequestError(
+        f"header {name[:80]!r} is none of ours, and {_PREFIX}* is reserved: did you mean {near}?", param=name[:80]
+    )
 
 
 def _tag(text: str | None) -> str | None:

@@ -149,6 +149,12 @@ def test_of_a_residency_header_sent_twice_the_strictest_counts(values: list[str]
     assert made(headers).residency == expected
 
 
+@pytest.mark.parametrize("name", ["x-appliance-residancy", "X-Appliance-Region", "x_appliance_residency"])
+def test_a_header_that_looks_like_ours_and_is_none_is_refused_with_the_right_name(name: str) -> None:
+    with pytest.raises(RequestError, match="did you mean x-appliance-residency"):
+        made({name: "onsite"})
+
+
 def test_an_unknown_residency_beside_a_known_one_is_refused() -> None:
     headers = Headers(raw=[(b"x-appliance-residency", b"any"), (b"x-appliance-residency", b"on-site")])
     with pytest.raises(RequestError, match="on-site"):
