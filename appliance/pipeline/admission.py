@@ -13,7 +13,7 @@ from typing import Final
 
 from appliance.core import EngineView, Target
 from appliance.errors import Busy, Unavailable
-from appliance.pipeline.capacity import NOT_PREDICTED, InFlight, Prediction, decode_rate, predict
+from appliance.pipeline.capacity import NOT_PREDICTED, InFlight, Prediction, decode_rate, predict, room_beside
 from appliance.pipeline.learning import Experience
 from appliance.state import State
 
@@ -40,6 +40,8 @@ class Load:
     stream: bool = False
     leaves_free: float = 0.0
     """Share of the engine that it must leave to those who are bound, while it may go elsewhere itself."""
+    can_wait: bool = False
+    """It goes in only where it harms nobody who cannot, and the engine puts it back for those."""
 
     @property
     def cells(self) -> int:
@@ -94,18 +96,24 @@ class Slot:
 class _Place:
     """One target's slots and the line before it."""
 
-    __slots__ = ("at_view", "cells", "line", "seen", "sequences", "slots", "waiting")
+    __slots__ = ("at_view", "hurried_sequences", "line", "seen", "sequences", "slots", "waiting")
 
     def __init__(self) -> None:
         self.slots: dict[Slot, None] = {}
         self.sequences = 0
+        self.hurried_sequences = 0
+        """Of those, without the ones that can wait."""
         self.waiting = 0
-        self.cells = 0
         self.line = _Queue()
         self.seen = -math.inf
         """When the engine's gauges were read last."""
         self.at_view = _EMPTY
         """What was in flight then."""
+
+    def count(self, load: Load, sign: int) -> None:
+        self.sequences += sign * load.share
+        if not load.can_wait:
+            self.hurried_sequences += sign * load.share
 
 
 @dataclass(slots=True, eq=False)
@@ -119,24 +127,35 @@ class _Waiter:
 
 
 class _Queue:
-    """Those who wait for one target: bound requests first, each kind in order of arrival."""
+    """Those who wait for one target: bound requests first, then the others, at last those who can wait; each kind in
+    order of arrival."""
 
     def __init__(self) -> None:
         self.bound: deque[_Waiter] = deque()
         self.unbound: deque[_Waiter] = deque()
+        self.patient: deque[_Waiter] = deque()
 
     def __len__(self) -> int:
-        return len(self.bound) + len(self.unbound)
+        return len(self.bound) + len(self.unbound) + len(self.patient)
 
-    def line(self, *, first: bool) -> deque[_Waiter]:
+    @property
+    def hurried(self) -> bool:
+        """Whether anybody waits who cannot."""
+        return bool(self.bound or self.unbound)
+
+    def line(self, load: Load, *, first: bool) -> deque[_Waiter]:
+        if load.can_wait:
+            return self.patient
         return self.bound if first else self.unbound
 
     def head(self) -> deque[_Waiter]:
-        return self.bound or self.unbound
+        return self.bound or self.unbound or self.patient
 
-    def loads(self, *, first: bool) -> list[Load]:
-        """Of those before one who comes now."""
-        lines = (self.bound,) if first else (self.bound, self.unbound)
+    def before(self, load: Load | None, *, first: bool) -> list[Load]:
+        """What waits before one who comes now; None: before the last of all."""
+        lines: tuple[deque[_Waiter], ...] = (self.bound, self.unbound, self.patient)
+        if load is not None and not load.can_wait:
+            lines = lines[:1] if first else lines[:2]
         return [waiter.load for line in lines for waiter in line]
 
 
@@ -154,7 +173,7 @@ class Admission:
     def inflight(self, target: str) -> InFlight:
         """What is in flight and waiting at one target now."""
         place = self._places.get(target)
-        return _EMPTY if place is None else self._tally(target, place, place.line.loads(first=False))
+        return _EMPTY if place is None else self._tally(target, place, place.line.before(None, first=False))
 
     @property
     def total(self) -> int:
@@ -190,13 +209,14 @@ class Admission:
         if not prediction.ready:
             self._state.want(target.name)
         place = self._place(target.name)
-        if prediction.can_enter and not place.line and _inside(prediction, budget_seconds):
+        is_next = not place.line if load.can_wait else not place.line.hurried
+        if prediction.can_enter and is_next and _inside(prediction, budget_seconds):
             return self._admit(target.name, load, plain)
         if wait_seconds <= 0 or (budget_seconds is not None and not _inside(prediction, budget_seconds)):
             raise _full(target.name, prediction, budget_seconds)
         until = None if budget_seconds is None else self._clock() + budget_seconds
         waiter = _Waiter(target, load, asyncio.get_running_loop().create_future(), until, may_leave)
-        return await self._wait(waiter, place.line.line(first=first), wait_seconds)
+        return await self._wait(waiter, place.line.line(load, first=first), wait_seconds)
 
     async def aclose(self) -> None:
         if self._pump is not None:
@@ -238,8 +258,7 @@ class Admission:
         place = self._place(target)
         slot = Slot(self, target, load, predicted, self._clock())
         place.slots[slot] = None
-        place.sequences += load.share
-        place.cells += load.cells
+        place.count(load, 1)
         return slot
 
     def _computed(self, slot: Slot) -> None:
@@ -248,8 +267,7 @@ class Admission:
     def _leave(self, slot: Slot) -> None:
         place = self._places[slot.target]
         del place.slots[slot]
-        place.sequences -= slot.load.share
-        place.cells -= slot.load.cells
+        place.count(slot.load, -1)
         self._let_in(slot.target)
 
     def _let_in(self, target: str) -> None:
@@ -278,12 +296,12 @@ class Admission:
     def _predict(self, target: str, load: Load, *, may_leave: bool, first: bool | None = None) -> Prediction:
         """`first`: of those who wait only the bound ones are before it; None: nobody is."""
         place = self._places.get(target)
-        inflight = _EMPTY
+        view, inflight = self._state.snapshot.engines.get(target), _EMPTY
         if place is not None:
-            line = place.line.loads(first=first) if first is not None and place.waiting else []
-            inflight = self._tally(target, place, line)
-        return predict(
-            self._state.snapshot.engines.get(target),
+            line = place.line.before(load, first=first) if first is not None and place.waiting else []
+            inflight = self._tally(target, place, line, with_patient=load.can_wait)
+        prediction = predict(
+            view,
             inflight,
             prompt_tokens=load.prompt_tokens,
             output_tokens=load.output_tokens,
@@ -292,6 +310,10 @@ class Admission:
             kv_tokens=load.kv_tokens,
             reserved=load.leaves_free if may_leave else 0.0,
         )
+        if not load.can_wait or place is None or view is None or view.load is None:
+            return prediction
+        is_free = not place.line.hurried and place.sequences < room_beside(view.load, place.hurried_sequences)
+        return prediction if is_free else replace(prediction, can_enter=False)
 
     def _corrected(self, target: str, load: Load, plain: Prediction) -> Prediction:
         """By how much longer things of this kind took here than predicted."""
@@ -303,30 +325,41 @@ class Admission:
         finish = max(first + rest, plain.finish_seconds * self._experience.finish_pace.ratio(key))
         return Prediction(first, finish, plain.fits_kv, plain.ready, plain.reason, plain.can_enter)
 
-    def _tally(self, target: str, place: _Place, line: Sequence[Load]) -> InFlight:
-        """The ledger of one target as it stands now: what has been written since counts no more."""
+    def _tally(self, target: str, place: _Place, line: Sequence[Load], *, with_patient: bool = True) -> InFlight:
+        """The ledger of one target as it stands now: what has been written since counts no more.
+
+        `with_patient` False: as those see it for whom the engine puts back what can wait.
+        """
         view = self._state.snapshot.engines.get(target)
-        now = self._clock()
-        speed = _tokens_per_second(view, place.sequences)
-        outputs = tuple(
-            slot.output_left(now, speed) // slot.load.share for slot in place.slots for _ in range(slot.load.share)
-        )
         is_new = view is not None and view.seen != place.seen
-        tally = InFlight(
-            sequences=place.sequences,
+        whole = self._sum(view, list(place.slots), line, None if is_new else place.at_view)
+        if view is not None and is_new:
+            place.seen, place.at_view = view.seen, whole
+        if with_patient or place.hurried_sequences == place.sequences:
+            return whole
+        hurried = [slot for slot in place.slots if not slot.load.can_wait]
+        return self._sum(view, hurried, line, place.at_view)
+
+    def _sum(
+        self, view: EngineView | None, slots: Sequence[Slot], line: Sequence[Load], at_view: InFlight | None
+    ) -> InFlight:
+        now, sequences = self._clock(), sum(slot.load.share for slot in slots)
+        speed = _tokens_per_second(view, sequences)
+        outputs = tuple(
+            slot.output_left(now, speed) // slot.load.share for slot in slots for _ in range(slot.load.share)
+        )
+        return InFlight(
+            sequences=sequences,
             waiting=sum(load.share for load in line),
-            prompt_tokens=sum(slot.prompt_left(now) for slot in place.slots),
+            prompt_tokens=sum(slot.prompt_left(now) for slot in slots),
             waiting_prompt_tokens=sum(load.prompt_tokens for load in line),
             output_tokens=sum(outputs),
             waiting_output_tokens=sum(load.output_tokens for load in line),
-            kv_tokens=place.cells,
+            kv_tokens=sum(slot.load.cells for slot in slots),
             outputs=outputs,
             waiting_outputs=tuple(load.output_tokens for load in line),
-            at_view=None if is_new else place.at_view,
+            at_view=at_view,
         )
-        if view is not None and is_new:
-            place.seen, place.at_view = view.seen, tally
-        return tally
 
     def _start_pump(self) -> None:
         if self._pump is None or self._pump.done():

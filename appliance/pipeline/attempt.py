@@ -1,7 +1,7 @@
 import asyncio
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from appliance.backends import openai
@@ -38,6 +38,9 @@ from appliance.telemetry.scrub import scrub_text
 
 _CALLS_AT_ONCE: Final = 8
 """One piece of work may become many calls to a hosted target; more at once only meets its rate limit sooner."""
+
+BATCH_PRIORITY: Final = 1
+"""Of work that can wait, at engines; lower values go first, and everything else has 0."""
 
 _PREFIX_CHARACTERS: Final = 256
 """Prompts that begin alike for so long are taken to share what an engine has cached of them."""
@@ -113,7 +116,7 @@ class Trial:
         outgoing: Sequence[Outgoing] = ()
         self._call = call
         try:
-            outgoing = call.outgoing(target)
+            outgoing = self._in_turn(call.outgoing(target))
             await self._enter(call, patience)
             self._check_breaker()
             permit = self._permit()
@@ -231,6 +234,12 @@ class Trial:
             wait_seconds=patience.wait_seconds,
             budget_seconds=patience.budget_seconds,
         )
+
+    def _in_turn(self, outgoing: Sequence[Outgoing]) -> Sequence[Outgoing]:
+        """Work that can wait is marked so for this node's engines, which do everything else before it."""
+        if self._errand.request.latency_class != "batch" or self.target.provider is not None:
+            return outgoing
+        return [replace(one, body={**one.body, "priority": BATCH_PRIORITY}) for one in outgoing]
 
     def _check_breaker(self) -> None:
         """Many may have been sent here while it was thought well, or half open: only one of them is the probe."""
@@ -396,6 +405,7 @@ def load_of(
         kind=request.endpoint,
         stream=request.stream,
         leaves_free=leaves_free,
+        can_wait=request.latency_class == "batch",
     )
 
 

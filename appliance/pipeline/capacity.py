@@ -15,6 +15,9 @@ BACKLOG_SEQUENCES: Final = 2
 """Beyond its sequences an engine gets this many more, so that it never idles between two; the rest waits here, where it
 can be put in order and can still go elsewhere."""
 
+UNHARMED: Final = 1.1
+"""By how much work that can wait may slow down what cannot."""
+
 _STEP_SECONDS: Final = 0.15
 _LEAST_CHUNK_TOKENS: Final = 64
 """An engine that is writing computes prompts in pieces of about this long, but not smaller ones, between two tokens."""
@@ -103,6 +106,23 @@ def predict(
     room = open_to_it + (0 if reserved else BACKLOG_SEQUENCES)
     can_enter = inside < room and (missing <= 0 or inside == 0)
     return Prediction(first_byte, finish, missing <= 0, ready=True, reason=reason, can_enter=can_enter)
+
+
+def room_beside(load: EngineLoad, interactive: int) -> int:
+    """How many sequences may run together, work that can wait included, beside so many that cannot.
+
+    As many as slow none of those down by more than UNHARMED, by the engine's own measured rates: on a CPU, which is
+    busy with one, that is hardly ever more than those themselves; a GPU has room for many.
+    """
+    capacity = max(1, load.sequences_capacity)
+    if interactive <= 0:
+        return capacity + BACKLOG_SEQUENCES
+    rates = load.decode_tokens_per_second
+    slowest = UNHARMED * interactive / decode_rate(rates, interactive)
+    room = interactive
+    while room < capacity and (room + 1) / decode_rate(rates, room + 1) <= slowest:
+        room += 1
+    return room
 
 
 def _not_ours(load: EngineLoad, inflight: InFlight) -> InFlight:

@@ -79,7 +79,7 @@ def rank(
 def _bare_route(request: Request, rule: RouteRule, policy: Policy, *, pinned: bool) -> Route:
     defaults = policy.defaults
     bound, bound_reason = bound_by(request, rule, policy)
-    return Route(
+    route = Route(
         name=rule.name,
         policy_version=policy.version,
         residency=bound,
@@ -95,6 +95,18 @@ def _bare_route(request: Request, rule: RouteRule, policy: Policy, *, pinned: bo
         answer_budget_seconds=rule.answer_budget_seconds,
         max_cost_usd=rule.max_cost_usd,
         retry_billed=rule.retry_billed,
+    )
+    return route if request.patience_seconds is None else _patient(route, request.patience_seconds)
+
+
+def _patient(route: Route, seconds: float) -> Route:
+    """For work that can wait: its own patience stands in for what the route allows somebody who is waiting."""
+    return replace(
+        route,
+        latency_budget_seconds=seconds,
+        max_wait_seconds=max(route.max_wait_seconds, seconds),
+        total_seconds=route.total_seconds + seconds,
+        answer_budget_seconds=None,
     )
 
 

@@ -62,4 +62,6 @@ def _guess(request: Request, sample: Sample, prompt_tokens: int, profiler: Profi
 
 
 def _latency_class(request: Request) -> LatencyClass:
+    if request.latency_class is not None:
+        return request.latency_class
     return "batch" if "inputs" in request.body or "texts" in request.body else "interactive"
