@@ -1,12 +1,16 @@
 """What the control plane knows of an engine before it runs: where it is placed and what memory that takes."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Final, Protocol
+
+from pydantic import TypeAdapter, ValidationError
 
 from appliance.catalog import EngineKind, ModelSpec, Variant
-from appliance.core import Ability
+from appliance.core import Ability, EngineLoad
+from appliance.errors import BackendGarbage
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +100,30 @@ class Placement:
         return f"onsite/{self.model}"
 
 
+class Gauges(Protocol):
+    """Reads what one running engine tells of its load; may remember what it needs between two readings."""
+
+    @property
+    def path(self) -> str:
+        """What is to be fetched from the engine."""
+
+    def read(self, page: str, now: float) -> EngineLoad:
+        """The page as it was at `now` (monotonic seconds). Raises BackendGarbage for what is no such page."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A request for the least possible work, sent where nothing moves: whether the engine still computes."""
+
+    path: str
+    body: Mapping[str, Any]
+
+
 class Engine(Protocol):
-    """A kind of inference server that can be launched. Pure: it reckons and words, the supervisor acts."""
+    """A kind of inference server that can be launched. Pure: it reckons and words, the supervisor acts.
+
+    `EngineDefaults` has what most of it is for an engine of our own.
+    """
 
     @property
     def kind(self) -> EngineKind: ...
@@ -110,17 +136,84 @@ class Engine(Protocol):
         self, python: str, placement: Placement, *, socket: Path, leash_fd: int, drain_seconds: float
     ) -> list[str]:
         """The command line that serves `placement` on the unix socket, ends when `leash_fd` reaches its end, and
-        after SIGTERM ends by itself within `drain_seconds`."""
+        after SIGTERM to its first process ends by itself within `drain_seconds`."""
 
-    def environment(self) -> Mapping[str, str]:
-        """Variables the program needs beside those that every engine gets."""
+    def environment(self, placement: Placement, folder: Path) -> Mapping[str, str]:
+        """Variables the program needs beside those that every engine gets. `folder` is private to this engine, and is
+        emptied when it has ended."""
+
+    def gauges(self, placement: Placement) -> Gauges:
+        """A reader of its load, for one run of the engine."""
+
+    def probe(self, placement: Placement) -> Probe | None:
+        """What to ask where nothing moves; None: its gauges tell the truth when it hangs."""
+
+    def progress(self, lines: Sequence[str]) -> str:
+        """What it is doing while it starts, from the last lines it wrote; empty where they do not say."""
 
     def last_words(self, lines: Sequence[str]) -> str:
         """Why it ended, from the last lines it wrote; empty where they do not say."""
 
+    def smaller(self, placement: Placement, last_words: str) -> Placement | None:
+        """What to start instead where memory was too small for `placement`; None: that was not the matter, or nothing
+        smaller is of use."""
+
+    def sleeps(self, placement: Placement) -> bool:
+        """Whether it can give its memory back and keep its process."""
+
     def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> Memory: ...
 
     def abilities(self, model: ModelSpec) -> frozenset[Ability]: ...
+
+
+_LOAD: Final[TypeAdapter[EngineLoad]] = TypeAdapter(EngineLoad)
+
+
+def read_load(payload: Any) -> EngineLoad:
+    """An engine's `/load` as a value. Raises BackendGarbage on anything else; unknown fields are left out."""
+    try:
+        return _LOAD.validate_python(payload)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise BackendGarbage(f"the engine's /load is not what it promises: {field}: {first['msg']}") from error
+
+
+class LoadPage:
+    """`/load` as our own engines tell it."""
+
+    path = "/load"
+
+    def read(self, page: str, now: float) -> EngineLoad:
+        try:
+            return read_load(json.loads(page))
+        except ValueError as error:
+            raise BackendGarbage(f"the engine's /load is not JSON: {error}") from error
+
+
+class EngineDefaults:
+    """What an engine of our own needs not say: its `/load` is true, and what it writes tells no progress."""
+
+    def environment(self, placement: Placement, folder: Path) -> Mapping[str, str]:
+        return {}
+
+    def gauges(self, placement: Placement) -> Gauges:
+        return LoadPage()
+
+    def probe(self, placement: Placement) -> Probe | None:
+        return None
+
+    def progress(self, lines: Sequence[str]) -> str:
+        return ""
+
+    def last_words(self, lines: Sequence[str]) -> str:
+        return lines[-1] if lines else ""
+
+    def smaller(self, placement: Placement, last_words: str) -> Placement | None:
+        return None
+
+    def sleeps(self, placement: Placement) -> bool:
+        return False
 
 
 def command_line(words: Sequence[str], options: dict[str, object]) -> list[str]:

@@ -3,14 +3,11 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
-
-from pydantic import TypeAdapter, ValidationError
+from typing import Final
 
 from appliance.catalog import EngineKind, ModelSpec, Variant
-from appliance.core import Ability, EngineLoad
-from appliance.engines.base import Memory, Placement, command_line
-from appliance.errors import BackendGarbage
+from appliance.core import Ability
+from appliance.engines.base import EngineDefaults, Memory, Placement, command_line
 
 _BATCH_TOKENS: Final = 512
 _LOGITS_BYTES: Final = 32 << 20
@@ -27,10 +24,13 @@ _PROGRAM_BYTES: Final = 130_000_000
 _FAREWELL_SECONDS: Final = 3.0
 """From the end of its drain to its exit the engine needs up to 2 s: clients get their last words."""
 
-_LOAD: TypeAdapter[EngineLoad] = TypeAdapter(EngineLoad)
+ENVIRONMENT: Final[Mapping[str, str]] = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads that wait sleep instead of spinning. Spinning ones starve each other as soon as anything else runs: two
+threads on two busy cores decoded 3 to 4 tokens/s at 16 sequences spinning and 85 to 200 sleeping. What sleeping costs
+on an idle machine has not been measured."""
 
 
-class LlamaCpp:
+class LlamaCpp(EngineDefaults):
     """`python -m appliance.llamacpp`."""
 
     @property
@@ -65,11 +65,8 @@ class LlamaCpp:
             },
         )
 
-    def environment(self) -> Mapping[str, str]:
-        """Threads that wait sleep instead of spinning. Spinning ones starve each other as soon as anything else runs:
-        two threads on two busy cores decoded 3 to 4 tokens/s at 16 sequences spinning and 85 to 200 sleeping. What
-        sleeping costs on an idle machine has not been measured."""
-        return {"OMP_WAIT_POLICY": "PASSIVE"}
+    def environment(self, placement: Placement, folder: Path) -> Mapping[str, str]:
+        return ENVIRONMENT
 
     def last_words(self, lines: Sequence[str]) -> str:
         """The last reason the engine logged (as JSON), or the last line of anything else, such as a traceback."""
@@ -98,16 +95,6 @@ class LlamaCpp:
         if not own & {"chat", "completions"}:
             return frozenset()
         return own | {"completions", "labels", "json_schema", "logprobs"}
-
-
-def read_load(payload: Any) -> EngineLoad:
-    """The engine's `/load` as a value. Raises BackendGarbage on anything else; unknown fields are left out."""
-    try:
-        return _LOAD.validate_python(payload)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise BackendGarbage(f"the engine's /load is not what it promises: {field}: {first['msg']}") from error
 
 
 def _buffers_bytes(model: ModelSpec, sequences: int, cells: int) -> int:

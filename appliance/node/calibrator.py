@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from appliance.config import Tolerance
-from appliance.engines.llamacpp import LlamaCpp
+from appliance.engines.llamacpp import ENVIRONMENT, LlamaCpp
 from appliance.errors import ApplianceError, EngineFailed, OperatorError, UnknownModel
 from appliance.node.calibration import MIXES, Calibration, Extent, Key, Measurement, choose, merged
 from appliance.node.calibrations import CalibrationStore, file_identity, llama_cpp_identity, read_measurement
@@ -188,7 +188,7 @@ def _run(order: Order, files: dict[str, Path], report: Callable[[Step], None]) -
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=minimal_environment(os.environ, LlamaCpp().environment()),
+                env=minimal_environment(os.environ, ENVIRONMENT),
                 pass_fds=(leash_read,),
                 start_new_session=True,
             )

@@ -1,13 +1,14 @@
 """What the control plane sees, made into snapshots for the requests; and the line on which engines are asked."""
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import httpx
 
 from appliance.core import EngineLoad, EngineView, Snapshot, Target, Warning_
-from appliance.engines.llamacpp import read_load
+from appliance.engines.base import Gauges, LoadPage, Probe
 from appliance.errors import BackendGarbage
 from appliance.state import State
 
@@ -69,11 +70,15 @@ class Signals:
 class EngineLine:
     """Asks one engine how it is, over its unix socket. Answers of anything but HTTP 200 count as no answer."""
 
-    def __init__(self, socket: Path) -> None:
+    def __init__(self, socket: Path, key: str = "") -> None:
         # verify=False: there is no TLS on a unix socket, and reading the certificates takes longer than the call.
         transport = httpx.AsyncHTTPTransport(uds=str(socket), verify=False)
         self._client = httpx.AsyncClient(
-            transport=transport, base_url="http://engine", timeout=_ANSWER_SECONDS, trust_env=False
+            transport=transport,
+            base_url="http://engine",
+            timeout=_ANSWER_SECONDS,
+            trust_env=False,
+            headers={"authorization": f"Bearer {key}"} if key else {},
         )
 
     async def health_problem(self) -> str | None:
@@ -81,15 +86,27 @@ class EngineLine:
         answer = await self._get("/health")
         return answer if isinstance(answer, str) else None
 
-    async def load(self) -> EngineLoad | str:
+    async def load(self, gauges: Gauges | None = None, clock: Callable[[], float] = time.monotonic) -> EngineLoad | str:
         """Its load, or why it cannot be had."""
-        answer = await self._get("/load")
+        gauges = gauges or LoadPage()
+        answer = await self._get(gauges.path)
         if isinstance(answer, str):
             return answer
         try:
-            return read_load(answer.json())
-        except (BackendGarbage, ValueError) as error:
+            return gauges.read(answer.text, clock())
+        except BackendGarbage as error:
             return str(error)
+
+    async def ask(self, probe: Probe, timeout_seconds: float) -> int | None:
+        """The status that a probe is answered with; None where there is no answer in time."""
+        return await self.post(probe.path, probe.body, timeout_seconds)
+
+    async def post(self, path: str, body: Mapping[str, Any], timeout_seconds: float) -> int | None:
+        try:
+            response = await self._client.post(path, json=body, timeout=timeout_seconds)
+        except httpx.HTTPError:
+            return None
+        return response.status_code
 
     async def aclose(self) -> None:
         await self._client.aclose()

@@ -255,7 +255,7 @@ class Keeper:
             process = await self._launcher.launch(
                 self.placement.model,
                 self._argv,
-                self._engine.environment(),
+                self._engine.environment(self.placement, self._socket.parent),
             )
         except OSError as error:
             self._inbox.put_nowait(Exited(None, str(error)))

@@ -7,8 +7,8 @@ import pytest
 
 from appliance.catalog import load_catalog
 from appliance.core import EngineLoad
-from appliance.engines.base import Placement, Shape
-from appliance.engines.llamacpp import LlamaCpp, read_load
+from appliance.engines.base import Placement, Shape, read_load
+from appliance.engines.llamacpp import LlamaCpp
 from appliance.errors import BackendGarbage
 
 ENGINE = LlamaCpp()

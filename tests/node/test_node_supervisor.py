@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pytest
 from appliance.catalog import EngineKind, ModelSpec, Variant
 from appliance.config import Engine as EngineConfig
 from appliance.core import Ability, EngineState, EngineView, Target
-from appliance.engines.base import Memory, Placement, Shape
+from appliance.engines.base import EngineDefaults, Memory, Placement, Shape
 from appliance.errors import EngineFailed
 from appliance.node.launcher import Child, ChildLauncher
 from appliance.node.signals import Signals
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAME = "onsite/fake"
 
 
-class FakeKind:
+class FakeKind(EngineDefaults):
     """The fake engine as a kind of engine that can be launched."""
 
     def __init__(self, *options: str) -> None:
@@ -49,12 +49,6 @@ class FakeKind:
         self, python: str, placement: Placement, *, socket: Path, leash_fd: int, drain_seconds: float
     ) -> list[str]:
         return [python, str(PROGRAM), "--uds", str(socket), "--leash-fd", str(leash_fd), *self._options]
-
-    def environment(self) -> Mapping[str, str]:
-        return {}
-
-    def last_words(self, lines: Sequence[str]) -> str:
-        return lines[-1] if lines else ""
 
     def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> Memory:
         return Memory(0, 0, 0, 0)
