@@ -37,6 +37,29 @@ Ability = Literal[
     "reasoning",
     "classify",
 ]
+KeyHeader = Literal["authorization", "x-api-key", "api-key", "x-goog-api-key"]
+TokenLimit = Literal["as_given", "max_tokens", "max_completion_tokens"]
+Api = Literal["chat", "responses"]
+Thinking = Literal["effort", "budget"]
+ToolFormat = Literal[
+    "hermes",
+    "hermes_list",
+    "granite",
+    "phi4",
+    "mistral",
+    "mistral_named",
+    "llama3",
+    "deepseek_v3",
+    "deepseek_v31",
+    "qwen3_coder",
+    "glm",
+    "pythonic",
+    "lfm2",
+    "harmony",
+]
+"""How a model writes its tool calls; named after the family that is best known for it."""
+ReasoningFormat = Literal["think", "mistral_think", "harmony"]
+"""How a model marks what it thinks before it answers."""
 Scope = Literal["client", "admin"]
 EngineState = Literal["starting", "ready", "draining", "failed", "stopped"]
 PersonalKind = Literal[
@@ -195,17 +218,63 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """US dollars per million tokens. Cached input falls back to the input price: unknown is never free."""
+    """US dollars per million tokens. What is not given falls back to the input price: unknown is never free."""
 
     input_usd: float
     output_usd: float
     cached_input_usd: float | None = None
+    cache_write_usd: float | None = None
+    """Of prompt tokens that the provider puts into its cache."""
+    cache_write_long_usd: float | None = None
+    """Of those that it is to keep for an hour; empty: as `cache_write_usd`."""
 
     def cost_usd(self, usage: "Usage") -> float:
         cached = min(usage.cached_tokens, usage.prompt_tokens)
         cached_usd = self.input_usd if self.cached_input_usd is None else self.cached_input_usd
-        fresh = usage.prompt_tokens - cached
-        return (fresh * self.input_usd + cached * cached_usd + usage.completion_tokens * self.output_usd) / 1e6
+        written = min(usage.cache_write_tokens, usage.prompt_tokens - cached)
+        long = min(usage.cache_write_long_tokens, written)
+        write_usd = self.input_usd if self.cache_write_usd is None else self.cache_write_usd
+        long_usd = write_usd if self.cache_write_long_usd is None else self.cache_write_long_usd
+        fresh = usage.prompt_tokens - cached - written
+        prompt = fresh * self.input_usd + cached * cached_usd + (written - long) * write_usd + long * long_usd
+        return (prompt + usage.completion_tokens * self.output_usd) / 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """How one target's way of speaking its dialect differs from the dialect itself. Plain data; the default: not at all."""
+
+    kind: str = ""
+    """The row of the table of providers that this was made from."""
+    key_header: KeyHeader = "authorization"
+    """Where its API key goes; in `authorization` it is a bearer token."""
+    headers: tuple[tuple[str, str], ...] = ()
+    """Sent with every call."""
+    query: str = ""
+    """Added to every address, for example `api-version=2024-10-21`."""
+    deployments: bool = False
+    """Whether the model stands in the path: `/deployments/MODEL/chat/completions`."""
+    token_limit: TokenLimit = "as_given"
+    """The name of the field that limits the answer's length."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """Fields of the body that have another name there: (ours, theirs)."""
+    refuses: frozenset[str] = frozenset()
+    """Fields that cannot be carried over: a body that has one is not sent."""
+    leaves_out: frozenset[str] = frozenset()
+    """Fields that the operator wants left out where they cannot be carried over."""
+    strips: frozenset[str] = frozenset()
+    """Fields of a conversation's messages that hold another model's private reasoning, and are not sent along."""
+    stream_usage: bool = True
+    """Whether `stream_options` is understood."""
+    api: Api = "chat"
+    """Which of a provider's two chat APIs the model speaks."""
+    thinking: Thinking = "effort"
+    """How much it is to think: by a word, or by a number of tokens."""
+    max_output_tokens: int | None = None
+    """Where the dialect wants a limit and the caller gave none."""
+
+
+PLAIN = Wire()
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +311,8 @@ class Target:
     limits: TimeLimits = TimeLimits()
     variant: str | None = None
     """Which of the model's variants an engine of this node serves; what was calibrated on one is not true of others."""
+    wire: Wire = PLAIN
+    """What its provider does differently."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,6 +444,11 @@ class Usage:
     completion_tokens: int = 0
     cached_tokens: int = 0
     reasoning_tokens: int = 0
+    """Of the completion."""
+    cache_write_tokens: int = 0
+    """Of the prompt, not cached before and now put into the provider's cache."""
+    cache_write_long_tokens: int = 0
+    """Of those, what is kept for an hour."""
 
     def __add__(self, other: "Usage") -> "Usage":
         return Usage(
@@ -380,6 +456,8 @@ class Usage:
             self.completion_tokens + other.completion_tokens,
             self.cached_tokens + other.cached_tokens,
             self.reasoning_tokens + other.reasoning_tokens,
+            self.cache_write_tokens + other.cache_write_tokens,
+            self.cache_write_long_tokens + other.cache_write_long_tokens,
         )
 
 
