@@ -148,7 +148,7 @@ def test_a_second_embedded_model_is_refused(tmp_path: Path) -> None:
 def test_the_data_is_found_inside_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed = tmp_path / "site-packages" / "appliance"
     (installed / "_data" / "hardware").mkdir(parents=True)
-    monkeypatch.setattr(catalog, "__file__", str(installed / "catalog.py"))
+    monkeypatch.setattr(catalog, "__file__", str(installed / "catalog" / "__init__.py"))
     assert data_folder("hardware") == (installed / "_data" / "hardware").resolve()
     with pytest.raises(ConfigError, match="install again"):
         data_folder("model_configs")
