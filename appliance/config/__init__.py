@@ -25,6 +25,7 @@ from appliance.config.reading import (
 from appliance.config.schema import (
     Cost,
     Engine,
+    Jobs,
     Key,
     Ledger,
     Limits,
@@ -48,6 +49,7 @@ __all__ = [
     "Degrade",
     "Engine",
     "Escalation",
+    "Jobs",
     "Key",
     "Ledger",
     "Limits",

@@ -1,6 +1,7 @@
 """The settings of the node: every table and field of the configuration file."""
 
 import ipaddress
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -207,6 +208,39 @@ class Key(Strict):
     _residency = field_validator("residency")(check_residency)
 
 
+class Jobs(Strict):
+    """Files and batches: work that can wait, done in capacity that nobody else wants."""
+
+    folder: str | None = None
+    """Where files and what jobs write lie; empty: `jobs` in the data directory."""
+    url: str | None = None
+    """An SQLAlchemy address for what is known of them; empty: a SQLite file in that folder."""
+    max_file_bytes: int = Field(default=1_000_000_000, gt=0)
+    """Longer uploads get a 413."""
+    max_line_bytes: int = Field(default=8_000_000, gt=0)
+    """Longer lines of a batch fail, the others go on."""
+    max_lines: int = Field(default=200_000, gt=0)
+    """A batch with more fails before it begins."""
+    min_free_bytes: int = Field(default=500_000_000, ge=0)
+    """With less free space on the disk uploads are refused and jobs pause."""
+    retention_days: float = Field(default=30.0, gt=0)
+    """Files and ended batches are removed after so long, where they do not say sooner."""
+    concurrency: int | None = Field(default=None, ge=1)
+    """Calls under way together; empty: what keeps the engines busy."""
+    hosted_concurrency: int = Field(default=8, ge=1)
+    """Calls under way together at hosted targets, for what would miss its deadline on-site."""
+    hours: tuple[str, ...] = ()
+    """When jobs run, as `22:00-06:00` in the machine's own time; empty: always."""
+
+    @field_validator("hours")
+    @classmethod
+    def _are_hours(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            if not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d", text):
+                raise ValueError(f"{text!r} is no span of time: write it as 22:00-06:00")
+        return value
+
+
 class NodeConfig(Strict):
     """The whole configuration file."""
 
@@ -218,6 +252,7 @@ class NodeConfig(Strict):
     engine: Engine = Engine()
     cost: Cost = Cost()
     ledger: Ledger = Ledger()
+    jobs: Jobs = Jobs()
     budget: Budget = Budget()
     log: Log = Log()
     network: Network = Network()
