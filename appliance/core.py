@@ -31,6 +31,7 @@ Ability = Literal[
     "decisions",
     "json_schema",
     "logprobs",
+    "token_logprobs",
     "tools",
     "vision",
     "embeddings",
@@ -478,6 +479,8 @@ class Reply:
     usage: Usage
     first_byte_seconds: float
     total_seconds: float
+    rest_seconds: float | None = None
+    """How long the target wants no more requests, where it said that this one took the last that it allows."""
 
 
 class Call(Protocol):

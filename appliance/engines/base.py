@@ -161,6 +161,9 @@ class Engine(Protocol):
     def sleeps(self, placement: Placement) -> bool:
         """Whether it can give its memory back and keep its process."""
 
+    def settings(self, model: ModelSpec) -> tuple[tuple[str, str], ...]:
+        """Options that `model` needs whatever the machine (`Placement.settings` begins with them)."""
+
     def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> Memory: ...
 
     def abilities(self, model: ModelSpec) -> frozenset[Ability]: ...
@@ -214,6 +217,9 @@ class EngineDefaults:
 
     def sleeps(self, placement: Placement) -> bool:
         return False
+
+    def settings(self, model: ModelSpec) -> tuple[tuple[str, str], ...]:
+        return ()
 
 
 def command_line(words: Sequence[str], options: dict[str, object]) -> list[str]:

@@ -24,10 +24,17 @@ _PROGRAM_BYTES: Final = 130_000_000
 _FAREWELL_SECONDS: Final = 3.0
 """From the end of its drain to its exit the engine needs up to 2 s: clients get their last words."""
 
-ENVIRONMENT: Final[Mapping[str, str]] = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads that wait sleep instead of spinning. Spinning ones starve each other as soon as anything else runs: two
-threads on two busy cores decoded 3 to 4 tokens/s at 16 sequences spinning and 85 to 200 sleeping. What sleeping costs
-on an idle machine has not been measured."""
+ENVIRONMENT: Final[Mapping[str, str]] = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "300"}
+"""Threads that wait for each other look 300 times, some microseconds, and then sleep. There are about 1,100 such waits
+in a step of SmolLM2-135M. Two threads, milliseconds a step, on an idle machine and beside a program that keeps a core:
+
+    sequences   sleep at once   300 looks   OpenMP's own 300,000    one thread
+           32         47 | 54     27 | 58                   27 | -     48 | 48
+           16         34 | 32     17 | 40            18 | over 100     28 | 28
+            1         15 | 12      8 | 17                    7 | -      9 | 9
+
+Beside others one thread is the quickest: `appliance.llamacpp.pace` sees to that. The policy is for OpenMP libraries
+other than GNU's, which know no count."""
 
 
 class LlamaCpp(EngineDefaults):

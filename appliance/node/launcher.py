@@ -36,7 +36,8 @@ _PASSED_ON: Final = frozenset(
 )
 """All an engine sees of this process's environment. Keys of hosted providers are no business of an engine's."""
 
-_KEPT_LINES: Final = 200
+_KEPT_LINES: Final = 800
+"""Enough for the tracebacks of all of an engine's processes: the first of them tells the cause."""
 _KEPT_LINE_CHARACTERS: Final = 2000
 _LOG_BYTES: Final = 5_000_000
 _LOG_FILES: Final = 3
@@ -52,7 +53,7 @@ class Process(Protocol):
         """The exit code (below 0: a signal, negated), once it and its whole group are gone."""
 
     def terminate(self) -> None:
-        """Ask the whole group to end."""
+        """Ask it to end; its group is killed once it has."""
 
     def kill(self) -> None:
         """End the whole group."""
@@ -129,17 +130,18 @@ class Child:
         return code
 
     def terminate(self) -> None:
-        self._signal(signal.SIGTERM)
+        # The leader alone: an engine's other processes must work on until it has answered what it was asked.
+        self._signal(os.kill, signal.SIGTERM)
 
     def kill(self) -> None:
-        self._signal(signal.SIGKILL)
+        # The group has the leader's number and keeps it while any member lives.
+        self._signal(os.killpg, signal.SIGKILL)
 
-    def _signal(self, number: signal.Signals) -> None:
+    def _signal(self, send: Callable[[int, int], None], number: signal.Signals) -> None:
         if self._is_gone:
             return
-        # The group has the leader's number and keeps it while any member lives.
         try:
-            os.killpg(self._process.pid, number)
+            send(self._process.pid, number)
         except (ProcessLookupError, PermissionError):
             return  # nobody is left; macOS says EPERM where only zombies are
 
