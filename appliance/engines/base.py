@@ -132,6 +132,10 @@ class Engine(Protocol):
     def permanent_exits(self) -> frozenset[int]:
         """Exit codes before readiness that another start cannot mend."""
 
+    @property
+    def key_variable(self) -> str:
+        """Name of the variable that it takes an API key from; empty: it asks for none, its folder is private."""
+
     def argv(
         self, python: str, placement: Placement, *, socket: Path, leash_fd: int, drain_seconds: float
     ) -> list[str]:
@@ -196,6 +200,10 @@ class LoadPage:
 
 class EngineDefaults:
     """What an engine of our own needs not say: its `/load` is true, and what it writes tells no progress."""
+
+    @property
+    def key_variable(self) -> str:
+        return ""
 
     def environment(self, placement: Placement, folder: Path) -> Mapping[str, str]:
         return {}

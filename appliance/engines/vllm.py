@@ -73,6 +73,10 @@ class Vllm(EngineDefaults):
         killed."""
         return frozenset({2})
 
+    @property
+    def key_variable(self) -> str:
+        return "VLLM_API_KEY"  # in the command line everybody could read it
+
     def argv(
         self, python: str, placement: Placement, *, socket: Path, leash_fd: int, drain_seconds: float
     ) -> list[str]:

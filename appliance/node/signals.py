@@ -41,6 +41,11 @@ class Signals:
         self._views = {name: view for name, view in self._views.items() if name in names}
         self._publish()
 
+    def replace_engine(self, target: Target) -> None:
+        """Put `target` in the place of the row of its name."""
+        self._own = tuple(target if one.name == target.name else one for one in self._own)
+        self._publish()
+
     def show(self, view: EngineView) -> None:
         self._views[view.target] = view
         self._publish()

@@ -9,10 +9,10 @@ from typing import Final
 
 from appliance.errors import EngineFailed
 
-_SOCKET_PATH_BYTES: Final = 100
+_SOCKET_PATH_BYTES: Final = 104
 """Unix sockets take 104 (macOS) to 108 bytes, the closing NUL included."""
-_NAME_BYTES: Final = 20
-"""For what mkdtemp adds, and for `/NN.sock`."""
+_NAME_BYTES: Final = 50
+"""For what mkdtemp adds, for an engine's own folder `/NN`, and for the sockets that vLLM makes there: a UUID each."""
 
 
 class SocketFolder:

@@ -1,0 +1,41 @@
+"""Finding and ending what engines leave behind: processes that outlived the one that was started.
+
+Every engine is started with a variable in its environment that names its node's data directory. All of its processes
+inherit that, whatever group or parent they come to have; whoever carries it while no engine runs is an orphan.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+MARK: Final = "APPLIANCE_ENGINE_OF"
+
+
+def mark(home: Path, name: str = "") -> str:
+    """The variable's value for the engine `name` of the node with this data directory; `name` empty: for all of it."""
+    return f"{home.resolve()}//{name};" if name else f"{home.resolve()}//"
+
+
+def marked(value: str) -> Sequence[int]:
+    """Processes whose mark begins with `value`, this one excluded. None where there is no /proc."""
+    wanted = f"{MARK}={value}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            if any(one.startswith(wanted) for one in variables) and int(folder.name) != os.getpid():
+                found.append(int(folder.name))
+    return found
+
+
+def end(value: str) -> Sequence[int]:
+    """Kill every process whose mark begins with `value`; says which."""
+    ended = []
+    for pid in marked(value):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+            ended.append(pid)
+    return ended
