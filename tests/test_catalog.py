@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from appliance import catalog
-from appliance.catalog import ModelSpec, data_folder, load_catalog, load_device, load_model
+from appliance.catalog import DevicePrior, HubSource, ModelSpec, data_folder, load_catalog, load_device, load_model
 from appliance.errors import ConfigError, UnknownModel
 
 EMBEDDED = data_folder("model_configs") / "smollm2-135m-instruct.toml"
@@ -31,7 +31,16 @@ def test_everything_shipped_loads_and_exactly_one_model_is_embedded() -> None:
 @pytest.mark.parametrize("model", load_catalog().models, ids=lambda model: model.name)
 def test_a_shipped_models_weights_have_the_size_that_its_parameters_and_quantisation_imply(model: ModelSpec) -> None:
     # Bits a weight, with room for what is kept finer: embeddings, and an output matrix stored twice.
-    bits = {"Q4_1": (5.0, 6.2), "Q4_K_M": (4.5, 8.2), "Q8_0": (8.4, 8.8), "BF16": (16.0, 16.1)}
+    bits = {
+        "Q4_1": (5.0, 6.2),
+        "Q4_K_M": (4.5, 8.2),
+        "Q8_0": (8.4, 8.8),
+        "BF16": (16.0, 16.6),
+        "FP8": (8.0, 10.2),
+        "AWQ": (4.1, 7.9),
+        "GPTQ": (4.1, 6.0),
+        "MXFP4": (4.2, 5.3),
+    }
     for variant in model.variants:
         least, most = bits[variant.quantisation]
         assert least <= variant.size_bytes * 8 / model.parameters <= most, variant.name
@@ -40,7 +49,8 @@ def test_a_shipped_models_weights_have_the_size_that_its_parameters_and_quantisa
 @pytest.mark.parametrize("model", load_catalog().models, ids=lambda model: model.name)
 def test_every_shipped_gguf_can_be_proven(model: ModelSpec) -> None:
     for variant in model.variants:
-        assert variant.is_folder or variant.sha256 is not None
+        from_hub_alone = all(isinstance(source, HubSource) for source in variant.sources)
+        assert variant.is_folder or variant.sha256 is not None or from_hub_alone, "a hub records its files' checksums"
 
 
 def test_kv_bytes_are_two_numbers_per_head_dimension_layer_and_token() -> None:
@@ -58,6 +68,47 @@ def test_a_sliding_layer_remembers_no_more_than_its_window(tmp_path: Path) -> No
     assert spec.kv_bytes(4096) == (10 * 4096 + 20 * 512) * a_layer
 
 
+def test_a_hybrid_model_keeps_a_fixed_state_beside_the_tokens_of_its_full_layers() -> None:
+    spec = load_catalog().model("qwen3.5-27b")
+    a_token = 16 * 2 * 4 * 256 * 2
+    assert spec.full_layers == 16
+    assert spec.kv_bytes(10) == 10 * a_token + spec.state_bytes
+    assert spec.state_bytes == 48 * (48 * 128 * 128 * 4 + (2 * 16 * 128 + 48 * 128) * 3 * 2)
+    assert spec.kv_bytes(10, tensor_parallel=2) == 10 * a_token // 2 + spec.state_bytes // 2
+
+
+def test_latent_attention_is_not_split_between_devices_and_heads_are() -> None:
+    latent, grouped = load_catalog().model("glm-4.7-flash"), load_catalog().model("qwen3-8b")
+    assert latent.kv_bytes(1000) == latent.kv_bytes(1000, tensor_parallel=4) == 1000 * 47 * 576 * 2
+    assert grouped.kv_bytes(1000, tensor_parallel=4) == grouped.kv_bytes(1000) // 4
+    assert grouped.kv_bytes(1000, tensor_parallel=16) == grouped.kv_bytes(1000, tensor_parallel=8), "a head is whole"
+
+
+def test_layers_that_keep_everything_may_have_other_heads_than_sliding_ones() -> None:
+    spec = load_catalog().model("gemma-4-26b-a4b-it")
+    assert spec.kv_bytes(8192) == (5 * 8192 * 2 * 2 * 512 + 25 * 1024 * 2 * 8 * 256) * 2
+    assert spec.kv_bytes(8192, in_flight_tokens=2048) == (5 * 8192 * 2 * 2 * 512 + 25 * 3072 * 2 * 8 * 256) * 2
+
+
+def test_the_catalogue_reaches_from_a_hundred_million_to_a_hundred_billion_parameters() -> None:
+    models = load_catalog().models
+    assert min(model.parameters for model in models) < 150_000_000
+    assert max(model.parameters for model in models) > 100_000_000_000
+    for ability in ("chat", "vision", "embeddings", "decisions", "tools", "reasoning"):
+        assert any(ability in model.abilities for model in models), ability
+
+
+def test_a_model_that_fits_no_rule_of_hybrids_is_refused(tmp_path: Path) -> None:
+    for given, field in (
+        ("linear_layers = 3", "linear_layers"),
+        ("linear_layers = 31\nstate_bytes = 8", "linear_layers"),
+    ):
+        path = changed(tmp_path, "layers = 30", f"layers = 30\n{given}")
+        with pytest.raises(ConfigError) as caught:
+            load_model(path)
+        assert caught.value.field == field
+
+
 def test_an_unknown_model_is_answered_with_the_nearest_names() -> None:
     with pytest.raises(UnknownModel, match=r"qwen3-4b") as caught:
         load_catalog().model("qwen3-4")
@@ -65,14 +116,14 @@ def test_an_unknown_model_is_answered_with_the_nearest_names() -> None:
 
 
 def test_an_unknown_variant_is_answered_with_those_there_are() -> None:
-    with pytest.raises(UnknownModel, match="q4_k_m, bf16"):
+    with pytest.raises(UnknownModel, match="q4_k_m, bf16, fp8, awq"):
         load_catalog().model("qwen3-4b").variant("q2")
     assert load_catalog().model("qwen3-4b").variant("bf16").engine == "vllm"
 
 
 def test_variants_are_found_by_engine() -> None:
     model = load_catalog().model("qwen3-8b")
-    assert [variant.name for variant in model.for_engine("vllm")] == ["bf16"]
+    assert [variant.name for variant in model.for_engine("vllm")] == ["bf16", "fp8", "awq"]
     assert [variant.name for variant in model.for_engine("llamacpp")] == ["q4_k_m"]
 
 
@@ -163,13 +214,43 @@ def test_a_cpu_gets_the_most_demanding_prior_that_it_meets() -> None:
     assert [device.name if device else None for device in found] == [None, "cpu-avx2", "cpu-avx512-bf16"]
 
 
+@pytest.mark.parametrize("device", load_catalog().devices, ids=lambda device: device.name)
+def test_a_device_can_be_planned_for_without_being_at_hand(device: DevicePrior) -> None:
+    assert device.memory_bytes is not None
+    if device.kind == "gpu":
+        assert device.compute_capability and device.power_watts and device.peak_operations_per_second
+        assert ("FP8" in device.peak_operations_per_second) == (float(device.compute_capability) >= 8.9)
+        assert ("FP4" in device.peak_operations_per_second) == (float(device.compute_capability) >= 10)
+    else:
+        assert device.cores and device.flags and device.prefill_operations_per_second
+
+
+def test_a_device_is_found_by_its_name_with_or_without_its_kind() -> None:
+    shipped = load_catalog()
+    assert shipped.device("h200") == shipped.device("gpu-h200")
+    with pytest.raises(ConfigError, match="gpu-h100"):
+        shipped.device("h100")
+
+
 @pytest.mark.parametrize(
     ("reported", "expected"),
     [
         ("NVIDIA H200", "gpu-h200"),
         ("NVIDIA H200 NVL", "gpu-h200"),
         ("NVIDIA L4", "gpu-l4"),
-        ("NVIDIA L40S", None),
+        ("NVIDIA L40S", "gpu-l40s"),
+        ("NVIDIA L40", None),
+        ("NVIDIA H100 80GB HBM3", "gpu-h100-sxm"),
+        ("NVIDIA H100 PCIe", "gpu-h100-pcie"),
+        ("NVIDIA A100-SXM4-80GB", "gpu-a100-80gb-sxm"),
+        ("NVIDIA A100 80GB PCIe", "gpu-a100-80gb-pcie"),
+        ("NVIDIA A100-PCIE-40GB", "gpu-a100-40gb"),
+        ("NVIDIA B200", "gpu-b200"),
+        ("NVIDIA GB200", None),
+        ("NVIDIA GeForce RTX 5090", "gpu-rtx-5090"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "gpu-rtx-pro-6000"),
+        ("NVIDIA GB10", "gpu-dgx-spark"),
+        ("Orin (nvgpu)", "gpu-jetson-agx-orin"),
         ("NVIDIA GeForce RTX 4090", "gpu-rtx-4090"),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "gpu-rtx-4090"),
         ("Tesla T4", None),
@@ -184,7 +265,7 @@ def test_a_gpu_is_known_by_the_words_of_its_name(reported: str, expected: str | 
     ("old", "new", "field"),
     [
         ('product_names = ["NVIDIA L4"]', "", "kind"),
-        ("memory_bytes = 24_000_000_000", "", "kind"),
+        ("memory_bytes = 24_152_899_584", "", "kind"),
         ('name = "gpu-l4"', 'name = "gpu-l5"', "name"),
         ('kind = "gpu"', 'kind = "cpu"', "product_names"),
         ('basis = "vendor"', 'basis = "rumour"', "basis"),
