@@ -17,6 +17,7 @@ from appliance.llamacpp.context import ABORTED, NO_KV_ROOM, Context, Rows
 from appliance.llamacpp.fairness import Turns
 from appliance.llamacpp.labels import ScoreJob
 from appliance.llamacpp.model import Model
+from appliance.llamacpp.pace import Pace
 from appliance.llamacpp.params import Load, Logits, TokenEvent
 from appliance.llamacpp.prefix import PrefixTree
 from appliance.llamacpp.rates import Rates
@@ -70,6 +71,7 @@ class Runner:
     ) -> None:
         self.model, self.batch = model, model.batch
         self.rates = Rates(model.sequences)
+        self._pace = Pace(model.threads)
         self._clock, self._step_seconds = clock, step_seconds
         self._batch_tokens = min(batch_tokens or model.batch.capacity_tokens, model.batch.capacity_tokens)
         free_ids = list(range(model.sequence_ids))
@@ -200,10 +202,13 @@ class Runner:
 
     def _decode(self, context: Context) -> tuple[int, float]:
         """llama.cpp's code and the seconds it took."""
-        began, cpu = self._clock(), time.thread_time()
+        began, cpu, all_cpu = self._clock(), time.thread_time(), time.process_time()
         code = context.decode()
         self._compute_cpu_seconds += time.thread_time() - cpu
         seconds = self._clock() - began
+        threads = self._pace.observe(seconds, time.process_time() - all_cpu)
+        if threads != self.model.threads:
+            self.model.use_threads(threads)
         self._compute_seconds += seconds
         if not code:
             self._failures = 0

@@ -84,7 +84,7 @@ def test_a_model_that_fits_is_placed_with_reasons(machine: Hardware) -> None:
     assert (placement.target, placement.engine, placement.variant) == ("onsite/small", "llamacpp", "q4_1")
     assert placement.abilities == {"chat", "completions", "labels", "json_schema", "logprobs"}
     shape = placement.shape
-    assert (shape.threads, shape.sequences, shape.context_tokens) == (2, 16, 8192 + 15 * 1024)
+    assert (shape.threads, shape.sequences, shape.context_tokens) == (2, 32, 8192 + 31 * 1024)
     assert shape.sequence_context_tokens == 8192
     assert placement.memory.kv_bytes == shape.context_tokens * 2 * 30 * 3 * 64 * 2
     assert placement.reasons[0].startswith(f"needs {placement.memory.total_bytes:,} bytes (weights 98,362,432 + KV ")
@@ -116,7 +116,7 @@ def test_less_memory_means_less_context_and_then_fewer_sequences(machine: Hardwa
         sequences.append(placement.shape.sequences)
         assert placement.memory.total_bytes <= usable
     assert contexts == sorted(contexts, reverse=True) and len(set(contexts)) == 4
-    assert sequences[0] == 16 > sequences[-1] >= 4
+    assert sequences[0] == 32 > sequences[-1] >= 4
 
 
 def test_a_small_model_leaves_half_of_the_memory_alone(machine: Hardware) -> None:
@@ -129,7 +129,7 @@ def test_a_small_model_leaves_half_of_the_memory_alone(machine: Hardware) -> Non
 def test_a_long_context_is_not_given_unasked(machine: Hardware) -> None:
     hardware = _with_ram(machine, 400 * GIB)
     (placement,) = _plan(hardware, LARGE).placements
-    assert placement.shape.context_tokens == 32_768 + 15 * 1024
+    assert placement.shape.context_tokens == 32_768 + 31 * 1024
     (asked,) = _plan(hardware, LARGE, config=Engine(context_tokens=131_072)).placements
     assert asked.shape.sequence_context_tokens == 131_072
 
@@ -184,7 +184,7 @@ def test_a_base_model_without_a_template_cannot_chat(machine: Hardware) -> None:
     assert "labels" in placement.abilities
 
 
-@pytest.mark.parametrize(("cores", "sequences"), [(1, 8), (2, 16), (4, 32), (64, 32)])
+@pytest.mark.parametrize(("cores", "sequences"), [(1, 16), (2, 32), (4, 32), (64, 32)])
 def test_sequences_follow_the_cores(tmp_path: Path, cores: int, sequences: int) -> None:
     hardware = _machine(tmp_path, cores=cores, total=64 * GIB, available=60 * GIB)
     (placement,) = _plan(hardware, SMALL).placements
