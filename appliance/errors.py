@@ -38,7 +38,6 @@ ApplianceError                       500  internal_error
 from collections.abc import Mapping
 from typing import Any
 
-
 _ANTHROPIC_TYPES: Mapping[int, str] = {
     401: "authentication_error",
     402: "billing_error",
@@ -50,7 +49,7 @@ _ANTHROPIC_TYPES: Mapping[int, str] = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-"""What Anthropic's API calls an error of each status; others below 500 are invalid_request_error, the rest api_error."""
+"""What Anthropic's API calls an error of each status; others: invalid_request_error, from 500 on api_error."""
 
 _GOOGLE_STATUSES: Mapping[int, str] = {
     401: "UNAUTHENTICATED",

@@ -14,11 +14,12 @@ from starlette.routing import BaseRoute, Route
 from appliance import __version__
 from appliance.api.admin import Admin
 from appliance.api.auth import Authenticator
+from appliance.api.dialects import error_response
 from appliance.api.envelope import Envelope
 from appliance.api.explain import Explain
+from appliance.api.messages import Messages
 from appliance.api.openai import OpenAI
 from appliance.api.parts import Ledger, Metrics, Pipeline, Snapshots
-from appliance.api.replies import error_response
 from appliance.api.rim import Rim
 from appliance.api.task_fits import TaskFits
 from appliance.api.tasks import Tasks
@@ -64,7 +65,7 @@ def create_app(
 
 def _routes(rim: Rim, admin: Admin, ledger: Ledger, task_fits: TaskFits) -> list[BaseRoute]:
     """Plain routes: endpoints take the request and return the response, with no model in between for each message."""
-    openai, tasks = OpenAI(rim), Tasks(rim, task_fits)
+    openai, messages, tasks = OpenAI(rim), Messages(rim), Tasks(rim, task_fits)
     explain = Explain(rim, ledger)
     return [
         Route("/v1/chat/completions", openai.chat, methods=["POST"]),
@@ -75,6 +76,8 @@ def _routes(rim: Rim, admin: Admin, ledger: Ledger, task_fits: TaskFits) -> list
         Route("/v1/decisions/calibrate", tasks.calibrate, methods=["POST"]),
         Route("/v1/systemone", tasks.systemone, methods=["POST"]),
         Route("/v1/extract", tasks.extract, methods=["POST"]),
+        Route("/v1/messages", messages.create, methods=["POST"]),
+        Route("/v1/messages/count_tokens", messages.count, methods=["POST"]),
         Route("/v1/models", openai.models, methods=["GET"]),
         Route("/v1/models/{name:path}", openai.model, methods=["GET"]),
         Route("/v1/explain", explain.dry_run, methods=["POST"]),
@@ -98,11 +101,13 @@ async def _on_http_error(http: Http, error: Exception) -> Response:
     else:
         ours = RequestError(str(error.detail), status=error.status_code)
     ours.headers = dict(error.headers or {})
-    return error_response(ours)
+    return error_response(ours, http.state.dialect, http.state.request_id)
 
 
 async def _on_invalid(http: Http, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
-    return error_response(RequestError(f"{place}: {first['msg']}", param=place))
+    return error_response(
+        RequestError(f"{place}: {first['msg']}", param=place), http.state.dialect, http.state.request_id
+    )

@@ -45,7 +45,9 @@ class Authenticator:
             return self._anonymous(headers)
         text = _key_text(headers)
         if not text:
-            raise Unauthorized("no API key was sent: put it in the header `Authorization: Bearer KEY`")
+            raise Unauthorized(
+                "no API key was sent: put it in the header `Authorization: Bearer KEY`, `x-api-key` or `x-goog-api-key`"
+            )
         # Looked up by digest: how long that takes tells nothing of a key that could be guessed from it.
         caller = self._callers.get(hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest())
         if caller is None:
@@ -93,4 +95,4 @@ def _key_text(headers: Mapping[str, str]) -> str:
     scheme, _, text = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and text.strip():
         return text.strip()
-    return headers.get("x-api-key", "").strip()
+    return headers.get("x-api-key", "").strip() or headers.get("x-goog-api-key", "").strip()

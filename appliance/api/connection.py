@@ -6,8 +6,8 @@ from typing import Any, Final
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from appliance.api.dialects import error_response
 from appliance.api.envelope import Envelope, new_request_id
-from appliance.api.replies import error_response
 from appliance.errors import ApplianceError, RequestError, Unavailable
 
 MAX_HEAD_BYTES: Final = 65_536
@@ -17,7 +17,8 @@ would keep the event loop busy for minutes."""
 
 class Connection(HttpToolsProtocol):
     """uvicorn's, for strangers: silent or half a request head does not hold a connection, and every refusal is an
-    error in OpenAI's shape. `limit_concurrency` of uvicorn's configuration is how many connections are served."""
+    error in the shape of the API that was asked, or in OpenAI's where that is not known yet. `limit_concurrency` of
+    uvicorn's configuration is how many connections are served."""
 
     head_seconds = 10.0
     """From a connection's or a request's first sign of life to the end of its headers."""

@@ -7,7 +7,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from appliance.api.replies import error_response
+from appliance.api.dialects import ANTHROPIC_REQUEST_ID_HEADER, dialect_of, error_response, take_key
 from appliance.errors import ApplianceError, OperatorError
 
 REQUEST_ID_HEADER = "x-request-id"
@@ -17,7 +17,8 @@ log = structlog.stdlib.get_logger(__name__)
 
 
 class Envelope:
-    """ASGI middleware, the outermost of ours. `scope["state"]["request_id"]` holds the id."""
+    """ASGI middleware, the outermost of ours. `scope["state"]` holds the id as `request_id`, and whose shapes the
+    caller expects as `dialect`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -27,14 +28,20 @@ class Envelope:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(Headers(scope=scope))
-        scope.setdefault("state", {})["request_id"] = request_id
+        dialect = dialect_of(scope)
+        scope.setdefault("state", {}).update(request_id=request_id, dialect=dialect)
+        if dialect == "gemini":
+            take_key(scope)
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message).setdefault(REQUEST_ID_HEADER, request_id)
+                headers = MutableHeaders(scope=message)
+                headers.setdefault(REQUEST_ID_HEADER, request_id)
+                if dialect == "anthropic":
+                    headers.setdefault(ANTHROPIC_REQUEST_ID_HEADER, request_id)
             await send(message)
 
         try:
@@ -44,7 +51,7 @@ class Envelope:
             if started:
                 # Half a response is out: only closing the connection tells the client that it is not whole.
                 raise
-            await error_response(failed)(scope, receive, send_with_id)
+            await error_response(failed, dialect, request_id)(scope, receive, send_with_id)
 
 
 def _request_id(headers: Headers) -> str:

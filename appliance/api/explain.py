@@ -14,6 +14,7 @@ from appliance.api.rim import Reader, Rim
 from appliance.core import Asked, Call, Decision
 from appliance.errors import NotFound
 from appliance.tasks import chat, completions, decisions, embeddings, extract, systemone
+from appliance.tasks.anthropic import read as anthropic
 from appliance.tasks.fields import wrong
 
 READERS: Mapping[str, Reader[Any]] = {
@@ -24,6 +25,7 @@ READERS: Mapping[str, Reader[Any]] = {
     "systemone": systemone.read,
     "extract": extract.read,
     "embeddings": embeddings.read,
+    "messages": anthropic.read,
 }
 
 _DECISION_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")

@@ -7,6 +7,7 @@ from starlette.requests import Request as Http
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from appliance.api.messages import model_row, models_page
 from appliance.api.parts import Answer
 from appliance.api.relay import StreamResponse, as_stream
 from appliance.api.replies import json_response
@@ -62,7 +63,10 @@ class OpenAI:
 
     async def models(self, http: Http) -> Response:
         caller = self._rim.auth.caller(http.headers)
-        return json_response({"object": "list", "data": self._models(self._rim.pipeline.models(caller))})
+        targets = self._rim.pipeline.models(caller)
+        if http.state.dialect == "anthropic":
+            return json_response(models_page(targets, AUTO, self._started_at))
+        return json_response({"object": "list", "data": self._models(targets)})
 
     async def model(self, http: Http) -> Response:
         caller = self._rim.auth.caller(http.headers)
@@ -70,6 +74,9 @@ class OpenAI:
         found = next((row for row in self._models(self._rim.pipeline.models(caller)) if row["id"] == name), None)
         if found is None:
             raise UnknownModel(f"model {name[:256]!r} is not known here: GET /v1/models lists those that are")
+        if http.state.dialect == "anthropic":
+            target = next((one for one in self._rim.pipeline.models(caller) if one.name == name), None)
+            return json_response(model_row(name, target, self._started_at))
         return json_response(found)
 
     def _models(self, targets: Sequence[Target]) -> Sequence[Mapping[str, Any]]:

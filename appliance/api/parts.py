@@ -34,6 +34,14 @@ class Many(Protocol):
         """In the calls' order: what `read` returned, or the ApplianceError that call ended with."""
 
 
+class Counted(Protocol):
+    @property
+    def tokens(self) -> int: ...
+
+    def headers(self) -> Mapping[str, str]:
+        """Who counted, and how."""
+
+
 class Pipeline(Protocol):
     async def searched(self, request: Request) -> Request: ...
 
@@ -42,6 +50,8 @@ class Pipeline(Protocol):
     async def answer(self, request: Request, call: Call) -> Answer: ...
 
     async def answer_many(self, request: Request, calls: Sequence[Call], *, concurrency: int) -> Many: ...
+
+    async def count(self, request: Request, call: Call) -> Counted: ...
 
     def models(self, caller: Caller) -> Sequence[Target]: ...
 

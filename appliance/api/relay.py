@@ -1,7 +1,7 @@
 """Sending answers. The response owns the answer: whatever happens to the client, the answer is closed."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -69,11 +69,23 @@ async def _close_late(task: "asyncio.Future[Any]") -> None:
 
 
 class StreamResponse:
-    """An answer's stream as server-sent events. Closes the answer when the client leaves, before or after it began."""
+    """An answer's stream as server-sent events. Closes the answer when the client leaves, before or after it began.
 
-    def __init__(self, answer: Answer, events: AsyncIterator[bytes]) -> None:
+    `failure` writes an error as an event of the caller's dialect; `content_type` is for other streams than of
+    events.
+    """
+
+    def __init__(
+        self,
+        answer: Answer,
+        events: AsyncIterator[bytes],
+        failure: Callable[[ApplianceError], bytes] | None = None,
+        content_type: str | None = None,
+    ) -> None:
         self._answer = answer
         self._events = events
+        self._failure = failure or _openai_failure
+        self._content_type = {} if content_type is None else {"content-type": content_type}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         relay = asyncio.ensure_future(self._relay(send))
@@ -88,7 +100,7 @@ class StreamResponse:
             await asyncio.shield(asyncio.ensure_future(self._answer.aclose()))
 
     async def _relay(self, send: Send) -> None:
-        headers = {**STREAM_HEADERS, **self._answer.facts.headers()}
+        headers = {**STREAM_HEADERS, **self._content_type, **self._answer.facts.headers()}
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
         try:
             await send({"type": "http.response.start", "status": self._answer.status, "headers": raw})
@@ -106,10 +118,14 @@ class StreamResponse:
             async for piece in self._events:
                 yield piece
         except ApplianceError as error:
-            yield event(error.to_openai())
+            yield self._failure(error)
         except Exception:
             log.error("stream failed unexpectedly", request_id=self._answer.facts.request_id, exc_info=True)
-            yield event(StreamBroken("the appliance failed unexpectedly in the middle of this stream").to_openai())
+            yield self._failure(StreamBroken("the appliance failed unexpectedly in the middle of this stream"))
+
+
+def _openai_failure(error: ApplianceError) -> bytes:
+    return event(error.to_openai())
 
 
 async def as_stream(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:

@@ -1,13 +1,12 @@
-"""Plain responses: JSON, and errors in OpenAI's shape with the headers that every answer carries."""
+"""Plain responses: JSON with the headers that every answer carries."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import orjson
 from starlette.responses import Response
 
-from appliance.errors import ApplianceError, BackendGarbage, Unauthorized
+from appliance.errors import BackendGarbage
 
 
 def json_response(payload: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -17,13 +16,3 @@ def json_response(payload: Any, *, status: int = 200, headers: Mapping[str, str]
     except TypeError as error:
         raise BackendGarbage(f"the reply cannot be written as JSON: {error}") from error
     return Response(content, status, headers, "application/json")
-
-
-def error_response(error: ApplianceError) -> Response:
-    """The error in OpenAI's shape. Retry-After is in whole seconds, rounded up, where waiting helps."""
-    headers = dict(error.headers)
-    if error.retry_after_seconds is not None:
-        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_seconds)))
-    if isinstance(error, Unauthorized):
-        headers["www-authenticate"] = "Bearer"
-    return Response(orjson.dumps(error.to_openai(), default=str), error.status, headers, "application/json")

@@ -11,7 +11,7 @@ from starlette.requests import Request as Http
 from appliance.api.auth import Authenticator
 from appliance.api.body import parse_body, read_body
 from appliance.api.limits import RateLimits
-from appliance.api.parts import Answer, Many, Pipeline
+from appliance.api.parts import Answer, Counted, Many, Pipeline
 from appliance.api.relay import unless_gone
 from appliance.core import Asked, Call, Request
 from appliance.pipeline.normalize import make_request
@@ -85,3 +85,7 @@ class Rim:
     async def answer_many(self, http: Http, opened: Opened[Any], *, concurrency: int) -> Many:
         work = self.pipeline.answer_many(opened.request, opened.calls, concurrency=concurrency)
         return await unless_gone(http.receive, work)
+
+    async def count(self, http: Http, opened: Opened[Any]) -> Counted:
+        """The tokens of a request's prompt, which nobody is asked to answer."""
+        return await unless_gone(http.receive, self.pipeline.count(opened.request, opened.calls[0]))

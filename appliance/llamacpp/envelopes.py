@@ -105,6 +105,7 @@ class CompletionIn(SampledIn):
 class TokenizeIn(_Strict):
     content: str | None = None
     messages: Annotated[list[MessageIn], Field(min_length=1)] | None = None
+    tools: list[dict[str, Any]] | None = None
 
 
 class LabelItemIn(_Strict):

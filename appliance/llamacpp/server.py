@@ -195,7 +195,9 @@ class Dialect:
             raise RequestError("content: give exactly one of content and messages", param="content")
 
         def tokens() -> list[int]:
-            return serving.prompts.chat(call.messages) if call.messages else serving.prompts.raw(call.content or "")
+            if call.messages:
+                return serving.prompts.chat(call.messages, call.tools)
+            return serving.prompts.raw(call.content or "")
 
         found = await _off_loop(len(body), tokens)
         return _json({"tokens": found, "count": len(found)})

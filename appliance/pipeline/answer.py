@@ -24,6 +24,7 @@ from appliance.pipeline.admission import Admission
 from appliance.pipeline.asking import Asking
 from appliance.pipeline.attempt import Trial
 from appliance.pipeline.breaker import Breakers
+from appliance.pipeline.counting import Counted, count_with
 from appliance.pipeline.decide import Decided, Decider
 from appliance.pipeline.inspection import Detector, Inspector
 from appliance.pipeline.matching import visible_targets
@@ -145,6 +146,22 @@ class Pipeline:
         errors = [result for result in results if isinstance(result, ApplianceError)]
         facts = close(errors[0] if len(errors) == len(results) else None)
         return Many(facts, results)
+
+    async def count(self, request: Request, call: Call) -> Counted:
+        """The tokens of the request's prompt, for the target that would be asked first. Raises what `decide` does."""
+        request = await self.searched(request)
+        decision = self.decide(request, prompt_tokens=call.prompt_tokens, output_tokens=1)
+        targets = [attempt.target for attempt in decision.route.attempts[:1]]
+        # A prompt that fits nowhere is counted all the same: that is what a caller wants to know then.
+        own = [one for one in self._means.state.snapshot.targets if one.provider is None and "chat" in one.abilities]
+        target = next(iter(targets or own), None)
+        if target is None:
+            return Counted(call.prompt_tokens, decision, None, "estimate")
+        tokens = await count_with(self._means.doors.local, target, request.body)
+        if tokens is not None:
+            return Counted(tokens, decision, target.name, "tokenizer")
+        estimate = self._means.memory.experience.tokens.correct(target.name, call.prompt_tokens)
+        return Counted(estimate, decision, target.name, "estimate")
 
     def models(self, caller: Caller) -> tuple[Target, ...]:
         """The targets that `caller` could be answered by."""

@@ -20,6 +20,13 @@ Kind = Literal["residency", "needs", "quality", "context", "cost", "blocked", "w
 
 _MAX_NAMES: Final = 30
 
+_PROMPT_FIELDS: Final[Mapping[str, str]] = {
+    "chat": "messages",
+    "messages": "messages",
+    "responses": "input",
+    "generate_content": "contents",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Judged:
@@ -58,7 +65,7 @@ def refusal_of(request: Request, route: Route, judged: Sequence[Judged]) -> Appl
         return ContextTooLong(
             f"the prompt has about {widest.prompt_tokens} tokens and the largest context here is "
             f"{widest.target.context_tokens} tokens: shorten it{bound}",
-            param="messages" if request.endpoint == "chat" else None,
+            param=_PROMPT_FIELDS.get(request.endpoint),
         )
     if unable := by_kind.get("needs"):
         return Unsupported(f"no target can do what this request asks for: {_each(unable)}{bound}")

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from appliance.config import Degrade, RouteRule
 from appliance.core import Call, Outgoing, Reply, Target
+from appliance.tasks.chat import CHAT_ENDPOINTS
 from appliance.tasks.messages import message_text
 from appliance.tasks.tokens import MESSAGE_TOKENS, estimate_tokens
 
@@ -150,8 +151,8 @@ def _tokens(messages: Sequence[Message]) -> int:
 
 
 def static_answer(step: Degrade, request_id: str, endpoint: str, created: int) -> Mapping[str, Any]:
-    """The payload of a static step, as the endpoint would give it."""
-    is_chat = endpoint == "chat"
+    """The payload of a static step, as a target would give it."""
+    is_chat = endpoint in CHAT_ENDPOINTS
     content: Mapping[str, Any] = (
         {"message": {"role": "assistant", "content": step.text}} if is_chat else {"text": step.text}
     )

@@ -26,6 +26,7 @@ from appliance.pipeline.escalation import confidence_of, doubt
 from appliance.pipeline.means import Means, Patience, Purse
 from appliance.pipeline.outcome import facts_of, outcome_of, total_usd
 from appliance.pipeline.shape import shape_of_step, shaped, static_answer
+from appliance.tasks.chat import CHAT_ENDPOINTS
 
 _FIRST_PAUSE_SECONDS: Final = 0.1
 _LONGEST_PAUSE_SECONDS: Final = 2.0
@@ -33,6 +34,9 @@ _LONGEST_PAUSE_SECONDS: Final = 2.0
 
 _UNKNOWN_ELSEWHERE: Final = 0.25
 """Share of a budget that is kept for the next target while nobody knows how long it takes."""
+
+_STEPPING: Final = CHAT_ENDPOINTS | {"completions"}
+"""Endpoints whose requests can be made smaller."""
 
 Again = Callable[[Decided, int, int], Decided]
 
@@ -257,7 +261,7 @@ class Walk:
     def _steps(self) -> Sequence[Degrade]:
         """The steps down that this request's route declares and its endpoint can take."""
         rule, request = self._decided.rule, self._request
-        if rule is None or request.endpoint not in ("chat", "completions"):
+        if rule is None or request.endpoint not in _STEPPING:
             return ()
         return [step for step in rule.degrade if step.step != "static" or request.format == "text"]
 

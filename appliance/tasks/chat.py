@@ -6,8 +6,8 @@ from typing import Any
 
 import orjson
 
-from appliance.core import Ability, Asked, Format, Outgoing, Reply, Target
-from appliance.errors import RequestError
+from appliance.core import Ability, Asked, Endpoint, Format, Outgoing, Reply, Target
+from appliance.errors import RequestError, Unsupported
 from appliance.tasks.fields import (
     missing,
     read_bool,
@@ -16,6 +16,7 @@ from appliance.tasks.fields import (
     read_model,
     read_number,
     read_object,
+    read_text,
     show,
     wrong,
 )
@@ -23,6 +24,20 @@ from appliance.tasks.messages import check_messages, holds_more_than_text, messa
 from appliance.tasks.replies import check_json_choice, check_tool_calls, choices_of
 from appliance.tasks.schemas import check_schema
 from appliance.tasks.tokens import MESSAGE_TOKENS, estimate_tokens
+
+CHAT_ENDPOINTS: frozenset[Endpoint] = frozenset({"chat", "messages", "responses", "generate_content"})
+"""Those whose requests are chats, whatever dialect they came in: their bodies hold OpenAI's `messages`."""
+
+REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+ONLY_ELSEWHERE: Mapping[str, tuple[Any, ...]] = {
+    "store": (False,),
+    "web_search_options": (),
+    "moderation": (),
+    "verbosity": ("medium",),
+    "service_tier": ("auto", "default"),
+}
+"""What some providers do besides answering, and no engine of this node does; and the values that ask for nothing."""
 
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
@@ -43,9 +58,16 @@ class ChatCall:
     wants_json: bool = False
     schema: Mapping[str, Any] | None = None
     tools: frozenset[str] = frozenset()
+    original: Mapping[str, Any] | None = None
+    """The body as it came, where it came in another dialect and `body` is its translation."""
 
     def outgoing(self, target: Target) -> Sequence[Outgoing]:
+        """Raises Unsupported for an engine of this node where a field asks for more than an answer."""
         body = self.body
+        if target.provider is None:
+            _check_only_elsewhere(body, target)
+        if target.dialect == "anthropic" and self.original is not None and self.original.get("thinking") is not None:
+            body = _with_thinking(body, self.original)
         if body.get("stream") and not self.stream:
             body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
         return (Outgoing("/chat/completions", body),)
@@ -65,6 +87,7 @@ def read(body: Mapping[str, Any]) -> tuple[Asked, Sequence[ChatCall]]:
     """Check a chat body. Raises RequestError naming field, value and remedy."""
     messages = check_messages(body)
     check_sampling(body)
+    _check_options(body)
     stream = read_bool(body, "stream")
     output_tokens = read_int(body, "max_completion_tokens", 1) or read_int(body, "max_tokens", 1)
     logprobs = read_bool(body, "logprobs")
@@ -98,6 +121,42 @@ def read(body: Mapping[str, Any]) -> tuple[Asked, Sequence[ChatCall]]:
         tools=tools,
     )
     return asked, (call,)
+
+
+def _check_options(body: Mapping[str, Any]) -> None:
+    """Fields that change no answer here, and those that ask for what is not here at all."""
+    for name in ("user", "safety_identifier", "prompt_cache_key", "service_tier", "verbosity"):
+        read_text(body, name)
+    for name in ("metadata", "prediction", "logit_bias", "web_search_options", "moderation"):
+        if body.get(name) is not None:
+            read_object(body[name], name, "or left out")
+    for name in ("store", "parallel_tool_calls"):
+        read_bool(body, name)
+    effort = body.get("reasoning_effort")
+    if effort is not None and (not isinstance(effort, str) or effort not in REASONING_EFFORTS):
+        raise wrong("reasoning_effort", effort, f"it must be one of {', '.join(REASONING_EFFORTS)}")
+    for name, instead in (("functions", "tools"), ("function_call", "tool_choice")):
+        if body.get(name) is not None:
+            raise Unsupported(f"{name} is the old form of {instead}, which alone is supported here", param=name)
+    if body.get("audio") is not None:
+        raise Unsupported("audio is not supported: answers are text; leave it out", param="audio")
+    if body.get("modalities") not in (None, [], ["text"]):
+        raise wrong("modalities", body["modalities"], 'answers are text: leave it out, or send ["text"]')
+
+
+def _with_thinking(body: Mapping[str, Any], original: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a caller said of thinking in Anthropic's words, for a target that understands them."""
+    exact = {**body, "thinking": original["thinking"]}
+    if not (original.get("output_config") or {}).get("effort"):
+        exact.pop("reasoning_effort", None)
+    return exact
+
+
+def _check_only_elsewhere(body: Mapping[str, Any], target: Target) -> None:
+    for name, harmless in ONLY_ELSEWHERE.items():
+        value = body.get(name)
+        if value is not None and value not in harmless:
+            raise Unsupported(f"{name} is not something that {target.name} can do: leave it out", param=name)
 
 
 def check_sampling(body: Mapping[str, Any]) -> None:

@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from appliance.errors import RequestError
+from appliance.errors import RequestError, Unsupported
 from appliance.tasks.fields import missing, read_list, wrong
 
 MAX_MESSAGES = 100_000
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
+AUDIO_PARTS = frozenset({"input_audio", "audio", "audio_url"})
 TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal"})
 
 
@@ -27,6 +28,11 @@ def check_messages(body: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 def _check_message(message: object, path: str) -> None:
     if not isinstance(message, dict):
         raise wrong(path, message, "it must be an object with role and content")
+    _check_content(message, path)
+    _check_extras(message, path)
+
+
+def _check_content(message: Mapping[str, Any], path: str) -> None:
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise wrong(f"{path}.role", role, f"it must be one of {', '.join(sorted(ROLES))}")
@@ -38,14 +44,23 @@ def _check_message(message: object, path: str) -> None:
         raise wrong(f"{path}.content", content, "it must be a string, a list of parts, or null")
     elif content is None and role in ("system", "developer", "user"):
         raise missing(f"{path}.content", f"a {role} message needs text")
-    calls = message.get("tool_calls")
-    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-        raise wrong(f"{path}.tool_calls", calls, "it must be a list of tool calls")
+
+
+def _check_extras(message: Mapping[str, Any], path: str) -> None:
+    for name in ("reasoning_content", "reasoning"):
+        if message.get(name) is not None and not isinstance(message[name], str):
+            raise wrong(f"{path}.{name}", message[name], "it must be a string")
+    for name in ("tool_calls", "thinking_blocks"):
+        rows = message.get(name)
+        if rows is not None and not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+            raise wrong(f"{path}.{name}", rows, "it must be a list of objects")
 
 
 def _check_part(part: object, path: str) -> None:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         raise wrong(path, part, 'it must be an object with a type, such as {"type": "text", "text": "Hello"}')
+    if part["type"] in AUDIO_PARTS:
+        raise Unsupported(f"{path}.type is {part['type']!r}: sound is not supported here", param=f"{path}.type")
     if part["type"] in ("text", "input_text") and not isinstance(part.get("text"), str):
         raise wrong(f"{path}.text", part.get("text"), "it must be a string")
 
@@ -64,9 +79,9 @@ def _pieces(message: Mapping[str, Any]) -> Iterator[str]:
             for name in ("text", "refusal"):
                 if isinstance(part.get(name), str):
                     yield part[name]
-    refusal = message.get("refusal")
-    if isinstance(refusal, str):
-        yield refusal
+    for name in ("refusal", "reasoning_content", "reasoning"):
+        if isinstance(message.get(name), str):
+            yield message[name]
     for call in message.get("tool_calls") or ():
         yield from _called(call.get("function") or call.get("custom"))
     yield from _called(message.get("function_call"))

@@ -95,6 +95,14 @@ class StandInMany:
     results: Sequence[Any]
 
 
+@dataclass(frozen=True)
+class StandInCounted:
+    tokens: int
+
+    def headers(self) -> Mapping[str, str]:
+        return {"x-appliance-count": "estimate"}
+
+
 @dataclass
 class StandInPipeline:
     """Answers with `reply(outgoing)` as the target's payload; `error` is raised instead where it is set."""
@@ -158,6 +166,12 @@ class StandInPipeline:
             except ApplianceError as error:
                 results.append(error)
         return StandInMany(facts(request), results)
+
+    async def count(self, request: Request, call: Call) -> StandInCounted:
+        self.requests.append(request)
+        if self.error is not None:
+            raise self.error
+        return StandInCounted(call.prompt_tokens)
 
     def models(self, caller: Caller) -> Sequence[Target]:
         return (SMALL,)

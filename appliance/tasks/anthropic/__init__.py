@@ -1,0 +1,1 @@
+"""Anthropic's Messages: bodies to chats (`read`, `blocks`), replies to messages (`reply`), streams (`events`)."""

@@ -1,0 +1,1 @@
+"""Gemini's generateContent: bodies to chats (`read`, `contents`), replies and streams (`reply`)."""

@@ -1,0 +1,1 @@
+"""OpenAI's Responses: bodies to chats (`read`, `items`), replies to responses (`reply`), streams (`events`)."""
