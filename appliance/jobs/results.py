@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
-from appliance.core import Usage
 from appliance.jobs.files import Folder
 from appliance.jobs.nouns import BadLine, Batch, Counts, Line, LineAnswer, Problem
 from appliance.jobs.reader import check, read_at
@@ -34,6 +33,11 @@ class Results:
         self._folder, self._store = folder, store
         self._output = ResultFile(folder.output_of(batch.id), batch.output_bytes)
         self._errors = ResultFile(folder.errors_of(batch.id), batch.error_bytes)
+
+    def begin(self) -> None:
+        """Nothing that was written counts."""
+        self._output.cut_back(0)
+        self._errors.cut_back(0)
 
     async def put_bad(self, bad: Sequence[BadLine]) -> None:
         """Rows of lines that are not to be asked. They count once the batch is saved, with all that was validated."""
@@ -94,6 +98,16 @@ class Results:
         self._errors.close()
 
     async def _commit(self, rows: Sequence[_Row], batch: Batch) -> None:
+        """What was begun is ended even where this task is cancelled meanwhile: a thread writes on in any case."""
+        commit = asyncio.ensure_future(self._commit_now(rows, batch))
+        try:
+            await asyncio.shield(commit)
+        except asyncio.CancelledError:
+            await asyncio.wait({commit})
+            commit.result()
+            raise
+
+    async def _commit_now(self, rows: Sequence[_Row], batch: Batch) -> None:
         good = [row for row in rows if row.state == ANSWERED]
         bad = [row for row in rows if row.state != ANSWERED]
         sizes = self._output.size, self._errors.size
@@ -104,8 +118,7 @@ class Results:
                 for row, place in zip((*good, *bad), written, strict=True)
             ]
             batch = self.with_sizes(batch)
-            # What has begun to be committed is: whoever is cancelled here knows afterwards what is true.
-            await _whole(self._store.commit(batch, done))
+            await self._store.commit(batch, done)
         except Exception:
             self._output.cut_back(sizes[0])
             self._errors.cut_back(sizes[1])
@@ -144,17 +157,6 @@ def _line(file: BinaryIO, place: Place, endpoint: str) -> Line:
     return found
 
 
-async def _whole(work: "asyncio.Future[None] | object") -> None:
-    """Wait for `work` to end even where this task is cancelled meanwhile, and be cancelled then."""
-    task = asyncio.ensure_future(work)  # type: ignore[arg-type]
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        task.result()
-        raise
-
-
 def _counted(batch: Batch, answers: Sequence[LineAnswer]) -> Batch:
     good = sum(answer.is_good for answer in answers)
     hosted = sum(answer.location == "hosted" for answer in answers)
@@ -170,4 +172,4 @@ def _counted(batch: Batch, answers: Sequence[LineAnswer]) -> Batch:
     )
     usage = sum((answer.usage for answer in answers), batch.usage)
     cost_usd = batch.cost_usd + sum(answer.cost_usd or 0.0 for answer in answers)
-    return replace(batch, counts=counts, usage=usage or Usage(), cost_usd=cost_usd)
+    return replace(batch, counts=counts, usage=usage, cost_usd=cost_usd)
