@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import fcntl
+import os
 import signal
 import socket
 import time
@@ -30,8 +31,12 @@ from appliance.ledger.database import sqlite_url
 from appliance.ledger.keys import list_keys
 from appliance.ledger.store import Ledger
 from appliance.node.launcher import ChildLauncher
+from appliance.node.planner import ENGINES
 from appliance.node.signals import Signals
 from appliance.node.supervisor import Supervisor
+from appliance.node.swap import Rules, pool_of, resting_at_first
+from appliance.node.swapper import Swapper
+from appliance.node.vllm_environments import launchable
 from appliance.pipeline.admission import Admission
 from appliance.pipeline.answer import Pipeline
 from appliance.pipeline.books import Books, Caps
@@ -60,6 +65,8 @@ class Site:
     secrets: Mapping[str, str] = field(repr=False)
     stored_keys: tuple[Key, ...] | None = ()
     """API keys made by command; those of the configuration are in `config`. None where they could not be read."""
+    pools: Mapping[str, int] = field(default_factory=dict)
+    """Bytes that all models of a pool of memory may hold together (`swap.pool_of`)."""
     detector: Detector | None = None
     """Of personal data, where the policy wants requests searched."""
     has_had_keys: bool = False
@@ -87,8 +94,13 @@ def ledger_url(config: NodeConfig, home: Path) -> str:
     return config.ledger.url or sqlite_url(home / "ledger.sqlite")
 
 
-def prepare(config: NodeConfig, home: Path, placements: tuple[Placement, ...]) -> Site:
-    """Read everything that a start depends on. Raises ConfigError for what contradicts itself or is missing."""
+def prepare(
+    config: NodeConfig, home: Path, placements: tuple[Placement, ...], pools: Mapping[str, int] | None = None
+) -> Site:
+    """Read everything that a start depends on. `pools`: bytes that models may hold together; None: all fit.
+
+    Raises ConfigError for what contradicts itself or is missing.
+    """
     configured = provider_targets(config)
     policy_path = Path(config.policy).expanduser() if config.policy else DEFAULT_POLICY_PATH
     policy = load_policy(policy_path, [*configured, *(placed.target for placed in placements)])
@@ -106,7 +118,21 @@ def prepare(config: NodeConfig, home: Path, placements: tuple[Placement, ...]) -
         )
     detector = detector_for(policy)
     check_profiler(policy.defaults.profiler)
-    return Site(config, home, placements, configured, policy, policy_path, secrets, stored, detector, has_had_keys)
+    if pools is None:
+        pools = {pool_of(one): sum(each.memory.total_bytes for each in placements) for one in placements}
+    return Site(
+        config,
+        home,
+        placements,
+        configured,
+        policy,
+        policy_path,
+        secrets,
+        stored,
+        pools=pools,
+        detector=detector,
+        has_had_keys=has_had_keys,
+    )
 
 
 def _stored_keys(config: NodeConfig, home: Path) -> tuple[tuple[Key, ...] | None, bool]:
@@ -247,8 +273,11 @@ async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Runn
         signals.set_configured(configured)
         supervisor = _supervisor(site, signals)
         # The engine takes longest, so it starts first.
-        await supervisor.start()
+        await supervisor.start(resting_at_first(site.placements, site.pools))
         stack.push_async_callback(supervisor.stop)
+        rules = Rules(config.engine.idle_unload_seconds, config.engine.least_residence_seconds)
+        swapping = asyncio.create_task(Swapper(supervisor, state, time.monotonic, site.pools, rules).run())
+        stack.callback(swapping.cancel)
         ledger = await Ledger.open(ledger_url(config, site.home), retention_days=config.ledger.retention_days)
         stack.push_async_callback(ledger.close)
         books = Books(ledger, metrics, signals, Caps(config, site.policy, site.keys))
@@ -351,6 +380,7 @@ def _supervisor(site: Site, signals: Signals) -> Supervisor:
         drain_seconds=site.config.server.drain_seconds,
         runtime_folder=site.home / "run",
         watts_per_busy_core=site.config.cost.watts_per_busy_core,
+        engines={**ENGINES, **launchable(site.config.engine, site.home, os.environ)},
     )
 
 

@@ -9,7 +9,7 @@ from appliance.core import Snapshot
 class State:
     """One frozen snapshot, replaced whole. All methods are called on the event loop; nothing here blocks.
 
-    Writers: the control plane alone calls `publish`; requests alone call `want`.
+    Writers: the control plane alone calls `publish`; requests alone call `want` and `use`.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -18,6 +18,8 @@ class State:
         self._changed = asyncio.Event()
         self.demand: dict[str, float] = {}
         """Target name -> when a request last wanted it and could not have it (monotonic seconds)."""
+        self.used: dict[str, float] = {}
+        """Target name -> when a request was last let in."""
 
     @property
     def snapshot(self) -> Snapshot:
@@ -30,6 +32,9 @@ class State:
 
     def want(self, target: str) -> None:
         self.demand[target] = self._clock()
+
+    def use(self, target: str) -> None:
+        self.used[target] = self._clock()
 
     async def wait_for_change(self, timeout_seconds: float) -> bool:
         """Wait for the next publish. True if there was one, False if the time ran out."""

@@ -53,6 +53,17 @@ class Engine(Strict):
     calibrate: bool = True
     """Whether a first start measures variants and thread counts for about half a minute."""
     tolerance: Tolerance = Tolerance()
+    also: tuple[str, ...] = ()
+    """Further models: catalogue names or paths, each as it is or as `NAME=PATH`. Those that do not fit beside the
+    others are loaded when they are wanted."""
+    idle_unload_seconds: PositiveSeconds | None = None
+    """A model that nobody has used for so long gives its memory back until it is wanted; empty: never."""
+    least_residence_seconds: PositiveSeconds = 60.0
+    """So long a loaded model stays, whoever wants its place: swapping costs more than waiting."""
+    vllm: str | None = None
+    """Folder of the environment vLLM is in; empty: the newest of `appliance engines list`, else `vllm` on the PATH."""
+    vllm_options: tuple[str, ...] = ()
+    """Further options of vLLM, as its command line takes them: `["--enforce-eager"]`, `["--dtype", "float16"]`."""
     context_tokens: int | None = Field(default=None, ge=256)
     """KV cells shared by all sequences."""
     sequences: int | None = Field(default=None, ge=1, le=256)

@@ -257,6 +257,7 @@ class Admission:
     def _admit(self, target: str, load: Load, predicted: Prediction) -> Slot:
         place = self._place(target)
         slot = Slot(self, target, load, predicted, self._clock())
+        self._state.use(target)
         place.slots[slot] = None
         place.count(load, 1)
         return slot
