@@ -372,6 +372,10 @@ async def _wait_ready(supervisor: Supervisor, config: NodeConfig, configured: tu
 
 
 def _supervisor(site: Site, signals: Signals) -> Supervisor:
+    found = launchable(site.config.engine, site.home, os.environ)
+    for placement in site.placements:
+        if placement.engine == "vllm" and "vllm" not in found:
+            raise EngineFailed(f"{placement.model} needs vLLM, which is not here: `appliance engines install vllm`")
     return Supervisor(
         site.placements,
         launcher=ChildLauncher(site.home / "logs"),
@@ -380,7 +384,7 @@ def _supervisor(site: Site, signals: Signals) -> Supervisor:
         drain_seconds=site.config.server.drain_seconds,
         runtime_folder=site.home / "run",
         watts_per_busy_core=site.config.cost.watts_per_busy_core,
-        engines={**ENGINES, **launchable(site.config.engine, site.home, os.environ)},
+        engines={**ENGINES, **found},
     )
 
 

@@ -53,6 +53,18 @@ class Installed:
         return self.folder / "bin" / "vllm"
 
 
+def as_settings(options: Sequence[str]) -> vllm_flags.Settings:
+    """A command line's words as settings: `--dtype float16 --enforce-eager`, or `--dtype=float16`."""
+    settings: list[tuple[str, str]] = []
+    for word in options:
+        if word.startswith("--"):
+            name, _, value = word.partition("=")
+            settings.append((name, value))
+        elif settings:
+            settings[-1] = (settings[-1][0], word)
+    return tuple(settings)
+
+
 class Vllm(EngineDefaults):
     """`vllm serve`, from the environment it was installed into."""
 

@@ -9,10 +9,15 @@ from appliance.catalog import EngineKind, ModelSpec, Variant
 from appliance.config import Engine as EngineConfig
 from appliance.engines.base import Engine, Memory, Placement, Shape
 from appliance.engines.llamacpp import LlamaCpp
+from appliance.engines.vllm import Installed, Vllm, as_settings
+from appliance.engines.vllm_flags import OLDEST
 from appliance.node.probe import Hardware
 
-ENGINES: Final[Mapping[EngineKind, Engine]] = {"llamacpp": LlamaCpp()}
-"""What this node can launch."""
+ENGINES: Final[Mapping[EngineKind, Engine]] = {
+    "llamacpp": LlamaCpp(),
+    "vllm": Vllm(Installed(Path("/opt/vllm"), f"{OLDEST[0]}.{OLDEST[1]}.{OLDEST[2]}")),
+}
+"""What is planned for. Whether vLLM is installed, and where, shows when it is to be launched."""
 
 _RESERVE_BYTES: Final = 300_000_000
 """For the router and its ledger; 5 % of the memory is kept where that is more."""
@@ -128,6 +133,7 @@ def _place(hardware: Hardware, item: Wanted, config: EngineConfig, left_bytes: i
         abilities=abilities,
         reasons=(*filter(None, (item.reason,)), fits, threads_reason, sequences_reason, context_reason),
         quality=item.model.quality if config.quality is None else config.quality,
+        settings=(*engine.settings(item.model), *(as_settings(config.vllm_options) if engine.kind == "vllm" else ())),
     )
 
 

@@ -171,10 +171,10 @@ def test_of_several_variants_the_first_that_fits_is_placed(machine: Hardware) ->
 
 
 def test_variants_for_other_engines_and_models_without_text_are_refused(machine: Hardware) -> None:
-    vllm = replace(SMALL, variants=(replace(variant("bf16"), engine="vllm", format="safetensors"),))
+    encoder = replace(SMALL, variants=(replace(variant("int8"), engine="encoder", format="onnx"),))
     embedder = replace(SMALL, name="embedder", abilities=("embeddings",))
-    reasons = [refusal.reason for refusal in _plan(machine, vllm, embedder).refusals]
-    assert reasons[0] == "bf16 is for vllm; this node launches llamacpp"
+    reasons = [refusal.reason for refusal in _plan(machine, encoder, embedder).refusals]
+    assert reasons[0] == "int8 is for encoder; this node launches llamacpp, vllm"
     assert reasons[1].startswith("embedder generates no text")
 
 
