@@ -3,7 +3,7 @@
 import os
 import platform
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -42,6 +42,18 @@ FLAGS: Final = frozenset(_X86_FLAGS + _ARM_FLAGS)
 
 
 @dataclass(frozen=True, slots=True)
+class NumaNode:
+    """Processors and the memory that is nearest to them."""
+
+    index: int
+    cpus: tuple[int, ...]
+    """Logical CPUs, those of them that this process may run on."""
+    memory_total_bytes: int
+    memory_free_bytes: int
+    """Not used for anything; what could be handed out by dropping files is not in it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Cpu:
     model: str
     architecture: str
@@ -54,6 +66,10 @@ class Cpu:
     threads_per_core: int | None
     numa_nodes: int | None
     flags: frozenset[str]
+    siblings: tuple[tuple[int, ...], ...] = ()
+    """Of each physical core that this process may use, the logical CPUs it may run on: threads of one core share its
+    arithmetic, so one thread a core computes. Empty where the system does not say."""
+    nodes: tuple[NumaNode, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +101,31 @@ def read_cpu(root: Path = Path("/"), affinity: Iterable[int] | None = None) -> C
         threads_per_core=round(logical / physical) if physical else None,
         numa_nodes=len(list((root / "sys/devices/system/node").glob("node[0-9]*"))) or None,
         flags=frozenset((_first(text, "flags", "Features") or "").split()) & FLAGS,
+        siblings=_siblings(cores, allowed),
+        nodes=tuple(_nodes(root, allowed)),
     )
+
+
+def _siblings(cores: dict[int, str], allowed: frozenset[int]) -> tuple[tuple[int, ...], ...]:
+    groups: dict[str, list[int]] = {}
+    for cpu in sorted(allowed & cores.keys()):
+        groups.setdefault(cores[cpu], []).append(cpu)
+    return tuple(sorted(map(tuple, groups.values())))
+
+
+def _nodes(root: Path, allowed: frozenset[int]) -> Iterator[NumaNode]:
+    folders = (root / "sys/devices/system/node").glob("node[0-9]*")
+    for folder in sorted(folders, key=lambda folder: int(folder.name[4:])):
+        fields = dict(re.findall(r"(MemTotal|MemFree):\s+(\d+) kB", _text(folder / "meminfo")))
+        total, free = (int(fields.get(name, 0)) * 1024 for name in ("MemTotal", "MemFree"))
+        cpus = tuple(cpu for cpu in _listed(_text(folder / "cpulist")) if cpu in allowed)
+        yield NumaNode(int(folder.name[4:]), cpus, total, free)
+
+
+def _listed(text: str) -> Iterator[int]:
+    """The kernel's way of writing a set of numbers: `0-3,8,10-11`."""
+    for match in re.finditer(r"(\d+)(?:-(\d+))?", text):
+        yield from range(int(match[1]), int(match[2] or match[1]) + 1)
 
 
 def _usable(root: Path, cores: dict[int, str], allowed: frozenset[int], physical: int | None) -> tuple[int, str]:

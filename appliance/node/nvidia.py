@@ -1,56 +1,40 @@
-"""NVIDIA devices through NVML. What a device does not tell is None, and unknown memory is never called free."""
+"""NVIDIA devices through NVML: all of them, or why there is none; read once, or again and again while a node runs."""
 
+import contextlib
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-_THROTTLES: Final = {
-    0x004: "power cap",
-    0x008: "hardware slowdown",
-    0x020: "software thermal slowdown",
-    0x040: "hardware thermal slowdown",
-    0x080: "power brake",
-    0x200: "board limit",
-    0x400: "reliability voltage",
-}
-"""Bits of NVML's clock event reasons that mean slower than asked for; idle and chosen clocks do not."""
+from appliance.node.nvidia_device import Gpu, GpuProcess, MigDevice, ask, is_gone, read_device, word
+
+__all__ = ["Gpu", "GpuProcess", "GpuReader", "Gpus", "LostGpu", "MigDevice", "load_nvml", "read_gpus"]
+
+DriverState = Literal["absent", "running", "gone"]
 
 
 @dataclass(frozen=True, slots=True)
-class Gpu:
-    """One device at one moment."""
+class LostGpu:
+    """A device that the driver counts and that cannot be used."""
 
     index: int
-    name: str
     uuid: str | None
-    compute_capability: str | None
-    memory_total_bytes: int | None
-    memory_free_bytes: int | None
-    memory_reason: str
-    unified_memory: bool
-    """It shares the machine's RAM, so what it takes is missing there."""
-    power_watts: float | None
-    power_limit_watts: float | None
-    utilisation: float | None
-    """Share of the last sample period in which a kernel ran, 0 to 1."""
-    temperature_celsius: int | None
-    throttled: tuple[str, ...] | None
-    """Why clocks are held down; empty: they are not."""
-    mig_enabled: bool | None
-    ecc_enabled: bool | None
-    ecc_uncorrected_errors: int | None
-    """Since the driver was loaded."""
+    """Where it was read before."""
+    reason: str
+    needs_reset: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Gpus:
+    """What NVML tells of this machine. `reason` says how many devices there are, or why there is none."""
+
     devices: tuple[Gpu, ...]
     reason: str
-    """How many there are, or why there is none."""
     driver: str | None = None
     cuda: str | None = None
     """The newest CUDA that the driver can run."""
+    lost: tuple[LostGpu, ...] = ()
+    state: DriverState = "running"
+    """absent: there is no driver to ask. gone: there was one, and it went away."""
 
 
 _NO_LIBRARY: Final = "the driver's library (libnvidia-ml) is not installed"
@@ -72,96 +56,78 @@ def read_gpus(ram_total_bytes: int, ram_usable_bytes: int, nvml: Any | None) -> 
 
     The RAM figures stand in for the memory of devices that share the machine's own.
     """
-    if nvml is None:
-        return Gpus((), f"none, because {_NO_LIBRARY}")
+    reader = GpuReader(nvml)
     try:
-        nvml.nvmlInit()
-    except nvml.NVMLError as error:
-        return Gpus((), _why_none(error, nvml))
-    try:
-        driver = _ask(nvml, nvml.nvmlSystemGetDriverVersion)
-        version = _ask(nvml, nvml.nvmlSystemGetCudaDriverVersion_v2)
+        return reader.read(ram_total_bytes, ram_usable_bytes)
+    finally:
+        reader.close()
+
+
+class GpuReader:
+    """Reads the devices again and again without starting NVML anew each time, and survives what happens to them.
+
+    A device that falls off the bus, a driver that is unloaded or replaced: each is a state of the next reading. Once
+    the driver is back, so are the devices. Not for several threads at once.
+    """
+
+    def __init__(self, nvml: Any | None) -> None:
+        self._nvml = nvml
+        self._is_open = False
+        self._was_seen = False
+        self._uuids: dict[int, str | None] = {}
+
+    def read(self, ram_total_bytes: int, ram_usable_bytes: int) -> Gpus:
+        nvml = self._nvml
+        if nvml is None:
+            return Gpus((), f"none, because {_NO_LIBRARY}", state="absent")
+        try:
+            if not self._is_open:
+                nvml.nvmlInit()
+                self._is_open = True
+            return self._read(nvml, ram_total_bytes, ram_usable_bytes)
+        except nvml.NVMLError as error:
+            self.close()
+            return Gpus((), _why_none(error, nvml), state="gone" if self._was_seen else "absent")
+
+    def close(self) -> None:
+        if self._is_open and self._nvml is not None:
+            self._is_open = False
+            with contextlib.suppress(self._nvml.NVMLError):  # it cannot be reached: that is why it is left
+                self._nvml.nvmlShutdown()
+
+    def _read(self, nvml: Any, ram_total_bytes: int, ram_usable_bytes: int) -> Gpus:
+        driver = word(ask(nvml, "nvmlSystemGetDriverVersion"))
+        version = ask(nvml, "nvmlSystemGetCudaDriverVersion_v2")
         cuda = None if version is None else f"{version // 1000}.{version % 1000 // 10}"
         try:
             count = nvml.nvmlDeviceGetCount()
         except nvml.NVMLError as error:
-            return Gpus((), f"none, because the driver cannot count its devices: {error}", _word(driver), cuda)
-        devices, lost = [], []
+            if is_gone(nvml, error):
+                raise
+            return Gpus((), f"none, because the driver cannot count its devices: {error}", driver, cuda)
+        self._was_seen = True
+        devices: list[Gpu] = []
+        lost: list[LostGpu] = []
         for index in range(count):
             try:
                 handle = nvml.nvmlDeviceGetHandleByIndex(index)
-                devices.append(_read_device(nvml, index, handle, ram_total_bytes, ram_usable_bytes))
+                devices.append(read_device(nvml, index, handle, ram_total_bytes, ram_usable_bytes))
+                self._uuids[index] = devices[-1].uuid
             except nvml.NVMLError as error:
-                lost.append(f"device {index} cannot be read: {error}")
-        reason = f"{len(devices)} of {count} devices" if devices or lost else "none, because the driver sees no device"
-        return Gpus(tuple(devices), "; ".join([reason, *lost]), _word(driver), cuda)
-    finally:
-        _ask(nvml, nvml.nvmlShutdown)
-
-
-def _read_device(nvml: Any, index: int, handle: Any, ram_total_bytes: int, ram_usable_bytes: int) -> Gpu:
-    def ask(function: Callable[..., Any], *arguments: Any) -> Any:
-        return _ask(nvml, function, handle, *arguments)
-
-    total, free, reason, unified = _memory(nvml, handle, ram_total_bytes, ram_usable_bytes)
-    capability = ask(nvml.nvmlDeviceGetCudaComputeCapability)
-    power, limit = ask(nvml.nvmlDeviceGetPowerUsage), ask(nvml.nvmlDeviceGetEnforcedPowerLimit)
-    utilisation = ask(nvml.nvmlDeviceGetUtilizationRates)
-    reasons = ask(nvml.nvmlDeviceGetCurrentClocksEventReasons)
-    mig, ecc = ask(nvml.nvmlDeviceGetMigMode), ask(nvml.nvmlDeviceGetEccMode)
-    errors = ask(nvml.nvmlDeviceGetTotalEccErrors, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC)
-    return Gpu(
-        index=index,
-        # A device that cannot even tell its name is lost: the error travels up.
-        name=str(_word(nvml.nvmlDeviceGetName(handle))),
-        uuid=_word(ask(nvml.nvmlDeviceGetUUID)),
-        compute_capability=None if capability is None else f"{capability[0]}.{capability[1]}",
-        memory_total_bytes=total,
-        memory_free_bytes=free,
-        memory_reason=reason,
-        unified_memory=unified,
-        power_watts=None if power is None else power / 1000,
-        power_limit_watts=None if limit is None else limit / 1000,
-        utilisation=None if utilisation is None else utilisation.gpu / 100,
-        temperature_celsius=ask(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
-        throttled=None if reasons is None else tuple(text for bit, text in _THROTTLES.items() if reasons & bit),
-        mig_enabled=None if mig is None else bool(mig[0]),
-        ecc_enabled=None if ecc is None else bool(ecc[0]),
-        ecc_uncorrected_errors=errors,
-    )
-
-
-def _memory(
-    nvml: Any, handle: Any, ram_total_bytes: int, ram_usable_bytes: int
-) -> tuple[int | None, int | None, str, bool]:
-    """Total, free, the reason, and whether the memory is the machine's own."""
-    try:
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    except nvml.NVMLError as error:
-        if error.value == nvml.NVML_ERROR_NOT_SUPPORTED:
-            reason = "the device shares the machine's memory and reports none of its own: what RAM has usable counts"
-            return ram_total_bytes, ram_usable_bytes, reason, True
-        return None, None, f"unknown, so nothing counts as free: {error}", False
-    return int(memory.total), int(memory.free), "as NVML reports", False
-
-
-def _ask(nvml: Any, function: Callable[..., Any], *arguments: Any) -> Any:
-    """The answer, or None where the device or the driver does not know."""
-    try:
-        return function(*arguments)
-    except nvml.NVMLError:
-        return None
-
-
-def _word(text: str | bytes | None) -> str | None:
-    """Older bindings answer in bytes."""
-    return text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+                if error.value in (nvml.NVML_ERROR_UNINITIALIZED, nvml.NVML_ERROR_DRIVER_NOT_LOADED):
+                    raise
+                reset = error.value == nvml.NVML_ERROR_RESET_REQUIRED
+                lost.append(LostGpu(index, self._uuids.get(index), str(error), reset))
+        reason = f"{len(devices)} of {count} devices" if count else "none, because the driver sees no device"
+        told = [f"device {one.index} cannot be read: {one.reason}" for one in lost]
+        return Gpus(tuple(devices), "; ".join([reason, *told]), driver, cuda, tuple(lost))
 
 
 def _why_none(error: Any, nvml: Any) -> str:
     known = {
         nvml.NVML_ERROR_LIBRARY_NOT_FOUND: _NO_LIBRARY,
         nvml.NVML_ERROR_DRIVER_NOT_LOADED: "the NVIDIA driver is not loaded",
+        nvml.NVML_ERROR_UNINITIALIZED: "the NVIDIA driver went away while it was asked",
         nvml.NVML_ERROR_NO_PERMISSION: "this user may not talk to the driver",
         nvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: (
             "the driver in the kernel and its library are of different versions: reboot, or reload the driver"

@@ -1,5 +1,6 @@
 """Recorded and composed machines: /proc and /sys trees, and an NVML that answers from a table."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,14 +78,33 @@ class FakeNvml:
             **system,
         }
         self.shut_down = 0
+        self.started = 0
+        self.broken: int | None = None
+        """An error that every call answers from now on: the driver has gone away."""
+
+    def lose(self, index: int, code: int) -> None:
+        """From now on this device answers with an error alone."""
+        devices = list(self._devices)
+        devices[index] = {"handle": Fails(code)}
+        self._devices = tuple(devices)
+
+    def _count(self, name: str) -> Any:
+        self.started += name == "nvmlInit"
+        return _answer(self._system[name])
 
     def __getattr__(self, name: str) -> Any:
         if name == "nvmlShutdown":
             self.shut_down += 1
+        if self.broken is not None and name.startswith("nvml") and name != "nvmlShutdown":
+            return lambda *arguments: _answer(Fails(self.broken))
         if name == "nvmlDeviceGetHandleByIndex":
-            return lambda index: self._devices[index]
+            return lambda index: _answer(self._devices[index].get("handle", self._devices[index]))
+        if name == "nvmlDeviceGetNvLinkState":
+            return lambda device, link: _nth(device.get("nvlinks", ()), link)
+        if name == "nvmlDeviceGetMigDeviceHandleByIndex":
+            return lambda device, index: _nth(device.get("mig", ()), index)
         if name in self._system:
-            return lambda: _answer(self._system[name])
+            return lambda: self._count(name)
         if name.startswith("nvmlDeviceGet"):
             return lambda device, *arguments: _answer(device.get(name, Fails(pynvml.NVML_ERROR_NOT_SUPPORTED)))
         return getattr(pynvml, name)
@@ -95,6 +115,34 @@ class Fails:
 
     def __init__(self, code: int) -> None:
         self.code = code
+
+
+def recorded_nvml(name: str) -> FakeNvml:
+    """NVML as a file under tests/data/nvml tells it; each says where its figures are from."""
+    path = Path(__file__).resolve().parent.parent / "data" / "nvml" / f"{name}.json"
+    recording = json.loads(path.read_text("utf-8"))
+    devices = [{key: _value(value) for key, value in device.items()} for device in recording["devices"]]
+    return FakeNvml(*devices, **{key: _value(value) for key, value in recording["system"].items()})
+
+
+def _value(value: Any) -> Any:
+    """As the bindings give it: an error, a structure, a list of structures, or the number or text itself."""
+    if isinstance(value, dict) and "error" in value:
+        return Fails(getattr(pynvml, value["error"]))
+    if isinstance(value, dict) and any(key.startswith("nvml") for key in value):
+        return {key: _value(one) for key, one in value.items()}
+    if isinstance(value, dict):
+        return SimpleNamespace(**value)
+    return [_value(one) for one in value] if isinstance(value, list) else value
+
+
+def _nth(values: Any, index: int) -> Any:
+    """An element, or what NVML says of one that there is not."""
+    if index >= len(values) or values[index] is None:
+        raise pynvml.NVMLError(
+            pynvml.NVML_ERROR_INVALID_ARGUMENT if index >= len(values) else pynvml.NVML_ERROR_NOT_FOUND
+        )
+    return values[index]
 
 
 def _answer(value: Any) -> Any:

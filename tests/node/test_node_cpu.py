@@ -22,6 +22,26 @@ def test_the_second_thread_of_a_core_is_not_counted(tmp_path: Path) -> None:
     assert cpu.usable_reason == "8 physical cores"
 
 
+def test_threads_of_one_core_stand_together_and_forbidden_ones_are_left_out(tmp_path: Path) -> None:
+    cpu = read_cpu(write_tree(tmp_path, topology(4, threads_per_core=2)), {0, 4, 1, 6})
+    assert cpu.siblings == ((0, 4), (1,), (6,))
+
+
+def test_numa_nodes_tell_their_processors_and_memory(tmp_path: Path) -> None:
+    node = "sys/devices/system/node/node"
+    files = {
+        f"{node}0/cpulist": "0-3,8\n",
+        f"{node}1/cpulist": "4-7\n",
+        f"{node}0/meminfo": "Node 0 MemTotal:       65536 kB\nNode 0 MemFree:        1024 kB\n",
+        f"{node}1/meminfo": "Node 1 MemTotal:       65536 kB\nNode 1 MemFree:       32768 kB\n",
+    }
+    cpu = read_cpu(write_tree(tmp_path, topology(8) | files), range(6))
+    assert [(node.index, node.cpus, node.memory_free_bytes) for node in cpu.nodes] == [
+        (0, (0, 1, 2, 3), 1 << 20),
+        (1, (4, 5), 32 << 20),
+    ]
+
+
 def test_equal_core_numbers_in_two_packages_are_two_cores(tmp_path: Path) -> None:
     cpu = read_cpu(write_tree(tmp_path, topology(8, packages=2)), range(8))
     assert (cpu.physical_cores, cpu.numa_nodes) == (8, 2)
