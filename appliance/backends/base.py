@@ -21,13 +21,32 @@ CLOSE_SECONDS: Final = 1.0
 
 
 class Door(Protocol):
-    async def open(self, target: Target, path: str, body: bytes, *, permit: EgressPermit | None) -> httpx.Response:
+    async def open(
+        self,
+        target: Target,
+        path: str,
+        body: bytes,
+        *,
+        permit: EgressPermit | None,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
         """Send a POST and return as soon as status and headers are there; the body is not read yet.
+
+        `path` may have a query; `headers` are the dialect's own, the key is the door's to add.
 
         Raises ResidencyRefused where this door does not lead to `target`, BackendUnreachable, BackendGarbage.
         """
 
     async def aclose(self) -> None: ...
+
+
+def key_headers(target: Target, secrets: Mapping[str, str]) -> Mapping[str, str]:
+    """The key of `target`'s provider, where there is one, in the header that the provider reads it from."""
+    secret = secrets.get(target.provider) if target.provider is not None else None
+    if not secret:
+        return {}
+    name = target.wire.key_header
+    return {name: f"Bearer {secret}" if name == "authorization" else secret}
 
 
 def session_over(connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:

@@ -6,7 +6,7 @@ from typing import Final
 import aiohttp
 import httpx
 
-from appliance.backends.base import post, session_over, transport_over
+from appliance.backends.base import key_headers, post, session_over, transport_over
 from appliance.backends.seal import is_sealed
 from appliance.core import EgressPermit, Target
 from appliance.errors import BackendAuth, ResidencyRefused
@@ -37,15 +37,21 @@ class EgressDoor:
     def __repr__(self) -> str:
         return f"EgressDoor(providers={sorted(self._addresses)})"
 
-    async def open(self, target: Target, path: str, body: bytes, *, permit: EgressPermit | None) -> httpx.Response:
+    async def open(
+        self,
+        target: Target,
+        path: str,
+        body: bytes,
+        *,
+        permit: EgressPermit | None,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
         self._check(target, permit)
-        headers = _HEADERS
-        if secret := self._secrets.get(target.provider or ""):
-            headers = {**_HEADERS, "authorization": f"Bearer {secret}"}
+        sent = {**_HEADERS, **(headers or {}), **key_headers(target, self._secrets)}
         url = self._urls.get((target.address, path))
         if url is None:
             url = self._urls[target.address, path] = httpx.URL(target.address + path)
-        return await post(self._transport, target, url, body, headers)
+        return await post(self._transport, target, url, body, sent)
 
     async def aclose(self) -> None:
         await self._transport.aclose()

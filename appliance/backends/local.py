@@ -3,12 +3,13 @@
 import ipaddress
 import socket
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
 import httpx
 
-from appliance.backends.base import KEEPALIVE_SECONDS, post, session_over, transport_over
+from appliance.backends.base import KEEPALIVE_SECONDS, key_headers, post, session_over, transport_over
 from appliance.core import EgressPermit, Target
 from appliance.errors import ResidencyRefused
 
@@ -36,25 +37,43 @@ class LocalDoor:
         self._networks: tuple[IpNetwork, ...] = tuple(ipaddress.ip_network(text) for text in networks)
         self._secrets = dict(secrets or {})
         self._sockets: dict[str, httpx.AsyncBaseTransport] = {}
+        self._engine_keys: dict[str, Mapping[str, str]] = {}
         self._tcp: httpx.AsyncBaseTransport | None = None
         self._urls: dict[tuple[str, str], httpx.URL] = {}
 
     def __repr__(self) -> str:
         return f"LocalDoor(networks={[str(network) for network in self._networks]})"
 
-    async def open(self, target: Target, path: str, body: bytes, *, permit: EgressPermit | None) -> httpx.Response:
+    async def open(
+        self,
+        target: Target,
+        path: str,
+        body: bytes,
+        *,
+        permit: EgressPermit | None,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
         if target.location != "onsite":
             raise ResidencyRefused(f"{target.name} is not on this site, and this door leads nowhere else")
-        headers = _HEADERS
-        if target.provider is not None and (secret := self._secrets.get(target.provider)):
-            headers = {**_HEADERS, "authorization": f"Bearer {secret}"}
-        return await post(self._transport(target.address), target, self._url(target.address, path), body, headers)
+        keys = key_headers(target, self._secrets) if target.provider is not None else self._engine_key(target.address)
+        sent = {**_HEADERS, **(headers or {}), **keys}
+        return await post(self._transport(target.address), target, self._url(target.address, path), body, sent)
 
     async def aclose(self) -> None:
         transports = [*self._sockets.values(), *([self._tcp] if self._tcp else [])]
         self._sockets, self._tcp = {}, None
         for transport in transports:
             await transport.aclose()
+
+    def _engine_key(self, address: str) -> Mapping[str, str]:
+        """The key of an engine of this node that asks for one; it lies beside its socket."""
+        if address not in self._engine_keys:
+            try:
+                key = Path(address.removeprefix("unix:")).with_name("key").read_text()
+            except OSError:
+                return {}
+            self._engine_keys[address] = {"authorization": f"Bearer {key}"} if key else {}
+        return self._engine_keys[address]
 
     def _transport(self, address: str) -> httpx.AsyncBaseTransport:
         if not address.startswith("unix:"):

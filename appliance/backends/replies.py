@@ -1,12 +1,12 @@
 """What a status code or an error object from a target means. Pure; the one place that knows other people's codes."""
 
-import math
-from collections.abc import Mapping
-from email.utils import parsedate_to_datetime
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import orjson
 
+from appliance.backends.limits import MAX_RETRY_AFTER_SECONDS, parse_reset, retry_seconds
 from appliance.core import Target
 from appliance.errors import (
     ApplianceError,
@@ -15,29 +15,63 @@ from appliance.errors import (
     BackendOverloaded,
     BackendRefused,
     BackendTimeout,
+    ContextTooLong,
     EngineBusy,
 )
 
-MAX_RETRY_AFTER_SECONDS: Final = 300.0
-"""A target that wants to be left alone for longer is asked again after this: a year is a mistake, not an order."""
-
+_AUTH: Final = frozenset({401, 402, 403})
 _OVERLOADED: Final = frozenset({409, 429, 503, 529})
 _TIMED_OUT: Final = frozenset({408, 504})
 _NEVER_ELSEWHERE: Final = frozenset({501, 505})
 _MESSAGE_CHARACTERS: Final = 600
+
+CONTEXT_WORDS: Final = frozenset(
+    {"context_length_exceeded", "model_context_window_exceeded", "context_window_exceeded"}
+)
+CONTEXT_TEXT: Final = re.compile(
+    r"maximum context length|context (?:length|window)|prompt is too long|input is too long"
+    r"|input token count .{0,40}exceeds|exceed(?:s|ed)? .{0,40}(?:context|maximum number of tokens)"
+    r"|too many (?:input )?tokens|reduce the length of the (?:messages|prompt|input)",
+    re.IGNORECASE,
+)
+"""How providers without a code for it say that a prompt is too long."""
+
+FILTER_WORDS: Final = frozenset(
+    {"content_filter", "content_policy_violation", "responsibleaipolicyviolation", "invalid_prompt", "flagged_input"}
+)
+AUTH_WORDS: Final = frozenset({"api_key_invalid", "invalid_api_key", "authentication_error", "unauthenticated"})
+"""Some say with 400 that a key is wrong."""
+
+SPENT_WORDS: Final = frozenset(
+    {
+        "insufficient_quota",
+        "billing_hard_limit_reached",
+        "contract_spend_limit_reached",
+        "enforced_spend_limit_reached",
+        "linked_organization_spend_limit_reached",
+    }
+)
+"""Too many requests, but waiting a moment does not help: the account has nothing left."""
+
+OVERLOAD_WORDS: Final = (
+    "429", "503", "529", "rate_limit", "overloaded", "resource_exhausted", "unavailable", "capacity", *SPENT_WORDS,
+)  # fmt: skip
 
 
 def error_of_status(target: Target, status: int, raw: bytes, headers: Mapping[str, str], wall: float) -> ApplianceError:
     """The error that a reply other than 200 stands for. `headers` in lower case; `wall` seconds since the epoch."""
     fields = _error_fields(raw)
     said = _message(fields) or f"HTTP {status}"
-    retry_after = parse_retry_after(headers, wall)
-    if status in (401, 403):
-        # the message often quotes part of the key, so it stays here
-        return BackendAuth(
-            f"{target.name} refused this node's key (HTTP {status}): check the provider's key_env or key_file"
-        )
-    if status in _OVERLOADED:
+    words = frozenset(_words(fields))
+    by_content = _error_of_content(target, status, said, fields, words)
+    if by_content is not None:
+        return by_content
+    if status in _AUTH:
+        return _auth_error(target, status)
+    retry_after = retry_seconds(headers, wall)
+    if retry_after is None:
+        retry_after = MAX_RETRY_AFTER_SECONDS if words & SPENT_WORDS else _retry_delay(fields, wall)
+    if status in _OVERLOADED or (status >= 500 and "overloaded_error" in words):
         kind = EngineBusy if target.provider is None else BackendOverloaded
         return kind(f"{target.name} is overloaded (HTTP {status}): {said}", retry_after_seconds=retry_after)
     if status in _TIMED_OUT:
@@ -47,6 +81,62 @@ def error_of_status(target: Target, status: int, raw: bytes, headers: Mapping[st
     if status < 500 or status in _NEVER_ELSEWHERE:
         return _refused(target, status, said, fields)
     return BackendError(f"{target.name} failed (HTTP {status}): {said}", retry_after_seconds=retry_after)
+
+
+def _error_of_content(
+    target: Target, status: int, said: str, fields: Mapping[str, Any], words: frozenset[str]
+) -> ApplianceError | None:
+    """What its words say more exactly than its status."""
+    if not 400 <= status < 500:
+        return None
+    if words & FILTER_WORDS:
+        refused = _refused(target, 400 if status == 403 else status, said, fields)
+        refused.code = "content_filter"
+        return refused
+    if words & CONTEXT_WORDS or (status in (400, 413, 422) and CONTEXT_TEXT.search(said)):
+        param = fields.get("param")
+        text = said if target.provider is None else f"{target.name}: {said}"
+        return ContextTooLong(text, param=param if isinstance(param, str) else "messages")
+    if words & AUTH_WORDS:
+        return _auth_error(target, status)
+    return None
+
+
+def _auth_error(target: Target, status: int) -> BackendAuth:
+    if status == 402:
+        return BackendAuth(f"{target.name} wants to be paid (HTTP 402): see to the provider's account")
+    # the message often quotes part of the key, so it stays here
+    return BackendAuth(
+        f"{target.name} refused this node's key (HTTP {status}): check the provider's key_env or key_file"
+    )
+
+
+def _retry_delay(fields: Mapping[str, Any], wall: float) -> float | None:
+    """Google's RetryInfo, inside the error."""
+    for detail in _details(fields):
+        delay = detail.get("retryDelay")
+        if isinstance(delay, str):
+            seconds = parse_reset(delay, wall)
+            return None if seconds is None else min(seconds, MAX_RETRY_AFTER_SECONDS)
+    return None
+
+
+def _details(fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    details = fields.get("details")
+    for detail in details if isinstance(details, list) else (details, fields.get("innererror"), fields.get("metadata")):
+        if isinstance(detail, Mapping):
+            yield detail
+
+
+def _words(fields: Mapping[str, Any]) -> Iterator[str]:
+    """The codes of an error, in lower case, wherever providers put them."""
+    for one in (fields, *_details(fields)):
+        for name in ("code", "type", "status", "reason", "error_code"):
+            value = one.get(name)
+            if isinstance(value, str | int):
+                yield str(value).lower()
+        if "flagged_input" in one:
+            yield "flagged_input"
 
 
 def _refused(target: Target, status: int, said: str, fields: Mapping[str, Any]) -> BackendRefused:
@@ -69,43 +159,21 @@ def is_error_payload(payload: Any) -> bool:
     return isinstance(payload, dict) and bool(payload.get("error"))
 
 
-def error_in_success(target: Target, error: Any) -> BackendError:
+def error_in_success(target: Target, error: Any) -> ApplianceError:
     """For an error object inside a reply or stream that began with 200."""
     fields = error if isinstance(error, Mapping) else {"message": str(error)}
     said = _message(fields) or "no message"
+    words = frozenset(_words(fields))
+    if words & CONTEXT_WORDS:
+        return ContextTooLong(f"{target.name}: {said}", param="messages")
+    if words & FILTER_WORDS:
+        refused = _refused(target, 400, said, fields)
+        refused.code = "content_filter"
+        return refused
     text = f"{target.name} answered with an error: {said}"
-    words = f"{fields.get('code')} {fields.get('type')}".lower()
-    if any(word in words for word in ("429", "529", "503", "rate_limit", "overloaded")):
+    if any(word in " ".join(words) for word in OVERLOAD_WORDS):
         return BackendOverloaded(text)
     return BackendError(text)
-
-
-def parse_retry_after(headers: Mapping[str, str], wall: float) -> float | None:
-    """Seconds to wait, bounded, by `retry-after-ms` or `retry-after` (seconds or a date); None if neither is usable."""
-    for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        text = headers.get(name, "").strip()
-        if not text:
-            continue
-        seconds = _number(text)
-        seconds = seconds * scale if seconds is not None else _until(text, wall)
-        if seconds is not None:
-            return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS)
-    return None
-
-
-def _number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return None if math.isnan(number) else number
-
-
-def _until(text: str, wall: float) -> float | None:
-    try:
-        return parsedate_to_datetime(text).timestamp() - wall
-    except (ValueError, OverflowError):
-        return None
 
 
 def _error_fields(raw: bytes) -> Mapping[str, Any]:

@@ -121,18 +121,19 @@ def read_usage(fields: Any) -> Usage | None:
     """Token counts under either of OpenAI's two namings; None where there are none to be trusted."""
     if not isinstance(fields, dict):
         return None
-    prompt = _count(fields.get("prompt_tokens", fields.get("input_tokens")))
+    prompt = token_count(fields.get("prompt_tokens", fields.get("input_tokens")))
     if prompt is None:
         return None
     taken = fields.get("prompt_tokens_details") or fields.get("input_tokens_details") or {}
     made = fields.get("completion_tokens_details") or fields.get("output_tokens_details") or {}
     return Usage(
         prompt_tokens=prompt,
-        completion_tokens=_count(fields.get("completion_tokens", fields.get("output_tokens"))) or 0,
-        cached_tokens=_count(taken.get("cached_tokens")) or 0 if isinstance(taken, dict) else 0,
-        reasoning_tokens=_count(made.get("reasoning_tokens")) or 0 if isinstance(made, dict) else 0,
+        completion_tokens=token_count(fields.get("completion_tokens", fields.get("output_tokens"))) or 0,
+        cached_tokens=token_count(taken.get("cached_tokens")) or 0 if isinstance(taken, dict) else 0,
+        reasoning_tokens=token_count(made.get("reasoning_tokens")) or 0 if isinstance(made, dict) else 0,
+        cache_write_tokens=token_count(taken.get("cache_write_tokens")) or 0 if isinstance(taken, dict) else 0,
     )
 
 
-def _count(value: Any) -> int | None:
+def token_count(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TOKENS else None

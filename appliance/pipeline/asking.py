@@ -8,7 +8,7 @@ import hashlib
 from collections import OrderedDict
 from typing import Final
 
-from appliance.backends import openai
+from appliance.backends import exchange
 from appliance.core import Profiler, Request, Target
 from appliance.errors import ApplianceError, BackendUnreachable
 from appliance.pipeline.admission import Load
@@ -82,14 +82,9 @@ class Asking:
         # no waiting: whoever cannot be asked at once is not asked
         slot = await means.admission.enter(target, load, first=False, wait_seconds=0.0, budget_seconds=SECONDS)
         try:
-            reply = await openai.send(
-                means.doors.local,
-                target,
-                question_about(seen),
-                permit=None,
-                seconds=SECONDS,
-                salt=openai.salt_of(request.caller.key_id),
-            )
+            salt = exchange.salt_of(request.caller.key_id)
+            letter = exchange.write(target, question_about(seen), stream=False, salt=salt)
+            reply = await exchange.send(means.doors.local, letter, permit=None, seconds=SECONDS)
             return read_opinion(target, reply)
         except ApplianceError as error:
             self._rests_until = means.clock() + REST_SECONDS

@@ -4,7 +4,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from appliance.backends import openai
+from appliance.backends import exchange
+from appliance.backends.dialect import Letter
 from appliance.core import (
     Attempt,
     AttemptOutcome,
@@ -24,6 +25,7 @@ from appliance.errors import (
     BackendTimeout,
     BackendUnreachable,
     Busy,
+    ContextTooLong,
     RejectedReply,
     Unavailable,
 )
@@ -105,7 +107,7 @@ class Trial:
         self.index = index
         self.target = attempt.target
         self.reason = attempt.reason
-        self.stream: openai.ReplyStream | None = None
+        self.stream: exchange.ReplyStream | None = None
         self.usage = Usage()
         self.first_byte_seconds: float | None = None
         self.outcome: AttemptOutcome | None = None
@@ -113,29 +115,34 @@ class Trial:
     async def run(self, call: Call, patience: Patience) -> Any:
         """The verified payload, or None with `stream` open. Raises ApplianceError, having ended itself."""
         target = self.target
-        outgoing: Sequence[Outgoing] = ()
+        letters: Sequence[Letter] = ()
         self._call = call
         try:
-            outgoing = self._in_turn(call.outgoing(target))
+            salt = exchange.salt_of(self._errand.request.caller.key_id)
+            # before anything is waited for, reserved or sent: what cannot be carried over goes elsewhere at once
+            letters = [
+                exchange.write(target, one, stream=call.stream, salt=salt)
+                for one in self._in_turn(call.outgoing(target))
+            ]
             await self._enter(call, patience)
             self._check_breaker()
             permit = self._permit()
-            await self._reserve(call, len(outgoing))
+            await self._reserve(call)
             self._sent = True
             if call.stream:
-                await self._open(outgoing[0], permit, patience)
+                await self._open(letters[0], permit, patience)
                 return None
-            payload = await self._whole(call, outgoing, permit, patience)
+            payload = await self._whole(call, letters, permit, patience)
         except ApplianceError as error:
             self._tell(error)
-            several = self._sent and len(outgoing) > 1  # the others may have been answered
+            several = self._sent and len(letters) > 1  # the others may have been answered
             self.end(result_of(error), detail_of(error), may_have_cost=several or may_have_cost(error))
             raise
         except BaseException:
             self.end("cancelled", "the caller left")
             raise
         self._means.breakers.succeed(target.name)
-        if len(outgoing) == 1:
+        if len(letters) == 1:
             self.learn()
         self.end("answered", "")
         return payload
@@ -263,11 +270,12 @@ class Trial:
         errand = self._errand
         return self._means.permits.permit(errand.request, self.target, errand.decision.route.residency)
 
-    async def _reserve(self, call: Call, calls: int) -> None:
+    async def _reserve(self, call: Call) -> None:
+        """A call's tokens are those of all that it becomes, so one reservation holds for all of them."""
         price = self.target.price
         if self.target.location == "onsite" or price is None:
             return
-        usd = reserve_usd(price, prompt_tokens=self._tokens(call) * calls, output_tokens=call.output_tokens * calls)
+        usd = reserve_usd(price, prompt_tokens=self._tokens(call), output_tokens=call.output_tokens)
         self._errand.purse.take(usd, self.target.name)
         self._reserved_usd = usd
         self._reservation = await self._means.ledger.reserve(
@@ -278,25 +286,29 @@ class Trial:
             key_id=self._errand.request.caller.key_id,
         )
 
-    async def _open(self, outgoing: Outgoing, permit: EgressPermit | None, patience: Patience) -> None:
+    async def _open(self, letter: Letter, permit: EgressPermit | None, patience: Patience) -> None:
         """Up to the first event: the commit point lies behind it."""
         target = self.target
         assert self._slot is not None
         until = self._given_up(patience.budget_seconds, self._slot.predicted.first_byte_seconds, patience)
         try:
-            self.stream = await openai.open_stream(
+            self.stream = await exchange.open_stream(
                 self._means.doors.to(target),
-                target,
-                outgoing,
+                letter,
                 permit=permit,
                 seconds=self._left(patience),
                 first_event_within=math.inf if until is None else max(0.0, until),
-                salt=openai.salt_of(self._errand.request.caller.key_id),
             )
         except BackendTimeout as error:
             raise self._too_slow(error, until, "begun to answer") from error
         self._first_byte()
         self._means.breakers.succeed(target.name)
+        self._rest(self.stream.rest_seconds)
+
+    def _rest(self, seconds: float | None) -> None:
+        """It answered, and said that there is nothing left of what it allows: it is spared until there is."""
+        if seconds:
+            self._means.breakers.rest(self.target.name, self._means.clock() + seconds)
 
     def _left(self, patience: Patience) -> float:
         return patience.total_seconds - (self._means.clock() - self._started)
@@ -320,41 +332,41 @@ class Trial:
         return Busy(f"{self.target.name} had not {done} after {waited:.1f} s", retry_after_seconds=1.0)
 
     async def _whole(
-        self, call: Call, outgoing: Sequence[Outgoing], permit: EgressPermit | None, patience: Patience
+        self, call: Call, letters: Sequence[Letter], permit: EgressPermit | None, patience: Patience
     ) -> Any:
         assert self._slot is not None
         until = self._given_up(patience.answer_seconds, self._slot.predicted.finish_seconds, patience)
         left = self._left(patience)
         try:
-            replies = await self._send_all(call, outgoing, permit, left if until is None else min(left, until))
+            replies = await self._send_all(call, letters, permit, left if until is None else min(left, until))
         except BackendTimeout as error:
             raise self._too_slow(error, until, "answered") from error
         self._first_byte()
         for reply in replies:
             self.usage += reply.usage
+        self._rest(max((reply.rest_seconds or 0.0 for reply in replies), default=None))
         if any(reply.usage == Usage() for reply in replies):
             self.usage = Usage()  # a part that is not known leaves the sum unknown
-        return read_verified(call, self.target, outgoing, replies)
+        return read_verified(call, self.target, [letter.outgoing for letter in letters], replies)
 
     async def _send_all(
-        self, call: Call, outgoing: Sequence[Outgoing], permit: EgressPermit | None, seconds: float
+        self, call: Call, letters: Sequence[Letter], permit: EgressPermit | None, seconds: float
     ) -> Sequence[Reply]:
         door = self._means.doors.to(self.target)
-        salt = openai.salt_of(self._errand.request.caller.key_id)
-        patience = min(seconds, openai.whole_reply_seconds(self.target, call.output_tokens))
-        if len(outgoing) == 1:
-            return [await openai.send(door, self.target, outgoing[0], permit=permit, seconds=patience, salt=salt)]
+        patience = min(seconds, exchange.whole_reply_seconds(self.target, call.output_tokens))
+        if len(letters) == 1:
+            return [await exchange.send(door, letters[0], permit=permit, seconds=patience)]
         gate = asyncio.Semaphore(_CALLS_AT_ONCE)
 
-        async def send_one(one: Outgoing) -> Reply:
+        async def send_one(one: Letter) -> Reply:
             async with gate:
-                return await openai.send(door, self.target, one, permit=permit, seconds=patience, salt=salt)
+                return await exchange.send(door, one, permit=permit, seconds=patience)
 
         try:
             async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
-                tasks = [group.create_task(send_one(one)) for one in outgoing]
+                tasks = [group.create_task(send_one(one)) for one in letters]
         except TimeoutError as error:
-            raise BackendTimeout(f"{self.target.name} did not answer {len(outgoing)} calls in time") from error
+            raise BackendTimeout(f"{self.target.name} did not answer {len(letters)} calls in time") from error
         except ExceptionGroup as errors:
             raise _first_of(errors) from None
         return [task.result() for task in tasks]
@@ -379,7 +391,7 @@ class Trial:
         if self.target.provider is None:
             if isinstance(error, BackendUnreachable):
                 self._means.admission.doubt(self.target.name)
-        elif isinstance(error, BackendRefused | RejectedReply):
+        elif isinstance(error, BackendRefused | RejectedReply | ContextTooLong):
             self._means.breakers.succeed(self.target.name)  # it answers; this request was the matter
         elif isinstance(error, BackendError):
             self._means.breakers.fail(self.target.name, self._means.clock(), error.retry_after_seconds)

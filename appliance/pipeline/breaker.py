@@ -67,12 +67,23 @@ class Breakers:
 
     def __init__(self) -> None:
         self._breakers: dict[str, Breaker] = {}
+        self._rests: dict[str, float] = {}
+        """Until when a target that answers well wants to be spared, having said that its limit is used up."""
 
     def get(self, target: str) -> Breaker:
         return self._breakers.get(target, CLOSED)
 
     def blocked_until(self, target: str, now: float) -> float | None:
-        return self.get(target).blocked_until(now)
+        rests = self._rests.get(target)
+        if rests is not None and now >= rests:
+            del self._rests[target]
+            rests = None
+        blocked = self.get(target).blocked_until(now)
+        return max((until for until in (rests, blocked) if until is not None), default=None)
+
+    def rest(self, target: str, until: float) -> None:
+        """A target that is well asked for no more until then."""
+        self._rests[target] = max(until, self._rests.get(target, until))
 
     def start(self, target: str, now: float) -> None:
         if target in self._breakers:

@@ -17,9 +17,10 @@ _PROMPT_MARGIN: Final = 1.2
 
 
 def reserve_usd(price: Price, *, prompt_tokens: int, output_tokens: int) -> float:
-    """The most an attempt is expected to cost: the whole output, no cached input."""
-    tokens = Usage(prompt_tokens=round(prompt_tokens * _PROMPT_MARGIN), completion_tokens=output_tokens)
-    return Price(price.input_usd, price.output_usd).cost_usd(tokens)
+    """The most an attempt is expected to cost: the whole output, no cached input, or all of it put into a cache."""
+    prompt = round(prompt_tokens * _PROMPT_MARGIN)
+    input_usd = max(price.input_usd, price.cache_write_usd or 0.0)
+    return Price(input_usd, price.output_usd).cost_usd(Usage(prompt, output_tokens))
 
 
 def hosted_usd(price: Price, usage: Usage, reserved_usd: float) -> float:

@@ -24,7 +24,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from appliance.backends import openai
+from appliance.backends import exchange
 from appliance.backends.local import LocalDoor
 from appliance.core import Caller, Profiler, Request, Target
 from appliance.errors import ApplianceError
@@ -186,7 +186,8 @@ async def engine_table(rows: Sequence[Row], address: str, model: str, most: int)
             started = time.perf_counter()
             outgoing = question_about(excerpt(row.text))
             try:
-                reply = await openai.send(door, target, outgoing, permit=None, seconds=60, salt="bench")
+                letter = exchange.write(target, outgoing, stream=False, salt="bench")
+                reply = await exchange.send(door, letter, permit=None, seconds=60)
                 guess = guess_by(read_opinion(target, reply), by_rules(row))
             except ApplianceError as error:
                 errors.append(error.message)

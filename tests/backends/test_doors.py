@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
-from appliance.backends import openai
+from appliance.backends import exchange
 from appliance.backends.base import Doors
+from appliance.backends.dialect import Letter
 from appliance.backends.egress import EgressDoor
+from appliance.backends.limits import MAX_RETRY_AFTER_SECONDS, parse_retry_after
 from appliance.backends.local import LocalDoor, NotOnSite
-from appliance.backends.replies import MAX_RETRY_AFTER_SECONDS, error_of_status, parse_retry_after
+from appliance.backends.replies import error_of_status
 from appliance.backends.seal import seal
 from appliance.core import EgressPermit, Outgoing, Target, TimeLimits
 from appliance.errors import (
@@ -60,15 +62,21 @@ def permit_for(target: Target, key: bytes = KEY) -> EgressPermit:
     return EgressPermit("req-1", target.name, seal(key, "req-1", target))
 
 
+def letter_of(target: Target, *, stream: bool = False, salt: str = "s") -> Letter:
+    return exchange.write(target, ASK, stream=stream, salt=salt)
+
+
 async def send(door: EgressDoor, target: Target, seconds: float = 5.0, outgoing: Outgoing = ASK) -> Any:
-    return await openai.send(door, target, outgoing, permit=permit_for(target), seconds=seconds, salt="s")
+    letter = exchange.write(target, outgoing, stream=False, salt="s")
+    return await exchange.send(door, letter, permit=permit_for(target), seconds=seconds)
 
 
-async def open_stream(door: EgressDoor, target: Target, outgoing: Outgoing = ASK) -> openai.ReplyStream:
-    return await openai.open_stream(door, target, outgoing, permit=permit_for(target), seconds=10, salt="s")
+async def open_stream(door: EgressDoor, target: Target, outgoing: Outgoing = ASK) -> exchange.ReplyStream:
+    letter = exchange.write(target, outgoing, stream=True, salt="s")
+    return await exchange.open_stream(door, letter, permit=permit_for(target), seconds=10)
 
 
-async def read_all(stream: openai.ReplyStream) -> bytes:
+async def read_all(stream: exchange.ReplyStream) -> bytes:
     blocks = []
     while block := await stream.next_block():
         blocks.append(block)
@@ -136,14 +144,14 @@ async def test_without_a_provider_there_is_no_door_out(local: LocalDoor) -> None
 async def test_the_local_door_reaches_an_engine_on_a_unix_socket(tmp_path: Path, local: LocalDoor) -> None:
     async with StandIn(uds=str(tmp_path / "e.sock")) as engine:
         target = engine_target(engine.address)
-        reply = await openai.send(local, target, ASK, permit=None, seconds=5, salt="abc")
+        reply = await exchange.send(local, letter_of(target, salt="abc"), permit=None, seconds=5)
         assert reply.usage.prompt_tokens > 0
         assert engine.bodies[0]["cache_salt"] == "abc" and engine.bodies[0]["model"] == "tiny"
 
 
 def test_two_callers_never_share_a_salt() -> None:
-    assert openai.salt_of("key-1") != openai.salt_of("key-2")
-    assert "key-1" not in openai.salt_of("key-1")
+    assert exchange.salt_of("key-1") != exchange.salt_of("key-2")
+    assert "key-1" not in exchange.salt_of("key-1")
 
 
 async def test_the_local_door_does_not_lead_to_hosted_targets(local: LocalDoor, provider: StandIn) -> None:
@@ -155,7 +163,7 @@ async def test_the_local_door_does_not_lead_to_hosted_targets(local: LocalDoor, 
 async def test_an_on_site_server_is_reached_on_loopback_with_its_key(provider: StandIn) -> None:
     door = LocalDoor(secrets={"lan": "sk-lan"})
     target = engine_target(provider.address, "lan/big", provider="lan")
-    await openai.send(door, target, ASK, permit=None, seconds=5, salt="s")
+    await exchange.send(door, letter_of(target, salt="s"), permit=None, seconds=5)
     await door.aclose()
     assert provider.headers[0]["authorization"] == "Bearer sk-lan"
     assert "cache_salt" not in provider.bodies[0] and "sk-lan" not in repr(door)
@@ -175,7 +183,7 @@ async def test_an_on_site_name_or_address_that_leads_out_is_not_connected_to(
     door = LocalDoor(networks=["10.0.0.0/8"])
     target = engine_target(f"http://{host}/v1", "lan/big", provider="lan")
     with pytest.raises(BackendUnreachable, match="not on this site"):
-        await openai.send(door, target, ASK, permit=None, seconds=5, salt="s")
+        await exchange.send(door, letter_of(target, salt="s"), permit=None, seconds=5)
     await door.aclose()
 
 
@@ -191,7 +199,7 @@ async def test_what_counts_as_this_site() -> None:
 async def test_an_engine_that_is_not_there_is_unreachable(tmp_path: Path, local: LocalDoor) -> None:
     target = engine_target(f"unix:{tmp_path}/none.sock")
     with pytest.raises(BackendUnreachable, match="cannot connect to onsite/tiny") as caught:
-        await openai.send(local, target, ASK, permit=None, seconds=5, salt="s")
+        await exchange.send(local, letter_of(target, salt="s"), permit=None, seconds=5)
     assert not caught.value.may_have_cost
 
 
@@ -241,8 +249,8 @@ async def test_a_refusal_keeps_the_targets_words_and_code(provider: StandIn, doo
 
 
 STATUSES: list[tuple[type[Exception], list[int]]] = [
-    (BackendRefused, [400, 402, 404, 413, 422, 501]),
-    (BackendAuth, [401, 403]),
+    (BackendRefused, [400, 404, 413, 422, 501]),
+    (BackendAuth, [401, 402, 403]),
     (BackendTimeout, [408, 504]),
     (BackendOverloaded, [409, 429, 503, 529]),
     (BackendError, [302, 500, 502, 520]),
@@ -318,7 +326,7 @@ async def test_pitfall_3_silence_between_tokens_has_its_own_limit(provider: Stan
 async def test_pitfall_3_a_stream_has_a_total_limit_too(provider: StandIn, door: EgressDoor) -> None:
     provider.mood = "silent_stream"
     target = hosted_target(provider.address)
-    stream = await openai.open_stream(door, target, ASK, permit=permit_for(target), seconds=0.1, salt="s")
+    stream = await exchange.open_stream(door, letter_of(target, stream=True), permit=permit_for(target), seconds=0.1)
     with pytest.raises(StreamBroken, match="the time for this request was over"):
         await read_all(stream)
     await stream.aclose()
@@ -326,9 +334,9 @@ async def test_pitfall_3_a_stream_has_a_total_limit_too(provider: StandIn, door:
 
 def test_pitfall_3_a_whole_reply_may_be_silent_for_as_long_as_it_is_written() -> None:
     limits = TimeLimits(first_byte_seconds=10, total_seconds=600)
-    assert openai.whole_reply_seconds(hosted_target(limits=limits), 2000) == 110
-    assert openai.whole_reply_seconds(hosted_target(limits=limits), 10**6) == 600
-    assert openai.whole_reply_seconds(engine_target(limits=limits), 1) == 600, "its progress is watched elsewhere"
+    assert exchange.whole_reply_seconds(hosted_target(limits=limits), 2000) == 110
+    assert exchange.whole_reply_seconds(hosted_target(limits=limits), 10**6) == 600
+    assert exchange.whole_reply_seconds(engine_target(limits=limits), 1) == 600, "its progress is watched elsewhere"
 
 
 # --- streams
@@ -390,7 +398,7 @@ async def test_closing_a_stream_cancels_the_work_at_the_target(provider: StandIn
 async def test_an_engine_that_dies_in_mid_stream_breaks_it(tmp_path: Path, local: LocalDoor) -> None:
     async with StandIn(uds=str(tmp_path / "e.sock"), mood="silent_stream") as engine:
         target = engine_target(engine.address)
-        stream = await openai.open_stream(local, target, ASK, permit=None, seconds=10, salt="s")
+        stream = await exchange.open_stream(local, letter_of(target, stream=True), permit=None, seconds=10)
         assert await stream.next_block()
         engine.mood = "half_stream"
         reading = asyncio.create_task(read_all(stream))

@@ -176,7 +176,9 @@ class SimulatedDoor:
         self._engine, self._first = engine, first_seconds
         self.calls = 0
 
-    async def open(self, target: Target, path: str, body: bytes, *, permit: EgressPermit | None) -> httpx.Response:
+    async def open(
+        self, target: Target, path: str, body: bytes, *, permit: EgressPermit | None, headers: Any = None
+    ) -> httpx.Response:
         self.calls += 1
         told = orjson.loads(body)
         job = None if self._engine is None else self._engine.submit(told["prompt"], told["output"])

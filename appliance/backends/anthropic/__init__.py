@@ -1,0 +1,40 @@
+"""The Anthropic dialect: the Messages API, as the official SDK types it. Chat only."""
+
+from typing import Any
+
+from appliance.backends.anthropic.reply import MessagePassage, read_message
+from appliance.backends.anthropic.request import JSON_TOOL, message_request
+from appliance.backends.carry import body_bytes
+from appliance.backends.dialect import Letter, Passing
+from appliance.backends.translate import wants_usage
+from appliance.core import Outgoing, Target, Usage
+from appliance.errors import Unsupported
+
+__all__ = ["AnthropicDialect"]
+
+
+class AnthropicDialect:
+    def write(self, target: Target, outgoing: Outgoing, *, stream: bool, salt: str) -> Letter:
+        if outgoing.path != "/chat/completions":
+            raise Unsupported(
+                f"{target.name} speaks Anthropic's Messages API, which has no {outgoing.path}", param="model"
+            )
+        body = message_request(target, outgoing.body)
+        if stream:
+            body["stream"] = True
+        query = f"?{target.wire.query}" if target.wire.query else ""
+        return Letter(target, outgoing, f"/messages{query}", body_bytes(target, body), dict(target.wire.headers))
+
+    def read(self, letter: Letter, payload: dict[str, Any]) -> tuple[dict[str, Any], Usage]:
+        return read_message(letter.target, payload, _answer_tool(letter))
+
+    def passage(self, letter: Letter) -> Passing:
+        body = letter.outgoing.body
+        return MessagePassage(letter.target.model, keep_usage=wants_usage(body), answer_tool=_answer_tool(letter))
+
+
+def _answer_tool(letter: Letter) -> str | None:
+    """The tool whose input is the answer, where JSON without a schema was asked for."""
+    format = letter.outgoing.body.get("response_format")
+    is_json = isinstance(format, dict) and format.get("type") == "json_object"
+    return JSON_TOOL if is_json else None
