@@ -16,6 +16,7 @@ import aiohttp
 import httpx
 import orjson
 
+from appliance.backends import token_labels
 from appliance.backends.anthropic import AnthropicDialect
 from appliance.backends.base import Door, close_response, transport_error
 from appliance.backends.dialect import Dialect, Letter, Passing
@@ -33,6 +34,8 @@ DIALECTS: Final[Mapping[DialectName, Dialect]] = {
     "anthropic": AnthropicDialect(),
     "gemini": GeminiDialect(),
 }
+
+_LABELS: Final = token_labels.TokenLabels()
 
 MAX_REPLY_BYTES: Final = 64_000_000
 _MAX_ERROR_BYTES: Final = 64_000
@@ -75,6 +78,8 @@ def write(target: Target, outgoing: Outgoing, *, stream: bool, salt: str) -> Let
 async def send(door: Door, letter: Letter, *, permit: EgressPermit | None, seconds: float) -> Reply:
     """Get a whole reply within `seconds`. Raises BackendError's family, ContextTooLong, ResidencyRefused."""
     target = letter.target
+    if token_labels.is_asked(letter):
+        return await _LABELS.send(door, letter, permit=permit, seconds=seconds)
     started = time.monotonic()
     try:
         async with asyncio.timeout(seconds):

@@ -21,6 +21,8 @@ from appliance.errors import (
 
 _AUTH: Final = frozenset({401, 402, 403})
 _OVERLOADED: Final = frozenset({409, 429, 503, 529})
+_DRAINING: Final = (500, "cannot schedule new futures after shutdown")
+"""What vLLM says to new requests while it finishes the old ones; its health page goes on saying that all is well."""
 _TIMED_OUT: Final = frozenset({408, 504})
 _NEVER_ELSEWHERE: Final = frozenset({501, 505})
 _MESSAGE_CHARACTERS: Final = 600
