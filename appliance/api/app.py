@@ -17,14 +17,17 @@ from appliance.api.auth import Authenticator
 from appliance.api.dialects import error_response
 from appliance.api.envelope import Envelope
 from appliance.api.explain import Explain
+from appliance.api.jobs import Jobs
 from appliance.api.messages import Messages
 from appliance.api.openai import OpenAI
 from appliance.api.parts import Ledger, Metrics, Pipeline, Snapshots
+from appliance.api.responses import Responses
 from appliance.api.rim import Rim
 from appliance.api.task_fits import TaskFits
 from appliance.api.tasks import Tasks
 from appliance.config import Server
 from appliance.errors import ApplianceError, NotFound, RequestError
+from appliance.jobs.desk import Desk
 
 
 def create_app(
@@ -37,12 +40,14 @@ def create_app(
     server: Server,
     reload: Callable[[], Awaitable[Mapping[str, Any]]],
     task_fits: TaskFits | None = None,
+    desk: Desk | None = None,
     clock: Callable[[], float] = time.monotonic,
     wall_clock: Callable[[], float] = time.time,
 ) -> FastAPI:
     """The HTTP API over the given rooms. `pipeline` is called once for each request, so a reload may replace it.
 
-    `task_fits` remembers calibrated tasks (None: while the program runs). `reload` reads the configuration again and
+    `task_fits` remembers calibrated tasks (None: while the program runs); `desk` keeps files and batches (None: there
+    are none). `reload` reads the configuration again and
     says what is in force; `clock` must be the one that snapshots are dated with.
     """
     rim = Rim(pipeline=pipeline, auth=auth, max_body_bytes=server.max_body_bytes, clock=clock, wall_clock=wall_clock)
@@ -51,7 +56,10 @@ def create_app(
         title="Appliance",
         version=__version__,
         openapi_url=None,
-        routes=_routes(rim, Admin(rim, state, ledger, metrics, reload), ledger, task_fits or TaskFits()),
+        routes=[
+            *_routes(rim, Admin(rim, state, ledger, metrics, reload), ledger, task_fits or TaskFits()),
+            *([] if desk is None else _job_routes(Jobs(rim, desk))),
+        ],
         redirect_slashes=False,
         # Errors of our own, and defects, are answered by the envelope.
         exception_handlers={
@@ -65,7 +73,7 @@ def create_app(
 
 def _routes(rim: Rim, admin: Admin, ledger: Ledger, task_fits: TaskFits) -> list[BaseRoute]:
     """Plain routes: endpoints take the request and return the response, with no model in between for each message."""
-    openai, messages, tasks = OpenAI(rim), Messages(rim), Tasks(rim, task_fits)
+    openai, messages, responses, tasks = OpenAI(rim), Messages(rim), Responses(rim), Tasks(rim, task_fits)
     explain = Explain(rim, ledger)
     return [
         Route("/v1/chat/completions", openai.chat, methods=["POST"]),
@@ -78,6 +86,8 @@ def _routes(rim: Rim, admin: Admin, ledger: Ledger, task_fits: TaskFits) -> list
         Route("/v1/extract", tasks.extract, methods=["POST"]),
         Route("/v1/messages", messages.create, methods=["POST"]),
         Route("/v1/messages/count_tokens", messages.count, methods=["POST"]),
+        Route("/v1/responses", responses.create, methods=["POST"]),
+        Route("/v1/responses/input_tokens", responses.count, methods=["POST"]),
         Route("/v1/models", openai.models, methods=["GET"]),
         Route("/v1/models/{name:path}", openai.model, methods=["GET"]),
         Route("/v1/explain", explain.dry_run, methods=["POST"]),
@@ -86,6 +96,20 @@ def _routes(rim: Rim, admin: Admin, ledger: Ledger, task_fits: TaskFits) -> list
         Route("/readyz", admin.readyz, methods=["GET"]),
         Route("/metrics", admin.metrics, methods=["GET"]),
         Route("/admin/reload", admin.reload, methods=["POST"]),
+    ]
+
+
+def _job_routes(jobs: Jobs) -> list[BaseRoute]:
+    return [
+        Route("/v1/files", jobs.upload, methods=["POST"]),
+        Route("/v1/files", jobs.files, methods=["GET"]),
+        Route("/v1/files/{file_id}", jobs.file, methods=["GET"]),
+        Route("/v1/files/{file_id}", jobs.remove_file, methods=["DELETE"]),
+        Route("/v1/files/{file_id}/content", jobs.content, methods=["GET"]),
+        Route("/v1/batches", jobs.create, methods=["POST"]),
+        Route("/v1/batches", jobs.batches, methods=["GET"]),
+        Route("/v1/batches/{batch_id}", jobs.batch, methods=["GET"]),
+        Route("/v1/batches/{batch_id}/cancel", jobs.cancel, methods=["POST"]),
     ]
 
 

@@ -120,9 +120,9 @@ class Fields:
         self._seen.update(names)
 
     def done(self) -> None:
-        """Raise RequestError for the first field that nobody has looked at."""
-        for name in self._given:
-            if name not in self._seen:
+        """Raise RequestError for the first field that nobody has looked at. A null asks for nothing."""
+        for name, value in self._given.items():
+            if name not in self._seen and value is not None:
                 place = self.at(name)[:200]
                 raise RequestError(f"{place} is not a field that is known here: leave it out", param=place)
 
