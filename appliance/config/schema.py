@@ -38,6 +38,37 @@ class Tolerance(Strict):
     """Divergence of next-token distributions, in nats, at most."""
 
 
+class EngineModel(Strict):
+    """One of several models, with what is to hold for it alone. Whatever is left out is planned."""
+
+    name: str = Field(min_length=1)
+    """A catalogue name, the path of a GGUF file, or a folder with safetensors and config.json."""
+    path: str | None = None
+    """Where it lies, if `name` is a name of your own for it."""
+    variant: str | None = None
+    """One of its variants; empty: the most precise that fits well."""
+    engine: Literal["llamacpp", "vllm"] | None = None
+    """Empty: vLLM where a GPU has room for it, else llama.cpp."""
+    gpus: tuple[int, ...] | None = None
+    """Indices of the devices it may use; empty: any."""
+    tensor_parallel: int | None = Field(default=None, ge=1, le=64)
+    """Devices that one copy is split over; empty: the fewest it fits on."""
+    data_parallel: int | None = Field(default=None, ge=1, le=64)
+    """Copies; empty: one, or as many as there are devices for where nothing else wants them."""
+    context_tokens: int | None = Field(default=None, ge=256)
+    """The longest one sequence may become (of llama.cpp: all of them together)."""
+    sequences: int | None = Field(default=None, ge=1, le=4096)
+    """Requests computed at once."""
+    kv_dtype: Literal["auto", "fp8"] = "auto"
+    """fp8 holds twice the tokens, where the device can (compute capability 8.9), with slightly other answers."""
+    gpu_memory_share: float | None = Field(default=None, gt=0, le=0.98)
+    """Of each device's memory, at most; empty: what the others leave."""
+    quality: Quality | None = None
+    """How good its answers are, from 0 to 1 on your own scale; empty: what the catalogue says."""
+    options: tuple[str, ...] = ()
+    """Further options of its engine, as its command line takes them."""
+
+
 class Engine(Strict):
     """The CPU engine. Whatever is left out is planned from what the machine has."""
 
@@ -56,6 +87,8 @@ class Engine(Strict):
     also: tuple[str, ...] = ()
     """Further models: catalogue names or paths, each as it is or as `NAME=PATH`. Those that do not fit beside the
     others are loaded when they are wanted."""
+    models: tuple[EngineModel, ...] = ()
+    """Several models, each with settings of its own. With these, `model` is served only if it is set."""
     idle_unload_seconds: PositiveSeconds | None = None
     """A model that nobody has used for so long gives its memory back until it is wanted; empty: never."""
     least_residence_seconds: PositiveSeconds = 60.0
@@ -76,6 +109,33 @@ class Engine(Strict):
     """An engine that is not ready after so long has failed."""
     stall_seconds: PositiveSeconds = 60.0
     """No token for this long while work is waiting: the engine counts as hung and is restarted."""
+
+    @property
+    def wanted_models(self) -> tuple[EngineModel, ...]:
+        """Everything that is to be served, in the order in which it is placed: `model`, `also`, `models`."""
+        first: list[EngineModel] = []
+        if not self.models or "model" in self.model_fields_set:
+            first.append(
+                EngineModel(
+                    name=self.model,
+                    variant=self.variant,
+                    context_tokens=self.context_tokens,
+                    sequences=self.sequences,
+                    quality=self.quality,
+                )
+            )
+        for text in self.also:
+            name, _, path = text.partition("=")
+            first.append(EngineModel(name=name, path=path or None))
+        return (*first, *self.models)
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> "Engine":
+        names = [one.name for one in self.wanted_models]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"the model {name!r} is wanted twice: keep one")
+        return self
 
 
 class Cost(Strict):
