@@ -19,6 +19,7 @@ import uvicorn
 from appliance.api.app import create_app
 from appliance.api.auth import Authenticator, is_loopback
 from appliance.api.connection import Connection
+from appliance.api.lines import Lines
 from appliance.api.task_fits import TaskFits
 from appliance.backends.base import Doors
 from appliance.backends.egress import EgressDoor
@@ -26,7 +27,9 @@ from appliance.backends.local import LocalDoor
 from appliance.config import DEFAULT_POLICY_PATH, Key, NodeConfig, Policy, load_policy, provider_targets, read_secret
 from appliance.core import Target
 from appliance.engines.base import Placement
-from appliance.errors import ConfigError, EngineFailed, LedgerUnavailable, OperatorError
+from appliance.errors import ApplianceError, ConfigError, EngineFailed, LedgerUnavailable, OperatorError
+from appliance.jobs.desk import Desk
+from appliance.jobs.measures import JobMeasures
 from appliance.ledger.database import sqlite_url
 from appliance.ledger.keys import list_keys
 from appliance.ledger.store import Ledger
@@ -254,7 +257,7 @@ class Node:
 
 _KEYS_SECONDS = 2.0
 """How soon a key that is made or revoked by command counts."""
-_FIXED = ("data_dir", "server", "engine", "ledger", "log")
+_FIXED = ("data_dir", "server", "engine", "ledger", "jobs", "log")
 """Settings that are read at start alone."""
 
 
@@ -285,6 +288,9 @@ async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Runn
         stack.push_async_callback(node.aclose)
         following = asyncio.create_task(node.follow_keys(ledger))
         stack.callback(following.cancel)
+        task_fits = TaskFits(site.home / "task_fits.json")
+        lines = Lines(pipeline=lambda: node.pipeline, auth=node.auth, fits=task_fits)
+        desk = await _desk(site, lines, state, signals, metrics, stack)
         app = create_app(
             pipeline=lambda: node.pipeline,
             auth=node.auth,
@@ -293,7 +299,8 @@ async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Runn
             metrics=metrics,
             server=config.server,
             reload=node.reload,
-            task_fits=TaskFits(site.home / "task_fits.json"),
+            task_fits=task_fits,
+            desk=desk,
         )
         server = Server(_uvicorn_config(app, config))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -308,6 +315,30 @@ async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Runn
             else:
                 ready.cancel()
             await serving
+
+
+async def _desk(
+    site: Site, lines: Lines, state: State, signals: Signals, metrics: Metrics, stack: AsyncExitStack
+) -> Desk | None:
+    """Files and batches, what was under way begun again; None, and a warning, where they cannot be kept."""
+    try:
+        desk = await Desk.open(
+            site.config.jobs,
+            site.home,
+            answering=lines,
+            state=state,
+            alerts=signals,
+            clock=time.monotonic,
+            wall=time.time,
+        )
+        stack.push_async_callback(desk.aclose)
+        await desk.start()
+    except (ApplianceError, OSError) as error:
+        signals.warn("jobs_unavailable", f"files and batches are not served: {error}")
+        _log.error("files and batches are not served", reason=str(error))
+        return None
+    JobMeasures(desk, metrics.registry)
+    return desk
 
 
 class Server(uvicorn.Server):

@@ -58,6 +58,15 @@ class Authenticator:
             )
         return caller
 
+    def named(self, key_id: str) -> Caller:
+        """The caller of that name as its key is now, for work that it left behind. Raises Unauthorized."""
+        if key_id == ANONYMOUS.key_id and not self._has_had_keys:
+            return ANONYMOUS
+        found = next((caller for caller in self._callers.values() if caller.key_id == key_id), None)
+        if found is None:
+            raise Unauthorized(f"API key {key_id!r} is not in use any more: work is done only for keys that are")
+        return found
+
     def knows(self, headers: Mapping[str, str]) -> bool:
         """Whether `headers` name a caller at all, for pages that show strangers less."""
         try:

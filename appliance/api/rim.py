@@ -13,7 +13,7 @@ from appliance.api.body import parse_body, read_body
 from appliance.api.limits import RateLimits
 from appliance.api.parts import Answer, Counted, Many, Pipeline
 from appliance.api.relay import unless_gone
-from appliance.core import Asked, Call, Request
+from appliance.core import Asked, Call, Caller, Request
 from appliance.pipeline.normalize import make_request
 
 IN_A_THREAD_BYTES = 16_384
@@ -63,11 +63,16 @@ class Rim:
     def pipeline(self) -> Pipeline:
         return self._pipeline()
 
+    def caller(self, http: Http) -> Caller:
+        """Who asks, counted against what their key may ask a minute. Raises Unauthorized, RateLimited."""
+        caller = self.auth.caller(http.headers)
+        self._limits.take(caller)
+        return caller
+
     async def open(self, http: Http, reader: Reader[SomeCall]) -> Opened[SomeCall]:
         """Raises what is wrong with the key, the body or the headers, in this order."""
         now, wall = self.clock(), self.wall_clock()
-        caller = self.auth.caller(http.headers)
-        self._limits.take(caller)
+        caller = self.caller(http)
         raw = await read_body(http.receive, http.headers, self._max_body_bytes)
         if len(raw) < IN_A_THREAD_BYTES:
             asked, calls = reader(parse_body(raw))

@@ -36,8 +36,8 @@ def make_request(
         caller=caller,
         received=now,
         received_at=wall,
-        residency=_residency(headers),
-        tag=_tag(headers.get(TAG_HEADER)),
+        residency=read_residency(headers),
+        tag=read_tag(headers.get(TAG_HEADER)),
         headers=headers,
         format=asked.format,
         needs=asked.needs,
@@ -51,7 +51,7 @@ def new_decision_id(wall: float) -> str:
     return f"dec_{milliseconds:012x}{secrets.token_hex(10)}"
 
 
-def _residency(headers: Mapping[str, str]) -> Residency | None:
+def read_residency(headers: Mapping[str, str]) -> Residency | None:
     """What the header says; where it was sent more than once, by a client and a proxy, the strictest of all that.
 
     Raises RequestError for a header that looks like one of ours and is none: a typo must not bind nothing.
@@ -75,7 +75,7 @@ def _unknown_header(name: str) -> RequestError:
     )
 
 
-def _tag(text: str | None) -> str | None:
+def read_tag(text: str | None) -> str | None:
     if text is None or text == "":
         return None
     if not _TAG.fullmatch(text):
