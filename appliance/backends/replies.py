@@ -73,7 +73,8 @@ def error_of_status(target: Target, status: int, raw: bytes, headers: Mapping[st
     retry_after = retry_seconds(headers, wall)
     if retry_after is None:
         retry_after = MAX_RETRY_AFTER_SECONDS if words & SPENT_WORDS else _retry_delay(fields, wall)
-    if status in _OVERLOADED or (status >= 500 and "overloaded_error" in words):
+    is_draining = status == _DRAINING[0] and _DRAINING[1] in said and target.provider is None
+    if status in _OVERLOADED or is_draining or (status >= 500 and "overloaded_error" in words):
         kind = EngineBusy if target.provider is None else BackendOverloaded
         return kind(f"{target.name} is overloaded (HTTP {status}): {said}", retry_after_seconds=retry_after)
     if status in _TIMED_OUT:

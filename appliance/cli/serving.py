@@ -140,8 +140,7 @@ def _ready_message(running: Running, placement: Placement, chosen: Wanted, home:
         f"\nReady after {seconds:.1f} s at {url}",
         f"  model    {placement.model}, variant {placement.variant} ({chosen.model.parameters / 1e6:,.0f}M parameters)",
         *([f"           chosen because {why}"] if why else []),
-        f"  engine   llama.cpp, {shape.threads} threads, {shape.context_tokens:,} tokens of context,"
-        f" {shape.sequences} sequences",
+        f"  engine   {_engine_of(placement)}, {shape.context_tokens:,} tokens of context, {shape.sequences} sequences",
         f"  hosted   {', '.join(running.hosted) or 'none configured, so every request is answered on this machine'}",
         f"  policy   {running.policy_path} ({running.policy_version})",
         f"  data     {home}",
@@ -151,6 +150,13 @@ def _ready_message(running: Running, placement: Placement, chosen: Wanted, home:
         # No value above holds a single quote, so the shell takes the body as it stands.
         lines.append(f"  curl -s {url}/v1/{path}{auth} -H 'Content-Type: application/json' -d '{json.dumps(body)}'")
     return "\n".join(lines) + "\n"
+
+
+def _engine_of(placement: Placement) -> str:
+    name = "vLLM" if placement.engine == "vllm" else "llama.cpp"
+    if placement.gpu is None:
+        return f"{name}, {placement.shape.threads} threads"
+    return f"{name} on {len(placement.gpu.devices)} GPU{'s' if len(placement.gpu.devices) > 1 else ''}"
 
 
 def _advice(catalog: Catalog, hardware: Hardware, chosen: Wanted, calibration: Calibration | None) -> str:

@@ -192,6 +192,8 @@ class Keeper:
                 self._load = None
             if self.life.phase in ("stopping", "killing", "waiting"):
                 self._is_asleep = False
+            if self.life.phase == "starting":
+                self._progress = ""
             self._tell(before.phase)
         for action in actions:
             await self._do(action)
@@ -246,7 +248,7 @@ class Keeper:
             self._inbox.put_nowait(Exited(None, str(error)))
             return
         self._process = process
-        self._liveness, self._can_probe, self._progress = Liveness(self._limits.stall_seconds), True, ""
+        self._liveness, self._can_probe = Liveness(self._limits.stall_seconds), True
         self._run("exit", lambda: self._watch(process))
         self._run("poll", lambda: self._poll(process))
 

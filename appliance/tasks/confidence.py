@@ -104,7 +104,10 @@ def _spelled(content: str, logprobs: object) -> list[tuple[int, float]] | None:
             return None
         spelled += piece
         tokens.append((len(spelled), float(row["logprob"])))
-    return tokens if bytes(spelled) == content.encode() else None
+    if bytes(spelled) == content.encode():
+        return tokens
+    # Some servers tell the token that ended the turn as well, which is no part of what was written.
+    return tokens[:-1] if len(tokens) > 1 and bytes(spelled[: tokens[-2][0]]) == content.encode() else None
 
 
 def _bytes_of(row: Mapping[str, Any]) -> bytes | None:
