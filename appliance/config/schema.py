@@ -2,12 +2,13 @@
 
 import ipaddress
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from appliance.config.kinds import KEY_HEADERS, KINDS, ProviderKind, check_address, kind_of
 from appliance.config.strict import Name, PositiveSeconds, Quality, Strict, Usd, check_residency
-from appliance.core import Ability, Location, Scope
+from appliance.core import Ability, Api, Dialect, Location, Scope, Thinking
 
 
 class Server(Strict):
@@ -184,8 +185,9 @@ class ProviderModel(Strict):
 
     name: str = Field(min_length=1)
     """As the provider calls it; the target is `PROVIDER/NAME`."""
-    abilities: tuple[Ability, ...] = ("chat", "completions", "json_schema", "logprobs", "tools")
-    """What it can do; requests that need more are not sent to it."""
+    abilities: tuple[Ability, ...] | None = None
+    """What it can do; requests that need more are not sent to it. Empty: what models of its provider's kind usually
+    can: `chat`, `json_schema` and `tools`, and mostly `completions` and `logprobs`; never `vision` or `reasoning`."""
     context_tokens: int | None = Field(default=None, gt=0)
     """Longer prompts are not sent to it; empty: not known, not checked."""
     input_usd: Usd | None = None
@@ -194,6 +196,20 @@ class ProviderModel(Strict):
     """Per million cached prompt tokens; empty: as `input_usd`."""
     output_usd: Usd | None = None
     """Per million completion tokens. Required where hosted."""
+    cache_write_usd: Usd | None = None
+    """Per million prompt tokens that the provider puts into its cache; empty: the usual multiple of `input_usd`."""
+    api: Api = "chat"
+    """`responses` for a model that speaks only OpenAI's Responses API."""
+    thinking: Thinking = "effort"
+    """How a model that thinks is told how much: by a word, or by a `budget` of tokens (Claude before 4.6, Gemini
+    2.5)."""
+    max_output_tokens: int | None = Field(default=None, gt=0)
+    """The limit sent where the caller gave none and the dialect wants one (Anthropic's: 8,192 if empty), or always."""
+    leaves_out: tuple[str, ...] = ()
+    """Fields that this model does not take, and that are left out of requests instead of refusing them, for example
+    `temperature`."""
+    refuses: tuple[str, ...] = ()
+    """Fields that this model does not take: requests that have one are not sent to it."""
     quality: Quality | None = None
     """How good its answers are, from 0 to 1 on your own scale: for the quality floors and scores of routes."""
 
@@ -212,14 +228,21 @@ class Provider(Strict):
 
     name: Name
     """First part of its targets' names."""
-    dialect: Literal["openai"] = "openai"
-    """The wire format it speaks."""
+    kind: ProviderKind | None = None
+    """Which provider it is, of those whose differences are known; empty: told by its address, else `compatible`."""
+    dialect: Dialect | None = None
+    """The wire format it speaks; empty: its kind's."""
     location: Location = "hosted"
     """`onsite` for a server of your own; its address must then lie on-site."""
     region: str | None = Field(default=None, pattern=r"^[A-Z]{2}(-[A-Z0-9]{1,8})?$")
     """Where it computes, for example `EU`. Without one it gets no region-bound request."""
-    base_url: str = Field(pattern=r"^https?://\S+[^/\s]$")
-    """Up to and including the version, for example `https://host/v1`."""
+    base_url: str = Field(default="", pattern=r"^https?://\S+[^/\s]$", validate_default=True)
+    """Up to and including the version, for example `https://host/v1`. Empty: its kind's own, where that is known."""
+    api_version: str | None = Field(default=None, pattern=r"^[\w.-]+$")
+    """Azure: the `api-version` of its address. Anthropic: the `anthropic-version`; empty: 2026-10-21, which takes no
+    `temperature`, `top_p` or `top_k`; `2023-06-01` does."""
+    headers: dict[str, str] = Field(default={})
+    """Sent with every call besides, for example an organisation's id. Never a key: that belongs in key_env."""
     key_env: str | None = None
     """Environment variable that holds its API key."""
     key_file: str | None = None
@@ -228,6 +251,34 @@ class Provider(Strict):
     limits: Limits = Limits()
     daily_usd: Usd | None = None
     """What this provider may cost in one UTC day; empty: no limit."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _find_address(cls, given: Any) -> Any:
+        if isinstance(given, dict) and not given.get("base_url") and given.get("kind") in KINDS:
+            address = KINDS[given["kind"]].base_url
+            return given if address is None else {**given, "base_url": address}
+        return given
+
+    @field_validator("headers")
+    @classmethod
+    def _are_no_keys(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, text in value.items():
+            if name.lower() in KEY_HEADERS:
+                raise ValueError(f"{name} is where the key goes: set key_env or key_file")
+            if not re.fullmatch(r"[A-Za-z0-9-]+", name) or not re.fullmatch(r"[\x20-\x7e]*", text):
+                raise ValueError(f"{name!r} is no header of plain text")
+        return value
+
+    @property
+    def is_kind(self) -> ProviderKind:
+        """Its kind, as said or as found by its address."""
+        return kind_of(self.kind, self.dialect, self.base_url)
+
+    @model_validator(mode="after")
+    def _has_a_sound_address(self) -> "Provider":
+        check_address(self.is_kind, self.base_url, self.api_version)
+        return self
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "Provider":

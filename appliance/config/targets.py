@@ -1,10 +1,12 @@
 """Configured providers as targets: plain rows that the policy can name."""
 
 import ipaddress
+from dataclasses import replace
 from urllib.parse import urlsplit
 
+from appliance.config.kinds import ANTHROPIC_SAMPLING, ANTHROPIC_VERSION, KINDS, Kind, uses_deployments
 from appliance.config.schema import Network, NodeConfig, Provider, ProviderModel
-from appliance.core import Price, Target, TimeLimits
+from appliance.core import PLAIN, Price, Target, TimeLimits, Wire
 from appliance.errors import ConfigError
 
 
@@ -22,27 +24,58 @@ def provider_targets(config: NodeConfig) -> tuple[Target, ...]:
 
 
 def _target(provider: Provider, model: ProviderModel) -> Target:
-    price = None
-    if model.input_usd is not None and model.output_usd is not None:
-        price = Price(model.input_usd, model.output_usd, model.cached_input_usd)
+    kind = KINDS[provider.is_kind]
     return Target(
         name=f"{provider.name}/{model.name}",
         location=provider.location,
-        dialect=provider.dialect,
+        dialect=kind.dialect,
         address=provider.base_url,
         model=model.name,
-        abilities=frozenset(model.abilities),
+        abilities=frozenset(kind.abilities if model.abilities is None else model.abilities),
         context_tokens=model.context_tokens,
         region=provider.region,
         provider=provider.name,
-        price=price,
+        price=_price(kind, model),
         quality=model.quality,
         limits=TimeLimits(
             connect_seconds=provider.limits.connect_seconds,
             first_byte_seconds=provider.limits.first_byte_seconds,
             between_tokens_seconds=provider.limits.between_tokens_seconds,
         ),
+        wire=_wire(provider, kind, model),
     )
+
+
+def _price(kind: Kind, model: ProviderModel) -> Price | None:
+    """What is put into a cache costs more at some providers, and is never taken to cost less than it might."""
+    if model.input_usd is None or model.output_usd is None:
+        return None
+    price = Price(model.input_usd, model.output_usd, model.cached_input_usd)
+    if model.cache_write_usd is None and kind.cache_write == 1.0:
+        return price
+    write_usd = model.input_usd * kind.cache_write if model.cache_write_usd is None else model.cache_write_usd
+    return replace(price, cache_write_usd=write_usd, cache_write_long_usd=write_usd * kind.long_to_short)
+
+
+def _wire(provider: Provider, kind: Kind, model: ProviderModel) -> Wire:
+    headers, refuses, query = dict(provider.headers), kind.wire.refuses, ""
+    if kind.dialect == "anthropic":
+        version = headers["anthropic-version"] = provider.api_version or ANTHROPIC_VERSION
+        refuses |= ANTHROPIC_SAMPLING if version >= ANTHROPIC_VERSION else frozenset()
+    elif provider.api_version is not None:
+        query = f"api-version={provider.api_version}"
+    wire = replace(
+        kind.wire,
+        headers=tuple(sorted(headers.items())),
+        query=query,
+        deployments=uses_deployments(provider.is_kind, provider.base_url),
+        refuses=refuses | set(model.refuses),
+        leaves_out=kind.wire.leaves_out | set(model.leaves_out),
+        api=model.api,
+        thinking=model.thinking,
+        max_output_tokens=model.max_output_tokens,
+    )
+    return PLAIN if wire == PLAIN else wire
 
 
 def _check_onsite(provider: Provider, network: Network) -> None:
