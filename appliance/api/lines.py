@@ -28,6 +28,8 @@ from appliance.tasks.anthropic.read import read as read_message
 from appliance.tasks.anthropic.reply import message_of
 from appliance.tasks.decisions import DecisionsCall, Judgement
 from appliance.tasks.methods import Priors
+from appliance.tasks.responses.read import read as read_response
+from appliance.tasks.responses.reply import response_of
 from appliance.tasks.tokens import estimate_tokens
 
 _DECISIONS: Final = "/v1/decisions"
@@ -55,6 +57,10 @@ def _message(results: Sequence[Any], calls: Sequence[Any]) -> Any:
     return message_of(results[0], calls[0].original or {})
 
 
+def _response(results: Sequence[Any], calls: Sequence[Any]) -> Any:
+    return response_of(results[0], calls[0].original or {})
+
+
 def _extracted(results: Sequence[Any], calls: Sequence[Any]) -> Any:
     is_single = all(call.index == 0 for call in calls)
     return extract.payload(results, calls) if is_single else extract.texts_payload(results, calls)
@@ -74,6 +80,7 @@ def readings(fits: TaskFits) -> Mapping[str, Reading]:
         _DECISIONS: Reading(partial(judging, decisions.read), _only),
         "/v1/systemone": Reading(partial(judging, systemone.read), _only),
         "/v1/extract": Reading(extract.read, _extracted),
+        "/v1/responses": Reading(read_response, _response),
         "/v1/messages": Reading(read_message, _message),
     }
 
