@@ -1,0 +1,89 @@
+"""From which confidence on an answer may stand, so that wrong answers stay under a stated bound. Pure.
+
+What is bounded is the share of all texts whose answer stands and disagrees with the reference. It can only fall as the
+threshold rises, so the lowest threshold whose upper confidence limit is under the bound keeps the promise with the
+stated confidence, over the draw of the held-out rows: the argument of risk-controlling prediction sets (Bates,
+Angelopoulos, Lei, Malik, Jordan, "Distribution-free, risk-controlling prediction sets", Journal of the ACM 68, 2021).
+Answers are right or wrong, so the limit is the exact one for a binomial share (Clopper, Pearson, "The use of confidence
+or fiducial limits illustrated in the case of the binomial", Biometrika 26, 1934).
+
+It promises for texts drawn as the held-out ones were, and in the long run: a short stream varies around it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from scipy.stats import beta
+
+SHOWN_BOUNDS: Final = (0.01, 0.02, 0.05, 0.10)
+CONFIDENCE: Final = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """Answers of at least this confidence stand. `threshold` is None where no share of answers keeps the bound."""
+
+    bound: float
+    confidence: float
+    threshold: float | None
+    local_share: float
+    """Share of the held-out texts whose answers stand."""
+    disagreement: float
+    """Share of the held-out texts whose answers stand and are wrong."""
+    upper_limit: float
+    """What that share is under, with the stated confidence."""
+    rows: int
+
+
+def upper_limit(wrong: int, rows: int, confidence: float) -> float:
+    """Clopper and Pearson's one-sided upper limit of a share, of which `wrong` in `rows` were seen."""
+    if not 0 <= wrong <= rows:
+        raise ValueError(f"{wrong} wrong of {rows} rows cannot be")
+    if wrong == rows:
+        return 1.0
+    return float(beta.ppf(confidence, wrong + 1, rows - wrong))
+
+
+def threshold_for(bound: float, confidence: float, scores: Sequence[tuple[float, bool]]) -> Threshold:
+    """`scores`: of each held-out row the confidence of its answer, and whether that answer was right."""
+    if not 0 < bound < 1 or not 0.5 <= confidence < 1:
+        raise ValueError(f"bound {bound} must be between 0 and 1, confidence {confidence} from 0.5 to below 1")
+    rows = len(scores)
+    values = np.array([score for score, _ in scores], dtype=np.float64)
+    order = np.argsort(-values, kind="stable")
+    values = values[order]
+    right = np.array([right for _, right in scores], dtype=bool)
+    wrong = np.cumsum(~right[order])
+    allowed = _most_wrong(bound, confidence, rows)
+    if allowed < 0:
+        return Threshold(bound, confidence, None, 0.0, 0.0, upper_limit(0, rows, confidence), rows)
+    # Equal scores stand or fall together, so a threshold lies only where the next score is lower.
+    last_of_equals = np.flatnonzero(np.append(values[1:] < values[:-1], True))
+    kept = last_of_equals[wrong[last_of_equals] <= allowed]
+    if not kept.size:
+        return Threshold(bound, confidence, None, 0.0, 0.0, upper_limit(0, rows, confidence), rows)
+    place = int(kept[-1])
+    count = int(wrong[place])
+    return Threshold(
+        bound=bound,
+        confidence=confidence,
+        threshold=float(values[place]),
+        local_share=(place + 1) / rows,
+        disagreement=count / rows,
+        upper_limit=upper_limit(count, rows, confidence),
+        rows=rows,
+    )
+
+
+def _most_wrong(bound: float, confidence: float, rows: int) -> int:
+    """The most wrong rows whose upper limit is still under the bound; -1 where even none are too few rows to say so."""
+    low, high = -1, rows
+    while low < high:
+        middle = (low + high + 1) // 2
+        if rows and upper_limit(middle, rows, confidence) <= bound:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,276 @@
+"""What the program does for a request, apart from HTTP: embed, classify, train, and look after versions."""
+
+import asyncio
+import base64
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from appliance.encoders.examples import read_examples
+from appliance.encoders.heads import TIERS, Head, probabilities_of, strangeness
+from appliance.encoders.library import Library
+from appliance.encoders.measures import report
+from appliance.encoders.runs import Run, Runs
+from appliance.encoders.training import bounds_table
+from appliance.encoders.versions import Versions, check_name
+from appliance.errors import RequestError
+
+MAX_TEXTS: Final = 10_000
+MAX_INPUTS: Final = 2_048
+_CHARS_PER_TOKEN: Final = 4
+"""Heads count no tokens; what they report is this estimate."""
+_BATCH: Final = 512
+_MIN_EXAMPLES: Final = 2
+
+Floats = npt.NDArray[np.float32]
+
+
+class Desk:
+    """One for the program. Work of any length runs in threads; versions change on the event loop alone."""
+
+    def __init__(self, *, data: Path, models: Path, threads: int) -> None:
+        self.library = Library(models, threads)
+        self.versions = Versions(data)
+        self.runs = Runs(data, models, max(1, threads - 1), self._trained)
+        self.classified_batches = 0
+        self.tokens_total = 0
+        self.active = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._heads: dict[str, tuple[int, Head]] = {}
+        self._loading = threading.Lock()
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        self.active += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.active -= 1
+            if not self.active:
+                self._idle.set()
+
+    async def idle(self) -> None:
+        """Until no request is being worked on."""
+        await self._idle.wait()
+
+    async def embed(self, body: Mapping[str, Any]) -> bytes:
+        name, texts = _text_of(body, "model"), _texts(body.get("input"), "input", MAX_INPUTS)
+        width = body.get("dimensions")
+        encoding = body.get("encoding_format") or "float"
+        return await asyncio.to_thread(self._embed, name, texts, width, encoding)
+
+    def _embed(self, name: str, texts: Sequence[str], width: Any, encoding: str) -> bytes:
+        model = self.library.embedder(name)
+        if width is not None and (type(width) is not int or not 1 <= width <= model.dimensions):
+            raise RequestError(
+                f"dimensions is {width!r}: {name} has {model.dimensions}, so from 1 to that", param="dimensions"
+            )
+        found = model.embed(texts)
+        rows = found.vectors
+        if width is not None and width < model.dimensions:
+            rows = rows[:, :width] / np.maximum(np.linalg.norm(rows[:, :width], axis=1, keepdims=True), 1e-12)
+        rows = np.ascontiguousarray(rows, dtype=np.float32)
+        data = [
+            {"object": "embedding", "index": place, "embedding": _encoded(row, encoding)}
+            for place, row in enumerate(rows)
+        ]
+        tokens = int(sum(found.tokens))
+        self.tokens_total += tokens
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        payload = {"object": "list", "data": data, "model": name, "usage": usage}
+        return orjson.dumps(payload, option=orjson.OPT_SERIALIZE_NUMPY)
+
+    async def classify(self, body: Mapping[str, Any]) -> bytes:
+        name, texts = check_name(body.get("model")), _texts(body.get("texts"), "texts", MAX_TEXTS)
+        return await asyncio.to_thread(self._classify, name, body.get("version"), texts)
+
+    def _classify(self, name: str, version: Any, texts: Sequence[str]) -> bytes:
+        number, head = self._head(name, version)
+        scores = self._scores(head, texts)
+        strange = strangeness(scores)
+        tokens = sum(len(text) // _CHARS_PER_TOKEN + 1 for text in texts)
+        self.tokens_total += tokens
+        payload = {
+            "model": name,
+            "version": number,
+            "labels": head.labels,
+            "probabilities": np.ascontiguousarray(probabilities_of(scores, head.temperature)),
+            "out_of_scope": np.ascontiguousarray(strange - np.float32(head.strange_from)),
+            "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
+        }
+        return orjson.dumps(payload, option=orjson.OPT_SERIALIZE_NUMPY)
+
+    def _scores(self, head: Head, texts: Sequence[str]) -> Floats:
+        parts = []
+        for start in range(0, len(texts), _BATCH):
+            parts.append(head.scores(texts[start : start + _BATCH]))
+            self.classified_batches += 1
+        return np.vstack(parts)
+
+    def _head(self, name: str, version: Any) -> tuple[int, Head]:
+        number = self.versions.serving(name) if version is None else _whole(version)
+        kept = self._heads.get(name)
+        if kept is not None and kept[0] == number:
+            return kept
+        with self._loading:
+            head = self.versions.load(name, number, self.library.vectors(), self.library.encoders())
+            if version is None or self.versions.serving(name) == number:
+                self._heads[name] = (number, head)
+            return number, head
+
+    async def train(self, body: Mapping[str, Any]) -> Run:
+        """Start a training. What is wrong with the examples is said at once."""
+        name = check_name(body.get("name"))
+        wanted, dearest = body.get("accuracy"), body.get("tier", TIERS[-1])
+        if wanted is not None and (type(wanted) not in (int, float) or not 0 < wanted < 1):
+            raise RequestError(f"accuracy is {wanted!r}: it must be a number between 0 and 1", param="accuracy")
+        if dearest not in TIERS:
+            raise RequestError(f"tier is {str(dearest)[:40]!r}: it must be {' or '.join(TIERS)}", param="tier")
+        labels = _labels(body.get("labels"))
+        found = await asyncio.to_thread(
+            read_examples, body.get("examples"), body.get("format"), labels, at_least=_MIN_EXAMPLES
+        )
+        job = {
+            "name": name,
+            "texts": found.texts,
+            "truth": found.truth.tolist(),
+            "labels": found.labels,
+            "notes": found.notes,
+            "wanted_accuracy": wanted,
+            "dearest": dearest,
+            "encoder": body.get("encoder"),
+        }
+        return self.runs.start(name, job)
+
+    def _trained(self, run: Run) -> None:
+        self._heads.pop(run.name, None)
+
+    def list(self) -> Sequence[Mapping[str, Any]]:
+        return [self.show(name, None, short=True) for name in self.versions.names()]
+
+    def show(self, name: str, version: int | None, *, short: bool = False) -> Mapping[str, Any]:
+        stored = self.versions.describe(name, version)
+        serving, run = self.versions.serving(name), self.runs.find(name)
+        told = stored.facts["report"]
+        facts: dict[str, Any] = {
+            "name": name,
+            "model": f"classifier/{name}",
+            "version": stored.version,
+            "serving": serving,
+            "versions": self.versions.numbers(name),
+            "made_at": stored.facts["made_at"],
+            "labels": stored.facts["labels"],
+        }
+        if short:
+            shown = ("recipe", "tier", "accuracy", "macro_f1", "ece", "examples")
+            return {**facts, "labels": len(facts["labels"]), **{key: told[key] for key in shown}}
+        return {**facts, "report": told, "training": None if run is None else run.facts()}
+
+    async def evaluate(self, name: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The serving version, or the one named, on labelled examples that it was not trained on."""
+        return await asyncio.to_thread(self._evaluate, name, body)
+
+    def _evaluate(self, name: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        number, head = self._head(name, body.get("version"))
+        examples = read_examples(body.get("examples"), body.get("format"), head.labels)
+        began = time.monotonic()
+        scores = self._scores(head, examples.texts)
+        seconds = time.monotonic() - began
+        shares = probabilities_of(scores, head.temperature)
+        right = shares.argmax(axis=1) == examples.truth
+        strange = float((strangeness(scores) > head.strange_from).mean())
+        return {
+            "name": name,
+            "version": number,
+            **report(shares, examples.truth, head.labels),
+            "bounds": bounds_table(shares.max(axis=1), right),
+            "out_of_scope_share": strange,
+            "texts_per_second": len(examples.texts) / max(seconds, 1e-9),
+            "notes": list(examples.notes),
+        }
+
+    def roll_back(self, name: str, version: Any) -> Mapping[str, Any]:
+        number = self.versions.roll_back(check_name(name), None if version is None else _whole(version))
+        self._heads.pop(name, None)
+        return {"name": name, "serving": number, "versions": self.versions.numbers(name)}
+
+    def remove(self, name: str) -> Mapping[str, Any]:
+        running = self.runs.find(name)
+        if running is not None and running.state == "running":
+            self.runs.cancel(name)
+        self.versions.remove(check_name(name))
+        self._heads.pop(name, None)
+        return {"name": name, "removed": True}
+
+    def models(self) -> Sequence[Mapping[str, Any]]:
+        return [
+            {"id": name, "object": "model", "created": 0, "owned_by": "onsite", "kind": kind}
+            for name, kind in self.library.kinds().items()
+        ]
+
+    def load(self) -> Mapping[str, Any]:
+        """What the CPU engine's `/load` tells, in the terms of a program that keeps no cache and writes no tokens."""
+        return {
+            "queued_requests": 0,
+            "running_sequences": self.active,
+            "sequences_capacity": _CAPACITY,
+            "queued_prompt_tokens": 0,
+            "remaining_output_tokens": 0,
+            "kv_used_tokens": 0,
+            "kv_cached_tokens": 0,
+            "kv_capacity_tokens": _ROOM_TOKENS,
+            "steps": self.classified_batches + self.library.steps,
+            "prefill_tokens_total": self.tokens_total,
+            "decode_tokens_total": 0,
+            "prefill_tokens_per_second": _TOKENS_PER_SECOND,
+            "decode_tokens_per_second": {"1": _TOKENS_PER_SECOND},
+        }
+
+
+_CAPACITY: Final = 16
+_ROOM_TOKENS: Final = 1_000_000_000
+_TOKENS_PER_SECOND: Final = 100_000.0
+"""A prior: the router corrects it for each model by what it sees."""
+
+
+def _encoded(row: Floats, encoding: str) -> Any:
+    return base64.b64encode(row.astype("<f4").tobytes()).decode() if encoding == "base64" else row
+
+
+def _text_of(body: Mapping[str, Any], field: str) -> str:
+    value = body.get(field)
+    if not isinstance(value, str) or not value:
+        raise RequestError(f"{field} is {value!r:.40}: it must be a name", param=field)
+    return value
+
+
+def _texts(given: Any, field: str, most: int) -> Sequence[str]:
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise RequestError(f"{field} must be a text or a list of 1 to {most} texts", param=field)
+    if len(texts) > most:
+        raise RequestError(f"{field} has {len(texts)} texts: at most {most} in one call", param=field)
+    return texts
+
+
+def _labels(given: Any) -> Sequence[str] | None:
+    if given is None:
+        return None
+    if not isinstance(given, list) or not all(isinstance(label, str) and label.strip() for label in given):
+        raise RequestError("labels must be a list of names", param="labels")
+    return [label.strip() for label in given]
+
+
+def _whole(version: Any) -> int:
+    if type(version) is not int or version < 1:
+        raise RequestError(f"version is {version!r:.40}: it must be a whole number from 1", param="version")
+    return version

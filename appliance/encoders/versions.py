@@ -1,0 +1,230 @@
+"""Classifiers on disk: DATA/NAME/vN/, each version whole or not there at all, and which of them serves.
+
+A version is two files: `weights.safetensors` (numbers) and `head.json` (labels, words, report). None of it is code.
+Held-out scores lie in the weights, without the texts they belong to.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import orjson
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from appliance.encoders.embedders import Embedder, StaticEmbedder
+from appliance.encoders.heads import Head, Linear, Scorer
+from appliance.encoders.training import Trained
+from appliance.encoders.words import Lexicon
+from appliance.errors import ModelFileError, NotFound, RequestError
+
+FORMAT: Final = 1
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_SERVING: Final = "serving.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One version as it lies there."""
+
+    name: str
+    version: int
+    folder: Path
+    facts: Mapping[str, Any]
+    """head.json without its word lists."""
+
+
+def check_name(name: object) -> str:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise RequestError(
+            f"name is {str(name)[:60]!r}: it must be 1 to 64 of a-z, 0-9, '.', '_', '-', a letter or digit first",
+            param="name",
+        )
+    return name
+
+
+class Versions:
+    """All classifiers of one data directory. One writer at a time for each name."""
+
+    def __init__(self, data: Path) -> None:
+        self.data = data
+
+    def names(self) -> Sequence[str]:
+        """Those that have a version to serve."""
+        return [path.parent.name for path in sorted(self.data.glob(f"*/{_SERVING}"))]
+
+    def serving(self, name: str) -> int:
+        """Raises NotFound."""
+        check_name(name)
+        try:
+            return int(json.loads((self.data / name / _SERVING).read_text())["version"])
+        except FileNotFoundError:
+            known = ", ".join(self.names()) or "there is none yet"
+            raise NotFound(f"no classifier {name!r} here ({known})") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelFileError(f"{self.data / name / _SERVING} cannot be read ({error!r}): roll back") from error
+
+    def numbers(self, name: str) -> Sequence[int]:
+        folders = (self.data / name).glob("v*")
+        return sorted(int(one.name[1:]) for one in folders if one.name[1:].isdigit() and (one / "head.json").is_file())
+
+    def describe(self, name: str, version: int | None = None) -> Stored:
+        """Raises NotFound, naming the versions there are."""
+        number = self.serving(name) if version is None else version
+        folder = self.data / name / f"v{number}"
+        facts = dict(self._head(name, number))
+        facts.pop("lexicon", None)
+        return Stored(name, number, folder, facts)
+
+    def save(self, name: str, trained: Trained, *, made_at: str, models: Mapping[str, str]) -> int:
+        """Write a new version and let it serve. Raises OSError where the disk fails; then nothing has changed."""
+        folder = self.data / check_name(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = [int(one.name[1:]) for one in folder.glob("v*") if one.name[1:].isdigit()]
+        number = max(taken, default=0) + 1
+        draft = folder / f".v{number}.part"
+        shutil.rmtree(draft, ignore_errors=True)
+        try:
+            draft.mkdir()
+            _write(draft / "weights.safetensors", lambda path: save_file(_tensors(trained), path))
+            facts = _facts(name, number, trained, made_at, models)
+            _write(draft / "head.json", lambda path: path.write_bytes(orjson.dumps(facts)))
+            draft.replace(folder / f"v{number}")
+            self._point(name, number)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        return number
+
+    def roll_back(self, name: str, version: int | None) -> int:
+        """Let an earlier version serve: the one named, or the last before the serving one. Raises NotFound."""
+        current = self.serving(name)
+        if version is None:
+            earlier = [number for number in self.numbers(name) if number < current]
+            if not earlier:
+                raise NotFound(f"classifier {name!r} has no version before {current}")
+            version = earlier[-1]
+        self._head(name, version)
+        self._point(name, version)
+        return version
+
+    def remove(self, name: str) -> None:
+        """Raises NotFound."""
+        self.serving(name)
+        # Out of sight first: what is half deleted must not serve.
+        (self.data / name / _SERVING).unlink()
+        shutil.rmtree(self.data / name)
+
+    def load(
+        self, name: str, version: int | None, vectors: StaticEmbedder | None, encoders: Mapping[str, Embedder]
+    ) -> Head:
+        """Raises NotFound, and ModelFileError where a file is damaged or a model that it builds on is not here."""
+        number = self.serving(name) if version is None else version
+        facts = self._head(name, number)
+        path = self.data / name / f"v{number}" / "weights.safetensors"
+        try:
+            tensors = load_file(path)
+            return _head(facts, tensors, vectors, encoders)
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise ModelFileError(f"{path} cannot be used ({error!r}): roll back or train again") from error
+
+    def held_out(self, name: str, version: int | None = None) -> Mapping[str, Any]:
+        """Of each held-out row: `confidence`, `right`, `strangeness`. No texts."""
+        number = self.serving(name) if version is None else version
+        self._head(name, number)
+        tensors = load_file(self.data / name / f"v{number}" / "weights.safetensors")
+        return {name.removeprefix("held."): rows for name, rows in tensors.items() if name.startswith("held.")}
+
+    def _head(self, name: str, version: int) -> Mapping[str, Any]:
+        path = self.data / check_name(name) / f"v{version}" / "head.json"
+        try:
+            facts: Mapping[str, Any] = orjson.loads(path.read_bytes())
+        except FileNotFoundError:
+            known = ", ".join(str(number) for number in self.numbers(name)) or "none"
+            raise NotFound(f"classifier {name!r} has no version {version}; it has {known}") from None
+        except (OSError, ValueError) as error:
+            raise ModelFileError(f"{path} cannot be read ({error}): roll back or train again") from error
+        if facts.get("format") != FORMAT:
+            raise ModelFileError(f"{path} is of format {facts.get('format')!r}, this program reads {FORMAT}")
+        return facts
+
+    def _point(self, name: str, version: int) -> None:
+        path = self.data / name / _SERVING
+        draft = path.with_suffix(".part")
+        _write(draft, lambda place: place.write_text(json.dumps({"version": version})))
+        draft.replace(path)
+
+
+def _write(path: Path, write: Any) -> None:
+    write(path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _tensors(trained: Trained) -> dict[str, Any]:
+    tensors = {f"linear.{name}": np.ascontiguousarray(rows) for name, rows in trained.linear.weights.items()}
+    tensors |= {f"rarity.{name}": np.ascontiguousarray(rows) for name, rows in trained.lexicon.weights.items()}
+    tensors["bias"] = np.ascontiguousarray(trained.linear.bias)
+    tensors["held.confidence"] = trained.held_confidences.astype(np.float32)
+    tensors["held.right"] = trained.held_right.astype(np.uint8)
+    tensors["held.strangeness"] = trained.held_strangeness.astype(np.float32)
+    return tensors
+
+
+def _facts(name: str, number: int, trained: Trained, made_at: str, models: Mapping[str, str]) -> Mapping[str, Any]:
+    lexicon = trained.lexicon
+    return {
+        "format": FORMAT,
+        "name": name,
+        "version": number,
+        "made_at": made_at,
+        "labels": list(trained.labels),
+        "temperature": trained.temperature,
+        "strange_from": trained.strange_from,
+        "models": dict(models),
+        "report": trained.report,
+        "lexicon": {
+            "words": list(lexicon.words),
+            "pairs": list(lexicon.pairs),
+            "pieces": list(lexicon.pieces),
+        },
+    }
+
+
+def _head(
+    facts: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    vectors: StaticEmbedder | None,
+    encoders: Mapping[str, Embedder],
+) -> Head:
+    weights = {name.removeprefix("linear."): rows for name, rows in tensors.items() if name.startswith("linear.")}
+    rarity = {name.removeprefix("rarity."): rows for name, rows in tensors.items() if name.startswith("rarity.")}
+    words, built_on = facts["lexicon"], facts["models"]
+    static = vectors if "static" in weights else None
+    if "static" in weights:
+        _check_same(built_on.get("static"), None if vectors is None else vectors.fingerprint)
+    encoder = None
+    if "encoder" in weights:
+        encoder = next((one for one in encoders.values() if one.fingerprint == built_on.get("encoder")), None)
+        _check_same(built_on.get("encoder"), None if encoder is None else encoder.fingerprint)
+    lexicon = Lexicon(words["words"], words["pairs"], words["pieces"], rarity, static)
+    return Head(
+        labels=tuple(facts["labels"]),
+        scorer=Scorer(lexicon, Linear(weights, tensors["bias"])),
+        encoder=encoder,
+        encoder_weights=weights.get("encoder"),
+        temperature=float(facts["temperature"]),
+        strange_from=float(facts["strange_from"]),
+    )
+
+
+def _check_same(wanted: str | None, here: str | None) -> None:
+    if wanted != here:
+        name = str(wanted).partition(":")[0]
+        raise ModelFileError(f"it was trained on {wanted}, and {here or 'nothing like it'} is here: pull {name} again")
