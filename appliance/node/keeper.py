@@ -45,6 +45,7 @@ _AFTER_FAILURE_SECONDS: Final = 1.0
 """Pause before a control task that failed goes on, so that a lasting fault does not fill the log."""
 _SLEEP_SECONDS: Final = 60.0
 """Moving weights between GPU and RAM takes seconds."""
+_GONE_SECONDS: Final = 10.0
 KEY_FILE: Final = "key"
 
 _log = structlog.get_logger(__name__)
@@ -280,6 +281,8 @@ class Keeper:
         """Whatever of it has left its group, and the sockets it leaves behind."""
         mark = orphans.mark(self._around.home, self.placement.model)
         ended = await asyncio.to_thread(orphans.end, mark)
+        # The next start needs the memory that they still hold.
+        await asyncio.to_thread(orphans.wait_gone, mark, _GONE_SECONDS)
         if ended:
             _log.warning("an engine left processes behind; they were ended", model=self.placement.model, pids=ended)
         shutil.rmtree(self._folder, ignore_errors=True)

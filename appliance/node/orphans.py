@@ -7,11 +7,13 @@ inherit that, whatever group or parent they come to have; whoever carries it whi
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 MARK: Final = "APPLIANCE_ENGINE_OF"
+_LOOK_SECONDS: Final = 0.05
 
 
 def mark(home: Path, name: str = "") -> str:
@@ -29,6 +31,13 @@ def marked(value: str) -> Sequence[int]:
             if any(one.startswith(wanted) for one in variables) and int(folder.name) != os.getpid():
                 found.append(int(folder.name))
     return found
+
+
+def wait_gone(value: str, seconds: float) -> None:
+    """Wait until no process has the mark any more, at most so long. Blocks: call it in a thread."""
+    until = time.monotonic() + seconds
+    while marked(value) and time.monotonic() < until:
+        time.sleep(_LOOK_SECONDS)
 
 
 def end(value: str) -> Sequence[int]:

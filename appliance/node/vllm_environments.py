@@ -56,7 +56,7 @@ def chosen(config: EngineConfig, environment: Mapping[str, str]) -> Installed | 
                 field="engine.vllm",
             )
         return found
-    here = installed(engines_folder(environment))
+    here = [one for one in installed(engines_folder(environment)) if not (one.folder / ".unfinished").exists()]
     if here:
         return here[0]
     program = shutil.which("vllm", path=environment.get("PATH"))
