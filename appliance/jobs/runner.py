@@ -211,6 +211,7 @@ class Run:
                 elif self._answered:
                     await self._patiently(self._commit)
                 elif not (twins and await self._patiently(self._results.copy)):
+                    self._check_end()  # a last call may have found that there is nobody to ask for any more
                     break
                 await self._commit_in_time()
         except Stopped as stopped:

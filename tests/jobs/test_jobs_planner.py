@@ -1,0 +1,88 @@
+"""Windows, rates, forecasts and hours: tables of values."""
+
+from datetime import datetime
+
+import pytest
+
+from appliance.core import EngineView, Snapshot
+from appliance.errors import RequestError
+from appliance.jobs.places import Places
+from appliance.jobs.planner import Pace, calls_at_once, forecast, is_open, open_seconds, read_window
+from tests.jobs.office import ENGINE, load
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("24h", 86_400), ("90m", 5_400), ("30s", 30), ("7d", 604_800)])
+def test_windows_are_durations(text: str, seconds: float) -> None:
+    assert read_window(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "24", "h", "-1h", "1.5h", "1s", "99d", "24 h", "24h\n", "9999999999h"])
+def test_what_is_no_window_is_refused_with_the_remedy(text: str) -> None:
+    with pytest.raises(RequestError, match="24h"):
+        read_window(text)
+
+
+@pytest.mark.parametrize(
+    ("lines", "rate", "left", "late"),
+    [
+        (100, None, 10, 0),  # nothing is known, nothing leaves
+        (0, 1.0, 0, 0),
+        (100, 10.0, 100, 0),
+        (100, 1.0, 100, 10),  # a tenth of the time is kept in hand
+        (100, 1.0, 50, 55),
+        (100, 1.0, -5, 100),
+    ],
+)
+def test_what_will_be_late_follows_from_the_rate(lines: int, rate: float | None, left: float, late: int) -> None:
+    assert forecast(lines, rate, left).late == late
+
+
+def test_a_rate_needs_some_lines_and_some_time() -> None:
+    pace = Pace()
+    pace.begin(0.0)
+    pace.done(8, 1.0)
+    assert pace.per_second(1.0) is None
+    assert pace.per_second(4.0) == 2.0
+    pace.begin(100.0)
+    assert pace.per_second(100.0) is None
+
+
+def test_a_rate_is_that_of_the_last_minute() -> None:
+    pace = Pace()
+    pace.begin(0.0)
+    for second in range(1, 200):
+        pace.done(100 if second < 100 else 1, float(second))
+    assert pace.per_second(199.0) == pytest.approx(1.0, rel=0.1)
+
+
+def test_calls_follow_the_engines_that_are_ready() -> None:
+    ready = EngineView(ENGINE.name, "ready", 0.0, load(16))
+    starting = EngineView("onsite/other", "starting", 0.0, load(16))
+    assert calls_at_once(Snapshot(0.0, (), {"a": ready, "b": starting}), None) == 18
+    assert calls_at_once(Snapshot(0.0), None) == 8
+    assert calls_at_once(Snapshot(0.0, (), {"a": ready}), 3) == 3
+
+
+def test_hours_may_pass_midnight() -> None:
+    hours = ("22:00-06:00", "12:00-12:30")
+    for hour, minute, expected in ((23, 0, True), (5, 59, True), (6, 0, False), (12, 15, True), (13, 0, False)):
+        assert is_open(hours, datetime(2026, 1, 1, hour, minute)) is expected
+    assert open_seconds(hours, datetime(2026, 1, 1, 0, 0), 86_400) == 8.5 * 3600
+    assert open_seconds((), datetime(2026, 1, 1), 90.0) == 90.0
+
+
+def test_places_are_shared_by_keys_first_and_the_late_go_before() -> None:
+    places = Places(lambda: 4)
+    greedy = [places.join("a") for _ in range(3)]
+    other = places.join("b")
+    assert all(places.enter(claim) for claim in greedy)
+    assert places.enter(other)
+    for claim in (*greedy, other):
+        assert not places.enter(claim)
+    places.leave(greedy[0])
+    assert not places.enter(greedy[0])  # the other key has fewer under way
+    assert places.enter(other)
+    places.leave(other)
+    greedy[1].pressing = True
+    assert not places.enter(other)
+    assert places.enter(greedy[1])

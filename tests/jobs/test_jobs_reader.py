@@ -1,0 +1,103 @@
+"""Lines of a file: each checked by itself, mistakes with their line number, none longer than may be."""
+
+import io
+import json
+
+import pytest
+
+from appliance.jobs.nouns import BadLine, Line
+from appliance.jobs.reader import Twins, check, read_at, scan
+from tests.jobs.office import CHAT, line
+
+
+def checked(data: bytes, most: int = 10_000) -> list[Line | BadLine]:
+    return [check(raw, CHAT) for raw in scan(io.BytesIO(data), most)]
+
+
+def problem(text: str | bytes) -> tuple[str, str]:
+    found = checked(text if isinstance(text, bytes) else text.encode())[0]
+    assert isinstance(found, BadLine)
+    assert found.problem.line == found.number == 1
+    return found.problem.code, found.problem.message
+
+
+def test_a_good_file_gives_its_lines_with_their_places() -> None:
+    data = f"{line(1)}\n\n  \n{line(2)}\r\n{line(3)}".encode()
+    found = checked(data)
+    assert [one.number for one in found] == [1, 4, 5]
+    for one in found:
+        assert isinstance(one, Line)
+        again = check(read_at(io.BytesIO(data), one.number, one.offset, one.length), CHAT)
+        assert again == one
+
+
+def test_a_byte_order_mark_is_no_mistake() -> None:
+    (found,) = checked(b"\xef\xbb\xbf" + line(1).encode())
+    assert isinstance(found, Line)
+    assert isinstance(check(read_at(io.BytesIO(b"\xef\xbb\xbf" + line(1).encode()), 1, 0, found.length), CHAT), Line)
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        ("{broken", "invalid_json_line", "not valid JSON"),
+        ("[1]", "invalid_json_line", "JSON list"),
+        (b'{"custom_id": "\xff"}', "invalid_encoding", "byte 16"),
+        (line(1, custom_id=None), "missing_required_parameter", "custom_id is missing"),
+        (line(1, custom_id=""), "missing_required_parameter", "custom_id"),
+        (line(1, custom_id="x" * 513), "missing_required_parameter", "512"),
+        (line(1, method="GET"), "invalid_method", "'GET'"),
+        (line(1, url="/v1/embeddings"), "mismatched_endpoint", "/v1/embeddings"),
+        (line(1, body=[]), "missing_required_parameter", "body"),
+        (line(1, body={"stream": True}), "unsupported_parameter", "stream"),
+    ],
+)
+def test_what_is_wrong_with_a_line_is_named(text: str | bytes, code: str, words: str) -> None:
+    found, message = problem(text)
+    assert found == code
+    assert words in message
+
+
+def test_a_line_that_is_too_long_is_skipped_without_being_held() -> None:
+    class Counting(io.BytesIO):
+        most = 0
+
+        def readline(self, size: int | None = -1) -> bytes:
+            piece = super().readline(-1 if size is None else size)
+            self.most = max(self.most, len(piece))
+            return piece
+
+    file = Counting(line(1).encode() + b"\n" + b"x" * 50_000_000 + b"\n" + line(3).encode())
+    found = [check(raw, CHAT) for raw in scan(file, 1_000)]
+    assert [type(one) for one in found] == [Line, BadLine, Line]
+    assert isinstance(found[1], BadLine)
+    assert found[1].problem.code == "line_too_long"
+    assert "50000001 bytes" in found[1].problem.message
+    assert file.most <= 1_048_576
+
+
+def test_a_line_as_long_as_allowed_is_read_whatever_ends_it() -> None:
+    text = line(1).encode()
+    for ending in (b"", b"\n", b"\r\n"):
+        assert isinstance(checked(text + ending, len(text))[0], Line)
+        assert isinstance(checked(text + ending, len(text) - 1)[0], BadLine)
+
+
+def test_a_custom_id_that_was_used_before_names_both_lines() -> None:
+    twins = Twins()
+    one, two = (found for found in checked(f"{line(1)}\n{line(2, custom_id='c1')}".encode()) if isinstance(found, Line))
+    assert twins.see(one) is None
+    again = twins.see(two)
+    assert isinstance(again, BadLine)
+    assert again.problem.code == "duplicate_custom_id"
+    assert "line 1" in again.problem.message
+    assert again.problem.line == 2
+
+
+def test_the_same_request_in_another_spelling_is_a_twin() -> None:
+    first = json.dumps({"custom_id": "a", "method": "POST", "url": CHAT, "body": {"x": 1, "y": [1, 2]}})
+    second = json.dumps({"custom_id": "b", "method": "POST", "url": CHAT, "body": {"y": [1, 2], "x": 1}})
+    third = json.dumps({"custom_id": "c", "method": "POST", "url": CHAT, "body": {"y": [2, 1], "x": 1}})
+    twins = Twins()
+    found = [one for one in checked("\n".join((first, second, third)).encode()) if isinstance(one, Line)]
+    assert [twins.see(one) for one in found] == [None, 1, None]
