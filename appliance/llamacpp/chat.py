@@ -1,6 +1,8 @@
 """Chat messages to the model's prompt text, by the template in its GGUF."""
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,6 +19,8 @@ Message = Mapping[str, Any]
 
 MAX_TEMPLATE_CHARS = 1_000_000
 _PROBE = "probe-3f1c"
+_NO_PARAMETERS = {"type": "object", "properties": {}, "required": []}
+_NINE = re.compile(r"[A-Za-z0-9]{9}")
 
 
 class TemplateRefused(Exception):
@@ -60,6 +64,11 @@ class Abilities:
     system: bool
     developer: bool
     tools: bool
+    """Tools that are given appear in the prompt."""
+    effort: bool
+    """It reads `reasoning_effort`."""
+    switch: bool
+    """It reads `enable_thinking`."""
 
 
 class ChatTemplate:
@@ -78,21 +87,33 @@ class ChatTemplate:
         self.abilities = Abilities(
             system=self._shows({"role": "system", "content": _PROBE}, {"role": "user", "content": "hi"}),
             developer="developer" in source,
-            tools="tools" in source,
+            tools="tools" in source and self._shows_tools(),
+            effort="reasoning_effort" in source,
+            switch="enable_thinking" in source,
         )
 
+    def knows(self, name: str) -> bool:
+        """Whether the template looks at a variable of this name at all."""
+        return re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", self.source) is not None
+
     def render(
-        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, reply: bool = True
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        reply: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt text; with `reply` it ends where the assistant's answer begins.
+        """The prompt text; with `reply` it ends where the assistant's answer begins. `variables`: further ones that
+        the template knows, such as `enable_thinking`.
 
         Raises RequestError carrying the template's own message when it refuses these messages, and Unsupported when
         it has no place for tools.
         """
         if tools and not self.abilities.tools:
             raise Unsupported("tools: this model's chat template has no place for tools; leave them out", param="tools")
-        fitted = [self._fitted(message) for message in messages]
-        return self._render(fitted if self.abilities.system else _folded(fitted), tools or None, reply)
+        fitted = self._with_tool_names([self._fitted(message) for message in messages])
+        return self._render(fitted if self.abilities.system else _folded(fitted), tools or None, reply, variables)
 
     def end_of_turn(self) -> str:
         """What the template writes after an assistant's answer; empty when the template does not tell."""
@@ -112,8 +133,43 @@ class ChatTemplate:
         if fitted.get("content") is None:
             fitted["content"] = ""
         if fitted.get("tool_calls"):
-            fitted["tool_calls"] = [_with_parsed_arguments(call) for call in fitted["tool_calls"]]
+            fitted["tool_calls"] = [self._fitted_call(call) for call in fitted["tool_calls"]]
+        elif "tool_calls" in fitted:
+            del fitted["tool_calls"]  # templates ask whether it is there, not whether it is empty
+        if "tool_call_id" in fitted:
+            fitted["tool_call_id"] = self._fitted_id(fitted["tool_call_id"])
+        if fitted.get("reasoning_content") and "message.thinking" in self.source:
+            fitted.setdefault("thinking", fitted["reasoning_content"])
         return fitted
+
+    def _fitted_call(self, call: Any) -> Any:
+        parsed = _with_parsed_arguments(call)
+        return {**parsed, "id": self._fitted_id(parsed.get("id"))} if isinstance(parsed, Mapping) else parsed
+
+    def _fitted_id(self, given: Any) -> Any:
+        """Some templates refuse ids that are not 9 letters and digits, as their model's own are."""
+        if not isinstance(given, str) or "length 9" not in self.source or _NINE.fullmatch(given):
+            return given
+        return hashlib.sha256(given.encode("utf-8", "replace")).hexdigest()[:9]
+
+    def _with_tool_names(self, messages: Sequence[Message]) -> list[Message]:
+        """OpenAI's tool results carry the call's id alone; some templates print the tool's name."""
+        names: dict[Any, Any] = {}
+        named: list[Message] = []
+        for message in messages:
+            for call in message.get("tool_calls") or ():
+                if isinstance(call, Mapping) and isinstance(function := call.get("function"), Mapping):
+                    names[str(call.get("id"))] = function.get("name")
+            name = names.get(str(message.get("tool_call_id"))) if message.get("role") == "tool" else None
+            named.append({**message, "name": name} if name is not None and "name" not in message else message)
+        return named
+
+    def _shows_tools(self) -> bool:
+        tool = {"type": "function", "function": {"name": _PROBE, "description": "-", "parameters": _NO_PARAMETERS}}
+        try:
+            return _PROBE in self._render([{"role": "user", "content": "hi"}], [tool], True)
+        except RequestError:
+            return False
 
     def _shows(self, *messages: Message) -> bool:
         try:
@@ -121,10 +177,16 @@ class ChatTemplate:
         except RequestError:
             return False
 
-    def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, reply: bool) -> str:
-        variables = {"messages": messages, "tools": tools, "add_generation_prompt": reply, **self._special}
+    def _render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        reply: bool,
+        more: Mapping[str, Any] | None = None,
+    ) -> str:
+        own = {"messages": messages, "tools": tools, "add_generation_prompt": reply, **self._special}
         try:
-            return _SANDBOX.render_bounded(self._template, variables)
+            return _SANDBOX.render_bounded(self._template, {**(more or {}), **own})
         except Exception as error:
             # A template is a program: with messages it does not expect it may fail in any way Python can.
             raise RequestError(f"messages: the model's chat template {_reason(error)}", param="messages") from error

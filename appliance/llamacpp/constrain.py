@@ -5,7 +5,7 @@ import hashlib
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from llguidance.llamacpp import lltokenizer_from_vocab
 
 from appliance.errors import ApplianceError, RequestError
 from appliance.llamacpp.params import Logits
+from appliance.llamacpp.tools.grammar import Rules, lark_of
 
 JSON_OBJECT: Mapping[str, Any] = {"type": "object"}
 
@@ -23,6 +24,7 @@ JSON_OBJECT: Mapping[str, Any] = {"type": "object"}
 COMPACT: Mapping[str, Any] = {"whitespace_flexible": False}
 
 MAX_CACHED_GRAMMARS = 64
+_FORMAT = "response_format"
 # A schema may come from a stranger. The default grammar limit (500,000) lets one compile for seconds.
 MAX_GRAMMAR_SIZE = 100_000
 
@@ -97,29 +99,54 @@ class Grammars:
         self._max_cached = max_cached
         self._lock = threading.Lock()
 
-    def compile(self, schema: Mapping[str, Any], *, param: str = "response_format") -> JsonConstraint:
+    def compile(self, schema: Mapping[str, Any], *, param: str = _FORMAT) -> JsonConstraint:
         """A fresh constraint for one sequence. Takes milliseconds, or seconds for a huge schema: call it in a thread.
 
         Raises RequestError with llguidance's own reason when the schema is invalid or uses what cannot be enforced.
         """
-        key = hashlib.sha256(orjson.dumps(schema, option=orjson.OPT_NON_STR_KEYS)).digest()
+        written = orjson.dumps(schema, option=orjson.OPT_NON_STR_KEYS)
+        return self._remembered(written, lambda: self._build(schema, param))
+
+    def compile_reply(self, rules: Rules) -> JsonConstraint:
+        """A fresh constraint for one reply with tool calls or reasoning in it. As slow as `compile`.
+
+        A tool whose schema uses what cannot be enforced gets arguments that are some JSON object, unless it is strict.
+        Raises RequestError where it is, or where the schema of the content cannot be enforced.
+        """
+        grammar = lark_of(rules, lambda name, schema: self._enforceable(rules, name, schema))
+        return self._remembered(grammar.encode(), lambda: self._matcher(grammar, "tools" if rules.offered else _FORMAT))
+
+    def _remembered(self, written: bytes, build: Callable[[], LLMatcher]) -> JsonConstraint:
+        key = hashlib.sha256(written).digest()
         with self._lock:
             matcher = self._compiled.get(key)
             if matcher is not None:
                 self._compiled.move_to_end(key)
         if matcher is None:
-            matcher = self._build(schema, param)
+            matcher = build()
             with self._lock:
                 self._compiled[key] = matcher
                 while len(self._compiled) > self._max_cached:
                     self._compiled.popitem(last=False)
         return JsonConstraint(matcher.deep_copy(), self._vocabulary_size)
 
+    def _enforceable(self, rules: Rules, name: str, schema: Mapping[str, Any]) -> Mapping[str, Any]:
+        try:
+            self.compile(schema, param=f"tools: the parameters of {name}")
+        except RequestError as error:
+            if rules.offered is not None and name in rules.offered.strict:
+                raise RequestError(error.message, param="tools") from error
+            return JSON_OBJECT
+        return schema
+
     def _build(self, schema: Mapping[str, Any], param: str) -> LLMatcher:
         try:
             grammar = LLMatcher.grammar_from_json_schema(orjson.dumps(schema).decode(), defaults=dict(COMPACT))
         except ValueError as error:
             raise RequestError(f"{param}: the JSON schema cannot be read: {error}", param=param) from error
+        return self._matcher(grammar, param)
+
+    def _matcher(self, grammar: str, param: str) -> LLMatcher:
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
         if matcher.is_error():
             reason = _first_line(matcher.get_error())

@@ -7,8 +7,10 @@ from appliance.errors import ContextTooLong, RequestError, UnknownModel, Unsuppo
 from appliance.llamacpp.constrain import JSON_OBJECT
 from appliance.llamacpp.envelopes import ChatIn, CompletionIn, ResponseFormatIn, SampledIn
 from appliance.llamacpp.generation import Ask
+from appliance.llamacpp.messages import as_message, check_can_call, variables_of
 from appliance.llamacpp.params import Sampling
 from appliance.llamacpp.prompts import Prompts
+from appliance.llamacpp.tools.offered import offered_tools
 
 DEFAULT_CHAT_TOKENS = 1_024
 """A chat reply's length where the caller sets none: OpenAI gives the rest of the context, but a small model that does
@@ -39,10 +41,14 @@ def chat_ask(call: ChatIn, prompts: Prompts, limits: Limits) -> Ask:
         raise RequestError(
             "top_logprobs: needs logprobs to be true; set it or leave top_logprobs out", param="top_logprobs"
         )
-    prompt = prompts.chat(call.messages, _tools(call))
+    offered = offered_tools(call.tools, call.tool_choice, call.parallel_tool_calls)
+    if offered is not None:
+        check_can_call(prompts)
+    text = prompts.rendered(call.messages, offered.tools if offered is not None else None, variables_of(call, prompts))
     asked = call.max_completion_tokens or call.max_tokens
     logprobs = (call.top_logprobs or 0) if call.logprobs else None
-    return _ask(call, [prompt], asked or DEFAULT_CHAT_TOKENS, logprobs, limits, "messages")
+    ask = _ask(call, [prompts.raw(text)], asked or DEFAULT_CHAT_TOKENS, logprobs, limits, "messages")
+    return as_message(ask, prompts.style, offered, text)
 
 
 def completion_ask(call: CompletionIn, prompts: Prompts, limits: Limits) -> Ask:
@@ -140,16 +146,6 @@ def _schema(wanted: ResponseFormatIn | None) -> Mapping[str, Any] | None:
         field = "response_format.json_schema"
         raise RequestError(f"{field}: is missing; give it as {{name, schema}}", param=field)
     return wanted.json_schema.json_schema
-
-
-def _tools(call: ChatIn) -> list[dict[str, Any]] | None:
-    if call.tool_choice == "none":
-        return None
-    if call.tool_choice == "required" or isinstance(call.tool_choice, dict):
-        raise Unsupported(
-            f"tool_choice: {call.tool_choice!r:.80} cannot be enforced; use 'auto' or 'none'", param="tool_choice"
-        )
-    return call.tools
 
 
 def _prompt_tokens(

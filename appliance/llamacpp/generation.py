@@ -9,9 +9,13 @@ from typing import Any, Literal, Protocol, Self
 from appliance.errors import ApplianceError, EngineFailed, Unavailable
 from appliance.llamacpp.constrain import Grammars
 from appliance.llamacpp.params import Finished, Generate, LabelItem, LabelScores, Load, Sampling, TokenEvent
-from appliance.llamacpp.text import Placed, ReplyText
+from appliance.llamacpp.readers import MessageReader, Part, Pieces, PlainReader, Reader
+from appliance.llamacpp.text import Placed
+from appliance.llamacpp.tools.grammar import Rules
+from appliance.llamacpp.tools.reading import ReadAs
+from appliance.llamacpp.tools.source import CallArguments, CallOpened, Content, Reasoning
 
-End = Literal["stop", "length"]
+End = Literal["stop", "length", "tool_calls"]
 
 
 class Generation(Protocol):
@@ -39,12 +43,6 @@ class Engine(Protocol):
     def load(self) -> Load: ...
 
 
-class Pieces(Protocol):
-    """What is needed of `Model` to turn tokens into bytes."""
-
-    def piece(self, token: int, *, special: bool = False) -> bytes: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Ask:
     """One checked call: `n` choices for each of `prompts`, in OpenAI's order (all of the first prompt's, then ...)."""
@@ -57,6 +55,10 @@ class Ask:
     stops: Sequence[str] = ()
     logprobs: int | None = None
     schema: Mapping[str, Any] | None = None
+    rules: Rules | None = None
+    """Where the reply may hold calls, or reasoning before JSON; then `schema` is part of them."""
+    read_as: ReadAs | None = None
+    """None: the reply is text and nothing else."""
     ignore_eos: bool = False
     priority: int = 0
     cache_salt: str = ""
@@ -67,8 +69,7 @@ class Delta:
     """A step of one choice. `end` is set in its last delta and only there."""
 
     index: int
-    text: str
-    tokens: Sequence[Placed[TokenEvent]] = ()
+    part: Part
     end: End | None = None
 
 
@@ -79,15 +80,35 @@ class Usage:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int | None = None
+    """None where the model does not tell its reasoning apart."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Whole:
-    """A finished choice."""
+    """A choice, finished once it has an end."""
 
-    text: str
-    tokens: Sequence[Placed[TokenEvent]]
-    end: End
+    text: str = ""
+    tokens: list[Placed[TokenEvent]] = field(default_factory=list)
+    end: End = "length"
+    reasoning: str = ""
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    """Name and arguments, as JSON text."""
+
+    def add(self, part: Part) -> None:
+        self.text += part.text
+        self.tokens += part.tokens
+        for event in part.events:
+            match event:
+                case Content():
+                    self.text += event.text
+                case Reasoning():
+                    self.reasoning += event.text
+                case CallOpened():
+                    self.calls.append((event.name, ""))
+                case CallArguments():
+                    name, written = self.calls[-1]
+                    self.calls[-1] = name, written + event.text
 
 
 @dataclass(slots=True)
@@ -95,23 +116,29 @@ class _Choice:
     index: int
     first_of_prompt: bool
     sequence: Generation
-    text: ReplyText[TokenEvent]
-    completion_tokens: int = field(default=0)
+    reader: Reader
 
 
 class Running:
     """The sequences of one call. Whoever makes it closes it, whatever happens: closing frees them in the engine."""
 
     def __init__(
-        self, engine: Engine, pieces: Pieces, requests: Sequence[Generate], stops: Sequence[str], n: int
+        self,
+        engine: Engine,
+        pieces: Pieces,
+        requests: Sequence[Generate],
+        stops: Sequence[str],
+        n: int,
+        read_as: ReadAs | None = None,
     ) -> None:
-        self._engine, self._pieces = engine, pieces
+        self._engine = engine
         self._choices: list[_Choice] = []
-        self.usage = Usage()
+        self.usage = Usage(reasoning_tokens=0 if read_as is not None and read_as.reasoning is not None else None)
         try:
             for index, request in enumerate(requests):
                 sequence = engine.submit(request)
-                self._choices.append(_Choice(index, index % n == 0, sequence, ReplyText(stops)))
+                reader = PlainReader(pieces, stops) if read_as is None else MessageReader(pieces, stops, read_as)
+                self._choices.append(_Choice(index, index % n == 0, sequence, reader))
         except BaseException:
             self.cancel()
             raise
@@ -123,7 +150,9 @@ class Running:
         for prompt, max_tokens in zip(ask.prompts, ask.max_tokens, strict=True):
             for number in range(ask.n):
                 constraint = None
-                if ask.schema is not None and grammars is not None:
+                if ask.rules is not None and grammars is not None:
+                    constraint = await asyncio.to_thread(grammars.compile_reply, ask.rules)
+                elif ask.schema is not None and grammars is not None:
                     constraint = await asyncio.to_thread(grammars.compile, ask.schema)
                 requests.append(
                     Generate(
@@ -137,7 +166,7 @@ class Running:
                         cache_salt=ask.cache_salt,
                     )
                 )
-        return cls(engine, pieces, requests, ask.stops, ask.n)
+        return cls(engine, pieces, requests, ask.stops, ask.n, ask.read_as)
 
     async def __aenter__(self) -> Self:
         return self
@@ -180,15 +209,12 @@ class Running:
 
     async def collect(self) -> list[Whole]:
         """All choices, finished, in order."""
-        texts: list[list[str]] = [[] for _ in self._choices]
-        tokens: list[list[Placed[TokenEvent]]] = [[] for _ in self._choices]
-        ends: list[End] = ["length"] * len(self._choices)
+        choices = [Whole() for _ in self._choices]
         async for delta in self.deltas():
-            texts[delta.index].append(delta.text)
-            tokens[delta.index].extend(delta.tokens)
+            choices[delta.index].add(delta.part)
             if delta.end is not None:
-                ends[delta.index] = delta.end
-        return [Whole("".join(text), held, end) for text, held, end in zip(texts, tokens, ends, strict=True)]
+                choices[delta.index].end = delta.end
+        return choices
 
     async def _pump(self, choice: _Choice, arrived: "asyncio.Queue[Delta | BaseException | None]") -> None:
         try:
@@ -200,33 +226,26 @@ class Running:
             arrived.put_nowait(None)
 
     async def _steps(self, choice: _Choice) -> AsyncIterator[Delta]:
+        reader = choice.reader
         async for events in choice.sequence:
-            delta = self._read(choice, events)
-            if choice.text.stopped:
+            part = reader.take(events)
+            if reader.stopped:
                 choice.sequence.cancel()
                 # The counts of a cancelled sequence come with its end, at the engine's next step.
                 async for _ in choice.sequence:
                     pass
                 self._count(choice)
-                yield replace(delta, end="stop")
+                yield Delta(choice.index, part, "stop")
                 return
-            if delta.text or delta.tokens:
-                yield delta
+            if part:
+                yield Delta(choice.index, part)
         end = self._end(self._count(choice))
-        rest = choice.text.close()
-        yield Delta(choice.index, rest.text, rest.notes, "stop" if choice.text.stopped else end)
-
-    def _read(self, choice: _Choice, events: Sequence[TokenEvent]) -> Delta:
-        text: list[str] = []
-        tokens: list[Placed[TokenEvent]] = []
-        for event in events:
-            choice.completion_tokens += 1
-            step = choice.text.push(self._pieces.piece(event.token), event if event.logprob is not None else None)
-            text.append(step.text)
-            tokens.extend(step.notes)
-            if choice.text.stopped:
-                break
-        return Delta(choice.index, "".join(text), tokens)
+        part = reader.close(cut=end == "length")
+        if reader.stopped:
+            end = "stop"
+        elif reader.called and end == "stop":
+            end = "tool_calls"
+        yield Delta(choice.index, part, end)
 
     def _end(self, finished: Finished) -> End:
         if finished.reason in ("stop", "length"):
@@ -240,7 +259,9 @@ class Running:
     def _count(self, choice: _Choice) -> Finished:
         finished = choice.sequence.finished
         assert finished is not None, "a sequence's iterator ends with its end"
-        self.usage.completion_tokens += choice.completion_tokens
+        self.usage.completion_tokens += choice.reader.completion_tokens
+        if self.usage.reasoning_tokens is not None:
+            self.usage.reasoning_tokens += choice.reader.reasoning_tokens
         if choice.first_of_prompt:
             self.usage.prompt_tokens += finished.prompt_tokens
             self.usage.cached_tokens += finished.cached_tokens

@@ -10,13 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import llama_cpp.llama_cpp as lib
 
+from appliance.core import ToolFormat
 from appliance.errors import RequestError, Unsupported
 from appliance.llamacpp.chat import ChatTemplate
 from appliance.llamacpp.envelopes import MessageIn
+from appliance.llamacpp.style import style_of
+from appliance.llamacpp.vocabulary import Vocabulary
 
 MAX_REMEMBERED_CHARS = 32_768
 MAX_REMEMBERED_FRAGMENTS = 512
@@ -31,21 +34,6 @@ _PROBE = "\ufdd2"  # stands for a message's content; a noncharacter like those a
 _CLOSING = frozenset(":;,.!?)]}")
 
 
-class Vocabulary(Protocol):
-    """What is needed of `Model` here; safe from any thread."""
-
-    vocab_pointer: Any
-    vocabulary_size: int
-    bos_token: int
-    eos_token: int
-    end_tokens: frozenset[int]
-    metadata: Mapping[str, str]
-
-    def tokenize(self, text: str, *, special: bool = True, bos: bool = False) -> list[int]: ...
-
-    def piece(self, token: int, *, special: bool = False) -> bytes: ...
-
-
 @dataclass(frozen=True, slots=True)
 class LabelTail:
     """The end of a prompt and the labels that may follow, cut where the tokens of all of them still agree."""
@@ -57,7 +45,8 @@ class LabelTail:
 class Prompts:
     """One model's prompts. Stateless but for memory of fragments, so it may be used from several threads."""
 
-    def __init__(self, model: Vocabulary) -> None:
+    def __init__(self, model: Vocabulary, *, tool_format: ToolFormat | None = None) -> None:
+        """`tool_format` overrides what the template teaches."""
         self._model = model
         control = _control_texts(model)
         self._control_texts = sorted(control, key=lambda text: (-len(text), text))
@@ -66,6 +55,7 @@ class Prompts:
         source = model.metadata.get("tokenizer.chat_template", "")
         bos_text, eos_text = _text(model, model.bos_token), _text(model, model.eos_token)
         self.template = ChatTemplate(source, bos_text=bos_text, eos_text=eos_text) if source else None
+        self.style = style_of(model, self.template, tool_format)
         written = [text for text in self._control_texts if text in source or text in (bos_text, eos_text)]
         self._cut = _alternatives(_safe_cuts(written, control))
         self._adds_bos = bool(lib.llama_vocab_get_add_bos(model.vocab_pointer)) and model.bos_token >= 0
@@ -81,14 +71,19 @@ class Prompts:
         """A conversation up to where the assistant's answer begins."""
         return self.raw(self.rendered(messages, tools))
 
-    def rendered(self, messages: Sequence[MessageIn], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+    def rendered(
+        self,
+        messages: Sequence[MessageIn],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The template's text; control tokens that a message merely quotes are marked as quoted, see `tokens`."""
         if self.template is None:
             raise Unsupported(
                 "messages: this model has no chat template; use /v1/completions with a prompt", param="messages"
             )
         plain = [self._plain(position, message) for position, message in enumerate(messages)]
-        return self.template.render(plain, tools=tools)
+        return self.template.render(plain, tools=self._quoted(tools or ()), variables=self._quoted(variables or {}))
 
     def opened(self, messages: Sequence[MessageIn]) -> str:
         """The template's text up to the end of the last message's content, its turn left open."""
@@ -185,9 +180,19 @@ class Prompts:
         content = message.content
         if isinstance(content, list):
             content = "".join(_part_text(f"messages[{position}].content[{n}]", part) for n, part in enumerate(content))
-        if content is not None and self._control is not None:
-            content = self._control.sub(lambda found: f"{_OPEN}{self._control_numbers[found.group()]}{_SHUT}", content)
-        return {**message.model_dump(exclude_none=True), "content": content}
+        return {**self._quoted(message.model_dump(exclude_none=True)), "content": self._quoted(content)}
+
+    def _quoted(self, value: Any) -> Any:
+        """The value with every control token in it marked as merely quoted."""
+        if self._control is None:
+            return value
+        if isinstance(value, str):
+            return self._control.sub(lambda found: f"{_OPEN}{self._control_numbers[found.group()]}{_SHUT}", value)
+        if isinstance(value, list | tuple):
+            return [self._quoted(one) for one in value]
+        if isinstance(value, Mapping):
+            return {self._quoted(key): self._quoted(inner) for key, inner in value.items()}
+        return value
 
     def _turn_end(self) -> int | None:
         """The token that ends an answer: the template's own choice, else the vocabulary's."""

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from appliance.llamacpp.generation import Delta, Pieces, Usage, Whole
+from appliance.llamacpp.generation import Delta, Usage, Whole
 from appliance.llamacpp.params import TokenEvent
+from appliance.llamacpp.readers import Part, Pieces
 from appliance.llamacpp.text import Placed
+from appliance.llamacpp.tools.source import CallArguments, CallOpened, Content, Event, Reasoning
 
 Json = dict[str, Any]
 Kind = Literal["chat", "completion"]
@@ -18,12 +20,15 @@ IMPOSSIBLE_LOGPROB = -9999.0
 
 
 def usage_json(usage: Usage) -> Json:
-    return {
+    written: Json = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
+    if usage.reasoning_tokens is not None:
+        written["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
+    return written
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +65,15 @@ class ReplyWriter:
     def chunks(self, delta: Delta) -> list[Json]:
         """A step's chunks: its text, then, in one of its own, its end."""
         written = []
-        if delta.text or delta.tokens:
+        part = delta.part
+        if part.events:
+            written += self._event_chunks(delta.index, part)
+        elif part.text or part.tokens:
             if self.kind == "chat":
-                content: Json = {"delta": {"content": delta.text}}
+                content: Json = {"delta": {"content": part.text}}
             else:
-                content = {"text": delta.text}
-            logprobs = self._logprobs(delta.tokens)
+                content = {"text": part.text}
+            logprobs = self._logprobs(part.tokens)
             written.append(self._chunk({"index": delta.index, **content, "logprobs": logprobs, "finish_reason": None}))
         if delta.end is not None:
             empty: Json = {"delta": {}} if self.kind == "chat" else {"text": ""}
@@ -77,6 +85,30 @@ class ReplyWriter:
         if not self.include_usage:
             return None
         return {**self._head(self._chunk_object), "choices": [], "usage": usage_json(usage)}
+
+    def _event_chunks(self, index: int, part: Part) -> list[Json]:
+        """One chunk for each event; the log probabilities of the content go with the first of its chunks."""
+        chunks = []
+        tokens = part.tokens
+        for event in part.events:
+            here = tokens if isinstance(event, Content) else ()
+            tokens = () if isinstance(event, Content) else tokens
+            choice = {"index": index, "delta": self._delta(event), "logprobs": self._logprobs(here)}
+            chunks.append(self._chunk({**choice, "finish_reason": None}))
+        return chunks
+
+    def _delta(self, event: Event) -> Json:
+        match event:
+            case Content():
+                return {"content": event.text}
+            case Reasoning():
+                return {"reasoning_content": event.text}
+            case CallOpened():
+                function = {"name": event.name, "arguments": ""}
+                call = {"index": event.index, "id": new_call_id(), "type": "function", "function": function}
+                return {"tool_calls": [call]}
+            case CallArguments():
+                return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
 
     @property
     def _chunk_object(self) -> str:
@@ -92,9 +124,18 @@ class ReplyWriter:
         return chunk
 
     def _chat_choice(self, index: int, choice: Whole) -> Json:
+        message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.reasoning:
+            message["reasoning_content"] = choice.reasoning
+        if choice.calls:
+            message["content"] = choice.text or None
+            message["tool_calls"] = [
+                {"id": new_call_id(), "type": "function", "function": {"name": name, "arguments": arguments}}
+                for name, arguments in choice.calls
+            ]
         return {
             "index": index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(choice.tokens),
             "finish_reason": choice.end,
         }
@@ -125,6 +166,10 @@ class ReplyWriter:
 
     def _text(self, token: int) -> str:
         return self.pieces.piece(token, special=True).decode("utf-8", "replace")
+
+
+def new_call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
 
 
 def _finite(logprob: float | None) -> float:

@@ -23,8 +23,9 @@ from appliance.llamacpp.envelopes import ChatIn, CompletionIn, LabelsIn, Sampled
 from appliance.llamacpp.events import log
 from appliance.llamacpp.generation import Ask, Engine, Running
 from appliance.llamacpp.labels_api import label_ask, label_reply
-from appliance.llamacpp.prompts import Prompts, Vocabulary
+from appliance.llamacpp.prompts import Prompts
 from appliance.llamacpp.replies import Kind, ReplyWriter
+from appliance.llamacpp.vocabulary import Vocabulary
 
 MAX_BODY_BYTES = 10_000_000
 INLINE_BODY_BYTES = 16_384
@@ -183,6 +184,10 @@ class Dialect:
             "train_context_tokens": model.train_context_tokens,
             "chat_template": serving.prompts.template is not None,
             "vocabulary_size": model.vocabulary_size,
+            "sequence_context_tokens": model.sequence_context_tokens,
+            "abilities": sorted(serving.prompts.style.abilities),
+            "tool_format": serving.prompts.style.tools,
+            "reasoning_format": serving.prompts.style.reasoning,
         }
         row = {"id": serving.alias, "object": "model", "created": 0, "owned_by": "local", "meta": meta}
         return _json({"object": "list", "data": [row]})

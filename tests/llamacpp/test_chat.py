@@ -83,7 +83,9 @@ def test_tool_arguments_reach_the_template_as_objects() -> None:
 def test_tools_are_refused_by_a_template_without_a_place_for_them() -> None:
     with pytest.raises(Unsupported, match="tools"):
         render(CHATML, USER, tools=[{"type": "function"}])
-    assert render("{{ tools | length }}", USER, tools=[{"type": "function"}]) == "1"
+    with pytest.raises(Unsupported, match="tools"):
+        render("{{ tools | length }}", USER, tools=[{"type": "function"}])  # looked at, but never shown to the model
+    assert render("{{ tools[0].function.name }}", USER, tools=[{"function": {"name": "f"}}]) == "f"
 
 
 def test_the_end_of_a_turn_is_what_the_template_writes_after_an_answer() -> None:

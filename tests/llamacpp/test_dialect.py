@@ -120,8 +120,8 @@ def test_a_wrong_request_is_refused_by_field_and_value(sent: bytes, names: str) 
         ({"logit_bias": {"x": 1}}, RequestError, "logit_bias"),
         ({"logit_bias": {"999999": 1}}, RequestError, "logit_bias"),
         ({"response_format": {"type": "json_schema"}}, RequestError, "response_format.json_schema"),
-        ({"tool_choice": "required", "tools": []}, Unsupported, "tool_choice"),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, Unsupported, "tool_choice"),
+        ({"tool_choice": "required", "tools": []}, RequestError, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, RequestError, "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, Unsupported, "tools"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]},
