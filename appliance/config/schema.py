@@ -85,6 +85,9 @@ class Engine(Strict):
     calibrate: bool = True
     """Whether a first start measures variants and thread counts for about half a minute."""
     tolerance: Tolerance = Tolerance()
+    also: tuple[str, ...] = ()
+    """Further models: catalogue names or paths, each as it is or as `NAME=PATH`. Those that do not fit beside the
+    others are loaded when they are wanted."""
     models: tuple[EngineModel, ...] = ()
     """Several models, each with settings of its own. With these, `model` is served only if it is set."""
     idle_unload_seconds: PositiveSeconds | None = None
@@ -110,22 +113,17 @@ class Engine(Strict):
 
     @property
     def wanted_models(self) -> tuple[EngineModel, ...]:
-        """Everything that is to be served, in the order in which it is placed: `model`, `also`, `models`."""
-        first: list[EngineModel] = []
-        if not self.models or "model" in self.model_fields_set:
-            first.append(
-                EngineModel(
-                    name=self.model,
-                    variant=self.variant,
-                    context_tokens=self.context_tokens,
-                    sequences=self.sequences,
-                    quality=self.quality,
-                )
-            )
-        for text in self.also:
-            name, _, path = text.partition("=")
-            first.append(EngineModel(name=name, path=path or None))
-        return (*first, *self.models)
+        """Everything that is to be served, in the order in which it is placed: `model`, then `models`."""
+        if self.models and "model" not in self.model_fields_set:
+            return self.models
+        first = EngineModel(
+            name=self.model,
+            variant=self.variant,
+            context_tokens=self.context_tokens,
+            sequences=self.sequences,
+            quality=self.quality,
+        )
+        return (first, *self.models)
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> "Engine":
