@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import quote
 
-from appliance.backends import responses
+from appliance.backends import responses, vllm
 from appliance.backends.carry import body_bytes, is_harmless, left_out, unsupported
 from appliance.backends.dialect import Letter, Passing
 from appliance.backends.sse import Passage, read_usage
@@ -24,6 +24,8 @@ class OpenaiDialect:
         body: dict[str, Any] = {**outgoing.body, "model": target.model}
         if wire is not PLAIN:
             body = _adapted(target, outgoing.path, body)
+        if vllm.is_vllm(target):
+            body = vllm.checked(target, outgoing.path, body)
         if stream:
             body["stream"] = True
             options = body.pop("stream_options", None)
@@ -36,6 +38,8 @@ class OpenaiDialect:
     def read(self, letter: Letter, payload: dict[str, Any]) -> tuple[dict[str, Any], Usage]:
         if _is_response(letter):
             return responses.read(letter, payload)
+        if vllm.is_vllm(letter.target):
+            vllm.check_choices(letter.outgoing.body, payload)
         return payload, read_usage(payload.get("usage")) or Usage()
 
     def passage(self, letter: Letter) -> Passing:
