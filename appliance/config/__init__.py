@@ -25,6 +25,7 @@ from appliance.config.reading import (
 from appliance.config.schema import (
     Cost,
     Engine,
+    EngineModel,
     Jobs,
     Key,
     Ledger,
@@ -48,6 +49,7 @@ __all__ = [
     "Defaults",
     "Degrade",
     "Engine",
+    "EngineModel",
     "Escalation",
     "Jobs",
     "Key",

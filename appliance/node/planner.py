@@ -1,199 +1,187 @@
-"""Which models run here, how, and why not the others. Pure: values in, values with reasons out."""
+"""Which models run here, how, and why not the others. Pure: values in, values with reasons out.
 
-from collections.abc import Callable, Mapping, Sequence
+GPUs and the processor are planned side by side: what has a variant for vLLM goes to the GPUs where there are any, what
+has one for llama.cpp to the processor, and a model is placed once.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Final
 
-from appliance.catalog import EngineKind, ModelSpec, Variant
+from appliance.catalog import EngineKind
 from appliance.config import Engine as EngineConfig
-from appliance.engines.base import Engine, Memory, Placement, Shape
+from appliance.engines.base import Engine, Placement
+from appliance.engines.encoder import Encoder
 from appliance.engines.llamacpp import LlamaCpp
-from appliance.engines.vllm import Installed, Vllm, as_settings
+from appliance.engines.vllm import Installed, Vllm
 from appliance.engines.vllm_flags import OLDEST
+from appliance.node.cpu_fit import place_on_cpu, usable_bytes
+from appliance.node.gpu_devices import Device, devices_of
+from appliance.node.gpu_fit import Claim, Fitting, Records, placement_of, share_out
+from appliance.node.plans import Plan, Refusal, Wanted
 from appliance.node.probe import Hardware
+
+__all__ = ["ENGINES", "Plan", "Refusal", "Wanted", "plan", "steadied", "usable_bytes"]
 
 ENGINES: Final[Mapping[EngineKind, Engine]] = {
     "llamacpp": LlamaCpp(),
+    "encoder": Encoder(),
     "vllm": Vllm(Installed(Path("/opt/vllm"), f"{OLDEST[0]}.{OLDEST[1]}.{OLDEST[2]}")),
 }
 """What is planned for. Whether vLLM is installed, and where, shows when it is to be launched."""
 
-_RESERVE_BYTES: Final = 300_000_000
-"""For the router and its ledger; 5 % of the memory is kept where that is more."""
-_MIN_CONTEXT_TOKENS: Final = 2048
-"""Less than this holds no useful prompt."""
-_FULL_CONTEXT_TOKENS: Final = 32_768
-"""One sequence may be this long unless the operator asks for more: a CPU reads a longer prompt for minutes."""
-_TYPICAL_CONTEXT_TOKENS: Final = 1024
-"""What each sequence beside the longest one is given."""
-_CELLS_PER_SEQUENCE: Final = 512
-_SEQUENCES_PER_CORE: Final = 16
-_MOST_SEQUENCES: Final = 32
-"""On two cores 32 sequences generate 1.2 to 2.2 times what 8 do together."""
-_ROUNDING_TOKENS: Final = 256
-
-_MemoryOf = Callable[[int], Memory]
-"""Cells -> what the engine then holds."""
+_CLEAR_GAIN: Final = 1.25
+"""A plan with so much more KV cache is worth restarting an engine for; loading takes minutes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A model that ought to be served, in one variant. `path` is where its file lies, or will lie once pulled."""
-
-    model: ModelSpec
-    variant: Variant
-    path: Path
-    threads: int | None = None
-    """What was measured to be quickest; None where nothing was."""
-    reason: str = ""
-    """Why this variant and no other one, where it was chosen by measurement."""
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    model: str
-    variant: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    placements: tuple[Placement, ...]
-    refusals: tuple[Refusal, ...]
-    usable_bytes: int
-    """Memory that engines may hold together, the reserve taken off."""
-    usable_reason: str
-
-
-def plan(hardware: Hardware, wanted: Sequence[Wanted], config: EngineConfig) -> Plan:
+def plan(hardware: Hardware, wanted: Sequence[Wanted], config: EngineConfig, records: Records | None = None) -> Plan:
     """Place every wanted model that fits, in the order given; each one leaves less for those after it.
 
-    Of several variants of one model the first that fits is placed. What `config` sets is kept, or refused in bytes.
+    Of several variants of one model the first that fits is placed; on GPUs the first that fits well, and one that
+    costs answers only where no other does. What `config` and the wishes set is kept, or refused in bytes. `records`:
+    what engines were measured to hold here, instead of what is assumed of them.
     """
-    usable, usable_reason = usable_bytes(hardware)
-    left = usable
-    placements: list[Placement] = []
-    refusals: list[Refusal] = []
-    for item in wanted:
-        placed = next((place for place in placements if place.model == item.model.name), None)
-        if placed:
-            result: Placement | str = f"{item.model.name} is already placed as {placed.variant}"
-        else:
-            result = _place(hardware, item, config, left)
+    devices, problems = devices_of(hardware)
+    groups = [list(group) for _, group in groupby(wanted, key=lambda item: item.model.name)]
+    attempts = [_Attempt(hardware, config, devices, problems, records or {}, packed) for packed in (False, True)]
+    for attempt in attempts if devices else attempts[:1]:
+        attempt.run(groups)
+    return min(attempts if devices else attempts[:1], key=lambda attempt: attempt.missing).plan()
+
+
+class _Attempt:
+    """One way of placing everything: GPUs filled evenly, or one after the other."""
+
+    def __init__(
+        self,
+        hardware: Hardware,
+        config: EngineConfig,
+        devices: tuple[Device, ...],
+        problems: tuple[str, ...],
+        records: Records,
+        packed: bool,
+    ) -> None:
+        self._hardware, self._config, self._problems = hardware, config, problems
+        self._devices, self._records, self._packed = devices, records, packed
+        self._usable, self._usable_reason = usable_bytes(hardware)
+        self._ram_left = self._usable
+        self._results: dict[str, Placement | Claim] = {}
+        self._refusals: list[Refusal] = []
+        self._names: list[str] = []
+
+    @property
+    def missing(self) -> int:
+        """Models that were wanted and have no place."""
+        return len(self._names) - len(self._results)
+
+    def run(self, groups: Sequence[Sequence[Wanted]]) -> None:
+        on_gpus = [group for group in groups if any(self._is_for_gpus(item) for item in group)]
+        self._gpus = Fitting(
+            devices=self._devices,
+            left={device.key: device.usable_bytes for device in self._devices},
+            records=self._records,
+            packed=self._packed,
+            is_alone=len(on_gpus) == 1,
+        )
+        for group in groups:
+            if group[0].model.name not in self._names:
+                self._names.append(group[0].model.name)
+            self._place(group)
+        share_out([one for one in self._results.values() if isinstance(one, Claim)], self._gpus.left)
+
+    def plan(self) -> Plan:
+        placements = [
+            placement_of(one, ENGINES["vllm"], self._config) if isinstance(one, Claim) else one
+            for one in self._results.values()
+        ]
+        usable = {device.key: device.usable_bytes for device in self._devices}
+        return Plan(tuple(placements), tuple(self._refusals), self._usable, self._usable_reason, usable)
+
+    def _is_for_gpus(self, item: Wanted) -> bool:
+        return bool(self._devices) and item.variant.engine == "vllm"
+
+    def _place(self, group: Sequence[Wanted]) -> None:
+        for_gpus = [item for item in group if self._is_for_gpus(item)]
+        claim: Claim | str | None = None
+        if for_gpus and group[0].model.name not in self._results:
+            claim = self._gpus.claim(for_gpus)
+            if isinstance(claim, Claim):
+                self._take(claim)
+        for item in group:
+            placed = self._results.get(item.model.name)
+            if isinstance(placed, Claim) and placed.item is item:
+                continue
+            if placed is not None:
+                variant = placed.item.variant.name if isinstance(placed, Claim) else placed.variant
+                self._refuse(item, f"{item.model.name} is already placed as {variant}")
+            elif item in for_gpus:
+                self._refuse(item, str(claim))
+            else:
+                self._place_on_cpu(item)
+
+    def _take(self, claim: Claim) -> None:
+        self._results[claim.item.model.name] = claim
+        if claim.devices[0].unified_memory:
+            self._ram_left = max(0, self._ram_left - claim.bytes_each)
+
+    def _place_on_cpu(self, item: Wanted) -> None:
+        engine = ENGINES.get(item.variant.engine)
+        if engine is None:
+            launched = ", ".join(ENGINES)
+            self._refuse(item, f"{item.variant.name} is for {item.variant.engine}; this node launches {launched}")
+            return
+        result = place_on_cpu(self._hardware, engine, item, self._config, self._ram_left)
         if isinstance(result, str):
-            refusals.append(Refusal(item.model.name, item.variant.name, result))
-        else:
-            placements.append(result)
-            left -= result.memory.total_bytes
-    return Plan(tuple(placements), tuple(refusals), usable, usable_reason)
+            problems = "; ".join(self._problems) if engine.kind == "vllm" else ""
+            self._refuse(item, f"{result}; {problems}" if problems else result)
+            return
+        self._results[item.model.name] = result
+        self._ram_left -= result.memory.total_bytes
+        for device in self._devices:
+            if device.unified_memory:
+                self._gpus.left[device.key] = max(0, self._gpus.left[device.key] - result.memory.total_bytes)
+
+    def _refuse(self, item: Wanted, reason: str) -> None:
+        self._refusals.append(Refusal(item.model.name, item.variant.name, reason))
 
 
-def usable_bytes(hardware: Hardware) -> tuple[int, str]:
-    """What engines may hold together, and how it comes about."""
-    ram = hardware.ram
-    ceiling = min(ram.total_bytes, ram.limit.limit_bytes) if ram.limit else ram.total_bytes
-    reserve = max(_RESERVE_BYTES, ceiling // 20)
-    return max(0, ram.usable_bytes - reserve), f"{ram.usable_reason}; {reserve:,} stay for the node itself"
+@dataclass(frozen=True, slots=True)
+class Steady:
+    """The plan to go on with, and why."""
+
+    plan: Plan
+    reason: str
+    changed: bool
 
 
-def _place(hardware: Hardware, item: Wanted, config: EngineConfig, left_bytes: int) -> Placement | str:
-    """The placement, or why there is none."""
-    engine = ENGINES.get(item.variant.engine)
-    if engine is None:
-        return f"{item.variant.name} is for {item.variant.engine}; this node launches {', '.join(ENGINES)}"
-    abilities = engine.abilities(item.model)
-    if not abilities:
-        return f"{item.model.name} generates no text; {engine.kind} serves models that do"
-    threads, threads_reason = _threads(hardware, item, config)
-    sequences, sequences_reason = _sequences(hardware, config)
-    fitted = _fit_context(engine, item, config, sequences, left_bytes)
-    if isinstance(fitted, str):
-        return fitted
-    context, context_reason = fitted
-    if config.sequences is None and sequences > context // _CELLS_PER_SEQUENCE:
-        sequences = max(1, context // _CELLS_PER_SEQUENCE)
-        sequences_reason = f"{sequences} sequences, so that each has {_CELLS_PER_SEQUENCE} tokens of context"
-    memory = engine.memory(item.model, item.variant, context_tokens=context, sequences=sequences)
-    shape = Shape(
-        threads=threads,
-        context_tokens=context,
-        sequences=sequences,
-        sequence_context_tokens=min(context, item.model.context_tokens),
-        max_queued_requests=config.max_queued_requests,
-    )
-    fits = f"needs {memory}; {left_bytes:,} usable"
-    return Placement(
-        model=item.model.name,
-        variant=item.variant.name,
-        engine=engine.kind,
-        path=item.path,
-        shape=shape,
-        memory=memory,
-        abilities=abilities,
-        reasons=(*filter(None, (item.reason,)), fits, threads_reason, sequences_reason, context_reason),
-        quality=item.model.quality if config.quality is None else config.quality,
-        settings=(*engine.settings(item.model), *(as_settings(config.vllm_options) if engine.kind == "vllm" else ())),
-    )
+def steadied(present: Plan | None, proposed: Plan) -> Steady:
+    """`present`, unless it serves less, no longer stands, or the gain of `proposed` is clear.
+
+    A little more or less free memory must not restart engines: loading takes minutes, and drops what they cached.
+    """
+    if present is None:
+        return Steady(proposed, "the first plan", True)
+    before = {placement.model: placement for placement in present.placements}
+    after = {placement.model: placement for placement in proposed.placements}
+    if before.keys() != after.keys():
+        lost, won = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
+        said = [f"{', '.join(won)} can be served"] * bool(won) + [f"{', '.join(lost)} cannot"] * bool(lost)
+        return Steady(proposed, " and ".join(said), True)
+    for model, old in before.items():
+        reason = _why_change(old, after[model], proposed.gpu_usable_bytes)
+        if reason is not None:
+            return Steady(proposed, f"{model}: {reason}", True)
+    return Steady(present, "nothing clearly better", False)
 
 
-def _threads(hardware: Hardware, item: Wanted, config: EngineConfig) -> tuple[int, str]:
-    cores = hardware.cpu.usable_cores
-    if config.threads is not None:
-        return config.threads, f"{config.threads} threads, as configured ({hardware.cpu.usable_reason})"
-    if item.threads is not None:
-        return item.threads, f"{item.threads} threads, measured to be quickest ({hardware.cpu.usable_reason})"
-    return cores, f"{cores} threads: {hardware.cpu.usable_reason}"
-
-
-def _sequences(hardware: Hardware, config: EngineConfig) -> tuple[int, str]:
-    if config.sequences is not None:
-        return config.sequences, f"{config.sequences} sequences, as configured"
-    count = min(_MOST_SEQUENCES, _SEQUENCES_PER_CORE * hardware.cpu.usable_cores)
-    return count, f"{count} sequences: {_SEQUENCES_PER_CORE} a core, at most {_MOST_SEQUENCES}"
-
-
-def _fit_context(
-    engine: Engine, item: Wanted, config: EngineConfig, sequences: int, left_bytes: int
-) -> tuple[int, str] | str:
-    """KV cells for all sequences together and the reason, or why not even the least fits."""
-    trained = item.model.context_tokens
-    least = min(_MIN_CONTEXT_TOKENS, trained) if config.context_tokens is None else config.context_tokens
-
-    def memory(cells: int) -> Memory:
-        return engine.memory(item.model, item.variant, context_tokens=cells, sequences=sequences)
-
-    if memory(least).total_bytes > left_bytes:
-        short = memory(least)
-        remedy = _remedy(memory, least, config, left_bytes)
-        return f"needs {short} with {least:,} tokens of context; {left_bytes:,} usable{remedy}"
-    if config.context_tokens is not None:
-        return least, f"{least:,} tokens of context, as configured"
-    full = min(trained, _FULL_CONTEXT_TOKENS)
-    per_sequence = min(trained, _TYPICAL_CONTEXT_TOKENS)
-    wish = full + (sequences - 1) * per_sequence
-    # Half of what the weights leave: the page cache, other programs and a second model live here too.
-    fixed = memory(0).total_bytes
-    cells = max(least, _largest_context(memory, wish, fixed + (left_bytes - fixed) // 2))
-    if cells >= wish:
-        return cells, f"{cells:,} tokens of context: one sequence of {full:,} and {per_sequence:,} for each other"
-    return cells, f"{cells:,} tokens of context in half of the memory left (the model's own is {trained:,})"
-
-
-def _remedy(memory: _MemoryOf, least: int, config: EngineConfig, left_bytes: int) -> str:
-    if config.context_tokens is None:
-        return ": choose a smaller model or variant, or free memory"
-    most = _largest_context(memory, least, left_bytes)
-    return f": set engine.context_tokens to {most:,} or less" if most >= _ROUNDING_TOKENS else ": free memory"
-
-
-def _largest_context(memory: _MemoryOf, wish: int, limit_bytes: int) -> int:
-    """The most cells, up to `wish` and in whole steps of 256, that stay within `limit_bytes`; 0 if none do."""
-    low, high = 0, -(-wish // _ROUNDING_TOKENS)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if memory(middle * _ROUNDING_TOKENS).total_bytes <= limit_bytes:
-            low = middle
-        else:
-            high = middle - 1
-    return low * _ROUNDING_TOKENS
+def _why_change(old: Placement, new: Placement, devices: Mapping[str, int]) -> str | None:
+    if old.gpu is not None and not devices.keys() >= set(old.gpu.devices):
+        return "a device it runs on is gone"
+    if (old.engine, old.path) != (new.engine, new.path) or old.settings != new.settings:
+        return f"other settings or another file: {new.variant} on {new.engine}"
+    if new.memory.kv_bytes > old.memory.kv_bytes * _CLEAR_GAIN:
+        return f"{new.memory.kv_bytes:,} bytes of KV cache instead of {old.memory.kv_bytes:,}"
+    copies, before = (1 if one.gpu is None else one.gpu.data_parallel for one in (new, old))
+    return f"{copies} copies instead of {before}" if copies > before else None
