@@ -17,6 +17,7 @@ from appliance.api.auth import Authenticator
 from appliance.api.dialects import error_response
 from appliance.api.envelope import Envelope
 from appliance.api.explain import Explain
+from appliance.api.gemini import Gemini
 from appliance.api.jobs import Jobs
 from appliance.api.messages import Messages
 from appliance.api.openai import OpenAI
@@ -73,7 +74,8 @@ def create_app(
 
 def _routes(rim: Rim, admin: Admin, ledger: Ledger, task_fits: TaskFits) -> list[BaseRoute]:
     """Plain routes: endpoints take the request and return the response, with no model in between for each message."""
-    openai, messages, responses, tasks = OpenAI(rim), Messages(rim), Responses(rim), Tasks(rim, task_fits)
+    openai, tasks = OpenAI(rim), Tasks(rim, task_fits)
+    messages, responses, gemini = Messages(rim), Responses(rim), Gemini(rim)
     explain = Explain(rim, ledger)
     return [
         Route("/v1/chat/completions", openai.chat, methods=["POST"]),
@@ -88,8 +90,18 @@ def _routes(rim: Rim, admin: Admin, ledger: Ledger, task_fits: TaskFits) -> list
         Route("/v1/messages/count_tokens", messages.count, methods=["POST"]),
         Route("/v1/responses", responses.create, methods=["POST"]),
         Route("/v1/responses/input_tokens", responses.count, methods=["POST"]),
-        Route("/v1/models", openai.models, methods=["GET"]),
-        Route("/v1/models/{name:path}", openai.model, methods=["GET"]),
+        Route(
+            "/v1/models", _by_dialect(openai.models, anthropic=messages.models, gemini=gemini.models), methods=["GET"]
+        ),
+        Route("/v1/models/{name:path}", gemini.act, methods=["POST"]),
+        Route(
+            "/v1/models/{name:path}",
+            _by_dialect(openai.model, anthropic=messages.model, gemini=gemini.model),
+            methods=["GET"],
+        ),
+        Route("/v1beta/models", gemini.models, methods=["GET"]),
+        Route("/v1beta/models/{name:path}", gemini.act, methods=["POST"]),
+        Route("/v1beta/models/{name:path}", gemini.model, methods=["GET"]),
         Route("/v1/explain", explain.dry_run, methods=["POST"]),
         Route("/v1/explain/{decision_id}", explain.decision, methods=["GET"]),
         Route("/healthz", admin.healthz, methods=["GET"]),
@@ -111,6 +123,18 @@ def _job_routes(jobs: Jobs) -> list[BaseRoute]:
         Route("/v1/batches/{batch_id}", jobs.batch, methods=["GET"]),
         Route("/v1/batches/{batch_id}/cancel", jobs.cancel, methods=["POST"]),
     ]
+
+
+Endpoint = Callable[[Http], Awaitable[Response]]
+
+
+def _by_dialect(openai: Endpoint, **others: Endpoint) -> Endpoint:
+    """One path that several APIs have, each with its own answer."""
+
+    async def answer(http: Http) -> Response:
+        return await others.get(http.state.dialect, openai)(http)
+
+    return answer
 
 
 async def _on_http_error(http: Http, error: Exception) -> Response:

@@ -15,18 +15,24 @@ from appliance.errors import ApplianceError, Unauthorized
 
 ANTHROPIC_REQUEST_ID_HEADER = "request-id"
 GOOGLE_KEY_HEADER = b"x-goog-api-key"
+GEMINI_ACTIONS = (":generateContent", ":streamGenerateContent", ":countTokens")
 
 
 def dialect_of(scope: Scope) -> Dialect:
-    """Anthropic's by its paths, or by its header where a path is everybody's; Gemini's by the version in its paths."""
+    """By the path; where several APIs share one (`/v1/models`), by the headers that their own SDKs send."""
     path = scope.get("path", "")
     if path.startswith(("/v1beta/", "/v1alpha/")):
         return "gemini"
     if path == "/v1/messages" or path.startswith("/v1/messages/"):
         return "anthropic"
-    if path == "/v1/models" or path.startswith("/v1/models/"):
-        return "anthropic" if "anthropic-version" in Headers(scope=scope) else "openai"
-    return "openai"
+    if path != "/v1/models" and not path.startswith("/v1/models/"):
+        return "openai"
+    if path.endswith(GEMINI_ACTIONS):
+        return "gemini"
+    headers = Headers(scope=scope)
+    if "x-goog-api-key" in headers or "x-goog-api-client" in headers:
+        return "gemini"
+    return "anthropic" if "anthropic-version" in headers else "openai"
 
 
 def take_key(scope: MutableMapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from appliance.errors import NotFound
 from appliance.tasks import chat, completions, decisions, embeddings, extract, systemone
 from appliance.tasks.anthropic import read as anthropic
 from appliance.tasks.fields import wrong
+from appliance.tasks.gemini import read as gemini
 from appliance.tasks.responses import read as responses
 
 READERS: Mapping[str, Reader[Any]] = {
@@ -28,6 +29,7 @@ READERS: Mapping[str, Reader[Any]] = {
     "embeddings": embeddings.read,
     "messages": anthropic.read,
     "responses": responses.read,
+    "generate_content": gemini.read,
 }
 
 _DECISION_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")

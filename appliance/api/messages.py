@@ -1,6 +1,6 @@
-"""Anthropic's endpoints: messages, and the counting of their tokens. Models are listed beside OpenAI's."""
+"""Anthropic's endpoints: messages, the counting of their tokens, and the list of models in its shape."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -8,10 +8,12 @@ from starlette.requests import Request as Http
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from appliance.api.openai import AUTO
 from appliance.api.replies import json_response
 from appliance.api.rim import Rim
 from appliance.api.translated import translated
 from appliance.core import Target
+from appliance.errors import UnknownModel
 from appliance.tasks.anthropic.events import MessageWriter
 from appliance.tasks.anthropic.read import read, read_count
 from appliance.tasks.anthropic.reply import message_of
@@ -20,6 +22,7 @@ from appliance.tasks.anthropic.reply import message_of
 class Messages:
     def __init__(self, rim: Rim) -> None:
         self._rim = rim
+        self._started_at = datetime.fromtimestamp(rim.wall_clock(), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
     async def create(self, http: Http) -> ASGIApp:
         opened = await self._rim.open(http, read)
@@ -37,21 +40,28 @@ class Messages:
         counted = await self._rim.count(http, opened)
         return json_response({"input_tokens": counted.tokens}, headers=counted.headers())
 
+    async def models(self, http: Http) -> Response:
+        """All on one page."""
+        caller = self._rim.auth.caller(http.headers)
+        targets = self._rim.pipeline.models(caller)
+        rows = [self._row(AUTO, None), *(self._row(one.name, one) for one in targets)]
+        return json_response({"data": rows, "has_more": False, "first_id": rows[0]["id"], "last_id": rows[-1]["id"]})
 
-def models_page(targets: Sequence[Target], auto: str, started_at: int) -> Mapping[str, Any]:
-    """`GET /v1/models` as Anthropic's API gives it, all on one page."""
-    rows = [model_row(auto, None, started_at), *(model_row(one.name, one, started_at) for one in targets)]
-    return {"data": rows, "has_more": False, "first_id": rows[0]["id"], "last_id": rows[-1]["id"]}
+    async def model(self, http: Http) -> Response:
+        caller, name = self._rim.auth.caller(http.headers), http.path_params["name"]
+        target = next((one for one in self._rim.pipeline.models(caller) if one.name == name), None)
+        if target is None and name != AUTO:
+            raise UnknownModel(f"model {name[:256]!r} is not known here: GET /v1/models lists those that are")
+        return json_response(self._row(name, target))
 
-
-def model_row(name: str, target: Target | None, started_at: int) -> Mapping[str, Any]:
-    created = datetime.fromtimestamp(started_at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return {
-        "type": "model",
-        "id": name,
-        "display_name": name,
-        "created_at": created,
-        "lifecycle": "active",
-        "max_input_tokens": None if target is None else target.context_tokens,
-        "max_tokens": None if target is None else target.context_tokens,
-    }
+    def _row(self, name: str, target: Target | None) -> Mapping[str, Any]:
+        """`created_at` is when this node started."""
+        return {
+            "type": "model",
+            "id": name,
+            "display_name": name,
+            "created_at": self._started_at,
+            "lifecycle": "active",
+            "max_input_tokens": None if target is None else target.context_tokens,
+            "max_tokens": None if target is None else target.context_tokens,
+        }

@@ -7,8 +7,8 @@ from starlette.requests import Request as Http
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from appliance.api.messages import model_row, models_page
 from appliance.api.parts import Answer
+from appliance.api.registry import described
 from appliance.api.relay import StreamResponse, as_stream
 from appliance.api.replies import json_response
 from appliance.api.rim import Opened, Rim
@@ -63,10 +63,7 @@ class OpenAI:
 
     async def models(self, http: Http) -> Response:
         caller = self._rim.auth.caller(http.headers)
-        targets = self._rim.pipeline.models(caller)
-        if http.state.dialect == "anthropic":
-            return json_response(models_page(targets, AUTO, self._started_at))
-        return json_response({"object": "list", "data": self._models(targets)})
+        return json_response({"object": "list", "data": self._models(self._rim.pipeline.models(caller))})
 
     async def model(self, http: Http) -> Response:
         caller = self._rim.auth.caller(http.headers)
@@ -74,9 +71,6 @@ class OpenAI:
         found = next((row for row in self._models(self._rim.pipeline.models(caller)) if row["id"] == name), None)
         if found is None:
             raise UnknownModel(f"model {name[:256]!r} is not known here: GET /v1/models lists those that are")
-        if http.state.dialect == "anthropic":
-            target = next((one for one in self._rim.pipeline.models(caller) if one.name == name), None)
-            return json_response(model_row(name, target, self._started_at))
         return json_response(found)
 
     def _models(self, targets: Sequence[Target]) -> Sequence[Mapping[str, Any]]:
@@ -90,10 +84,7 @@ class OpenAI:
             "object": "model",
             "created": self._started_at,
             "owned_by": target.provider or "onsite",
-            "location": target.location,
-            "region": target.region,
-            "context_tokens": target.context_tokens,
-            "abilities": sorted(target.abilities),
+            **described(target),
         }
 
 

@@ -52,8 +52,12 @@ def image_part(address: str, detail: str | None = None) -> dict[str, Any]:
 
 
 def function_call(call_id: str, name: str, arguments: Mapping[str, Any] | str) -> dict[str, Any]:
-    text = arguments if isinstance(arguments, str) else orjson.dumps(arguments).decode()
+    text = arguments if isinstance(arguments, str) else json_text(arguments)
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": text}}
+
+
+def json_text(value: Any) -> str:
+    return orjson.dumps(value).decode()
 
 
 def function_tool(

@@ -25,7 +25,7 @@ class Fields:
     def __init__(self, given: object, path: str = "", *, snake: bool = False) -> None:
         if not isinstance(given, dict):
             raise wrong(path or "the body", given, "it must be an object")
-        self._given = _in_camel_case(given, path) if snake else given
+        self._given = camel_fields(given, path) if snake else given
         self._snake = snake
         self._seen: set[str] = set()
         self.path = path
@@ -127,7 +127,7 @@ class Fields:
                 raise RequestError(f"{place} is not a field that is known here: leave it out", param=place)
 
 
-def _in_camel_case(given: Mapping[str, Any], path: str) -> dict[str, Any]:
+def camel_fields(given: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Both spellings are allowed, as in every API of that family, but not of one field at once."""
     made: dict[str, Any] = {}
     for name, value in given.items():
