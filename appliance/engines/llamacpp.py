@@ -69,6 +69,7 @@ class LlamaCpp(EngineDefaults):
                 "--max-queued-requests": shape.max_queued_requests,
                 "--drain-seconds": max(0.0, drain_seconds - _FAREWELL_SECONDS),
                 "--leash-fd": leash_fd,
+                **dict(placement.settings),
             },
         )
 

@@ -34,6 +34,7 @@ from appliance.llamacpp.process import (
 )
 from appliance.llamacpp.prompts import Prompts
 from appliance.llamacpp.server import MAX_BODY_BYTES, Desk, Serving, make_app
+from appliance.llamacpp.tools.formats import SYNTAXES
 
 # Peers are ours, on one machine, and keep their connections; closing an idle one would race with its next use.
 _KEEP_ALIVE_SECONDS = 3_600
@@ -161,7 +162,7 @@ def _load(options: argparse.Namespace) -> tuple[Model, Prompts, Grammars]:
         lanes=options.lane_tokens,
     )
     grammars = Grammars(model.vocab_pointer, model.end_tokens, vocabulary_size=model.vocabulary_size)
-    return model, Prompts(model), grammars
+    return model, Prompts(model, tool_format=options.tool_format), grammars
 
 
 async def _in_daemon_thread(work: Callable[[], Result]) -> Result:
@@ -222,6 +223,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-queued-requests", type=_positive, default=256)
     parser.add_argument("--max-body-bytes", type=_positive, default=MAX_BODY_BYTES)
     parser.add_argument("--drain-seconds", type=float, default=20.0, help="time for running requests after SIGTERM")
+    parser.add_argument(
+        "--tool-format",
+        choices=sorted(SYNTAXES),
+        help="how the model writes calls (default: as its template says)",
+    )
     parser.add_argument("--leash-fd", type=int, help="read end of a pipe the parent holds; end when it is closed")
     options = parser.parse_args(argv)
     if (

@@ -416,9 +416,22 @@ def spec_of(header: GgufHeader) -> ModelSpec:
         kv_heads=header.kv_heads,
         head_dimension=header.head_dimension,
         vocabulary_tokens=max(1, header.vocabulary_tokens),
-        abilities=("chat", *TEXT_ABILITIES) if header.has_chat_template else TEXT_ABILITIES,
+        abilities=_abilities(header),
         notes="Not in the catalogue: read from the file's own header.",
         variants=(variant,),
         sliding_layers=header.sliding_layers,
         sliding_window_tokens=header.sliding_window_tokens if header.sliding_layers else None,
     )
+
+
+def _abilities(header: GgufHeader) -> tuple[Ability, ...]:
+    """What its chat template speaks of; the engine finds out which of it is true."""
+    if not header.has_chat_template:
+        return TEXT_ABILITIES
+    template = str(header.metadata.get("tokenizer.chat_template", ""))
+    found: list[Ability] = ["chat", *TEXT_ABILITIES]
+    if "tools" in template:
+        found.append("tools")
+    if "</think>" in template or "<|channel|>" in template:
+        found.append("reasoning")
+    return tuple(found)

@@ -92,6 +92,8 @@ class Keeper:
         self._resting = ""
         """Why it has been unloaded, while it is."""
         self._is_asleep = False
+        self._found: frozenset[str] | None = None
+        """What the running engine found that its model can do; None where it has not said."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -103,7 +105,7 @@ class Keeper:
             dialect="openai",
             address=f"unix:{self._socket}",
             model=placement.model,
-            abilities=placement.abilities,
+            abilities=placement.abilities if self._found is None else placement.abilities & self._found,
             context_tokens=placement.shape.sequence_context_tokens,
             quality=placement.quality,
             variant=placement.variant,
@@ -312,6 +314,7 @@ class Keeper:
 
     async def _ask_health(self, line: EngineLine, process: Process) -> Event | None:
         if await line.health_problem() is None:
+            self._compare(await line.abilities())
             return Healthy()
         progress = self._engine.progress(process.last_lines())
         if progress != self._progress:
@@ -319,6 +322,21 @@ class Keeper:
             _log.info("engine", model=self.placement.model, phase="starting", progress=progress)
             self._show()
         return None
+
+    def _compare(self, found: frozenset[str] | None) -> None:
+        """What was declared and is not there is not offered to anyone, and said on the health page."""
+        self._found = found
+        placement = self.placement
+        lacking = sorted(placement.abilities - found) if found is not None else []
+        if lacking:
+            text = (
+                f"{placement.model} is declared to be able to do {', '.join(lacking)}, and its engine finds that it "
+                "cannot: no such request is sent to it; correct its abilities, or use a file with another chat template"
+            )
+            self._signals.warn("abilities_differ", text, about=placement.target)
+        else:
+            self._signals.clear("abilities_differ", about=placement.target)
+        self._signals.replace_engine(self.target)
 
     async def _ask_load(self, line: EngineLine, gauges: Gauges) -> Event:
         answer = await line.load(gauges, self._clock)

@@ -102,6 +102,17 @@ class EngineLine:
         except BackendGarbage as error:
             return str(error)
 
+    async def abilities(self) -> frozenset[str] | None:
+        """What the engine found that its model can do; None where it does not say."""
+        answer = await self._get("/v1/models")
+        if isinstance(answer, str):
+            return None
+        try:
+            found = answer.json()["data"][0]["meta"]["abilities"]
+        except (ValueError, LookupError, TypeError):
+            return None
+        return frozenset(str(one) for one in found) if isinstance(found, list) else None
+
     async def ask(self, probe: Probe, timeout_seconds: float) -> int | None:
         """The status that a probe is answered with; None where there is no answer in time."""
         return await self.post(probe.path, probe.body, timeout_seconds)

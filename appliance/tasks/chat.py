@@ -79,7 +79,7 @@ class ChatCall:
             if self.wants_json:
                 check_json_choice(choice, self.schema)
             if self.tools:
-                check_tool_calls(choice["message"], self.tools)
+                check_tool_calls(choice, self.tools)
         return payload
 
 
@@ -99,6 +99,7 @@ def read(body: Mapping[str, Any]) -> tuple[Asked, Sequence[ChatCall]]:
     needs |= {"json_schema"} if format != "text" else set()
     needs |= {"tools"} if tools else set()
     needs |= {"logprobs"} if logprobs else set()
+    needs |= {"reasoning"} if body.get("reasoning_effort") not in (None, "none") else set()
     needs |= {"vision"} if holds_more_than_text(messages) else set()
     text = message_text(messages)
     asked = Asked(

@@ -45,14 +45,20 @@ def check_json_choice(choice: Mapping[str, Any], schema: Mapping[str, Any] | Non
     return value
 
 
-def check_tool_calls(message: Mapping[str, Any], names: frozenset[str]) -> None:
-    """Raise RejectedReply where a call names no tool that was offered, or its arguments are not a JSON object."""
-    for call in message.get("tool_calls") or ():
+def check_tool_calls(choice: Mapping[str, Any], names: frozenset[str]) -> None:
+    """Raise RejectedReply where a call names no tool that was offered, or its arguments are not a JSON object.
+
+    A reply that its length cut off says so by its `finish_reason`: the last call of such a one may be unfinished.
+    """
+    calls = choice["message"].get("tool_calls") or ()
+    for position, call in enumerate(calls):
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict):
             continue  # custom tools carry free text
         if function.get("name") not in names:
             raise RejectedReply(f"the reply calls {function.get('name')!r}, which is not one of the tools offered")
+        if choice.get("finish_reason") == "length" and position == len(calls) - 1:
+            continue
         try:
             arguments = orjson.loads(function.get("arguments") or "{}")
         except (orjson.JSONDecodeError, TypeError) as error:
