@@ -231,7 +231,7 @@ class Node:
     def _make_doors(self, site: Site) -> Doors:
         """What leads to targets. Without a hosted provider there is only the local door."""
         config, self._doors_secrets = site.config, site.secrets
-        hosted = {one.name: one.base_url for one in config.providers if one.location == "hosted"}
+        hosted = {one.name: one.address for one in config.providers if one.location == "hosted"}
         onsite_secrets = {name: secret for name, secret in site.secrets.items() if name not in hosted}
         local = LocalDoor(config.network.onsite, onsite_secrets)
         if not hosted:
