@@ -143,9 +143,9 @@ def _assistant(target: Target, message: Mapping[str, Any], path: str) -> Iterato
     for block in message.get("thinking_blocks") or ():
         if isinstance(block, Mapping) and block.get("type") == "reasoning":
             yield dict(block)
-    parts = list(_said(target, message, path))
-    if parts:
-        yield {"type": "message", "role": "assistant", "content": parts}
+    said = "".join(_said(target, message, path))
+    if said:
+        yield {"type": "message", "role": "assistant", "content": said}
     for index, call in enumerate(message.get("tool_calls") or ()):
         function = call.get("function")
         if not isinstance(function, Mapping):
@@ -158,17 +158,15 @@ def _assistant(target: Target, message: Mapping[str, Any], path: str) -> Iterato
         }
 
 
-def _said(target: Target, message: Mapping[str, Any], path: str) -> Iterator[dict[str, Any]]:
+def _said(target: Target, message: Mapping[str, Any], path: str) -> Iterator[str]:
+    """As plain text: the items that the API itself makes of an answer have ids, and those were not kept."""
     for part in parts_of(message.get("content")):
         text = text_of(part)
         if text is None:
             raise unsupported(target, f"{path}.content", "only text can stand here")
-        if part.get("type") == "refusal":
-            yield {"type": "refusal", "refusal": text}
-        elif text:
-            yield {"type": "output_text", "text": text, "annotations": []}
+        yield text
     if message.get("refusal"):
-        yield {"type": "refusal", "refusal": message["refusal"]}
+        yield message["refusal"]
 
 
 def _input_part(target: Target, part: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import ipaddress
 import re
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -231,7 +231,7 @@ class Provider(Strict):
     """`onsite` for a server of your own; its address must then lie on-site."""
     region: str | None = Field(default=None, pattern=r"^[A-Z]{2}(-[A-Z0-9]{1,8})?$")
     """Where it computes, for example `EU`. Without one it gets no region-bound request."""
-    base_url: str = Field(default="", pattern=r"^https?://\S+[^/\s]$", validate_default=True)
+    base_url: str | None = Field(default=None, pattern=r"^https?://\S+[^/\s]$")
     """Up to and including the version, for example `https://host/v1`. Empty: its kind's own, where that is known."""
     api_version: str | None = Field(default=None, pattern=r"^[\w.-]+$")
     """Azure: the `api-version` of its address. Anthropic: the `anthropic-version`; empty: 2026-10-21, which takes no
@@ -247,14 +247,6 @@ class Provider(Strict):
     daily_usd: Usd | None = None
     """What this provider may cost in one UTC day; empty: no limit."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _find_address(cls, given: Any) -> Any:
-        if isinstance(given, dict) and not given.get("base_url") and given.get("kind") in KINDS:
-            address = KINDS[given["kind"]].base_url
-            return given if address is None else {**given, "base_url": address}
-        return given
-
     @field_validator("headers")
     @classmethod
     def _are_no_keys(cls, value: dict[str, str]) -> dict[str, str]:
@@ -268,11 +260,18 @@ class Provider(Strict):
     @property
     def is_kind(self) -> ProviderKind:
         """Its kind, as said or as found by its address."""
-        return kind_of(self.kind, self.dialect, self.base_url)
+        return kind_of(self.kind, self.dialect, self.base_url or "")
+
+    @property
+    def address(self) -> str:
+        """Its base URL, as said or its kind's own."""
+        return self.base_url or KINDS[self.is_kind].base_url or ""
 
     @model_validator(mode="after")
     def _has_a_sound_address(self) -> "Provider":
-        check_address(self.is_kind, self.base_url, self.api_version)
+        if not self.address:
+            raise ValueError("base_url is missing: up to and including the version, for example https://host/v1")
+        check_address(self.is_kind, self.address, self.api_version)
         return self
 
     @model_validator(mode="after")

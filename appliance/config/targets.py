@@ -29,7 +29,7 @@ def _target(provider: Provider, model: ProviderModel) -> Target:
         name=f"{provider.name}/{model.name}",
         location=provider.location,
         dialect=kind.dialect,
-        address=provider.base_url,
+        address=provider.address,
         model=model.name,
         abilities=frozenset(kind.abilities if model.abilities is None else model.abilities),
         context_tokens=model.context_tokens,
@@ -68,7 +68,7 @@ def _wire(provider: Provider, kind: Kind, model: ProviderModel) -> Wire:
         kind.wire,
         headers=tuple(sorted(headers.items())),
         query=query,
-        deployments=uses_deployments(provider.is_kind, provider.base_url),
+        deployments=uses_deployments(provider.is_kind, provider.address),
         refuses=refuses | set(model.refuses),
         leaves_out=kind.wire.leaves_out | set(model.leaves_out),
         api=model.api,
@@ -80,7 +80,7 @@ def _wire(provider: Provider, kind: Kind, model: ProviderModel) -> Wire:
 
 def _check_onsite(provider: Provider, network: Network) -> None:
     """An address literal is checked here; a name is checked when it is resolved, at each connection."""
-    host = urlsplit(provider.base_url).hostname or ""
+    host = urlsplit(provider.address).hostname or ""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
