@@ -27,12 +27,14 @@ from appliance.backends.local import LocalDoor
 from appliance.config import DEFAULT_POLICY_PATH, Key, NodeConfig, Policy, load_policy, provider_targets, read_secret
 from appliance.core import Target
 from appliance.engines.base import Placement
+from appliance.engines.encoder import Encoder
 from appliance.errors import ApplianceError, ConfigError, EngineFailed, LedgerUnavailable, OperatorError
 from appliance.jobs.desk import Desk
 from appliance.jobs.measures import JobMeasures
 from appliance.ledger.database import sqlite_url
 from appliance.ledger.keys import list_keys
 from appliance.ledger.store import Ledger
+from appliance.node.encoders import EncoderHost
 from appliance.node.launcher import ChildLauncher
 from appliance.node.planner import ENGINES
 from appliance.node.signals import Signals
@@ -278,6 +280,9 @@ async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Runn
         # The engine takes longest, so it starts first.
         await supervisor.start(resting_at_first(site.placements, site.pools))
         stack.push_async_callback(supervisor.stop)
+        encoders = EncoderHost(supervisor, signals, site.home, config.engine.threads or len(os.sched_getaffinity(0)))
+        stack.push_async_callback(encoders.aclose)
+        await encoders.start_if_needed()
         rules = Rules(config.engine.idle_unload_seconds, config.engine.least_residence_seconds)
         swapping = asyncio.create_task(Swapper(supervisor, state, time.monotonic, site.pools, rules).run())
         stack.callback(swapping.cancel)
@@ -301,6 +306,7 @@ async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Runn
             reload=node.reload,
             task_fits=task_fits,
             desk=desk,
+            encoders=encoders,
         )
         server = Server(_uvicorn_config(app, config))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -415,7 +421,7 @@ def _supervisor(site: Site, signals: Signals) -> Supervisor:
         drain_seconds=site.config.server.drain_seconds,
         runtime_folder=site.home / "run",
         watts_per_busy_core=site.config.cost.watts_per_busy_core,
-        engines={**ENGINES, **found},
+        engines={**ENGINES, "encoder": Encoder(), **found},
     )
 
 

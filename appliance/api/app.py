@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute, Route
 from appliance import __version__
 from appliance.api.admin import Admin
 from appliance.api.auth import Authenticator
+from appliance.api.classifiers import Classifiers, Encoders
 from appliance.api.dialects import error_response
 from appliance.api.envelope import Envelope
 from appliance.api.explain import Explain
@@ -42,6 +43,7 @@ def create_app(
     reload: Callable[[], Awaitable[Mapping[str, Any]]],
     task_fits: TaskFits | None = None,
     desk: Desk | None = None,
+    encoders: Encoders | None = None,
     clock: Callable[[], float] = time.monotonic,
     wall_clock: Callable[[], float] = time.time,
 ) -> FastAPI:
@@ -60,6 +62,7 @@ def create_app(
         routes=[
             *_routes(rim, Admin(rim, state, ledger, metrics, reload), ledger, task_fits or TaskFits()),
             *([] if desk is None else _job_routes(Jobs(rim, desk))),
+            *_classifier_routes(Classifiers(rim, encoders, server.max_body_bytes)),
         ],
         redirect_slashes=False,
         # Errors of our own, and defects, are answered by the envelope.
@@ -135,6 +138,20 @@ def _by_dialect(openai: Endpoint, **others: Endpoint) -> Endpoint:
         return await others.get(http.state.dialect, openai)(http)
 
     return answer
+
+
+def _classifier_routes(classifiers: Classifiers) -> list[BaseRoute]:
+    one = "/v1/classifiers/{name}"
+    return [
+        Route("/v1/classifiers", classifiers.train, methods=["POST"]),
+        Route("/v1/classifiers", classifiers.list, methods=["GET"]),
+        Route(one, classifiers.show, methods=["GET"]),
+        Route(one, classifiers.remove, methods=["DELETE"]),
+        Route(f"{one}/evaluate", classifiers.evaluate, methods=["POST"]),
+        Route(f"{one}/rollback", classifiers.roll_back, methods=["POST"]),
+        Route(f"{one}/training", classifiers.training, methods=["GET"]),
+        Route(f"{one}/training", classifiers.cancel, methods=["DELETE"]),
+    ]
 
 
 async def _on_http_error(http: Http, error: Exception) -> Response:

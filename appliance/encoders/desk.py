@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from appliance.encoders.embedders import ONNX_MAX_TOKENS, STATIC_MAX_TOKENS
 from appliance.encoders.examples import read_examples
 from appliance.encoders.heads import TIERS, Head, probabilities_of, strangeness
 from appliance.encoders.library import Library
@@ -216,6 +217,17 @@ class Desk:
             {"id": name, "object": "model", "created": 0, "owned_by": "onsite", "kind": kind}
             for name, kind in self.library.kinds().items()
         ]
+
+    def served(self) -> Mapping[str, Any]:
+        models = [
+            {"name": name, "max_tokens": ONNX_MAX_TOKENS if kind == "onnx" else STATIC_MAX_TOKENS}
+            for name, kind in self.library.kinds().items()
+        ]
+        return {
+            "models": models,
+            "classifiers": list(self.versions.names()),
+            "is_training": self.runs.running is not None,
+        }
 
     def load(self) -> Mapping[str, Any]:
         """What the CPU engine's `/load` tells, in the terms of a program that keeps no cache and writes no tokens."""

@@ -34,6 +34,10 @@ class Endpoints:
     async def models(self, request: Request) -> Response:
         return _json({"object": "list", "data": self.desk.models()})
 
+    async def served(self, request: Request) -> Response:
+        """What the router may send here, by name."""
+        return _json(await asyncio.to_thread(self.desk.served))
+
     async def embeddings(self, request: Request) -> Response:
         return await self._work(request, self.desk.embed)
 
@@ -86,6 +90,7 @@ def make_app(endpoints: Endpoints) -> Starlette:
         routes=[
             Route("/health", endpoints.health, methods=["GET"]),
             Route("/load", endpoints.load, methods=["GET"]),
+            Route("/v1/served", endpoints.served, methods=["GET"]),
             Route("/v1/models", endpoints.models, methods=["GET"]),
             Route("/v1/embeddings", endpoints.embeddings, methods=["POST"]),
             Route("/v1/classify", endpoints.classify, methods=["POST"]),

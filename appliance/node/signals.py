@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ class Signals:
         self._state, self._clock = state, clock
         self._configured = tuple(configured)
         self._own: tuple[Target, ...] = ()
+        self._served: dict[str, tuple[Target, ...]] = {}
         self._views: dict[str, EngineView] = {}
         self._warnings: dict[tuple[str, str], Warning_] = {}
 
@@ -40,6 +42,12 @@ class Signals:
         names = {target.name for target in self._own}
         self._views = {name: view for name, view in self._views.items() if name in names}
         self._publish()
+
+    def set_served(self, engine: str, targets: Sequence[Target]) -> None:
+        """What an engine serves in place of its own row: one program may be many targets. They share its view."""
+        if self._served.get(engine) != tuple(targets):
+            self._served[engine] = tuple(targets)
+            self._publish()
 
     def replace_engine(self, target: Target) -> None:
         """Put `target` in the place of the row of its name."""
@@ -63,10 +71,16 @@ class Signals:
             self._publish()
 
     def _publish(self) -> None:
+        own = [row for target in self._own for row in self._served.get(target.name, (target,))]
+        views = dict(self._views)
+        for engine, targets in self._served.items():
+            view = views.pop(engine, None)
+            if view is not None:
+                views.update({target.name: replace(view, target=target.name) for target in targets})
         snapshot = Snapshot(
             at=self._clock(),
-            targets=(*self._own, *self._configured),
-            engines=dict(self._views),
+            targets=(*own, *self._configured),
+            engines=views,
             warnings=tuple(self._warnings.values()),
         )
         self._state.publish(snapshot)

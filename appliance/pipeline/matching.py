@@ -7,6 +7,7 @@ from appliance.core import Caller, Profile, Request, Target
 from appliance.errors import BudgetExceeded, Forbidden
 
 QUOTA_WINDOW_SECONDS = 3600.0
+_FOR_ONE_TASK = frozenset({"classify", "decisions", "embeddings"})
 
 
 def route_of(request: Request, profile: Profile, policy: Policy, over_quota: Collection[str] = ()) -> RouteRule:
@@ -73,13 +74,21 @@ def chain_of(rule: RouteRule, policy: Policy) -> tuple[RouteRule, ...]:
 
 
 def in_order(words: Iterable[str], targets: Sequence[Target]) -> tuple[Target, ...]:
-    """The targets that a route's words name, in its order, each once."""
+    """The targets that a route's words name, in its order, each once.
+
+    A place names models that are for anybody's questions; what was made for one task is named by itself alone.
+    """
     found: dict[str, Target] = {}
     for word in words:
         for target in targets:
-            if word in (target.name, target.location):
+            if word == target.name or (word == target.location and not is_made_for_one_task(target)):
                 found.setdefault(target.name, target)
     return tuple(found.values())
+
+
+def is_made_for_one_task(target: Target) -> bool:
+    """A classifier or an embedding model of this node: it answers what it was made for, and nothing else."""
+    return target.provider is None and bool(target.abilities) and target.abilities <= _FOR_ONE_TASK
 
 
 def bare_name(target: Target) -> str:

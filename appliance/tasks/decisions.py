@@ -17,7 +17,7 @@ from typing import Any
 
 from appliance.core import Ability, Asked, Outgoing, Reply, Target, Usage
 from appliance.errors import ApplianceError, BackendGarbage, Unsupported
-from appliance.tasks import hosted, labels
+from appliance.tasks import classifiers, hosted, labels
 from appliance.tasks.confidence import calibrated, without_prior
 from appliance.tasks.fields import missing, read_list, read_model, refuse_other_contract
 from appliance.tasks.inputs import Input, read_input
@@ -76,6 +76,8 @@ class DecisionsCall:
     judging: Judging = PLAINLY
     priors: Priors = field(default_factory=Priors)
     """Shared by all calls of a program that keeps one."""
+    for_classifier: bool = False
+    """A classifier was named as the model, so nothing is ever put into a prompt."""
 
     @property
     def stream(self) -> bool:
@@ -87,6 +89,8 @@ class DecisionsCall:
 
         Of a batch no more than a call is cut to: one text that no context holds must not refuse all the others.
         """
+        if self.for_classifier:
+            return classifiers.tokens(self.inputs)
         texts = sum(estimate_tokens(text.text) for text in self.inputs)
         asks = sum(labels.question_tokens(question) for question in self.questions)
         whole = self.judging.method.ways * (len(self.questions) * texts + len(self.inputs) * asks)
@@ -100,6 +104,8 @@ class DecisionsCall:
     @property
     def longest_prompt_tokens(self) -> int:
         """The longest single prompt: what a context must hold, however many items there are."""
+        if self.for_classifier:
+            return classifiers.tokens(self.inputs)
         return max(estimate_tokens(text.text) for text in self.inputs) + self._asks_tokens
 
     @property
@@ -109,6 +115,8 @@ class DecisionsCall:
     def outgoing(self, target: Target) -> Sequence[Outgoing]:
         """Label scores where the target can give them, else OpenAI's own endpoint. Raises Unsupported."""
         has_image = any(text.has_image for text in self.inputs)
+        if "classify" in target.abilities and not has_image:
+            return (classifiers.outgoing(target, self.inputs, self.questions),)
         if "labels" in target.abilities and not has_image:
             method = self.judging.method
             asks_prior = method.content_free and self.priors.wanted(self._prior_keys(target))
@@ -126,12 +134,15 @@ class DecisionsCall:
     def read(self, target: Target, replies: Sequence[Reply]) -> Any:
         """The rendered payload. Raises BackendGarbage, or a single input's own error."""
         rows: Sequence[Row]
-        if "labels" in target.abilities and not any(text.has_image for text in self.inputs):
+        if "classify" in target.abilities:
+            rows = classifiers.read(target, replies[0].payload, self.questions, len(self.inputs))
+        elif "labels" in target.abilities and not any(text.has_image for text in self.inputs):
             rows = self._read_labels(target, replies[0].payload)
         else:
             rows = [hosted.read_answers(reply.payload, self.questions) for reply in replies]
         usage = sum((reply.usage for reply in replies), Usage())
-        judgement = Judgement(target.model, tuple(rows), usage, target.name, target.variant)
+        name = target.name if "classify" in target.abilities else target.model
+        judgement = Judgement(name, tuple(rows), usage, target.name, target.variant)
         return judgement if self.render is None else self.render(judgement, self.questions)
 
     def _read_labels(self, target: Target, payload: object) -> Sequence[Row]:
@@ -176,10 +187,15 @@ def read(
     Raises RequestError naming field, value and remedy, and NotFound for an unknown task.
     """
     refuse_other_contract(body, "/v1/decisions", "input", _OTHERS)
-    questions = read_questions(body)
+    questions = _questions(body)
     text = read_input(body["input"], "input")
-    call = make_call((text,), questions, body["questions"], _extras(body), openai_payload)
-    call = replace(call, judging=read_judging(body, questions, tasks), priors=priors or call.priors)
+    call = make_call((text,), questions, body.get("questions") or (), _extras(body), openai_payload)
+    call = replace(
+        call,
+        judging=read_judging(body, questions, tasks),
+        priors=priors or call.priors,
+        for_classifier=classifiers.is_named(body.get("model")),
+    )
     return make_asked(body, call), (call,)
 
 
@@ -188,14 +204,28 @@ def read_batch(
 ) -> tuple[Asked, Sequence[DecisionsCall]]:
     """Check a batch body and cut it into calls; `batch_payload` puts their results together again."""
     refuse_other_contract(body, "/v1/decisions/batch", "inputs", {"input": "/v1/decisions", "state": "/v1/systemone"})
-    questions = read_questions(body)
+    questions = _questions(body)
     if body["inputs"] is None:
         raise missing("inputs", f"it must be a list of 1 to {MAX_INPUTS} inputs")
     rows = read_list(body["inputs"], "inputs", 1, MAX_INPUTS, "inputs")
     inputs = tuple(read_input(row, f"inputs[{index}]") for index, row in enumerate(rows))
-    whole = make_call(inputs, questions, body["questions"], _extras(body))
-    whole = replace(whole, judging=read_judging(body, questions, tasks), priors=priors or whole.priors)
+    whole = make_call(inputs, questions, body.get("questions") or (), _extras(body))
+    whole = replace(
+        whole,
+        judging=read_judging(body, questions, tasks),
+        priors=priors or whole.priors,
+        for_classifier=classifiers.is_named(body.get("model")),
+    )
     return make_asked(body, whole), split(whole)
+
+
+def _questions(body: Mapping[str, Any]) -> tuple[Question, ...]:
+    """A classifier's question need not be spelt out."""
+    if classifiers.is_named(body.get("model")):
+        left_open = classifiers.read_open(body.get("questions"))
+        if left_open is not None:
+            return (left_open,)
+    return read_questions(body)
 
 
 def split(whole: DecisionsCall) -> Sequence[DecisionsCall]:
@@ -209,6 +239,11 @@ def split(whole: DecisionsCall) -> Sequence[DecisionsCall]:
 def _chunks(whole: DecisionsCall) -> Iterator[tuple[Input, ...]]:
     """The inputs in order, as many together as one call may hold; each at least alone."""
     inputs, ways = whole.inputs, whole.judging.method.ways
+    if whole.for_classifier:
+        yield from (
+            inputs[at : at + classifiers.INPUTS_PER_CALL] for at in range(0, len(inputs), classifiers.INPUTS_PER_CALL)
+        )
+        return
     asks = sum(labels.question_tokens(question) for question in whole.questions)
     chunk: list[Input] = []
     tokens = 0
@@ -299,10 +334,11 @@ def _answer(judged: Judged, question: Question) -> Mapping[str, Any]:
     tail = judged.remarks
     if question.kind == "predicate":
         return {**head, "probability": judged.probabilities[0], **tail}
-    pairs = list(zip(question.options, judged.probabilities, strict=True))
+    options = judged.options or question.options
+    pairs = list(zip(options, judged.probabilities, strict=True))
     if question.kind == "choice":
         rows: list[Mapping[str, Any]] = [{"value": option.value, "probability": share} for option, share in pairs]
-        result: Mapping[str, Any] = {"choice": question.options[judged.chosen].value}
+        result: Mapping[str, Any] = {"choice": options[judged.chosen].value}
     else:
         rows = [
             {"value": level, "label": option.value, "probability": share} for level, (option, share) in enumerate(pairs)

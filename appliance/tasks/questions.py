@@ -46,6 +46,10 @@ class Judged:
     """What the probabilities were made of, before temperature and bias; empty where the target gives probabilities."""
     task: str | None = None
     """The task whose fit was applied."""
+    options: tuple[Option, ...] = ()
+    """What the probabilities are of, where the question left that to the target."""
+    strangeness: float | None = None
+    """Above 0 the text is like nothing that the target was trained on; None where it does not tell."""
 
     @property
     def chosen(self) -> int:
@@ -68,6 +72,10 @@ class Judged:
         remarks: dict[str, Any] = {"label_mass": self.label_mass}
         if self.label_mass is not None and self.label_mass < UNSURE_LABEL_MASS:
             remarks["unsure"] = True
+        if self.strangeness is not None:
+            remarks["out_of_scope_score"] = self.strangeness
+            if self.strangeness > 0:
+                remarks |= {"out_of_scope": True, "unsure": True}
         if self.task is not None:
             remarks["calibrated_for"] = self.task
         return remarks

@@ -15,6 +15,7 @@ import orjson
 
 from appliance.core import Asked
 from appliance.errors import RequestError
+from appliance.tasks import classifiers
 from appliance.tasks.decisions import DecisionsCall, Judgement, make_asked, make_call, only_row, usage_object
 from appliance.tasks.fields import missing, read_object, refuse_other_contract, wrong
 from appliance.tasks.hosted import on_the_wire
@@ -38,11 +39,30 @@ def read(
     """Check a System One body, as `decisions.read` does. Raises RequestError naming field, value and remedy."""
     others = {"input": "/v1/decisions", "inputs": "/v1/decisions/batch"}
     refuse_other_contract(body, "/v1/systemone", "state", others)
-    questions = _read_questions(body.get("questions"))
+    questions = _questions(body)
     text = _content(body["state"], "state")
     call = make_call((Input(text, text),), questions, on_the_wire(questions), {}, _payload)
-    call = replace(call, judging=read_judging(body, questions, tasks), priors=priors or call.priors)
+    call = replace(
+        call,
+        judging=read_judging(body, questions, tasks),
+        priors=priors or call.priors,
+        for_classifier=classifiers.is_named(body.get("model")),
+    )
     return make_asked(body, call), (call,)
+
+
+def _questions(body: Mapping[str, Any]) -> tuple[Question, ...]:
+    """A classifier's question need not be spelt out; one that is left out is called `label`."""
+    given = body.get("questions")
+    if classifiers.is_named(body.get("model")):
+        if given is None:
+            return (replace(classifiers.OPEN, name="label"),)
+        if isinstance(given, dict) and len(given) == 1:
+            ((name, row),) = given.items()
+            left_open = classifiers.read_open([row])
+            if left_open is not None:
+                return (replace(left_open, name=name),)
+    return _read_questions(given)
 
 
 def _read_questions(value: object) -> tuple[Question, ...]:
@@ -130,7 +150,7 @@ def _answer(judged: Judged, question: Question) -> Mapping[str, Any]:
     tail = judged.remarks
     if question.kind == "predicate":
         return {"type": "noul", "noul": shares[0], **tail}
-    values = [str(option.value) for option in question.options]
+    values = [str(option.value) for option in judged.options or question.options]
     if question.kind == "choice":
         return {
             "type": "choice",

@@ -1,0 +1,119 @@
+"""Classifiers over HTTP: train, list, show, evaluate, roll back, remove. What they answer goes through /v1/decisions.
+
+`POST /v1/classifiers` takes {name, examples, format, labels, accuracy, tier, encoder}: `examples` a list of
+{text, label}, or a JSONL or CSV file as text (`format`); `accuracy` what is wanted on held-out rows; `tier` the dearest
+features that may be used (`words` or `encoder`). It answers 202 with the training, whose progress is at
+`GET /v1/classifiers/NAME/training`, or as server-sent events with `?stream=true`. Changes take the scope admin.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Final, Protocol
+from urllib.parse import quote
+
+import orjson
+from starlette.requests import Request as Http
+from starlette.responses import Response, StreamingResponse
+
+from appliance.api.body import parse_body, read_body
+from appliance.api.rim import Rim
+from appliance.errors import Unavailable
+
+_PATH: Final = "/v1/classifiers"
+_PROGRESS_SECONDS: Final = 0.5
+
+
+class Told(Protocol):
+    @property
+    def status(self) -> int: ...
+
+    @property
+    def body(self) -> bytes: ...
+
+    @property
+    def retry_after(self) -> str | None: ...
+
+
+class Encoders(Protocol):
+    """The program that trains and keeps classifiers."""
+
+    async def ask(self, method: str, path: str, body: bytes = b"") -> Told: ...
+
+
+class Classifiers:
+    """`encoders` is None in programs without a control plane: then every call says so."""
+
+    def __init__(self, rim: Rim, encoders: Encoders | None, max_body_bytes: int) -> None:
+        self._rim, self._encoders, self._max_body_bytes = rim, encoders, max_body_bytes
+
+    async def train(self, http: Http) -> Response:
+        return await self._changed(http, "POST", _PATH)
+
+    async def list(self, http: Http) -> Response:
+        return await self._shown(http, _PATH)
+
+    async def show(self, http: Http) -> Response:
+        query = f"?version={quote(http.query_params['version'])}" if "version" in http.query_params else ""
+        return await self._shown(http, _path(http) + query)
+
+    async def evaluate(self, http: Http) -> Response:
+        return await self._changed(http, "POST", f"{_path(http)}/evaluate")
+
+    async def roll_back(self, http: Http) -> Response:
+        return await self._changed(http, "POST", f"{_path(http)}/rollback")
+
+    async def remove(self, http: Http) -> Response:
+        return await self._changed(http, "DELETE", _path(http))
+
+    async def training(self, http: Http) -> Response:
+        path = f"{_path(http)}/training"
+        if http.query_params.get("stream") != "true":
+            return await self._shown(http, path)
+        self._rim.auth.caller(http.headers)
+        first = await self._ask("GET", path)
+        if first.status != 200:
+            return _response(first)
+        return StreamingResponse(self._progress(path, first), media_type="text/event-stream")
+
+    async def cancel(self, http: Http) -> Response:
+        return await self._changed(http, "DELETE", f"{_path(http)}/training")
+
+    async def _progress(self, path: str, told: Told) -> AsyncIterator[bytes]:
+        """An event for each change, the last one when the training has ended."""
+        said = b""
+        while True:
+            if told.body != said:
+                said = told.body
+                yield b"data: " + said + b"\n\n"
+            if told.status != 200 or orjson.loads(told.body)["state"] != "running":
+                yield b"data: [DONE]\n\n"
+                return
+            await asyncio.sleep(_PROGRESS_SECONDS)
+            told = await self._ask("GET", path)
+
+    async def _shown(self, http: Http, path: str) -> Response:
+        self._rim.auth.caller(http.headers)
+        return _response(await self._ask("GET", path))
+
+    async def _changed(self, http: Http, method: str, path: str) -> Response:
+        self._rim.auth.caller(http.headers, "admin")
+        raw = b""
+        if method == "POST":
+            raw = await read_body(http.receive, http.headers, self._max_body_bytes)
+            if raw.strip():
+                await asyncio.to_thread(parse_body, raw)
+        return _response(await self._ask(method, path, raw))
+
+    async def _ask(self, method: str, path: str, body: bytes = b"") -> Told:
+        if self._encoders is None:
+            raise Unavailable("this program keeps no classifiers: ask a node that `appliance serve` runs")
+        return await self._encoders.ask(method, path, body)
+
+
+def _path(http: Http) -> str:
+    return f"{_PATH}/{quote(http.path_params['name'], safe='')}"
+
+
+def _response(told: Told) -> Response:
+    headers = {} if told.retry_after is None else {"retry-after": told.retry_after}
+    return Response(told.body, told.status, headers=headers, media_type="application/json")

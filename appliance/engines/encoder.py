@@ -1,0 +1,81 @@
+"""The encoder program as the control plane sees it: one process for all embedding models and classifiers of a node."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from appliance.catalog import EngineKind, ModelSpec, Variant
+from appliance.core import Ability
+from appliance.engines.base import EngineDefaults, Memory, Placement, Shape, command_line
+from appliance.engines.llamacpp import LlamaCpp
+
+MODEL: Final = "encoders"
+"""What its placement is called. It is no model itself: what it serves are rows of their own."""
+CLASSIFIERS: Final = "classifiers"
+"""Folder of the trained classifiers in the data directory."""
+_MODELS: Final = "models"
+_PROGRAM_BYTES: Final = 180_000_000
+"""Interpreter, numerical libraries and a head or two. Measured: 148 MB with a head of 77 labels."""
+_WEIGHTS_BYTES: Final = 120_000_000
+"""A small encoder in int8 with its run-time buffers, and static vectors."""
+_FAREWELL_SECONDS: Final = 3.0
+
+
+class Encoder(EngineDefaults):
+    """`python -m appliance.encoders`."""
+
+    @property
+    def kind(self) -> EngineKind:
+        return "encoder"
+
+    @property
+    def permanent_exits(self) -> frozenset[int]:
+        """2: bad arguments, or a folder that cannot be made."""
+        return frozenset({2})
+
+    def argv(
+        self, python: str, placement: Placement, *, socket: Path, leash_fd: int, drain_seconds: float
+    ) -> list[str]:
+        """`placement.path` is the data directory."""
+        return command_line(
+            [python, "-m", "appliance.encoders"],
+            {
+                "--uds": socket,
+                "--data": placement.path / CLASSIFIERS,
+                "--models": placement.path / _MODELS,
+                "--threads": placement.shape.threads,
+                "--drain-seconds": max(0.0, drain_seconds - _FAREWELL_SECONDS),
+                "--leash-fd": leash_fd,
+            },
+        )
+
+    def last_words(self, lines: Sequence[str]) -> str:
+        return LlamaCpp().last_words(lines)
+
+    def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> Memory:
+        return Memory(variant.size_bytes, 0, 0, _PROGRAM_BYTES)
+
+    def abilities(self, model: ModelSpec) -> frozenset[Ability]:
+        return frozenset(model.abilities) & {"embeddings"}
+
+
+def encoder_placement(home: Path, threads: int) -> Placement:
+    """The one encoder program of the node whose data directory is `home`."""
+    return Placement(
+        model=MODEL,
+        variant="program",
+        engine="encoder",
+        path=home,
+        shape=Shape(threads, 0, 1, 0, 0),
+        memory=Memory(_WEIGHTS_BYTES, 0, 0, _PROGRAM_BYTES),
+        abilities=frozenset(),
+        reasons=("started for embedding models and classifiers",),
+    )
+
+
+def has_work(home: Path) -> bool:
+    """Whether there is anything for an encoder program: a classifier, or an embedding model that was pulled."""
+    if any((home / CLASSIFIERS).glob("*/serving.json")):
+        return True
+    folders = (path.parent for path in (home / _MODELS).glob("*/*/tokenizer.json"))
+    return any((folder / "model.onnx").is_file() or not (folder / "config.json").is_file() for folder in folders)
