@@ -23,11 +23,13 @@ from appliance.llamacpp.prefix import PrefixTree
 from appliance.llamacpp.rates import Rates
 from appliance.llamacpp.sampling import argmax_rows
 from appliance.llamacpp.scheduler import (
+    NOTHING_URGENT,
     Line,
     Room,
     cache_limit,
     gives_way,
     leads,
+    most_urgent,
     promised_tokens,
     share_prefill,
     split_budget,
@@ -73,6 +75,8 @@ class Runner:
         self.rates = Rates(model.sequences)
         self._pace = Pace(model.threads)
         self._clock, self._step_seconds = clock, step_seconds
+        self._urgent = NOTHING_URGENT
+        """Priority of the most urgent of what is running."""
         self._batch_tokens = min(batch_tokens or model.batch.capacity_tokens, model.batch.capacity_tokens)
         free_ids = list(range(model.sequence_ids))
         self._tree = PrefixTree(model, free_ids)
@@ -125,7 +129,9 @@ class Runner:
         """Do one step's work; give everything that changed since the last one."""
         if self._cpu_at_start is None:
             self._cpu_at_start = time.thread_time()
+        self._look_for_urgent()
         self._admit()
+        self._look_for_urgent()
         if self._step_lanes():
             self._step_shared()
         crowded = len(self._line) > 0 or self._scorer.waiting_tokens > self._batch_tokens
@@ -133,6 +139,9 @@ class Runner:
         self._told.jobs = self._scorer.take_answered()
         told, self._told = self._told, Told()
         return told
+
+    def _look_for_urgent(self) -> None:
+        self._urgent = most_urgent((one.request.priority for one in self._running), self._scorer.priority)
 
     def _step_lanes(self) -> bool:
         """The next token of every sequence in a lane. False when that failed and the step is over."""
@@ -184,6 +193,7 @@ class Runner:
             len(self._cells.in_lanes),
             self.rates.prefill_tokens_per_second,
             self._step_seconds,
+            can_wait=0 < self._urgent < NOTHING_URGENT,
         )
         prefilling = self._trial([one for one in self._running if one.lane < 0 and one.pending > 1])
         pending = sum(sequence.pending for sequence in prefilling)
@@ -197,7 +207,7 @@ class Runner:
             start, stop = sequence.computed, sequence.computed + tokens
             batch.add(sequence.tokens[start:stop], start, sequence.id, last_output=stop == sequence.length)
         if not self._suspects:
-            scorer.fill(budget - batch.size, alone=not self._running)
+            scorer.fill(budget - batch.size, alone=not self._running, urgent=self._urgent)
         return chunks
 
     def _decode(self, context: Context) -> tuple[int, float]:
@@ -268,10 +278,13 @@ class Runner:
                 self._cells.to_lane(sequence)
 
     def _trial(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Those that may be computed now: after a failed step the suspects, one by one."""
+        """Those that may be computed now: after a failed step the suspects, one by one; else the most urgent, for what
+        can wait holds still beside what cannot."""
         if self._suspects:
             return [sequence for sequence in sequences if sequence is self._suspects[0]]
-        return [] if self._scorer.careful else sequences
+        if self._scorer.careful:
+            return []
+        return [sequence for sequence in sequences if sequence.request.priority <= self._urgent]
 
     def _read_decoding(self, decoding: list[Sequence], rows: Rows) -> None:
         greedy = [sequence.sampler.plain_greedy for sequence in decoding]

@@ -24,6 +24,9 @@ TILE_TOKENS: Final = 64
 prompt take twice as long as 64, and 96 as long as 128."""
 SLOW_STEP_TOKENS: Final = 32
 """The least part of a prompt, where a model is so slow that a tile takes seconds; less wastes the matrix kernels."""
+PATIENT_STEP_SECONDS: Final = 0.04
+"""Of a step in which nothing is urgent: what a reader who comes in its middle does not notice."""
+NOTHING_URGENT: Final = 1 << 30
 CROWDED_CACHE_TOKENS: Final = 2048
 CACHED_SHARE: Final = 0.5
 LANE_MARGIN_TOKENS: Final = 64
@@ -97,15 +100,31 @@ def leads(leader: Sequence, follower: Sequence, cached: int) -> bool:
     return shared - cached >= FOLLOW_TOKENS
 
 
+def most_urgent(running: Iterable[int], labels: int | None) -> int:
+    """The least of the priorities of what runs: everything else holds still until that is done."""
+    urgent = min(running, default=NOTHING_URGENT)
+    return urgent if labels is None else min(urgent, labels)
+
+
 def step_budget(
-    batch_tokens: int, decoding: int, in_lanes: int, prefill_tokens_per_second: float, step_seconds: float
+    batch_tokens: int,
+    decoding: int,
+    in_lanes: int,
+    prefill_tokens_per_second: float,
+    step_seconds: float,
+    *,
+    can_wait: bool = False,
 ) -> int:
     """Tokens one step may compute in the shared memory, `decoding` of them for sequences that generate there.
+
+    `can_wait`: nothing in it is urgent, so it is as short as is any good: whoever comes next waits for its end.
 
     While somebody is reading a stream, there or in a lane, prompts and labels get about `step_seconds` of a step, so
     that a long prompt cannot stall it.
     """
-    if not decoding + in_lanes:
+    if can_wait:
+        step_seconds = min(step_seconds, PATIENT_STEP_SECONDS)
+    elif not decoding + in_lanes:
         return batch_tokens
     batch_tokens = max(batch_tokens, decoding + 1)
     affordable = int(prefill_tokens_per_second * step_seconds)

@@ -112,9 +112,13 @@ class Scorer:
         self._answered.clear()
         return done
 
-    def fill(self, tokens: int, *, alone: bool) -> None:
-        """Add up to `tokens` of label work to the batch. `alone`: nobody else holds KV cells or will free any."""
+    def fill(self, tokens: int, *, alone: bool, urgent: int) -> None:
+        """Add up to `tokens` of label work to the batch. `alone`: nobody else holds KV cells or will free any;
+        `urgent`: what is less urgent than that holds still."""
         self._stop = 0
+        priority = self.priority
+        if priority is not None and priority > urgent:
+            return
         if self._window is None and self._jobs and tokens > 0:
             self._open_window(tokens, alone)
         window = self._window
@@ -176,6 +180,8 @@ class Scorer:
         pieces: list[Piece] = []
         total = paths = 0
         while total < tokens and self._jobs and not (self._suspects and pieces):
+            if pieces and min(self._jobs, key=attrgetter("rank")).priority > pieces[0].item.job.priority:
+                break  # a window is computed to its end, and what is urgent does not wait for what is not
             piece = self._next_piece()
             if piece is None:
                 continue
