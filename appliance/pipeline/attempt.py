@@ -1,4 +1,5 @@
 import asyncio
+import hashlib
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ from appliance.telemetry.scrub import scrub_text
 _CALLS_AT_ONCE: Final = 8
 """One piece of work may become many calls to a hosted target; more at once only meets its rate limit sooner."""
 
+IDEMPOTENCY_HEADER: Final = "idempotency-key"
 BATCH_PRIORITY: Final = 1
 """Of work that can wait, at engines; lower values go first, and everything else has 0."""
 
@@ -121,7 +123,7 @@ class Trial:
             salt = exchange.salt_of(self._errand.request.caller.key_id)
             # before anything is waited for, reserved or sent: what cannot be carried over goes elsewhere at once
             letters = [
-                exchange.write(target, one, stream=call.stream, salt=salt)
+                self._sealed_once(exchange.write(target, one, stream=call.stream, salt=salt))
                 for one in self._in_turn(call.outgoing(target))
             ]
             await self._enter(call, patience)
@@ -247,6 +249,14 @@ class Trial:
         if self._errand.request.latency_class != "batch" or self.target.provider is not None:
             return outgoing
         return [replace(one, body={**one.body, "priority": BATCH_PRIORITY}) for one in outgoing]
+
+    def _sealed_once(self, letter: Letter) -> Letter:
+        """A line of a job that is sent again after a crash says that it is the same, for providers that look."""
+        if self._errand.request.latency_class != "batch" or self.target.location == "onsite":
+            return letter
+        said = f"{self._errand.request.id}\n{self.target.name}\n".encode() + letter.body
+        key = hashlib.sha256(said).hexdigest()[:48]
+        return replace(letter, headers={**letter.headers, IDEMPOTENCY_HEADER: key})
 
     def _check_breaker(self) -> None:
         """Many may have been sent here while it was thought well, or half open: only one of them is the probe."""

@@ -8,6 +8,7 @@ import pytest
 from appliance.core import Snapshot
 from appliance.errors import Busy, Unavailable
 from appliance.pipeline.admission import Admission, Load, Slot
+from appliance.pipeline.capacity import room_beside
 from appliance.state import State
 from tests.pipeline.scene import engine_target, hosted_target, load_of, view_of
 
@@ -213,3 +214,55 @@ async def test_many_come_and_go_and_the_engine_is_never_overfull(gate: Gate) -> 
         for task in tasks[::7]:
             task.cancel()
     assert most == 6
+
+
+PATIENT = Load(10, 20, can_wait=True)
+
+
+async def test_work_that_can_wait_fills_an_idle_engine_and_others_do_not_see_it(gate: Gate) -> None:
+    patient = [await gate.admission.enter(LOCAL, PATIENT, first=False, wait_seconds=0) for _ in range(3)]
+    with pytest.raises(Busy):
+        await gate.admission.enter(LOCAL, PATIENT, first=False, wait_seconds=0)
+    alone = gate.admission.predict(LOCAL, SMALL)
+    assert alone.can_enter
+    slot = await gate.enter(wait=0, budget=5.0)
+    for one in (*patient, slot):
+        one.leave()
+    assert gate.admission.predict(LOCAL, SMALL) == alone
+
+
+async def test_work_that_can_wait_is_let_in_last_and_only_when_it_harms_nobody(gate: Gate) -> None:
+    first = await gate.enter()
+    order: list[str] = []
+
+    async def come(name: str, load: Load) -> None:
+        slot = await gate.admission.enter(LOCAL, load, first=False, wait_seconds=30.0)
+        order.append(name)
+        await settled()
+        slot.leave()
+
+    waiting = [asyncio.create_task(come("patient", PATIENT))]
+    await settled()
+    assert order == []  # there is room for three, but a CPU that serves one has nothing to spare
+    waiting.append(asyncio.create_task(come("hurried", SMALL)))
+    await settled()
+    assert order == ["hurried"]
+    first.leave()
+    await asyncio.gather(*waiting)
+    assert order == ["hurried", "patient"]
+
+
+async def test_an_engine_that_slows_nobody_takes_patient_work_beside_others(gate: Gate) -> None:
+    """As a GPU: eight together are nearly as fast as one alone, sixteen are not."""
+    rates = {1: 100.0, 8: 780.0, 16: 800.0}
+    load = load_of(sequences_capacity=16, decode_tokens_per_second=rates)
+    gate.publish(load=load)
+    assert room_beside(load, 1) == 8
+    assert room_beside(load, 0) == 18
+    assert room_beside(load, 16) == 16
+    slots = [await gate.enter()]
+    slots += [await gate.admission.enter(LOCAL, PATIENT, first=False, wait_seconds=0) for _ in range(7)]
+    with pytest.raises(Busy):
+        await gate.admission.enter(LOCAL, PATIENT, first=False, wait_seconds=0)
+    for slot in slots:
+        slot.leave()
