@@ -99,6 +99,8 @@ class Life:
     steps: int = -1
     beat_at: float = 0.0
     stalled_seconds: float = 0.0
+    had_work: bool = False
+    """At the last beat: time before there was any work is no stall."""
     unhealthy_at: float = 0.0
     unhealthy_seconds: float = 0.0
 
@@ -157,6 +159,7 @@ def _spawn(life: Life, now: float, limits: Limits) -> Step:
         reason="",
         steps=-1,
         stalled_seconds=0.0,
+        had_work=False,
         unhealthy_seconds=0.0,
     )
     return fresh, ("spawn",)
@@ -228,8 +231,8 @@ def _beat(life: Life, steps: int, has_work: bool, now: float, limits: Limits) ->
     if life.phase != "ready":
         return life, ()
     answered = replace(life, unhealthy_at=now, unhealthy_seconds=0.0)
-    if not has_work or steps != life.steps:
-        return replace(answered, steps=steps, beat_at=now, stalled_seconds=0.0), ()
+    if not (has_work and life.had_work) or steps != life.steps:
+        return replace(answered, steps=steps, beat_at=now, stalled_seconds=0.0, had_work=has_work), ()
     stalled = life.stalled_seconds + min(now - life.beat_at, _LONGEST_GAP_SECONDS)
     if stalled >= limits.stall_seconds:
         return _kill(answered, f"hung: work waited and no step was done for {stalled:.0f} s", now)
