@@ -162,7 +162,13 @@ def _load(options: argparse.Namespace) -> tuple[Model, Prompts, Grammars]:
         lanes=options.lane_tokens,
     )
     grammars = Grammars(model.vocab_pointer, model.end_tokens, vocabulary_size=model.vocabulary_size)
-    return model, Prompts(model, tool_format=options.tool_format), grammars
+    template = None
+    if options.chat_template is not None:
+        try:
+            template = options.chat_template.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelFileError(f"the chat template {str(options.chat_template)!r} cannot be read: {error}") from error
+    return model, Prompts(model, template=template, tool_format=options.tool_format), grammars
 
 
 async def _in_daemon_thread(work: Callable[[], Result]) -> Result:
@@ -223,6 +229,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-queued-requests", type=_positive, default=256)
     parser.add_argument("--max-body-bytes", type=_positive, default=MAX_BODY_BYTES)
     parser.add_argument("--drain-seconds", type=float, default=20.0, help="time for running requests after SIGTERM")
+    parser.add_argument("--chat-template", type=Path, help="a file that replaces the template in the model's own")
     parser.add_argument(
         "--tool-format",
         choices=sorted(SYNTAXES),

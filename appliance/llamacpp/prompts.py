@@ -45,14 +45,16 @@ class LabelTail:
 class Prompts:
     """One model's prompts. Stateless but for memory of fragments, so it may be used from several threads."""
 
-    def __init__(self, model: Vocabulary, *, tool_format: ToolFormat | None = None) -> None:
-        """`tool_format` overrides what the template teaches."""
+    def __init__(
+        self, model: Vocabulary, *, template: str | None = None, tool_format: ToolFormat | None = None
+    ) -> None:
+        """`template` replaces the one in the model's file, `tool_format` what the template teaches."""
         self._model = model
         control = _control_texts(model)
         self._control_texts = sorted(control, key=lambda text: (-len(text), text))
         self._control_numbers = {text: number for number, text in enumerate(self._control_texts)}
         self._control = _alternatives(self._control_texts)
-        source = model.metadata.get("tokenizer.chat_template", "")
+        source = model.metadata.get("tokenizer.chat_template", "") if template is None else template
         bos_text, eos_text = _text(model, model.bos_token), _text(model, model.eos_token)
         self.template = ChatTemplate(source, bos_text=bos_text, eos_text=eos_text) if source else None
         self.style = style_of(model, self.template, tool_format)

@@ -164,14 +164,15 @@ class Source:
         if not (yield from self.starts(literal)):
             raise Malformed(f"{literal!r} is missing") if (yield from self.peek()) else Cut
 
-    def until(self, markers: Sequence[str], give: Callable[[int, int], None]) -> Step[str]:
+    def until(self, markers: Sequence[str], give: Callable[[int, int], None], *, inside: bool = False) -> Step[str]:
         """Pass all text before the first of `markers` to `give` (as start and stop) and take the marker.
 
-        Empty where the reply ends without one.
+        Empty where the reply ends without one; half a marker at its end is text, unless it is the end of what the
+        marker would close (`inside`).
         """
         while True:
             found = [(at, -len(one), one) for one in markers if (at := self.text.find(one, self.position)) >= 0]
-            held = _held(self.text, self.position, markers) if not self.ended else 0
+            held = _held(self.text, self.position, markers) if inside or not self.ended else 0
             stop = len(self.text) - held
             if found and min(found)[0] < stop:
                 at, _, marker = min(found)

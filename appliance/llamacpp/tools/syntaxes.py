@@ -280,7 +280,7 @@ def _tagged_value(source: Source, schema: Any, ends: tuple[str, ...]) -> Step[No
     if _types(schema) == {"string"}:
         source.arguments('"')
         marker = yield from source.until(
-            ends, lambda start, stop: source.arguments(_json(source.text[start:stop])[1:-1])
+            ends, lambda start, stop: source.arguments(_json(source.text[start:stop])[1:-1]), inside=True
         )
         if not marker:
             raise Cut
