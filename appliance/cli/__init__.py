@@ -2,7 +2,7 @@
 
 import typer
 
-from appliance.cli import engines, jobs, keys, models, policy
+from appliance.cli import classifiers, engines, jobs, keys, models, policy
 from appliance.cli.calibrate import calibrate_command
 from appliance.cli.calibrate_task import calibrate_task_command
 from appliance.cli.hardware import plan_command, probe_command
@@ -23,6 +23,7 @@ app.command("calibrate-task")(calibrate_task_command)
 app.command("report")(report_command)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
+app.add_typer(classifiers.app, name="classifiers")
 app.add_typer(engines.app, name="engines")
 app.add_typer(policy.app, name="policy")
 app.add_typer(keys.app, name="keys")

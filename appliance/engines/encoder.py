@@ -1,6 +1,6 @@
 """The encoder program as the control plane sees it: one process for all embedding models and classifiers of a node."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -49,6 +49,10 @@ class Encoder(EngineDefaults):
             },
         )
 
+    def environment(self, placement: Placement, folder: Path) -> Mapping[str, str]:
+        """Matrices are small here: threads of a numerical library would only wait for each other."""
+        return {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
     def last_words(self, lines: Sequence[str]) -> str:
         return LlamaCpp().last_words(lines)
 
@@ -77,5 +81,14 @@ def has_work(home: Path) -> bool:
     """Whether there is anything for an encoder program: a classifier, or an embedding model that was pulled."""
     if any((home / CLASSIFIERS).glob("*/serving.json")):
         return True
-    folders = (path.parent for path in (home / _MODELS).glob("*/*/tokenizer.json"))
-    return any((folder / "model.onnx").is_file() or not (folder / "config.json").is_file() for folder in folders)
+    return any(_embeds(path.parent) for path in (home / _MODELS).glob("*/*/tokenizer.json"))
+
+
+def _embeds(folder: Path) -> bool:
+    """A folder whose configuration names a class of language model is another engine's."""
+    if (folder / "model.onnx").is_file():
+        return True
+    try:
+        return '"architectures"' not in (folder / "config.json").read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return (folder / "model.safetensors").is_file()

