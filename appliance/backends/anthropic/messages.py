@@ -123,8 +123,10 @@ def _assistant(target: Target, message: Mapping[str, Any], path: str) -> Iterato
         function = call.get("function")
         if not isinstance(function, Mapping):
             raise unsupported(target, where, "only functions can be called")
-        block = {"type": "tool_use", "id": tool_id(call.get("id"), where), "name": function.get("name")}
-        yield {**block, "input": arguments_of(function, where)}
+        used: Block = {"type": "tool_use", "id": tool_id(call.get("id"), where), "name": function.get("name")}
+        used["input"] = arguments_of(function, where)
+        hint = call.get("cache_control")
+        yield {**used, "cache_control": hint} if hint else used
 
 
 def _tool_result(target: Target, message: Mapping[str, Any], path: str) -> Block:
