@@ -1,4 +1,4 @@
-"""appliance probe and appliance plan: what this machine has, and what fits it."""
+"""appliance probe and appliance plan: what this machine has, and what fits it, or one that is not at hand."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,12 +7,16 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from appliance.catalog import Catalog, load_catalog
+from appliance.catalog import Catalog, DevicePrior, load_catalog, load_device
 from appliance.cli.output import bytes_text, guarded, say, say_json, stdout
 from appliance.cli.places import ConfigOption, DataDirOption, JsonOption, data_dir_of
-from appliance.config import Engine, load_config
-from appliance.node.choice import wanted_file
+from appliance.config import Engine, EngineModel, load_config
+from appliance.engines.base import Placement
+from appliance.node.choice import candidates
+from appliance.node.gpu_devices import devices_of
+from appliance.node.imagined import machine_of
 from appliance.node.models import ModelStore
+from appliance.node.nvidia import Gpu
 from appliance.node.planner import Plan, Wanted, plan
 from appliance.node.probe import Hardware, probe
 
@@ -27,63 +31,148 @@ def probe_command(as_json: JsonOption = False) -> None:
     say(f"cpu     {cpu.model} ({cpu.architecture})")
     say(f"        {cpu.usable_cores} usable cores: {cpu.usable_reason}")
     say(f"        {' '.join(sorted(cpu.flags)) or 'no instruction sets known'}")
+    for node in cpu.nodes if len(cpu.nodes) > 1 else ():
+        say(f"        NUMA node {node.index}: {len(node.cpus)} CPUs, {bytes_text(node.memory_total_bytes)}")
     say(f"memory  {bytes_text(ram.usable_bytes)} usable: {ram.usable_reason}")
-    say(f"gpus    {gpus.reason}")
+    say(f"gpus    {gpus.reason}{f'; driver {gpus.driver}, CUDA {gpus.cuda}' if gpus.driver else ''}")
     for gpu in gpus.devices:
-        memory = gpu.memory_reason if gpu.memory_free_bytes is None else f"{bytes_text(gpu.memory_free_bytes)} free"
-        total = "unknown" if gpu.memory_total_bytes is None else bytes_text(gpu.memory_total_bytes)
-        say(f"        {gpu.index}: {gpu.name}, compute capability {gpu.compute_capability}, {total}, {memory}")
+        for line in _gpu_lines(gpu):
+            say(f"        {line}")
 
 
 def plan_command(
-    name: Annotated[str | None, typer.Argument(help="A catalogue name or a GGUF file; empty: everything.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A catalogue name, a GGUF file or a folder of safetensors; empty: everything.")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--for", help="A machine that is not at hand: a file like hardware/gpu-h200.toml, or its name."),
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="With --for: so many of these GPUs.", min=1, max=64)] = 1,
+    cores: Annotated[int | None, typer.Option(help="With --for: physical cores.", min=1)] = None,
+    memory_gib: Annotated[float | None, typer.Option(help="With --for: RAM, in GiB.", min=0.5)] = None,
+    models: Annotated[
+        list[str] | None, typer.Option("--model", help="Plan these together, as a node would serve them; repeat it.")
+    ] = None,
     config_path: ConfigOption = None,
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say for every model and variant whether it fits here, with what context and how many sequences, or why not."""
+    """Say for every model and variant whether it fits, with what context and how many sequences, or why not.
+
+    Each by itself, or with --model several together.
+    """
     config = guarded(lambda: load_config(config_path))
     catalog = guarded(load_catalog)
     store = ModelStore(data_dir_of(data_dir, config))
     hardware = probe()
-    rows = [_verdict(hardware, wanted, config.engine) for wanted in _candidates(catalog, store, name)]
+    if device is not None:
+        prior = guarded(lambda: _prior(device, catalog))
+        ram = None if memory_gib is None else int(memory_gib * (1 << 30))
+        hardware = machine_of(prior, gpus=gpus, cores=cores, memory_bytes=ram)
+    has_gpus = bool(devices_of(hardware)[0])
+    names = models or ([name] if name is not None else [model.name for model in catalog.models])
+    groups = [_candidates(one, catalog, store, has_gpus) for one in names]
+    rows = _together(hardware, groups, config.engine) if models else _each(hardware, groups, config.engine)
     if as_json:
         say_json({"fingerprint": hardware.fingerprint, "candidates": rows})
         return
-    table = Table("model", "variant", "memory", "threads", "context", "sequences", "verdict", box=None, pad_edge=False)
-    for row in rows:
-        place: Any = row["placement"]
-        if place is None:
-            table.add_row(row["model"], row["variant"], "", "", "", "", row["refusal"])
-        else:
-            shape = place["shape"]
-            cells = (bytes_text(place["memory_bytes"]), shape["threads"], shape["context_tokens"], shape["sequences"])
-            table.add_row(row["model"], row["variant"], *map(str, cells), "fits")
-    stdout.print(table)
+    stdout.print(_table(rows))
 
 
-def _verdict(hardware: Hardware, wanted: Wanted, engine: Engine) -> dict[str, Any]:
-    """Each candidate is planned by itself: the question is what could run, not what runs together."""
-    outcome: Plan = plan(hardware, [wanted], engine)
-    placed = outcome.placements[0] if outcome.placements else None
+def _candidates(name: str, catalog: Catalog, store: ModelStore, has_gpus: bool) -> tuple[Wanted, ...]:
+    return guarded(lambda: candidates(EngineModel(name=name), catalog, store, has_gpus=has_gpus))
+
+
+def _prior(name: str, catalog: Catalog) -> DevicePrior:
+    return load_device(Path(name)) if name.endswith(".toml") else catalog.device(name)
+
+
+def _each(hardware: Hardware, groups: list[tuple[Wanted, ...]], engine: Engine) -> list[dict[str, Any]]:
+    """Each variant by itself: the question is what could run, not what runs together."""
+    rows = []
+    for wanted in (one for group in groups for one in group):
+        rows += _rows([wanted], plan(hardware, [wanted], engine))
+    return rows
+
+
+def _together(hardware: Hardware, groups: list[tuple[Wanted, ...]], engine: Engine) -> list[dict[str, Any]]:
+    wanted = [one for group in groups for one in group]
+    return _rows(wanted, plan(hardware, wanted, engine))
+
+
+def _rows(wanted: list[Wanted], outcome: Plan) -> list[dict[str, Any]]:
+    placed = {(one.model, one.variant): one for one in outcome.placements}
+    refused = {(one.model, one.variant): one.reason for one in outcome.refusals}
+    rows = []
+    for one in wanted:
+        key = one.model.name, one.variant.name
+        placement = placed.get(key)
+        rows.append(
+            {
+                "model": key[0],
+                "variant": key[1],
+                "here": one.path.exists(),
+                "refusal": None if placement else refused[key],
+                "placement": placement and _placement(placement),
+            }
+        )
+    return rows
+
+
+def _placement(placed: Placement) -> dict[str, Any]:
     return {
-        "model": wanted.model.name,
-        "variant": wanted.variant.name,
-        "here": wanted.path.exists(),
-        "refusal": None if placed else outcome.refusals[0].reason,
-        "placement": placed
-        and {
-            "engine": placed.engine,
-            "memory_bytes": placed.memory.total_bytes,
-            "memory": asdict(placed.memory),
-            "shape": asdict(placed.shape),
-            "reasons": placed.reasons,
-        },
+        "engine": placed.engine,
+        "memory_bytes": placed.memory.total_bytes,
+        "memory": asdict(placed.memory),
+        "shape": asdict(placed.shape),
+        "gpu": placed.gpu and asdict(placed.gpu),
+        "settings": dict(placed.settings),
+        "reasons": placed.reasons,
     }
 
 
-def _candidates(catalog: Catalog, store: ModelStore, name: str | None) -> list[Wanted]:
-    if name is not None and name.endswith(".gguf"):
-        return [guarded(lambda: wanted_file(Path(name)))]
-    models = catalog.models if name is None else (guarded(lambda: catalog.model(name)),)
-    return [Wanted(model, one, store.path_of(model.name, one.name)) for model in models for one in model.variants]
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(
+        "model", "variant", "engine", "memory", "on", "context", "sequences", "verdict", box=None, pad_edge=False
+    )
+    for row in rows:
+        place: Any = row["placement"]
+        if place is None:
+            table.add_row(row["model"], row["variant"], "", "", "", "", "", row["refusal"])
+            continue
+        shape, gpu = place["shape"], place["gpu"]
+        on = f"{shape['threads']} threads" if gpu is None else _gpus_text(gpu)
+        # Of a GPU engine the longest sequence says more than its cache; of llama.cpp both are one.
+        context = shape["context_tokens" if gpu is None else "sequence_context_tokens"]
+        cells = (place["engine"], bytes_text(place["memory_bytes"]), on, context, shape["sequences"], "fits")
+        table.add_row(row["model"], row["variant"], *map(str, cells))
+    return table
+
+
+def _gpus_text(gpu: dict[str, Any]) -> str:
+    size, copies = gpu["tensor_parallel"], gpu["data_parallel"]
+    text = "1 GPU" if size == 1 else f"{size} GPUs"
+    return text if copies == 1 else f"{copies} x {text}"
+
+
+def _gpu_lines(gpu: Gpu) -> list[str]:
+    memory = gpu.memory_reason if gpu.memory_free_bytes is None else f"{bytes_text(gpu.memory_free_bytes)} free"
+    total = "unknown" if gpu.memory_total_bytes is None else bytes_text(gpu.memory_total_bytes)
+    lines = [f"{gpu.index}: {gpu.name}, compute capability {gpu.compute_capability}, {total}, {memory}"]
+    now = [
+        f"{gpu.power_watts:.0f} W" if gpu.power_watts is not None else "",
+        f"of {gpu.power_limit_watts:.0f} W" if gpu.power_limit_watts is not None else "",
+        f"{gpu.utilisation:.0%} busy" if gpu.utilisation is not None else "",
+        f"{gpu.temperature_celsius} C" if gpu.temperature_celsius is not None else "",
+        f"{gpu.nvlinks} NVLinks" if gpu.nvlinks else "",
+        f"held down by {', '.join(gpu.throttled)}" if gpu.throttled else "",
+        f"{gpu.ecc_uncorrected_errors} uncorrected memory errors" if gpu.ecc_uncorrected_errors else "",
+        f"{len(gpu.processes)} processes" if gpu.processes else "",
+    ]
+    told = ", ".join(filter(None, now))
+    lines += [f"   {told}"] if told else []
+    for part in gpu.mig_devices:
+        free = "memory unknown" if part.memory_free_bytes is None else f"{bytes_text(part.memory_free_bytes)} free"
+        lines.append(f"   part {part.index}: {part.name}, {free}")
+    return lines

@@ -1,15 +1,16 @@
-"""From what the operator named to what is planned for: a catalogue name, or a GGUF of their own; and from what was
+"""From what the operator named to what is planned for: a catalogue name, or files of their own; and from what was
 measured to the variant that is served."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from appliance.catalog import Catalog, FileSource, ModelSpec, Variant
-from appliance.config import Engine
+from appliance.config import Engine, EngineModel
 from appliance.errors import ModelFileError, UnknownModel
 from appliance.node.calibration import Calibration, choose
 from appliance.node.gguf import read_header, spec_of
+from appliance.node.hf_folder import spec_of_folder
 from appliance.node.models import ModelStore, StoredModel
 from appliance.node.planner import Wanted
 
@@ -20,6 +21,58 @@ def wanted_file(path: Path) -> Wanted:
         raise ModelFileError(f"{path} does not exist: name a GGUF file, or a model of `appliance models list`")
     spec = spec_of(read_header(path.resolve()))
     return Wanted(spec, spec.variants[0], path.resolve())
+
+
+def wanted_folder(path: Path) -> Wanted:
+    """A folder of safetensors that need not be in the catalogue. Raises ModelFileError where it is not whole."""
+    spec = spec_of_folder(path.resolve())
+    return Wanted(spec, spec.variants[0], path.resolve())
+
+
+def candidates(wish: EngineModel, catalog: Catalog, store: ModelStore, *, has_gpus: bool) -> tuple[Wanted, ...]:
+    """The variants of one model that may be planned for, best first.
+
+    With GPUs those for vLLM come first, in the order of the catalogue; those for llama.cpp, which lie here already
+    before others, stand in where no GPU has room. Without GPUs it is the other way round. Raises UnknownModel and
+    ModelFileError.
+    """
+    own = _own_files(wish)
+    if own is not None:
+        return (own,)
+    model = catalog.model(wish.name)
+    variants: Sequence[Variant] = model.variants
+    if wish.variant is not None:
+        variants = (_named_variant(Wanted(model, model.variants[0], Path()), wish.variant, store).variant,)
+    if wish.engine is not None:
+        variants = [variant for variant in variants if variant.engine == wish.engine]
+        if not variants:
+            named = wish.variant or "no variant"
+            raise UnknownModel(f"model {model.name!r}: {named} is for {wish.engine}; leave `engine` or `variant` out")
+    first = "vllm" if has_gpus else "llamacpp"
+
+    def preference(variant: Variant) -> tuple[bool, bool]:
+        is_here = variant.engine == "llamacpp" and store.find(model.name, variant.name) is not None
+        return variant.engine != first, not is_here
+
+    return tuple(
+        Wanted(model, variant, store.path_of(model.name, variant.name, is_folder=variant.is_folder), wish=wish)
+        for variant in sorted(variants, key=preference)
+    )
+
+
+def _own_files(wish: EngineModel) -> Wanted | None:
+    """What `wish` names by its path, under the name of its file or the one it is given; None for a catalogue name."""
+    named = wish.path or wish.name
+    path = Path(named).expanduser()
+    if named.endswith(".gguf"):
+        found = wanted_file(path)
+    elif wish.path is not None or (path / "config.json").is_file():
+        found = wanted_folder(path)
+    else:
+        return None
+    if wish.path is not None:
+        found = replace(found, model=replace(found.model, name=wish.name))
+    return replace(found, wish=wish)
 
 
 def wanted(engine: Engine, catalog: Catalog, store: ModelStore) -> Wanted:

@@ -6,7 +6,7 @@ costs answers is taken only where none that does not fits well.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Final
 
@@ -23,8 +23,8 @@ RecordKey = tuple[str, str, str, int]
 Records = Mapping[RecordKey, Overheads]
 
 _MIN_CONTEXT_TOKENS: Final = 2_048
-_FULL_CONTEXT_TOKENS: Final = 32_768
-_TYPICAL_TOKENS: Final = 2_048
+_FULL_CONTEXT_TOKENS: Final = 16_384
+_TYPICAL_TOKENS: Final = 1_024
 _COMFORTABLE_SEQUENCES: Final = 16
 """A cache holds a model well if one long sequence and fifteen typical ones have room."""
 _LONG_SEQUENCES: Final = 2
@@ -36,6 +36,8 @@ _HUGE_DEVICE_BYTES: Final = 160 * (1 << 30)
 """From these sizes vLLM itself takes larger steps."""
 _ROUNDING_TOKENS: Final = 1_024
 _SPLITS: Final = (1, 2, 4, 8)
+_FEW_SEQUENCES: Final = 32
+"""Where a model only just fits: each sequence wants logits and a share of the graphs."""
 _COSTS_ANSWERS: Final = frozenset({"AWQ", "GPTQ", "NVFP4"})
 _ROUNDS: Final = 4
 
@@ -116,7 +118,7 @@ class Fitting:
     def _try(self, item: Wanted, devices: tuple[Device, ...], comfortable: bool) -> Claim | tuple[int, str]:
         """A claim on these devices; or by how much it does not fit and how to say so."""
         wish, size, smallest = _wish(item), len(devices), min(one.total_bytes for one in devices)
-        batch, sequences = _step(smallest, wish)
+        batch, sequences = _step(smallest, wish, comfortable)
         measured = self.records.get((item.model.name, item.variant.name, devices[0].name, size))
         base = device_memory(
             item.model,
@@ -133,11 +135,11 @@ class Fitting:
         if wish.gpu_memory_share is not None:
             limit = min(limit, int(smallest * wish.gpu_memory_share))
         if base.total_bytes + kv > limit:
-            needed = Memory(base.weights_bytes, kv, base.buffers_bytes, base.program_bytes)
+            needed = replace(base, kv_bytes=cache.bytes(least))
             where = f"each of {size} devices" if size > 1 else "one device"
             names = f"{devices[0].name}: {limit:,} usable"
             reason = f"needs {needed} on {where} with {least:,} tokens of context; {names}: {_REMEDY}"
-            return base.total_bytes + cache.bytes(least) - limit, reason
+            return needed.total_bytes - limit, reason
         copies = self._copies(item, devices, base.total_bytes + kv)
         if wish.data_parallel is not None and len(copies) < wish.data_parallel * size:
             can = f"{len(copies)} of the devices it may use can do it"
@@ -218,7 +220,7 @@ class _Cache:
                     low = middle
                 else:
                     high = middle - 1
-            if low * _ROUNDING_TOKENS >= min(trained, _TYPICAL_TOKENS):
+            if low * _ROUNDING_TOKENS >= min(trained, _MIN_CONTEXT_TOKENS):
                 break
         return min(trained, max(low * _ROUNDING_TOKENS, 256))
 
@@ -251,8 +253,7 @@ def placement_of(claim: Claim, engine: Engine, config: EngineConfig) -> Placemen
     fit = max(1, claim.kv_bytes // cache.bytes(min(longest, _TYPICAL_TOKENS)))
     # A power of two: another number would make the engine compile anew whenever a little memory is missing.
     sequences = wish.sequences or min(claim.sequences, 1 << (fit.bit_length() - 1))
-    base = claim.base
-    memory = Memory(base.weights_bytes, claim.kv_bytes, base.buffers_bytes, base.program_bytes)
+    memory = replace(claim.base, kv_bytes=claim.kv_bytes)
     first = claim.devices[0]
     tokens = int(claim.kv_bytes / cache.bytes(longest) * longest)
     total = min(device.total_bytes for device in claim.devices)
@@ -307,12 +308,12 @@ def _kind(device: Device) -> tuple[str, int, bool]:
     return device.name, device.total_bytes, device.is_part
 
 
-def _step(total_bytes: int, wish: EngineModel) -> tuple[int, int]:
-    """Tokens of the largest step and sequences at most, for a device of this size."""
+def _step(total_bytes: int, wish: EngineModel, comfortable: bool) -> tuple[int, int]:
+    """Tokens of the largest step and sequences at most, for a device of this size; few where memory is short."""
     if total_bytes >= _HUGE_DEVICE_BYTES:
         batch, sequences = 16_384, 512
     elif total_bytes >= _LARGE_DEVICE_BYTES:
         batch, sequences = 8_192, 512
     else:
         batch, sequences = 2_048, 256
-    return batch, wish.sequences or sequences
+    return batch, wish.sequences or (sequences if comfortable else _FEW_SEQUENCES)

@@ -76,10 +76,10 @@ class ModelStore:
                     found.append(self._describe(folder.name, variant, path))
         return tuple(found)
 
-    def path_of(self, model: str, variant: str) -> Path:
-        """Where the variant lies, or would lie as a GGUF. Whether it is there: `find`."""
+    def path_of(self, model: str, variant: str, *, is_folder: bool = False) -> Path:
+        """Where the variant lies, or would lie as a GGUF, or as a folder. Whether it is there: `find`."""
         folder = self.folder / model / variant
-        return folder if (folder / "config.json").is_file() else self.folder / model / f"{variant}.gguf"
+        return folder if is_folder or (folder / "config.json").is_file() else self.folder / model / f"{variant}.gguf"
 
     def find(self, model: str, variant: str) -> StoredModel | None:
         """The variant as it lies there; None where it does not."""

@@ -1,0 +1,56 @@
+"""Which model of the catalogue fits which class of hardware, as tables: made by the planner, for the README."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from appliance.catalog import Catalog, DevicePrior, ModelSpec, load_catalog
+from appliance.config import Engine
+from appliance.node.imagined import machine_of
+from appliance.node.planner import Plan, Wanted, plan
+from appliance.node.probe import Hardware
+
+_NOWHERE: Final = Path()
+"""Nothing has been pulled."""
+
+
+def fit_tables() -> str:
+    """One table for GPUs, one for processors: models down, classes of hardware across."""
+    catalog = load_catalog()
+    gpus = sorted((one for one in catalog.devices if one.kind == "gpu"), key=lambda one: one.memory_bytes or 0)
+    cpus = sorted((one for one in catalog.devices if one.kind == "cpu"), key=lambda one: one.memory_bytes or 0)
+    return "\n\n".join(
+        (
+            "One GPU, vLLM: variant, the longest sequence, how many at once.",
+            _table(catalog, gpus, "vllm"),
+            "Processors, llama.cpp: variant, context shared by all, how many sequences at once.",
+            _table(catalog, cpus, "llamacpp"),
+        )
+    )
+
+
+def verdict(hardware: Hardware, model: ModelSpec, engine: str) -> Plan:
+    """What the planner makes of this model alone, in its variants for this engine."""
+    from_catalogue = [variant for variant in model.variants if variant.engine == engine]
+    return plan(hardware, [Wanted(model, variant, _NOWHERE) for variant in from_catalogue], Engine())
+
+
+def _table(catalog: Catalog, devices: Sequence[DevicePrior], engine: str) -> str:
+    names = [device.name.partition("-")[2] for device in devices]
+    machines = [machine_of(device) for device in devices]
+    rows = [f"| model | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    models = [model for model in catalog.models if not model.measuring_only]
+    for model in sorted(models, key=lambda model: model.parameters):
+        if any(variant.engine == engine for variant in model.variants):
+            cells = (_cell(verdict(machine, model, engine)) for machine in machines)
+            rows.append(f"| {model.name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _cell(outcome: Plan) -> str:
+    if not outcome.placements:
+        return "does not fit"
+    (placed,) = outcome.placements
+    shape = placed.shape
+    context = shape.context_tokens if placed.gpu is None else shape.sequence_context_tokens
+    return f"{placed.variant.removesuffix('-safetensors')} {context // 1024}k x {shape.sequences}"
