@@ -75,7 +75,7 @@ class Scoring:
                 else:
                     ahead.append((child, logprob))
         found = [*self.scores, *(logprob for _, logprob in ahead)]
-        bar = math.log(self._worth) + mass(found)
+        bar = math.log(self._worth) + mass(found) if self._worth > 0 else -math.inf
         self.due = [(place, logprob) for place, logprob in ahead if logprob >= bar]
         for place, logprob in ahead:
             if logprob < bar:

@@ -19,14 +19,7 @@ from appliance.backends.dialect import Letter
 from appliance.backends.label_tree import Branch, Scoring, Tokens, mass, tree
 from appliance.backends.replies import error_of_status
 from appliance.core import EgressPermit, Reply, Target, Usage
-from appliance.errors import (
-    ApplianceError,
-    BackendGarbage,
-    BackendRefused,
-    BackendTimeout,
-    ContextTooLong,
-    RequestError,
-)
+from appliance.errors import BackendGarbage, BackendRefused, BackendTimeout, RequestError
 
 PATH: Final = "/labels"
 _MOST_TOKEN_IDS: Final = 128
@@ -113,8 +106,8 @@ async def _item(
         while scoring.due:
             reads = await _all(call.read((*prompt, *place.prefix), tuple(place.children)) for place, _ in scoring.due)
             scoring.give(reads)
-    except BackendRefused as error:
-        return _refused(error).to_openai()
+    except (BackendRefused, RequestError) as error:
+        return error.to_openai()
     whole = mass(scoring.scores)
     labels = [
         {
@@ -225,12 +218,6 @@ def _common(rows: Sequence[Tokens]) -> Tokens:
     while all(len(row) > shared and row[shared] == rows[0][shared] for row in rows):
         shared += 1
     return rows[0][:shared]
-
-
-def _refused(error: BackendRefused) -> ApplianceError:
-    if "maximum context length" in error.message:
-        return ContextTooLong(error.message, param="input")
-    return error
 
 
 def _usage(usage: Usage) -> Mapping[str, Any]:

@@ -178,7 +178,8 @@ class Vllm(EngineDefaults):
 
     def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> Memory:
         """On a CPU, in whole blocks. What its GPUs hold is the planner's arithmetic."""
-        cells = -(-context_tokens // _BLOCK_TOKENS_CPU) * _BLOCK_TOKENS_CPU
+        # One block more than it uses: it keeps one for itself, and refuses to start where that one is missing.
+        cells = (-(-context_tokens // _BLOCK_TOKENS_CPU) + 1) * _BLOCK_TOKENS_CPU
         activations = 4 * _BATCH_TOKENS * _ACTIVATION_WIDTHS * model.embedding
         logits = 4 * max(sequences, 1) * model.vocabulary_tokens
         return Memory(
@@ -220,13 +221,18 @@ def _devices(placement: Placement) -> dict[str, str]:
 
 def _smaller(placement: Placement, fitting_tokens: int | None) -> Placement | None:
     shape, memory = placement.shape, placement.memory
-    cells = int(shape.context_tokens * _SHRINK)
-    longest = min(shape.sequence_context_tokens, cells)
-    if fitting_tokens is not None:
-        longest = min(longest, fitting_tokens)
+    cells = shape.context_tokens if fitting_tokens else int(shape.context_tokens * _SHRINK)
+    longest = min(shape.sequence_context_tokens, cells if fitting_tokens is None else fitting_tokens)
     longest = longest // _BLOCK_TOKENS_CPU * _BLOCK_TOKENS_CPU
     if longest < min(_LEAST_CONTEXT_TOKENS, shape.sequence_context_tokens):
         return None
+    if fitting_tokens is not None:  # the memory is there, and all of it: only the longest sequence was too long
+        reason = f"less than planned, for its KV cache holds no more: {longest:,} tokens of context"
+        return replace(
+            placement,
+            shape=replace(shape, sequence_context_tokens=longest),
+            reasons=(*placement.reasons, reason),
+        )
     sequences = max(1, shape.sequences // 2) if shape.sequences > _MOST_SEQUENCES_IN_DOUBT else shape.sequences
     gpu, kv_bytes = placement.gpu, int(memory.kv_bytes * _SHRINK)
     if gpu is not None:

@@ -127,7 +127,7 @@ def test_memory_of_the_kv_cache_is_what_it_measured_itself() -> None:
     """SmolLM2-135M: 93,184 tokens in 2 GiB, as its log says."""
     model = load_catalog().embedded
     memory = ENGINE.memory(model, model.variants[0], context_tokens=93_184, sequences=8)
-    assert memory.kv_bytes == pytest.approx(2 << 30, rel=0.001)
+    assert memory.kv_bytes == pytest.approx(2 << 30, rel=0.002)
 
 
 LOG = """\
@@ -213,6 +213,7 @@ def test_the_length_that_it_says_would_fit_is_believed() -> None:
     words = "ValueError: ... larger than the available KV cache memory; estimated maximum model length is 2048."
     less = ENGINE.smaller(CPU, words)
     assert less is not None and less.shape.sequence_context_tokens == 2048
+    assert less.memory == CPU.memory and less.shape.sequences == CPU.shape.sequences
 
 
 def _page(running: int, prompt: int, cached: int, generated: int, prefill_seconds: float, engines: int = 1) -> str:
