@@ -1,0 +1,144 @@
+"""The program over its socket, as the router drives it: it trains in a child while it serves."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from appliance.engines.base import read_load
+from tests.encoders.samples import labelled
+
+pytestmark = pytest.mark.anyio
+
+
+@asynccontextmanager
+async def program(folder: Path) -> AsyncIterator[httpx.AsyncClient]:
+    words = ["--uds", str(folder / "s"), "--data", str(folder / "data"), "--models", str(folder / "models")]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "appliance.encoders", *words, "--threads", "1", stderr=asyncio.subprocess.PIPE
+    )
+    assert process.stderr is not None
+    try:
+        async for line in process.stderr:
+            if json.loads(line)["event"] == "ready":
+                break
+        transport = httpx.AsyncHTTPTransport(uds=str(folder / "s"))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=60) as client:
+            yield client
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+        # its log is read to the end, or it could not write its last words
+        await process.communicate()
+    assert process.returncode == 0
+    assert not (folder / "s").exists()
+
+
+async def until_ended(client: httpx.AsyncClient, name: str) -> Any:
+    while True:
+        run = (await client.get(f"/v1/classifiers/{name}/training")).json()
+        if run["state"] != "running":
+            return run
+        await client.get("/health")
+
+
+async def test_a_classifier_is_trained_asked_measured_rolled_back_and_removed(tmp_path: Path) -> None:
+    async with program(tmp_path) as client:
+        assert (await client.get("/health")).status_code == 200
+        assert read_load((await client.get("/load")).json()).sequences_capacity > 0
+        for version in (1, 2):
+            begun = await client.post("/v1/classifiers", json={"name": "mail", "examples": labelled(90)})
+            assert begun.status_code == 202
+            assert (await client.get("/health")).status_code == 200
+            ended = await until_ended(client, "mail")
+            assert (ended["state"], ended["version"]) == ("done", version), ended
+        asked = {"model": "mail", "texts": ["where is my parcel, the courier is late", "refund the invoice please"]}
+        told = (await client.post("/v1/classify", json=asked)).json()
+        chosen = [told["labels"][row.index(max(row))] for row in told["probabilities"]]
+        assert chosen == ["delivery", "billing"]
+        assert [sum(row) for row in told["probabilities"]] == pytest.approx([1.0, 1.0], abs=1e-5)
+        measured = (await client.post("/v1/classifiers/mail/evaluate", json={"examples": labelled(50, seed=3)})).json()
+        assert measured["accuracy"] > 0.9
+        assert (await client.post("/v1/classifiers/mail/rollback")).json()["serving"] == 1
+        assert (await client.post("/v1/classify", json=asked)).json()["version"] == 1
+        assert (await client.post("/v1/classify", json={**asked, "version": 2})).json()["version"] == 2
+        assert (await client.get("/v1/served")).json()["classifiers"] == ["mail"]
+        assert (await client.delete("/v1/classifiers/mail")).status_code == 200
+        assert (await client.post("/v1/classify", json=asked)).status_code == 404
+
+
+async def test_a_training_is_cancelled_and_another_one_waits_for_its_end(tmp_path: Path) -> None:
+    async with program(tmp_path) as client:
+        body = {"name": "slow", "examples": labelled(6_000, unclear=0.3)}
+        assert (await client.post("/v1/classifiers", json=body)).status_code == 202
+        second = await client.post("/v1/classifiers", json={"name": "other", "examples": labelled(60)})
+        assert second.status_code == 429
+        assert "'slow' is being trained" in second.text
+        assert (await client.delete("/v1/classifiers/slow/training")).json()["state"] == "cancelled"
+        assert (await client.get("/v1/classifiers/slow")).status_code == 404
+        again = await client.post("/v1/classifiers", json={"name": "other", "examples": labelled(60)})
+        assert again.status_code == 202
+        assert (await until_ended(client, "other"))["state"] == "done"
+
+
+async def test_a_training_whose_disk_is_full_fails_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mail").write_text("a file where a folder belongs")
+    async with program(tmp_path) as client:
+        await client.post("/v1/classifiers", json={"name": "mail", "examples": labelled(60)})
+        ended = await until_ended(client, "mail")
+        assert ended["state"] == "failed"
+        assert "cannot be written" in ended["error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "told"),
+    [
+        ("/v1/classify", {"model": "none", "texts": ["x"]}, 404, "no classifier 'none'"),
+        ("/v1/classify", {"model": "none", "texts": []}, 400, "list of 1 to 10000 texts"),
+        ("/v1/classify", {"model": "none", "texts": ["x"] * 10_001}, 400, "at most 10000"),
+        ("/v1/classifiers", {"name": "x", "examples": [{"text": "a", "label": "b"}] * 2}, 400, "at least two"),
+        ("/v1/classifiers", {"name": "x", "examples": labelled(9), "accuracy": 2}, 400, "between 0 and 1"),
+        ("/v1/classifiers", {"name": "x", "examples": labelled(9), "tier": "gpt"}, 400, "words or encoder"),
+        ("/v1/classifiers/none/evaluate", {"examples": labelled(9)}, 404, "no classifier 'none'"),
+        ("/v1/classifiers/none/rollback", {}, 404, "no classifier 'none'"),
+        ("/v1/embeddings", {"model": "none", "input": "x"}, 404, "appliance models pull"),
+    ],
+)
+async def test_mistakes_are_answered_with_what_would_be_right(
+    shared_program: httpx.AsyncClient, path: str, body: Any, status: int, told: str
+) -> None:
+    answer = await shared_program.post(path, json=body)
+    assert answer.status_code == status
+    assert told in answer.json()["error"]["message"]
+
+
+@pytest.fixture(scope="module")
+async def shared_program(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[httpx.AsyncClient]:
+    async with program(tmp_path_factory.mktemp("encoders")) as client:
+        yield client
+
+
+async def test_a_body_that_is_no_json_is_refused(shared_program: httpx.AsyncClient) -> None:
+    answer = await shared_program.post("/v1/classifiers", content=b'{"name": "caf\xe9"}')
+    assert answer.status_code == 400
+    assert "not valid JSON" in answer.text
+
+
+async def test_the_program_ends_with_the_one_that_holds_its_leash(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    words = ["--uds", str(tmp_path / "s"), "--data", str(tmp_path / "d"), "--models", str(tmp_path)]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "appliance.encoders", *words, "--leash-fd", str(read), pass_fds=(read,)
+    )
+    os.close(read)
+    os.close(write)
+    assert await asyncio.wait_for(process.wait(), 30) == 0

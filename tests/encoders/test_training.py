@@ -1,0 +1,153 @@
+"""Training on words alone: what is reported holds on new rows, and serving computes what was trained."""
+
+import errno
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from appliance.encoders import versions
+from appliance.encoders.examples import read_examples
+from appliance.encoders.heads import (
+    RECIPES,
+    Linear,
+    Scorer,
+    fit_linear,
+    fit_temperature,
+    named_blocks,
+    probabilities_of,
+    split_weights,
+    stacked,
+)
+from appliance.encoders.training import Models, Trained, train
+from appliance.encoders.versions import Versions
+from appliance.encoders.words import Lexicon, words_of
+from appliance.errors import ModelFileError, NotFound, RequestError
+from tests.encoders.samples import labelled
+
+NO_MODELS = Models(None, None)
+
+
+def trained(count: int = 150, unclear: float = 0.0, wanted: float | None = None) -> Trained:
+    return train(
+        read_examples(labelled(count, unclear=unclear), None, None),
+        NO_MODELS,
+        wanted_accuracy=wanted,
+        dearest="encoder",
+        progress=lambda step, share: None,
+        clock=time.monotonic,
+    )
+
+
+def saved(store: Versions, made: Trained, name: str = "mail") -> int:
+    return store.save(name, made, made_at="2026-01-01T00:00:00+00:00", models={})
+
+
+def test_words_are_cut_where_a_script_has_no_spaces() -> None:
+    assert words_of("Don't PANIC!") == ["don", "'", "t", "panic", "!"]
+    assert max(map(len, words_of("字" * 100))) == 32
+    assert len(words_of("word " * 10_000)) == 512
+
+
+def test_serving_gives_the_scores_that_were_trained_on() -> None:
+    rows = labelled(80)
+    texts, truth = [row["text"] for row in rows], np.array([ord(row["label"][0]) % 3 for row in rows])
+    lexicon = Lexicon.learn(texts, None)
+    blocks = named_blocks(lexicon.blocks(texts), None)
+    recipe = RECIPES[0]
+    weights, bias = fit_linear(stacked(blocks, recipe), truth, 3, 1.0)
+    scorer = Scorer(lexicon, Linear(split_weights(weights, blocks, recipe), bias))
+    new = [*texts[:20], "never seen words here", "", "parcel parcel parcel"]
+    expected = stacked(named_blocks(lexicon.blocks(new), None), recipe) @ weights + bias
+    for _ in range(2):  # the second time every word is remembered
+        np.testing.assert_allclose(scorer.scores(new), expected, atol=1e-4)
+    one_by_one = np.vstack([scorer.scores([text]) for text in new])
+    np.testing.assert_allclose(one_by_one, expected, atol=1e-4)
+
+
+def test_what_is_remembered_of_words_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appliance.encoders.heads._TABLE_BYTES", 2_000)
+    rows = [row["text"] for row in labelled(40)]
+    lexicon = Lexicon.learn(rows, None)
+    blocks = named_blocks(lexicon.blocks(rows), None)
+    weights, bias = fit_linear(stacked(blocks, RECIPES[0]), np.arange(40) % 3, 3, 1.0)
+    scorer = Scorer(lexicon, Linear(split_weights(weights, blocks, RECIPES[0]), bias))
+    first = scorer.scores(rows[:5])
+    for text in rows:
+        scorer.scores([text])
+    np.testing.assert_allclose(scorer.scores(rows[:5]), first, atol=1e-5)
+
+
+def test_the_temperature_is_the_one_that_the_scores_were_made_with() -> None:
+    chance = np.random.default_rng(0)
+    scores = chance.normal(size=(4_000, 4)).astype(np.float32)
+    shares = probabilities_of(scores, 0.5)
+    truth = np.array([chance.choice(4, p=row / row.sum()) for row in shares.astype(np.float64)])
+    assert fit_temperature(scores, truth) == pytest.approx(0.5, rel=0.1)
+
+
+def test_a_report_holds_on_rows_that_were_not_trained_on(tmp_path: Path) -> None:
+    store = Versions(tmp_path)
+    made = trained(240, unclear=0.2)
+    assert made.report["rows"] == 240
+    saved(store, made)
+    head = store.load("mail", None, None, {})
+    fresh = labelled(400, seed=1, unclear=0.2)
+    scores = head.scores([row["text"] for row in fresh])
+    right = [head.labels[place] == row["label"] for place, row in zip(scores.argmax(axis=1), fresh, strict=True)]
+    assert np.mean(right) == pytest.approx(made.report["accuracy"], abs=0.08)
+    assert made.report["bounds"][-1]["local_share"] >= made.report["bounds"][0]["local_share"]
+
+
+def test_an_accuracy_that_is_not_reached_is_said() -> None:
+    told = trained(90, unclear=0.5, wanted=0.99).report
+    assert told["reached"] is False
+    assert "was asked for" in told["notes"][-1]
+
+
+def test_versions_are_kept_and_one_call_goes_back(tmp_path: Path) -> None:
+    store, made = Versions(tmp_path), trained(60)
+    assert [saved(store, made), saved(store, made)] == [1, 2]
+    assert store.serving("mail") == 2
+    assert store.roll_back("mail", None) == 1
+    assert store.serving("mail") == 1
+    assert store.roll_back("mail", 2) == 2
+    with pytest.raises(NotFound, match="it has 1, 2"):
+        store.roll_back("mail", 9)
+    held = store.held_out("mail")
+    assert {"confidence", "right", "strangeness"} == set(held)
+    assert len(held["right"]) == 60
+    store.remove("mail")
+    with pytest.raises(NotFound, match="no classifier 'mail'"):
+        store.serving("mail")
+
+
+def test_a_full_disk_leaves_what_serves_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, made = Versions(tmp_path), trained(60)
+    saved(store, made)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(versions, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        saved(store, made)
+    assert (store.serving("mail"), store.numbers("mail")) == (1, [1])
+    assert [path.name for path in (tmp_path / "mail").iterdir() if path.name.endswith(".part")] == []
+    monkeypatch.undo()
+    assert saved(store, made) == 2
+
+
+def test_damaged_files_say_what_to_do(tmp_path: Path) -> None:
+    store = Versions(tmp_path)
+    saved(store, trained(60))
+    (tmp_path / "mail" / "v1" / "weights.safetensors").write_bytes(b"garbage")
+    with pytest.raises(ModelFileError, match="roll back or train again"):
+        store.load("mail", None, None, {})
+
+
+@pytest.mark.parametrize("name", ["", "../up", "A", "a/b", "x" * 65, None])
+def test_a_name_that_is_no_folder_name_is_refused(tmp_path: Path, name: object) -> None:
+    with pytest.raises(RequestError, match="it must be 1 to 64"):
+        versions.check_name(name)
