@@ -284,7 +284,9 @@ async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Runn
         stack.push_async_callback(encoders.aclose)
         await encoders.start_if_needed()
         rules = Rules(config.engine.idle_unload_seconds, config.engine.least_residence_seconds)
-        swapping = asyncio.create_task(Swapper(supervisor, state, time.monotonic, site.pools, rules).run())
+        models = [placement.model for placement in site.placements]
+        swapper = Swapper(supervisor, state, time.monotonic, site.pools, rules, models)
+        swapping = asyncio.create_task(swapper.run())
         stack.callback(swapping.cancel)
         ledger = await Ledger.open(ledger_url(config, site.home), retention_days=config.ledger.retention_days)
         stack.push_async_callback(ledger.close)

@@ -1,7 +1,7 @@
 """Does what `swap` decides: loads models that are wanted, unloads those that nobody uses or that stand in the way."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 import structlog
@@ -26,9 +26,11 @@ class Swapper:
         clock: Callable[[], float],
         pools: Mapping[str, int],
         rules: Rules,
+        models: Collection[str],
     ) -> None:
+        """`models` are those that take turns; engines that somebody else has added come and go by themselves."""
         self._supervisor, self._state, self._clock = supervisor, state, clock
-        self._pools, self._rules = pools, rules
+        self._pools, self._rules, self._models = pools, rules, frozenset(models)
         self._seen: dict[str, tuple[Residence, float]] = {}
         self._unloading: set[str] = set()
 
