@@ -35,8 +35,9 @@ LOAD = {
 
 
 class FakeEngine:
-    def __init__(self, mode: str) -> None:
+    def __init__(self, mode: str, abilities: str | None = None) -> None:
         self.mode = mode
+        self.abilities = abilities
         self.behaviour = "idle"
         self.steps = 0
 
@@ -51,6 +52,9 @@ class FakeEngine:
     def reply(self, method: str, path: str) -> tuple[int, object]:
         if path == "/health":
             return (503 if self.mode == "never-ready" else 200), {}
+        if path == "/v1/models":
+            meta = {} if self.abilities is None else {"abilities": self.abilities.split()}
+            return 200, {"data": [{"meta": meta}]}
         if path == "/load":
             self.steps += self.behaviour == "work"
             waiting = int(self.behaviour in ("work", "hang"))
@@ -91,6 +95,7 @@ def main() -> None:
     parser.add_argument("--leash-fd", type=int)
     parser.add_argument("--mode", default="serve")
     parser.add_argument("--counter", type=Path)
+    parser.add_argument("--abilities", help="what it says that its model can do; default: nothing at all")
     options = parser.parse_args()
     print(f"fake engine in mode {options.mode}", flush=True)
     if options.leash_fd is not None:
@@ -103,7 +108,7 @@ def main() -> None:
         options.counter.write_text(starts + "x")
         if not starts:
             sys.exit(1)
-    asyncio.run(serve(FakeEngine(options.mode), options.uds))
+    asyncio.run(serve(FakeEngine(options.mode, options.abilities), options.uds))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,14 @@ class NotingLauncher(ChildLauncher):
 class Stage:
     """A supervisor with one fake engine, and ways to look at it and to upset it."""
 
-    def __init__(self, folder: Path, *options: str, drain_seconds: float = 5.0, stall_seconds: float = 60.0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        drain_seconds: float = 5.0,
+        stall_seconds: float = 60.0,
+        abilities: frozenset[Ability] = frozenset({"chat"}),
+    ) -> None:
         placement = Placement(
             model="fake",
             variant="q4_1",
@@ -81,7 +88,7 @@ class Stage:
             path=Path("fake.gguf"),
             shape=Shape(2, 1024, 4, 1024, 8),
             memory=Memory(0, 0, 0, 0),
-            abilities=frozenset({"chat"}),
+            abilities=abilities,
             reasons=(),
         )
         self.state = State(time.monotonic)
@@ -128,9 +135,13 @@ class Stage:
 
 @asynccontextmanager
 async def stage(
-    folder: Path, *options: str, drain_seconds: float = 5.0, stall_seconds: float = 60.0
+    folder: Path,
+    *options: str,
+    drain_seconds: float = 5.0,
+    stall_seconds: float = 60.0,
+    abilities: frozenset[Ability] = frozenset({"chat"}),
 ) -> AsyncIterator[Stage]:
-    made = Stage(folder, *options, drain_seconds=drain_seconds, stall_seconds=stall_seconds)
+    made = Stage(folder, *options, drain_seconds=drain_seconds, stall_seconds=stall_seconds, abilities=abilities)
     try:
         yield made
     finally:
@@ -151,6 +162,27 @@ async def test_an_engine_becomes_a_target_that_is_ready(tmp_path: Path) -> None:
         assert (scene.view.state, scene.view.watts) == ("ready", 8.0)
         assert scene.view.load and scene.view.load.kv_capacity_tokens == 1024
         assert os.stat(Path(scene.socket).parent).st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(
+    ("found", "offered", "warned"),
+    [
+        (None, {"chat", "tools"}, False),
+        ("chat tools logprobs", {"chat", "tools"}, False),
+        ("chat completions", {"chat"}, True),
+    ],
+)
+async def test_what_an_engine_cannot_do_after_all_is_offered_to_nobody_and_said(
+    tmp_path: Path, found: str | None, offered: set[Ability], warned: bool
+) -> None:
+    options = () if found is None else ("--abilities", found)
+    async with stage(tmp_path, *options, abilities=frozenset({"chat", "tools"})) as scene:
+        await scene.supervisor.start()
+        await scene.supervisor.wait_ready(20)
+        target = scene.state.snapshot.target(NAME)
+        assert target is not None and target.abilities == offered
+        warnings = [one for one in scene.state.snapshot.warnings if one.code == "abilities_differ"]
+        assert [("fake" in one.text, "tools" in one.text) for one in warnings] == [(True, True)] * warned
 
 
 async def test_stopping_ends_everything_and_leaves_no_socket(tmp_path: Path) -> None:
