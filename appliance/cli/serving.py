@@ -1,29 +1,34 @@
 """appliance serve: from nothing to a running node, saying at each step what is happening."""
 
 import json
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 import uvloop
 
-from appliance.catalog import Catalog, load_catalog
+from appliance.catalog import Catalog, EngineKind, load_catalog
 from appliance.cli.calibrate import first_start
 from appliance.cli.models import pull_with_progress
 from appliance.cli.output import bytes_text, fail, guarded, say, stderr
 from appliance.cli.places import ConfigOption, DataDirOption, data_dir_of
-from appliance.config import NodeConfig, load_config
+from appliance.config import Engine, NodeConfig, load_config
 from appliance.engines.base import Placement
 from appliance.errors import ApplianceError
 from appliance.node.calibration import Calibration
 from appliance.node.candidate import best_candidate
-from appliance.node.choice import wanted
+from appliance.node.choice import candidates, wanted
+from appliance.node.gpu_devices import devices_of
+from appliance.node.lineup import line_up
 from appliance.node.models import ModelStore
 from appliance.node.planner import Plan, Wanted, plan
 from appliance.node.probe import Hardware, probe
+from appliance.node.vllm_environments import launchable
 from appliance.serve import Running, Site, prepare, serve
 
 
@@ -44,26 +49,24 @@ def serve_command(
     config = _with_options(guarded(lambda: load_config(config_path)), host, port, model)
     home = data_dir_of(data_dir, config)
     catalog, store, hardware = guarded(load_catalog), ModelStore(home), probe()
-    chosen = guarded(lambda: wanted(config.engine, catalog, store))
-    if not chosen.path.exists():
-        stderr.print(f"pulling {chosen.model.name} ({chosen.variant.name}, {bytes_text(chosen.variant.size_bytes)})")
-        pull_with_progress(store, chosen.model, chosen.variant)
-    engine = config.engine.model_copy(update={"calibrate": False}) if no_calibrate else config.engine
-    candidates, calibration = first_start(chosen, engine, home, hardware, store)
-    outcome = plan(hardware, candidates, config.engine)
-    if not outcome.placements:
-        fail(f"{chosen.model.name} cannot be served here: {outcome.refusals[0].reason}")
+    engines: set[EngineKind] = {"llamacpp", *guarded(lambda: launchable(config.engine, home, os.environ))}
+    has_gpus = "vllm" in engines and bool(devices_of(hardware)[0])
+    if _is_a_line_up(config.engine, has_gpus):
+        serving = _line_up(config.engine, catalog, store, hardware, engines, has_gpus)
+    else:
+        engine = config.engine.model_copy(update={"calibrate": False}) if no_calibrate else config.engine
+        serving = _one_model(engine, catalog, store, hardware, home)
 
     def read() -> Site:
         now = _with_options(load_config(config_path), host, port, model)
-        return prepare(now, home, outcome.placements)
+        return prepare(now, home, serving.placements, serving.pools)
 
     site = guarded(read)
 
     def announce(running: Running) -> None:
-        why = _why(outcome, candidates)
-        say(_ready_message(running, outcome.placements[0], chosen, home, time.monotonic() - started, why))
-        say(_advice(catalog, hardware, chosen, calibration))
+        first, seconds = serving.placements[0], time.monotonic() - started
+        say(_ready_message(running, first, serving.parameters, home, seconds, serving.why, serving.others))
+        say(serving.advice)
         say("Stop it with Ctrl-C.")
 
     try:
@@ -72,6 +75,72 @@ def serve_command(
         fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+@dataclass(frozen=True, slots=True)
+class _Serving:
+    """What is about to be served, and what to say of it. `placements[0]` is told first."""
+
+    placements: tuple[Placement, ...]
+    pools: Mapping[str, int] | None
+    parameters: int
+    why: str = ""
+    others: tuple[str, ...] = ()
+    advice: str = ""
+
+
+def _is_a_line_up(engine: Engine, has_gpus: bool) -> bool:
+    """Several models, or one that was named and that may need more than a GGUF on the processor. The embedded one,
+    which nobody named, needs no GPU."""
+    if engine.models:
+        return True
+    is_named = "model" in engine.model_fields_set
+    return is_named and (has_gpus or (Path(engine.model).expanduser() / "config.json").is_file())
+
+
+def _one_model(engine: Engine, catalog: Catalog, store: ModelStore, hardware: Hardware, home: Path) -> _Serving:
+    """One model on the processor, in the variant that was measured to be quickest."""
+    chosen = guarded(lambda: wanted(engine, catalog, store))
+    _pull(store, chosen)
+    measured, calibration = first_start(chosen, engine, home, hardware, store)
+    outcome = plan(hardware, measured, engine)
+    if not outcome.placements:
+        fail(f"{chosen.model.name} cannot be served here: {outcome.refusals[0].reason}")
+    advice = _advice(catalog, hardware, chosen, calibration)
+    return _Serving(outcome.placements, None, chosen.model.parameters, _why(outcome, measured), advice=advice)
+
+
+def _line_up(
+    engine: Engine,
+    catalog: Catalog,
+    store: ModelStore,
+    hardware: Hardware,
+    engines: Collection[EngineKind],
+    has_gpus: bool,
+) -> _Serving:
+    """Several models, or one with GPUs at hand: planned together, pulled where they are not here."""
+    groups = [
+        guarded(lambda wish=wish: candidates(wish, catalog, store, has_gpus=has_gpus))  # type: ignore[misc]
+        for wish in engine.wanted_models
+    ]
+    found = line_up(hardware, groups, engine, engines)
+    for refusal in found.missing:
+        stderr.print(f"{refusal.model} cannot be served here: {refusal.reason}")
+    if not found.placements:
+        fail("no model can be served here: `appliance plan` says what would fit")
+    for item in found.items.values():
+        _pull(store, item)
+    first, *rest = found.placements
+    others = [f"{one.model}, variant {one.variant}: {_engine_of(one)}" for one in rest if one not in found.resting]
+    others += [f"{one.model}, variant {one.variant}: loaded when it is wanted" for one in found.resting]
+    parameters = found.items[first.model].model.parameters
+    return _Serving(found.placements, found.pools, parameters, others=tuple(others))
+
+
+def _pull(store: ModelStore, item: Wanted) -> None:
+    if not item.path.exists():
+        stderr.print(f"pulling {item.model.name} ({item.variant.name}, {bytes_text(item.variant.size_bytes)})")
+        pull_with_progress(store, item.model, item.variant)
 
 
 def _with_options(config: NodeConfig, host: str | None, port: int | None, model: str | None) -> NodeConfig:
@@ -133,14 +202,23 @@ def _why(outcome: Plan, candidates: Sequence[Wanted]) -> str:
     return candidates[0].reason
 
 
-def _ready_message(running: Running, placement: Placement, chosen: Wanted, home: Path, seconds: float, why: str) -> str:
+def _ready_message(
+    running: Running,
+    placement: Placement,
+    parameters: int,
+    home: Path,
+    seconds: float,
+    why: str,
+    others: Sequence[str],
+) -> str:
     shape, url = placement.shape, running.url
     auth = ' -H "Authorization: Bearer $KEY"' if running.needs_key else ""
     lines = [
         f"\nReady after {seconds:.1f} s at {url}",
-        f"  model    {placement.model}, variant {placement.variant} ({chosen.model.parameters / 1e6:,.0f}M parameters)",
+        f"  model    {placement.model}, variant {placement.variant} ({parameters / 1e6:,.0f}M parameters)",
         *([f"           chosen because {why}"] if why else []),
         f"  engine   {_engine_of(placement)}, {shape.context_tokens:,} tokens of context, {shape.sequences} sequences",
+        *(f"  beside   {other}" for other in others),
         f"  hosted   {', '.join(running.hosted) or 'none configured, so every request is answered on this machine'}",
         f"  policy   {running.policy_path} ({running.policy_version})",
         f"  data     {home}",
