@@ -44,9 +44,8 @@ class Swapper:
 
     def due(self) -> tuple[Move, ...]:
         now = self._clock()
-        return decide(
-            now, [self._resident(keeper, now) for keeper in self._supervisor.keepers], self._pools, self._rules
-        )
+        keepers = [keeper for keeper in self._supervisor.keepers if keeper.placement.model in self._models]
+        return decide(now, [self._resident(keeper, now) for keeper in keepers], self._pools, self._rules)
 
     async def _make(self, move: Move) -> None:
         keeper = next((one for one in self._supervisor.keepers if one.placement.model == move.model), None)
