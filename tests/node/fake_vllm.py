@@ -79,6 +79,10 @@ class Fake:
             os.kill(self.core.pid, signal.SIGSTOP)
         if path == "/do/core-dies":
             self.core.kill()
+        if path in ("/sleep?level=1", "/wake_up"):
+            if os.environ.get("VLLM_SERVER_DEV_MODE") != "1":
+                return 404, '{"detail":"Not Found"}'
+            print(path, flush=True)
         if path.startswith("/v1/"):
             return await self.complete(path)
         return 200, ""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from appliance.backends.local import LocalDoor
+from appliance.engines.base import GpuShare
 from appliance.errors import EngineFailed
 from appliance.node import orphans
 from tests.node.processes import eventually, is_running
@@ -199,6 +200,27 @@ async def test_a_model_that_rests_gives_everything_back_and_comes_again(tmp_path
         assert scene.members() == []
         await keeper.wake()
         await scene.until("ready")
+
+
+async def test_a_model_on_a_gpu_sleeps_instead_and_keeps_its_process(tmp_path: Path) -> None:
+    on_gpu = replace(placement(), gpu=GpuShare(("GPU-1",), 0.5, 1 << 30, 2048))
+    on_gpu = replace(on_gpu, settings=(*on_gpu.settings, ("--enable-sleep-mode", "")))
+    async with stage(tmp_path, on_gpu, stall_seconds=0.5) as scene:
+        await scene.supervisor.start()
+        await scene.supervisor.wait_ready(20)
+        (keeper,) = scene.supervisor.keepers
+        before = scene.members()
+        await keeper.rest("not used for 300 s")
+        assert (scene.view.state, scene.view.reason) == ("stopped", "not used for 300 s")
+        await eventually(lambda: time.monotonic() - scene.view.seen < 0.2, "its next view")
+        assert scene.view.state == "stopped" and scene.members() == before
+        await keeper.wake()
+        await scene.until("ready")
+        assert scene.members() == before and scene.view.restarts == 0
+        assert [line for line in scene.launcher.children[-1].last_lines() if line.startswith("/")] == [
+            "/sleep?level=1",
+            "/wake_up",
+        ]
 
 
 async def test_a_probe_that_is_refused_is_no_sign_of_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
