@@ -1,4 +1,5 @@
-"""Writes the parts of README.md that follow from the code: errors, configuration, commands, the map.
+"""Writes the parts of README.md that follow from the code: errors, configuration, commands, the map,
+and which model fits which hardware.
 
 `python -m scripts.readme` rewrites them between their markers; a test fails while they differ from the code.
 """
@@ -19,6 +20,7 @@ from pydantic.fields import FieldInfo
 from appliance import errors
 from appliance.cli import app
 from appliance.config import NodeConfig, Policy
+from scripts.fits import fit_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -33,6 +35,7 @@ def render(text: str) -> str:
         "policy": config_table(Policy),
         "commands": command_table(),
         "map": file_map(),
+        "fits": fit_tables(),
     }
     for name, section in sections.items():
         begin, end = f"<!-- {name}: made by scripts/fix -->", f"<!-- {name}: end -->"
