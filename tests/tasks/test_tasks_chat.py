@@ -49,6 +49,8 @@ def test_all_text_is_seen_in_order_with_tool_calls_arguments() -> None:
         ({"response_format": {"type": "json_object"}}, {"chat", "json_schema"}),
         ({"tools": [TOOL]}, {"chat", "tools"}),
         ({"tools": [TOOL], "tool_choice": "none"}, {"chat"}),
+        ({"reasoning_effort": "low"}, {"chat", "reasoning"}),
+        ({"reasoning_effort": "none"}, {"chat"}),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]},
             {"chat", "vision"},
@@ -188,6 +190,18 @@ def test_tool_calls_must_name_an_offered_tool_with_json_arguments(function: dict
     else:
         with pytest.raises(RejectedReply):
             call.read(LOCAL, [reply(payload)])
+
+
+def test_only_the_last_call_of_a_reply_that_was_cut_off_may_be_unfinished() -> None:
+    _, (call,) = chat.read({"messages": HELLO, "tools": [TOOL]})
+    whole = {"id": "t", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    half = {"id": "u", "type": "function", "function": {"name": "weather", "arguments": '{"ci'}}
+    cut = chat_payload(None, message={"tool_calls": [whole, half]}, finish_reason="length")
+    assert call.read(LOCAL, [reply(cut)]) is cut
+    for calls, end in (([half, whole], "length"), ([whole, half], "tool_calls")):
+        broken = chat_payload(None, message={"tool_calls": calls}, finish_reason=end)
+        with pytest.raises(RejectedReply):
+            call.read(LOCAL, [reply(broken)])
 
 
 @pytest.mark.parametrize("payload", [None, [], {}, {"choices": []}, {"choices": [5]}, {"choices": [{"message": "x"}]}])
