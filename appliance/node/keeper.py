@@ -94,6 +94,8 @@ class Keeper:
         self._is_asleep = False
         self._found: frozenset[str] | None = None
         """What the running engine found that its model can do; None where it has not said."""
+        self._shared: frozenset[Path] | None = None
+        """Files of shared memory that it holds, noted once it is ready."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -287,6 +289,8 @@ class Keeper:
         await asyncio.to_thread(orphans.wait_gone, mark, _GONE_SECONDS)
         if ended:
             _log.warning("an engine left processes behind; they were ended", model=self.placement.model, pids=ended)
+        shared, self._shared = self._shared, None
+        await asyncio.to_thread(orphans.release, shared or ())
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _shrink(self, words: str) -> None:
@@ -342,6 +346,9 @@ class Keeper:
         answer = await line.load(gauges, self._clock)
         if isinstance(answer, str):
             return Unhealthy(answer)
+        if self._shared is None and self._engine.probe(self.placement) is not None:
+            mark = orphans.mark(self._around.home, self.placement.model)
+            self._shared = await asyncio.to_thread(orphans.shared_memory, mark)
         if self.life.phase in ("ready", "stopping"):
             self._load = answer
             self._show()

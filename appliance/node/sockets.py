@@ -11,8 +11,12 @@ from appliance.errors import EngineFailed
 
 _SOCKET_PATH_BYTES: Final = 104
 """Unix sockets take 104 (macOS) to 108 bytes, the closing NUL included."""
-_NAME_BYTES: Final = 50
+_NAME_BYTES: Final = 60
 """For what mkdtemp adds, for an engine's own folder `/NN`, and for the sockets that vLLM makes there: a UUID each."""
+
+
+_ELSEWHERE: Final = "appliance-"
+"""Begins the name of a folder that lies among those of other programs."""
 
 
 class SocketFolder:
@@ -28,8 +32,12 @@ class SocketFolder:
             preferred.mkdir(mode=0o700, parents=True, exist_ok=True)
             _sweep(preferred)
         folder = _short_enough(preferred)
+        prefix = "" if folder == preferred.absolute() else _ELSEWHERE
+        if prefix:
+            with contextlib.suppress(OSError):
+                _sweep(folder, prefix)
         try:
-            self.path = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=folder))
+            self.path = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=folder))
         except OSError as error:
             raise EngineFailed(
                 f"cannot make a folder for sockets in {folder}: {error.strerror}; free or mend it"
@@ -50,10 +58,10 @@ def _short_enough(preferred: Path) -> Path:
     )
 
 
-def _sweep(folder: Path) -> None:
+def _sweep(folder: Path, prefix: str = "") -> None:
     """Remove the folders of processes that are gone."""
-    for entry in folder.iterdir():
-        owner = entry.name.partition("-")[0]
+    for entry in folder.glob(f"{prefix}*"):
+        owner = entry.name.removeprefix(prefix).partition("-")[0]
         if owner.isdigit() and not _is_alive(int(owner)):
             shutil.rmtree(entry, ignore_errors=True)
 

@@ -173,7 +173,7 @@ async def test_12_a_full_engine_overflows_to_the_provider(node: RunningNode, pro
         replies = await asyncio.gather(*(client.post("/v1/chat/completions", json=body) for _ in range(24)))
         assert [reply.status_code for reply in replies] == [200] * 24
         where = [reply.headers["x-appliance-location"] for reply in replies]
-        assert where.count("onsite") >= SEQUENCES and where.count("hosted") == provider.calls > 0
+        assert where.count("onsite") >= 1 and where.count("hosted") == provider.calls > 0
 
 
 async def test_13_its_private_endpoints_are_reached_by_nobody(node: RunningNode, client: httpx.AsyncClient) -> None:
@@ -213,7 +213,8 @@ async def test_a_stream_ends_with_an_error_and_the_engine_comes_back(
     begun = asyncio.Event()
     stream = asyncio.create_task(_stream_until_broken(client, begun))
     await begun.wait()
-    before = _processes(node)
+    before, shared = _processes(node), orphans.shared_memory(orphans.mark(node.data_dir / "run"))
+    assert shared  # hundreds of megabytes, which it leaves behind when it is killed
     started = time.monotonic()
     os.kill(before[who], sent)
     text = await stream
@@ -224,6 +225,7 @@ async def test_a_stream_ends_with_an_error_and_the_engine_comes_back(
     await until(lambda: _is_ready(client), seconds=300)
     print(f"{number}: noticed after {noticed:.1f} s, ready again after {time.monotonic() - started:.1f} s")  # noqa: T201
     assert not set(before.values()) & set(_processes(node).values())
+    assert not any(path.exists() for path in shared)
     assert (await client.post("/v1/chat/completions", json=_chat("Hi", max_tokens=3))).status_code == 200
 
 
