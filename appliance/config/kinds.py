@@ -8,7 +8,7 @@ openai 3.51) as of November 2026.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal, get_args
 from urllib.parse import urlsplit
@@ -46,6 +46,9 @@ ANTHROPIC_SAMPLING: Final = frozenset({"temperature", "top_p", "top_k"})
 _ENDPOINTS: Final = (
     "/chat/completions", "/completions", "/messages", "/responses", "/embeddings", "/models", ":generateContent",
 )  # fmt: skip
+_CHATS_ONLY: Final[frozenset[Ability]] = frozenset({"completions", "embeddings", "decisions", "labels", "classify"})
+"""What the other dialects are not used for."""
+
 _VERSION: Final = re.compile(r"v\d\w*")
 
 
@@ -194,6 +197,17 @@ def check_address(kind: ProviderKind, base_url: str, api_version: str | None) ->
         raise ValueError("an address that ends with /openai needs api_version, for example 2024-10-21")
     if api_version is not None and kind not in ("azure", "anthropic"):
         raise ValueError(f"a provider of kind {kind!r} has no api_version: it is for azure and anthropic")
+
+
+def check_abilities(kind: ProviderKind, model: str, abilities: Iterable[Ability]) -> None:
+    """Raises ValueError where a model is said to do what its provider's API has no words for."""
+    row = KINDS[kind]
+    beyond = _CHATS_ONLY if row.dialect != "openai" else frozenset()
+    if row.dialect == "anthropic" or "logprobs" in row.wire.refuses:
+        beyond |= {"logprobs"}
+    wrong = sorted(beyond & set(abilities))
+    if wrong:
+        raise ValueError(f"model {model!r} cannot do {', '.join(wrong)} by the API of {kind!r}: leave that out")
 
 
 def uses_deployments(kind: ProviderKind, base_url: str) -> bool:

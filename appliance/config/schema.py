@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from appliance.config.kinds import KEY_HEADERS, KINDS, ProviderKind, check_address, kind_of
+from appliance.config.kinds import KEY_HEADERS, KINDS, ProviderKind, check_abilities, check_address, kind_of
 from appliance.config.strict import Name, PositiveSeconds, Quality, Strict, Usd, check_residency
 from appliance.core import Ability, Api, Dialect, Location, Scope, Thinking
 
@@ -199,7 +199,7 @@ class ProviderModel(Strict):
     """How a model that thinks is told how much: by a word, or by a `budget` of tokens (Claude before 4.6, Gemini
     2.5)."""
     max_output_tokens: int | None = Field(default=None, gt=0)
-    """The limit sent where the caller gave none and the dialect wants one (Anthropic's: 8,192 if empty), or always."""
+    """The limit sent to Anthropic and Gemini where the caller gave none; empty: 8,192 to Anthropic, which wants one."""
     leaves_out: tuple[str, ...] = ()
     """Fields that this model does not take, and that are left out of requests instead of refusing them, for example
     `temperature`."""
@@ -268,10 +268,12 @@ class Provider(Strict):
         return self.base_url or KINDS[self.is_kind].base_url or ""
 
     @model_validator(mode="after")
-    def _has_a_sound_address(self) -> "Provider":
+    def _speaks_to_a_sound_address(self) -> "Provider":
         if not self.address:
             raise ValueError("base_url is missing: up to and including the version, for example https://host/v1")
         check_address(self.is_kind, self.address, self.api_version)
+        for model in self.models:
+            check_abilities(self.is_kind, model.name, model.abilities or ())
         return self
 
     @model_validator(mode="after")

@@ -91,13 +91,14 @@ class ExtractCall:
                 {"role": "system", "content": _ROLE},
                 {"role": "user", "content": f"{self.text}\n\n{self.task}"},
             ],
-            "temperature": 0,
             "max_tokens": self.max_tokens,
             "response_format": {
                 "type": "json_schema",
                 "json_schema": {"name": "extraction", "strict": strict, "schema": schema},
             },
         }
+        if "temperature" not in target.wire.refuses:
+            body["temperature"] = 0
         if "logprobs" in target.abilities:
             body["logprobs"] = True
         return (Outgoing("/chat/completions", body),)

@@ -1,5 +1,6 @@
 """What rate-limit headers and error bodies of every provider mean. Tables: no socket, no clock."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from appliance.errors import (
     BackendTimeout,
     ContextTooLong,
 )
+from scripts.readme import README
 from tests.pipeline.scene import engine_target, hosted_target
 
 NOW = 1_790_000_000.0
@@ -213,3 +215,14 @@ IN_STREAMS: list[tuple[Any, type[ApplianceError]]] = [
 @pytest.mark.parametrize(("error", "kind"), IN_STREAMS)
 def test_an_error_inside_a_reply_that_began_well_is_one_of_ours(error: Any, kind: type[ApplianceError]) -> None:
     assert type(error_in_success(hosted_target(), error)) is kind
+
+
+def test_the_readme_tells_what_each_of_these_becomes() -> None:
+    rows = [line.split("|")[1:3] for line in README.read_text().splitlines() if line.startswith("| ")]
+    for _, status, body, kind, code in ERRORS:
+        error = error_of_status(hosted_target(), status, orjson.dumps(body), {}, NOW)
+        ours = "upstream_rejected" if kind is BackendRefused and code != "content_filter" else error.code
+        told = [says for says, becomes in rows if f"`{ours}`" in becomes]
+        said = set(re.findall(r'"(?:(?:code|status|type|reason)":"(?=\w))?(\w+)"', orjson.dumps(body).decode()))
+        named = any(f"`{word}`" in says for says in told for word in said) or any(str(status) in says for says in told)
+        assert told and (named or ours in ("upstream_rejected", "context_length_exceeded")), (status, said)

@@ -83,6 +83,14 @@ def test_a_mistake_in_a_row_is_told_with_its_remedy(row: dict[str, Any], said: s
         target_of(**row)
 
 
+@pytest.mark.parametrize(
+    ("kind", "ability"), [("anthropic", "logprobs"), ("gemini", "embeddings"), ("groq", "logprobs")]
+)
+def test_a_model_is_not_said_to_do_what_its_api_cannot(kind: str, ability: str) -> None:
+    with pytest.raises(ValidationError, match=f"cannot do {ability} by the API of '{kind}'"):
+        target_of({"abilities": ["chat", ability]}, kind=kind)
+
+
 def test_a_compatible_provider_is_given_the_body_as_it_is() -> None:
     target = target_of(base_url="https://example.org/v1")
     assert target.wire is PLAIN

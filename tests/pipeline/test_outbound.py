@@ -10,7 +10,7 @@ from appliance.core import Target
 from appliance.errors import ContextTooLong, Unsupported
 from appliance.pipeline.answer import Answer
 from appliance.pipeline.breaker import Breakers
-from appliance.tasks import chat
+from appliance.tasks import chat, extract
 from tests.pipeline.scene import Scene, call_of, engine_target, read_stream, request_of
 from tests.providers.collected import collected
 from tests.providers.reached import SPOKEN, Spoken, api_of, row_of, target_of
@@ -203,3 +203,16 @@ def test_a_rest_outlives_answers_and_ends_by_itself() -> None:
     assert breakers.blocked_until("a", 10.0) == 70.0, "the longer of both"
     breakers.succeed("a")
     assert breakers.blocked_until("a", 20.0) is None and breakers.blocked_until("a", 15.0) is None
+
+
+async def test_fields_are_extracted_by_a_model_that_takes_no_temperature(stack: AsyncExitStack) -> None:
+    out = await out_to(stack, "anthropic")
+    out.apis[0].says = Say(text='{"city":"Ulm"}')
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    body = {"model": "auto", "schema": schema, "text": "Rain over Ulm."}
+    asked, calls = extract.read(body)
+    request = request_of(asked.text, endpoint="extract", body=body, format=asked.format, needs=asked.needs)
+    many = await out.scene.pipeline.answer_many(request, calls, concurrency=1)
+    assert not isinstance(many.results[0], Exception)
+    assert many.results[0].object == {"city": "Ulm"}
+    assert out.apis[0].wrongs == []

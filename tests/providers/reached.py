@@ -22,7 +22,7 @@ from tests.providers.speech import HELLO
 Spoken = Literal["openai", "responses", "anthropic", "gemini"]
 SPOKEN: tuple[Spoken, ...] = ("openai", "responses", "anthropic", "gemini")
 KEY = b"k" * 32
-ABILITIES = ("chat", "json_schema", "logprobs", "tools", "vision", "reasoning")
+ABILITIES = ("chat", "json_schema", "tools", "vision", "reasoning")
 
 
 def api_of(spoken: Spoken) -> Served:
@@ -35,7 +35,7 @@ def row_of(spoken: Spoken, address: str, **fields: Any) -> dict[str, Any]:
     names = {"name", "kind", "dialect", "base_url", "api_version", "headers", "location"}
     model = {
         "name": "big-model",
-        "abilities": ABILITIES,
+        "abilities": ABILITIES if spoken == "anthropic" else (*ABILITIES, "logprobs"),
         "input_usd": 2.0,
         "output_usd": 8.0,
         "api": "responses" if spoken == "responses" else "chat",
