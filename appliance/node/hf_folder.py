@@ -77,6 +77,13 @@ def spec_of_folder(folder: Path) -> ModelSpec:
     )
 
 
+def check_whole(folder: Path) -> None:
+    """ModelFileError where the weights' index names files that are not there, or a weight file is cut off."""
+    for file in _weight_files(folder):
+        for _ in _tensors(file):
+            pass
+
+
 def _layer_kinds(dimensions: Table, layers: int) -> list[str]:
     """Of each layer: full, sliding or linear. What is not understood counts as full, which needs the most memory."""
     named = dimensions.get("layer_types") or dimensions.get("layers_block_type")
@@ -156,6 +163,12 @@ def _abilities(folder: Path, config: Table) -> tuple[Ability, ...]:
 
 def _weights(folder: Path) -> tuple[int, int]:
     """Weights, and bytes on disk."""
+    files = _weight_files(folder)
+    elements = sum(count * _PACKED.get(dtype, 1) for file in files for dtype, count in _tensors(file))
+    return elements, sum(file.stat().st_size for file in files)
+
+
+def _weight_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -167,8 +180,7 @@ def _weights(folder: Path) -> tuple[int, int]:
         files = [file for file in files if file.name in named]
     if not files:
         raise ModelFileError(f"{folder}: holds no .safetensors file")
-    elements = sum(count * _PACKED.get(dtype, 1) for file in files for dtype, count in _tensors(file))
-    return elements, sum(file.stat().st_size for file in files)
+    return files
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, int]]:

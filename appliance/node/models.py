@@ -25,6 +25,7 @@ from appliance.catalog import ModelSpec, Source, Variant
 from appliance.errors import ModelFileError, NotFound, PullError
 from appliance.node.download import PullProgress, Report, disk_error, file_sha256, need_space
 from appliance.node.gguf import read_header
+from appliance.node.hf_folder import check_whole
 from appliance.node.sources import Workshop, describe, make_client, obtain_file, obtain_folder, peak_bytes
 
 LOCK_PAUSE_SECONDS = 0.5
@@ -111,6 +112,8 @@ class ModelStore:
             raise NotFound(f"{model} {variant} is not here; appliance models pull {model}")
         if stored.path.is_file():
             read_header(stored.path)
+        elif any(stored.path.glob("*.safetensors")):
+            check_whole(stored.path)
         found = _sha256_of(stored.path, report)
         if stored.sha256 is not None and found != stored.sha256:
             raise ModelFileError(
@@ -209,6 +212,7 @@ class ModelStore:
             if variant.is_folder:
                 sums = obtain_folder(source, made, shop)
                 sha256 = _sha256_of_sums(sums)
+                _check_folder(made, variant)
             else:
                 sha256 = obtain_file(source, variant, made, shop)
                 _check_whole(made, variant, sha256)
@@ -298,6 +302,15 @@ def _check_whole(path: Path, variant: Variant, sha256: str) -> None:
     except ModelFileError as error:
         path.unlink()
         raise PullError(f"checking what came: {error.message}") from error
+
+
+def _check_folder(path: Path, variant: Variant) -> None:
+    """What is kept for the next try stays where it is: only what is missing has to come then."""
+    if variant.format == "safetensors":
+        try:
+            check_whole(path)
+        except ModelFileError as error:
+            raise PullError(f"checking what came: {error.message}") from error
 
 
 def _sha256_of(path: Path, report: Report) -> str:

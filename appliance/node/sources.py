@@ -32,6 +32,7 @@ from appliance.node.download import (
     disk_error,
     fetch,
     file_sha256,
+    need_space,
     part_of,
 )
 
@@ -288,6 +289,10 @@ def _hub_folder(source: HubSource, target: Path, shop: Workshop) -> dict[str, st
         sibling.rfilename for sibling in info.siblings or () if HUB_FOLDER_FILES.fullmatch(sibling.rfilename)
     )
     records = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    # The catalogue's size may be computed; the hub knows it, before anything has come.
+    there = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    total = sum(records[file].size or 0 for file in wanted if file in records)
+    need_space(shop.folder, max(0, total - there), source.repository)
     headers = _hub_headers()
     sums = {}
     for file in wanted:

@@ -5,9 +5,10 @@ import hashlib
 import io
 import json
 import os
+import struct
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,8 +31,15 @@ from appliance.node import models as module
 from appliance.node.download import PullProgress
 from appliance.node.gguf import read_header
 from appliance.node.models import ModelStore
-from tests.node.file_server import FileServer, serving
+from tests.node.file_server import Fault, FileServer, serving
 from tests.node.gguf_bytes import gguf_bytes
+
+
+def safetensors_bytes(size: int = 400) -> bytes:
+    """A file with one tensor of so many bytes."""
+    head = json.dumps({"a": {"dtype": "BF16", "shape": [size // 2], "data_offsets": [0, size]}}).encode()
+    return struct.pack("<Q", len(head)) + head + bytes(size)
+
 
 CONTENT = gguf_bytes()
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -275,22 +283,33 @@ def test_a_hub_that_is_not_there_is_a_pull_error(
         pull(store, variant_from(HubSource("hub", "maker/tiny", ("tiny.gguf",))))
 
 
-FOLDER = {"config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json": b"[]"}
+FOLDER = {"config.json": b"{}", "model.safetensors": safetensors_bytes(), "tokenizer.json": b"[]"}
+INDEX = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+SHARDS = {
+    "config.json": b"{}",
+    "model-00001-of-00002.safetensors": safetensors_bytes(3_000_000),
+    "model-00002-of-00002.safetensors": safetensors_bytes(2_000_000),
+    "model.safetensors.index.json": json.dumps(INDEX).encode(),
+}
 
 
 def folder_variant(source: Source) -> Variant:
     return Variant("bf16", "vllm", "safetensors", "BF16", 100, (source,))
 
 
-def test_a_repository_becomes_a_folder_with_what_an_engine_needs(store: ModelStore, hub: FileServer) -> None:
+def repository(hub: FileServer, files: Mapping[str, bytes], sizes: Mapping[str, int] | None = None) -> None:
     siblings = []
-    for name, content in {**FOLDER, "README.md": b"no", "onnx/model.onnx": b"no"}.items():
+    for name, content in files.items():
         on_hub(hub, f"/maker/tiny/resolve/c0ffee/{name}", content)
-        sha256 = hashlib.sha256(content).hexdigest()
-        lfs = {"lfs": {"sha256": sha256, "size": len(content), "pointerSize": 1}} if "safetensors" in name else {}
-        siblings.append({"rfilename": name, "size": len(content), **lfs})
+        sha256, size = hashlib.sha256(content).hexdigest(), (sizes or {}).get(name, len(content))
+        lfs = {"lfs": {"sha256": sha256, "size": size, "pointerSize": 1}} if name.endswith(".safetensors") else {}
+        siblings.append({"rfilename": name, "size": size, **lfs})
     listing = {"id": "maker/tiny", "sha": "c0ffee", "siblings": siblings, "tags": [], "downloads": 0, "likes": 0}
     hub.files["/api/models/maker/tiny/revision/main"] = json.dumps(listing).encode()
+
+
+def test_a_repository_becomes_a_folder_with_what_an_engine_needs(store: ModelStore, hub: FileServer) -> None:
+    repository(hub, {**FOLDER, "README.md": b"no", "onnx/model.onnx": b"no"})
     variant = folder_variant(HubSource("hub", "maker/tiny"))
     pull(store, variant)
     folder = store.path_of("tiny", "bf16")
@@ -299,6 +318,55 @@ def test_a_repository_becomes_a_folder_with_what_an_engine_needs(store: ModelSto
     pull(store, variant)
     assert len(hub.seen) == requests
     assert [model.variant for model in store.stored()] == ["bf16"]
+
+
+def test_a_pull_of_several_files_goes_on_in_the_file_where_it_stopped(store: ModelStore, hub: FileServer) -> None:
+    repository(hub, SHARDS)
+    first, second = (f"/maker/tiny/resolve/c0ffee/model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    hub.faults[second] = [Fault(stop_after_bytes=1_500_000), Fault(status=404)]
+    variant = folder_variant(HubSource("hub", "maker/tiny"))
+    with pytest.raises(PullError):
+        pull(store, variant)
+    assert store.find("tiny", "bf16") is None
+    pull(store, variant)
+    assert hub.fetched(first) == [None], "a file that was finished is not fetched again"
+    assert hub.fetched(second) == [None, "bytes=1500000-", "bytes=1500000-"]
+    assert store.verify("tiny", "bf16", lambda _: None).unchanged
+
+
+def test_a_repository_that_lacks_a_file_its_index_names_is_refused(store: ModelStore, hub: FileServer) -> None:
+    repository(hub, {name: content for name, content in SHARDS.items() if "00002-of" not in name})
+    with pytest.raises(PullError, match="1 of 2 weight files are missing"):
+        pull(store, folder_variant(HubSource("hub", "maker/tiny")))
+    assert store.find("tiny", "bf16") is None
+
+
+def test_a_disk_without_room_for_a_whole_repository_is_told_before_its_first_file(
+    store: ModelStore, hub: FileServer
+) -> None:
+    repository(hub, SHARDS, sizes={"model-00002-of-00002.safetensors": 1 << 60})
+    with pytest.raises(PullError, match="making room for maker/tiny"):
+        pull(store, folder_variant(HubSource("hub", "maker/tiny")))
+    assert hub.fetched("/maker/tiny/resolve/c0ffee/config.json") == []
+
+
+def test_a_changed_or_missing_file_of_a_folder_is_found_by_verify_and_the_folder_can_be_removed(
+    store: ModelStore, hub: FileServer
+) -> None:
+    repository(hub, SHARDS)
+    variant = folder_variant(HubSource("hub", "maker/tiny"))
+    pull(store, variant)
+    folder = store.path_of("tiny", "bf16")
+    (folder / "config.json").write_text('{"a": 1}')
+    with pytest.raises(ModelFileError, match="recorded was"):
+        store.verify("tiny", "bf16", lambda _: None)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ModelFileError, match="are missing"):
+        store.verify("tiny", "bf16", lambda _: None)
+    pull(store, variant)
+    assert store.verify("tiny", "bf16", lambda _: None).unchanged
+    assert store.remove("tiny", "bf16") > 5_000_000
+    assert store.stored() == () and not (store.folder / "tiny").exists()
 
 
 # ---- files that are here ----
