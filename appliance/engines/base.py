@@ -152,6 +152,10 @@ class Engine(Protocol):
     def probe(self, placement: Placement) -> Probe | None:
         """What to ask where nothing moves; None: its gauges tell the truth when it hangs."""
 
+    def warm_up(self, placement: Placement) -> Probe | None:
+        """Work to begin with, from which its gauges learn how fast it is; None: it measures itself. Until somebody has
+        measured it an engine counts as slow, and requests that may go elsewhere do."""
+
     def progress(self, lines: Sequence[str]) -> str:
         """What it is doing while it starts, from the last lines it wrote; empty where they do not say."""
 
@@ -212,6 +216,9 @@ class EngineDefaults:
         return LoadPage()
 
     def probe(self, placement: Placement) -> Probe | None:
+        return None
+
+    def warm_up(self, placement: Placement) -> Probe | None:
         return None
 
     def progress(self, lines: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from appliance.engines.base import EngineDefaults, Memory, Placement, command_li
 _BATCH_TOKENS: Final = 512
 _LOGITS_BYTES: Final = 32 << 20
 """The engine's own bound of the logits buffer; the compute graph holds the same again."""
-_SPARE_SEQUENCES: Final = 160
+_SPARE_SEQUENCES: Final = 112
 """Sequence ids that the engine keeps for cached prefixes and label forks; each may ask for a row of logits."""
 _CELL_ROUNDING_TOKENS: Final = 256
 _ACTIVATION_WIDTHS: Final = 12
@@ -24,7 +24,11 @@ _PROGRAM_BYTES: Final = 130_000_000
 _FAREWELL_SECONDS: Final = 3.0
 """From the end of its drain to its exit the engine needs up to 2 s: clients get their last words."""
 
-ENVIRONMENT: Final[Mapping[str, str]] = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "300"}
+ENVIRONMENT: Final[Mapping[str, str]] = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "300",
+    "OPENBLAS_NUM_THREADS": "1",
+}
 """Threads that wait for each other look 300 times, some microseconds, and then sleep. There are about 1,100 such waits
 in a step of SmolLM2-135M. Two threads, milliseconds a step, on an idle machine and beside a program that keeps a core:
 
@@ -34,7 +38,7 @@ in a step of SmolLM2-135M. Two threads, milliseconds a step, on an idle machine 
             1         15 | 12      8 | 17                    7 | -      9 | 9
 
 Beside others one thread is the quickest: `appliance.llamacpp.pace` sees to that. The policy is for OpenMP libraries
-other than GNU's, which know no count."""
+other than GNU's, which know no count. numpy's own threads would have nothing to do."""
 
 
 class LlamaCpp(EngineDefaults):

@@ -31,6 +31,8 @@ _GPU_STREAM_INTERVAL: Final = 4
 _LEAST_CONTEXT_TOKENS: Final = 1_024
 _SHRINK: Final = 0.75
 _MOST_SEQUENCES_IN_DOUBT: Final = 16
+_WARM_UP_WORDS: Final = 200
+_WARM_UP_TOKENS: Final = 32
 _PROBE_PRIORITY: Final = -1_000_000
 """Lower is sooner: a probe must not wait behind what it asks about."""
 
@@ -153,6 +155,14 @@ class Vllm(EngineDefaults):
             return None
         body = {"model": placement.model, "prompt": "1", "max_tokens": 1, "temperature": 0, "priority": _PROBE_PRIORITY}
         return Probe("/v1/completions", body)
+
+    def warm_up(self, placement: Placement) -> Probe | None:
+        """A prompt of some hundred tokens and a few to write. Behind everything else that may have come by then."""
+        if self.probe(placement) is None:
+            return None
+        words = min(_WARM_UP_WORDS, placement.shape.sequence_context_tokens // 8)
+        body = {"model": placement.model, "prompt": " ".join(map(str, range(words))), "max_tokens": _WARM_UP_TOKENS}
+        return Probe("/v1/completions", body | {"ignore_eos": True, "temperature": 0, "priority": -_PROBE_PRIORITY})
 
     def progress(self, lines: Sequence[str]) -> str:
         return vllm_log.progress(lines)

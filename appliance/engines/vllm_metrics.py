@@ -24,6 +24,7 @@ _COUNTED: Final = (
     "request_generation_tokens_sum",
     "request_generation_tokens_count",
     "request_prefill_time_seconds_sum",
+    "request_decode_time_seconds_sum",
 )
 _ROW: Final = re.compile(rf"^vllm:({'|'.join(_COUNTED)})\{{[^}}\n]*\}} (\S+)$", re.MULTILINE)
 _CACHE: Final = re.compile(r"^vllm:cache_config_info\{([^}\n]*)\}", re.MULTILINE)
@@ -31,6 +32,7 @@ _CACHE_TOKENS: Final = re.compile(r'kv_cache_size_tokens="(\d+)"')
 
 _LEAST_PROMPT_TOKENS: Final = 64
 """Shorter prompts are mostly overhead: their rate would be far too low for longer ones."""
+_LEAST_WRITTEN_TOKENS: Final = 16
 _LEAST_SECONDS: Final = 0.2
 _WEIGHT: Final = 0.3
 """Of the newest reading, against all before it."""
@@ -80,9 +82,7 @@ class Metrics:
 
     def _learn(self, values: Mapping[str, float], now: float) -> None:
         """Rates, from what changed since the last page."""
-        if self._before is None:
-            return
-        then, before = self._before
+        then, before = self._before or (now, dict.fromkeys(values, 0.0))
         grown = {name: value - before.get(name, 0.0) for name, value in values.items()}
         if min(grown.get("generation_tokens_total", 0), grown.get("prompt_tokens_total", 0)) < 0:
             return  # it has been started anew
@@ -90,12 +90,23 @@ class Metrics:
         seconds = grown.get("request_prefill_time_seconds_sum", 0)
         if computed >= _LEAST_PROMPT_TOKENS and seconds > 0:
             self._prefill_rate = _blend(self._prefill_rate, computed / seconds)
+        self._seed(values, grown)
         running = int(min(before.get("num_requests_running", 0), values["num_requests_running"]))
         written = grown.get("generation_tokens_total", 0)
         has_room = running in self._decode_rates or len(self._decode_rates) < _MOST_COUNTS
         if running and written > 0 and now - then >= _LEAST_SECONDS and has_room:
             rate = _blend(self._decode_rates.get(running, 0.0), written / (now - then))
             self._decode_rates[running] = rate
+
+    def _seed(self, values: Mapping[str, float], grown: Mapping[str, float]) -> None:
+        """A first rate of writing, from requests that have ended: they may have been too short to be seen running."""
+        seconds, tokens = (
+            grown.get("request_decode_time_seconds_sum", 0.0),
+            grown.get("request_generation_tokens_sum", 0),
+        )
+        if not self._decode_rates and seconds > 0 and tokens >= _LEAST_WRITTEN_TOKENS:
+            count = max(1, int(values["num_requests_running"]))
+            self._decode_rates[count] = count * tokens / seconds
 
 
 def _values(page: str) -> dict[str, float]:

@@ -349,6 +349,7 @@ class Keeper:
         if self._shared is None and self._engine.probe(self.placement) is not None:
             mark = orphans.mark(self._around.home, self.placement.model)
             self._shared = await asyncio.to_thread(orphans.shared_memory, mark)
+            self._run("warm-up", self._warm_up)
         if self.life.phase in ("ready", "stopping"):
             self._load = answer
             self._show()
@@ -383,6 +384,12 @@ class Keeper:
             _log.warning(
                 "the engine takes no probe; a hang may go unnoticed", model=self.placement.model, status=status
             )
+
+    async def _warm_up(self) -> None:
+        work = self._engine.warm_up(self.placement)
+        if work is not None:
+            async with aclosing(EngineLine(self._socket, self._key if self._engine.key_variable else "")) as line:
+                await line.ask(work, self._limits.stall_seconds)
 
     async def _post(self, path: str) -> bool:
         async with aclosing(EngineLine(self._socket, self._key if self._engine.key_variable else "")) as line:

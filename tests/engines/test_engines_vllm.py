@@ -243,10 +243,22 @@ def test_its_metrics_are_the_load_of_an_engine_and_rates_are_learned() -> None:
     assert (first.running_sequences, first.queued_requests, first.sequences_capacity) == (4, 2, 8)
     assert (first.kv_capacity_tokens, first.kv_used_tokens, first.queued_prompt_tokens) == (40_000, 10_000, 200)
     assert (first.steps, first.prefill_tokens_total, first.decode_tokens_total) == (51, 800, 50)
-    assert (first.prefill_tokens_per_second, first.decode_tokens_per_second) == (0.0, {})
+    assert (first.prefill_tokens_per_second, first.decode_tokens_per_second) == (400.0, {})
     second = metrics.read(_page(4, 2000, 200, 150, 4.0), 11.0)
-    assert second.prefill_tokens_per_second == 500.0
+    assert second.prefill_tokens_per_second == pytest.approx(430.0)
     assert second.decode_tokens_per_second == {4: 100.0}
+
+
+def test_what_its_warm_up_took_tells_how_fast_it_is() -> None:
+    """The request may have ended before anybody saw it run."""
+    rows = _page(0, 300, 0, 32, 0.5)
+    rows += 'vllm:request_decode_time_seconds_sum{engine="0",model_name="m"} 0.4\n'
+    rows += 'vllm:request_generation_tokens_sum{engine="0",model_name="m"} 32.0\n'
+    load = Metrics(8, 1024).read(rows, 1.0)
+    assert load.prefill_tokens_per_second == 600.0
+    assert load.decode_tokens_per_second == pytest.approx({1: 80.0})
+    work = ENGINE.warm_up(CPU)
+    assert work is not None and 1_000 > len(str(work.body["prompt"])) > 300
 
 
 def test_engines_of_one_server_are_summed() -> None:
