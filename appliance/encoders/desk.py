@@ -15,7 +15,7 @@ import orjson
 
 from appliance.encoders.embedders import ONNX_MAX_TOKENS, STATIC_MAX_TOKENS
 from appliance.encoders.examples import read_examples
-from appliance.encoders.heads import TIERS, Head, probabilities_of, strangeness
+from appliance.encoders.heads import TIERS, Head, strangeness
 from appliance.encoders.library import Library
 from appliance.encoders.measures import report
 from appliance.encoders.runs import Run, Runs
@@ -104,7 +104,7 @@ class Desk:
             "model": name,
             "version": number,
             "labels": head.labels,
-            "probabilities": np.ascontiguousarray(probabilities_of(scores, head.temperature)),
+            "probabilities": np.ascontiguousarray(head.calibration.probabilities(scores)),
             "out_of_scope": np.ascontiguousarray(strange - np.float32(head.strange_from)),
             "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
         }
@@ -186,7 +186,7 @@ class Desk:
         began = time.monotonic()
         scores = self._scores(head, examples.texts)
         seconds = time.monotonic() - began
-        shares = probabilities_of(scores, head.temperature)
+        shares = head.calibration.probabilities(scores)
         right = shares.argmax(axis=1) == examples.truth
         strange = float((strangeness(scores) > head.strange_from).mean())
         return {

@@ -8,7 +8,8 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 from scipy import optimize, sparse
-from scipy.special import logsumexp, softmax
+from scipy.special import expit, logsumexp, softmax
+from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 
 from appliance.encoders.embedders import Embedder, StaticEmbedder, unit_rows
@@ -24,6 +25,11 @@ _TABLE_BYTES: Final = 64_000_000
 """What one head may remember of words. When it is full it begins anew."""
 _TEMPERATURES: Final = (0.05, 50.0)
 _ITERATIONS: Final = 2_000
+_CLIP: Final = 1e-6
+_SMALLEST_SHARE: Final = 1e-30
+_LEAST_FOR_A_CURVE: Final = 25
+"""Right answers, and wrong ones, that a curve needs."""
+_CURVE_STRENGTH: Final = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +105,52 @@ def fit_temperature(scores: Floats, truth: Ints) -> float:
     return float(np.exp(found.x))
 
 
-def probabilities_of(scores: Floats, temperature: float) -> Floats:
+def softmax_of(scores: Floats, temperature: float) -> Floats:
     shares: Floats = softmax(scores / np.float32(temperature), axis=1).astype(np.float32)
     return shares
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Scores become probabilities by a temperature; then the highest one is brought to how often it is right, by a
+    beta curve (Kull, Silva Filho, Flach, "Beta calibration", 2017), and the others share what is left. The order of the
+    labels never changes."""
+
+    temperature: float
+    sure: float = 1.0
+    unsure: float = 1.0
+    offset: float = 0.0
+
+    def probabilities(self, scores: Floats) -> Floats:
+        shares = softmax_of(scores, self.temperature)
+        rows = np.arange(len(shares))
+        best = shares.argmax(axis=1)
+        top = np.clip(shares[rows, best].astype(np.float64), _CLIP, 1 - _CLIP)
+        told = expit(self.sure * np.log(top) - self.unsure * np.log1p(-top) + self.offset)
+        rest = shares.copy()
+        rest[rows, best] = 0.0
+        others = np.maximum(rest.sum(axis=1, dtype=np.float64), _SMALLEST_SHARE)
+        second = rest.max(axis=1) / others
+        told = np.maximum(told, second / (1 + second))
+        rest *= ((1 - told) / others)[:, None].astype(np.float32)
+        rest[rows, best] = told
+        calibrated: Floats = rest
+        return calibrated
+
+
+def fit_calibration(scores: Floats, truth: Ints) -> Calibration:
+    """From rows that the scores' weights were not fitted on. Too few, or none wrong, tell no curve."""
+    temperature = fit_temperature(scores, truth)
+    shares = softmax_of(scores, temperature)
+    right = shares.argmax(axis=1) == truth
+    if min(right.sum(), truth.size - right.sum()) < _LEAST_FOR_A_CURVE:
+        return Calibration(temperature)
+    top = np.clip(shares.max(axis=1).astype(np.float64), _CLIP, 1 - _CLIP)
+    curve = LogisticRegression(C=_CURVE_STRENGTH).fit(np.column_stack([np.log(top), -np.log1p(-top)]), right)
+    sure, unsure = (float(one) for one in curve.coef_[0])
+    if sure < 0 or unsure < 0:
+        return Calibration(temperature)
+    return Calibration(temperature, sure, unsure, float(curve.intercept_[0]))
 
 
 def strangeness(scores: Floats) -> Floats:
@@ -225,7 +274,7 @@ class Head:
     scorer: Scorer
     encoder: Embedder | None
     encoder_weights: Floats | None
-    temperature: float
+    calibration: Calibration
     strange_from: float
     """Strangeness from which on a text counts as out of scope."""
 

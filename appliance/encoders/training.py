@@ -14,14 +14,15 @@ from appliance.encoders.examples import Examples
 from appliance.encoders.heads import (
     RECIPES,
     TIERS,
+    Calibration,
     Linear,
     Recipe,
     Tier,
+    fit_calibration,
     fit_linear,
-    fit_temperature,
     named_blocks,
     possible,
-    probabilities_of,
+    softmax_of,
     split_weights,
     stacked,
     strangeness,
@@ -64,7 +65,7 @@ class Trained:
     recipe: Recipe
     lexicon: Lexicon
     linear: Linear
-    temperature: float
+    calibration: Calibration
     strange_from: float
     report: Mapping[str, Any]
     held_confidences: Floats
@@ -187,7 +188,7 @@ def _finished(
     confidences = shares.max(axis=1)
     right = shares.argmax(axis=1) == truth
     figures = dict(report(shares, truth, examples.labels))
-    figures["before_calibration_ece"] = report(probabilities_of(chosen.scores, 1.0), truth, examples.labels)["ece"]
+    figures["before_calibration_ece"] = report(softmax_of(chosen.scores, 1.0), truth, examples.labels)["ece"]
     figures["bounds"] = bounds_table(confidences, right)
     figures["tried"] = [
         {"recipe": one.recipe.name, "tier": one.recipe.tier, "accuracy": one.accuracy, "seconds": round(one.seconds, 2)}
@@ -201,7 +202,7 @@ def _finished(
         recipe=chosen.recipe,
         lexicon=lexicon,
         linear=linear,
-        temperature=fit_temperature(chosen.scores, truth),
+        calibration=fit_calibration(chosen.scores, truth),
         strange_from=float(np.quantile(strange, 1 - STRANGE_SHARE)),
         report=figures,
         held_confidences=confidences,
@@ -211,13 +212,13 @@ def _finished(
 
 
 def _cross_calibrated(scores: Floats, truth: Ints) -> Floats:
-    """Probabilities of each half of the rows with a temperature fitted on the other half: what is reported was never
+    """Probabilities of each half of the rows calibrated on the other half: what is reported was never
     fitted on."""
     shares = np.zeros_like(scores)
     half = np.arange(truth.size) % 2
     for side in (0, 1):
         own, other = half == side, half != side
-        shares[own] = probabilities_of(scores[own], fit_temperature(scores[other], truth[other]))
+        shares[own] = fit_calibration(scores[other], truth[other]).probabilities(scores[own])
     return shares
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from appliance.encoders.embedders import Embedder, StaticEmbedder
-from appliance.encoders.heads import Head, Linear, Scorer
+from appliance.encoders.heads import Calibration, Head, Linear, Scorer
 from appliance.encoders.training import Trained
 from appliance.encoders.words import Lexicon
 from appliance.errors import ModelFileError, NotFound, RequestError
@@ -185,7 +185,7 @@ def _facts(name: str, number: int, trained: Trained, made_at: str, models: Mappi
         "version": number,
         "made_at": made_at,
         "labels": list(trained.labels),
-        "temperature": trained.temperature,
+        "calibration": asdict(trained.calibration),
         "strange_from": trained.strange_from,
         "models": dict(models),
         "report": trained.report,
@@ -219,7 +219,7 @@ def _head(
         scorer=Scorer(lexicon, Linear(weights, tensors["bias"])),
         encoder=encoder,
         encoder_weights=weights.get("encoder"),
-        temperature=float(facts["temperature"]),
+        calibration=Calibration(**facts["calibration"]),
         strange_from=float(facts["strange_from"]),
     )
 

@@ -22,7 +22,7 @@ from sklearn.model_selection import StratifiedKFold
 from appliance.encoders.bounds import threshold_for
 from appliance.encoders.embedders import Embedded, Embedder
 from appliance.encoders.examples import read_examples
-from appliance.encoders.heads import TIERS, Head, Linear, Scorer, Tier, probabilities_of
+from appliance.encoders.heads import TIERS, Head, Linear, Scorer, Tier
 from appliance.encoders.library import Library
 from appliance.encoders.measures import ece
 from appliance.encoders.training import Models, Trained, train
@@ -85,7 +85,7 @@ def measured(name: str, how: str, tier: Tier, library: Library) -> Mapping[str, 
         scores = np.vstack([head.scores(texts[at : at + 256]) for at in range(0, len(texts), 256)])
         if not shares:
             rate = _rate(replace(head, encoder=real if head.encoder is not None else None), texts[:256])
-        found = probabilities_of(scores, head.temperature)
+        found = head.calibration.probabilities(scores)
         truth = np.array([made.labels.index(row["label"]) for row in unseen])
         sure.append(found.max(axis=1))
         right.append(found.argmax(axis=1) == truth)
@@ -163,7 +163,7 @@ def _head(made: Trained, models: Models) -> Head:
     encoder = models.encoder if "encoder" in made.linear.weights else None
     scorer = Scorer(made.lexicon, Linear(made.linear.weights, made.linear.bias))
     weights = made.linear.weights.get("encoder")
-    return Head(made.labels, scorer, encoder, weights, made.temperature, made.strange_from)
+    return Head(made.labels, scorer, encoder, weights, made.calibration, made.strange_from)
 
 
 def _parts(name: str, how: str) -> Iterator[tuple[Sequence[Row], Sequence[Row]]]:

@@ -13,13 +13,15 @@ from appliance.encoders.heads import (
     RECIPES,
     Linear,
     Scorer,
+    fit_calibration,
     fit_linear,
     fit_temperature,
     named_blocks,
-    probabilities_of,
+    softmax_of,
     split_weights,
     stacked,
 )
+from appliance.encoders.measures import ece
 from appliance.encoders.training import Models, Trained, train
 from appliance.encoders.versions import Versions
 from appliance.encoders.words import Lexicon, words_of
@@ -82,9 +84,25 @@ def test_what_is_remembered_of_words_has_a_bound(monkeypatch: pytest.MonkeyPatch
 def test_the_temperature_is_the_one_that_the_scores_were_made_with() -> None:
     chance = np.random.default_rng(0)
     scores = chance.normal(size=(4_000, 4)).astype(np.float32)
-    shares = probabilities_of(scores, 0.5)
+    shares = softmax_of(scores, 0.5)
     truth = np.array([chance.choice(4, p=row / row.sum()) for row in shares.astype(np.float64)])
     assert fit_temperature(scores, truth) == pytest.approx(0.5, rel=0.1)
+
+
+def test_calibration_mends_confidence_and_never_changes_the_order() -> None:
+    chance = np.random.default_rng(1)
+    scores = (chance.normal(size=(4_000, 5)) * 2).astype(np.float32)
+    truth = np.array([chance.choice(5, p=row / row.sum()) for row in softmax_of(scores, 1.3).astype(np.float64)])
+    # Margins squared: what a temperature alone cannot mend.
+    bent = (np.sign(scores) * scores**2).astype(np.float32)
+    half = np.arange(4_000) < 2_000
+    right = bent.argmax(axis=1) == truth
+    found = fit_calibration(bent[half], truth[half])
+    shares = found.probabilities(bent[~half])
+    assert shares.sum(axis=1) == pytest.approx(np.ones(2_000), abs=1e-4)
+    assert (shares.argmax(axis=1) == bent[~half].argmax(axis=1)).all()
+    plain = softmax_of(bent[~half], found.temperature)
+    assert ece(shares.max(axis=1), right[~half]) < min(0.03, ece(plain.max(axis=1), right[~half]))
 
 
 def test_a_report_holds_on_rows_that_were_not_trained_on(tmp_path: Path) -> None:
