@@ -71,6 +71,8 @@ class Delta:
     index: int
     part: Part
     end: End | None = None
+    stopped_by: str | None = None
+    """The stop string that was the end, where one was."""
 
 
 @dataclass(slots=True)
@@ -91,6 +93,7 @@ class Whole:
     text: str = ""
     tokens: list[Placed[TokenEvent]] = field(default_factory=list)
     end: End = "length"
+    stopped_by: str | None = None
     reasoning: str = ""
     calls: list[tuple[str, str]] = field(default_factory=list)
     """Name and arguments, as JSON text."""
@@ -214,6 +217,7 @@ class Running:
             choices[delta.index].add(delta.part)
             if delta.end is not None:
                 choices[delta.index].end = delta.end
+                choices[delta.index].stopped_by = delta.stopped_by
         return choices
 
     async def _pump(self, choice: _Choice, arrived: "asyncio.Queue[Delta | BaseException | None]") -> None:
@@ -235,7 +239,7 @@ class Running:
                 async for _ in choice.sequence:
                     pass
                 self._count(choice)
-                yield Delta(choice.index, part, "stop")
+                yield Delta(choice.index, part, "stop", reader.stopped_by)
                 return
             if part:
                 yield Delta(choice.index, part)
@@ -245,7 +249,7 @@ class Running:
             end = "stop"
         elif reader.called and end == "stop":
             end = "tool_calls"
-        yield Delta(choice.index, part, end)
+        yield Delta(choice.index, part, end, reader.stopped_by)
 
     def _end(self, finished: Finished) -> End:
         if finished.reason in ("stop", "length"):

@@ -40,6 +40,10 @@ class Reader(Protocol):
         """A stop string was found: nothing more comes."""
 
     @property
+    def stopped_by(self) -> str | None:
+        """Which one it was."""
+
+    @property
     def called(self) -> bool:
         """A tool was called."""
 
@@ -63,6 +67,10 @@ class PlainReader:
     @property
     def stopped(self) -> bool:
         return self._text.stopped
+
+    @property
+    def stopped_by(self) -> str | None:
+        return self._text.stopped_by
 
     def take(self, events: Sequence[TokenEvent]) -> Part:
         text: list[str] = []
@@ -97,6 +105,10 @@ class MessageReader:
     @property
     def stopped(self) -> bool:
         return self._stop.found is not None
+
+    @property
+    def stopped_by(self) -> str | None:
+        return self._stop.found
 
     @property
     def called(self) -> bool:

@@ -77,7 +77,8 @@ class ReplyWriter:
             written.append(self._chunk({"index": delta.index, **content, "logprobs": logprobs, "finish_reason": None}))
         if delta.end is not None:
             empty: Json = {"delta": {}} if self.kind == "chat" else {"text": ""}
-            written.append(self._chunk({"index": delta.index, **empty, "logprobs": None, "finish_reason": delta.end}))
+            end = {"logprobs": None, "finish_reason": delta.end, **_stop(delta.stopped_by)}
+            written.append(self._chunk({"index": delta.index, **empty, **end}))
         return written
 
     def closing(self, usage: Usage) -> Json | None:
@@ -138,11 +139,13 @@ class ReplyWriter:
             "message": message,
             "logprobs": self._logprobs(choice.tokens),
             "finish_reason": choice.end,
+            **_stop(choice.stopped_by),
         }
 
     def _text_choice(self, index: int, choice: Whole) -> Json:
         logprobs = self._logprobs(choice.tokens)
-        return {"index": index, "text": choice.text, "logprobs": logprobs, "finish_reason": choice.end}
+        end = {"finish_reason": choice.end, **_stop(choice.stopped_by)}
+        return {"index": index, "text": choice.text, "logprobs": logprobs, **end}
 
     def _logprobs(self, tokens: Sequence[Placed[TokenEvent]]) -> Json | None:
         if not self.logprobs:
@@ -174,6 +177,11 @@ def new_call_id() -> str:
 
 def _finite(logprob: float | None) -> float:
     return IMPOSSIBLE_LOGPROB if logprob is None or logprob < IMPOSSIBLE_LOGPROB else float(logprob)
+
+
+def _stop(found: str | None) -> Mapping[str, str]:
+    """vLLM's field for the stop string that ended a choice; OpenAI's own API does not tell it."""
+    return {} if found is None else {"stop_reason": found}
 
 
 _NO_END: Mapping[str, None] = {"logprobs": None, "finish_reason": None}

@@ -101,6 +101,10 @@ class ReplyText(Generic[Note]):
     def stopped(self) -> bool:
         return self._stop.found is not None
 
+    @property
+    def stopped_by(self) -> str | None:
+        return self._stop.found
+
     def push(self, piece: bytes, note: Note | None = None) -> TextDelta[Note]:
         if self.stopped:
             return TextDelta("", ())
