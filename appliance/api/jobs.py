@@ -20,8 +20,8 @@ from appliance.errors import BodyTooLarge, NotFound, RequestError
 from appliance.jobs.desk import Desk, new_batch_id
 from appliance.jobs.files import new_file_id
 from appliance.jobs.nouns import Batch, StoredFile
+from appliance.jobs.parts import Progress
 from appliance.jobs.planner import read_window
-from appliance.jobs.runner import Progress
 from appliance.pipeline.normalize import RESIDENCY_HEADER, TAG_HEADER, read_residency, read_tag
 
 PURPOSES: Final = ("batch", "batch_output", "user_data", "assistants", "fine-tune", "vision", "evals")

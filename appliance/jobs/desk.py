@@ -16,9 +16,10 @@ from appliance.config import Jobs
 from appliance.errors import ApplianceError
 from appliance.jobs.files import Folder, free_bytes
 from appliance.jobs.nouns import Answering, Batch
+from appliance.jobs.parts import Alerts, Means, Progress
 from appliance.jobs.places import Places
 from appliance.jobs.planner import calls_at_once
-from appliance.jobs.runner import Alerts, Means, Progress, Run
+from appliance.jobs.runner import Run
 from appliance.jobs.store import Store
 from appliance.state import State
 

@@ -82,7 +82,9 @@ class Folder:
         try:
             os.link(self.path(file_id), target)
         except PermissionError:  # file systems without hard links
-            shutil.copyfile(self.path(file_id), target)
+            part = target.with_suffix(".part")
+            shutil.copyfile(self.path(file_id), part)
+            part.replace(target)
 
     def input_of(self, batch_id: str) -> Path:
         return self._work / f"{batch_id}.in"

@@ -10,6 +10,8 @@ class Claim:
     """A batch that wants to ask. `pressing`: it is going to be late."""
 
     owner: str
+    nudge: Callable[[], None]
+    """Called when there may be a place for it."""
     pressing: bool = False
     wants: bool = False
     under_way: int = 0
@@ -23,16 +25,18 @@ class Places:
         self._claims: list[Claim] = []
         self._by_owner: Counter[str] = Counter()
 
-    def join(self, owner: str) -> Claim:
-        claim = Claim(owner)
+    def join(self, owner: str, nudge: Callable[[], None]) -> Claim:
+        claim = Claim(owner, nudge)
         self._claims.append(claim)
         return claim
 
     def part(self, claim: Claim) -> None:
         self._claims.remove(claim)
+        self._tell()
 
     def enter(self, claim: Claim) -> bool:
-        """Take a place if there is one and nobody who wants one has less. Whoever gets False should try again later."""
+        """Take a place if there is one and nobody who wants one has less. Whoever gets False is nudged, and should try
+        again now and then besides: more places may come."""
         claim.wants = True
         if sum(one.under_way for one in self._claims) >= self._most():
             return False
@@ -46,6 +50,12 @@ class Places:
     def leave(self, claim: Claim) -> None:
         claim.under_way -= 1
         self._by_owner[claim.owner] -= 1
+        self._tell()
+
+    def _tell(self) -> None:
+        for claim in self._claims:
+            if claim.wants:
+                claim.nudge()
 
     def _rank(self, claim: Claim) -> tuple[bool, int, int]:
         return not claim.pressing, self._by_owner[claim.owner], claim.under_way

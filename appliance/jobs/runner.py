@@ -6,28 +6,24 @@ Its state is what the store has: a run that is cut off at any moment begins agai
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from typing import Final, Literal, Protocol, TypeVar
+from typing import Final, TypeVar
 
 import structlog
 
-from appliance.config import Jobs
 from appliance.core import Residency
 from appliance.errors import ApplianceError, JobsUnavailable, StorageFull, Unauthorized
-from appliance.jobs.files import Folder, new_file_id
-from appliance.jobs.nouns import Answering, Batch, Ending, Line, LineAnswer, Problem, Status, StoredFile, Terms
-from appliance.jobs.places import Claim, Places
+from appliance.jobs.files import new_file_id
+from appliance.jobs.nouns import Batch, Ending, Line, LineAnswer, Problem, Status, StoredFile, Terms
+from appliance.jobs.parts import Means, Progress, RunState, Stopped, grouped
+from appliance.jobs.places import Claim
 from appliance.jobs.planner import Forecast, Pace, forecast, is_open, open_seconds
 from appliance.jobs.results import Results
-from appliance.jobs.store import Store
 from appliance.jobs.validating import Unusable, told, validate
-from appliance.state import State
 
-LINES_AT_ONCE: Final = 32
-"""Asked in one call, where they may be."""
 _FETCHED_LINES: Final = 128
 _FETCHED_BYTES: Final = 4_000_000
 _COMMIT_LINES: Final = 256
@@ -43,43 +39,8 @@ _MOST_TRIES: Final = 4
 _UNDONE_AT_ONCE: Final = 500
 
 Result = TypeVar("Result")
-RunState = Literal["validating", "running", "paused", "waiting", "ending"]
 
 _log = structlog.stdlib.get_logger(__name__)
-
-
-class Alerts(Protocol):
-    def warn(self, code: str, text: str, about: str = "") -> None: ...
-
-    def clear(self, code: str, about: str = "") -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Means:
-    """What all runs share."""
-
-    config: Jobs
-    store: Store
-    folder: Folder
-    answering: Answering
-    places: Places
-    state: State
-    alerts: Alerts
-    clock: Callable[[], float]
-    wall: Callable[[], float]
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How a run goes, beyond what its batch says."""
-
-    state: RunState
-    reason: str
-    per_second: float | None
-    seconds_left: float | None
-    late: int
-    """Lines that would be late on-site."""
-    under_way: int
 
 
 @dataclass(slots=True)
@@ -89,26 +50,17 @@ class _Again:
     ready: float
 
 
-class Stopped(Exception):
-    """Nothing more is to be asked."""
-
-    def __init__(self, ending: Ending, code: str, message: str) -> None:
-        super().__init__(message)
-        self.ending: Ending = ending
-        self.code, self.message = code, message
-
-
 class Run:
     """`run` it once. `stop` ends it early, `nudge` makes it look around at once."""
 
     def __init__(self, batch: Batch, means: Means) -> None:
         self._means = means
         self._results = Results(batch, means.folder, means.store)
-        self._claim: Claim = means.places.join(batch.owner)
+        self._claim: Claim = means.places.join(batch.owner, self.nudge)
         self._lock = asyncio.Lock()
         """Held by whoever changes the batch."""
         self._nudged = asyncio.Event()
-        self._pace, self._forecast = Pace(), Forecast(None, 0)
+        self._pace, self._pace_onsite, self._forecast = Pace(), Pace(), Forecast(None, 0)
         self._state: RunState = "validating"
         self._reason = ""
         self._stopped: Stopped | None = None
@@ -175,14 +127,10 @@ class Run:
             _log.warning("batch cannot be worked with", batch=self.batch.id, reason=told(problems))
             await self._finalize(replace(self.batch, problems=problems), "failed")
             return
-        async with self._lock:
-            if self.batch.status != "validating":  # cancelled meanwhile
-                await self._save(replace(found, status=self.batch.status, times=self.batch.times))
-                return
-            if found.counts.left:
-                await self._save(self._in_status(found, "in_progress"))
-                return
-        await self._finalize(found, "failed")
+        if found.counts.left:
+            await self._patiently(partial(self._change, found, "in_progress"))
+        else:
+            await self._finalize(found, "failed")
 
     async def _validated(self) -> Batch:
         means, config = self._means, self._means.config
@@ -198,7 +146,8 @@ class Run:
 
     async def _answer_all(self) -> None:
         self._pace.begin(self._means.clock())
-        twins = await self._means.store.has_twins(self.batch.id)
+        self._pace_onsite.begin(self._means.clock())
+        twins = await self._patiently(partial(self._means.store.has_twins, self.batch.id))
         try:
             while True:
                 await self._allowed()
@@ -226,10 +175,9 @@ class Run:
         self._say("ending", stopped.message)
         while await self._patiently(self._results.copy):
             pass
-        after = 0
-        while places := await self._means.store.waiting(self.batch.id, after, _UNDONE_AT_ONCE):
+        undone = partial(self._means.store.waiting, self.batch.id, 0, _UNDONE_AT_ONCE)
+        while places := await self._patiently(undone):
             await self._patiently(partial(self._results.put_undone, places, stopped.code, stopped.message))
-            after = places[-1].number
         problems = self.batch.problems
         if stopped.ending == "failed":
             problems = (Problem(stopped.code, stopped.message), *problems)
@@ -244,8 +192,7 @@ class Run:
             output_file_id=new_file_id() if sized.output_bytes else None,
             error_file_id=new_file_id() if sized.error_bytes else None,
         )
-        async with self._lock:
-            await self._save(self._in_status(named, "finalizing"))
+        await self._patiently(partial(self._change, named, "finalizing"))
 
     async def _publish(self) -> None:
         """Twice does no harm: the files' names are on disk, and they are moved, not copied."""
@@ -280,6 +227,7 @@ class Run:
                     self._means.alerts.clear("jobs_paused", self.batch.id)
                     self._say("running", "")
                     self._pace.begin(self._means.clock())
+                    self._pace_onsite.begin(self._means.clock())
                 return
             self._say("paused", reason)
             await self._rest(_LOOK_SECONDS)
@@ -309,7 +257,7 @@ class Run:
         """What would be late at this pace, of what is neither done nor on its way."""
         means, wall = self._means, self._means.wall()
         left = open_seconds(means.config.hours, datetime.fromtimestamp(wall), self.batch.expires_at - wall)
-        rate = self._pace.per_second(means.clock())
+        rate = self._pace_onsite.per_second(means.clock())
         self._forecast = forecast(self.batch.counts.left - len(self._answered), rate, left)
         self._claim.pressing = self._forecast.late > 0
 
@@ -325,7 +273,8 @@ class Run:
         return self._fetched.popleft() if self._fetched else []
 
     async def _fetch(self) -> None:
-        places = await self._means.store.to_ask(self.batch.id, self._fetched_to, _FETCHED_LINES)
+        more = partial(self._means.store.to_ask, self.batch.id, self._fetched_to, _FETCHED_LINES)
+        places = await self._patiently(more)
         size, taken = 0, 0
         while taken < len(places) and (not taken or size + places[taken].length <= _FETCHED_BYTES):
             size, taken = size + places[taken].length, taken + 1
@@ -336,7 +285,7 @@ class Run:
         except FileNotFoundError as error:
             raise Stopped("failed", "input_lost", f"the batch's input cannot be read any more: {error}") from error
         self._fetched_to = places[taken - 1].number
-        self._fetched += _grouped(lines, self._means.answering.kin)
+        self._fetched += grouped(lines, self._means.answering.kin)
 
     async def _ask_when_free(self, group: list[Line]) -> None:
         while True:
@@ -403,8 +352,11 @@ class Run:
                 self._answered_since = now
             self._answered.append((line, answer))
         onsite = sum(answer.location == "onsite" for answer in answers)
+        good = sum(answer.is_good for answer in answers)
         if onsite:
-            self._pace.done(onsite, now)
+            self._pace_onsite.done(onsite, now)
+        if good:
+            self._pace.done(good, now)
             self._reason = "" if self._state == "running" else self._reason
 
     # Keeping.
@@ -431,6 +383,14 @@ class Run:
                 self._means.alerts.warn("jobs_paused", f"batch {self.batch.id}: {error.message}", self.batch.id)
                 self._say("paused", error.message)
                 await self._rest(_LOOK_SECONDS)
+
+    async def _change(self, batch: Batch, status: Status) -> None:
+        """To the next stage; where it was cancelled meanwhile it stays so, and only what was found out is kept."""
+        async with self._lock:
+            if status == "in_progress" and self.batch.status == "cancelling":
+                await self._save(replace(batch, status="cancelling", times=self.batch.times))
+            else:
+                await self._save(self._in_status(batch, status))
 
     async def _save(self, batch: Batch) -> None:
         await self._means.store.save(batch)
@@ -461,22 +421,6 @@ class Run:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
-
-
-def _grouped(lines: Sequence[Line], kin: Callable[[Line], Hashable | None]) -> list[list[Line]]:
-    """Lines that may be asked together, in the order of the first of each."""
-    groups: list[list[Line]] = []
-    open_groups: dict[Hashable, list[Line]] = {}
-    for line in lines:
-        key = kin(line)
-        group = None if key is None else open_groups.get(key)
-        if group is None or len(group) >= LINES_AT_ONCE:
-            group = []
-            groups.append(group)
-            if key is not None:
-                open_groups[key] = group
-        group.append(line)
-    return groups
 
 
 def _message(answer: LineAnswer) -> str:

@@ -73,13 +73,15 @@ def test_hours_may_pass_midnight() -> None:
 
 def test_places_are_shared_by_keys_first_and_the_late_go_before() -> None:
     places = Places(lambda: 4)
-    greedy = [places.join("a") for _ in range(3)]
-    other = places.join("b")
+    nudged: list[str] = []
+    greedy = [places.join("a", lambda: nudged.append("a")) for _ in range(3)]
+    other = places.join("b", lambda: nudged.append("b"))
     assert all(places.enter(claim) for claim in greedy)
     assert places.enter(other)
     for claim in (*greedy, other):
         assert not places.enter(claim)
     places.leave(greedy[0])
+    assert nudged == ["a", "a", "a", "b"]
     assert not places.enter(greedy[0])  # the other key has fewer under way
     assert places.enter(other)
     places.leave(other)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from appliance.errors import StorageFull
-from appliance.jobs.nouns import Line, LineAnswer, Terms
+from appliance.jobs.nouns import Batch, Line, LineAnswer, Terms
 from appliance.jobs.writer import ResultFile
 from tests.jobs.office import HOSTED, Answers, Office, answered, ended, line, rows, until
 
@@ -240,6 +240,41 @@ async def test_results_that_find_no_room_are_written_later(office: Office, monke
         batch = await ended(desk, made)
         assert sorted(row["line"] for row in rows(desk, batch.output_file_id)) == [1, 2, 3, 4, 5]
     assert len(office.answers.asked) == 5  # what was answered is not asked again
+
+
+async def test_a_batch_whose_end_finds_no_room_ends_later(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = True
+    async with office.desk() as desk:
+        save = desk.store.save
+
+        async def refusing(batch: Batch) -> None:
+            if full and batch.status == "finalizing":
+                raise StorageFull("no space is left")
+            await save(batch)
+
+        monkeypatch.setattr(desk.store, "save", refusing)
+        made = await office.batch(desk, [line(1)])
+        await until(lambda: ("jobs_paused", made.id) in office.alerts.warnings)
+        assert desk.current(made).status == "in_progress"
+        full = False
+        desk.nudge()
+        assert (await ended(desk, made)).counts.completed == 1
+
+
+async def test_two_batches_share_the_engine(office: Office) -> None:
+    office.answers.allow = asyncio.Semaphore(0)
+    async with office.desk() as desk:
+        first = await office.batch(desk, [line(n) for n in range(1, 31)])
+        await until(lambda: office.answers.under_way == 6)
+        second = await office.batch(desk, [line(n) for n in range(1, 31)])
+        await until(lambda: desk.current(second).status == "in_progress")
+        for _ in range(60):
+            office.answers.allow.release()
+        await ended(desk, first)
+        await ended(desk, second)
+    order = [terms.batch_id for terms in office.answers.terms]
+    middle = order[6:46]
+    assert 12 <= middle.count(second.id) <= 28
 
 
 async def test_a_file_deleted_while_its_job_runs_does_not_disturb_it(office: Office) -> None:
