@@ -24,6 +24,7 @@ from appliance.llamacpp.rates import Rates
 from appliance.llamacpp.sampling import argmax_rows
 from appliance.llamacpp.scheduler import (
     NOTHING_URGENT,
+    QUIET_SECONDS,
     Line,
     Room,
     cache_limit,
@@ -77,6 +78,8 @@ class Runner:
         self._clock, self._step_seconds = clock, step_seconds
         self._urgent = NOTHING_URGENT
         """Priority of the most urgent of what is running."""
+        self._was_urgent = float("-inf")
+        """When something that cannot wait ran last."""
         self._batch_tokens = min(batch_tokens or model.batch.capacity_tokens, model.batch.capacity_tokens)
         free_ids = list(range(model.sequence_ids))
         self._tree = PrefixTree(model, free_ids)
@@ -142,6 +145,8 @@ class Runner:
 
     def _look_for_urgent(self) -> None:
         self._urgent = most_urgent((one.request.priority for one in self._running), self._scorer.priority)
+        if self._urgent <= 0:
+            self._was_urgent = self._clock()
 
     def _step_lanes(self) -> bool:
         """The next token of every sequence in a lane. False when that failed and the step is over."""
@@ -193,7 +198,7 @@ class Runner:
             len(self._cells.in_lanes),
             self.rates.prefill_tokens_per_second,
             self._step_seconds,
-            can_wait=0 < self._urgent < NOTHING_URGENT,
+            can_wait=0 < self._urgent < NOTHING_URGENT and self._clock() - self._was_urgent < QUIET_SECONDS,
         )
         prefilling = self._trial([one for one in self._running if one.lane < 0 and one.pending > 1])
         pending = sum(sequence.pending for sequence in prefilling)

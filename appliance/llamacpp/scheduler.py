@@ -26,6 +26,8 @@ SLOW_STEP_TOKENS: Final = 32
 """The least part of a prompt, where a model is so slow that a tile takes seconds; less wastes the matrix kernels."""
 PATIENT_STEP_SECONDS: Final = 0.04
 """Of a step in which nothing is urgent: what a reader who comes in its middle does not notice."""
+QUIET_SECONDS: Final = 10.0
+"""After so long without anything urgent nobody is expected, and steps are as long as is quickest."""
 NOTHING_URGENT: Final = 1 << 30
 CROWDED_CACHE_TOKENS: Final = 2048
 CACHED_SHARE: Final = 0.5
@@ -117,14 +119,16 @@ def step_budget(
 ) -> int:
     """Tokens one step may compute in the shared memory, `decoding` of them for sequences that generate there.
 
-    `can_wait`: nothing in it is urgent, so it is as short as is any good: whoever comes next waits for its end.
+    `can_wait`: nothing in it is urgent and somebody may come at any moment, who waits for its end: it is as short as is
+    any good.
 
     While somebody is reading a stream, there or in a lane, prompts and labels get about `step_seconds` of a step, so
     that a long prompt cannot stall it.
     """
     if can_wait:
-        step_seconds = min(step_seconds, PATIENT_STEP_SECONDS)
-    elif not decoding + in_lanes:
+        tiles = max(1, int(prefill_tokens_per_second * PATIENT_STEP_SECONDS) // TILE_TOKENS)
+        return max(min(batch_tokens, tiles * TILE_TOKENS), decoding + 1)
+    if not decoding + in_lanes:
         return batch_tokens
     batch_tokens = max(batch_tokens, decoding + 1)
     affordable = int(prefill_tokens_per_second * step_seconds)

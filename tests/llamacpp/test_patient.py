@@ -20,8 +20,8 @@ def test_a_step_without_anything_urgent_is_short() -> None:
     alone = step_budget(512, 0, 0, rate, 0.1)
     patient = step_budget(512, 0, 0, rate, 0.1, can_wait=True)
     assert alone == 512
-    assert patient <= max(TILE_TOKENS, rate * PATIENT_STEP_SECONDS)
-    assert patient >= TILE_TOKENS // 2
+    assert TILE_TOKENS <= patient <= max(TILE_TOKENS, rate * PATIENT_STEP_SECONDS)
+    assert step_budget(512, 80, 0, rate, 0.1, can_wait=True) > 80  # those that generate are in it all the same
 
 
 def test_an_unmeasured_engine_still_computes_something() -> None:
