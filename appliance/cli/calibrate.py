@@ -11,10 +11,9 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from appliance.catalog import load_catalog
 from appliance.cli.models import pull_with_progress
 from appliance.cli.output import bytes_text, fail, guarded, say, say_json, stderr, stdout
-from appliance.cli.places import ConfigOption, DataDirOption, JsonOption, data_dir_of
+from appliance.cli.places import ConfigOption, DataDirOption, JsonOption, catalog_of, data_dir_of
 from appliance.config import Engine, NodeConfig, Tolerance, Workload, load_config
 from appliance.errors import ApplianceError
 from appliance.node.calibration import Calibration, Choice, Figure, VariantFigures, choose
@@ -53,7 +52,7 @@ def calibrate_command(
     engine = config.engine.model_copy(update={"model": name, "variant": None, "workload": _workload(workload, config)})
     home, hardware = data_dir_of(data_dir, config), probe()
     store, calibrations = ModelStore(home), CalibrationStore(home)
-    source = guarded(lambda: wanted(engine, load_catalog(), store))
+    source = guarded(lambda: wanted(engine, catalog_of(home), store))
     if not source.path.exists():
         pull_with_progress(store, source.model, source.variant)
     key = key_of(source, hardware, store)

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from appliance.catalog import Catalog, DevicePrior, load_catalog, load_device
+from appliance.catalog import Catalog, DevicePrior, load_device
 from appliance.cli.output import bytes_text, guarded, say, say_json, stdout
-from appliance.cli.places import ConfigOption, DataDirOption, JsonOption, data_dir_of
+from appliance.cli.places import ConfigOption, DataDirOption, JsonOption, catalog_of, data_dir_of
 from appliance.config import Engine, EngineModel, load_config
 from appliance.engines.base import Placement
 from appliance.node.choice import candidates
@@ -63,8 +63,8 @@ def plan_command(
     Each by itself, or with --model several together.
     """
     config = guarded(lambda: load_config(config_path))
-    catalog = guarded(load_catalog)
-    store = ModelStore(data_dir_of(data_dir, config))
+    home = data_dir_of(data_dir, config)
+    catalog, store = catalog_of(home), ModelStore(home)
     hardware = probe()
     if device is not None:
         prior = guarded(lambda: _prior(device, catalog))

@@ -9,9 +9,9 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from appliance.catalog import Catalog, ModelSpec, Variant, load_catalog
+from appliance.catalog import Catalog, ModelSpec, Variant
 from appliance.cli.output import bytes_text, guarded, say, say_json, stderr, stdout
-from appliance.cli.places import ConfigOption, DataDirOption, JsonOption, data_dir_of
+from appliance.cli.places import ConfigOption, DataDirOption, JsonOption, catalog_of, data_dir_of
 from appliance.config import load_config
 from appliance.node.download import PullProgress
 from appliance.node.models import ModelStore, StoredModel
@@ -134,7 +134,8 @@ def _plain_reporter() -> Callable[[PullProgress], None]:
 
 def _open(config_path: Path | None, data_dir: Path | None) -> tuple[Catalog, ModelStore]:
     config = guarded(lambda: load_config(config_path))
-    return guarded(load_catalog), ModelStore(data_dir_of(data_dir, config))
+    home = data_dir_of(data_dir, config)
+    return catalog_of(home), ModelStore(home)
 
 
 def _model(catalog: Catalog, name: str) -> ModelSpec:

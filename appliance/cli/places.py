@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from appliance.catalog import Catalog, load_catalog
+from appliance.cli.output import guarded
 from appliance.config import NodeConfig
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="The node's configuration file (TOML).")]
@@ -25,3 +27,8 @@ def data_dir_of(option: Path | None, config: NodeConfig) -> Path:
     if home := os.environ.get("APPLIANCE_HOME"):
         return Path(home).expanduser().resolve()
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "appliance"
+
+
+def catalog_of(home: Path) -> Catalog:
+    """The catalogue that came with the program, and the operator's own files in DATA_DIR/model_configs."""
+    return guarded(lambda: load_catalog([home / "model_configs"]))

@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 import typer
 
 from appliance.api.explain import read_any
-from appliance.catalog import load_catalog
 from appliance.cli.output import fail, guarded, say, say_json
-from appliance.cli.places import ConfigOption, JsonOption
+from appliance.cli.places import ConfigOption, JsonOption, catalog_of, data_dir_of
 from appliance.config import (
     DEFAULT_POLICY_PATH,
+    EngineModel,
     NodeConfig,
     Policy,
     load_config,
@@ -117,19 +117,19 @@ def _path_of(path: Path | None, config: NodeConfig) -> Path:
 
 
 def _targets(config: NodeConfig) -> tuple[Target, ...]:
-    """What the configuration has: the engine's model as the catalogue knows it, then the providers' models."""
-    return (_engine_target(config), *provider_targets(config))
+    """What the configuration has: the engines' models as the catalogue knows them, then the providers' models."""
+    return (*(_engine_target(config, wish) for wish in config.engine.wanted_models), *provider_targets(config))
 
 
-def _engine_target(config: NodeConfig) -> Target:
-    model = config.engine.model
-    if model.endswith(".gguf"):
-        name, abilities, quality = Path(model).stem, _ANY_ENGINE, None
-        context = config.engine.context_tokens
+def _engine_target(config: NodeConfig, wish: EngineModel) -> Target:
+    if wish.path is not None or wish.name.endswith(".gguf") or Path(wish.name).is_dir():
+        name = wish.name if wish.path is not None else Path(wish.name).stem
+        abilities, quality, context = _ANY_ENGINE, None, wish.context_tokens
     else:
-        spec = guarded(lambda: load_catalog().model(model))
+        catalog = catalog_of(data_dir_of(None, config))
+        spec = guarded(lambda: catalog.model(wish.name))
         name, abilities, quality = spec.name, frozenset(spec.abilities), spec.quality
-        context = min(spec.context_tokens, config.engine.context_tokens or spec.context_tokens)
+        context = min(spec.context_tokens, wish.context_tokens or spec.context_tokens)
     return Target(
         name=f"onsite/{name}",
         location="onsite",
@@ -138,7 +138,7 @@ def _engine_target(config: NodeConfig) -> Target:
         model=name,
         abilities=abilities,
         context_tokens=context,
-        quality=quality if config.engine.quality is None else config.engine.quality,
+        quality=quality if wish.quality is None else wish.quality,
     )
 
 

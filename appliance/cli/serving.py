@@ -12,11 +12,11 @@ from typing import Annotated
 import typer
 import uvloop
 
-from appliance.catalog import Catalog, EngineKind, load_catalog
+from appliance.catalog import Catalog, EngineKind
 from appliance.cli.calibrate import first_start
 from appliance.cli.models import pull_with_progress
 from appliance.cli.output import bytes_text, fail, guarded, say, stderr
-from appliance.cli.places import ConfigOption, DataDirOption, data_dir_of
+from appliance.cli.places import ConfigOption, DataDirOption, catalog_of, data_dir_of
 from appliance.config import Engine, NodeConfig, load_config
 from appliance.engines.base import Placement
 from appliance.errors import ApplianceError
@@ -48,7 +48,7 @@ def serve_command(
     started = time.monotonic()
     config = _with_options(guarded(lambda: load_config(config_path)), host, port, model)
     home = data_dir_of(data_dir, config)
-    catalog, store, hardware = guarded(load_catalog), ModelStore(home), probe()
+    catalog, store, hardware = catalog_of(home), ModelStore(home), probe()
     engines: set[EngineKind] = {"llamacpp", *guarded(lambda: launchable(config.engine, home, os.environ))}
     has_gpus = "vllm" in engines and bool(devices_of(hardware)[0])
     if _is_a_line_up(config.engine, has_gpus):

@@ -89,14 +89,15 @@ def _estimate(model: ModelSpec, variant: Variant, placement: Placement, prior: D
         known = dict(prior.prefill_operations_per_second or {})
     # A quantisation nobody measured counts as the slowest of those that were.
     operations = known.get(variant.quantisation) or min(known.values(), default=_ASSUMED_OPERATIONS_PER_SECOND)
+    active = model.active_parameters or model.parameters
     basis = f"estimated from {bandwidth / 1e9:.0f} GB/s and {operations / 1e9:.0f} GFLOP/s a core ({origin})"
     return Candidate(
         model=model,
         variant=variant,
         placement=placement,
-        # One sequence reads all weights for every token.
-        decode_tokens_per_second=bandwidth / variant.size_bytes,
-        prefill_tokens_per_second=operations * placement.shape.threads / (2 * model.parameters),
+        # One sequence reads all weights that compute a token, for every token.
+        decode_tokens_per_second=bandwidth * model.parameters / active / variant.size_bytes,
+        prefill_tokens_per_second=operations * placement.shape.threads / (2 * active),
         basis=f"{basis}; not measured here",
     )
 
