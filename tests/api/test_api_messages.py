@@ -242,6 +242,7 @@ async def test_models_are_listed_in_the_shape_of_who_asks() -> None:
             await client.models.retrieve("claude-99")
 
 
+GOOD_KEY = {"x-api-key": "secret"}
 KEY = Key(name="app", sha256=hashlib.sha256(b"secret").hexdigest())
 
 
