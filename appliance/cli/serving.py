@@ -49,7 +49,7 @@ def serve_command(
     config = _with_options(guarded(lambda: load_config(config_path)), host, port, model)
     home = data_dir_of(data_dir, config)
     catalog, store, hardware = catalog_of(home), ModelStore(home), probe()
-    engines: set[EngineKind] = {"llamacpp", *guarded(lambda: launchable(config.engine, home, os.environ))}
+    engines: set[EngineKind] = {"llamacpp", "encoder", *guarded(lambda: launchable(config.engine, home, os.environ))}
     has_gpus = "vllm" in engines and bool(devices_of(hardware)[0])
     if _is_a_line_up(config.engine, has_gpus):
         serving = _line_up(config.engine, catalog, store, hardware, engines, has_gpus)

@@ -45,7 +45,7 @@ def place_on_cpu(
     config = _own(item, config)
     abilities = engine.abilities(item.model)
     if not abilities:
-        return f"{item.model.name} generates no text; {engine.kind} serves models that do"
+        return f"{engine.kind} does nothing of what {item.model.name} is for ({', '.join(item.model.abilities)})"
     threads, threads_reason = _threads(hardware, item, config)
     sequences, sequences_reason = _sequences(hardware, config)
     fitted = _fit_context(engine, item, config, sequences, left_bytes)

@@ -170,12 +170,12 @@ def test_of_several_variants_the_first_that_fits_is_placed(machine: Hardware) ->
     assert result.refusals[1].reason == "small is already placed as q4_1"
 
 
-def test_variants_for_other_engines_and_models_without_text_are_refused(machine: Hardware) -> None:
+def test_a_model_that_is_for_something_else_than_its_engine_does_is_refused(machine: Hardware) -> None:
     encoder = replace(SMALL, variants=(replace(variant("int8"), engine="encoder", format="onnx"),))
     embedder = replace(SMALL, name="embedder", abilities=("embeddings",))
     reasons = [refusal.reason for refusal in _plan(machine, encoder, embedder).refusals]
-    assert reasons[0] == "int8 is for encoder; this node launches llamacpp, vllm"
-    assert reasons[1].startswith("embedder generates no text")
+    assert reasons[0] == "encoder does nothing of what small is for (chat, completions)"
+    assert reasons[1] == "llamacpp does nothing of what embedder is for (embeddings)"
 
 
 def test_a_base_model_without_a_template_cannot_chat(machine: Hardware) -> None:
