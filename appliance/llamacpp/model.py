@@ -26,9 +26,9 @@ _F16_BYTES: Final = 2
 _LAST_WORDS: Final = 6
 _LOGITS_BYTES: Final = 32 << 20
 """Bound of the logits buffer and of its double in the compute graph; rows beyond what one step reads are waste."""
-_SPARE_SEQUENCES: Final = 160
-"""Ids for cached prefixes and label forks beside the running sequences. llama.cpp's limit is 256 in all, and its
-bookkeeping per step grows with the square of the number."""
+_SPARE_SEQUENCES: Final = 112
+"""Ids for cached prefixes and label forks beside the running sequences. llama.cpp's limit is 256 in all; its work
+per step grows with the square of the number, and it keeps a row of logits for each."""
 
 
 class _Log:

@@ -15,9 +15,9 @@ from appliance.llamacpp.model import Model
 from appliance.llamacpp.prefix import PrefixTree, Tokens, common_prefix
 from appliance.llamacpp.scheduler import Room
 
-_PATHS: Final = 128
+_PATHS: Final = 96
 """Sequence ids a window may take; the others are left to running sequences and to cached prefixes."""
-_CHAINS_AT_ONCE: Final = 96
+_CHAINS_AT_ONCE: Final = 80
 """Ids one item may take; items with more chains are computed in several pieces."""
 _RECENT_PROMPTS: Final = 8
 """Prompts remembered (as tokens, not cells): what the next one shares with any of them is worth caching."""
