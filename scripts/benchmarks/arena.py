@@ -102,9 +102,9 @@ class Arena:
             return 1
         return self.runs
 
-    async def trial(self, work: str, contender: Contender, limit_seconds: float) -> float | None:
-        """One figure, to choose by; None where it fails or takes longer."""
-        return await self._try(work, contender, 0, 1.0, limit_seconds)
+    async def trial(self, work: str, contender: Contender, limit_seconds: float, seed: int = 0) -> float | None:
+        """One figure, to choose by; None where it fails or takes longer. A text of the same `seed` may be cached."""
+        return await self._try(work, contender, seed, 1.0, limit_seconds)
 
     async def _try(
         self, work: str, contender: Contender, seed: int, share: float, limit_seconds: float = RUN_SECONDS

@@ -17,6 +17,8 @@ from scripts.benchmarks.workloads import QUESTIONS, Decisions
 
 _TRIAL_TEXTS: Final = 16
 _TRIAL_SECONDS: Final = 12.0
+_TRIAL_SEED: Final = 9_001
+"""Of the trial that counts: texts that no slot has seen."""
 
 
 @dataclass(slots=True)
@@ -62,7 +64,7 @@ async def choose_their_way(bench: Bench, variants: Sequence[str]) -> None:
             # The slots read the prefix first; what is too slow for that is not tried again.
             if await bench.arena.trial("trial", replace(contender, share=0.5), _TRIAL_SECONDS) is None:
                 continue
-            rate = await bench.arena.trial("trial", contender, _TRIAL_SECONDS)
+            rate = await bench.arena.trial("trial", contender, _TRIAL_SECONDS, _TRIAL_SEED)
             if rate is None:
                 continue
             bench.trials[f"llama-server, {variant}, {way}"] = rate
@@ -168,7 +170,7 @@ async def _quickest_with_many_labels(bench: Bench, theirs: Server) -> str | None
         contender = decider(way, theirs, method, bench.works.many_labels, SLOTS, SLOTS)
         if await bench.arena.trial("labels77", contender, 2 * _TRIAL_SECONDS) is None:
             continue
-        rate = await bench.arena.trial("labels77", contender, _TRIAL_SECONDS)
+        rate = await bench.arena.trial("labels77", contender, _TRIAL_SECONDS, _TRIAL_SEED)
         if rate is not None:
             bench.trials[f"llama-server, 77 labels, {way}"] = rate
             best = max(best, (rate, way), key=lambda pair: pair[0])

@@ -201,7 +201,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ours-variant", choices=VARIANTS, help="default: what the product's calibration chooses")
     parser.add_argument("--theirs-variant", choices=VARIANTS, help="llama-server's; default: its best in a short trial")
-    parser.add_argument("--budget-seconds", type=float, default=720.0, help="near it, rows get one run instead of all")
+    parser.add_argument("--budget-seconds", type=float, default=1_100.0, help="near it, rows get one run each")
     parser.add_argument("--json", type=Path, help="write everything there too")
     options = parser.parse_args(arguments)
     if options.quick:
