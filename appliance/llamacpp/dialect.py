@@ -48,7 +48,8 @@ def chat_ask(call: ChatIn, prompts: Prompts, limits: Limits) -> Ask:
     asked = call.max_completion_tokens or call.max_tokens
     logprobs = (call.top_logprobs or 0) if call.logprobs else None
     ask = _ask(call, [prompts.raw(text)], asked or DEFAULT_CHAT_TOKENS, logprobs, limits, "messages")
-    return as_message(ask, prompts.style, offered, text)
+    thinks = call.reasoning_effort not in (None, "none")
+    return as_message(ask, prompts.style, offered, text, thinks=thinks)
 
 
 def completion_ask(call: CompletionIn, prompts: Prompts, limits: Limits) -> Ask:

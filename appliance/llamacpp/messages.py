@@ -45,6 +45,9 @@ def variables_of(call: ChatIn, prompts: Prompts) -> Mapping[str, Any]:
             variables["reasoning_effort"] = effort
         if template.abilities.switch:
             variables[_SWITCH] = effort != "none"
+    elif wants_json(call) and template is not None and template.abilities.switch:
+        # Thinking first may take all of a reply's length; who wants it says so by reasoning_effort.
+        variables[_SWITCH] = False
     for name, value in (call.chat_template_kwargs or {}).items():
         known = template is not None and name not in _OWN_VARIABLES and template.knows(name)
         if not known and not (name == _SWITCH and value is False and style.reasoning is None):
@@ -54,14 +57,21 @@ def variables_of(call: ChatIn, prompts: Prompts) -> Mapping[str, Any]:
     return variables
 
 
-def as_message(ask: Ask, style: ReplyStyle, offered: Offered | None, prompt: str) -> Ask:
-    """The call with what its replies are held to and read by; unchanged where they can be text alone."""
+def wants_json(call: ChatIn) -> bool:
+    return call.response_format is not None and call.response_format.type != "text"
+
+
+def as_message(ask: Ask, style: ReplyStyle, offered: Offered | None, prompt: str, *, thinks: bool) -> Ask:
+    """The call with what its replies are held to and read by; unchanged where they can be text alone.
+
+    `thinks`: the caller wants thoughts, also before JSON.
+    """
     if offered is None and style.reasoning is None:
         return ask
     opened = _thinking_open(style, prompt)
     tools = style.tools if offered is not None else None
     rules = None
-    if offered is not None or (ask.schema is not None and (opened or style.reasoning == "harmony")):
+    if offered is not None or (ask.schema is not None and (opened or thinks or style.reasoning == "harmony")):
         rules = Rules(offered, tools, ask.schema, style.reasoning, opened, style.specials)
     read_as = ReadAs(
         tools=tools,

@@ -21,6 +21,7 @@ from appliance.llamacpp.envelopes import MessageIn
 from appliance.llamacpp.style import style_of
 from appliance.llamacpp.vocabulary import Vocabulary
 
+NOT_THINKING: Mapping[str, Any] = {"enable_thinking": False}
 MAX_REMEMBERED_CHARS = 32_768
 MAX_REMEMBERED_FRAGMENTS = 512
 
@@ -79,13 +80,19 @@ class Prompts:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The template's text; control tokens that a message merely quotes are marked as quoted, see `tokens`."""
+        """The template's text; control tokens that a message merely quotes are marked as quoted, see `tokens`.
+
+        Without `variables` the model is told not to think first, where it can be told: a label, for one, is read where
+        the answer begins.
+        """
         if self.template is None:
             raise Unsupported(
                 "messages: this model has no chat template; use /v1/completions with a prompt", param="messages"
             )
         plain = [self._plain(position, message) for position, message in enumerate(messages)]
-        return self.template.render(plain, tools=self._quoted(tools or ()), variables=self._quoted(variables or {}))
+        if variables is None:
+            variables = NOT_THINKING if self.template.abilities.switch else {}
+        return self.template.render(plain, tools=self._quoted(tools or ()), variables=self._quoted(variables))
 
     def opened(self, messages: Sequence[MessageIn]) -> str:
         """The template's text up to the end of the last message's content, its turn left open."""

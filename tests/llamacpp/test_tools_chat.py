@@ -255,17 +255,37 @@ async def test_thinking_can_be_switched_off(thinking_engine: Program, body: dict
     assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == 0
 
 
-async def test_json_that_was_asked_for_stands_behind_the_thoughts(thinking_engine: Program) -> None:
-    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9}}, "required": ["n"]}
+NINE = {
+    "type": "object",
+    "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["n"],
+    "additionalProperties": False,
+}
+AS_NINE = {"type": "json_schema", "json_schema": {"name": "nine", "schema": NINE}}
+
+
+async def test_json_is_written_without_thoughts_unless_they_are_asked_for(thinking_engine: Program) -> None:
+    answer = await ask(thinking_engine, response_format=AS_NINE, temperature=0)
+    message = answer["choices"][0]["message"]
+    jsonschema.validate(json.loads(message["content"]), NINE)
+    assert "reasoning_content" not in message
+
+
+async def test_json_stands_behind_thoughts_that_were_asked_for(thinking_engine: Program) -> None:
     answer = await ask(
-        thinking_engine,
-        max_tokens=400,
-        temperature=0,
-        logit_bias={"1234": 0},
-        chat_template_kwargs={"enable_thinking": False},
-        response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
+        thinking_engine, response_format=AS_NINE, temperature=1.5, reasoning_effort="low", max_tokens=600
     )
-    jsonschema.validate(json.loads(answer["choices"][0]["message"]["content"]), schema)
+    (choice,) = answer["choices"]
+    assert choice["message"]["reasoning_content"]
+    if choice["message"]["content"] and choice["finish_reason"] == "stop":
+        jsonschema.validate(json.loads(choice["message"]["content"]), NINE)
+
+
+async def test_a_label_is_read_where_the_answer_begins_and_not_the_thoughts(thinking_engine: Program) -> None:
+    async with thinking_engine.client() as http:
+        plain = (await http.post("/tokenize", json={"messages": WEATHER})).json()["tokens"]
+        shut = (await http.post("/tokenize", json={"content": "<think>\n\n</think>\n\n"})).json()["tokens"]
+    assert plain[-len(shut) :] == shut
 
 
 async def test_a_plain_reply_has_no_fields_of_tools_or_reasoning(tool_engine: Program) -> None:
