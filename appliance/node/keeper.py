@@ -94,8 +94,9 @@ class Keeper:
         self._is_asleep = False
         self._found: frozenset[str] | None = None
         """What the running engine found that its model can do; None where it has not said."""
-        self._shared: frozenset[Path] | None = None
-        """Files of shared memory that it holds, noted once it is ready."""
+        self._shared: frozenset[Path] = frozenset()
+        """Files of shared memory that it has been seen to hold."""
+        self._is_warm = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -253,7 +254,7 @@ class Keeper:
             self._inbox.put_nowait(Exited(None, str(error)))
             return
         self._process = process
-        self._liveness, self._can_probe = Liveness(self._limits.stall_seconds), True
+        self._liveness, self._can_probe, self._is_warm = Liveness(self._limits.stall_seconds), True, False
         self._run("exit", lambda: self._watch(process))
         self._run("poll", lambda: self._poll(process))
 
@@ -289,8 +290,8 @@ class Keeper:
         await asyncio.to_thread(orphans.wait_gone, mark, _GONE_SECONDS)
         if ended:
             _log.warning("an engine left processes behind; they were ended", model=self.placement.model, pids=ended)
-        shared, self._shared = self._shared, None
-        await asyncio.to_thread(orphans.release, shared or ())
+        shared, self._shared = self._shared, frozenset()
+        await asyncio.to_thread(orphans.release, shared)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _shrink(self, words: str) -> None:
@@ -323,6 +324,7 @@ class Keeper:
         progress = self._engine.progress(process.last_lines())
         if progress != self._progress:
             self._progress = progress
+            await self._note_shared()
             _log.info("engine", model=self.placement.model, phase="starting", progress=progress)
             self._show()
         return None
@@ -346,9 +348,9 @@ class Keeper:
         answer = await line.load(gauges, self._clock)
         if isinstance(answer, str):
             return Unhealthy(answer)
-        if self._shared is None and self._engine.probe(self.placement) is not None:
-            mark = orphans.mark(self._around.home, self.placement.model)
-            self._shared = await asyncio.to_thread(orphans.shared_memory, mark)
+        if not self._is_warm:
+            self._is_warm = True
+            await self._note_shared()
             self._run("warm-up", self._warm_up)
         if self.life.phase in ("ready", "stopping"):
             self._load = answer
@@ -384,6 +386,11 @@ class Keeper:
             _log.warning(
                 "the engine takes no probe; a hang may go unnoticed", model=self.placement.model, status=status
             )
+
+    async def _note_shared(self) -> None:
+        if self._engine.probe(self.placement) is not None:
+            mark = orphans.mark(self._around.home, self.placement.model)
+            self._shared |= await asyncio.to_thread(orphans.shared_memory, mark)
 
     async def _warm_up(self) -> None:
         work = self._engine.warm_up(self.placement)
