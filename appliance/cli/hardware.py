@@ -14,6 +14,8 @@ from appliance.config import Engine, EngineModel, load_config
 from appliance.engines.base import Placement
 from appliance.node.choice import candidates
 from appliance.node.gpu_devices import devices_of
+from appliance.node.gpu_fit import Records
+from appliance.node.gpu_records import read_records
 from appliance.node.imagined import machine_of
 from appliance.node.models import ModelStore
 from appliance.node.nvidia import Gpu
@@ -73,7 +75,8 @@ def plan_command(
     has_gpus = bool(devices_of(hardware)[0])
     names = models or ([name] if name is not None else [model.name for model in catalog.models])
     groups = [_candidates(one, catalog, store, has_gpus) for one in names]
-    rows = _together(hardware, groups, config.engine) if models else _each(hardware, groups, config.engine)
+    records = read_records(home)
+    rows = (_together if models else _each)(hardware, groups, config.engine, records)
     if as_json:
         say_json({"fingerprint": hardware.fingerprint, "candidates": rows})
         return
@@ -88,17 +91,21 @@ def _prior(name: str, catalog: Catalog) -> DevicePrior:
     return load_device(Path(name)) if name.endswith(".toml") else catalog.device(name)
 
 
-def _each(hardware: Hardware, groups: list[tuple[Wanted, ...]], engine: Engine) -> list[dict[str, Any]]:
+def _each(
+    hardware: Hardware, groups: list[tuple[Wanted, ...]], engine: Engine, records: Records
+) -> list[dict[str, Any]]:
     """Each variant by itself: the question is what could run, not what runs together."""
     rows = []
     for wanted in (one for group in groups for one in group):
-        rows += _rows([wanted], plan(hardware, [wanted], engine))
+        rows += _rows([wanted], plan(hardware, [wanted], engine, records))
     return rows
 
 
-def _together(hardware: Hardware, groups: list[tuple[Wanted, ...]], engine: Engine) -> list[dict[str, Any]]:
+def _together(
+    hardware: Hardware, groups: list[tuple[Wanted, ...]], engine: Engine, records: Records
+) -> list[dict[str, Any]]:
     wanted = [one for group in groups for one in group]
-    return _rows(wanted, plan(hardware, wanted, engine))
+    return _rows(wanted, plan(hardware, wanted, engine, records))
 
 
 def _rows(wanted: list[Wanted], outcome: Plan) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from appliance.node.calibration import Calibration
 from appliance.node.candidate import best_candidate
 from appliance.node.choice import candidates, wanted
 from appliance.node.gpu_devices import devices_of
+from appliance.node.gpu_records import read_records
 from appliance.node.lineup import line_up
 from appliance.node.models import ModelStore
 from appliance.node.planner import Plan, Wanted, plan
@@ -52,7 +53,7 @@ def serve_command(
     engines: set[EngineKind] = {"llamacpp", "encoder", *guarded(lambda: launchable(config.engine, home, os.environ))}
     has_gpus = "vllm" in engines and bool(devices_of(hardware)[0])
     if _is_a_line_up(config.engine, has_gpus):
-        serving = _line_up(config.engine, catalog, store, hardware, engines, has_gpus)
+        serving = _line_up(config.engine, catalog, store, hardware, engines, has_gpus, home)
     else:
         engine = config.engine.model_copy(update={"calibrate": False}) if no_calibrate else config.engine
         serving = _one_model(engine, catalog, store, hardware, home)
@@ -117,13 +118,14 @@ def _line_up(
     hardware: Hardware,
     engines: Collection[EngineKind],
     has_gpus: bool,
+    home: Path,
 ) -> _Serving:
     """Several models, or one with GPUs at hand: planned together, pulled where they are not here."""
     groups = [
         guarded(lambda wish=wish: candidates(wish, catalog, store, has_gpus=has_gpus))  # type: ignore[misc]
         for wish in engine.wanted_models
     ]
-    found = line_up(hardware, groups, engine, engines)
+    found = line_up(hardware, groups, engine, engines, read_records(home))
     for refusal in found.missing:
         stderr.print(f"{refusal.model} cannot be served here: {refusal.reason}")
     if not found.placements:
