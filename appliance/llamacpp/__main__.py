@@ -114,6 +114,7 @@ async def _live(options: argparse.Namespace, desk: Desk, stop: asyncio.Event) ->
         return await _work(options, desk, stopping, model, prompts, grammars)
     finally:
         stopping.cancel()
+        grammars.close()
         model.close()
 
 

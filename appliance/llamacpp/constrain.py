@@ -14,7 +14,7 @@ import orjson
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.llamacpp import lltokenizer_from_vocab
 
-from appliance.errors import ApplianceError, RequestError
+from appliance.errors import ApplianceError, EngineBusy, RequestError
 from appliance.llamacpp.params import Logits
 from appliance.llamacpp.tools.grammar import Rules, lark_of
 
@@ -108,7 +108,8 @@ class Grammars:
         vocabulary_size: int,
         max_cached: int = MAX_CACHED_GRAMMARS,
     ) -> None:
-        self._vocab_pointer, self._end_tokens = vocab_pointer, sorted(end_tokens)
+        self._vocab_pointer: ctypes.c_void_p | None = vocab_pointer
+        self._end_tokens = sorted(end_tokens)
         self._tables: LLTokenizer | None = None
         self._vocabulary_size = vocabulary_size
         self._limits = LLParserLimits(max_grammar_size=MAX_GRAMMAR_SIZE)
@@ -137,11 +138,18 @@ class Grammars:
     def _tokenizer(self) -> LLTokenizer:
         with self._tables_lock:
             if self._tables is None:
+                if self._vocab_pointer is None:
+                    raise EngineBusy("the engine is shutting down: try again when it is back", retry_after_seconds=5.0)
                 with warnings.catch_warnings():
                     # llguidance reads the vocabulary by a function that llama.cpp has given a new name.
                     warnings.simplefilter("ignore", DeprecationWarning)
                     self._tables = lltokenizer_from_vocab(self._vocab_pointer, eos_token=self._end_tokens or None)
             return self._tables
+
+    def close(self) -> None:
+        """The model goes: read its vocabulary no more, and wait for whoever is reading it."""
+        with self._tables_lock:
+            self._vocab_pointer = None
 
     def _remembered(self, written: bytes, build: Callable[[], LLMatcher]) -> JsonConstraint:
         key = hashlib.sha256(written).digest()

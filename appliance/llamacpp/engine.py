@@ -201,6 +201,8 @@ class Engine:
         self._wake.set()
         if self._thread.ident is not None:
             await asyncio.to_thread(self._thread.join, _JOIN_SECONDS)
+            if self._thread.is_alive():
+                self.model.abandon()
         self._end_all("cancelled", None)
 
     # The loop's side.

@@ -62,7 +62,7 @@ class Model(Context):
 
     def __init__(self, path: Path, handle: Any, context: Any, *, threads: int, sequences: int, batch: Batch) -> None:
         self.path, self.threads, self.sequences = path, threads, sequences
-        self._handle = handle
+        self._handle, self._abandoned = handle, False
         self.vocab_pointer = lib.llama_model_get_vocab(handle)
         super().__init__(context, batch, lib.llama_vocab_n_tokens(self.vocab_pointer))
         self.lanes: Lanes | None = None
@@ -157,12 +157,17 @@ class Model(Context):
 
     def close(self) -> None:
         """Give the memory back. The model must not be used afterwards; closing twice is harmless."""
-        if self._handle:
+        if self._handle and not self._abandoned:
             if self.lanes is not None:
                 self.lanes.close()
             super().close()
             lib.llama_model_free(self._handle)
             self._handle = None
+
+    def abandon(self) -> None:
+        """A thread that cannot be stopped may still compute: `close` frees nothing from now on, as freed memory under
+        its feet would end the whole process without a word."""
+        self._abandoned = True
 
     def use_threads(self, threads: int) -> None:
         """Compute with so many threads from the next decode on."""
