@@ -3,7 +3,7 @@
 import base64
 import binascii
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -101,6 +101,14 @@ class Fields:
         given = [self._left.pop(name, None) for name in names]
         return next((value for value in given if value is not None), None)
 
+    def word(self, *names: str) -> str | None:
+        """As `take_first`. Raises RequestError where it is no string."""
+        return word_of(self.take_first(*names), names[0])
+
+    def mapping(self, name: str) -> Mapping[str, Any] | None:
+        """As `take`. Raises RequestError where it is no object."""
+        return mapping_of(self.take(name), name)
+
     def drop(self, *names: str) -> None:
         for name in names:
             self._left.pop(name, None)
@@ -110,6 +118,36 @@ class Fields:
         for name, value in self._left.items():
             if not is_harmless(name, value):
                 raise unsupported(self.target, name)
+
+
+def word_of(value: Any, param: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise RequestError(f"{param} must be a string", param=param)
+    return value
+
+
+def mapping_of(value: Any, param: str) -> Mapping[str, Any] | None:
+    if value is not None and not isinstance(value, Mapping):
+        raise RequestError(f"{param} must be an object", param=param)
+    return value
+
+
+def own_blocks(message: Mapping[str, Any], kinds: frozenset[str]) -> Iterator[dict[str, Any]]:
+    """Those of the message's `thinking_blocks` that are of these kinds; others are another provider's."""
+    blocks = message.get("thinking_blocks")
+    for block in blocks if isinstance(blocks, list) else ():
+        if isinstance(block, Mapping) and isinstance(block.get("type"), str) and block["type"] in kinds:
+            yield dict(block)
+
+
+def called_function(target: Target, call: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The function of a tool call. Raises Unsupported where something else was called, RequestError without a name."""
+    function = call.get("function")
+    if not isinstance(function, Mapping):
+        raise unsupported(target, where, "only functions can be called")
+    if not isinstance(function.get("name"), str):
+        raise RequestError(f"{where}.function.name must be a string", param=where)
+    return function
 
 
 def is_harmless(name: str, value: Any) -> bool:
@@ -193,7 +231,8 @@ def read_tool_choice(target: Target, value: Any) -> ToolChoice | None:
         if value.get("type") == "function" and isinstance(function, Mapping) and isinstance(function.get("name"), str):
             return ToolChoice("named", (function["name"],))
         if value.get("type") == "allowed_tools" and isinstance(allowed, Mapping):
-            names = tuple(_allowed_name(target, tool) for tool in allowed.get("tools") or ())
+            tools = allowed.get("tools")
+            names = tuple(_allowed_name(target, tool) for tool in (tools if isinstance(tools, list) else ()))
             return ToolChoice("required" if allowed.get("mode") == "required" else "auto", names)
     raise unsupported(target, "tool_choice")
 

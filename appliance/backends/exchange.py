@@ -25,6 +25,7 @@ from appliance.backends.limits import rest_seconds
 from appliance.backends.openai import OpenaiDialect
 from appliance.backends.replies import error_in_success, error_of_status, is_error_payload
 from appliance.backends.sse import DONE, EventTooLong
+from appliance.backends.translate import SHAPELESS
 from appliance.core import Dialect as DialectName
 from appliance.core import EgressPermit, Outgoing, Reply, Target, Usage
 from appliance.errors import ApplianceError, BackendGarbage, BackendTimeout, StreamBroken
@@ -93,9 +94,17 @@ async def send(door: Door, letter: Letter, *, permit: EgressPermit | None, secon
                 await close_response(response)
     except TimeoutError as error:
         raise BackendTimeout(f"{target.name} did not answer within {seconds:.1f} s") from error
-    payload, usage = DIALECTS[target.dialect].read(letter, _payload(target, raw))
+    payload, usage = _read_reply(letter, _payload(target, raw))
     rest = rest_seconds(response.headers, time.time()) if target.provider is not None else None
     return Reply(payload, usage, first_byte, time.monotonic() - started, rest)
+
+
+def _read_reply(letter: Letter, payload: dict[str, Any]) -> tuple[dict[str, Any], Usage]:
+    """Replies are not validated field by field: one of another shape shows when it is read."""
+    try:
+        return DIALECTS[letter.target.dialect].read(letter, payload)
+    except SHAPELESS as error:
+        raise BackendGarbage(f"{letter.target.name} answered in a shape that its dialect does not have") from error
 
 
 def _payload(target: Target, raw: bytes) -> dict[str, Any]:

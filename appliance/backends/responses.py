@@ -6,12 +6,16 @@ from typing import Any, Final
 from appliance.backends.carry import (
     Fields,
     body_bytes,
+    called_function,
     functions_of,
     image_url_of,
+    mapping_of,
+    own_blocks,
     parts_of,
     read_tool_choice,
     text_of,
     unsupported,
+    word_of,
 )
 from appliance.backends.dialect import Letter
 from appliance.backends.sse import read_usage
@@ -140,20 +144,16 @@ def _items(target: Target, messages: Sequence[Mapping[str, Any]]) -> Iterator[di
 
 
 def _assistant(target: Target, message: Mapping[str, Any], path: str) -> Iterator[dict[str, Any]]:
-    for block in message.get("thinking_blocks") or ():
-        if isinstance(block, Mapping) and block.get("type") == "reasoning":
-            yield dict(block)
+    yield from own_blocks(message, frozenset({"reasoning"}))
     said = "".join(_said(target, message, path))
     if said:
         yield {"type": "message", "role": "assistant", "content": said}
     for index, call in enumerate(message.get("tool_calls") or ()):
-        function = call.get("function")
-        if not isinstance(function, Mapping):
-            raise unsupported(target, f"{path}.tool_calls[{index}]", "only functions can be called")
+        function = called_function(target, call, f"{path}.tool_calls[{index}]")
         yield {
             "type": "function_call",
             "call_id": call.get("id"),
-            "name": function.get("name"),
+            "name": function["name"],
             "arguments": function.get("arguments") or "{}",
         }
 
@@ -165,8 +165,9 @@ def _said(target: Target, message: Mapping[str, Any], path: str) -> Iterator[str
         if text is None:
             raise unsupported(target, f"{path}.content", "only text can stand here")
         yield text
-    if message.get("refusal"):
-        yield message["refusal"]
+    refusal = word_of(message.get("refusal"), f"{path}.refusal")
+    if refusal:
+        yield refusal
 
 
 def _input_part(target: Target, part: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -174,11 +175,11 @@ def _input_part(target: Target, part: Mapping[str, Any], where: str) -> dict[str
     if text is not None:
         written: dict[str, Any] = {"type": "input_text", "text": text}
     elif part.get("type") == "image_url":
-        image = part["image_url"]
+        image = part.get("image_url")
         detail = image.get("detail") if isinstance(image, Mapping) else None
         written = {"type": "input_image", "image_url": image_url_of(part, where), "detail": detail or "auto"}
     elif part.get("type") == "file":
-        written = {"type": "input_file", **(part.get("file") or {})}
+        written = {"type": "input_file", **(mapping_of(part.get("file"), f"{where}.file") or {})}
     else:
         raise unsupported(target, where, f"there are no parts of type {part.get('type')!r}")
     breakpoint_ = part.get("prompt_cache_breakpoint")

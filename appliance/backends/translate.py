@@ -2,14 +2,15 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
 from appliance.backends.sse import DONE, MAX_EVENT_BYTES, EventTooLong
 from appliance.core import Usage
 
-Chunk = dict[str, Any]
+SHAPELESS: Final = (TypeError, AttributeError, KeyError, IndexError, ValueError)
+"""What reading something of another shape raises."""
 
 
 def wants_usage(body: Mapping[str, Any]) -> bool:
@@ -96,7 +97,10 @@ class Translation:
                 self.error = {"message": f"an event that is not JSON: {data[:60]!r}"}
                 break
             if isinstance(payload, dict):
-                out.extend(self._take(payload))
+                try:
+                    out.extend(self._take(payload))
+                except SHAPELESS:
+                    self.error = {"message": "an event of a shape that the dialect does not have"}
         return b"".join(out)
 
     def _take(self, event: dict[str, Any]) -> Iterator[bytes]:

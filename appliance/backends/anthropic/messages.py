@@ -4,7 +4,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from appliance.backends.carry import arguments_of, image_url_of, parts_of, read_data_url, text_of, unsupported
+from appliance.backends.carry import (
+    arguments_of,
+    called_function,
+    image_url_of,
+    own_blocks,
+    parts_of,
+    read_data_url,
+    text_of,
+    unsupported,
+    word_of,
+)
 from appliance.core import Target
 from appliance.errors import RequestError
 
@@ -112,18 +122,15 @@ def _document(target: Target, file: Any, where: str) -> Block:
 
 def _assistant(target: Target, message: Mapping[str, Any], path: str) -> Iterator[Block]:
     """What it thought first, as it came: Anthropic checks that against its signature."""
-    for block in message.get("thinking_blocks") or ():
-        if isinstance(block, Mapping) and block.get("type") in _OWN_BLOCKS:
-            yield dict(block)
+    yield from own_blocks(message, _OWN_BLOCKS)
     yield from _marked(list(_content(target, message, path, may_see=False)), message)
-    if message.get("refusal"):
-        yield {"type": "text", "text": message["refusal"]}
+    refusal = word_of(message.get("refusal"), f"{path}.refusal")
+    if refusal:
+        yield {"type": "text", "text": refusal}
     for index, call in enumerate(message.get("tool_calls") or ()):
         where = f"{path}.tool_calls[{index}]"
-        function = call.get("function")
-        if not isinstance(function, Mapping):
-            raise unsupported(target, where, "only functions can be called")
-        used: Block = {"type": "tool_use", "id": tool_id(call.get("id"), where), "name": function.get("name")}
+        function = called_function(target, call, where)
+        used: Block = {"type": "tool_use", "id": tool_id(call.get("id"), where), "name": function["name"]}
         used["input"] = arguments_of(function, where)
         hint = call.get("cache_control")
         yield {**used, "cache_control": hint} if hint else used

@@ -103,12 +103,13 @@ def _tool_choice(choice: ToolChoice | None) -> dict[str, Any]:
 def _write_thinking(target: Target, fields: Fields, body: dict[str, Any], limit: int | None) -> None:
     """How much is thought, and the limit of the answer, which counts what is thought."""
     body["max_tokens"] = limit or target.wire.max_output_tokens or DEFAULT_OUTPUT_TOKENS
-    given, effort = fields.take("thinking"), fields.take("reasoning_effort")
+    given, effort = fields.mapping("thinking"), fields.word("reasoning_effort")
     if given is not None:
         body["thinking"] = given
-        if isinstance(given, Mapping) and given.get("type") == "enabled" and limit is None:
-            body["max_tokens"] += int(given.get("budget_tokens") or 0)
-        if effort in _EFFORTS and target.wire.thinking == "effort":
+        budget = given.get("budget_tokens")
+        if limit is None and isinstance(budget, int):
+            body["max_tokens"] += budget
+        if effort is not None and effort in _EFFORTS and target.wire.thinking == "effort":
             body["output_config"] = {"effort": _EFFORTS[effort]}
         return
     if effort is None:
@@ -170,15 +171,15 @@ def _write_sampling(target: Target, fields: Fields, body: dict[str, Any]) -> Non
 
 
 def _write_account(target: Target, fields: Fields, body: dict[str, Any]) -> None:
-    user = fields.take_first("safety_identifier", "user")
-    metadata = fields.take("metadata") or {}
+    user = fields.word("safety_identifier", "user")
+    metadata = fields.mapping("metadata") or {}
     other = next((name for name in metadata if name != "user_id"), None)
     if other is not None:
         raise unsupported(target, f"metadata.{other}", "there is only user_id")
     user = metadata.get("user_id") or user
     if user is not None:
         body["metadata"] = {"user_id": user}
-    tier = fields.take("service_tier")
+    tier = fields.word("service_tier")
     if tier is not None:
         if tier not in _TIERS:
             raise unsupported(target, "service_tier", "it has auto and default")

@@ -47,7 +47,9 @@ def narrowed(schema: Any) -> Any:
             written["anyOf" if name == "oneOf" else name] = [narrowed(part) for part in value]
         elif name == "items":
             written[name] = narrowed(value)
-        elif name in _KNOWN or (name == "format" and value in _FORMATS) or (name == "minItems" and value in (0, 1)):
+        elif (
+            name in _KNOWN or (name == "format" and str(value) in _FORMATS) or (name == "minItems" and value in (0, 1))
+        ):
             written[name] = value
         elif name not in _SILENT:
             told.append(f"{name}: {orjson.dumps(value).decode()}")
@@ -57,6 +59,10 @@ def narrowed(schema: Any) -> Any:
     if _is_object(written):
         written["additionalProperties"] = False
     return written
+
+
+def _is_known_value(name: str, value: Any) -> bool:
+    return (name == "format" and str(value) in _FORMATS) or (name == "minItems" and value in (0, 1))
 
 
 def _is_object(schema: Mapping[str, Any]) -> bool:

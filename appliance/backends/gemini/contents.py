@@ -7,7 +7,17 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from appliance.backends.carry import arguments_of, image_url_of, parts_of, read_data_url, text_of, unsupported
+from appliance.backends.carry import (
+    arguments_of,
+    called_function,
+    image_url_of,
+    mapping_of,
+    parts_of,
+    read_data_url,
+    text_of,
+    unsupported,
+    word_of,
+)
 from appliance.core import Target
 from appliance.errors import RequestError
 
@@ -48,7 +58,7 @@ def written_contents(target: Target, messages: Sequence[Mapping[str, Any]]) -> d
 def _names_of_calls(messages: Sequence[Mapping[str, Any]]) -> Mapping[str, str]:
     """Id of a call -> the tool's name, which Gemini wants with the result."""
     return {
-        call["id"]: call["function"]["name"]
+        call["id"]: str(call["function"].get("name") or "")
         for message in messages
         for call in message.get("tool_calls") or ()
         if isinstance(call.get("id"), str) and isinstance(call.get("function"), Mapping)
@@ -91,13 +101,13 @@ def _media(target: Target, part: Mapping[str, Any], where: str) -> Part:
         case "image_url":
             return _image(target, image_url_of(part, where), where)
         case "input_audio":
-            audio = part.get("input_audio") or {}
+            audio = mapping_of(part.get("input_audio"), f"{where}.input_audio") or {}
             kind = _SOUNDS.get(str(audio.get("format")))
             if kind is None:
                 raise unsupported(target, where, f"audio is {' or '.join(_SOUNDS)}")
             return {"inlineData": {"mimeType": kind, "data": audio.get("data")}}
         case "file":
-            file = part.get("file") or {}
+            file = mapping_of(part.get("file"), f"{where}.file") or {}
             if not isinstance(file.get("file_data"), str):
                 raise unsupported(target, f"{where}.file", "a file must come along, as file_data")
             media = read_data_url(file["file_data"], f"{where}.file.file_data")
@@ -118,18 +128,17 @@ def _image(target: Target, url: str, where: str) -> Part:
 
 def _assistant(target: Target, message: Mapping[str, Any], path: str) -> Iterator[Part]:
     texts = list(_content(target, message, path, may_see=False))
-    if message.get("refusal"):
-        texts.append({"text": message["refusal"]})
+    refusal = word_of(message.get("refusal"), f"{path}.refusal")
+    if refusal:
+        texts.append({"text": refusal})
     signature = _signature(message)
     if texts and signature:
         texts[-1]["thoughtSignature"] = signature
     yield from texts
     for index, call in enumerate(message.get("tool_calls") or ()):
         where = f"{path}.tool_calls[{index}]"
-        function = call.get("function")
-        if not isinstance(function, Mapping):
-            raise unsupported(target, where, "only functions can be called")
-        part: Part = {"functionCall": {"name": function.get("name"), "args": arguments_of(function, where)}}
+        function = called_function(target, call, where)
+        part: Part = {"functionCall": {"name": function["name"], "args": arguments_of(function, where)}}
         if call.get("id"):
             part["functionCall"]["id"] = call["id"]
         signature = _signature(call)

@@ -40,7 +40,7 @@ def read_content(target: Target, payload: Mapping[str, Any]) -> tuple[dict[str, 
     feedback = payload.get("promptFeedback")
     if not candidates and isinstance(feedback, Mapping) and feedback.get("blockReason"):
         choices = [_blocked(feedback)]
-    elif isinstance(candidates, list) and all(isinstance(one, dict) for one in candidates):
+    elif isinstance(candidates, list) and candidates and all(isinstance(one, dict) for one in candidates):
         choices = [_choice(target, one, position, identity) for position, one in enumerate(candidates)]
     else:
         raise BackendGarbage(f"{target.name} answered without candidates")

@@ -97,7 +97,7 @@ def _declaration(function: Mapping[str, Any]) -> dict[str, Any]:
     if function.get("description"):
         written["description"] = function["description"]
     parameters = function.get("parameters")
-    if parameters and parameters.get("properties", True):
+    if isinstance(parameters, Mapping) and parameters.get("properties", True):
         written["parametersJsonSchema"] = parameters
     return written
 
@@ -111,7 +111,7 @@ def _write_format(fields: Fields, settings: dict[str, Any]) -> None:
 
 
 def _write_thinking(target: Target, fields: Fields, settings: dict[str, Any]) -> None:
-    effort = fields.take("reasoning_effort")
+    effort = fields.word("reasoning_effort")
     if effort is None:
         return
     if "reasoning" not in target.abilities:
@@ -160,11 +160,11 @@ def _camel_name(name: str) -> str:
 
 
 def _write_account(target: Target, fields: Fields, body: dict[str, Any]) -> None:
-    tier = fields.take("service_tier")
+    tier = fields.word("service_tier")
     if tier is not None and tier != "auto":
         if tier not in _TIERS:
             raise unsupported(target, "service_tier", "it has auto, default, flex and priority")
         body["serviceTier"] = _TIERS[tier]
-    labels = fields.take("metadata")
+    labels = fields.mapping("metadata")
     if labels:
         body["labels"] = labels
