@@ -37,6 +37,7 @@ class Translated:
                     return tail
                 break
             piece = self._translation.feed(block)
+            self._is_closed = self._translation.has_failed
             if piece:
                 return piece
         raise StopAsyncIteration

@@ -24,11 +24,13 @@ class Writer(Protocol):
 class Translation:
     """Blocks of whole OpenAI events in, a writer's events out. Ends once, and never cleanly unless `[DONE]` came."""
 
-    __slots__ = ("_writer", "is_over")
+    __slots__ = ("_writer", "has_failed", "is_over")
 
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
         self.is_over = False
+        self.has_failed = False
+        """Whether it ended with an error: nothing more of the chat is wanted then."""
 
     def feed(self, block: bytes) -> bytes:
         out: list[bytes] = []
@@ -49,7 +51,7 @@ class Translation:
     def fail(self, error: ApplianceError) -> bytes:
         if self.is_over:
             return b""
-        self.is_over = True
+        self.is_over = self.has_failed = True
         return self._writer.fail(error)
 
     def _event(self, data: bytes) -> bytes:

@@ -284,3 +284,30 @@ async def test_errors_before_the_endpoint_have_the_shape_too(
     assert set(body) == {"type", "error", "request_id"} and set(body["error"]) == {"type", "message"}
     assert (body["type"], body["error"]["type"]) == ("error", kind)
     assert body["request_id"] == response.headers["request-id"]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body"),
+    [
+        ("messages", {"max_tokens": 9, "messages": HELLO}),
+        ("/v1/messages", {"max_tokens": 9, "messages": HELLO}),
+        ("responses", {"input": "Hello"}),
+        ("generate_content", {"model": "models/auto", "contents": [{"parts": [{"text": "Hello"}]}]}),
+    ],
+)
+async def test_bodies_of_every_dialect_are_explained(endpoint: str, body: dict[str, Any]) -> None:
+    pipeline = StandInPipeline()
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(make_app(pipeline)), base_url="http://node") as http:
+        response = await http.post("/v1/explain", json={**body, "endpoint": endpoint})
+    assert response.status_code == 200, response.text
+    assert response.json()["endpoint"] == endpoint.removeprefix("/v1/")
+    assert (pipeline.requests[0].text, pipeline.sent) == ("Hello", [])
+
+
+async def test_an_event_that_cannot_be_read_ends_the_stream_and_the_work_behind_it() -> None:
+    """What comes after it is not waited for."""
+    pipeline = StandInPipeline(pieces=[PIECES[0], b"data: {]\n\n", *PIECES[1:]], hangs_after=2)
+    async with served(make_app(pipeline)) as url, httpx.AsyncClient(base_url=url) as http:
+        response = await http.post("/v1/messages", json={"max_tokens": 9, "messages": HELLO, "stream": True})
+    assert response.text.rstrip().rpartition("event: ")[2].startswith("error\n")
+    assert pipeline.answers[0].closed.is_set()
