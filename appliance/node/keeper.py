@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from appliance.node.lifecycle import (
 )
 from appliance.node.liveness import Liveness
 from appliance.node.signals import EngineLine, Signals
+from appliance.node.sockets import SESSION_FILE
 
 _STARTING_POLL_SECONDS: Final = 0.05
 _LONG_START_POLL_SECONDS: Final = 0.5
@@ -45,8 +46,8 @@ _AFTER_FAILURE_SECONDS: Final = 1.0
 """Pause before a control task that failed goes on, so that a lasting fault does not fill the log."""
 _SLEEP_SECONDS: Final = 60.0
 """Moving weights between GPU and RAM takes seconds."""
-_GONE_SECONDS: Final = 10.0
 KEY_FILE: Final = "key"
+
 
 _log = structlog.get_logger(__name__)
 
@@ -97,6 +98,8 @@ class Keeper:
         self._shared: frozenset[Path] = frozenset()
         """Files of shared memory that it has been seen to hold."""
         self._is_warm = False
+        self._session: int | None = None
+        """Of the process that was started last: its leader's number."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -253,7 +256,8 @@ class Keeper:
         except OSError as error:
             self._inbox.put_nowait(Exited(None, str(error)))
             return
-        self._process = process
+        self._process, self._session = process, process.pid
+        (self._folder / SESSION_FILE).write_text(str(process.pid))
         self._liveness, self._can_probe, self._is_warm = Liveness(self._limits.stall_seconds), True, False
         self._run("exit", lambda: self._watch(process))
         self._run("poll", lambda: self._poll(process))
@@ -284,10 +288,7 @@ class Keeper:
 
     async def _clean_up(self) -> None:
         """Whatever of it has left its group, and the sockets it leaves behind."""
-        mark = orphans.mark(self._around.home, self.placement.model)
-        ended = await asyncio.to_thread(orphans.end, mark)
-        # The next start needs the memory that they still hold.
-        await asyncio.to_thread(orphans.wait_gone, mark, _GONE_SECONDS)
+        ended = await asyncio.to_thread(lambda: orphans.end(self._members()))
         if ended:
             _log.warning("an engine left processes behind; they were ended", model=self.placement.model, pids=ended)
         shared, self._shared = self._shared, frozenset()
@@ -389,8 +390,11 @@ class Keeper:
 
     async def _note_shared(self) -> None:
         if self._engine.probe(self.placement) is not None:
-            mark = orphans.mark(self._around.home, self.placement.model)
-            self._shared |= await asyncio.to_thread(orphans.shared_memory, mark)
+            self._shared |= await asyncio.to_thread(lambda: orphans.shared_memory(self._members()))
+
+    def _members(self) -> Sequence[int]:
+        """Its processes, wherever they are. Looks through all of the machine's: call it in a thread."""
+        return orphans.marked(orphans.mark(self._around.home, self.placement.model), self._session)
 
     async def _warm_up(self) -> None:
         work = self._engine.warm_up(self.placement)

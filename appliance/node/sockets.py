@@ -15,6 +15,8 @@ _NAME_BYTES: Final = 60
 """For what mkdtemp adds, for an engine's own folder `/NN`, and for the sockets that vLLM makes there: a UUID each."""
 
 
+SESSION_FILE: Final = "session"
+"""In an engine's own folder: the number of the session that its processes are in."""
 _ELSEWHERE: Final = "appliance-"
 """Begins the name of a folder that lies among those of other programs."""
 
@@ -27,15 +29,17 @@ class SocketFolder:
 
         Folders that earlier processes left in `preferred` are removed.
         """
+        self.left_sessions: set[int] = set()
+        """Those of engines whose node has died."""
         # Where the folder cannot be made, another one will do.
         with contextlib.suppress(OSError):
             preferred.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _sweep(preferred)
+            self.left_sessions |= _sweep(preferred)
         folder = _short_enough(preferred)
         prefix = "" if folder == preferred.absolute() else _ELSEWHERE
         if prefix:
             with contextlib.suppress(OSError):
-                _sweep(folder, prefix)
+                self.left_sessions |= _sweep(folder, prefix)
         try:
             self.path = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=folder))
         except OSError as error:
@@ -58,12 +62,17 @@ def _short_enough(preferred: Path) -> Path:
     )
 
 
-def _sweep(folder: Path, prefix: str = "") -> None:
-    """Remove the folders of processes that are gone."""
+def _sweep(folder: Path, prefix: str = "") -> set[int]:
+    """Remove the folders of processes that are gone; the sessions that their engines were in."""
+    sessions = set()
     for entry in folder.glob(f"{prefix}*"):
         owner = entry.name.removeprefix(prefix).partition("-")[0]
         if owner.isdigit() and not _is_alive(int(owner)):
+            for file in entry.glob(f"*/{SESSION_FILE}"):
+                with contextlib.suppress(OSError, ValueError):
+                    sessions.add(int(file.read_text()))
             shutil.rmtree(entry, ignore_errors=True)
+    return sessions
 
 
 def _is_alive(pid: int) -> bool:

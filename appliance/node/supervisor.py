@@ -78,12 +78,16 @@ class Supervisor:
     async def start(self, resting: Mapping[str, str] | None = None) -> None:
         """Start all engines and return at once; `wait_ready` waits for them. `resting`: models that are to be loaded
         only when they are wanted, and why."""
-        ended = await asyncio.to_thread(orphans.end, orphans.mark(self._around.home))
+        ended = await asyncio.to_thread(self._end_orphans)
         if ended:
             _log.warning("engines of an earlier run were still there; they were ended", pids=ended)
         self._signals.set_engines(self.targets)
         for keeper in self._keepers:
             keeper.open(resting=(resting or {}).get(keeper.placement.model, ""))
+
+    def _end_orphans(self) -> Sequence[int]:
+        found = {*orphans.marked(orphans.mark(self._around.home)), *orphans.left_in(self._folder.left_sessions)}
+        return orphans.end(sorted(found))
 
     def add(self, placement: Placement) -> Keeper:
         """Keep one more engine from now on. It is started at once; its view in the snapshot tells how it goes.

@@ -50,7 +50,7 @@ def node(tmp_path_factory: pytest.TempPathFactory, provider_port: int) -> Iterat
     (folder / "bf16-safetensors").symlink_to(vllm.weights)
     config = f"""
 [server]
-drain_seconds = 15
+drain_seconds = 90
 [engine]
 model = "{MODEL}"
 variant = "bf16-safetensors"
@@ -94,9 +94,9 @@ def _processes(node: RunningNode) -> dict[str, int]:
     """vLLM's processes by the names it gives them."""
     found = {}
     for pid in orphans.marked(orphans.mark(node.data_dir / "run")):
-        name = Path(f"/proc/{pid}/comm").read_text().strip()
         command = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
-        found["api" if "vllm\0serve" in command and "leash" not in command else name] = pid
+        is_api = "vllm\0serve" in command and "leash" not in command
+        found["api" if is_api else command.partition("\0")[0].strip()] = pid
     return found
 
 
@@ -201,8 +201,8 @@ async def _stream_until_broken(client: httpx.AsyncClient, begun: asyncio.Event) 
 @pytest.mark.parametrize(
     ("number", "who", "sent", "within_seconds"),
     [
-        (1, "VLLM::EngineCor", signal.SIGKILL, 8.0),
-        (5, "VLLM::EngineCor", signal.SIGSTOP, STALL_SECONDS + 4.0),
+        (1, "VLLM::EngineCore", signal.SIGKILL, 8.0),
+        (5, "VLLM::EngineCore", signal.SIGSTOP, STALL_SECONDS + 4.0),
         (6, "api", signal.SIGKILL, 3.0),
     ],
     ids=["1 and 9: its core is killed", "5: its core hangs", "6: its front end is killed"],
@@ -213,7 +213,7 @@ async def test_a_stream_ends_with_an_error_and_the_engine_comes_back(
     begun = asyncio.Event()
     stream = asyncio.create_task(_stream_until_broken(client, begun))
     await begun.wait()
-    before, shared = _processes(node), orphans.shared_memory(orphans.mark(node.data_dir / "run"))
+    before, shared = _processes(node), orphans.shared_memory(_processes(node).values())
     assert shared  # hundreds of megabytes, which it leaves behind when it is killed
     started = time.monotonic()
     os.kill(before[who], sent)
@@ -222,6 +222,11 @@ async def test_a_stream_ends_with_an_error_and_the_engine_comes_back(
     last = json.loads(text.strip().rpartition("data: ")[2])
     assert last["error"]["code"] == "stream_broken" and "[DONE]" not in text
     assert noticed < within_seconds
+
+    async def is_down() -> bool:
+        return not await _is_ready(client)
+
+    await until(is_down)
     await until(lambda: _is_ready(client), seconds=300)
     print(f"{number}: noticed after {noticed:.1f} s, ready again after {time.monotonic() - started:.1f} s")  # noqa: T201
     assert not set(before.values()) & set(_processes(node).values())
@@ -234,7 +239,7 @@ async def test_5_an_idle_hang_is_noticed_although_its_health_page_says_200(
 ) -> None:
     socket = _socket(node)
     started = time.monotonic()
-    os.kill(_processes(node)["VLLM::EngineCor"], signal.SIGSTOP)
+    os.kill(_processes(node)["VLLM::EngineCore"], signal.SIGSTOP)
     transport = httpx.AsyncHTTPTransport(uds=str(socket), verify=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://engine") as bare:
         assert (await bare.get("/health")).status_code == 200
@@ -249,7 +254,7 @@ async def test_5_an_idle_hang_is_noticed_although_its_health_page_says_200(
 async def test_2_and_4_sigterm_during_a_request_lets_it_finish_and_leaves_nothing(
     node: RunningNode, client: httpx.AsyncClient
 ) -> None:
-    body = _chat("Tell me a long story.", max_tokens=200, ignore_eos=True)
+    body = _chat("Tell me a long story.", max_tokens=100, ignore_eos=True)
     request = asyncio.create_task(client.post("/v1/chat/completions", json=body))
     await asyncio.sleep(1.0)
     members = _processes(node)
@@ -257,8 +262,8 @@ async def test_2_and_4_sigterm_during_a_request_lets_it_finish_and_leaves_nothin
     node.process.send_signal(signal.SIGTERM)
     reply = await request
     assert reply.status_code == 200
-    assert reply.json()["usage"]["completion_tokens"] == 200
-    assert await asyncio.to_thread(node.process.wait, 30) == 0
+    assert reply.json()["usage"]["completion_tokens"] == 100
+    assert await asyncio.to_thread(node.process.wait, 60) == 0
     print(f"stopped {time.monotonic() - started:.1f} s after SIGTERM")  # noqa: T201
     assert not any(map(is_running, members.values()))
     assert orphans.marked(orphans.mark(node.data_dir / "run")) == []
