@@ -17,7 +17,9 @@ LEARN_LINES: Final = 8
 LEARN_SECONDS: Final = 2.0
 """A rate is believed from so many lines over so many seconds on."""
 WINDOW_SECONDS: Final = 60.0
-"""Rates are those of the last minute of work."""
+WINDOW_SHARE: Final = 0.02
+"""Rates are those of the last minute of work, or of so much of a batch's window where that is longer: a busy minute is
+no reason to send a day's work away."""
 MIN_WINDOW_SECONDS: Final = 10.0
 MAX_WINDOW_SECONDS: Final = 14 * 86_400.0
 BACKLOG_CALLS: Final = 2
@@ -41,7 +43,8 @@ def read_window(text: str) -> float:
 class Pace:
     """Lines a second of late, over the time in which there was work. Fed with counts; `now` is monotonic."""
 
-    def __init__(self) -> None:
+    def __init__(self, window_seconds: float = WINDOW_SECONDS) -> None:
+        self._window_seconds = window_seconds
         self._marks: deque[tuple[float, int]] = deque()
         self._begun: float | None = None
 
@@ -53,16 +56,24 @@ class Pace:
     def done(self, lines: int, now: float) -> None:
         if self._begun is None:
             self._begun = now
-        self._marks.append((now, lines))
-        while self._marks and now - self._marks[0][0] > WINDOW_SECONDS:
+        if self._marks and now - self._marks[-1][0] < 1.0:
+            at, before = self._marks.pop()
+            self._marks.append((at, before + lines))
+        else:
+            self._marks.append((now, lines))
+        while now - self._marks[0][0] > self._window_seconds:
             self._begun = self._marks.popleft()[0]
 
     def per_second(self, now: float) -> float | None:
-        """None until enough was seen."""
-        lines = sum(count for _, count in self._marks)
-        if self._begun is None or lines < LEARN_LINES or now - self._begun < LEARN_SECONDS:
-            return None
-        return lines / (now - self._begun)
+        """None until enough was seen; that nothing comes is seen after a whole window."""
+        lines, seconds = sum(count for _, count in self._marks), now - (now if self._begun is None else self._begun)
+        is_known = lines >= LEARN_LINES and seconds >= LEARN_SECONDS
+        return lines / seconds if is_known or seconds >= self._window_seconds else None
+
+
+def pace_of(window_seconds: float) -> Pace:
+    """For the forecast of a batch with such a completion window."""
+    return Pace(max(WINDOW_SECONDS, WINDOW_SHARE * window_seconds))
 
 
 @dataclass(frozen=True, slots=True)

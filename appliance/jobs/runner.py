@@ -20,7 +20,7 @@ from appliance.jobs.files import new_file_id
 from appliance.jobs.nouns import Batch, Ending, Line, LineAnswer, Problem, Status, StoredFile, Terms
 from appliance.jobs.parts import Means, Progress, RunState, Stopped, grouped
 from appliance.jobs.places import Claim
-from appliance.jobs.planner import Forecast, Pace, forecast, is_open, open_seconds
+from appliance.jobs.planner import Forecast, Pace, forecast, is_open, open_seconds, pace_of
 from appliance.jobs.results import Results
 from appliance.jobs.validating import Unusable, told, validate
 
@@ -60,7 +60,8 @@ class Run:
         self._lock = asyncio.Lock()
         """Held by whoever changes the batch."""
         self._nudged = asyncio.Event()
-        self._pace, self._pace_onsite, self._forecast = Pace(), Pace(), Forecast(None, 0)
+        self._pace, self._pace_onsite = Pace(), pace_of(batch.expires_at - batch.created_at)
+        self._forecast = Forecast(None, 0)
         self._state: RunState = "validating"
         self._reason = ""
         self._stopped: Stopped | None = None

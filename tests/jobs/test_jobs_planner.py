@@ -7,7 +7,7 @@ import pytest
 from appliance.core import EngineView, Snapshot
 from appliance.errors import RequestError
 from appliance.jobs.places import Places
-from appliance.jobs.planner import Pace, calls_at_once, forecast, is_open, open_seconds, read_window
+from appliance.jobs.planner import Pace, calls_at_once, forecast, is_open, open_seconds, pace_of, read_window
 from tests.jobs.office import ENGINE, load
 
 
@@ -45,6 +45,22 @@ def test_a_rate_needs_some_lines_and_some_time() -> None:
     assert pace.per_second(4.0) == 2.0
     pace.begin(100.0)
     assert pace.per_second(100.0) is None
+
+
+def test_that_nothing_comes_is_known_after_a_whole_window() -> None:
+    pace = pace_of(86_400.0)
+    pace.begin(0.0)
+    assert pace.per_second(1_000.0) is None
+    assert pace.per_second(1_800.0) == 0.0
+    assert forecast(10, 0.0, 80_000.0).late == 10
+
+
+def test_a_slow_minute_is_forgiven_where_there_is_a_day() -> None:
+    pace = pace_of(86_400.0)
+    pace.begin(0.0)
+    for second in range(1, 1_600):
+        pace.done(2, float(second))
+    assert pace.per_second(1_660.0) == pytest.approx(1.93, rel=0.05)
 
 
 def test_a_rate_is_that_of_the_last_minute() -> None:
