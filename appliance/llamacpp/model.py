@@ -24,7 +24,7 @@ _GGUF_MAGIC: Final = b"GGUF"
 _WARN, _ERROR = 3, 4  # ggml_log_level
 _F16_BYTES: Final = 2
 _LAST_WORDS: Final = 6
-_LOGITS_BYTES: Final = 32 << 20
+_LOGITS_BYTES: Final = 24 << 20
 """Bound of the logits buffer and of its double in the compute graph; rows beyond what one step reads are waste."""
 _SPARE_SEQUENCES: Final = 112
 """Ids for cached prefixes and label forks beside the running sequences. llama.cpp's limit is 256 in all; its work
