@@ -7,7 +7,11 @@ Angelopoulos, Lei, Malik, Jordan, "Distribution-free, risk-controlling predictio
 Answers are right or wrong, so the limit is the exact one for a binomial share (Clopper, Pearson, "The use of confidence
 or fiducial limits illustrated in the case of the binomial", Biometrika 26, 1934).
 
-It promises for texts drawn as the held-out ones were, and in the long run: a short stream varies around it.
+It promises for texts drawn as the held-out ones were, and in the long run: a short stream varies around its risk, and
+exceeds a bound that is nearly used up almost every other time. Where the promise is for the next so many texts
+themselves, the limit is the exact one for two samples of one population (hypergeometric): given the wrong answers of
+both together, each is as likely to be held out as to come. That holds for the whole order of the scores, so for every
+threshold at once.
 """
 
 from collections.abc import Sequence
@@ -15,7 +19,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from scipy.stats import beta
+from scipy.stats import beta, hypergeom
 
 SHOWN_BOUNDS: Final = (0.01, 0.02, 0.05, 0.10)
 CONFIDENCE: Final = 0.95
@@ -46,8 +50,14 @@ def upper_limit(wrong: int, rows: int, confidence: float) -> float:
     return float(beta.ppf(confidence, wrong + 1, rows - wrong))
 
 
-def threshold_for(bound: float, confidence: float, scores: Sequence[tuple[float, bool]]) -> Threshold:
-    """`scores`: of each held-out row the confidence of its answer, and whether that answer was right."""
+def threshold_for(
+    bound: float, confidence: float, scores: Sequence[tuple[float, bool]], *, next_rows: int | None = None
+) -> Threshold:
+    """`scores`: of each held-out row the confidence of its answer, and whether that answer was right.
+
+    `next_rows`: the promise is that of the next so many texts no more than `bound` are answered here and wrong; None:
+    that the long-run share is under the bound. `upper_limit` is of the long run in both cases.
+    """
     if not 0 < bound < 1 or not 0.5 <= confidence < 1:
         raise ValueError(f"bound {bound} must be between 0 and 1, confidence {confidence} from 0.5 to below 1")
     rows = len(scores)
@@ -56,7 +66,7 @@ def threshold_for(bound: float, confidence: float, scores: Sequence[tuple[float,
     values = values[order]
     right = np.array([right for _, right in scores], dtype=bool)
     wrong = np.cumsum(~right[order])
-    allowed = _most_wrong(bound, confidence, rows)
+    allowed = _most_wrong(bound, confidence, rows, next_rows)
     if allowed < 0:
         return Threshold(bound, confidence, None, 0.0, 0.0, upper_limit(0, rows, confidence), rows)
     # Equal scores stand or fall together, so a threshold lies only where the next score is lower.
@@ -77,13 +87,23 @@ def threshold_for(bound: float, confidence: float, scores: Sequence[tuple[float,
     )
 
 
-def _most_wrong(bound: float, confidence: float, rows: int) -> int:
-    """The most wrong rows whose upper limit is still under the bound; -1 where even none are too few rows to say so."""
+def _most_wrong(bound: float, confidence: float, rows: int, next_rows: int | None) -> int:
+    """The most wrong rows with which the promise still holds; -1 where even none are too few rows to make it."""
     low, high = -1, rows
     while low < high:
         middle = (low + high + 1) // 2
-        if rows and upper_limit(middle, rows, confidence) <= bound:
+        if rows and _holds(middle, rows, bound, confidence, next_rows):
             low = middle
         else:
             high = middle - 1
     return low
+
+
+def _holds(wrong: int, rows: int, bound: float, confidence: float, next_rows: int | None) -> bool:
+    if next_rows is None:
+        return upper_limit(wrong, rows, confidence) <= bound
+    too_many = int(bound * next_rows) + 1
+    if too_many > next_rows:
+        return True
+    # That so few of `wrong + too_many` wrong answers were among the held-out rows, and the others are still to come.
+    return float(hypergeom.cdf(wrong, rows + next_rows, wrong + too_many, rows)) <= 1 - confidence

@@ -53,6 +53,25 @@ def test_a_threshold_keeps_its_bound_on_new_rows_as_often_as_it_promises() -> No
     assert broken <= 18  # 10 are expected of 200 at most; 18 or fewer come with a probability of 99 %
 
 
+def test_a_promise_for_the_next_texts_is_kept_by_the_texts_themselves() -> None:
+    chance = np.random.default_rng(3)
+    broken, long_run_broken, share = 0, 0, 0.0
+    for _ in range(200):
+        shares = chance.beta(4, 1, size=1_400)
+        right = chance.random(1_400) < shares
+        held = list(zip(shares[:1_000].tolist(), right[:1_000].tolist(), strict=True))
+        coming, coming_right = shares[1_000:], right[1_000:]
+        found = threshold_for(0.05, 0.95, held, next_rows=400)
+        assert found.threshold is not None
+        broken += ((coming >= found.threshold) & ~coming_right).mean() > 0.05
+        share += found.local_share / 200
+        loose = threshold_for(0.05, 0.95, held).threshold
+        long_run_broken += ((coming >= (loose or 2)) & ~coming_right).mean() > 0.05
+    assert broken <= 18  # 10 are expected at most
+    assert long_run_broken > broken, "what holds in the long run is broken by more of the short streams"
+    assert share > 0.3
+
+
 @pytest.mark.parametrize(("bound", "confidence"), [(0.0, 0.95), (1.0, 0.95), (0.05, 1.0), (0.05, 0.2)])
 def test_a_bound_or_a_confidence_that_cannot_be_is_refused(bound: float, confidence: float) -> None:
     with pytest.raises(ValueError, match="must be"):
