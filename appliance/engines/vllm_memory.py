@@ -105,6 +105,8 @@ def remark(variant: Variant, compute_capability: str | None) -> str:
 
 _LEAST: Final = {
     "BF16": (8, 0),
+    "F16": (7, 5),
+    "INT8": (7, 5),
     "FP8": (8, 9),
     "AWQ": (7, 5),
     "GPTQ": (7, 5),

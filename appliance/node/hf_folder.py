@@ -136,7 +136,8 @@ def _latent(dimensions: Table) -> int | None:
 def _quantisation(config: Table, dimensions: Table) -> str:
     told = config.get("quantization_config") or dimensions.get("quantization_config")
     if not isinstance(told, dict):
-        return "BF16"
+        dtype = dimensions.get("dtype") or dimensions.get("torch_dtype") or config.get("torch_dtype")
+        return "F16" if dtype == "float16" else "BF16"
     method = str(told.get("quant_method", ""))
     if method == "compressed-tensors":
         groups = json.dumps(told.get("config_groups", {}))

@@ -10,6 +10,7 @@ import pytest
 
 from appliance.catalog import load_catalog
 from appliance.config import Engine
+from appliance.engines.vllm_memory import refusal
 from appliance.errors import ModelFileError
 from appliance.node.choice import wanted_folder
 from appliance.node.hf_folder import spec_of_folder
@@ -139,6 +140,14 @@ def test_the_precision_is_read_from_the_configuration(
 ) -> None:
     spec = spec_of_folder(folder(tmp_path, PLAIN | {"quantization_config": quantisation}))
     assert spec.variants[0].quantisation == expected
+
+
+def test_weights_in_half_precision_run_on_older_devices_than_bfloat16(tmp_path: Path) -> None:
+    half = spec_of_folder(folder(tmp_path, PLAIN | {"torch_dtype": "float16"})).variants[0]
+    assert half.quantisation == "F16"
+    assert refusal(half, "7.5", "auto") is None
+    brain = spec_of_folder(folder(tmp_path, PLAIN)).variants[0]
+    assert refusal(brain, "7.5", "auto") == "BF16 needs compute capability 8.0; the device has 7.5"
 
 
 def test_packed_weights_are_counted_one_by_one(tmp_path: Path) -> None:
