@@ -85,9 +85,6 @@ class Engine(Strict):
     calibrate: bool = True
     """Whether a first start measures variants and thread counts for about half a minute."""
     tolerance: Tolerance = Tolerance()
-    also: tuple[str, ...] = ()
-    """Further models: catalogue names or paths, each as it is or as `NAME=PATH`. Those that do not fit beside the
-    others are loaded when they are wanted."""
     models: tuple[EngineModel, ...] = ()
     """Several models, each with settings of its own. With these, `model` is served only if it is set."""
     idle_unload_seconds: PositiveSeconds | None = None

@@ -107,6 +107,30 @@ async def test_6_cores_that_an_earlier_node_left_are_ended_before_anything_is_st
             process.wait()
 
 
+async def test_6_a_core_that_wrote_its_title_over_its_environment_is_found_by_its_session(tmp_path: Path) -> None:
+    core, other = _titled_process("VLLM::EngineCore"), _titled_process("somebody else")
+    left = tmp_path / "run" / "999999999-abc" / "0"
+    left.mkdir(parents=True)
+    (left / "session").write_text(str(core.pid))
+    another = tmp_path / "run" / "999999999-def" / "0"
+    another.mkdir(parents=True)
+    (another / "session").write_text(str(other.pid))
+    try:
+        async with stage(tmp_path) as scene:
+            await scene.supervisor.start()
+            assert await asyncio.to_thread(core.wait) == -signal.SIGKILL
+            assert other.poll() is None
+    finally:
+        for process in (core, other):
+            process.kill()
+            process.wait()
+
+
+def _titled_process(title: str) -> "subprocess.Popen[bytes]":
+    command = [title, "-c", "import time; time.sleep(600)"]
+    return subprocess.Popen(command, executable=sys.executable, env={}, start_new_session=True)
+
+
 def _marked_process(home: Path) -> "subprocess.Popen[bytes]":
     environment = {**os.environ, orphans.MARK: orphans.mark(home, "m")}
     return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env=environment, process_group=0)
