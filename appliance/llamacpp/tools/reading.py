@@ -8,8 +8,9 @@ from typing import Any, Final
 from appliance.core import ReasoningFormat, ToolFormat
 from appliance.errors import ApplianceError
 from appliance.llamacpp.tools.formats import SYNTAXES, THINKING, WRAPPERS, Syntax
+from appliance.llamacpp.tools.harmony import read_harmony
 from appliance.llamacpp.tools.source import Cut, Event, Malformed, Source, Step
-from appliance.llamacpp.tools.syntaxes import read_harmony, read_loose, read_loose_end, read_section
+from appliance.llamacpp.tools.syntaxes import read_loose, read_loose_end, read_section
 
 _WHITE: Final = " \t\r\n"
 
