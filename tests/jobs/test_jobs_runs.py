@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,23 @@ async def test_results_that_find_no_room_are_written_later(office: Office, monke
         batch = await ended(desk, made)
         assert sorted(row["line"] for row in rows(desk, batch.output_file_id)) == [1, 2, 3, 4, 5]
     assert len(office.answers.asked) == 5  # what was answered is not asked again
+
+
+async def test_outside_its_hours_a_job_waits_and_says_so(office: Office) -> None:
+    now = datetime.fromtimestamp(office.wall)
+    begin, end = now + timedelta(hours=2), now + timedelta(hours=3)
+    hours = f"{begin:%H:%M}-{end:%H:%M}"
+    office.config = office.config.model_copy(update={"hours": (hours,)})
+    async with office.desk() as desk:
+        made = await office.batch(desk, [line(1)])
+        await until(lambda: (desk.progress(made.id) or pytest.fail("ended")).state == "paused")
+        progress = desk.progress(made.id)
+        assert progress is not None
+        assert hours in progress.reason
+        assert office.answers.asked == []
+        office.wall += 2 * 3600 + 60
+        desk.nudge()
+        assert (await ended(desk, made)).counts.completed == 1
 
 
 async def test_a_batch_whose_end_finds_no_room_ends_later(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
