@@ -16,6 +16,7 @@ from scripts.benchmarks.peers.processes import Server
 from scripts.benchmarks.workloads import QUESTIONS, Decisions
 
 _TRIAL_TEXTS: Final = 16
+_SHORT: Final = f"{OURS}, short layout"
 _TRIAL_SECONDS: Final = 12.0
 _TRIAL_SEED: Final = 9_001
 """Of the trial that counts: texts that no slot has seen."""
@@ -80,6 +81,7 @@ async def decisions(bench: Bench) -> None:
     mine = await bench.our_server("prefill")
     if mine:
         contenders.append(decider(OURS, mine, bench.method(OURS, "one call"), make, texts, 1, told=told))
+        contenders.append(decider(_SHORT, mine, bench.method(OURS, "one call, short"), make, texts, 1))
         contenders += _behind_the_gateway(bench, mine)
     theirs = await bench.peer(LLAMA_SERVER, bench.theirs)
     if theirs:
@@ -93,6 +95,7 @@ async def decisions(bench: Bench) -> None:
     title = f"8 labels, {texts} texts in one call"
     how = f"llama-server: {bench.theirs}, {bench.way}; ours: {bench.ours['prefill'][0]}"
     bench.add("decisions", title, "answers/s", found, OURS, LLAMA_SERVER, 1.7, note=how)
+    bench.add("decisions", f"{title}, short layout", "answers/s", found, _SHORT, LLAMA_SERVER, None, note=how)
     bench.add("decisions", title, "answers/s", found, OURS, LLAMA_CPP_SERVER, None, note="grammar, one at a time")
     _add_floor(bench, found, told)
     await bench.arena.stop(LLAMA_CPP_SERVER)
