@@ -348,6 +348,8 @@ class EngineView:
     """Extra power while busy: measured, or the operator's assumption; None when neither is known."""
     restarts: int = 0
     reason: str = ""
+    on_demand: bool = False
+    """Not loaded now, and loaded as soon as a request wants it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,8 @@ def _why_not(target: Target, snapshot: Snapshot, now: float) -> str:
     view = snapshot.engines.get(target.name)
     if view is None:
         return "its engine has not been seen yet"
+    if view.on_demand:
+        return ""  # whoever asks waits until it is loaded
     if view.state != "ready":
         return f"its engine is {view.state}" + (f": {view.reason}" if view.reason else "")
     if now - view.seen > STALE_SECONDS:

@@ -226,6 +226,7 @@ class Keeper:
         state, reason, watts = self.life.state, self.life.reason or self.progress, self._around.watts_per_busy_core
         if self._resting and (self._is_asleep or state in ("ready", "stopped")):
             state, reason = "stopped", self._resting
+        on_demand = bool(self._resting) and state == "stopped"
         view = EngineView(
             target=self.placement.target,
             state=state,
@@ -234,6 +235,7 @@ class Keeper:
             watts=None if watts is None or self.placement.gpu else watts * self.placement.shape.threads,
             restarts=self.life.restarts,
             reason=reason,
+            on_demand=on_demand,
         )
         self._signals.show(view)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from appliance.api.admin import targets_ready
 from appliance.config import Engine as EngineConfig
 from appliance.core import EngineView
 from appliance.engines.base import Memory, Placement, Shape
@@ -97,6 +98,8 @@ async def test_an_idle_model_gives_its_memory_back_and_is_loaded_when_wanted(tmp
         await eventually(lambda: stage.view("m").state == "ready", "the model")
         await eventually(lambda: stage.view("m").state == "stopped", "its rest")
         assert stage.view("m").reason.startswith("unloaded: not used for")
+        (row,) = targets_ready(stage.state.snapshot, time.monotonic())
+        assert row["ready"]  # a load balancer must not turn away from a node that only rests
         await stage.request("m")
 
 
