@@ -35,7 +35,9 @@ from appliance.ledger.database import sqlite_url
 from appliance.ledger.keys import list_keys
 from appliance.ledger.store import Ledger
 from appliance.node.encoders import EncoderHost
+from appliance.node.gpu_watch import watch_gpus
 from appliance.node.launcher import ChildLauncher
+from appliance.node.nvidia import load_nvml
 from appliance.node.planner import ENGINES
 from appliance.node.signals import Signals
 from appliance.node.supervisor import Supervisor
@@ -288,6 +290,10 @@ async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Runn
         swapper = Swapper(supervisor, state, time.monotonic, site.pools, rules, models)
         swapping = asyncio.create_task(swapper.run())
         stack.callback(swapping.cancel)
+        nvml = load_nvml()
+        if nvml is not None:
+            watching = asyncio.create_task(watch_gpus(signals, nvml))
+            stack.callback(watching.cancel)
         ledger = await Ledger.open(ledger_url(config, site.home), retention_days=config.ledger.retention_days)
         stack.push_async_callback(ledger.close)
         books = Books(ledger, metrics, signals, Caps(config, site.policy, site.keys))

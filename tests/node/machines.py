@@ -88,6 +88,11 @@ class FakeNvml:
         devices[index] = {"handle": Fails(code)}
         self._devices = tuple(devices)
 
+    def replace_devices(self, other: "FakeNvml") -> None:
+        """From now on it has the other's devices."""
+        self._system["nvmlDeviceGetCount"] = len(other._devices)
+        self._devices = other._devices
+
     def _count(self, name: str) -> Any:
         self.started += name == "nvmlInit"
         return _answer(self._system[name])
