@@ -18,7 +18,7 @@ import orjson
 
 from appliance.backends.base import Doors
 from appliance.config import NodeConfig, Policy
-from appliance.core import Call, Caller, Decision, Facts, Request, Target
+from appliance.core import Call, Caller, Decision, Facts, Request, Route, Target
 from appliance.errors import ApplianceError, ClientGone, StreamBroken, UnknownModel
 from appliance.pipeline.admission import Admission
 from appliance.pipeline.asking import Asking
@@ -163,6 +163,10 @@ class Pipeline:
         estimate = self._means.memory.experience.tokens.correct(target.name, call.prompt_tokens)
         return Counted(estimate, decision, target.name, "estimate")
 
+    def meant(self, model: str) -> str:
+        """What a caller that asks for `model` is given: the policy may know it by another name."""
+        return self.policy.meant(model)
+
     def models(self, caller: Caller) -> tuple[Target, ...]:
         """The targets that `caller` could be answered by."""
         return visible_targets(caller, self._means.state.snapshot.targets)
@@ -174,8 +178,14 @@ class Pipeline:
         span = traces.begin_request(request.endpoint, request.headers)
         decided = self._decider.decide(request, prompt_tokens, output_tokens, opinion)
         self._means.memory.of_late.took(decided.decision.route.name, self._means.clock())
+        self._want(decided.decision.route)
         walk = Walk(self._means, request, decided, partial(self._again, request), span)
         return walk, partial(self._close, walk)
+
+    def _want(self, route: Route) -> None:
+        """What would be answered here, were its engine up, is to be answered here from then on."""
+        if route.standby and route.attempts and route.attempts[0].target.location == "hosted":
+            self._means.state.want(route.standby[0].target.name)
 
     def _again(self, request: Request, decided: Decided, prompt_tokens: int, output_tokens: int) -> Decided:
         """The same decision for a request that has been cut down."""

@@ -4,7 +4,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 from appliance.config import Policy, RouteRule
-from appliance.core import Decision, Profile, Request, Route, Target, Usage
+from appliance.core import Decision, Profile, Request, Target, Usage
 from appliance.errors import ApplianceError, BudgetExceeded, Forbidden
 from appliance.pipeline.attempt import load_of, prefix_of
 from appliance.pipeline.cost import onsite_usd, reserve_usd
@@ -74,14 +74,8 @@ class Decider:
             for target in snapshot.targets
         }
         ranking = rank(request, made, self._policy, snapshot, outlooks, rule)
-        self._want_standby(ranking.route)
         decision = Decision(request.decision_id, request.id, made, ranking.route)
         return Decided(decision, rule, shape, ranking.refusal, prefix, leaves_free)
-
-    def _want_standby(self, route: Route) -> None:
-        """What would be answered here, were its engine up, is to be answered here from then on."""
-        if route.standby and route.attempts and route.attempts[0].target.location == "hosted":
-            self._means.state.want(route.standby[0].target.name)
 
     def _outlook(
         self,

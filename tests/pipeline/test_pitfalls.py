@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from appliance.core import ONSITE
-from tests.pipeline.scene import caller_of
+from tests.pipeline.scene import caller_of, request_of
 from tests.pipeline.stage import Stage, attempts, settled
 
 pytestmark = pytest.mark.anyio
@@ -59,10 +59,13 @@ async def test_an_engine_that_loads_is_waited_for_where_money_keeps_the_hosted_t
     assert stage.provider.calls == 0
 
 
-async def test_who_stands_by_is_not_asked_where_somebody_has_answered(stage: Stage) -> None:
+async def test_who_stands_by_is_wanted_but_not_asked_where_somebody_has_answered(stage: Stage) -> None:
     stage.publish(state="starting")
+    request = request_of("hello")
+    stage.pipeline.decide(request, prompt_tokens=10, output_tokens=10)
+    assert "onsite/tiny" not in stage.state.demand, "a dry run asks for nothing"
     await stage.ask()
-    assert attempts(stage) == [("cloud/big", "answered")] and "onsite/tiny" not in stage.state.demand
+    assert attempts(stage) == [("cloud/big", "answered")] and "onsite/tiny" in stage.state.demand
 
 
 async def test_pitfall_18_those_who_wait_for_an_engine_do_not_start_it_over_and_over(stage: Stage) -> None:
