@@ -31,7 +31,7 @@ from appliance.errors import (
     Unavailable,
 )
 from appliance.pipeline.admission import Load, Slot
-from appliance.pipeline.cost import hosted_usd, onsite_usd, reserve_usd
+from appliance.pipeline.cost import Bill, hosted_usd, onsite_bill, onsite_usd, reserve_usd
 from appliance.pipeline.learning import Experience
 from appliance.pipeline.means import Means, Patience, Purse
 from appliance.pipeline.outcome import detail_of, may_have_cost, result_of
@@ -123,7 +123,7 @@ class Trial:
             salt = exchange.salt_of(self._errand.request.caller.key_id)
             # before anything is waited for, reserved or sent: what cannot be carried over goes elsewhere at once
             letters = [
-                self._sealed_once(exchange.write(target, one, stream=call.stream, salt=salt))
+                self._sealed_once(exchange.write(target, one, stream=call.streams(target), salt=salt))
                 for one in self._in_turn(call.outgoing(target))
             ]
             await self._enter(call, patience)
@@ -131,7 +131,7 @@ class Trial:
             permit = self._permit()
             await self._reserve(call)
             self._sent = True
-            if call.stream:
+            if call.streams(target):
                 await self._open(letters[0], permit, patience)
                 return None
             payload = await self._whole(call, letters, permit, patience)
@@ -158,7 +158,8 @@ class Trial:
             self._slot.leave()
         if self._is_counted:
             means.breakers.release(self.target.name)
-        cost_usd = self.cost_usd(may_have_cost=may_have_cost)
+        bill = self.bill(may_have_cost=may_have_cost)
+        cost_usd = None if bill is None else bill.usd
         if self._reservation is not None:
             means.ledger.settle(self._reservation, usd=cost_usd or 0.0)
         self._errand.purse.settle(self._reserved_usd, cost_usd)
@@ -175,6 +176,9 @@ class Trial:
             usage=self.usage,
             cost_usd=cost_usd,
             reservation=self._reservation,
+            cost_basis=bill.basis if bill is not None and bill.usd > 0 else None,
+            energy_joules=None if bill is None else bill.joules,
+            energy_basis=None if bill is None else bill.energy_basis,
         )
         traces.end_attempt(self._span, self.outcome)
         return self.outcome
@@ -199,7 +203,7 @@ class Trial:
             ended = begun + (ended - begun) * usage.completion_tokens / max(1, slot.load.output_tokens)
             taken = self._means.clock() - slot.entered
             experience.finish_pace.learn((name, kind), ended, taken)
-            if not call.stream:
+            if not call.streams(self.target):
                 experience.first_byte_pace.learn((name, kind), ended, taken)
 
     def fail_late(self) -> None:
@@ -209,14 +213,14 @@ class Trial:
         else:
             self._means.breakers.fail(self.target.name, self._means.clock(), None)
 
-    def cost_usd(self, *, may_have_cost: bool) -> float | None:
+    def bill(self, *, may_have_cost: bool) -> Bill | None:
         """By what is known of the usage so far. `may_have_cost`: whether a call without a report counts as reserved."""
         if self.target.location == "hosted" and self.target.price is not None:
             if self.usage == Usage() and not (self._sent and may_have_cost):
-                return 0.0
-            return hosted_usd(self.target.price, self.usage, self._reserved_usd)
+                return Bill(0.0, "price")
+            return Bill(hosted_usd(self.target.price, self.usage, self._reserved_usd), "price")
         view = self._means.state.snapshot.engines.get(self.target.name)
-        return onsite_usd(self.target, view, self.usage, self._means.cost, self._means.cores)
+        return onsite_bill(self.target, view, self.usage, self._means.cost, self._means.cores)
 
     def expected_cost_usd(self) -> float | None:
         """Before the usage is known: what was reserved, or the engine time that the call is expected to take."""

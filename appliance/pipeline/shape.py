@@ -68,9 +68,8 @@ class ShapedCall:
     prompt_tokens: int
     output_tokens: int
 
-    @property
-    def stream(self) -> bool:
-        return self.call.stream
+    def streams(self, target: Target) -> bool:
+        return self.call.streams(target)
 
     def outgoing(self, target: Target) -> Sequence[Outgoing]:
         return [self._shaped(one) for one in self.call.outgoing(target)]

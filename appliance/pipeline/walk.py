@@ -130,7 +130,8 @@ class Walk:
                 await self._means.pause(turn.pause_seconds)
             trial = self._trial(decided, made + len(tried), turn.attempt)
             try:
-                payload = await trial.run(call, self._patience(route, turn.following, stream=call.stream))
+                patience = self._patience(route, turn.following, stream=call.streams(trial.target))
+                payload = await trial.run(call, patience)
             except ApplianceError as error:
                 tried.append((trial, error))
                 if not _goes_on(error):
@@ -236,7 +237,7 @@ class Walk:
         for number, attempt in enumerate(betters, unsure.index + 1):
             better = self._trial(decided, number, replace(attempt, reason=f"escalation: {unsure.target.name} {why}"))
             try:
-                patience = self._patience(decided.decision.route, None, stream=call.stream)
+                patience = self._patience(decided.decision.route, None, stream=call.streams(better.target))
                 answer = await better.run(call, patience)
             except ApplianceError:
                 continue

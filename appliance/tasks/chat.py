@@ -53,6 +53,7 @@ class ChatCall:
 
     body: Mapping[str, Any]
     stream: bool
+    """Whether any target is to stream it."""
     prompt_tokens: int
     output_tokens: int
     wants_json: bool = False
@@ -60,6 +61,13 @@ class ChatCall:
     tools: frozenset[str] = frozenset()
     original: Mapping[str, Any] | None = None
     """The body as it came, where it came in another dialect and `body` is its translation."""
+    stream_where_held: bool = False
+    """Whether targets are to stream it whose tool calls are held to their schemas while they are written."""
+
+    def streams(self, target: Target) -> bool:
+        """Agents that always send tools would otherwise see nothing until the end. The engine of this node (it alone
+        scores labels) writes no call that verification could reject."""
+        return self.stream or (self.stream_where_held and target.provider is None and "labels" in target.abilities)
 
     def outgoing(self, target: Target) -> Sequence[Outgoing]:
         """Raises Unsupported for an engine of this node where a field asks for more than an answer."""
@@ -68,7 +76,7 @@ class ChatCall:
             _check_only_elsewhere(body, target)
         if target.dialect == "anthropic" and self.original is not None and self.original.get("thinking") is not None:
             body = _with_thinking(body, self.original)
-        if body.get("stream") and not self.stream:
+        if body.get("stream") and not self.streams(target):
             body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
         return (Outgoing("/chat/completions", body),)
 
@@ -120,6 +128,7 @@ def read(body: Mapping[str, Any]) -> tuple[Asked, Sequence[ChatCall]]:
         wants_json=format != "text",
         schema=schema,
         tools=tools,
+        stream_where_held=stream and format == "text",
     )
     return asked, (call,)
 

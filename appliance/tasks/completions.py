@@ -23,6 +23,9 @@ class CompletionCall:
     prompt_tokens: int
     output_tokens: int
 
+    def streams(self, target: Target) -> bool:
+        return self.stream
+
     def outgoing(self, target: Target) -> Sequence[Outgoing]:
         return (Outgoing("/completions", self.body),)
 

@@ -79,8 +79,7 @@ class DecisionsCall:
     for_classifier: bool = False
     """A classifier was named as the model, so nothing is ever put into a prompt."""
 
-    @property
-    def stream(self) -> bool:
+    def streams(self, target: Target) -> bool:
         return False
 
     @property

@@ -23,8 +23,7 @@ class EmbeddingsCall:
     prompt_tokens: int
     """Of the longest text: each is computed for itself."""
 
-    @property
-    def stream(self) -> bool:
+    def streams(self, target: Target) -> bool:
         return False
 
     @property

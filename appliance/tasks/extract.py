@@ -74,8 +74,7 @@ class ExtractCall:
     """Of the text, among the request's."""
     span: chunks.Span = (0, 0)
 
-    @property
-    def stream(self) -> bool:
+    def streams(self, target: Target) -> bool:
         return False
 
     @property

@@ -148,7 +148,7 @@ class StandInPipeline:
         self.answered.set()
         if self.error is not None:
             raise self.error
-        if call.stream:
+        if call.streams(SMALL):
             answer.stream = StandInStream(self.pieces, self.stream_error, self.hangs_after)
             self.sent += call.outgoing(SMALL)
         else:
@@ -175,6 +175,9 @@ class StandInPipeline:
 
     def models(self, caller: Caller) -> Sequence[Target]:
         return (SMALL,)
+
+    def meant(self, model: str) -> str:
+        return {"gpt-old": SMALL.name, "claude-old": "auto"}.get(model, model)
 
     def _read(self, call: Call) -> Any:
         outgoing = call.outgoing(SMALL)

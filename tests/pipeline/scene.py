@@ -143,6 +143,9 @@ class ChatCall:
     calls: int = 1
     path: str = "/chat/completions"
 
+    def streams(self, target: Target) -> bool:
+        return self.stream
+
     def outgoing(self, target: Target) -> Sequence[Outgoing]:
         return [Outgoing(self.path, self.body)] * self.calls
 

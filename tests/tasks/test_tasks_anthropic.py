@@ -68,7 +68,10 @@ BLOCKS: list[tuple[Any, str]] = [
     ({"type": "image", "source": {"type": "file", "file_id": "f"}}, "source.type"),
     ({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "!"}}, "source.data"),
     ({"type": "image", "source": {"type": "url", "url": "file:///etc/passwd"}}, "source.url"),
-    ({"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "AA=="}}, "source.type"),
+    (
+        {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "AA=="}},
+        "source.type",
+    ),
     ({"type": "tool_result", "tool_use_id": "t", "content": "x"}, "tool_use_id"),
     ({"type": "server_tool_use", "id": "t", "name": "x", "input": {}}, "type"),
     ({"type": "tool_use", "id": "t", "name": "f", "input": {}}, "type"),

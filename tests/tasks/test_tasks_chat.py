@@ -1,5 +1,6 @@
 """Chat and completions: envelopes checked, bodies verbatim, replies verified."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from appliance.errors import BackendGarbage, RejectedReply
 from appliance.tasks import chat, completions
 from appliance.tasks.events import stream_of
-from tests.tasks.rows import LOCAL, chat_payload, refusal, reply
+from tests.tasks.rows import LOCAL, chat_payload, hosted, refusal, reply
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 PERSON = {
@@ -133,6 +134,14 @@ def test_streams_that_must_be_verified_are_asked_for_whole() -> None:
     (outgoing,) = call.outgoing(LOCAL)
     assert "stream" not in outgoing.body and "stream_options" not in outgoing.body
     assert outgoing.body["response_format"] == FORMAT
+
+
+def test_tool_calls_are_streamed_where_the_engine_holds_them_to_their_schemas_and_whole_elsewhere() -> None:
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+    _, (call,) = chat.read({"messages": HELLO, "stream": True, "tools": tools})
+    assert call.streams(LOCAL) and call.outgoing(LOCAL)[0].body["stream"] is True
+    for other in (hosted("chat", "tools"), replace(LOCAL, abilities=LOCAL.abilities - {"labels"})):
+        assert not call.streams(other) and "stream" not in call.outgoing(other)[0].body
 
 
 def test_a_valid_json_reply_is_handed_on_untouched() -> None:
