@@ -84,6 +84,8 @@ PersonalKind = Literal[
 """Kinds of personal or secret data that content is searched for."""
 Stage = Literal["experimental", "managed", "deprecated"]
 """Life cycle of a route."""
+CostBasis = Literal["price", "measured", "configured", "assumed"]
+"""How far a cost is known: by a price list, by a meter, by the operator's word, or by nobody."""
 AttemptResult = Literal["answered", "overflowed", "failed", "rejected", "refused", "cancelled"]
 
 _REGION = re.compile(r"[A-Z]{2}(-[A-Z0-9]{1,8})?")
@@ -243,7 +245,7 @@ class Price:
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """How one target's way of speaking its dialect differs from the dialect itself. Plain data; the default: not at all."""
+    """How one target speaks its dialect otherwise than the dialect itself. Plain data; the default: not at all."""
 
     kind: str = ""
     """The row of the table of providers that this was made from."""
@@ -345,7 +347,8 @@ class EngineView:
     seen: float
     load: EngineLoad | None = None
     watts: float | None = None
-    """Extra power while busy: measured, or the operator's assumption; None when neither is known."""
+    """Extra power while busy; None where neither a meter nor the operator tells."""
+    watts_basis: CostBasis = "configured"
     restarts: int = 0
     reason: str = ""
     on_demand: bool = False
@@ -492,8 +495,8 @@ class Call(Protocol):
     order) into what the caller gets, and raises RejectedReply where they do not pass verification.
     """
 
-    @property
-    def stream(self) -> bool: ...
+    def streams(self, target: Target) -> bool:
+        """Whether `target` is to answer piece by piece; what must be verified first is asked for whole."""
 
     @property
     def prompt_tokens(self) -> int: ...
@@ -524,6 +527,10 @@ class AttemptOutcome:
     """None where the cost is not known (an on-site target nobody priced)."""
     reservation: str | None = None
     """Id of the spend reservation that this attempt settled, for hosted targets."""
+    cost_basis: CostBasis | None = None
+    energy_joules: float | None = None
+    """Of an engine of this node, beyond what the machine takes idling."""
+    energy_basis: CostBasis | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -563,6 +570,7 @@ class Facts:
     policy_version: str
     cost_usd: float | None
     cost_is_final: bool
+    cost_basis: CostBasis | None = None
     warning: str | None = None
     """What the caller should know of the route besides: that it is deprecated."""
 
@@ -579,6 +587,8 @@ class Facts:
         }
         if not self.cost_is_final:
             headers["x-appliance-cost-basis"] = "estimate"
+        elif self.cost_basis is not None:
+            headers["x-appliance-cost-basis"] = self.cost_basis
         if self.warning is not None:
             headers["x-appliance-warning"] = self.warning.encode("ascii", "replace").decode()
         return headers

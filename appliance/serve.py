@@ -35,6 +35,7 @@ from appliance.ledger.database import sqlite_url
 from appliance.ledger.keys import list_keys
 from appliance.ledger.store import Ledger
 from appliance.node.encoders import EncoderHost
+from appliance.node.energy_sampler import EnergySampler, Meters
 from appliance.node.gpu_watch import watch_gpus
 from appliance.node.launcher import ChildLauncher
 from appliance.node.nvidia import load_nvml
@@ -294,6 +295,9 @@ async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Runn
         if nvml is not None:
             watching = asyncio.create_task(watch_gpus(signals, nvml))
             stack.callback(watching.cancel)
+        sampler = EnergySampler(lambda: supervisor.keepers, signals, Meters.open(nvml))
+        metering = asyncio.create_task(sampler.run())
+        stack.callback(metering.cancel)
         ledger = await Ledger.open(ledger_url(config, site.home), retention_days=config.ledger.retention_days)
         stack.push_async_callback(ledger.close)
         books = Books(ledger, metrics, signals, Caps(config, site.policy, site.keys))

@@ -28,18 +28,19 @@ def report_command(
     if as_json:
         say_json(report.to_dict())
     else:
-        _print(report, measured=config.cost.watts_per_busy_core is not None and config.cost.usd_per_kwh is not None)
+        _print(report)
 
 
-def _print(report: Report, *, measured: bool) -> None:
+def _print(report: Report) -> None:
     since = datetime.fromtimestamp(report.since_at, UTC).isoformat(timespec="minutes")
     say(f"since {since}: {report.requests} requests, {report.answered} answered, {report.cost_usd:.6f} USD")
-    columns = ("target", "location", "requests", "share", "prompt tokens", "cached", "output tokens", "cost USD")
-    table = Table(*columns, box=None, pad_edge=False)
+    counted = ("requests", "share", "prompt tokens", "cached", "output tokens", "energy J", "cost USD")
+    table = Table("target", "location", *counted, box=None, pad_edge=False)
     for row in report.targets:
         tokens = (row.prompt_tokens, row.cached_tokens, row.completion_tokens)
+        joules = f"{row.energy_joules:.1f}" if row.location == "onsite" else ""
         cost = f"{row.cost_usd:.6f}"
-        table.add_row(row.target, row.location, str(row.requests), f"{row.share:.1%}", *map(str, tokens), cost)
+        table.add_row(row.target, row.location, str(row.requests), f"{row.share:.1%}", *map(str, tokens), joules, cost)
     stdout.print(table)
     say(f"overflowed {report.overflowed}, fell back {report.fell_back}, escalated {report.escalated}")
     bound = ", ".join(f"{count} {name}" for name, count in report.bound.items()) or "none"
@@ -50,5 +51,11 @@ def _print(report: Report, *, measured: bool) -> None:
         say(f"{report.unsettled} calls are not settled; up to {report.unsettled_usd:.6f} USD of the cost is theirs")
     if report.unpriced_attempts:
         say(f"{report.unpriced_attempts} calls used tokens at a cost nobody knows; they are in no sum")
-    if not measured:
-        say("on-site cost is assumed: set usd_per_kwh and watts_per_busy_core under [cost] to what is true here")
+    if report.energy_joules:
+        share = report.measured_joules / report.energy_joules
+        say(f"energy on-site: {report.energy_joules:.1f} J beyond idling, {share:.0%} of it metered")
+    if report.assumed_usd:
+        say(
+            f"{report.assumed_usd:.6f} USD of the on-site cost is assumed: set usd_per_kwh under [cost], and "
+            "watts_per_busy_core where no meter can be read (`appliance doctor` says which)"
+        )

@@ -38,6 +38,12 @@ class TargetRow:
     """Reservations without a settlement: calls under way, or cut off by a crash."""
     unpriced_attempts: int
     """Attempts that used tokens at a cost nobody knows; they are in no sum."""
+    energy_joules: float
+    """Of the node's own engines, beyond what the machine takes idling."""
+    measured_joules: float
+    """Of these, counted by the machine's own meters; the rest rests on a power that was configured or assumed."""
+    assumed_usd: float
+    """Part of `cost_usd` that rests on a power or a price of electricity that nobody has told or measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,9 @@ class Report:
     unsettled_usd: float
     unsettled: int
     unpriced_attempts: int
+    energy_joules: float
+    measured_joules: float
+    assumed_usd: float
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -129,6 +138,9 @@ def read_report(connection: Connection, *, since_at: float, until_at: float) -> 
         unsettled_usd=to_usd(sum(int(row["unsettled_nano"]) for row in spent.values())),
         unsettled=sum(row.unsettled for row in rows),
         unpriced_attempts=sum(row.unpriced_attempts for row in rows),
+        energy_joules=sum(row.energy_joules for row in rows),
+        measured_joules=sum(row.measured_joules for row in rows),
+        assumed_usd=sum(row.assumed_usd for row in rows),
     )
 
 
@@ -192,6 +204,9 @@ _ATTEMPT = (
     "cached_tokens",
     "reasoning_tokens",
     "reservation_id",
+    "cost_basis",
+    "energy_joules",
+    "energy_basis",
 )
 
 
@@ -277,6 +292,13 @@ def _tried_by_target(connection: Connection, period: ColumnElement[bool]) -> dic
             _number_of(and_(attempts.c.cost_nano_usd.is_(None), attempts.c.reservation_id.is_(None), used)).label(
                 "unpriced"
             ),
+            func.coalesce(func.sum(attempts.c.energy_joules), 0.0).label("joules"),
+            func.coalesce(
+                func.sum(case((attempts.c.energy_basis == "measured", attempts.c.energy_joules), else_=0.0)), 0.0
+            ).label("measured_joules"),
+            func.coalesce(
+                func.sum(case((attempts.c.cost_basis == "assumed", attempts.c.cost_nano_usd), else_=0)), 0
+            ).label("assumed_nano"),
         )
         .where(period)
         .group_by(attempts.c.target)
@@ -345,4 +367,7 @@ def _target_row(
         unsettled_usd=to_usd(int(of_money.get("unsettled_nano", 0))),
         unsettled=int(of_money.get("unsettled", 0)),
         unpriced_attempts=count("unpriced"),
+        energy_joules=float(of_attempts.get("joules", 0.0)),
+        measured_joules=float(of_attempts.get("measured_joules", 0.0)),
+        assumed_usd=to_usd(count("assumed_nano")),
     )

@@ -86,6 +86,9 @@ def attempt_rows(outcome: Outcome) -> list[Row]:
             "reasoning_tokens": _count(attempt.usage.reasoning_tokens),
             "cost_nano_usd": None if attempt.cost_usd is None else to_nano(attempt.cost_usd),
             "reservation_id": attempt.reservation,
+            "cost_basis": attempt.cost_basis,
+            "energy_joules": _joules(attempt.energy_joules),
+            "energy_basis": attempt.energy_basis,
         }
         for attempt in outcome.attempts
     ]
@@ -119,6 +122,11 @@ def _moved_on(results: Sequence[str], result: str) -> bool:
 def _text(text: str, longest: int = _LONGEST_NAME) -> str:
     """Text that any database takes: lone surrogates and NUL replaced, and cut, for some of it comes from outside."""
     return text[:longest].encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+def _joules(joules: float | None) -> float | None:
+    """Sums must stay sums: what is no amount of energy is not written."""
+    return joules if joules is not None and math.isfinite(joules) and joules >= 0 else None
 
 
 def _count(number: int) -> int:

@@ -6,7 +6,7 @@ exact whatever their order; at one cent per million tokens a single token still 
 
 from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text
 
-REVISIONS = ("0001", "0002")
+REVISIONS = ("0001", "0002", "0003")
 """Every revision there is, oldest first: a database that names another one was written by a newer appliance."""
 
 NANO_PER_USD = 1_000_000_000
@@ -69,6 +69,10 @@ attempts = Table(
     Column("reasoning_tokens", BigInteger, nullable=False),
     Column("cost_nano_usd", BigInteger),
     Column("reservation_id", String),
+    # How far the cost is known, and the energy in it; empty in rows from before these were kept.
+    Column("cost_basis", String),
+    Column("energy_joules", Float(53)),
+    Column("energy_basis", String),
     Index("ix_attempts_received_at", "received_at"),
 )
 

@@ -127,6 +127,16 @@ class Keeper:
         return bool(self._resting)
 
     @property
+    def load(self) -> EngineLoad | None:
+        """As it was last told; None while it is not ready."""
+        return self._load
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that leads its engine, while there is one."""
+        return None if self._process is None else self._process.pid
+
+    @property
     def is_busy(self) -> bool:
         """Whether it was last seen with work."""
         return self._load is not None and self._load.queued_requests + self._load.running_sequences > 0

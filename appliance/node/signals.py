@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import httpx
 
-from appliance.core import EngineLoad, EngineView, Snapshot, Target, Warning_
+from appliance.core import CostBasis, EngineLoad, EngineView, Snapshot, Target, Warning_
 from appliance.engines.base import Gauges, LoadPage, Probe
 from appliance.errors import BackendGarbage
 from appliance.state import State
@@ -30,6 +30,7 @@ class Signals:
         self._served: dict[str, tuple[Target, ...]] = {}
         self._views: dict[str, EngineView] = {}
         self._warnings: dict[tuple[str, str], Warning_] = {}
+        self._watts: Mapping[str, tuple[float, CostBasis]] = {}
 
     def set_configured(self, targets: Sequence[Target]) -> None:
         """Replace the rows of the configured providers, at start and on reload."""
@@ -58,6 +59,12 @@ class Signals:
         self._views[view.target] = view
         self._publish()
 
+    def set_watts(self, watts: Mapping[str, tuple[float, CostBasis]]) -> None:
+        """What engines draw while busy, by target, and how that is known. It takes the place of what views say."""
+        if watts != self._watts:
+            self._watts = dict(watts)
+            self._publish()
+
     def warn(self, code: str, text: str, about: str = "") -> None:
         """Raise a named condition, or reword it. `about` tells several of one code apart."""
         warning = Warning_(code, text)
@@ -72,7 +79,7 @@ class Signals:
 
     def _publish(self) -> None:
         own = [row for target in self._own for row in self._served.get(target.name, (target,))]
-        views = dict(self._views)
+        views = {name: self._powered(view) for name, view in self._views.items()}
         for engine, targets in self._served.items():
             view = views.pop(engine, None)
             if view is not None:
@@ -84,6 +91,10 @@ class Signals:
             warnings=tuple(self._warnings.values()),
         )
         self._state.publish(snapshot)
+
+    def _powered(self, view: EngineView) -> EngineView:
+        known = self._watts.get(view.target)
+        return view if known is None else replace(view, watts=known[0], watts_basis=known[1])
 
 
 class EngineLine:

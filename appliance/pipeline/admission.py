@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from appliance.core import EngineView, Target
+from appliance.engines.rates import decode_rate
 from appliance.errors import Busy, Unavailable
-from appliance.pipeline.capacity import NOT_PREDICTED, InFlight, Prediction, decode_rate, predict, room_beside
+from appliance.pipeline.capacity import NOT_PREDICTED, InFlight, Prediction, predict, room_beside
 from appliance.pipeline.learning import Experience
 from appliance.state import State
 

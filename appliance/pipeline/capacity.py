@@ -2,11 +2,12 @@
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from appliance.core import EngineLoad, EngineView
+from appliance.engines.rates import decode_rate
 
 STALE_SECONDS: Final = 5.0
 """A view older than this is not believed: the engine counts as not ready, never as free."""
@@ -23,7 +24,6 @@ _LEAST_CHUNK_TOKENS: Final = 64
 """An engine that is writing computes prompts in pieces of about this long, but not smaller ones, between two tokens."""
 
 _PRIOR_PREFILL: Final = 100.0
-_PRIOR_DECODE: Final = 10.0
 """Tokens/s before an engine has measured itself: a slow machine, so that nothing is promised that was not seen."""
 
 
@@ -227,21 +227,3 @@ def _not_ready(view: EngineView | None, now: float, not_before: float) -> str:
     if view.seen <= not_before:
         return "the engine has just failed to answer"
     return ""
-
-
-def decode_rate(measured: Mapping[int, float], sequences: int) -> float:
-    """Tokens/s over `sequences` running together, between the nearest measured numbers of sequences."""
-    points = sorted((count, rate) for count, rate in measured.items() if rate > 0)
-    if not points:
-        return _PRIOR_DECODE
-    below = [point for point in points if point[0] <= sequences]
-    above = [point for point in points if point[0] >= sequences]
-    if not below:
-        # fewer sequences than ever measured: each at the same speed at least
-        return above[0][1] * max(1, sequences) / above[0][0]
-    if not above:
-        return below[-1][1]
-    (low, low_rate), (high, high_rate) = below[-1], above[0]
-    if low == high:
-        return low_rate
-    return low_rate + (high_rate - low_rate) * (sequences - low) / (high - low)

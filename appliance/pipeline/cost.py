@@ -1,10 +1,11 @@
 """What an attempt cost: hosted by price, on-site by the engine time it took. Pure; the one place that knows money."""
 
+from dataclasses import dataclass
 from typing import Final
 
 from appliance.config import Cost
-from appliance.core import EngineView, Price, Target, Usage
-from appliance.pipeline.capacity import decode_rate
+from appliance.core import CostBasis, EngineView, Price, Target, Usage
+from appliance.engines.rates import busy_seconds
 
 ASSUMED_WATTS_PER_BUSY_CORE: Final = 10.0
 """A server core under load, with its share of memory and fans; used until the operator or a meter says better."""
@@ -28,26 +29,47 @@ def hosted_usd(price: Price, usage: Usage, reserved_usd: float) -> float:
     return reserved_usd if usage == Usage() else price.cost_usd(usage)
 
 
-def onsite_usd(target: Target, view: EngineView | None, usage: Usage, cost: Cost, cores: int) -> float | None:
-    """Energy and hardware for the seconds of engine time that `usage` stands for; None where nothing tells the time.
+@dataclass(frozen=True, slots=True)
+class Bill:
+    """What an attempt came to, and how far that is known."""
 
-    Each token is charged its share of the engine's rate with all sequences running together, so that the sum over
-    requests is the engine's busy time.
-    """
+    usd: float
+    basis: CostBasis
+    joules: float | None = None
+    """Beyond what the machine takes idling; None for what is charged by a price."""
+    energy_basis: CostBasis | None = None
+
+
+def onsite_bill(target: Target, view: EngineView | None, usage: Usage, cost: Cost, cores: int) -> Bill | None:
+    """Energy and hardware for the seconds of engine time that `usage` stands for; None where nothing tells the time."""
     if target.price is not None:
-        return target.price.cost_usd(usage)
-    if view is None or view.load is None or view.load.prefill_tokens_per_second <= 0:
+        return Bill(target.price.cost_usd(usage), "price")
+    if view is None or view.load is None:
         return None
-    load = view.load
-    together = max(1, load.running_sequences)
     fresh = max(0, usage.prompt_tokens - usage.cached_tokens)
-    seconds = fresh / load.prefill_tokens_per_second
-    seconds += usage.completion_tokens / decode_rate(load.decode_tokens_per_second, together)
-    return seconds * usd_per_busy_second(view, cost, cores)
+    seconds = busy_seconds(view.load, fresh, usage.completion_tokens)
+    if seconds is None:
+        return None
+    watts, energy_basis = busy_watts(view, cost, cores)
+    basis: CostBasis = "assumed" if cost.usd_per_kwh is None else energy_basis
+    return Bill(seconds * usd_per_busy_second(view, cost, cores), basis, seconds * watts, energy_basis)
+
+
+def onsite_usd(target: Target, view: EngineView | None, usage: Usage, cost: Cost, cores: int) -> float | None:
+    bill = onsite_bill(target, view, usage, cost, cores)
+    return None if bill is None else bill.usd
+
+
+def busy_watts(view: EngineView, cost: Cost, cores: int) -> tuple[float, CostBasis]:
+    """Extra power of an engine at work: metered, else as the operator says, else assumed."""
+    if view.watts is not None:
+        return view.watts, view.watts_basis
+    if cost.watts_per_busy_core is not None:
+        return cost.watts_per_busy_core * cores, "configured"
+    return ASSUMED_WATTS_PER_BUSY_CORE * cores, "assumed"
 
 
 def usd_per_busy_second(view: EngineView, cost: Cost, cores: int) -> float:
-    per_core = ASSUMED_WATTS_PER_BUSY_CORE if cost.watts_per_busy_core is None else cost.watts_per_busy_core
-    watts = view.watts if view.watts is not None else per_core * cores
+    watts, _ = busy_watts(view, cost, cores)
     per_kwh = ASSUMED_USD_PER_KWH if cost.usd_per_kwh is None else cost.usd_per_kwh
     return (watts / 1000 * per_kwh + cost.hardware_usd_per_hour) / 3600

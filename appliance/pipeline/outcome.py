@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
-from appliance.core import AttemptOutcome, AttemptResult, Decision, Facts, Outcome, Request, Usage
+from appliance.core import AttemptOutcome, AttemptResult, CostBasis, Decision, Facts, Outcome, Request, Usage
 from appliance.errors import (
     ApplianceError,
     BackendError,
@@ -45,6 +45,7 @@ def facts_of(
         policy_version=decision.route.policy_version,
         cost_usd=total_usd(attempts),
         cost_is_final=True,
+        cost_basis=weakest([attempt.cost_basis for attempt in attempts]),
         warning=_WARNINGS.get(decision.route.stage),
     )
 
@@ -59,6 +60,14 @@ def total_usd(attempts: Sequence[AttemptOutcome]) -> float | None:
         else:
             total += attempt.cost_usd
     return total
+
+
+_WEAKEST_FIRST: Final[Sequence[CostBasis]] = ("assumed", "configured", "measured", "price")
+
+
+def weakest(bases: Sequence[CostBasis | None]) -> CostBasis | None:
+    """A sum is known no better than the part of it that is known least. None: nothing was charged."""
+    return next((basis for basis in _WEAKEST_FIRST if basis in bases), None)
 
 
 def outcome_of(
@@ -105,6 +114,7 @@ def added_up(attempts: Sequence[AttemptOutcome]) -> tuple[AttemptOutcome, ...]:
 def _sum(index: int, group: Sequence[AttemptOutcome]) -> AttemptOutcome:
     costs = [attempt.cost_usd for attempt in group]
     first_bytes = [attempt.first_byte_seconds for attempt in group if attempt.first_byte_seconds is not None]
+    joules = [attempt.energy_joules for attempt in group if attempt.energy_joules is not None]
     usage = Usage()
     for attempt in group:
         usage += attempt.usage
@@ -118,6 +128,9 @@ def _sum(index: int, group: Sequence[AttemptOutcome]) -> AttemptOutcome:
         usage=usage,
         cost_usd=None if None in costs else sum(cost for cost in costs if cost is not None),
         reservation=None,
+        cost_basis=weakest([attempt.cost_basis for attempt in group]),
+        energy_joules=sum(joules) if joules else None,
+        energy_basis=weakest([attempt.energy_basis for attempt in group]),
     )
 
 

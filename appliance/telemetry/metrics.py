@@ -80,6 +80,12 @@ class Metrics:
         self._cost = Counter(
             "appliance_cost_usd_total", "Known cost of all attempts in US dollars.", ("target",), registry=registry
         )
+        self._energy = Counter(
+            "appliance_energy_joules_total",
+            "Energy of all attempts beyond idling: metered, or by the power that is configured or assumed.",
+            ("target",),
+            registry=registry,
+        )
         self._first_byte = Histogram(
             "appliance_first_byte_seconds",
             "From a request's arrival to the first byte of its answer.",
@@ -164,6 +170,8 @@ class Metrics:
             # A counter refuses what is negative, and a hosted target may report anything.
             if tokens > 0:
                 self._tokens.labels(target, kind).inc(tokens)
+        if attempt.energy_joules is not None and math.isfinite(attempt.energy_joules) and attempt.energy_joules > 0:
+            self._energy.labels(target).inc(attempt.energy_joules)
         if attempt.cost_usd is not None and math.isfinite(attempt.cost_usd) and attempt.cost_usd > 0:
             self._cost.labels(target).inc(attempt.cost_usd)
 

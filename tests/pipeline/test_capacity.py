@@ -6,9 +6,10 @@ import pytest
 
 from appliance.config import Cost
 from appliance.core import Outgoing, Price, Reply, Usage
+from appliance.engines.rates import decode_rate
 from appliance.errors import BackendGarbage, RejectedReply
 from appliance.pipeline.breaker import CLOSED, Breaker, Breakers, after_failure, after_nothing, after_start
-from appliance.pipeline.capacity import STALE_SECONDS, InFlight, Prediction, decode_rate, predict
+from appliance.pipeline.capacity import STALE_SECONDS, InFlight, Prediction, predict
 from appliance.pipeline.cost import hosted_usd, onsite_usd, reserve_usd, usd_per_busy_second
 from appliance.pipeline.learning import TokenRatios
 from appliance.pipeline.verify import read_verified
