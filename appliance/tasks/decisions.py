@@ -6,9 +6,10 @@ with `label_mass` besides (null where the target does not tell it). A score coun
 Batch request: `inputs` (1 to 10,000) instead of `input`. Response: {model, results, usage}; results in order, each
 {index, answers} or {index, error} with OpenAI's error object.
 
-Ours besides, in both: `debias`, `calibrate`, `layout` and `task` (methods.py), for models whose labels are scored here
-(what a hosted model says is given as it comes); and on an answer `unsure: true` where its label mass is low, and
-`calibrated_for` where a task's fit was applied.
+Ours besides, in both: `examples`, labelled texts that are shown to the model with the questions (examples.py);
+`debias`, `calibrate`, `layout` and `task` (methods.py), for models whose labels are scored here (what a hosted model
+says is given as it comes); and on an answer `unsure: true` where its label mass is low, and `calibrated_for` where a
+task's fit was applied.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from appliance.core import Ability, Asked, Outgoing, Reply, Target, Usage
 from appliance.errors import ApplianceError, BackendGarbage, Unsupported
 from appliance.tasks import classifiers, hosted, labels
 from appliance.tasks.confidence import calibrated, without_prior
+from appliance.tasks.examples import with_examples
 from appliance.tasks.fields import missing, read_list, read_model, refuse_other_contract
 from appliance.tasks.inputs import Input, read_input
 from appliance.tasks.methods import (
@@ -42,7 +44,7 @@ TOKENS_PER_CALL = 2_048
 others get their turn between two, and a failure costs no more than one."""
 
 _OTHERS = {"state": "/v1/systemone", "inputs": "/v1/decisions/batch"}
-_OWN_FIELDS = frozenset({"model", "input", "inputs", "questions", "stream"}) | FIELDS
+_OWN_FIELDS = frozenset({"model", "input", "inputs", "questions", "examples", "stream"}) | FIELDS
 _NOTHING = Input(CONTENT_FREE, CONTENT_FREE)
 
 Row = tuple[Judged, ...] | ApplianceError
@@ -188,7 +190,7 @@ def read(
     refuse_other_contract(body, "/v1/decisions", "input", _OTHERS)
     questions = _questions(body)
     text = read_input(body["input"], "input")
-    call = make_call((text,), questions, body.get("questions") or (), _extras(body), openai_payload)
+    call = make_call((text,), questions, _wired(body, questions), _extras(body), openai_payload)
     call = replace(
         call,
         judging=read_judging(body, questions, tasks),
@@ -208,7 +210,7 @@ def read_batch(
         raise missing("inputs", f"it must be a list of 1 to {MAX_INPUTS} inputs")
     rows = read_list(body["inputs"], "inputs", 1, MAX_INPUTS, "inputs")
     inputs = tuple(read_input(row, f"inputs[{index}]") for index, row in enumerate(rows))
-    whole = make_call(inputs, questions, body.get("questions") or (), _extras(body))
+    whole = make_call(inputs, questions, _wired(body, questions), _extras(body))
     whole = replace(
         whole,
         judging=read_judging(body, questions, tasks),
@@ -224,7 +226,14 @@ def _questions(body: Mapping[str, Any]) -> tuple[Question, ...]:
         left_open = classifiers.read_open(body.get("questions"))
         if left_open is not None:
             return (left_open,)
-    return read_questions(body)
+    return with_examples(body, read_questions(body))
+
+
+def _wired(body: Mapping[str, Any], questions: Sequence[Question]) -> Sequence[Mapping[str, Any]]:
+    """As they came, unless there is something to tell that the wire has no field for."""
+    if any(question.examples for question in questions):
+        return hosted.on_the_wire(questions)
+    return body.get("questions") or ()
 
 
 def split(whole: DecisionsCall) -> Sequence[DecisionsCall]:
@@ -243,7 +252,8 @@ def _chunks(whole: DecisionsCall) -> Iterator[tuple[Input, ...]]:
             inputs[at : at + classifiers.INPUTS_PER_CALL] for at in range(0, len(inputs), classifiers.INPUTS_PER_CALL)
         )
         return
-    asks = sum(labels.question_tokens(question) for question in whole.questions)
+    # Examples are computed once for all texts.
+    asks = sum(labels.question_tokens(question) - labels.example_tokens(question) for question in whole.questions)
     chunk: list[Input] = []
     tokens = 0
     for text in inputs:
@@ -267,7 +277,9 @@ def make_call(
     extras: Mapping[str, Any],
     render: Callable[[Judgement, Sequence[Question]], Any] | None = None,
 ) -> DecisionsCall:
-    return DecisionsCall(inputs, questions, wired, extras, len(inputs) >= len(questions), render)
+    # Examples are the longest part of a prompt, and stand before the text to be computed once.
+    question_first = len(inputs) >= len(questions) or any(question.examples for question in questions)
+    return DecisionsCall(inputs, questions, wired, extras, question_first, render)
 
 
 def make_asked(body: Mapping[str, Any], call: DecisionsCall) -> Asked:

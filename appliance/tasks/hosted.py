@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import orjson
+
 from appliance.core import Outgoing
 from appliance.errors import BackendGarbage
 from appliance.tasks.inputs import Input
@@ -23,7 +25,7 @@ def on_the_wire(questions: Sequence[Question]) -> Sequence[Mapping[str, Any]]:
 
 
 def _wired(question: Question) -> Mapping[str, Any]:
-    wired: dict[str, Any] = {"type": question.kind, "instructions": question.instructions}
+    wired: dict[str, Any] = {"type": question.kind, "instructions": _with_examples(question)}
     if question.name is not None:
         wired["name"] = question.name
     if question.kind == "predicate":
@@ -32,7 +34,7 @@ def _wired(question: Question) -> Mapping[str, Any]:
             for answer, option in zip(("True", "False"), question.options, strict=True)
             if option.description
         ]
-        wired["instructions"] = "\n".join((question.instructions, *meanings))
+        wired["instructions"] = "\n".join((wired["instructions"], *meanings))
         return wired
     field, key = ("choices", "value") if question.kind == "choice" else ("levels", "label")
     wired[field] = [
@@ -40,6 +42,15 @@ def _wired(question: Question) -> Mapping[str, Any]:
         for option in question.options
     ]
     return wired
+
+
+def _with_examples(question: Question) -> str:
+    """The instructions, and the examples below them: the wire has no field for those."""
+    rows = [
+        f"{orjson.dumps(example.text).decode()} -> {orjson.dumps(question.options[example.option].value).decode()}"
+        for example in question.examples
+    ]
+    return "\n".join((question.instructions, *(("Examples:", *rows) if rows else ())))
 
 
 def read_answers(payload: object, questions: Sequence[Question]) -> tuple[Judged, ...]:

@@ -5,7 +5,7 @@ put the question into the system message; one text and several questions put the
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +92,19 @@ def _spelling(value: str | bool) -> str:
 
 def question_tokens(question: Question) -> int:
     """About how many tokens an item has besides its text."""
-    return estimate_tokens(f"{_TASK}{_asks(question, labels_of(question))}{CUE}") + 2 * MESSAGE_TOKENS
+    ask = estimate_tokens(f"{_TASK}{_asks(question, labels_of(question))}{CUE}") + 2 * MESSAGE_TOKENS
+    return ask + example_tokens(question)
+
+
+def example_tokens(question: Question) -> int:
+    """About how many of these its examples are."""
+    if not question.examples:
+        return 0
+    labels = labels_of(question)
+    return sum(
+        estimate_tokens(example.text) + estimate_tokens(f"{CUE}{labels[example.option]}") + 2 * MESSAGE_TOKENS
+        for example in question.examples
+    )
 
 
 def outgoing(
@@ -103,28 +115,45 @@ def outgoing(
     debias: bool = False,
     short: bool = False,
 ) -> Outgoing:
-    """One call that scores every wording of every question for every input, inputs outermost."""
+    """One call that scores every wording of every question for every input, inputs outermost.
+
+    A question's examples stand between its system message and the text, as turns that have been answered.
+    """
     names: dict[tuple[str, ...], str] = {}
     asked = []
-    for wording in (wording for question in questions for wording in wordings(question, debias=debias)):
-        names.setdefault(wording.labels, f"set{len(names)}")
-        asked.append((wording.ask, names[wording.labels]))
-    pairs = [
-        (*(_question_first if question_first else _text_first)(text.text, ask), labels)
-        for text in inputs
-        for ask, labels in asked
-    ]
+    for question in questions:
+        for wording in wordings(question, debias=debias):
+            names.setdefault(wording.labels, f"set{len(names)}")
+            asked.append((wording.ask, tuple(_turns(question, wording, short=short)), names[wording.labels]))
+    layout = _question_first if question_first else _text_first
+    items = [(*layout(text.text, ask), turns, labels) for text in inputs for ask, turns, labels in asked]
     body: dict[str, Any] = {"label_sets": {name: list(labels) for labels, name in names.items()}}
     body |= {"cue": SHORT_CUE, "open_turn": True} if short else {"cue": CUE}
-    if len({system for system, _, _ in pairs}) == 1:
-        body["messages"] = [_message("system", pairs[0][0])]
-        body["items"] = [{"content": user, "labels": labels} for _, user, labels in pairs]
+    if len({(system, turns) for system, _, turns, _ in items}) == 1:
+        system, _, turns, _ = items[0]
+        body["messages"] = _messages(system, turns)
+        body["items"] = [{"content": user, "labels": labels} for _, user, _, labels in items]
     else:
         body["items"] = [
-            {"messages": [_message("system", system), _message("user", user)], "labels": labels}
-            for system, user, labels in pairs
+            {"messages": [*_messages(system, turns), _message("user", user)], "labels": labels}
+            for system, user, turns, labels in items
         ]
     return Outgoing(PATH, body)
+
+
+def _turns(question: Question, wording: Wording, *, short: bool) -> Iterator[tuple[str, str]]:
+    """(role, content) of the examples. In the short layout the answer stands within the text's turn, as there."""
+    for example in question.examples:
+        label = wording.labels[wording.options.index(example.option)]
+        if short:
+            yield "user", f"{example.text}{SHORT_CUE}{label}"
+        else:
+            yield "user", example.text
+            yield "assistant", f"{CUE}{label}"
+
+
+def _messages(system: str, turns: Sequence[tuple[str, str]]) -> list[Mapping[str, str]]:
+    return [_message("system", system), *(_message(role, content) for role, content in turns)]
 
 
 def _message(role: str, content: str) -> Mapping[str, str]:

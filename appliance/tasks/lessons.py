@@ -2,8 +2,9 @@
 
 Request: `task` (its name), `questions` as for /v1/decisions, `examples` (20 to 2,000): {input, label} for one question,
 {input, labels: {question's name: label}} for several, where a label is a choice's value, a score's level or a
-predicate's true or false; optionally `model`, `debias`, `calibrate`, `layout` (they become the task's method) and
-`bias` (true: a bias for each option is fitted too, which needs examples of every option; false otherwise).
+predicate's true or false; optionally `model`, `debias`, `calibrate`, `layout` (they become the task's method),
+`few_shot` (what /v1/decisions takes as `examples`) and `bias` (true: a bias for each option is fitted too, which needs
+examples of every option; false otherwise).
 Response: {task, target, variant, questions: [{name, examples, temperature, bias, before, after}], usage}; `before` and
 `after` hold accuracy, ece, brier and log_loss, `after` on examples that were not fitted on.
 """
@@ -16,7 +17,8 @@ from typing import Any
 from appliance.core import Asked, Usage
 from appliance.errors import ApplianceError, BackendGarbage, RequestError
 from appliance.tasks.decisions import DecisionsCall, Judgement, make_asked, make_call, split, usage_object
-from appliance.tasks.fields import missing, read_bool, read_list, read_object, refuse_other_contract, wrong
+from appliance.tasks.examples import truth, with_examples
+from appliance.tasks.fields import missing, read_bool, read_list, read_object, refuse_other_contract
 from appliance.tasks.fitting import MIN_EXAMPLES, Fitted, fit_question
 from appliance.tasks.inputs import Input, read_input
 from appliance.tasks.methods import Judging, Priors, TaskFit, question_key, read_method, read_task
@@ -40,7 +42,7 @@ def read(body: Mapping[str, Any], priors: Priors | None = None) -> tuple[Asked, 
     if read_task(body) is None:
         raise missing("task", "give the name that requests will use")
     read_bool(body, "bias")
-    questions = read_questions(body)
+    questions = with_examples(body, read_questions(body), "few_shot")
     rows = _rows(body)
     truths(body, questions)
     inputs = tuple(_input(row, index) for index, row in enumerate(rows))
@@ -54,7 +56,7 @@ def read(body: Mapping[str, Any], priors: Priors | None = None) -> tuple[Asked, 
 def truths(body: Mapping[str, Any], questions: Sequence[Question]) -> Sequence[Sequence[int]]:
     """For every example, the index of the right option of each question."""
     return [
-        [_truth(row, question, questions, f"examples[{index}]") for question in questions]
+        [truth(row, question, questions, f"examples[{index}]") for question in questions]
         for index, row in enumerate(_rows(body))
     ]
 
@@ -68,21 +70,6 @@ def _input(row: Mapping[str, Any], index: int) -> Input:
     if "input" not in row:
         raise missing(f"examples[{index}].input", "give the text to decide about")
     return read_input(row["input"], f"examples[{index}].input")
-
-
-def _truth(row: Mapping[str, Any], question: Question, questions: Sequence[Question], path: str) -> int:
-    if len(questions) == 1 and "label" in row:
-        place, given = f"{path}.label", row["label"]
-    else:
-        labels = read_object(row.get("labels"), f"{path}.labels", "question's name -> label")
-        if question.name is None or question.name not in labels:
-            raise missing(f"{path}.labels.{question.name}", "every question needs a name, and each example its label")
-        place, given = f"{path}.labels.{question.name}", labels[question.name]
-    for index, option in enumerate(question.options):
-        if type(option.value) is type(given) and option.value == given:
-            return index
-    known = ", ".join(repr(option.value) for option in question.options[:8])
-    raise wrong(place, given, f"it must be one of the question's options: {known}")
 
 
 def learn(

@@ -92,9 +92,12 @@ PLAINLY = Judging()
 
 
 def question_key(question: Question) -> str:
-    """Equal for questions that put the same options under the same instructions, whatever they are called."""
+    """Equal for questions that put the same options under the same instructions and examples, whatever their names."""
     options = [(type(option.value).__name__, option.value, option.description) for option in question.options]
-    return hashlib.sha256(orjson.dumps([question.kind, question.instructions, options])).hexdigest()[:32]
+    said: list[Any] = [question.kind, question.instructions, options]
+    if question.examples:
+        said.append([(example.text, example.option) for example in question.examples])
+    return hashlib.sha256(orjson.dumps(said)).hexdigest()[:32]
 
 
 def read_judging(body: Mapping[str, Any], questions: Sequence[Question], tasks: Tasks | None) -> Judging:

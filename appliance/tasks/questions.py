@@ -26,6 +26,14 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
+class Example:
+    """A text and the index of the option that is right for it."""
+
+    text: str
+    option: int
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
     """`options` in order: a predicate's are True and False, a score's are its levels from the lowest."""
 
@@ -33,6 +41,8 @@ class Question:
     name: str | None
     instructions: str
     options: tuple[Option, ...]
+    examples: tuple[Example, ...] = ()
+    """Shown to the model before the text."""
 
 
 @dataclass(frozen=True, slots=True)

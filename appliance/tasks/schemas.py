@@ -14,6 +14,7 @@ from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
 from appliance.errors import RejectedReply, RequestError
+from appliance.tasks.finite import has_finite_values
 
 MAX_SCHEMA_BYTES = 32_768
 """Checking a schema costs some 6 ms of CPU per KiB, once: the result is kept."""
@@ -115,9 +116,15 @@ def _check_parts(schema: Mapping[str, Any]) -> None:
     base = resource.id() or ""
     registry: Registry[Any] = Registry().with_resource(base, resource)
     resolver = registry.resolver(base)
-    nodes = _expanded_nodes(schema, lambda reference: resolver.lookup(reference).contents, {})
+
+    def lookup(reference: str) -> object:
+        return resolver.lookup(reference).contents
+
+    nodes = _expanded_nodes(schema, lookup, {})
     if nodes > MAX_EXPANDED_NODES:
         raise ValueError(f"its references expand to {nodes} parts, at most {MAX_EXPANDED_NODES} are checked")
+    if not has_finite_values(schema, lookup):
+        raise ValueError("it needs itself inside itself without end, so no value matches: let a property be left out")
 
 
 def _expanded_nodes(item: object, lookup: Callable[[str], object], known: dict[str, int]) -> int:

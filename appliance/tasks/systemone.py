@@ -4,7 +4,8 @@ Request: {model, state: text or JSON, questions: {id: {type, instructions, crite
 optional {true, false}), `choice` (criteria {option: description or null}) or `score` (criteria [level, ...] from the
 lowest). Response: {model, answers: {id: answer}, usage}. Levels are numbered from 0, as strings, in `legend` and
 `probabilities`. A question that the model declined to answer is missing from `answers`. `label_mass`, `unsure` and
-`calibrated_for` are ours, and so are the request's `debias`, `calibrate`, `layout` and `task`: see decisions.py.
+`calibrated_for` are ours, and so are the request's `examples`, `debias`, `calibrate`, `layout` and `task`: see
+decisions.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from appliance.core import Asked
 from appliance.errors import RequestError
 from appliance.tasks import classifiers
 from appliance.tasks.decisions import DecisionsCall, Judgement, make_asked, make_call, only_row, usage_object
+from appliance.tasks.examples import with_examples
 from appliance.tasks.fields import missing, read_object, refuse_other_contract, wrong
 from appliance.tasks.hosted import on_the_wire
 from appliance.tasks.inputs import Input
@@ -62,7 +64,7 @@ def _questions(body: Mapping[str, Any]) -> tuple[Question, ...]:
             left_open = classifiers.read_open([row])
             if left_open is not None:
                 return (replace(left_open, name=name),)
-    return _read_questions(given)
+    return with_examples(body, _read_questions(given))
 
 
 def _read_questions(value: object) -> tuple[Question, ...]:

@@ -104,3 +104,52 @@ def test_an_answers_bound_follows_its_schema() -> None:
 def test_sizing_a_schema_with_references_that_fan_out_ends() -> None:
     fan = {f"f{n}": {"$ref": "#"} for n in range(30)}
     assert output_tokens({"type": "object", "properties": fan}) >= MIN_TOKENS
+
+
+ME = {"$ref": "#"}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {"a": ME}, "required": ["a"]},
+        {"type": "array", "items": ME, "minItems": 1},
+        {"type": "array", "prefixItems": [{"type": "null"}, ME], "minItems": 2},
+        {"type": "object", "required": ["a"], "additionalProperties": ME},
+        {"type": "object", "properties": {"a": {"anyOf": [ME, {"allOf": [ME]}]}}, "required": ["a"]},
+        {
+            "$ref": "#/$defs/a",
+            "$defs": {
+                "a": {"type": "object", "properties": {"b": {"$ref": "#/$defs/b"}}, "required": ["b"]},
+                "b": {"type": ["object", "array"], "minItems": 1, "items": {"$ref": "#/$defs/a"}, "required": ["x"],
+                      "properties": {"x": {"$ref": "#/$defs/a"}}},
+            },
+        },
+    ],
+)  # fmt: skip
+def test_a_schema_that_only_endless_values_match_is_refused(schema: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="without end"):
+        check_schema(schema, "schema")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {"a": ME}},
+        {"type": "object", "properties": {"a": {"anyOf": [ME, {"type": "null"}]}}, "required": ["a"]},
+        {"type": "array", "items": ME},
+        {"properties": {"a": ME}, "required": ["a"]},
+        {"type": ["object", "null"], "properties": {"a": ME}, "required": ["a"]},
+        {
+            "type": "object",
+            "properties": {"left": {"$ref": "#/$defs/tree"}},
+            "required": ["left"],
+            "$defs": {
+                "tree": {"oneOf": [{"$ref": "#/$defs/node"}, {"type": "string"}]},
+                "node": {"type": "object", "properties": {"l": {"$ref": "#/$defs/tree"}}, "required": ["l"]},
+            },
+        },
+    ],
+)
+def test_a_schema_that_may_refer_to_itself_and_ends_is_taken(schema: dict[str, Any]) -> None:
+    assert check_schema(schema, "schema") == schema
