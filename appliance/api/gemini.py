@@ -9,12 +9,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from appliance.api.dialects import GEMINI_ACTIONS
-from appliance.api.openai import AUTO
+from appliance.api.registry import AUTO, found
 from appliance.api.replies import json_response
 from appliance.api.rim import Rim
 from appliance.api.translated import translated
 from appliance.core import Target
-from appliance.errors import NotFound, RequestError, UnknownModel
+from appliance.errors import NotFound, RequestError
 from appliance.tasks.gemini.read import read, read_count
 from appliance.tasks.gemini.reply import ContentWriter, content_of
 
@@ -42,12 +42,7 @@ class Gemini:
     async def model(self, http: Http) -> Response:
         caller = self._rim.auth.caller(http.headers)
         name = http.path_params["name"]
-        if name == AUTO:
-            return json_response(_model_row(AUTO, None))
-        found = next((one for one in self._rim.pipeline.models(caller) if one.name == name), None)
-        if found is None:
-            raise UnknownModel(f"model {name[:256]!r} is not known here: GET /v1beta/models lists those that are")
-        return json_response(_model_row(name, found))
+        return json_response(_model_row(name, found(self._rim.pipeline, caller, name)))
 
     async def _generate(self, http: Http, name: str, *, stream: bool) -> ASGIApp:
         alt = http.query_params.get("alt", "json")

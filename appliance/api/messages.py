@@ -8,12 +8,11 @@ from starlette.requests import Request as Http
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from appliance.api.openai import AUTO
+from appliance.api.registry import AUTO, found
 from appliance.api.replies import json_response
 from appliance.api.rim import Rim
 from appliance.api.translated import translated
 from appliance.core import Target
-from appliance.errors import UnknownModel
 from appliance.tasks.anthropic.events import MessageWriter
 from appliance.tasks.anthropic.read import read, read_count
 from appliance.tasks.anthropic.reply import message_of
@@ -49,10 +48,7 @@ class Messages:
 
     async def model(self, http: Http) -> Response:
         caller, name = self._rim.auth.caller(http.headers), http.path_params["name"]
-        target = next((one for one in self._rim.pipeline.models(caller) if one.name == name), None)
-        if target is None and name != AUTO:
-            raise UnknownModel(f"model {name[:256]!r} is not known here: GET /v1/models lists those that are")
-        return json_response(self._row(name, target))
+        return json_response(self._row(name, found(self._rim.pipeline, caller, name)))
 
     def _row(self, name: str, target: Target | None) -> Mapping[str, Any]:
         """`created_at` is when this node started."""

@@ -8,18 +8,17 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from appliance.api.parts import Answer
-from appliance.api.registry import described
+from appliance.api.registry import AUTO, described, found
 from appliance.api.relay import StreamResponse, as_stream
 from appliance.api.replies import json_response
 from appliance.api.rim import Opened, Rim
 from appliance.core import Target
-from appliance.errors import ApplianceError, UnknownModel, Unsupported
+from appliance.errors import ApplianceError, Unsupported
 from appliance.tasks import chat, completions, embeddings
 from appliance.tasks.chat import ChatCall
 from appliance.tasks.completions import CompletionCall
 from appliance.tasks.events import stream_of
 
-AUTO = "auto"
 _NO_EMBEDDINGS = (
     "no model of this node does: the CPU engine serves chat models, so configure a provider (an on-site server counts) "
     'with a model that has abilities = ["embeddings"]'
@@ -30,6 +29,10 @@ class OpenAI:
     def __init__(self, rim: Rim) -> None:
         self._rim = rim
         self._started_at = int(rim.wall_clock())
+
+    @property
+    def _auto(self) -> Mapping[str, Any]:
+        return {"id": AUTO, "object": "model", "created": self._started_at, "owned_by": "appliance"}
 
     async def chat(self, http: Http) -> ASGIApp:
         opened = await self._rim.open(http, chat.read)
@@ -68,14 +71,11 @@ class OpenAI:
     async def model(self, http: Http) -> Response:
         caller = self._rim.auth.caller(http.headers)
         name = http.path_params["name"]
-        found = next((row for row in self._models(self._rim.pipeline.models(caller)) if row["id"] == name), None)
-        if found is None:
-            raise UnknownModel(f"model {name[:256]!r} is not known here: GET /v1/models lists those that are")
-        return json_response(found)
+        target = found(self._rim.pipeline, caller, name)
+        return json_response({**(self._auto if target is None else self._model(target)), "id": name})
 
     def _models(self, targets: Sequence[Target]) -> Sequence[Mapping[str, Any]]:
-        auto = {"id": AUTO, "object": "model", "created": self._started_at, "owned_by": "appliance"}
-        return [auto, *(self._model(target) for target in targets)]
+        return [self._auto, *(self._model(target) for target in targets)]
 
     def _model(self, target: Target) -> Mapping[str, Any]:
         """OpenAI's fields, and what the appliance knows of the target besides. `created` is when this node started."""

@@ -55,6 +55,9 @@ class Pipeline(Protocol):
 
     def models(self, caller: Caller) -> Sequence[Target]: ...
 
+    def meant(self, model: str) -> str:
+        """The name that `model` stands for, which is mostly itself."""
+
 
 class Snapshots(Protocol):
     @property

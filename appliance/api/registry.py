@@ -1,9 +1,29 @@
 """What each target can do, as `GET /v1/models` shows it."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
-from appliance.core import Price, Target
+from appliance.api.parts import Pipeline
+from appliance.core import Caller, Price, Target
+from appliance.errors import UnknownModel
+from appliance.pipeline.matching import bare_name
+
+AUTO: Final = "auto"
+
+
+def found(pipeline: Pipeline, caller: Caller, name: str) -> Target | None:
+    """What a request for `name` would be given; None where the policy chooses. Raises UnknownModel."""
+    meant = pipeline.meant(name)
+    if meant == AUTO:
+        return None
+    there = pipeline.models(caller)
+    for target in there:
+        if target.name == meant:
+            return target
+    for target in there:
+        if bare_name(target) == meant:
+            return target
+    raise UnknownModel(f"model {name[:256]!r} is not known here: list the models to see those that are")
 
 
 def described(target: Target) -> Mapping[str, Any]:

@@ -1,6 +1,7 @@
 """The policy's own tables: routes, what they are for, where they lead, what they may cost and what happens when not."""
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -307,7 +308,16 @@ class Policy(Strict):
     defaults: Defaults = Defaults()
     residency: PersonalData = PersonalData()
     capacity: Capacity = Capacity()
+    aliases: Mapping[str, str] = {}
+    """Names that clients ask for, as they stand in code written for another API, and what is meant here: `auto`, a
+    target, or a model. `*` stands for anything, as in `"claude-*" = "auto"`; the first that fits counts."""
     routes: tuple[RouteRule, ...] = Field(min_length=1)
+
+    def meant(self, model: str) -> str:
+        """What a client that asks for `model` is given: what an alias says, else that very name."""
+        if model in self.aliases:
+            return self.aliases[model]
+        return next((to for name, to in self.aliases.items() if "*" in name and fnmatchcase(model, name)), model)
 
     @property
     def searches_content(self) -> bool:

@@ -81,7 +81,7 @@ class Sampler:
         self._sampling, self._logprobs, self._constraint = sampling, logprobs, constraint
         self._forcing = constraint if isinstance(constraint, Forcing) else None
         self._greedy = sampling.temperature <= _GREEDY_TEMPERATURE or sampling.top_k == 1
-        self._random = None if self._greedy else np.random.default_rng(sampling.seed)
+        self._random = None if self._greedy else np.random.default_rng(_seed(sampling.seed))
         self._counts: dict[int, int] = {}
         penalties = sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty - 1.0
         self._penalizes = any(penalties)
@@ -216,6 +216,11 @@ def _weights(logits: Logits, top: float, temperature: float) -> tuple[Logits, fl
         scaled *= np.float32(1.0 / temperature)
     np.exp(scaled, out=scaled)
     return scaled, float(scaled.sum())
+
+
+def _seed(seed: int | None) -> int | None:
+    """Callers' seeds may be negative, the generator's may not."""
+    return None if seed is None else seed % 2**64
 
 
 def argmax_rows(rows: npt.NDArray[np.float32]) -> Sequence[int]:

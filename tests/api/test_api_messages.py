@@ -240,6 +240,7 @@ async def test_models_are_listed_in_the_shape_of_who_asks() -> None:
         assert (await client.models.retrieve(SMALL.name)).max_input_tokens == SMALL.context_tokens
         with pytest.raises(anthropic.NotFoundError):
             await client.models.retrieve("claude-99")
+        assert (await client.models.retrieve("claude-old")).max_input_tokens is None
 
 
 GOOD_KEY = {"x-api-key": "secret"}

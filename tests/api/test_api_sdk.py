@@ -140,6 +140,9 @@ async def test_models() -> None:
         names = [model.id async for model in client.models.list()]
         assert names == ["auto", SMALL.name]
         assert (await client.models.retrieve(SMALL.name)).owned_by == "onsite"
+        assert (await client.models.retrieve("small")).owned_by == "onsite"
+        renamed = await client.models.retrieve("gpt-old")
+        assert (renamed.id, renamed.owned_by) == ("gpt-old", "onsite")
         with pytest.raises(openai.NotFoundError):
             await client.models.retrieve("gpt-99")
 

@@ -194,3 +194,9 @@ def test_ties_go_to_the_lower_id() -> None:
     assert most_probable(tied, 9).tolist() == [1, 2, 0, 3]
     assert argmax_rows(np.stack([tied, tied[::-1]])) == [1, 1]
     assert top_logprobs(tied, 0.5, 2) == ((1, 1.5), (2, 1.5))
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**63 - 1])
+def test_any_whole_number_is_a_seed(seed: int) -> None:
+    drawn = [Sampler(Sampling(temperature=1.0, seed=seed)).choose(row()).token for _ in range(2)]
+    assert drawn[0] == drawn[1]

@@ -202,3 +202,24 @@ def test_a_target_named_twice_stands_once() -> None:
 def test_a_bound_key_does_not_see_hosted_models() -> None:
     assert visible_targets(caller_of(residency=ONSITE), (LOCAL, HOSTED)) == (LOCAL,)
     assert visible_targets(caller_of(), (LOCAL, HOSTED)) == (LOCAL, HOSTED)
+
+
+@pytest.mark.parametrize(
+    ("asked", "targets"),
+    [
+        ("gpt-6", ["onsite/tiny", "cloud/big"]),
+        ("claude-opus", ["cloud/big"]),
+        ("claude-haiku-9", ["onsite/tiny"]),
+        ("tiny", ["onsite/tiny"]),
+    ],
+)
+def test_names_of_other_apis_models_stand_for_what_the_policy_says(asked: str, targets: list[str]) -> None:
+    aliases = '[aliases]\n"gpt-6" = "auto"\n"claude-opus" = "cloud/big"\n"claude-*" = "tiny"\n'
+    ranking = ranked(request_of(model=asked), policy=LOCAL_FIRST + aliases)
+    assert order(ranking) == targets
+
+
+def test_a_name_that_no_alias_has_is_refused_as_ever() -> None:
+    assert isinstance(
+        ranked(request_of(model="gpt-9"), policy=LOCAL_FIRST + '[aliases]\n"gpt-6" = "auto"\n').refusal, UnknownModel
+    )
