@@ -15,14 +15,14 @@ from appliance.api.body import parse_body, read_body
 from appliance.api.replies import json_response
 from appliance.api.rim import Rim
 from appliance.api.upload import Form, receive_form
-from appliance.core import ANYWHERE, Caller, Residency, Usage, strictest
+from appliance.core import Caller, Residency, Usage, strictest
 from appliance.errors import BodyTooLarge, NotFound, RequestError
 from appliance.jobs.desk import Desk, new_batch_id
 from appliance.jobs.files import new_file_id
 from appliance.jobs.nouns import Batch, StoredFile
 from appliance.jobs.parts import Progress
 from appliance.jobs.planner import read_window
-from appliance.pipeline.normalize import RESIDENCY_HEADER, TAG_HEADER, read_residency, read_tag
+from appliance.pipeline.normalize import TAG_HEADER, read_residency, read_tag
 
 PURPOSES: Final = ("batch", "batch_output", "user_data", "assistants", "fine-tune", "vision", "evals")
 _FORM_BYTES: Final = 65_536
@@ -258,10 +258,12 @@ def _owner(caller: Caller) -> str | None:
 
 
 def _bound(caller: Caller, headers: Mapping[str, str], metadata: Mapping[str, str]) -> Residency:
-    """The strictest of key, header and metadata. Raises RequestError for one that cannot be understood."""
-    said = metadata.get(RESIDENCY_HEADER)
-    told = read_residency({RESIDENCY_HEADER: said}) if said is not None else None
-    return strictest(caller.residency, read_residency(headers) or ANYWHERE, told or ANYWHERE)
+    """The strictest of key, header and metadata, in which names are taken as in headers.
+
+    Raises RequestError for one that cannot be understood.
+    """
+    said = (read_residency(headers), read_residency(metadata))
+    return strictest(caller.residency, *(one for one in said if one is not None))
 
 
 def _purpose(fields: Mapping[str, str]) -> str:
@@ -275,7 +277,7 @@ def _lifetime(fields: Mapping[str, str]) -> float | None:
     text = fields.get("expires_after[seconds]")
     if text is None:
         return None
-    return _checked_seconds(int(text) if text.isdecimal() else text, "expires_after[seconds]")
+    return _checked_seconds(_whole(text, _LONGEST_SECONDS) or text, "expires_after[seconds]")
 
 
 def _output_seconds(value: object) -> float | None:
@@ -309,8 +311,16 @@ def _metadata(value: object) -> Mapping[str, str]:
 def _limit(text: str | None, usual: int, most: int) -> int:
     if text is None:
         return usual
-    if not text.isdecimal() or not 1 <= int(text) <= most:
+    number = _whole(text, most)
+    if not number:
         raise RequestError(f"limit is {text[:20]!r}: use a whole number from 1 to {most}", param="limit")
+    return number
+
+
+def _whole(text: str, most: int) -> int | None:
+    """A number of as many digits as there may be; Python refuses to read thousands of them."""
+    if not text.isdecimal() or len(text) > len(str(most)) or int(text) > most:
+        return None
     return int(text)
 
 

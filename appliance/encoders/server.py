@@ -17,6 +17,7 @@ from appliance.encoders.events import log
 from appliance.errors import ApplianceError, BodyTooLarge, ClientGone, NotFound, RequestError, Unavailable
 
 MAX_BODY_BYTES = 64_000_000
+_MOST_DIGITS = 10
 _OWN_MISTAKE = ApplianceError("the encoder program made a mistake of its own; its log says which")
 
 
@@ -62,7 +63,7 @@ class Endpoints:
 
     async def show(self, request: Request) -> Response:
         text = request.query_params.get("version")
-        if text is not None and not text.isdigit():
+        if text is not None and not (text.isascii() and text.isdigit() and len(text) < _MOST_DIGITS):
             raise RequestError(f"version is {text[:40]!r}: it must be a whole number from 1", param="version")
         version = None if text is None else int(text)
         return _json(await asyncio.to_thread(self.desk.show, request.path_params["name"], version))

@@ -83,7 +83,12 @@ def _check_request(raw: RawLine, value: dict[str, Any], endpoint: str) -> Line |
     if body.get("stream"):
         text = "a line of a batch cannot be streamed: leave stream out"
         return _bad(raw, custom_id, "unsupported_parameter", text, "body.stream")
-    return Line(raw.number, raw.offset, raw.length, custom_id, url, body, _digest(url, body))
+    try:
+        digest = _digest(url, body)
+    except orjson.JSONEncodeError:  # what is read may be nested deeper than what is written
+        text = "the body is nested too deeply: flatten it"
+        return _bad(raw, custom_id, "invalid_json_line", text, "body")
+    return Line(raw.number, raw.offset, raw.length, custom_id, url, body, digest)
 
 
 def _digest(url: str, body: dict[str, Any]) -> bytes:

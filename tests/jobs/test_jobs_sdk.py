@@ -324,6 +324,7 @@ async def test_a_deleted_file_is_gone(tmp_path: Path) -> None:
         ({"input_file_id": 7}, "no file"),
         ({"metadata": {"a": 1}}, "metadata.a"),
         ({"metadata": {"x-appliance-residency": "nowhere"}}, "residency"),
+        ({"metadata": {"x-appliance-residncy": "onsite"}}, "did you mean x-appliance-residency"),
         ({"output_expires_after": {"seconds": 1}}, "3600"),
     ],
 )
@@ -338,6 +339,28 @@ async def test_a_batch_that_cannot_be_made_is_refused_with_the_remedy(
         assert found.status_code in (400, 404)
         assert words in found.json()["error"]["message"]
         assert [one async for one in client.batches.list()] == []
+
+
+async def test_metadata_binds_in_whatever_case_it_is_written(tmp_path: Path) -> None:
+    async with node(tmp_path) as running, running.client() as client:
+        file = await client.files.create(file=("in.jsonl", jsonl([chat(1)])), purpose="batch")
+        batch = await client.batches.create(
+            input_file_id=file.id,
+            endpoint="/v1/chat/completions",
+            completion_window="24h",
+            metadata={"X-Appliance-Residency": "onsite"},
+        )
+        await finished(client, batch)
+        assert [str(request.residency) for request in running.pipeline.requests] == ["onsite"]
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "x", "9" * 5000])
+async def test_a_limit_that_is_none_is_refused(tmp_path: Path, limit: str) -> None:
+    async with node(tmp_path) as running, httpx.AsyncClient(headers={"authorization": "Bearer key-ann"}) as http:
+        for path in ("files", "batches"):
+            found = await http.get(f"{running.url}/v1/{path}", params={"limit": limit})
+            assert found.status_code == 400
+            assert "whole number" in found.json()["error"]["message"]
 
 
 async def test_uploads_that_are_too_long_or_find_no_room_leave_nothing_behind(tmp_path: Path) -> None:
