@@ -42,7 +42,7 @@ from appliance.node.nvidia import load_nvml
 from appliance.node.planner import ENGINES
 from appliance.node.signals import Signals
 from appliance.node.supervisor import Supervisor
-from appliance.node.swap import Rules, pool_of, resting_at_first
+from appliance.node.swap import Rules, pools_of, resting_at_first
 from appliance.node.swapper import Swapper
 from appliance.node.vllm_environments import launchable
 from appliance.pipeline.admission import Admission
@@ -74,7 +74,7 @@ class Site:
     stored_keys: tuple[Key, ...] | None = ()
     """API keys made by command; those of the configuration are in `config`. None where they could not be read."""
     pools: Mapping[str, int] = field(default_factory=dict)
-    """Bytes that all models of a pool of memory may hold together (`swap.pool_of`)."""
+    """Bytes that all models of a pool of memory may hold together (`swap.pools_of`)."""
     detector: Detector | None = None
     """Of personal data, where the policy wants requests searched."""
     has_had_keys: bool = False
@@ -127,7 +127,8 @@ def prepare(
     detector = detector_for(policy)
     check_profiler(policy.defaults.profiler)
     if pools is None:
-        pools = {pool_of(one): sum(each.memory.total_bytes for each in placements) for one in placements}
+        whole = sum(one.memory.total_bytes for one in placements)
+        pools = {pool: whole for one in placements for pool in pools_of(one)}
     return Site(
         config,
         home,

@@ -13,7 +13,7 @@ from appliance.node.gpu_fit import Records
 from appliance.node.planner import plan
 from appliance.node.plans import Plan, Refusal, Wanted
 from appliance.node.probe import Hardware
-from appliance.node.swap import RAM, pool_of
+from appliance.node.swap import RAM
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,9 @@ class LineUp:
     @property
     def pools(self) -> Mapping[str, int]:
         """Bytes that all models of one pool of memory may hold together."""
-        pools = {RAM: self.loaded.usable_bytes}
-        for one in self.placements:
-            if one.gpu is not None:
-                pools[pool_of(one)] = min(self.loaded.gpu_usable_bytes.get(key, 0) for key in one.gpu.devices)
-        return pools
+        devices = {key for one in self.placements if one.gpu is not None for key in one.gpu.devices}
+        usable = self.loaded.gpu_usable_bytes
+        return {RAM: self.loaded.usable_bytes, **{key: usable.get(key, 0) for key in sorted(devices)}}
 
 
 def line_up(

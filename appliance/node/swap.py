@@ -33,9 +33,10 @@ class Resident:
     """One model as it stands."""
 
     model: str
-    pool: str
-    """What its memory is taken of: the RAM, or certain devices."""
+    pools: tuple[str, ...]
+    """What its memory is taken of: the RAM, or one or several devices."""
     bytes: int
+    """Of each of its pools."""
     residence: Residence
     since: float
     """When it came to be so."""
@@ -66,19 +67,18 @@ def decide(now: float, residents: Sequence[Resident], pools: Mapping[str, int], 
     leaving = {move.model for move in moves}
     wanted = [one for one in residents if one.residence == "resting" and _is_wanted(one, now)]
     free = {
-        pool: room - sum(one.bytes for one in residents if one.pool == pool and one.residence != "resting")
+        pool: room - sum(one.bytes for one in residents if pool in one.pools and one.residence != "resting")
         for pool, room in pools.items()
     }
     for one in sorted(wanted, key=lambda one: one.wanted_at or 0.0):
-        room = free.get(one.pool, 0)
-        if one.bytes <= room:
+        if all(one.bytes <= free.get(pool, 0) for pool in one.pools):
             moves.append(Move("load", one.model, "wanted"))
-            free[one.pool] = room - one.bytes
-        elif not _somebody_moves(residents, one.pool) and now - one.since >= rules.cool_down_seconds:
-            out = _victims(one, [other for other in residents if other.model not in leaving], room, now, rules)
+            free |= {pool: free[pool] - one.bytes for pool in one.pools}
+        elif not _somebody_moves(residents, one.pools) and now - one.since >= rules.cool_down_seconds:
+            out = _victims(one, [other for other in residents if other.model not in leaving], free, now, rules)
             moves += [Move("unload", other.model, f"unloaded: {one.model} is wanted") for other in out]
             leaving |= {other.model for other in out}
-            free[one.pool] = 0  # what they give back is for this one
+            free |= dict.fromkeys(one.pools, 0)  # what they give back is for this one
     return tuple(moves)
 
 
@@ -87,18 +87,20 @@ def resting_at_first(placements: Sequence[Placement], pools: Mapping[str, int]) 
     left = dict(pools)
     resting = {}
     for placement in placements:
-        pool, needed = pool_of(placement), placement.memory.total_bytes
-        if needed <= left.get(pool, 0):
-            left[pool] -= needed
+        taken, needed = pools_of(placement), placement.memory.total_bytes
+        least = min(left.get(pool, 0) for pool in taken)
+        if needed <= least:
+            left |= {pool: left[pool] - needed for pool in taken}
         else:
-            resting[placement.model] = (
-                f"needs {needed:,} bytes where {left.get(pool, 0):,} are left; loaded when wanted"
-            )
+            resting[placement.model] = f"needs {needed:,} bytes where {least:,} are left; loaded when wanted"
     return resting
 
 
-def pool_of(placement: Placement) -> str:
-    return RAM if placement.gpu is None else ",".join(placement.gpu.devices)
+def pools_of(placement: Placement) -> tuple[str, ...]:
+    """What it takes its memory of, the same from each. Devices without memory of their own take the machine's."""
+    if placement.gpu is None:
+        return (RAM,)
+    return (*placement.gpu.devices, RAM) if placement.gpu.unified_memory else placement.gpu.devices
 
 
 def _is_idle(one: Resident, now: float, rules: Rules) -> bool:
@@ -111,24 +113,23 @@ def _is_wanted(one: Resident, now: float) -> bool:
     return one.wanted_at is not None and one.wanted_at > one.used_at and now - one.wanted_at <= _DEMAND_SECONDS
 
 
-def _somebody_moves(residents: Sequence[Resident], pool: str) -> bool:
-    return any(one.residence == "moving" and one.pool == pool for one in residents)
+def _somebody_moves(residents: Sequence[Resident], pools: Sequence[str]) -> bool:
+    return any(one.residence == "moving" and not set(pools).isdisjoint(one.pools) for one in residents)
 
 
-def _victims(wanted: Resident, others: Sequence[Resident], room: int, now: float, rules: Rules) -> Sequence[Resident]:
+def _victims(
+    wanted: Resident, others: Sequence[Resident], free: Mapping[str, int], now: float, rules: Rules
+) -> Sequence[Resident]:
     """Whom to unload for `wanted`: the longest unused first, as few as it takes; nobody where that is not enough."""
     may_go = [
         one
         for one in others
-        if one.pool == wanted.pool
-        and one.residence == "loaded"
-        and not one.is_busy
-        and now - one.since >= rules.least_residence_seconds
+        if one.residence == "loaded" and not one.is_busy and now - one.since >= rules.least_residence_seconds
     ]
     chosen: list[Resident] = []
+    lacks = {pool: wanted.bytes - free.get(pool, 0) for pool in wanted.pools}
     for one in sorted(may_go, key=lambda one: one.used_at):
-        if room >= wanted.bytes:
-            break
-        chosen.append(one)
-        room += one.bytes
-    return chosen if room >= wanted.bytes else ()
+        if any(lacks.get(pool, 0) > 0 for pool in one.pools):
+            chosen.append(one)
+            lacks = {pool: lack - one.bytes * (pool in one.pools) for pool, lack in lacks.items()}
+    return chosen if all(lack <= 0 for lack in lacks.values()) else ()

@@ -8,7 +8,7 @@ import structlog
 
 from appliance.node.keeper import Keeper
 from appliance.node.supervisor import Supervisor
-from appliance.node.swap import Move, Residence, Resident, Rules, decide, pool_of
+from appliance.node.swap import Move, Residence, Resident, Rules, decide, pools_of
 from appliance.state import State
 
 _LOOK_SECONDS: Final = 0.5
@@ -74,7 +74,7 @@ class Swapper:
             self._seen[placement.model] = (residence, now)
         return Resident(
             model=placement.model,
-            pool=pool_of(placement),
+            pools=pools_of(placement),
             bytes=placement.memory.total_bytes,
             residence=residence,
             since=since,

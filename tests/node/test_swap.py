@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.engines.base import GpuShare, Memory, Placement, Shape
-from appliance.node.swap import RAM, Move, Resident, Rules, decide, pool_of, resting_at_first
+from appliance.node.swap import RAM, Move, Resident, Rules, decide, pools_of, resting_at_first
 
 POOLS = {RAM: 100}
 RULES = Rules(idle_unload_seconds=300, least_residence_seconds=60, cool_down_seconds=20)
-A = Resident("a", RAM, 70, "loaded", since=0, used_at=50)
-B = Resident("b", RAM, 70, "resting", since=0, used_at=0)
+A = Resident("a", (RAM,), 70, "loaded", since=0, used_at=50)
+B = Resident("b", (RAM,), 70, "resting", since=0, used_at=0)
 
 
 def _kinds(moves: tuple[Move, ...]) -> list[tuple[str, str]]:
@@ -68,8 +68,8 @@ def test_the_first_who_wished_is_first() -> None:
 
 
 def test_pools_do_not_help_each_other() -> None:
-    other = replace(A, pool="GPU-1")
-    wanted = replace(B, pool="GPU-0", wanted_at=99)
+    other = replace(A, pools=("GPU-1",))
+    wanted = replace(B, pools=("GPU-0",), wanted_at=99)
     assert decide(100, [other, wanted], {"GPU-0": 60, "GPU-1": 100}, RULES) == ()
 
 
@@ -86,7 +86,7 @@ def test_however_they_are_wanted_swaps_are_rare(wishes: list[str]) -> None:
         elif wish:
             wanted[wish] = float(now)
         rows = [
-            Resident(name, RAM, 70, state, since, used[name], wanted_at=wanted.get(name))  # type: ignore[arg-type]
+            Resident(name, (RAM,), 70, state, since, used[name], wanted_at=wanted.get(name))  # type: ignore[arg-type]
             for name, (state, since) in residence.items()
         ]
         for move in decide(float(now), rows, POOLS, RULES):
@@ -105,4 +105,31 @@ def test_at_first_those_are_loaded_that_fit_in_their_order() -> None:
     placements = [_placement("a", 60), _placement("b", 60), _placement("c", 30)]
     resting = resting_at_first(placements, POOLS)
     assert resting == {"b": "needs 60 bytes where 40 are left; loaded when wanted"}
-    assert pool_of(replace(placements[0], gpu=GpuShare(("G1", "G2"), 0.9, 1, 1))) == "G1,G2"
+
+
+def test_devices_that_are_shared_in_part_are_not_promised_twice() -> None:
+    both, first, second = GpuShare(("G1", "G2"), 0.9, 1, 1), GpuShare(("G1",), 0.9, 1, 1), GpuShare(("G2",), 0.9, 1, 1)
+    placements = [
+        replace(_placement("wide", 60), gpu=both),
+        replace(_placement("narrow", 60), gpu=first),
+        replace(_placement("small", 30), gpu=second),
+        replace(_placement("smaller", 20), gpu=second),
+    ]
+    assert list(resting_at_first(placements, {"G1": 100, "G2": 100})) == ["narrow", "smaller"]
+    assert pools_of(placements[0]) == ("G1", "G2")
+    assert pools_of(replace(placements[1], gpu=replace(first, unified_memory=True))) == ("G1", RAM)
+
+
+def test_for_a_model_on_several_devices_those_go_that_are_in_its_way() -> None:
+    pools = {"G1": 100, "G2": 100, "G3": 100}
+    residents = [
+        replace(A, model=name, pools=pools_, bytes=60, used_at=used)
+        for name, pools_, used in (("one", ("G1",), 20), ("two", ("G2",), 30), ("three", ("G3",), 10))
+    ]
+    wide = replace(B, pools=("G1", "G2"), bytes=70, wanted_at=99)
+    assert _kinds(decide(100, [*residents, wide], pools, RULES)) == [("unload", "one"), ("unload", "two")]
+    stays = [replace(residents[0], is_busy=True), *residents[1:]]
+    assert decide(100, [*stays, wide], pools, RULES) == ()
+    leaves = [replace(residents[0], residence="moving"), *residents[1:]]
+    assert decide(100, [*leaves, wide], pools, RULES) == ()
+    assert _kinds(decide(100, [*residents, replace(wide, bytes=40)], pools, RULES)) == [("load", "b")]
