@@ -22,6 +22,7 @@ from appliance.backends.base import Door, close_response, transport_error
 from appliance.backends.dialect import Dialect, Letter, Passing
 from appliance.backends.gemini import GeminiDialect
 from appliance.backends.limits import rest_seconds
+from appliance.backends.media import check_carried
 from appliance.backends.openai import OpenaiDialect
 from appliance.backends.replies import error_in_success, error_of_status, is_error_payload
 from appliance.backends.sse import DONE, EventTooLong
@@ -73,6 +74,7 @@ def write(target: Target, outgoing: Outgoing, *, stream: bool, salt: str) -> Let
 
     Raises Unsupported naming the field that `target` cannot be given, RequestError where it cannot be written as JSON.
     """
+    check_carried(target, outgoing.body)
     return DIALECTS[target.dialect].write(target, outgoing, stream=stream, salt=salt)
 
 
