@@ -249,10 +249,12 @@ class Trial:
         )
 
     def _in_turn(self, outgoing: Sequence[Outgoing]) -> Sequence[Outgoing]:
-        """Work that can wait is marked so for this node's engines, which do everything else before it."""
-        if self._errand.request.latency_class != "batch" or self.target.provider is not None:
+        """Work that can wait is marked so for this node's engines, which do everything else before it. Whoever asks may
+        let others go first, and cannot go before them."""
+        if self.target.provider is not None:
             return outgoing
-        return [replace(one, body={**one.body, "priority": BATCH_PRIORITY}) for one in outgoing]
+        first = BATCH_PRIORITY if self._errand.request.latency_class == "batch" else 0
+        return [_not_before(one, first) for one in outgoing]
 
     def _sealed_once(self, letter: Letter) -> Letter:
         """A line of a job that is sent again after a crash says that it is the same, for providers that look."""
@@ -409,6 +411,13 @@ class Trial:
             self._means.breakers.succeed(self.target.name)  # it answers; this request was the matter
         elif isinstance(error, BackendError):
             self._means.breakers.fail(self.target.name, self._means.clock(), error.retry_after_seconds)
+
+
+def _not_before(outgoing: Outgoing, first: int) -> Outgoing:
+    given = outgoing.body.get("priority", 0)
+    if given == first or (type(given) is int and given > first):
+        return outgoing
+    return replace(outgoing, body={**outgoing.body, "priority": first})
 
 
 def load_of(

@@ -1,13 +1,15 @@
 """Work that can wait, as the policy and the attempts treat it."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from appliance.core import ANYWHERE, ONSITE, Residency
 from appliance.pipeline.capacity import Prediction
 from appliance.pipeline.profile import profile
-from tests.pipeline.scene import request_of
+from tests.pipeline.scene import call_of, request_of
+from tests.pipeline.stage import Stage
 from tests.pipeline.test_ranking import order, outlook, ranked
 
 LATE = Prediction(3000.0, 3100.0, fits_kv=True, ready=True, reason="busy for an hour")
@@ -36,3 +38,24 @@ def test_the_class_that_was_given_is_that_of_the_profile() -> None:
     assert profile(request, prompt_tokens=1, output_tokens=1).latency_class == "interactive"
     given = replace(request, latency_class="batch")
     assert profile(given, prompt_tokens=1, output_tokens=1).latency_class == "batch"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("asked", "latency_class", "sent"),
+    [
+        (None, None, None),
+        (5, None, 5),
+        (-5, None, 0),
+        ("x", None, 0),
+        (None, "batch", 1),
+        (-5, "batch", 1),
+        (7, "batch", 7),
+    ],
+)
+async def test_nobody_asks_to_go_before_others(stage: Stage, asked: Any, latency_class: Any, sent: int | None) -> None:
+    body = {"messages": [{"role": "user", "content": "hello"}], **({} if asked is None else {"priority": asked})}
+    request = request_of(body=body, latency_class=latency_class, patience_seconds=None)
+    answer = await stage.pipeline.answer(request, call_of(request))
+    await answer.aclose()
+    assert stage.engine.bodies[-1].get("priority") == sent
