@@ -41,6 +41,8 @@ Ability = Literal[
 KeyHeader = Literal["authorization", "x-api-key", "api-key", "x-goog-api-key"]
 TokenLimit = Literal["as_given", "max_tokens", "max_completion_tokens"]
 Api = Literal["chat", "responses"]
+BatchApi = Literal["openai", "mistral", "anthropic"]
+"""How a provider takes many requests at once, to be answered within a day."""
 Thinking = Literal["effort", "budget"]
 ToolFormat = Literal[
     "hermes",
@@ -242,6 +244,12 @@ class Price:
         prompt = fresh * self.input_usd + cached * cached_usd + (written - long) * write_usd + long * long_usd
         return (prompt + usage.completion_tokens * self.output_usd) / 1e6
 
+    def times(self, share: float) -> "Price":
+        """This price, `share` of it."""
+        rest = (self.cached_input_usd, self.cache_write_usd, self.cache_write_long_usd)
+        shares = (None if usd is None else usd * share for usd in rest)
+        return Price(self.input_usd * share, self.output_usd * share, *shares)
+
 
 @dataclass(frozen=True, slots=True)
 class Wire:
@@ -271,6 +279,8 @@ class Wire:
     """Whether `stream_options` is understood."""
     api: Api = "chat"
     """Which of a provider's two chat APIs the model speaks."""
+    batches: BatchApi | None = None
+    """How it takes requests in batches; None: not at all, or not known."""
     thinking: Thinking = "effort"
     """How much it is to think: by a word, or by a number of tokens."""
     max_output_tokens: int | None = None
@@ -309,6 +319,8 @@ class Target:
     """The configured provider whose key is used; None for engines of this node."""
     price: Price | None = None
     """None only on-site: hosted targets always have one."""
+    batch_price: Price | None = None
+    """Of requests that are sent in one of the provider's own batches; None: they are not sent so."""
     quality: float | None = None
     """How good its answers are, from 0 to 1, as the operator or the catalogue declares it."""
     limits: TimeLimits = TimeLimits()

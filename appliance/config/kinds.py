@@ -72,12 +72,19 @@ KINDS: Final[Mapping[ProviderKind, Kind]] = {
     "openai": Kind(
         base_url="https://api.openai.com/v1",
         host="api.openai.com",
-        wire=Wire("openai", token_limit="max_completion_tokens", refuses=_SAMPLERS, strips=THINKING),
+        wire=Wire("openai", token_limit="max_completion_tokens", refuses=_SAMPLERS, strips=THINKING, batches="openai"),
         cache_write=1.25,
     ),
     "azure": Kind(
         host=".azure.com",
-        wire=Wire("azure", "api-key", token_limit="max_completion_tokens", refuses=_SAMPLERS, strips=THINKING),
+        wire=Wire(
+            "azure",
+            "api-key",
+            token_limit="max_completion_tokens",
+            refuses=_SAMPLERS,
+            strips=THINKING,
+            batches="openai",
+        ),
         cache_write=1.25,
     ),
     "anthropic": Kind(
@@ -85,7 +92,7 @@ KINDS: Final[Mapping[ProviderKind, Kind]] = {
         base_url="https://api.anthropic.com/v1",
         host="api.anthropic.com",
         abilities=("chat", "json_schema", "tools"),
-        wire=Wire("anthropic", "x-api-key"),
+        wire=Wire("anthropic", "x-api-key", batches="anthropic"),
         cache_write=1.25,
         long_to_short=1.6,
     ),
@@ -118,6 +125,7 @@ KINDS: Final[Mapping[ProviderKind, Kind]] = {
             strips=THINKING,
             # it tells its usage in the last chunk unasked, and takes no field that it does not know
             stream_usage=False,
+            batches="mistral",
         ),
     ),
     "groq": Kind(
@@ -129,6 +137,7 @@ KINDS: Final[Mapping[ProviderKind, Kind]] = {
             token_limit="max_completion_tokens",
             refuses=_SAMPLERS | {"logit_bias", "logprobs", "top_logprobs", "n"},
             strips=THINKING,
+            batches="openai",
         ),
     ),
     "together": Kind(
@@ -208,6 +217,16 @@ def check_abilities(kind: ProviderKind, model: str, abilities: Iterable[Ability]
     wrong = sorted(beyond & set(abilities))
     if wrong:
         raise ValueError(f"model {model!r} cannot do {', '.join(wrong)} by the API of {kind!r}: leave that out")
+
+
+def check_batches(kind: ProviderKind, model: str, discount: float | None) -> None:
+    """Raises ValueError where a model is said to be cheaper in batches that its provider's API does not have."""
+    if discount is not None and KINDS[kind].wire.batches is None:
+        known = ", ".join(name for name, row in KINDS.items() if row.wire.batches is not None)
+        raise ValueError(
+            f"model {model!r} has a batch_discount, and no batch API of {kind!r} is known: leave it out, or set kind "
+            f"to one of {known} where the provider speaks that one's"
+        )
 
 
 def uses_deployments(kind: ProviderKind, base_url: str) -> bool:

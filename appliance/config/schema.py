@@ -6,7 +6,15 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from appliance.config.kinds import KEY_HEADERS, KINDS, ProviderKind, check_abilities, check_address, kind_of
+from appliance.config.kinds import (
+    KEY_HEADERS,
+    KINDS,
+    ProviderKind,
+    check_abilities,
+    check_address,
+    check_batches,
+    kind_of,
+)
 from appliance.config.strict import Name, PositiveSeconds, Quality, Strict, Usd, check_residency
 from appliance.core import Ability, Api, Dialect, Location, Scope, Thinking
 
@@ -190,6 +198,9 @@ class ProviderModel(Strict):
     """Per million completion tokens. Required where hosted."""
     cache_write_usd: Usd | None = None
     """Per million prompt tokens that the provider puts into its cache; empty: the usual multiple of `input_usd`."""
+    batch_discount: float | None = Field(default=None, gt=0, lt=1)
+    """How much cheaper requests are in the provider's own batches, as a share (0.5: half the price). Empty: not known,
+    and then jobs never use them."""
     api: Api = "chat"
     """`responses` for a model that speaks only OpenAI's Responses API."""
     thinking: Thinking = "effort"
@@ -271,6 +282,7 @@ class Provider(Strict):
         check_address(self.is_kind, self.address, self.api_version)
         for model in self.models:
             check_abilities(self.is_kind, model.name, model.abilities or ())
+            check_batches(self.is_kind, model.name, model.batch_discount)
         return self
 
     @model_validator(mode="after")
@@ -344,6 +356,9 @@ class Jobs(Strict):
     """Calls under way together; empty: what keeps the engines busy."""
     hosted_concurrency: int = Field(default=8, ge=1)
     """Calls under way together at hosted targets, for what would miss its deadline on-site."""
+    provider_batch_seconds: float = Field(default=86_400.0, gt=0)
+    """How long a provider's own batch may take. Lines are sent in one only while their deadline leaves so much time and
+    a tenth more; what is not back by then is taken out of it and asked singly."""
     hours: tuple[str, ...] = ()
     """When jobs run, as `22:00-06:00` in the machine's own time; empty: always."""
 

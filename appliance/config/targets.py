@@ -36,6 +36,7 @@ def _target(provider: Provider, model: ProviderModel) -> Target:
         region=provider.region,
         provider=provider.name,
         price=_price(kind, model),
+        batch_price=_batch_price(kind, model),
         quality=model.quality,
         limits=TimeLimits(
             connect_seconds=provider.limits.connect_seconds,
@@ -55,6 +56,11 @@ def _price(kind: Kind, model: ProviderModel) -> Price | None:
         return price
     write_usd = model.input_usd * kind.cache_write if model.cache_write_usd is None else model.cache_write_usd
     return replace(price, cache_write_usd=write_usd, cache_write_long_usd=write_usd * kind.long_to_short)
+
+
+def _batch_price(kind: Kind, model: ProviderModel) -> Price | None:
+    price = _price(kind, model)
+    return None if price is None or model.batch_discount is None else price.times(1.0 - model.batch_discount)
 
 
 def _wire(provider: Provider, kind: Kind, model: ProviderModel) -> Wire:
