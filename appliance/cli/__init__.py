@@ -5,6 +5,7 @@ import typer
 from appliance.cli import classifiers, engines, jobs, keys, models, policy
 from appliance.cli.calibrate import calibrate_command
 from appliance.cli.calibrate_task import calibrate_task_command
+from appliance.cli.doctor import doctor_command
 from appliance.cli.hardware import plan_command, probe_command
 from appliance.cli.report import report_command
 from appliance.cli.serving import serve_command
@@ -18,6 +19,7 @@ app = typer.Typer(
 app.command("serve")(serve_command)
 app.command("probe")(probe_command)
 app.command("plan")(plan_command)
+app.command("doctor")(doctor_command)
 app.command("calibrate")(calibrate_command)
 app.command("calibrate-task")(calibrate_task_command)
 app.command("report")(report_command)

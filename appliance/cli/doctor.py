@@ -1,0 +1,72 @@
+"""appliance doctor: what is wrong with this machine for a node, each finding with its remedy."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from appliance.api.auth import is_loopback
+from appliance.cli.output import say_json, stdout
+from appliance.cli.places import ConfigOption, DataDirOption, JsonOption, data_dir_of
+from appliance.config import NodeConfig, load_config
+from appliance.errors import ConfigError, LedgerUnavailable
+from appliance.ledger.keys import list_keys
+from appliance.node.doctor import Facts, examine
+from appliance.node.doctor_facts import gather
+from appliance.serve import ledger_url
+
+_SIGNS = {"ok": "[green]ok[/green]", "warning": "[yellow]warning[/yellow]", "error": "[red]error[/red]"}
+
+
+def doctor_command(
+    config_path: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    full: Annotated[bool, typer.Option("--full", help="Read models and ledgers of any size.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings end with exit code 1, too.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Look at everything that a node depends on, and say what to do about what is wrong. Changes nothing.
+
+    Exit code 0: nothing keeps a node from running (warnings are told); 1: something does; 2: used wrongly.
+    """
+    facts = _gather(config_path, data_dir, full=full)
+    findings = examine(facts)
+    worst = {finding.level for finding in findings}
+    is_well = "error" not in worst and not (strict and "warning" in worst)
+    if as_json:
+        say_json({"ok": is_well, "findings": [asdict(finding) for finding in findings]})
+    else:
+        for finding in findings:
+            stdout.print(f"{_SIGNS[finding.level]:<24} {finding.check:<14} {escape(finding.text)}", soft_wrap=True)
+            if finding.remedy:
+                stdout.print(f"{'':<7} {'':<14} -> {escape(finding.remedy)}", soft_wrap=True)
+    raise typer.Exit(0 if is_well else 1)
+
+
+def _gather(config_path: Path | None, data_dir: Path | None, *, full: bool) -> Facts:
+    problem = None
+    try:
+        config = load_config(config_path)
+    except ConfigError as error:
+        config, problem = NodeConfig(), str(error)
+    home = data_dir_of(data_dir, config)
+    url = ledger_url(config, home)
+    return gather(
+        config,
+        home,
+        ledger=url,
+        has_keys=bool(config.keys) or _has_stored_keys(url),
+        is_loopback=is_loopback(config.server.host),
+        config_path=config_path,
+        config_problem=problem,
+        full=full,
+    )
+
+
+def _has_stored_keys(url: str) -> bool:
+    try:
+        return any(one.revoked_at is None for one in list_keys(url))
+    except LedgerUnavailable:
+        return False
