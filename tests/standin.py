@@ -145,7 +145,7 @@ class StandIn:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def app(self) -> Starlette:
-        paths = ("chat/completions", "completions", "decisions", "labels")
+        paths = ("chat/completions", "completions", "decisions", "labels", "classify")
         routes = [Route(f"/v1/{path}", self._answer, methods=["POST"]) for path in paths]
         return Starlette(routes=[*routes, Route("/counts", self._counts)])
 

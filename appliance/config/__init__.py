@@ -5,6 +5,7 @@ Both are TOML. A mistake raises ConfigError with file, line and field; nothing i
 
 from appliance.config.policy import (
     Capacity,
+    Cascade,
     Defaults,
     Degrade,
     Escalation,
@@ -28,6 +29,7 @@ from appliance.config.schema import (
     EngineModel,
     Jobs,
     Key,
+    Learning,
     Ledger,
     Limits,
     Log,
@@ -45,6 +47,7 @@ from appliance.config.targets import provider_targets
 __all__ = [
     "DEFAULT_POLICY_PATH",
     "Capacity",
+    "Cascade",
     "Cost",
     "Defaults",
     "Degrade",
@@ -53,6 +56,7 @@ __all__ = [
     "Escalation",
     "Jobs",
     "Key",
+    "Learning",
     "Ledger",
     "Limits",
     "Log",

@@ -7,6 +7,8 @@ from appliance.config.policy import Match, Policy, RouteRule
 from appliance.core import Residency, Target
 
 LOCATIONS: Final = ("onsite", "hosted")
+CLASSIFIER: Final = "classifier/"
+"""What names of trained classifiers begin with."""
 
 
 class Mistake(NamedTuple):
@@ -28,6 +30,7 @@ def _mistakes(policy: Policy, targets: Sequence[Target | str] | None) -> Iterato
         yield from _times(policy, index, route)
         yield from _steps(index, route)
         yield from _bound_to_nothing(index, route)
+        yield from _cascades(index, route)
         if targets is not None:
             yield from _targets(policy, index, route, targets)
 
@@ -120,12 +123,33 @@ def _bound_to_nothing(index: int, route: RouteRule) -> Iterator[Mistake]:
         yield Mistake(("routes", index, "residency"), message)
 
 
+def _cascades(index: int, route: RouteRule) -> Iterator[Mistake]:
+    cascade = route.cascade
+    if cascade is None:
+        if route.keep_texts:
+            message = "texts are kept for a cascade to learn from: give the route one"
+            yield Mistake(("routes", index, "keep_texts"), message)
+        return
+    first, *later = route.targets
+    if not first.startswith(CLASSIFIER) or not later or any(word.startswith(CLASSIFIER) for word in later):
+        example = f'targets = ["{CLASSIFIER}NAME", "onsite"]'
+        message = f"a cascade begins with one classifier and goes on to models, as in {example}"
+        yield Mistake(("routes", index, "targets"), message)
+    if route.escalation is not None:
+        yield Mistake(("routes", index, "escalation"), "a cascade escalates by itself: keep one of the two")
+    if route.score is not None:
+        yield Mistake(("routes", index, "score"), "a cascade's targets are its steps in order: leave score out")
+    if cascade.learn_after is not None and not route.keep_texts:
+        yield Mistake(("routes", index, "cascade"), "learn_after needs texts to learn from: set keep_texts = true")
+
+
 def _targets(policy: Policy, index: int, route: RouteRule, targets: Sequence[Target | str]) -> Iterator[Mistake]:
     words = [("targets", word) for word in route.targets]
     words += [("escalation", word) for word in (route.escalation.to if route.escalation else ())]
     names = {_name(target) for target in targets}
     for field, word in words:
-        if word not in names and word not in LOCATIONS:
+        # Classifiers come and go while a node runs: a route names one before it was trained.
+        if word not in names and word not in LOCATIONS and not word.startswith(CLASSIFIER):
             known = ", ".join([*LOCATIONS, *sorted(names)])
             message = f"target {word!r} of route {route.name!r} does not exist; there are {known}"
             yield Mistake(("routes", index, field), message)

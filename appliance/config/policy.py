@@ -136,6 +136,36 @@ class Escalation(Strict):
     """In order of preference, as a route's targets."""
 
 
+class Cascade(Strict):
+    """The route's targets as steps for decisions: a classifier first, and each next word of `targets` is asked only
+    about the texts that the one before was unsure of. Other requests find the same targets, in order of preference."""
+
+    bound: Annotated[float, Field(gt=0, lt=1)]
+    """Most of all texts, as a share, whose answer the classifier gives and the reference would not: the last step, or
+    whoever gives feedback. From which confidence on an answer may stand follows from this."""
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
+    """How surely the bound is kept."""
+    over_texts: int = Field(default=1000, ge=0)
+    """The bound is kept by the next so many texts themselves; 0: in the long run, which short streams may exceed."""
+    until_known: Literal["escalate", "below_confidence"] = "escalate"
+    """Where too few labels are known to keep the bound: every text goes on, or those below `below_confidence` do, and
+    then nothing is promised."""
+    below_confidence: Share = 0.9
+    """What unsure means of the models on the way."""
+    max_rate: Share = 1.0
+    """Most texts that go on, as a share of all in the window. The least sure go first; where there is no room the
+    others keep the classifier's answer, marked `unsure`, outside the bound."""
+    window_seconds: PositiveSeconds = 3600.0
+    """Over which that share is taken."""
+    audit_rate: float = Field(default=0.02, ge=0, le=1)
+    """Share of all texts, drawn at random, that the last step is asked about however sure the classifier is: what
+    tells how often it is right on this traffic. Only where the text may go there."""
+    learn_after: int | None = Field(default=None, ge=20)
+    """Train a candidate after so many new labels; empty: only on command. Needs `keep_texts`."""
+    learn_from: tuple[Name, ...] | None = Field(default=None, min_length=1)
+    """Names of keys whose texts may be learned from together; empty: never those of more than one key."""
+
+
 class Pruning(Strict):
     keep_tokens: Tokens
     """About how many prompt tokens stay: the system messages and the newest turns; the oldest turns go first."""
@@ -260,6 +290,10 @@ class RouteRule(Strict):
     """Longest answer: a caller's higher limit is lowered to this."""
     prune_context: Pruning | None = None
     escalation: Escalation | None = None
+    cascade: Cascade | None = None
+    keep_texts: bool = False
+    """Whether texts that a cascade has labels for are kept on this node, to learn from: those that went on, those that
+    were audited, those with feedback. Under [learning] stands for how long."""
     fallback: Name | None = None
     """A route whose targets follow after this one's own."""
     degrade: tuple[Degrade, ...] = ()

@@ -371,6 +371,15 @@ class Jobs(Strict):
         return value
 
 
+class Learning(Strict):
+    """What classifiers learn from traffic, on routes with a cascade."""
+
+    retention_days: float = Field(default=90.0, gt=0)
+    """Labels, and the texts that a route keeps, are removed after so long."""
+    max_texts: int = Field(default=200_000, ge=1)
+    """Most labelled texts of one classifier that are kept; the oldest go first."""
+
+
 class NodeConfig(Strict):
     """The whole configuration file."""
 
@@ -383,6 +392,7 @@ class NodeConfig(Strict):
     cost: Cost = Cost()
     ledger: Ledger = Ledger()
     jobs: Jobs = Jobs()
+    learning: Learning = Learning()
     budget: Budget = Budget()
     log: Log = Log()
     network: Network = Network()

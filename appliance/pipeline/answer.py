@@ -28,7 +28,7 @@ from appliance.pipeline.counting import Counted, count_with
 from appliance.pipeline.decide import Decided, Decider
 from appliance.pipeline.inspection import Detector, Inspector
 from appliance.pipeline.matching import visible_targets
-from appliance.pipeline.means import Alerts, Means, Memory, NoAlerts, SpendLedger
+from appliance.pipeline.means import Alerts, Learning, Means, Memory, NoAlerts, NothingLearned, SpendLedger
 from appliance.pipeline.profile import Opinion, check_profiler
 from appliance.pipeline.residency import PermitOffice
 from appliance.pipeline.walk import Walk
@@ -57,6 +57,7 @@ class Pipeline:
         permits: PermitOffice,
         detector: Detector | None = None,
         alerts: Alerts | None = None,
+        learning: Learning | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         pause: Callable[[float], Awaitable[object]] = asyncio.sleep,
@@ -72,6 +73,7 @@ class Pipeline:
             doors=doors,
             permits=permits,
             alerts=alerts or NoAlerts(),
+            learning=learning or NothingLearned(),
             cost=config.cost,
             cores=config.engine.threads or len(os.sched_getaffinity(0)),
             clock=clock,
@@ -133,10 +135,10 @@ class Pipeline:
             if walk.refusal is not None:
                 raise walk.refusal
             with traces.within(walk.span):
-                async with asyncio.TaskGroup() as group:
-                    waiting = iter(enumerate(calls))
-                    for _ in range(max(1, min(concurrency, len(calls)))):
-                        group.create_task(_work(walk, waiting, results))
+                if walk.cascades(calls[0]):
+                    results = await walk.cascade(calls, at_once=concurrency)
+                else:
+                    await _work_all(walk, calls, concurrency, results)
         except ApplianceError as error:
             close(error)
             raise
@@ -285,6 +287,13 @@ class _Streaming:
                 ended = trial.end("failed", error.code)
         self._walk.attempts.append(ended)
         self._close(error)
+
+
+async def _work_all(walk: Walk, calls: Sequence[Call], concurrency: int, results: list[Any]) -> None:
+    async with asyncio.TaskGroup() as group:
+        waiting = iter(enumerate(calls))
+        for _ in range(max(1, min(concurrency, len(calls)))):
+            group.create_task(_work(walk, waiting, results))
 
 
 async def _work(walk: Walk, waiting: Iterator[tuple[int, Call]], results: list[Any]) -> None:

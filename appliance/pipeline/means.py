@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from appliance.backends.base import Doors
-from appliance.config import Cost
+from appliance.config import Cascade, Cost
 from appliance.core import Outcome, Target
 from appliance.errors import BudgetExceeded
 from appliance.pipeline.admission import Admission
@@ -14,6 +14,7 @@ from appliance.pipeline.learning import Experience
 from appliance.pipeline.oflate import OfLate
 from appliance.pipeline.residency import PermitOffice
 from appliance.state import State
+from appliance.tasks.cascade import SeenCall, Standing
 
 
 class SpendLedger(Protocol):
@@ -44,6 +45,25 @@ class NoAlerts:
         pass
 
 
+class Learning(Protocol):
+    """What is known of trained classifiers' answers, and who is told what became of them."""
+
+    def standing(self, cascade: Cascade, classifier: str, version: str | None) -> Standing:
+        """From which confidence on this version's answers may stand."""
+
+    def seen(self, call: SeenCall) -> None: ...
+
+
+class NothingLearned:
+    """Where nobody keeps count: no threshold is known."""
+
+    def standing(self, cascade: Cascade, classifier: str, version: str | None) -> Standing:
+        return Standing(None, "nothing is known of its answers")
+
+    def seen(self, call: SeenCall) -> None:
+        pass
+
+
 @dataclass(frozen=True, slots=True)
 class Memory:
     """What requests teach the ones after them. Outlives reloads."""
@@ -64,6 +84,7 @@ class Means:
     doors: Doors
     permits: PermitOffice
     alerts: Alerts
+    learning: Learning
     cost: Cost
     cores: int
     clock: Callable[[], float]

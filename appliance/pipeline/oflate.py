@@ -6,9 +6,9 @@ nothing.
 
 from collections import deque
 from collections.abc import Collection, Iterable
-from typing import Final
+from typing import Final, Protocol
 
-from appliance.config import Escalation, RouteRule
+from appliance.config import RouteRule
 from appliance.pipeline.matching import QUOTA_WINDOW_SECONDS
 
 _BUCKETS: Final = 60
@@ -16,6 +16,16 @@ _COST_WINDOW_SECONDS: Final = 3600.0
 _ROOM: Final = 0.8
 _FEW: Final = 20
 """Attempts that have to be seen before a cost for each success is held against a target."""
+
+
+class Rated(Protocol):
+    """What limits how often a route asks somebody better."""
+
+    @property
+    def max_rate(self) -> float: ...
+
+    @property
+    def window_seconds(self) -> float: ...
 
 
 class Window:
@@ -78,24 +88,29 @@ class OfLate:
         window = self._routes.get(route)
         return 0.0 if window is None else window.sums(now)[0]
 
-    def judged(self, route: str, rule: Escalation, now: float) -> None:
-        """An answer of `route` told its confidence."""
-        self._escalation(route, rule).add(now, 1)
+    def judged(self, route: str, rule: Rated, now: float, answers: int = 1) -> None:
+        """So many answers of `route` told their confidence."""
+        self._escalation(route, rule).add(now, answers)
 
-    def may_escalate(self, route: str, rule: Escalation, now: float) -> bool:
+    def room(self, route: str, rule: Rated, now: float) -> int:
+        """How many more may escalate inside the rate."""
+        judged, escalated = self._escalation(route, rule).sums(now)
+        return max(0, int(rule.max_rate * judged - escalated + 1e-9))
+
+    def may_escalate(self, route: str, rule: Rated, now: float) -> bool:
         """Whether one more stays inside the rate."""
         judged, escalated = self._escalation(route, rule).sums(now)
         return escalated + 1 <= rule.max_rate * judged
 
-    def has_room(self, route: str, rule: Escalation, now: float) -> bool:
+    def has_room(self, route: str, rule: Rated, now: float) -> bool:
         """Whether the rate is well below its cap: at the cap itself every other answer would say something else."""
         judged, escalated = self._escalation(route, rule).sums(now)
         return escalated <= _ROOM * rule.max_rate * judged
 
-    def escalated(self, route: str, rule: Escalation, now: float) -> None:
-        self._escalation(route, rule).add(now, 0, 1)
+    def escalated(self, route: str, rule: Rated, now: float, answers: int = 1) -> None:
+        self._escalation(route, rule).add(now, 0, answers)
 
-    def _escalation(self, route: str, rule: Escalation) -> Window:
+    def _escalation(self, route: str, rule: Rated) -> Window:
         return self._escalations.setdefault((route, rule.window_seconds), Window(rule.window_seconds))
 
     def spent(self, route: str, target: str, usd: float | None, *, answered: bool, now: float) -> None:

@@ -21,12 +21,15 @@ from appliance.errors import (
     Unsupported,
 )
 from appliance.pipeline.attempt import Errand, Trial
+from appliance.pipeline.cascade import Steps
 from appliance.pipeline.decide import Decided
 from appliance.pipeline.escalation import confidence_of, doubt
 from appliance.pipeline.means import Means, Patience, Purse
 from appliance.pipeline.outcome import facts_of, outcome_of, total_usd
 from appliance.pipeline.shape import shape_of_step, shaped, static_answer
+from appliance.tasks.cascade import cut
 from appliance.tasks.chat import CHAT_ENDPOINTS
+from appliance.tasks.decisions import DecisionsCall
 
 _FIRST_PAUSE_SECONDS: Final = 0.1
 _LONGEST_PAUSE_SECONDS: Final = 2.0
@@ -60,6 +63,7 @@ class Walk:
         self._purse = Purse(decided.decision.route.max_cost_usd)
         self.span = span
         self.first_byte_seconds: float | None = None
+        self._steps_taken: Steps | None = None
         self.attempts: list[AttemptOutcome] = []
         """All that have ended, over all calls of the request."""
 
@@ -81,6 +85,9 @@ class Walk:
         try:
             if decided.refusal is not None:
                 raise decided.refusal
+            if isinstance(call, DecisionsCall) and self.cascades(call):
+                judgement = await self._steps_of(1).run((call,))
+                return None, judgement if call.render is None else call.render(judgement, call.questions)
             whole = shaped(call, self._request.body, decided.shape)
             return await self._go(whole, decided, 0, retries=all(step.step == "static" for step in steps))
         except ApplianceError as error:
@@ -88,8 +95,28 @@ class Walk:
                 raise
             return await self._step_down(call, steps, error)
 
+    def cascades(self, call: Call) -> bool:
+        """Whether its texts go from step to step, each as far as it needs."""
+        rule = self._decided.rule
+        has_steps = rule is not None and rule.cascade is not None and not self.decision.route.pinned
+        return has_steps and isinstance(call, DecisionsCall)
+
+    async def cascade(self, calls: Sequence[Any], *, at_once: int) -> list[Any]:
+        """The results of calls that one was cut into. All their texts go through the cascade together."""
+        return cut(await self._steps_of(at_once).run(calls), calls)
+
+    def _steps_of(self, at_once: int) -> Steps:
+        self._steps_taken = Steps(self, self._means, self._request, self._decided, at_once)
+        return self._steps_taken
+
+    async def ask(self, call: Call, route: Route, made: int, *, retries: bool) -> tuple[Trial, Any]:
+        """Some of a cascade's texts, put to the attempts that `route` has."""
+        decided = replace(self._decided, decision=replace(self.decision, route=route))
+        return await self._go(call, decided, made, retries=retries)
+
     def facts(self) -> Facts:
-        return facts_of(self._request, self.decision, self.attempts)
+        facts = facts_of(self._request, self.decision, self.attempts)
+        return facts if self._steps_taken is None else self._steps_taken.told(facts)
 
     def facts_so_far(self, trial: Trial) -> Facts:
         """For the headers of a stream, which leave before its cost is known: an estimate, and marked as one."""
@@ -134,7 +161,7 @@ class Walk:
                 payload = await trial.run(call, patience)
             except ApplianceError as error:
                 tried.append((trial, error))
-                if not _goes_on(error):
+                if not goes_on(error):
                     break
                 continue
             finally:
@@ -223,7 +250,7 @@ class Walk:
                 f"route {route.name!r} would escalate more than {rule.max_rate:.0%} of its answers; unsure ones stand"
             )
             self._means.alerts.warn("escalation_capped", text, route.name)
-            self._reword(trial, "answered", f"unsure: {why}; not escalated, the rate is used up")
+            self.reword(trial, "answered", f"unsure: {why}; not escalated, the rate is used up")
             return trial, payload
         of_late.escalated(route.name, rule, now)
         if of_late.has_room(route.name, rule, now):
@@ -242,22 +269,20 @@ class Walk:
             except ApplianceError:
                 continue
             else:
-                self._reword(unsure, "rejected", f"unsure: {why}")
+                self.reword(unsure, "rejected", f"unsure: {why}")
                 return better, answer
             finally:
                 if better.outcome is not None:
                     self.attempts.append(better.outcome)
-        self._reword(unsure, "answered", f"unsure: {why}; nobody better answered")
+        self.reword(unsure, "answered", f"unsure: {why}; nobody better answered")
         return unsure, payload
 
-    def _reword(self, trial: Trial, result: Any, detail: str) -> None:
+    def reword(self, trial: Trial, result: Any, detail: str) -> None:
         """How an attempt ended, now that more is known of it."""
-        assert trial.outcome is not None
-        trial.outcome = replace(trial.outcome, result=result, detail=detail)
-        self.attempts = [
-            trial.outcome if one.index == trial.index and one.target == trial.target.name else one
-            for one in self.attempts
-        ]
+        before = trial.outcome
+        assert before is not None
+        trial.outcome = replace(before, result=result, detail=detail)
+        self.attempts = [trial.outcome if one is before else one for one in self.attempts]
 
     def _steps(self) -> Sequence[Degrade]:
         """The steps down that this request's route declares and its endpoint can take."""
@@ -327,7 +352,7 @@ def _marked(decided: Decided, step: Degrade, cause: ApplianceError) -> Decided:
     return replace(decided, decision=replace(decided.decision, route=replace(route, attempts=attempts)))
 
 
-def _goes_on(error: ApplianceError) -> bool:
+def goes_on(error: ApplianceError) -> bool:
     """Whether another target may be asked: where this one was full, failed or cannot be asked this, never where the
     request itself is the mistake: that would fail anywhere, and sending it out would only leak it."""
     return error.fallback or isinstance(error, Busy | Unavailable | Unsupported)
@@ -345,7 +370,7 @@ def _may_pass(error: ApplianceError, *, billed_too: bool) -> bool:
 
 def _may_step_down(error: ApplianceError) -> bool:
     """Whether less might be possible where all was not: never where the request may not be answered at all."""
-    return _goes_on(error) or isinstance(error, ContextTooLong | DeadlineExceeded)
+    return goes_on(error) or isinstance(error, ContextTooLong | DeadlineExceeded)
 
 
 def _next_reason(trial: Trial, error: ApplianceError) -> str:

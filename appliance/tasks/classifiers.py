@@ -47,8 +47,17 @@ def outgoing(target: Target, inputs: Sequence[Input], questions: Sequence[Questi
     return Outgoing(PATH, {"texts": [text.text for text in inputs]})
 
 
-def read(target: Target, payload: object, questions: Sequence[Question], inputs: int) -> list[tuple[Judged, ...]]:
-    """A row for each input. Raises Unsupported where a choice is no label, BackendGarbage for a broken reply."""
+def version(payload: object) -> str | None:
+    """Which version answered, as a variant is written."""
+    number = payload.get("version") if isinstance(payload, dict) else None
+    return str(number) if isinstance(number, int) else None
+
+
+def read(
+    target: Target, payload: object, questions: Sequence[Question], inputs: int, *, every_label: bool = False
+) -> list[tuple[Judged, ...]]:
+    """A row for each input. Raises BackendGarbage for a broken reply, and Unsupported where a choice is no label, or,
+    with `every_label`, where a label is no choice."""
     if not isinstance(payload, dict):
         raise BackendGarbage(f"{target.name} did not answer with an object")
     labels, rows, strange = payload.get("labels"), payload.get("probabilities"), payload.get("out_of_scope")
@@ -63,6 +72,11 @@ def read(target: Target, payload: object, questions: Sequence[Question], inputs:
             (Judged(tuple(row), options=options, strangeness=score),) for row, score in zip(rows, strange, strict=True)
         ]
     places = _places(target, question, labels)
+    if every_label and len(places) < len(labels):
+        raise Unsupported(
+            f"the question has {len(places)} of the {len(labels)} labels of {target.name}: name them all",
+            param="questions",
+        )
     return [(_of_some(row, places, score),) for row, score in zip(rows, strange, strict=True)]
 
 

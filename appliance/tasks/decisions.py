@@ -80,6 +80,8 @@ class DecisionsCall:
     """Shared by all calls of a program that keeps one."""
     for_classifier: bool = False
     """A classifier was named as the model, so nothing is ever put into a prompt."""
+    every_label: bool = False
+    """A classifier is asked only where the choices are all of its labels."""
 
     def streams(self, target: Target) -> bool:
         return False
@@ -136,14 +138,17 @@ class DecisionsCall:
         """The rendered payload. Raises BackendGarbage, or a single input's own error."""
         rows: Sequence[Row]
         if "classify" in target.abilities:
-            rows = classifiers.read(target, replies[0].payload, self.questions, len(self.inputs))
+            rows = classifiers.read(
+                target, replies[0].payload, self.questions, len(self.inputs), every_label=self.every_label
+            )
         elif "labels" in target.abilities and not any(text.has_image for text in self.inputs):
             rows = self._read_labels(target, replies[0].payload)
         else:
             rows = [hosted.read_answers(reply.payload, self.questions) for reply in replies]
         usage = sum((reply.usage for reply in replies), Usage())
         name = target.name if "classify" in target.abilities else target.model
-        judgement = Judgement(name, tuple(rows), usage, target.name, target.variant)
+        variant = classifiers.version(replies[0].payload) if "classify" in target.abilities else target.variant
+        judgement = Judgement(name, tuple(rows), usage, target.name, variant)
         return judgement if self.render is None else self.render(judgement, self.questions)
 
     def _read_labels(self, target: Target, payload: object) -> Sequence[Row]:

@@ -58,6 +58,10 @@ class Judged:
     """The task whose fit was applied."""
     options: tuple[Option, ...] = ()
     """What the probabilities are of, where the question left that to the target."""
+    answered_by: str | None = None
+    """The target that gave it, where several answered one request."""
+    unsure: bool = False
+    """It stands although it is unsure."""
     strangeness: float | None = None
     """Above 0 the text is like nothing that the target was trained on; None where it does not tell."""
 
@@ -86,6 +90,10 @@ class Judged:
             remarks["out_of_scope_score"] = self.strangeness
             if self.strangeness > 0:
                 remarks |= {"out_of_scope": True, "unsure": True}
+        if self.unsure:
+            remarks["unsure"] = True
+        if self.answered_by is not None:
+            remarks["answered_by"] = self.answered_by
         if self.task is not None:
             remarks["calibrated_for"] = self.task
         return remarks
