@@ -137,7 +137,8 @@ def own_blocks(message: Mapping[str, Any], kinds: frozenset[str]) -> Iterator[di
     blocks = message.get("thinking_blocks")
     for block in blocks if isinstance(blocks, list) else ():
         if isinstance(block, Mapping) and isinstance(block.get("type"), str) and block["type"] in kinds:
-            yield dict(block)
+            # Clients that put a stream together keep the index of its deltas.
+            yield {name: value for name, value in block.items() if name != "index"}
 
 
 def called_function(target: Target, call: Mapping[str, Any], where: str) -> Mapping[str, Any]:

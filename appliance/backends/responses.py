@@ -256,6 +256,7 @@ class ResponsePassage(Translation):
         super().__init__(letter.target.model, keep_usage=wants_usage(letter.outgoing.body))
         self._calls: dict[int, int] = {}
         """Output item -> index of the tool call."""
+        self._thought = 0
 
     def _take(self, event: dict[str, Any]) -> Iterator[bytes]:
         match event.get("type"):
@@ -292,7 +293,8 @@ class ResponsePassage(Translation):
             case "response.output_item.done":
                 item = event.get("item") or {}
                 if item.get("type") == "reasoning":
-                    yield self._chunk({"thinking_blocks": [_own(item)]})
+                    yield self._chunk({"thinking_blocks": [{"index": self._thought, **_own(item)}]})
+                    self._thought += 1
 
     def _item_added(self, position: int, item: Mapping[str, Any]) -> Iterator[bytes]:
         if item.get("type") != "function_call":

@@ -11,6 +11,8 @@ from typing import Any, Final
 
 import orjson
 
+from appliance.tasks.written import thinking_blocks_of
+
 _MARK: Final = "appliance1."
 
 
@@ -32,12 +34,7 @@ def unpack(text: str) -> Mapping[str, Any] | None:
 def foreign_of(message: Mapping[str, Any], own_blocks: frozenset[str]) -> dict[str, Any]:
     """What of a message or delta other dialects than the caller's want back: their blocks, and their extra content."""
     foreign: dict[str, Any] = {}
-    blocks = message.get("thinking_blocks")
-    others = (
-        [one for one in blocks if isinstance(one, dict) and one.get("type") not in own_blocks]
-        if isinstance(blocks, list)
-        else []
-    )
+    others = [one for one in thinking_blocks_of(message) if one.get("type") not in own_blocks]
     if others:
         foreign["thinking_blocks"] = others
     if isinstance(message.get("extra_content"), dict):

@@ -26,10 +26,9 @@ def stream_of(payload: Mapping[str, Any], body: Mapping[str, Any]) -> Iterator[b
 
 
 def _delta(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    calls = message.get("tool_calls")
-    if not calls:
-        return message
-    return {**message, "tool_calls": [{"index": index, **call} for index, call in enumerate(calls)]}
+    """Rows of a list have an index each in a stream, which OpenAI's SDK puts them together by."""
+    rows = {name: message[name] for name in ("tool_calls", "thinking_blocks") if message.get(name)}
+    return {**message, **{name: [{"index": at, **row} for at, row in enumerate(rows[name])] for name in rows}}
 
 
 def event(data: object) -> bytes:

@@ -94,8 +94,17 @@ def reasoning_of(message: Mapping[str, Any]) -> str:
 
 
 def thinking_blocks_of(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """Those of a message or delta, without the index that they have in a delta."""
     blocks = message.get("thinking_blocks")
-    return [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else ()
+    return (
+        [
+            {name: value for name, value in block.items() if name != "index"}
+            for block in blocks
+            if isinstance(block, dict)
+        ]
+        if isinstance(blocks, list)
+        else ()
+    )
 
 
 def counts_of(usage: Any) -> tuple[int, int, int, int]:

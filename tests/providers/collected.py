@@ -53,7 +53,10 @@ def _add(message: dict[str, Any], delta: dict[str, Any]) -> None:
             for part in value:
                 _add_call(message.setdefault("tool_calls", []), part)
         elif name == "thinking_blocks":
-            message.setdefault(name, []).extend(value)
+            for block in value:
+                blocks = message.setdefault(name, [])
+                assert block["index"] == len(blocks)
+                blocks.append({key: part for key, part in block.items() if key != "index"})
         elif name in ("content", "refusal", "reasoning_content") and value is not None:
             message[name] = (message.get(name) or "") + value
         else:

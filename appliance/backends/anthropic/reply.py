@@ -114,6 +114,8 @@ class MessagePassage(Translation):
         self._blocks: dict[int, dict[str, Any]] = {}
         self._calls: dict[int, int] = {}
         """Content block -> index of the tool call."""
+        self._thought = 0
+        """Index of the next thinking block: OpenAI's SDK wants one on every list of a delta."""
 
     def _take(self, event: dict[str, Any]) -> Iterator[bytes]:
         match event.get("type"):
@@ -182,7 +184,8 @@ class MessagePassage(Translation):
         block = self._blocks.pop(index, {})
         kind = block.get("type")
         if kind in ("thinking", "redacted_thinking"):
-            yield self._chunk({"thinking_blocks": [block]})
+            yield self._chunk({"thinking_blocks": [{"index": self._thought, **block}]})
+            self._thought += 1
         elif index in self._calls and not block.get("said"):
             call = {"index": self._calls[index], "function": {"arguments": "{}"}}
             yield self._chunk({"tool_calls": [call]})

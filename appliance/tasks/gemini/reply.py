@@ -31,7 +31,8 @@ def content_of(payload: Mapping[str, Any], original: Mapping[str, Any]) -> Mappi
     for position, choice in enumerate(choices_of(payload, "message")):
         parts = _parts(choice["message"], shows_thoughts)
         parts += [call_part(call) for call in choice["message"].get("tool_calls") or ()]
-        candidate = _candidate(choice.get("index", position), _signed(parts, choice["message"]), choice)
+        signed = _signed(parts, choice["message"])
+        candidate = _candidate(choice.get("index", position), signed, choice, bool(choice["message"].get("refusal")))
         logprobs = _logprobs(choice)
         if logprobs is not None:
             candidate["logprobsResult"] = logprobs
@@ -109,11 +110,14 @@ def _signed(parts: list[Part], message: Mapping[str, Any]) -> list[Part]:
     return [*parts, {"text": "", "thoughtSignature": signature}]
 
 
-def _candidate(index: int, parts: Sequence[Part], choice: Mapping[str, Any]) -> dict[str, Any]:
+def _candidate(
+    index: int, parts: Sequence[Part], choice: Mapping[str, Any], is_refusal: bool = False
+) -> dict[str, Any]:
+    """A refusal's words stand in the text; that it is one is told by the reason, as Google's own models do."""
     made: dict[str, Any] = {"content": {"role": "model", "parts": list(parts) or [{"text": ""}]}, "index": index}
     reason = choice.get("finish_reason")
     if reason:
-        made["finishReason"] = _REASONS.get(str(reason), "OTHER")
+        made["finishReason"] = "SAFETY" if is_refusal else _REASONS.get(str(reason), "OTHER")
     return made
 
 
@@ -143,6 +147,7 @@ class ContentWriter:
         self._usage: Any = None
         self._calls: dict[tuple[int, int], dict[str, Any]] = {}
         self._finished: dict[int, Mapping[str, Any]] = {}
+        self._refused: set[int] = set()
 
     def feed(self, chunk: Mapping[str, Any]) -> bytes:
         if chunk.get("id"):
@@ -152,6 +157,8 @@ class ContentWriter:
         out = b""
         for choice in chunk.get("choices") or ():
             index, delta = choice.get("index") or 0, choice.get("delta") or {}
+            if delta.get("refusal"):
+                self._refused.add(index)
             parts = _signed(_parts(delta, self._shows_thoughts), delta)
             parts = [*self._whole_calls(index, delta), *parts] if delta.get("tool_calls") else parts
             if parts:
@@ -165,7 +172,8 @@ class ContentWriter:
     def end(self) -> bytes:
         """What ends an answer comes with its usage, in the last response."""
         candidates = [
-            _candidate(index, self._rest_of(index), choice) for index, choice in sorted(self._finished.items())
+            _candidate(index, self._rest_of(index), choice, index in self._refused)
+            for index, choice in sorted(self._finished.items())
         ]
         candidates = candidates or [_candidate(0, self._rest_of(0), {"finish_reason": "stop"})]
         return self._response(candidates, usageMetadata=usage_of(self._usage)) + (b"" if self._as_events else b"]")
