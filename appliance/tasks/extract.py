@@ -1,19 +1,21 @@
 """Extraction: `POST /v1/extract` turns texts into objects that match a JSON schema.
 
 Request: `text` (one) or `texts` (1 to 1,000), `schema` (a JSON schema of type object), and optionally `instructions`,
-`model`, `max_tokens` (for each object; sized from the schema otherwise), `chunk_tokens` (128 to 1,000,000; 2,048
-otherwise: longer texts are cut into overlapping pieces of about that size, and what the pieces give is put together).
+`examples` (1 to 50 {text, object}, shown to the model before the text), `model`, `max_tokens` (for each object; sized
+from the schema otherwise), `chunk_tokens` (128 to 1,000,000; 2,048 otherwise: longer texts are cut into overlapping
+pieces of about that size, and what the pieces give is put together).
 Response for `text`: {model, object, confidence, usage}. For `texts`: {model, results, usage}, results in order, each
 {index, object, confidence} or {index, error} with OpenAI's error object.
 `confidence` maps a JSON pointer to each leaf of the object to a probability (what it means: confidence.py), and is null
 where the target gives no token probabilities. `usage` is that of a chat completion, summed. An object out of several
 pieces has `evidence` besides: JSON pointer of a property or a list's item -> {start, end}, the characters of the piece
 it was taken from. `cut`, where it is there, lists the strings that reached the length at which on-site engines end
-those that the schema leaves unbounded (see decoding.py); give them a maxLength.
+those that the schema leaves unbounded (see decoding.py); give them a maxLength. `evidence: true` and `normalise`, or
+`x-normalise` in the schema, ask for more: told.py says what comes back, forms/hints.py what may be asked.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -24,16 +26,27 @@ from appliance.errors import ApplianceError, RejectedReply, RequestError
 from appliance.tasks import chunks, sizes
 from appliance.tasks.confidence import field_confidence
 from appliance.tasks.decoding import MAX_STRING_CHARS, decode_schema
-from appliance.tasks.fields import missing, read_int, read_list, read_model, read_text, refuse_other_contract, wrong
+from appliance.tasks.fields import (
+    missing,
+    read_int,
+    read_list,
+    read_model,
+    read_object,
+    read_text,
+    refuse_other_contract,
+    wrong,
+)
 from appliance.tasks.replies import check_json_choice, choices_of
 from appliance.tasks.schemas import check_schema, check_value, is_strict_subset
 from appliance.tasks.spans import string_leaves
 from appliance.tasks.tokens import MESSAGE_TOKENS, estimate_tokens
+from appliance.tasks.told import Telling, read_telling, told, unsure
 
 MAX_TEXTS = 1_000
 CHUNK_TOKENS = 2_048
 """What the smallest contexts in use hold together with an answer twice over; small models lose the thread beyond."""
 MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 128, 1_000_000
+MAX_EXAMPLES = 50
 
 _ROLE = "You extract data from texts as JSON."
 # The task comes after the text: SmolLM2-135M copies values then instead of inventing them (of 48 fields of receipts it
@@ -50,6 +63,8 @@ class Extracted:
     cut: tuple[str, ...] = ()
     """JSON pointers of strings that were ended at a length their schema does not name."""
     evidence: Mapping[str, chunks.Span] | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the response besides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +88,23 @@ class ExtractCall:
     index: int = 0
     """Of the text, among the request's."""
     span: chunks.Span = (0, 0)
+    turns: Sequence[Mapping[str, str]] = ()
+    """The examples, as messages that have been answered."""
+    telling: Telling | None = None
 
     def streams(self, target: Target) -> bool:
         return False
 
     @property
     def prompt_tokens(self) -> int:
-        return estimate_tokens(_ROLE) + estimate_tokens(self.task) + estimate_tokens(self.text) + 2 * MESSAGE_TOKENS
+        shown = sum(estimate_tokens(turn["content"]) + MESSAGE_TOKENS for turn in self.turns)
+        own = estimate_tokens(self.task) + estimate_tokens(self.text)
+        return estimate_tokens(_ROLE) + shown + own + 2 * MESSAGE_TOKENS
+
+    @property
+    def piece(self) -> tuple[int, str]:
+        """Where the text begins in the whole of which it may be a piece, and what it says."""
+        return self.span[0], self.text
 
     def outgoing(self, target: Target) -> Sequence[Outgoing]:
         # Hosted APIs refuse `strict` for schemas with open objects or optional fields; on-site engines always enforce.
@@ -88,7 +113,8 @@ class ExtractCall:
         body: dict[str, Any] = {
             "messages": [
                 {"role": "system", "content": _ROLE},
-                {"role": "user", "content": f"{self.text}\n\n{self.task}"},
+                *self.turns,
+                {"role": "user", "content": _asking(self.text, self.task)},
             ],
             "max_tokens": self.max_tokens,
             "response_format": {
@@ -109,6 +135,8 @@ class ExtractCall:
         if found is None:
             raise RejectedReply("the model refused to extract from this text")
         confidence = field_confidence(choice["message"]["content"], choice.get("logprobs"))
+        if self.telling is not None and self.telling.evidence:
+            confidence = unsure(confidence, found, self.schema, self.piece)
         cut: tuple[str, ...] = ()
         if target.location == "onsite" and self.bounded != self.schema:
             cut = tuple(place for place, text in string_leaves(found) if len(text) == MAX_STRING_CHARS)
@@ -123,14 +151,19 @@ def read(body: Mapping[str, Any]) -> tuple[Asked, Sequence[ExtractCall]]:
     texts = _read_texts(body)
     if body.get("schema") is None:
         raise missing("schema", 'it must be a JSON schema, such as {"type": "object", "properties": {...}}')
-    schema = check_schema(body["schema"], "schema")
-    if schema.get("type") != "object":
-        raise wrong("schema.type", schema.get("type"), 'it must be "object": put other values into a property')
+    wished = check_schema(body["schema"], "schema")
+    if wished.get("type") != "object":
+        raise wrong("schema.type", wished.get("type"), 'it must be "object": put other values into a property')
+    telling = read_telling(body, wished)
+    schema = telling.asked
     given = read_int(body, "max_tokens", 1)
     chunk_tokens = read_int(body, "chunk_tokens", MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS) or CHUNK_TOKENS
     task, bounded = _task(schema, read_text(body, "instructions")), decode_schema(schema)
     likely = given or sizes.output_tokens(schema)
-    call = ExtractCall("", task, schema, bounded, likely, given or sizes.most_tokens(bounded))
+    turns = _turns(body.get("examples"), schema, task)
+    call = ExtractCall(
+        "", task, schema, bounded, likely, given or sizes.most_tokens(bounded), turns=turns, telling=telling
+    )
     asked = Asked(
         endpoint="extract",
         model=read_model(body),
@@ -146,6 +179,32 @@ def read(body: Mapping[str, Any]) -> tuple[Asked, Sequence[ExtractCall]]:
         for start, stop in chunks.spans(text, chunk_tokens)
     ]
     return asked, calls
+
+
+def _asking(text: str, task: str) -> str:
+    return f"{text}\n\n{task}"
+
+
+def _turns(given: object, schema: Mapping[str, Any], task: str) -> Sequence[Mapping[str, str]]:
+    """Examples as turns: each text is asked about as the request's own, and answered with its object."""
+    if given is None:
+        return ()
+    turns: list[Mapping[str, str]] = []
+    for index, one in enumerate(read_list(given, "examples", 1, MAX_EXAMPLES, "examples")):
+        path = f"examples[{index}]"
+        row = read_object(one, path, "with text and object")
+        for name in row:
+            if name not in ("text", "object"):
+                raise RequestError(f"{path}.{name} is not known: an example has text and object", param=path)
+        text = _read_one(row.get("text"), f"{path}.text")
+        found = read_object(row.get("object"), f"{path}.object", "as the schema has it, with values as in the text")
+        try:
+            check_value(schema, found)
+        except RejectedReply as error:
+            raise RequestError(f"{path}.object: {error.message}", param=f"{path}.object") from error
+        turns.append({"role": "user", "content": _asking(text, task)})
+        turns.append({"role": "assistant", "content": orjson.dumps(found).decode()})
+    return turns
 
 
 def _task(schema: Mapping[str, Any], instructions: str | None) -> str:
@@ -221,7 +280,7 @@ def _row(found: Extracted) -> Mapping[str, Any]:
         row["evidence"] = {place: {"start": start, "end": end} for place, (start, end) in found.evidence.items()}
     if found.cut:
         row["cut"] = found.cut
-    return row
+    return {**row, **found.more}
 
 
 def _by_text(results: Sequence[Result], calls: Sequence[ExtractCall]) -> list[Result]:
@@ -237,7 +296,8 @@ def _of_text(pairs: Sequence[tuple[ExtractCall, Result]]) -> Result:
             return result
         done.append((call, result))
     if len(done) == 1:
-        return done[0][1]
+        call, found = done[0]
+        return found if call.telling is None else _with_more(found, call.telling, lambda pointer: call.piece)
     merged = chunks.merge([chunks.Part(call.span, found.object, found.confidence) for call, found in done])
     try:
         check_value(done[0][0].schema, merged.object)
@@ -247,7 +307,24 @@ def _of_text(pairs: Sequence[tuple[ExtractCall, Result]]) -> Result:
     usage = sum((found.usage for _, found in done), Usage())
     places = {place for place, text in string_leaves(merged.object) if len(text) == MAX_STRING_CHARS}
     cut = tuple(sorted(places)) if any(found.cut for _, found in done) else ()
-    return Extracted(merged.object, merged.confidence, ", ".join(models), usage, cut, merged.evidence)
+    whole = Extracted(merged.object, merged.confidence, ", ".join(models), usage, cut, merged.evidence)
+    pieces = {call.span: call.piece for call, _ in done}
+    telling = done[0][0].telling
+    if telling is None:
+        return whole
+    return _with_more(whole, telling, lambda pointer: pieces[_source(merged.evidence, pointer)])
+
+
+def _source(evidence: Mapping[str, chunks.Span], pointer: str) -> chunks.Span:
+    """The piece of a value: that of its property, or of the list's item in which it stands."""
+    while pointer not in evidence:
+        pointer = pointer.rpartition("/")[0]
+    return evidence[pointer]
+
+
+def _with_more(found: Extracted, telling: Telling, piece_of: Callable[[str], tuple[int, str]]) -> Extracted:
+    changed, more = told(found.object, telling, piece_of)
+    return replace(found, object=changed, more=more)
 
 
 def usage_object(usage: Usage) -> Mapping[str, Any]:
