@@ -44,6 +44,9 @@ _MAX_ERROR_BYTES: Final = 64_000
 _DRAIN_SECONDS: Final = 0.5
 """After `[DONE]` only the end of the body is due; waiting for it keeps the connection fit for the next request."""
 
+_EVENT_BYTES: Final = 150
+"""Of an event without its text, at least."""
+
 _SLOWEST_TOKENS_PER_SECOND: Final = 20.0
 """A hosted target that sends its reply whole is silent while it writes; slower than this counts as hung."""
 
@@ -136,11 +139,19 @@ class ReplyStream:
         self._chunks = cast(AsyncGenerator[bytes, None], source)
         self._first = b""
         self._closed = False
+        self.tokens_seen = 0
+        """Of the answer, as far as it was handed out: an estimate that is rather too high, for want of a count."""
 
     @property
     def usage(self) -> Usage | None:
-        """Token counts, once the target has told them."""
+        """Token counts, once the target has told them; some tell what they have come to before they are done."""
         return self._passage.usage
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether these counts are those of the whole answer."""
+        passage = self._passage
+        return passage.usage is not None and (passage.done or passage.finished_choices >= self._choices)
 
     @property
     def rest_seconds(self) -> float | None:
@@ -172,6 +183,7 @@ class ReplyStream:
         """One or more whole events, as the target sent them; b"" at the end. Raises StreamBroken, never ends early."""
         if self._first:
             first, self._first = self._first, b""
+            self._see(first)
             return first
         if self._closed:
             return b""
@@ -182,6 +194,7 @@ class ReplyStream:
         while True:
             block = await self._read_block(until) if self._passage.error is None else b""
             if block:
+                self._see(block)
                 return block
             if self._passage.error is not None:
                 await self.aclose()
@@ -197,6 +210,11 @@ class ReplyStream:
         with contextlib.suppress(httpx.HTTPError, aiohttp.ClientError, OSError):
             await self._chunks.aclose()
         await close_response(self._response)
+
+    def _see(self, block: bytes) -> None:
+        """An event is a token at least; where it is longer than one, four characters are one."""
+        events = block.count(b"data:")
+        self.tokens_seen += max(events, (len(block) - events * _EVENT_BYTES) // 4)
 
     async def _read_block(self, until: float) -> bytes | None:
         """Complete events, b"" where none is complete yet, None at the end of the body."""

@@ -218,9 +218,19 @@ class Trial:
         if self.target.location == "hosted" and self.target.price is not None:
             if self.usage == Usage() and not (self._sent and may_have_cost):
                 return Bill(0.0, "price")
-            return Bill(hosted_usd(self.target.price, self.usage, self._reserved_usd), "price")
+            return Bill(
+                max(hosted_usd(self.target.price, self.usage, self._reserved_usd), self._uncounted_usd()), "price"
+            )
         view = self._means.state.snapshot.engines.get(self.target.name)
         return onsite_bill(self.target, view, self.usage, self._means.cost, self._means.cores)
+
+    def _uncounted_usd(self) -> float:
+        """The least that a stream counts with whose end nobody saw. What a target tells on the way is no bill:
+        Anthropic begins with one token of output, and whoever leaves before the end would have the rest for nothing."""
+        stream, price, call = self.stream, self.target.price, self._call
+        if stream is None or stream.is_counted or price is None or call is None:
+            return 0.0
+        return max(self._reserved_usd, price.cost_usd(Usage(self._tokens(call), stream.tokens_seen)))
 
     def expected_cost_usd(self) -> float | None:
         """Before the usage is known: what was reserved, or the engine time that the call is expected to take."""

@@ -216,3 +216,16 @@ async def test_fields_are_extracted_by_a_model_that_takes_no_temperature(stack: 
     assert not isinstance(many.results[0], Exception)
     assert many.results[0].object == {"city": "Ulm"}
     assert out.apis[0].wrongs == []
+
+
+@pytest.mark.parametrize("spoken", SPOKEN)
+async def test_a_stream_whose_end_nobody_sees_costs_what_came_of_it(stack: AsyncExitStack, spoken: Spoken) -> None:
+    """Some providers count on the way: Anthropic begins with one token. That is not what will be on the bill."""
+    out = await out_to(stack, spoken)
+    out.apis[0].says = Cut("word " * 2000)
+    came = collected(await read_stream(await out.ask({"stream": True, "max_tokens": 16})))
+    assert came.error is not None
+    tokens = len(came.message["content"]) // 4
+    assert tokens > 500
+    assert tokens * 8 / 1e6 <= out.scene.ledger.usd <= 2 * tokens * 8 / 1e6
+    out.scene.check_nothing_is_held()
