@@ -1,9 +1,9 @@
 """A door: the only way to a target's HTTP server. There are two, and nothing else in the project opens connections."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol, runtime_checkable
 
 import aiohttp
 import httpx
@@ -40,6 +40,55 @@ class Door(Protocol):
     async def aclose(self) -> None: ...
 
 
+Method = Literal["GET", "POST", "DELETE"]
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What stands around and between the lines of a batch, so that they become one body."""
+
+    content_type: str
+    head: bytes
+    between: bytes
+    tail: bytes
+
+
+@runtime_checkable
+class BatchDoor(Door, Protocol):
+    """A door through which a provider's own batches go as well."""
+
+    async def open_lines(
+        self,
+        target: Target,
+        path: str,
+        lines: Sequence[tuple[EgressPermit, bytes]],
+        frame: Frame,
+        *,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
+        """Send many requests as one body, each with a permit of its own; all go or none.
+
+        A line begins with `{"custom_id":"ID"`, the id of the request that its permit is for.
+
+        Raises ResidencyRefused where any line's permit is not good for it, BackendUnreachable, BackendGarbage.
+        """
+
+    async def follow(
+        self,
+        target: Target,
+        method: Method,
+        path: str,
+        *,
+        permit: EgressPermit,
+        body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
+        """Start a batch of lines that were sent, look at it, fetch or cancel it: with a permit good for that alone.
+
+        Raises as `open_lines`, also for a body too long to be about files and batches only.
+        """
+
+
 def key_headers(target: Target, secrets: Mapping[str, str]) -> Mapping[str, str]:
     """The key of `target`'s provider, where there is one, in the header that the provider reads it from."""
     secret = secrets.get(target.provider) if target.provider is not None else None
@@ -62,9 +111,21 @@ def transport_over(session: aiohttp.ClientSession) -> AiohttpTransport:
 async def post(
     transport: httpx.AsyncBaseTransport, target: Target, url: httpx.URL, body: bytes, headers: Mapping[str, str]
 ) -> httpx.Response:
-    """One POST. Only the connect limit is set here; silence after that is timed by who reads."""
+    """One POST, as `send`."""
+    return await send(transport, target, "POST", url, body, headers)
+
+
+async def send(
+    transport: httpx.AsyncBaseTransport,
+    target: Target,
+    method: Method,
+    url: httpx.URL,
+    body: bytes,
+    headers: Mapping[str, str],
+) -> httpx.Response:
+    """One exchange. Only the connect limit is set here; silence after that is timed by who reads."""
     timeout = {"connect": target.limits.connect_seconds, "read": None, "write": None, "pool": None}
-    request = httpx.Request("POST", url, headers=headers, content=body, extensions={"timeout": timeout})
+    request = httpx.Request(method, url, headers=headers, content=body, extensions={"timeout": timeout})
     try:
         return await transport.handle_async_request(request)
     except (httpx.HTTPError, aiohttp.ClientError, OSError) as error:
@@ -118,6 +179,13 @@ class Doors:
         if self.egress is None:
             raise ResidencyRefused(f"{target.name} is hosted, and this node has no way off its site")
         return self.egress
+
+    def for_batches(self, target: Target) -> BatchDoor:
+        """Raises ResidencyRefused where none leads to `target`."""
+        door = self.to(target)
+        if not isinstance(door, BatchDoor):
+            raise ResidencyRefused(f"no door for batches leads to {target.name}")
+        return door
 
     async def aclose(self) -> None:
         await self.local.aclose()

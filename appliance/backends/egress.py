@@ -1,19 +1,22 @@
 """The only door off this machine's site. Built only where a hosted provider is configured; opens only to a permit."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import aiohttp
 import httpx
 
-from appliance.backends.base import key_headers, post, session_over, transport_over
-from appliance.backends.seal import is_sealed
+from appliance.backends.base import Frame, Method, key_headers, post, send, session_over, transport_over
+from appliance.backends.seal import is_for_batch, is_sealed, line_start
 from appliance.core import EgressPermit, Target
 from appliance.errors import BackendAuth, ResidencyRefused
 
 _MAX_CONNECTIONS: Final = 1024
 _KEEPALIVE_SECONDS: Final = 15.0
 """Hosted front ends keep idle connections for a minute or more; a new one costs a TLS handshake."""
+
+_MAX_FRAME_BYTES: Final = 2_000
+"""Enough for names of files and batches, and no place for a request."""
 
 _HEADERS: Final = {"content-type": "application/json", "accept-encoding": "identity", "user-agent": "appliance"}
 
@@ -47,11 +50,56 @@ class EgressDoor:
         headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
         self._check(target, permit)
-        sent = {**_HEADERS, **(headers or {}), **key_headers(target, self._secrets)}
+        assert permit is not None
+        if is_for_batch(permit.request_id):
+            raise ResidencyRefused(f"the permit for {target.name} is for a batch's affairs alone, not for a request")
         url = self._urls.get((target.address, path))
         if url is None:
             url = self._urls[target.address, path] = httpx.URL(target.address + path)
-        return await post(self._transport, target, url, body, sent)
+        return await post(self._transport, target, url, body, self._headers(target, headers))
+
+    async def open_lines(
+        self,
+        target: Target,
+        path: str,
+        lines: Sequence[tuple[EgressPermit, bytes]],
+        frame: Frame,
+        *,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
+        if len(frame.head) + len(frame.tail) > _MAX_FRAME_BYTES or len(frame.between) > 2:
+            raise ResidencyRefused("what stands around the lines of a batch is too long to be only that")
+        for permit, line in lines:
+            self._check(target, permit)
+            if is_for_batch(permit.request_id) or not line.startswith(line_start(permit.request_id)):
+                raise ResidencyRefused(f"a line for {target.name} is not the request that its permit is for")
+        self._check_each_once([permit.request_id for permit, _ in lines], target)
+        body = b"".join((frame.head, frame.between.join(line for _, line in lines), frame.tail))
+        sent = self._headers(target, {**(headers or {}), "content-type": frame.content_type})
+        return await post(self._transport, target, httpx.URL(target.address + path), body, sent)
+
+    async def follow(
+        self,
+        target: Target,
+        method: Method,
+        path: str,
+        *,
+        permit: EgressPermit,
+        body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
+        self._check(target, permit)
+        if not is_for_batch(permit.request_id) or len(body) > _MAX_FRAME_BYTES:
+            raise ResidencyRefused(f"there is no permit for a batch's affairs with {target.name}")
+        url = httpx.URL(target.address + path)
+        return await send(self._transport, target, method, url, body, self._headers(target, headers))
+
+    def _headers(self, target: Target, more: Mapping[str, str] | None) -> Mapping[str, str]:
+        return {**_HEADERS, **(more or {}), **key_headers(target, self._secrets)}
+
+    def _check_each_once(self, ids: Sequence[str], target: Target) -> None:
+        if not ids or len(set(ids)) != len(ids):
+            raise ResidencyRefused(f"every line for {target.name} needs a permit of its own")
 
     async def aclose(self) -> None:
         await self._transport.aclose()

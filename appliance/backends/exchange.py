@@ -104,6 +104,17 @@ async def send(door: Door, letter: Letter, *, permit: EgressPermit | None, secon
     return Reply(payload, usage, first_byte, time.monotonic() - started, rest)
 
 
+def read_batched(letter: Letter, payload: Any) -> Reply:
+    """The reply that came back for one line of a provider's batch. Raises as `send`."""
+    target = letter.target
+    if is_error_payload(payload):
+        raise error_in_success(target, payload["error"])
+    if not isinstance(payload, dict):
+        raise BackendGarbage(f"{target.name} answered a line of its batch without an object")
+    read, usage = _read_reply(letter, payload)
+    return Reply(read, usage, 0.0, 0.0)
+
+
 def _read_reply(letter: Letter, payload: dict[str, Any]) -> tuple[dict[str, Any], Usage]:
     """Replies are not validated field by field: one of another shape shows when it is read."""
     try:

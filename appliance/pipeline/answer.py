@@ -24,6 +24,7 @@ from appliance.pipeline.admission import Admission
 from appliance.pipeline.asking import Asking
 from appliance.pipeline.attempt import Trial
 from appliance.pipeline.breaker import Breakers
+from appliance.pipeline.bulk import Bulk, Sealed
 from appliance.pipeline.counting import Counted, count_with
 from appliance.pipeline.decide import Decided, Decider
 from appliance.pipeline.inspection import Detector, Inspector
@@ -85,6 +86,7 @@ class Pipeline:
         self._decider = Decider(policy, self._means)
         self._inspector = Inspector(policy.residency, detector, alerts) if policy.searches_content else None
         self._asking = Asking(policy.defaults.profiler, self._means)
+        self.bulk = Bulk(self._means)
 
     async def searched(self, request: Request) -> Request:
         """The request, its content searched for personal data where the policy wants that. `decide` wants it so."""
@@ -148,6 +150,16 @@ class Pipeline:
         errors = [result for result in results if isinstance(result, ApplianceError)]
         facts = close(errors[0] if len(errors) == len(results) else None)
         return Many(facts, results)
+
+    async def sealed(self, request: Request, call: Call) -> Sealed | None:
+        """The request, decided and ready to leave in a provider's batch; None where it is better asked alone.
+
+        Raises what `decide` does.
+        """
+        request = await self.searched(request)
+        opinion = await self._asking.opinion(request)
+        decided = self._decider.decide(request, call.prompt_tokens, call.output_tokens, opinion)
+        return self.bulk.seal(request, call, decided)
 
     async def count(self, request: Request, call: Call) -> Counted:
         """The tokens of the request's prompt, for the target that would be asked first. Raises what `decide` does."""

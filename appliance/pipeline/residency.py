@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Final
 
-from appliance.backends.seal import seal
+from appliance.backends.seal import batch_id, seal
 from appliance.config import Policy, RouteRule
 from appliance.core import (
     ANYWHERE,
@@ -108,6 +108,12 @@ class PermitOffice:
                     f"{target.name} is hosted{_in_region(target)}, and this request is bound to {limit}"
                 )
         return EgressPermit(request.id, target.name, seal(self.key, request.id, target))
+
+    def batch_permit(self, name: str, target: Target) -> EgressPermit:
+        """Leave to speak to `target` of the batch `name`, whose lines each had a permit. With it no request can be
+        sent; what comes back is the answers to what was sent before."""
+        said = batch_id(name)
+        return EgressPermit(said, target.name, seal(self.key, said, target))
 
 
 def _in_region(target: Target) -> str:
