@@ -65,6 +65,8 @@ def read(
         raise BackendGarbage(f"{target.name} did not answer with labels and probabilities")
     if len(rows) != inputs or len(strange) != inputs:
         raise BackendGarbage(f"{target.name} answered {len(rows)} of {inputs} texts")
+    if any(len(row) != len(labels) for row in rows):
+        raise BackendGarbage(f"{target.name} has {len(labels)} labels and did not answer with as many probabilities")
     (question,) = questions
     if not question.options:
         options = tuple(Option(label) for label in labels)

@@ -63,7 +63,7 @@ def without_prior(scores: Sequence[float], prior: Sequence[float]) -> tuple[floa
 
 def most_likely(probabilities: Sequence[float]) -> int:
     """Index of the option to report; the first of equals, so that equal answers are reported alike."""
-    return max(range(len(probabilities)), key=lambda index: (probabilities[index], -index))
+    return probabilities.index(max(probabilities))
 
 
 def expected_level(probabilities: Sequence[float]) -> float:

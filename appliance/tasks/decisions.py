@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import orjson
+
 from appliance.core import Ability, Asked, Outgoing, Reply, Target, Usage
 from appliance.errors import ApplianceError, BackendGarbage, Unsupported
 from appliance.tasks import classifiers, hosted, labels
@@ -35,6 +37,7 @@ from appliance.tasks.methods import (
     read_judging,
 )
 from appliance.tasks.questions import Judged, Question, question_text, read_questions
+from appliance.tasks.shares import WORTH_A_TEMPLATE, ShareWriter
 from appliance.tasks.tokens import estimate_tokens
 
 MAX_INPUTS = 10_000
@@ -193,7 +196,7 @@ def read(
     Raises RequestError naming field, value and remedy, and NotFound for an unknown task.
     """
     refuse_other_contract(body, "/v1/decisions", "input", _OTHERS)
-    questions = _questions(body)
+    questions = questions_of(body)
     text = read_input(body["input"], "input")
     call = make_call((text,), questions, _wired(body, questions), _extras(body), openai_payload)
     call = replace(
@@ -210,7 +213,7 @@ def read_batch(
 ) -> tuple[Asked, Sequence[DecisionsCall]]:
     """Check a batch body and cut it into calls; `batch_payload` puts their results together again."""
     refuse_other_contract(body, "/v1/decisions/batch", "inputs", {"input": "/v1/decisions", "state": "/v1/systemone"})
-    questions = _questions(body)
+    questions = questions_of(body)
     if body["inputs"] is None:
         raise missing("inputs", f"it must be a list of 1 to {MAX_INPUTS} inputs")
     rows = read_list(body["inputs"], "inputs", 1, MAX_INPUTS, "inputs")
@@ -225,7 +228,7 @@ def read_batch(
     return make_asked(body, whole), split(whole)
 
 
-def _questions(body: Mapping[str, Any]) -> tuple[Question, ...]:
+def questions_of(body: Mapping[str, Any]) -> tuple[Question, ...]:
     """A classifier's question need not be spelt out."""
     if classifiers.is_named(body.get("model")):
         left_open = classifiers.read_open(body.get("questions"))
@@ -318,9 +321,11 @@ def only_row(judgement: Judgement) -> tuple[Judged, ...]:
 
 
 def batch_payload(results: Sequence[Judgement | ApplianceError], calls: Sequence[DecisionsCall]) -> Mapping[str, Any]:
-    """The response of /v1/decisions/batch. A call that failed as a whole gives its error to each of its inputs."""
+    """The response of /v1/decisions/batch, for orjson. A call that failed as a whole gives its error to each of its
+    inputs."""
     rows: list[Mapping[str, Any]] = []
     usage, models = Usage(), []
+    writer = ShareWriter()
     for result, call in zip(results, calls, strict=True):
         answered = result.rows if isinstance(result, Judgement) else (result,) * len(call.inputs)
         for row in answered:
@@ -328,7 +333,7 @@ def batch_payload(results: Sequence[Judgement | ApplianceError], calls: Sequence
             if isinstance(row, ApplianceError):
                 rows.append({**index, **row.to_openai()})
             else:
-                rows.append({**index, "answers": _answers(row, call.questions)})
+                rows.append({**index, "answers": _answers(row, call.questions, writer)})
         if isinstance(result, Judgement):
             usage += result.usage
             models.append(result.model)
@@ -339,11 +344,13 @@ def batch_payload(results: Sequence[Judgement | ApplianceError], calls: Sequence
     }
 
 
-def _answers(row: Sequence[Judged], questions: Sequence[Question]) -> Sequence[Mapping[str, Any]]:
-    return [_answer(judged, question) for judged, question in zip(row, questions, strict=True)]
+def _answers(
+    row: Sequence[Judged], questions: Sequence[Question], writer: ShareWriter | None = None
+) -> Sequence[Mapping[str, Any]]:
+    return [_answer(judged, question, writer) for judged, question in zip(row, questions, strict=True)]
 
 
-def _answer(judged: Judged, question: Question) -> Mapping[str, Any]:
+def _answer(judged: Judged, question: Question, writer: ShareWriter | None) -> Mapping[str, Any]:
     if judged.probabilities is None:
         return {"type": "refusal", "name": question.name}
     head = {"type": question.kind, "name": question.name}
@@ -351,9 +358,13 @@ def _answer(judged: Judged, question: Question) -> Mapping[str, Any]:
     if question.kind == "predicate":
         return {**head, "probability": judged.probabilities[0], **tail}
     options = judged.options or question.options
-    pairs = list(zip(options, judged.probabilities, strict=True))
+    pairs = zip(options, judged.probabilities, strict=True)
+    rows: Sequence[Mapping[str, Any]] | orjson.Fragment
     if question.kind == "choice":
-        rows: list[Mapping[str, Any]] = [{"value": option.value, "probability": share} for option, share in pairs]
+        if writer is not None and len(options) >= WORTH_A_TEMPLATE:
+            rows = writer.write(options, judged.probabilities)
+        else:
+            rows = [{"value": option.value, "probability": share} for option, share in pairs]
         result: Mapping[str, Any] = {"choice": options[judged.chosen].value}
     else:
         rows = [

@@ -1,7 +1,9 @@
 """Decisions that a trained classifier answers."""
 
+from dataclasses import replace
 from typing import Any
 
+import orjson
 import pytest
 
 from appliance.core import Reply, Target, Usage
@@ -19,10 +21,9 @@ MAIL = Target(
 SHARES = [[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]]
 
 
-def reply(rows: Any = None, strange: Any = None) -> Reply:
+def reply(rows: Any = None, labels: Any = ("a", "b", "c"), strange: float = -0.5) -> Reply:
     rows = SHARES[:1] if rows is None else rows
-    strange = [-0.5] * len(rows) if strange is None else strange
-    payload = {"labels": ["a", "b", "c"], "probabilities": rows, "out_of_scope": strange, "model": "mail"}
+    payload = {"labels": list(labels), "probabilities": rows, "out_of_scope": [strange] * len(rows), "model": "mail"}
     return Reply(payload, Usage(5, 0), 0.1, 0.1)
 
 
@@ -59,7 +60,7 @@ def test_a_choice_that_is_no_label_is_named_with_those_there_are() -> None:
 
 
 def test_a_text_like_nothing_known_is_unsure() -> None:
-    (answer,) = answered({}, reply(strange=[0.25]))["answers"]
+    (answer,) = answered({}, reply(strange=0.25))["answers"]
     assert (answer["unsure"], answer["out_of_scope"], answer["out_of_scope_score"]) == (True, True, 0.25)
     (known,) = answered({}, reply())["answers"]
     assert "unsure" not in known
@@ -93,6 +94,17 @@ def test_a_batch_goes_in_large_pieces_and_comes_back_in_order() -> None:
     assert [row["answers"][0]["choice"] for row in told["results"]] == ["a", "c"]
 
 
+def test_many_labels_are_written_as_few_are() -> None:
+    labels = [f'label {n} is 100% "quoted" or not, é' for n in range(40)]
+    shares = [[(n + place) / 1_000 for n in range(40)] for place in range(3)]
+    _, calls = decisions.read_batch({"model": "classifier/mail", "inputs": ["x", "y", "z"]})
+    judged = calls[0].read(MAIL, [reply(shares, labels)])
+    told = orjson.loads(orjson.dumps(decisions.batch_payload([judged], calls)))
+    one_by_one = [decisions.openai_payload(replace(judged, rows=(row,)), calls[0].questions) for row in judged.rows]
+    assert [row["answers"] for row in told["results"]] == [payload["answers"] for payload in one_by_one]
+    assert [row["answers"][0]["choice"] for row in told["results"]] == [labels[-1]] * 3
+
+
 def test_systemone_asks_a_classifier_too() -> None:
     _, (call,) = systemone.read({"model": "classifier/mail", "state": "hello"})
     told = call.read(MAIL, [reply()])
@@ -102,7 +114,15 @@ def test_systemone_asks_a_classifier_too() -> None:
     assert call.read(MAIL, [reply()])["answers"]["kind"]["probabilities"] == pytest.approx({"a": 0.875, "c": 0.125})
 
 
-@pytest.mark.parametrize("payload", [None, {}, {"labels": ["a"], "probabilities": [], "out_of_scope": []}])
+@pytest.mark.parametrize(
+    "payload",
+    [
+        None,
+        {},
+        {"labels": ["a"], "probabilities": [], "out_of_scope": []},
+        {"labels": ["a", "b"], "probabilities": [[1.0]], "out_of_scope": [0.0]},
+    ],
+)
 def test_a_broken_reply_is_garbage(payload: Any) -> None:
     _, (call,) = decisions.read({"model": "classifier/mail", "input": "x"})
     with pytest.raises(BackendGarbage):
