@@ -34,6 +34,7 @@ from appliance.core import (
 from appliance.errors import ApplianceError, ConfigError
 from appliance.ledger.store import LedgerHealth
 from appliance.state import State
+from appliance.tasks.events import stream_of
 from appliance.telemetry.metrics import Metrics
 
 NOW = 1000.0
@@ -105,7 +106,8 @@ class StandInCounted:
 
 @dataclass
 class StandInPipeline:
-    """Answers with `reply(outgoing)` as the target's payload; `error` is raised instead where it is set."""
+    """Answers with `reply(outgoing)` as the target's payload, or with `pieces` where it streams and they are given;
+    `error` is raised instead where it is set."""
 
     reply: Callable[[Outgoing], Any] = lambda outgoing: {}
     pieces: Sequence[bytes] = ()
@@ -149,8 +151,10 @@ class StandInPipeline:
         if self.error is not None:
             raise self.error
         if call.streams(SMALL):
-            answer.stream = StandInStream(self.pieces, self.stream_error, self.hangs_after)
-            self.sent += call.outgoing(SMALL)
+            (outgoing,) = call.outgoing(SMALL)
+            self.sent.append(outgoing)
+            pieces = self.pieces or tuple(stream_of(self.reply(outgoing), outgoing.body))
+            answer.stream = StandInStream(pieces, self.stream_error, self.hangs_after)
         else:
             answer.payload = self._read(call)
         return answer
