@@ -28,6 +28,7 @@ _KEEP_ALIVE_SECONDS = 3_600
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, handlers=[JsonLines()], force=True)
     options = _arguments(argv)
+    os.umask(0o077)  # classifiers hold words of the texts that they were trained on
     try:
         if options.leash_fd is not None:
             tie_to_parent(options.leash_fd)

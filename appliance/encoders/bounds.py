@@ -87,6 +87,11 @@ def threshold_for(
     )
 
 
+def suffices(rows: int, bound: float, confidence: float, *, next_rows: int | None = None) -> bool:
+    """Whether so many rows could keep the bound at all, were all of them right."""
+    return _most_wrong(bound, confidence, rows, next_rows) >= 0
+
+
 def _most_wrong(bound: float, confidence: float, rows: int, next_rows: int | None) -> int:
     """The most wrong rows with which the promise still holds; -1 where even none are too few rows to make it."""
     low, high = -1, rows

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,12 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from appliance.encoders.bounds import Threshold, suffices, threshold_for
 from appliance.encoders.embedders import ONNX_MAX_TOKENS, STATIC_MAX_TOKENS
 from appliance.encoders.examples import read_examples
 from appliance.encoders.heads import TIERS, Head, strangeness
 from appliance.encoders.library import Library
 from appliance.encoders.measures import report
 from appliance.encoders.runs import Run, Runs
+from appliance.encoders.shadow import Shadows
 from appliance.encoders.training import bounds_table
 from appliance.encoders.versions import Versions, check_name
 from appliance.errors import RequestError
@@ -40,6 +43,7 @@ class Desk:
         self.library = Library(models, threads)
         self.versions = Versions(data)
         self.runs = Runs(data, models, max(1, threads - 1), self._trained)
+        self.shadows = Shadows(self._scores)
         self.classified_batches = 0
         self.tokens_total = 0
         self.active = 0
@@ -92,9 +96,12 @@ class Desk:
 
     async def classify(self, body: Mapping[str, Any]) -> bytes:
         name, texts = check_name(body.get("model")), _texts(body.get("texts"), "texts", MAX_TEXTS)
-        return await asyncio.to_thread(self._classify, name, body.get("version"), texts)
+        payload, answers = await asyncio.to_thread(self._classify, name, body.get("version"), texts)
+        if body.get("version") is None:
+            self.shadows.offer(name, texts, answers)
+        return payload
 
-    def _classify(self, name: str, version: Any, texts: Sequence[str]) -> bytes:
+    def _classify(self, name: str, version: Any, texts: Sequence[str]) -> tuple[bytes, Sequence[str]]:
         number, head = self._head(name, version)
         scores = self._scores(head, texts)
         strange = strangeness(scores)
@@ -108,7 +115,8 @@ class Desk:
             "out_of_scope": np.ascontiguousarray(strange - np.float32(head.strange_from)),
             "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
         }
-        return orjson.dumps(payload, option=orjson.OPT_SERIALIZE_NUMPY)
+        answers = [head.labels[place] for place in scores.argmax(axis=1)] if self.shadows.get(name) else ()
+        return orjson.dumps(payload, option=orjson.OPT_SERIALIZE_NUMPY), answers
 
     def _scores(self, head: Head, texts: Sequence[str]) -> Floats:
         parts = []
@@ -137,10 +145,14 @@ class Desk:
         if dearest not in TIERS:
             raise RequestError(f"tier is {str(dearest)[:40]!r}: it must be {' or '.join(TIERS)}", param="tier")
         labels = _labels(body.get("labels"))
-        found = await asyncio.to_thread(
-            read_examples, body.get("examples"), body.get("format"), labels, at_least=_MIN_EXAMPLES
-        )
+        given, format = body.get("examples"), body.get("format")
+        if _flag(body, "with_kept"):
+            given = await asyncio.to_thread(self._with_kept, name, given)
+        found = await asyncio.to_thread(read_examples, given, format, labels, at_least=_MIN_EXAMPLES)
+        if _flag(body, "keep_examples"):
+            await asyncio.to_thread(self.versions.keep, name, found.texts, [found.labels[at] for at in found.truth])
         job = {
+            "serve": _flag(body, "serve", usual=True),
             "name": name,
             "texts": found.texts,
             "truth": found.truth.tolist(),
@@ -151,6 +163,13 @@ class Desk:
             "encoder": body.get("encoder"),
         }
         return self.runs.start(name, job)
+
+    def _with_kept(self, name: str, given: Any) -> Any:
+        """More examples together with those that were given and kept before. The newer label of a text counts."""
+        if not isinstance(given, list):
+            raise RequestError("with_kept adds to a list of {text, label}: give examples as one", param="examples")
+        newer = {row.get("text") for row in given if isinstance(row, Mapping)}
+        return [*(row for row in self.versions.kept(name) if row["text"] not in newer), *given]
 
     def _trained(self, run: Run) -> None:
         self._heads.pop(run.name, None)
@@ -174,7 +193,54 @@ class Desk:
         if short:
             shown = ("recipe", "tier", "accuracy", "macro_f1", "ece", "examples")
             return {**facts, "labels": len(facts["labels"]), **{key: told[key] for key in shown}}
-        return {**facts, "report": told, "training": None if run is None else run.facts()}
+        shadow = self.shadows.get(name)
+        return {
+            **facts,
+            "report": told,
+            "training": None if run is None else run.facts(),
+            "shadow": None if shadow is None else shadow.facts(),
+        }
+
+    async def threshold(self, name: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """From which confidence on answers may stand: by the held-out rows, and by labelled traffic.
+
+        `live` rows [confidence, right] are a random sample of it; `complaints` are confidences of answers that somebody
+        said were wrong: no sample, so they only count against. `over_texts` 0: the bound is for the long run.
+        """
+        return await asyncio.to_thread(self._threshold, check_name(name), body)
+
+    def _threshold(self, name: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        bound, confidence = body.get("bound"), body.get("confidence")
+        if not isinstance(bound, float) or not isinstance(confidence, float):
+            raise RequestError("bound and confidence must be numbers between 0 and 1", param="bound")
+        next_rows = body.get("over_texts") or None
+        number = self.versions.serving(name) if body.get("version") is None else _whole(body["version"])
+        wrong = [(float(score), False) for score in body.get("complaints") or ()]
+        live = [(float(score), bool(right)) for score, right in body.get("live") or ()]
+        held = self.versions.held_out(name, number)
+        strange = held["strangeness"] > float(self.versions.describe(name, number).facts["strange_from"])
+        scores = np.where(strange, 0.0, held["confidence"]).tolist()
+        rows = list(zip(scores, held["right"].astype(bool).tolist(), strict=True))
+        try:
+            by_held_out = threshold_for(bound, confidence, rows + wrong, next_rows=next_rows)
+            by_live = threshold_for(bound, confidence, live + wrong, next_rows=next_rows)
+        except ValueError as error:
+            raise RequestError(str(error), param="bound") from error
+        enough = suffices(len(live), bound, confidence, next_rows=next_rows)
+        return {
+            "version": number,
+            "held_out": _threshold_facts(by_held_out, suffices(len(rows), bound, confidence, next_rows=next_rows)),
+            "live": _threshold_facts(by_live, enough),
+        }
+
+    async def shadow(self, name: str, version: Any) -> Mapping[str, Any]:
+        """Have a version see what the serving one answers; None: no more."""
+        if version is None:
+            self.shadows.clear(check_name(name))
+            return {"name": name, "shadow": None}
+        number, head = await asyncio.to_thread(self._head, check_name(name), version)
+        self.shadows.put(name, number, head)
+        return {"name": name, "shadow": {"version": number, "texts": 0, "disagreed": 0}}
 
     async def evaluate(self, name: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
         """The serving version, or the one named, on labelled examples that it was not trained on."""
@@ -202,9 +268,19 @@ class Desk:
     def roll_back(self, name: str, version: Any) -> Mapping[str, Any]:
         number = self.versions.roll_back(check_name(name), None if version is None else _whole(version))
         self._heads.pop(name, None)
+        self.shadows.clear(name)
         return {"name": name, "serving": number, "versions": self.versions.numbers(name)}
 
+    def remove_version(self, name: str, version: int) -> Mapping[str, Any]:
+        """One that does not serve."""
+        self.versions.remove_version(check_name(name), version)
+        shadow = self.shadows.get(name)
+        if shadow is not None and shadow.version == version:
+            self.shadows.clear(name)
+        return {"name": name, "removed": version}
+
     def remove(self, name: str) -> Mapping[str, Any]:
+        self.shadows.clear(name)
         running = self.runs.find(name)
         if running is not None and running.state == "running":
             self.runs.cancel(name)
@@ -256,6 +332,17 @@ _TOKENS_PER_SECOND: Final = 100_000.0
 
 def _encoded(row: Floats, encoding: str) -> Any:
     return base64.b64encode(row.astype("<f4").tobytes()).decode() if encoding == "base64" else row
+
+
+def _threshold_facts(found: Threshold, enough: bool) -> Mapping[str, Any]:
+    return {**asdict(found), "is_enough": enough}
+
+
+def _flag(body: Mapping[str, Any], field: str, *, usual: bool = False) -> bool:
+    value = body.get(field)
+    if value is not None and not isinstance(value, bool):
+        raise RequestError(f"{field} is {value!r:.40}: it must be true or false", param=field)
+    return usual if value is None else value
 
 
 def _text_of(body: Mapping[str, Any], field: str) -> str:

@@ -54,17 +54,17 @@ def read_examples(given: Any, format: str | None, labels: Sequence[str] | None, 
     clear = {text: next(iter(found)) for text, found in seen.items() if len(found) == 1}
     known = _labels(labels, [label for found in seen.values() for label in found])
     _check_counts(Counter(clear.values()), known, len(seen) - len(clear), at_least)
-    notes = _notes(total, len(seen), [text for text, found in seen.items() if len(found) > 1])
+    notes = _notes(total, len(seen), sum(len(found) > 1 for found in seen.values()))
     places = {label: index for index, label in enumerate(known)}
     truth = np.array([places[label] for label in clear.values()], dtype=np.int64)
     return Examples(tuple(clear), truth, known, notes)
 
 
-def _notes(total: int, texts: int, contradictory: Sequence[str]) -> tuple[str, ...]:
+def _notes(total: int, texts: int, contradictory: int) -> tuple[str, ...]:
+    """They are kept with the classifier and shown to all who may use it, so they quote no text."""
     notes = []
     if contradictory:
-        first = contradictory[0] if len(contradictory[0]) <= 60 else f"{contradictory[0][:57]}..."
-        notes.append(f"{len(contradictory)} texts came under more than one label and were left out, such as {first!r}")
+        notes.append(f"{contradictory} texts came under more than one label and were left out")
     if total > texts:
         notes.append(f"{total - texts} rows repeated a text and counted once")
     return tuple(notes)

@@ -72,7 +72,8 @@ def _learn(job: Mapping[str, Any], options: argparse.Namespace) -> int:
         if model is not None
     }
     made_at = datetime.now(UTC).isoformat(timespec="seconds")
-    return Versions(options.data).save(job["name"], trained, made_at=made_at, models=built_on)
+    versions = Versions(options.data)
+    return versions.save(job["name"], trained, made_at=made_at, models=built_on, serve=job.get("serve", True))
 
 
 def _models(library: Library, wanted: str | None, *, wants_encoder: bool) -> Models:

@@ -62,11 +62,7 @@ class Endpoints:
         return _json({"object": "list", "data": rows, "training": running and running.facts()})
 
     async def show(self, request: Request) -> Response:
-        text = request.query_params.get("version")
-        if text is not None and not (text.isascii() and text.isdigit() and len(text) < _MOST_DIGITS):
-            raise RequestError(f"version is {text[:40]!r}: it must be a whole number from 1", param="version")
-        version = None if text is None else int(text)
-        return _json(await asyncio.to_thread(self.desk.show, request.path_params["name"], version))
+        return _json(await asyncio.to_thread(self.desk.show, request.path_params["name"], _version(request)))
 
     async def evaluate(self, request: Request) -> Response:
         return _json(await self.desk.evaluate(request.path_params["name"], await _body(request)))
@@ -75,7 +71,16 @@ class Endpoints:
         body = await _body(request)
         return _json(self.desk.roll_back(request.path_params["name"], body.get("version")))
 
+    async def threshold(self, request: Request) -> Response:
+        return _json(await self.desk.threshold(request.path_params["name"], await _body(request)))
+
+    async def shadow(self, request: Request) -> Response:
+        return _json(await self.desk.shadow(request.path_params["name"], (await _body(request)).get("version")))
+
     async def remove(self, request: Request) -> Response:
+        version = _version(request)
+        if version is not None:
+            return _json(await asyncio.to_thread(self.desk.remove_version, request.path_params["name"], version))
         return _json(await asyncio.to_thread(self.desk.remove, request.path_params["name"]))
 
     async def training(self, request: Request) -> Response:
@@ -101,11 +106,20 @@ def make_app(endpoints: Endpoints) -> Starlette:
             Route(one, endpoints.remove, methods=["DELETE"]),
             Route(f"{one}/evaluate", endpoints.evaluate, methods=["POST"]),
             Route(f"{one}/rollback", endpoints.roll_back, methods=["POST"]),
+            Route(f"{one}/threshold", endpoints.threshold, methods=["POST"]),
+            Route(f"{one}/shadow", endpoints.shadow, methods=["POST"]),
             Route(f"{one}/training", endpoints.training, methods=["GET"]),
             Route(f"{one}/training", endpoints.cancel, methods=["DELETE"]),
         ],
         exception_handlers={ApplianceError: _on_error, HTTPException: _on_http_error, Exception: _on_bug},
     )
+
+
+def _version(request: Request) -> int | None:
+    text = request.query_params.get("version")
+    if text is not None and not (text.isascii() and text.isdigit() and len(text) < _MOST_DIGITS):
+        raise RequestError(f"version is {text[:40]!r}: it must be a whole number from 1", param="version")
+    return None if text is None else int(text)
 
 
 async def _body(request: Request) -> Mapping[str, Any]:

@@ -27,6 +27,7 @@ from appliance.errors import ModelFileError, NotFound, RequestError
 FORMAT: Final = 1
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _SERVING: Final = "serving.json"
+_KEPT: Final = "examples.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +83,11 @@ class Versions:
         facts.pop("lexicon", None)
         return Stored(name, number, folder, facts)
 
-    def save(self, name: str, trained: Trained, *, made_at: str, models: Mapping[str, str]) -> int:
-        """Write a new version and let it serve. Raises OSError where the disk fails; then nothing has changed."""
+    def save(self, name: str, trained: Trained, *, made_at: str, models: Mapping[str, str], serve: bool = True) -> int:
+        """Write a new version, and let it serve unless it is a candidate beside one that does.
+
+        Raises OSError where the disk fails; then nothing has changed.
+        """
         folder = self.data / check_name(name)
         folder.mkdir(parents=True, exist_ok=True)
         taken = [int(one.name[1:]) for one in folder.glob("v*") if one.name[1:].isdigit()]
@@ -96,7 +100,8 @@ class Versions:
             facts = _facts(name, number, trained, made_at, models)
             _write(draft / "head.json", lambda path: path.write_bytes(orjson.dumps(facts)))
             draft.replace(folder / f"v{number}")
-            self._point(name, number)
+            if serve or not (folder / _SERVING).exists():
+                self._point(name, number)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
@@ -113,6 +118,32 @@ class Versions:
         self._head(name, version)
         self._point(name, version)
         return version
+
+    def remove_version(self, name: str, version: int) -> None:
+        """Raises NotFound, and RequestError for the one that serves."""
+        if self.serving(name) == version:
+            raise RequestError(f"version {version} of {name!r} serves: roll back to another one first", param="version")
+        self._head(name, version)
+        shutil.rmtree(self.data / name / f"v{version}")
+
+    def keep(self, name: str, texts: Sequence[str], labels: Sequence[str]) -> None:
+        """Keep examples beside the versions, in place of those kept before, so that it can be trained on them again."""
+        folder = self.data / check_name(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = (orjson.dumps({"text": text, "label": label}) for text, label in zip(texts, labels, strict=True))
+        draft = folder / f"{_KEPT}.part"
+        _write(draft, lambda path: path.write_bytes(b"\n".join(rows)))
+        draft.chmod(0o600)
+        draft.replace(folder / _KEPT)
+
+    def kept(self, name: str) -> Sequence[Mapping[str, str]]:
+        path = self.data / check_name(name) / _KEPT
+        try:
+            return [orjson.loads(line) for line in path.read_bytes().splitlines()]
+        except FileNotFoundError:
+            return []
+        except ValueError as error:
+            raise ModelFileError(f"{path} cannot be read ({error}): remove it, or give the examples again") from error
 
     def remove(self, name: str) -> None:
         """Raises NotFound."""

@@ -31,7 +31,7 @@ def test_contradictory_and_repeated_texts_are_left_out_and_said() -> None:
     found = read_examples([*GOOD, {"text": "a 0", "label": "b"}, GOOD[1]], None, None, at_least=2)
     assert "a 0" not in found.texts
     assert len(found.texts) == 5
-    assert "1 texts came under more than one label" in found.notes[0]
+    assert found.notes[0] == "1 texts came under more than one label and were left out"
     assert "2 rows repeated a text" in found.notes[1]
 
 

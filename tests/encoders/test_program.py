@@ -60,6 +60,8 @@ async def test_a_classifier_is_trained_asked_measured_rolled_back_and_removed(tm
             assert (await client.get("/health")).status_code == 200
             ended = await until_ended(client, "mail")
             assert (ended["state"], ended["version"]) == ("done", version), ended
+        kept = [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
+        assert kept and not any(path.stat().st_mode & 0o077 for path in kept)
         asked = {"model": "mail", "texts": ["where is my parcel, the courier is late", "refund the invoice please"]}
         told = (await client.post("/v1/classify", json=asked)).json()
         chosen = [told["labels"][row.index(max(row))] for row in told["probabilities"]]
@@ -142,3 +144,50 @@ async def test_the_program_ends_with_the_one_that_holds_its_leash(tmp_path: Path
     os.close(read)
     os.close(write)
     assert await asyncio.wait_for(process.wait(), 30) == 0
+
+
+async def test_a_candidate_is_trained_beside_the_serving_version_seen_in_shadow_and_promoted(tmp_path: Path) -> None:
+    async with program(tmp_path) as client:
+        first = {"name": "mail", "examples": labelled(60), "keep_examples": True}
+        await client.post("/v1/classifiers", json=first)
+        assert (await until_ended(client, "mail"))["version"] == 1
+        more = {"name": "mail", "examples": labelled(30, seed=5), "with_kept": True, "serve": False}
+        await client.post("/v1/classifiers", json=more)
+        assert (await until_ended(client, "mail"))["version"] == 2
+        told = (await client.get("/v1/classifiers/mail?version=2")).json()
+        assert (told["serving"], told["report"]["examples"]) == (1, 90)
+        assert (await client.post("/v1/classifiers/mail/shadow", json={"version": 2})).status_code == 200
+        texts = [row["text"] for row in labelled(40, seed=8)]
+        assert (await client.post("/v1/classify", json={"model": "mail", "texts": texts})).json()["version"] == 1
+        while (shadow := (await client.get("/v1/classifiers/mail")).json()["shadow"])["texts"] == 0:
+            await client.get("/health")
+        assert shadow["texts"] == 40 and shadow["disagreed"] < 10
+        assert (await client.delete("/v1/classifiers/mail?version=1")).status_code == 400, "it serves"
+        assert (await client.post("/v1/classifiers/mail/rollback", json={"version": 2})).json()["serving"] == 2
+        assert (await client.get("/v1/classifiers/mail")).json()["shadow"] is None
+        assert (await client.delete("/v1/classifiers/mail?version=1")).status_code == 200
+        assert (await client.get("/v1/classifiers/mail")).json()["versions"] == [2]
+
+
+async def test_a_threshold_is_told_of_held_out_rows_and_of_traffic(tmp_path: Path) -> None:
+    async with program(tmp_path) as client:
+        await client.post("/v1/classifiers", json={"name": "mail", "examples": labelled(400)})
+        assert (await until_ended(client, "mail"))["state"] == "done"
+
+        async def told(**more: Any) -> Any:
+            body = {"bound": 0.05, "confidence": 0.95, "over_texts": 0, **more}
+            return (await client.post("/v1/classifiers/mail/threshold", json=body)).json()
+
+        plain = await told()
+        assert plain["held_out"]["threshold"] is not None and plain["held_out"]["is_enough"]
+        assert plain["live"] == {**plain["live"], "threshold": None, "is_enough": False, "rows": 0}
+        few = await told(live=[[0.9, True]] * 58)
+        assert not few["live"]["is_enough"]
+        right = await told(live=[[0.9, True]] * 59)
+        assert (right["live"]["threshold"], right["live"]["is_enough"]) == (0.9, True)
+        wrong = await told(live=[[0.9, False]] * 59)
+        assert (wrong["live"]["threshold"], wrong["live"]["is_enough"]) == (None, True)
+        complained = await told(complaints=[0.99] * 60)
+        assert (complained["held_out"]["threshold"] or 1.0) > plain["held_out"]["threshold"]
+        refused = await client.post("/v1/classifiers/mail/threshold", json={"bound": 2.0, "confidence": 0.95})
+        assert refused.status_code == 400
