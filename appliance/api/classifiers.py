@@ -17,7 +17,7 @@ from starlette.responses import Response, StreamingResponse
 
 from appliance.api.body import parse_body, read_body
 from appliance.api.rim import Rim
-from appliance.errors import Unavailable
+from appliance.errors import NotFound, Unavailable
 
 _PATH: Final = "/v1/classifiers"
 _PROGRESS_SECONDS: Final = 0.5
@@ -111,7 +111,11 @@ class Classifiers:
 
 
 def _path(http: Http) -> str:
-    return f"{_PATH}/{quote(http.path_params['name'], safe='')}"
+    """Of one classifier. Names of dots alone would lead to another place."""
+    name: str = http.path_params["name"]
+    if not name.strip("."):
+        raise NotFound(f"there is no classifier {name!r}: GET {_PATH} lists them")
+    return f"{_PATH}/{quote(name, safe='')}"
 
 
 def _response(told: Told) -> Response:

@@ -167,6 +167,13 @@ async def test_unknown_paths_and_methods_are_refused_in_openais_shape(http: http
     assert "POST" in error_of(wrong)["message"] and wrong.headers["allow"] == "POST"
 
 
+@pytest.mark.parametrize("name", ["%2e", "%2e%2e", "%2e%2e%2e"])
+async def test_a_classifiers_name_leads_nowhere_else(http: httpx.AsyncClient, name: str) -> None:
+    found = await http.get(f"/v1/classifiers/{name}/training")
+    assert found.status_code == 404
+    assert "there is no classifier" in found.json()["error"]["message"]
+
+
 async def test_an_error_carries_its_decisions_headers_and_when_to_come_back(
     http: httpx.AsyncClient, pipeline: StandInPipeline
 ) -> None:
