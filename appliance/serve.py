@@ -21,6 +21,7 @@ from appliance.api.auth import Authenticator, is_loopback
 from appliance.api.connection import Connection
 from appliance.api.lines import Lines
 from appliance.api.task_fits import TaskFits
+from appliance.api.task_store import SavedTasks
 from appliance.backends.base import Doors
 from appliance.backends.egress import EgressDoor
 from appliance.backends.local import LocalDoor
@@ -307,7 +308,8 @@ async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Runn
         following = asyncio.create_task(node.follow_keys(ledger))
         stack.callback(following.cancel)
         task_fits = TaskFits(site.home / "task_fits.json")
-        lines = Lines(pipeline=lambda: node.pipeline, auth=node.auth, fits=task_fits)
+        saved_tasks = SavedTasks(site.home / "tasks")
+        lines = Lines(pipeline=lambda: node.pipeline, auth=node.auth, fits=task_fits, saved=saved_tasks)
         desk = await _desk(site, lines, state, signals, metrics, stack)
         app = create_app(
             pipeline=lambda: node.pipeline,
@@ -318,6 +320,7 @@ async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Runn
             server=config.server,
             reload=node.reload,
             task_fits=task_fits,
+            saved_tasks=saved_tasks,
             desk=desk,
             encoders=encoders,
         )

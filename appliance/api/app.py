@@ -25,7 +25,9 @@ from appliance.api.openai import OpenAI
 from appliance.api.parts import Ledger, Metrics, Pipeline, Snapshots
 from appliance.api.responses import Responses
 from appliance.api.rim import Rim
+from appliance.api.saved_tasks import SavedTasksApi
 from appliance.api.task_fits import TaskFits
+from appliance.api.task_store import KnownTasks, SavedTasks
 from appliance.api.tasks import Tasks
 from appliance.config import Server
 from appliance.errors import ApplianceError, NotFound, RequestError
@@ -42,6 +44,7 @@ def create_app(
     server: Server,
     reload: Callable[[], Awaitable[Mapping[str, Any]]],
     task_fits: TaskFits | None = None,
+    saved_tasks: SavedTasks | None = None,
     desk: Desk | None = None,
     encoders: Encoders | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -49,18 +52,20 @@ def create_app(
 ) -> FastAPI:
     """The HTTP API over the given rooms. `pipeline` is called once for each request, so a reload may replace it.
 
-    `task_fits` remembers calibrated tasks (None: while the program runs); `desk` keeps files and batches (None: there
-    are none). `reload` reads the configuration again and
-    says what is in force; `clock` must be the one that snapshots are dated with.
+    `task_fits` and `saved_tasks` remember tasks (None: while the program runs); `desk` keeps files and batches (None:
+    there are none). `reload` reads the configuration again and says what is in force; `clock` must be the one that
+    snapshots are dated with.
     """
     rim = Rim(pipeline=pipeline, auth=auth, max_body_bytes=server.max_body_bytes, clock=clock, wall_clock=wall_clock)
+    known = KnownTasks(task_fits or TaskFits(), saved_tasks or SavedTasks())
     # No interactive documentation: its pages load scripts from elsewhere, and requests travel verbatim anyway.
     app = FastAPI(
         title="Appliance",
         version=__version__,
         openapi_url=None,
         routes=[
-            *_routes(rim, Admin(rim, state, ledger, metrics, reload), ledger, task_fits or TaskFits()),
+            *_routes(rim, Admin(rim, state, ledger, metrics, reload), ledger, known),
+            *_task_routes(SavedTasksApi(rim, known, server.max_body_bytes)),
             *([] if desk is None else _job_routes(Jobs(rim, desk))),
             *_classifier_routes(Classifiers(rim, encoders, server.max_body_bytes)),
         ],
@@ -75,11 +80,11 @@ def create_app(
     return app
 
 
-def _routes(rim: Rim, admin: Admin, ledger: Ledger, task_fits: TaskFits) -> list[BaseRoute]:
+def _routes(rim: Rim, admin: Admin, ledger: Ledger, known: KnownTasks) -> list[BaseRoute]:
     """Plain routes: endpoints take the request and return the response, with no model in between for each message."""
-    openai, tasks = OpenAI(rim), Tasks(rim, task_fits)
+    openai, tasks = OpenAI(rim), Tasks(rim, known)
     messages, responses, gemini = Messages(rim), Responses(rim), Gemini(rim)
-    explain = Explain(rim, ledger)
+    explain = Explain(rim, ledger, known)
     return [
         Route("/v1/chat/completions", openai.chat, methods=["POST"]),
         Route("/v1/completions", openai.completions, methods=["POST"]),
@@ -111,6 +116,15 @@ def _routes(rim: Rim, admin: Admin, ledger: Ledger, task_fits: TaskFits) -> list
         Route("/readyz", admin.readyz, methods=["GET"]),
         Route("/metrics", admin.metrics, methods=["GET"]),
         Route("/admin/reload", admin.reload, methods=["POST"]),
+    ]
+
+
+def _task_routes(tasks: SavedTasksApi) -> list[BaseRoute]:
+    return [
+        Route("/v1/tasks", tasks.save, methods=["POST"]),
+        Route("/v1/tasks", tasks.list, methods=["GET"]),
+        Route("/v1/tasks/{name:path}", tasks.show, methods=["GET"]),
+        Route("/v1/tasks/{name:path}", tasks.remove, methods=["DELETE"]),
     ]
 
 

@@ -11,13 +11,15 @@ from starlette.responses import Response
 from appliance.api.parts import Ledger
 from appliance.api.replies import json_response
 from appliance.api.rim import Reader, Rim
-from appliance.core import Asked, Call, Decision
+from appliance.api.task_store import KnownTasks
+from appliance.core import Asked, Call, Caller, Decision
 from appliance.errors import NotFound
 from appliance.tasks import chat, completions, decisions, embeddings, extract, systemone
 from appliance.tasks.anthropic import read as anthropic
 from appliance.tasks.fields import wrong
 from appliance.tasks.gemini import read as gemini
 from appliance.tasks.responses import read as responses
+from appliance.tasks.saved import Shape
 
 READERS: Mapping[str, Reader[Any]] = {
     "chat": chat.read,
@@ -32,21 +34,37 @@ READERS: Mapping[str, Reader[Any]] = {
     "generate_content": gemini.read,
 }
 
+_SHAPES: Mapping[str, Shape] = {
+    "decisions": "decisions",
+    "decisions/batch": "decisions",
+    "systemone": "systemone",
+    "extract": "extract",
+}
+
 _DECISION_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
 class Explain:
-    def __init__(self, rim: Rim, ledger: Ledger) -> None:
+    def __init__(self, rim: Rim, ledger: Ledger, known: KnownTasks) -> None:
         self._rim = rim
+        self._known = known
         self._ledger = ledger
 
     async def dry_run(self, http: Http) -> Response:
         """Body: that of any endpoint, with `endpoint` naming it ("chat" where it is left out)."""
-        opened = await self._rim.open(http, read_any)
+        caller = self._rim.auth.caller(http.headers)
+        opened = await self._rim.open(http, lambda body: read_any(self._meant(body, caller)))
         pipeline = self._rim.pipeline
         request = await pipeline.searched(opened.request)
         decision = pipeline.decide(request, prompt_tokens=opened.prompt_tokens, output_tokens=opened.output_tokens)
         return json_response(_story(decision, opened.request.endpoint, len(opened.calls)))
+
+    def _meant(self, body: Mapping[str, Any], caller: Caller) -> Mapping[str, Any]:
+        """What a body that names a saved task stands for."""
+        shape = _SHAPES.get(str(body.get("endpoint")).removeprefix("/v1/"))
+        if shape is None:
+            return body
+        return {**self._known.expanded(body, shape, caller)}
 
     async def decision(self, http: Http) -> Response:
         """A decision that was made; other callers' decisions do not exist for a key without the scope admin."""

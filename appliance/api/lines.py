@@ -19,6 +19,7 @@ from appliance.api.body import parse_body
 from appliance.api.parts import Pipeline
 from appliance.api.rim import IN_A_THREAD_BYTES
 from appliance.api.task_fits import TaskFits
+from appliance.api.task_store import KnownTasks, SavedTasks
 from appliance.core import Asked, Caller, Decision, Facts, Request, Usage
 from appliance.errors import ApplianceError, BackendError, Busy, DeadlineExceeded, RejectedReply, Unavailable
 from appliance.jobs.nouns import Line, LineAnswer, Terms
@@ -30,6 +31,7 @@ from appliance.tasks.decisions import DecisionsCall, Judgement
 from appliance.tasks.methods import Priors
 from appliance.tasks.responses.read import read as read_response
 from appliance.tasks.responses.reply import response_of
+from appliance.tasks.saved import Shape
 from appliance.tasks.tokens import estimate_tokens
 
 _DECISIONS: Final = "/v1/decisions"
@@ -47,6 +49,8 @@ class Reading:
 
     read: Callable[[Mapping[str, Any]], tuple[Asked, Sequence[Any]]]
     payload: Payload
+    shape: Shape | None = None
+    """Of bodies that may name a saved task."""
 
 
 def _only(results: Sequence[Any], calls: Sequence[Any]) -> Any:
@@ -77,9 +81,9 @@ def readings(fits: TaskFits) -> Mapping[str, Reading]:
         "/v1/chat/completions": Reading(chat.read, _only),
         "/v1/completions": Reading(completions.read, _only),
         "/v1/embeddings": Reading(embeddings.read, _only),
-        _DECISIONS: Reading(partial(judging, decisions.read), _only),
-        "/v1/systemone": Reading(partial(judging, systemone.read), _only),
-        "/v1/extract": Reading(extract.read, _extracted),
+        _DECISIONS: Reading(partial(judging, decisions.read), _only, "decisions"),
+        "/v1/systemone": Reading(partial(judging, systemone.read), _only, "systemone"),
+        "/v1/extract": Reading(extract.read, _extracted, "extract"),
         "/v1/responses": Reading(read_response, _response),
         "/v1/messages": Reading(read_message, _message),
     }
@@ -111,16 +115,18 @@ class Lines:
         pipeline: Callable[[], Pipeline],
         auth: Authenticator,
         fits: TaskFits,
+        saved: SavedTasks | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._pipeline, self._auth = pipeline, auth
         self._clock, self._wall = clock, wall_clock
-        self._readings = readings(fits)
+        self._known = KnownTasks(fits, saved or SavedTasks())
+        self.readings = readings(fits)
 
     @property
     def endpoints(self) -> Sequence[str]:
-        return tuple(self._readings)
+        return tuple(self.readings)
 
     def kin(self, line: Line) -> Hashable | None:
         """Decisions that ask the same of different texts: an engine computes the question once for all of them."""
@@ -131,21 +137,25 @@ class Lines:
 
     async def ask(self, lines: Sequence[Line], terms: Terms) -> Sequence[LineAnswer]:
         """One answer for each line, in order. Raises Unauthorized where the key is no more."""
-        caller = self._auth.named(terms.owner)
+        caller = self.caller(terms)
         if len(lines) == 1:
             return [await self._one(lines[0], caller, terms)]
         return await self._together(lines, caller, terms)
 
+    def caller(self, terms: Terms) -> Caller:
+        """Raises Unauthorized where the key is no more."""
+        return self._auth.named(terms.owner)
+
     async def _one(self, line: Line, caller: Caller, terms: Terms) -> LineAnswer:
-        name = _request_id(line, terms)
+        name = request_id_of(line, terms)
         try:
-            asked, calls = await self._read(line)
-            request = self._request(asked, name, caller, terms)
+            asked, calls = await self.read(line, caller)
+            request = self.request(asked, name, caller, terms)
             results, facts = await self._results(request, calls)
-            payload = self._readings[line.url].payload(results, calls)
+            payload = self.readings[line.url].payload(results, calls)
         except ApplianceError as error:
             return _refused(error, name)
-        return _good(payload, name, facts, _usage_of(payload), facts.cost_usd)
+        return good_answer(payload, name, facts, usage_of(payload), facts.cost_usd)
 
     async def _results(self, request: Request, calls: Sequence[Any]) -> tuple[Sequence[Any], Facts]:
         """What every call came to. Raises the first error where none succeeded."""
@@ -162,14 +172,16 @@ class Lines:
             raise failed[0]
         return many.results, many.facts
 
-    async def _read(self, line: Line) -> tuple[Asked, Sequence[Any]]:
-        read = self._readings[line.url].read
+    async def read(self, line: Line, caller: Caller) -> tuple[Asked, Sequence[Any]]:
+        """By its endpoint's own reader. Raises RequestError and its like."""
+        reading = self.readings[line.url]
+        reader = reading.read if reading.shape is None else self._known.reading(reading.read, reading.shape, caller)
         raw = orjson.dumps(line.body)
         if len(raw) < IN_A_THREAD_BYTES:
-            return read(parse_body(raw))
-        return await asyncio.to_thread(lambda: read(parse_body(raw)))
+            return reader(parse_body(raw))
+        return await asyncio.to_thread(lambda: reader(parse_body(raw)))
 
-    def _request(self, asked: Asked, name: str, caller: Caller, terms: Terms) -> Request:
+    def request(self, asked: Asked, name: str, caller: Caller, terms: Terms) -> Request:
         headers = {RESIDENCY_HEADER: terms.residency, **({TAG_HEADER: terms.tag} if terms.tag else {})}
         request = make_request(
             asked, headers=headers, caller=caller, request_id=name, now=self._clock(), wall=self._wall()
@@ -197,10 +209,10 @@ class Lines:
         return [answers[line.number] for line in lines]
 
     async def _decided(self, line: Line, caller: Caller, terms: Terms) -> _Decided | LineAnswer:
-        name, pipeline = _request_id(line, terms), self._pipeline()
+        name, pipeline = request_id_of(line, terms), self._pipeline()
         try:
-            asked, calls = await self._read(line)
-            request = await pipeline.searched(self._request(asked, name, caller, terms))
+            asked, calls = await self.read(line, caller)
+            request = await pipeline.searched(self.request(asked, name, caller, terms))
             call: DecisionsCall = calls[0]
             decision = pipeline.decide(request, prompt_tokens=call.prompt_tokens, output_tokens=call.output_tokens)
         except ApplianceError as error:
@@ -216,7 +228,7 @@ class Lines:
         try:
             many = await self._pipeline().answer_many(request, calls, concurrency=len(calls))
         except ApplianceError as error:
-            return [_refused(error, _request_id(one.line, terms)) for one in group]
+            return [_refused(error, request_id_of(one.line, terms)) for one in group]
         return [
             self._of_row(row, usage, one, terms, many.facts, len(group))
             for one, (row, usage) in zip(group, _rows(many.results, calls), strict=True)
@@ -237,7 +249,7 @@ class Lines:
         inputs = tuple(one.call.inputs[0] for one in group)
         whole = replace(first.call, inputs=inputs, render=None)
         asked = decisions.make_asked(first.request.body, whole)
-        request = self._request(asked, _request_id(first.line, terms), caller, terms)
+        request = self.request(asked, request_id_of(first.line, terms), caller, terms)
         pipeline = self._pipeline()
         request = await pipeline.searched(request)
         try:
@@ -248,13 +260,13 @@ class Lines:
         return (request, whole) if together.way == first.way else None
 
     def _of_row(self, row: Any, usage: Usage, one: _Decided, terms: Terms, facts: Facts, lines: int) -> LineAnswer:
-        name = _request_id(one.line, terms)
+        name = request_id_of(one.line, terms)
         if isinstance(row, ApplianceError):
             row.headers = row.headers or facts.headers()
             return _refused(row, name)
         payload = decisions.openai_payload(row, one.call.questions)
         cost = None if facts.cost_usd is None else facts.cost_usd / lines
-        return _good(payload, name, facts, usage, cost)
+        return good_answer(payload, name, facts, usage, cost)
 
 
 def _rows(results: Sequence[Any], calls: Sequence[DecisionsCall]) -> Sequence[tuple[Judgement | ApplianceError, Usage]]:
@@ -295,12 +307,12 @@ def _shares(usage: Usage, weights: Sequence[int]) -> Sequence[Usage]:
     return shares
 
 
-def _request_id(line: Line, terms: Terms) -> str:
+def request_id_of(line: Line, terms: Terms) -> str:
     """The same however often the line is asked: what is sent twice can be told to be the same."""
     return f"{terms.batch_id}-{line.number}"
 
 
-def _good(payload: Any, name: str, facts: Facts, usage: Usage, cost_usd: float | None) -> LineAnswer:
+def good_answer(payload: Any, name: str, facts: Facts, usage: Usage, cost_usd: float | None) -> LineAnswer:
     return LineAnswer(200, payload, name, facts.location, usage, cost_usd, None, facts.decision_id)
 
 
@@ -325,7 +337,7 @@ def _again_after(error: ApplianceError) -> float | None:
     return None
 
 
-def _usage_of(payload: Any) -> Usage:
+def usage_of(payload: Any) -> Usage:
     """What a payload of any endpoint says of its tokens."""
     usage = payload.get("usage") if isinstance(payload, dict) else None
     if not isinstance(usage, Mapping):

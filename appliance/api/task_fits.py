@@ -42,6 +42,17 @@ class TaskFits:
                 _write(self._path, tasks)
             self.tasks = tasks
 
+    def remove(self, name: str) -> bool:
+        """Forget a task's fits; whether there were any. Writes to disk."""
+        with self._lock:
+            if name not in self.tasks:
+                return False
+            tasks = {known: fits for known, fits in self.tasks.items() if known != name}
+            if self._path is not None:
+                _write(self._path, tasks)
+            self.tasks = tasks
+            return True
+
 
 def _read(path: Path) -> Mapping[str, Sequence[TaskFit]]:
     try:

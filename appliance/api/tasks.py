@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import structlog
@@ -13,11 +12,13 @@ from appliance.api.openai import whole
 from appliance.api.parts import Many
 from appliance.api.replies import json_response
 from appliance.api.rim import Reader, Rim
-from appliance.api.task_fits import TaskFits
+from appliance.api.task_store import KnownTasks
 from appliance.errors import ApplianceError
 from appliance.tasks import decisions, extract, lessons, systemone
 from appliance.tasks.decisions import DecisionsCall
+from appliance.tasks.extract import ExtractCall
 from appliance.tasks.methods import Priors
+from appliance.tasks.saved import Shape
 
 DECISION_CALLS_AT_ONCE = 4
 """Calls of a batch under way together; each holds thousands of tokens, so a few keep an engine busy."""
@@ -28,24 +29,24 @@ _log = structlog.get_logger(__name__)
 
 
 class Tasks:
-    def __init__(self, rim: Rim, fits: TaskFits) -> None:
+    def __init__(self, rim: Rim, known: KnownTasks) -> None:
         self._rim = rim
-        self._fits = fits
+        self._known = known
         self._priors = Priors()
 
     async def decisions(self, http: Http) -> Response:
-        return await self._decide(http, decisions.read)
+        return await self._decide(http, decisions.read, "decisions")
 
     async def systemone(self, http: Http) -> Response:
-        return await self._decide(http, systemone.read)
+        return await self._decide(http, systemone.read, "systemone")
 
-    async def _decide(self, http: Http, read: Callable[..., Any]) -> Response:
-        opened = await self._rim.open(http, self._judging(read))
+    async def _decide(self, http: Http, read: Callable[..., Any], shape: Shape) -> Response:
+        opened = await self._rim.open(http, self._judging(http, read, shape))
         answer = await self._rim.answer(http, opened)
         return await whole(answer, answer.payload)
 
     async def batch(self, http: Http) -> Response:
-        opened = await self._rim.open(http, self._judging(decisions.read_batch))
+        opened = await self._rim.open(http, self._judging(http, decisions.read_batch, "decisions"))
         many = await self._rim.answer_many(http, opened, concurrency=DECISION_CALLS_AT_ONCE)
         # In a thread: 10,000 inputs with 77 options make 44 MB of JSON, and streams go on.
         return await asyncio.to_thread(lambda: _rows(many, decisions.batch_payload(_some(many), opened.calls)))
@@ -53,15 +54,17 @@ class Tasks:
     async def calibrate(self, http: Http) -> Response:
         """Changes the answers of every caller that names the task, so it takes the scope admin."""
         caller = self._rim.auth.caller(http.headers, "admin")
-        opened = await self._rim.open(http, partial(lessons.read, priors=self._priors))
+        opened = await self._rim.open(http, self._known.reading(lessons.read, "calibrate", caller, priors=self._priors))
         many = await self._rim.answer_many(http, opened, concurrency=DECISION_CALLS_AT_ONCE)
         learnt = await asyncio.to_thread(lessons.learn, opened.request.body, opened.calls, _some(many))
-        await asyncio.to_thread(self._fits.put, learnt.fit)
+        await asyncio.to_thread(self._known.fits.put, learnt.fit)
         _log.info("task calibrated", task=learnt.fit.task, target=learnt.fit.target, key=caller.key_id)
         return _rows(many, learnt.report)
 
     async def extract(self, http: Http) -> Response:
-        opened = await self._rim.open(http, extract.read)
+        caller = self._rim.auth.caller(http.headers)
+        reader: Reader[ExtractCall] = self._known.reading(extract.read, "extract", caller)
+        opened = await self._rim.open(http, reader)
         is_single = "texts" not in opened.request.body
         if is_single and len(opened.calls) == 1:
             answer = await self._rim.answer(http, opened)
@@ -76,9 +79,10 @@ class Tasks:
             error.headers = {**many.facts.headers(), **error.headers}
             raise
 
-    def _judging(self, read: Callable[..., Any]) -> Reader[DecisionsCall]:
-        """A reader of decisions that knows the tasks calibrated here."""
-        return partial(read, tasks=self._fits.tasks, priors=self._priors)
+    def _judging(self, http: Http, read: Callable[..., Any], shape: Shape) -> Reader[DecisionsCall]:
+        """A reader of decisions that knows the tasks saved and calibrated here."""
+        caller = self._rim.auth.caller(http.headers)
+        return self._known.reading(read, shape, caller, tasks=self._known.fits.tasks, priors=self._priors)
 
 
 def _some(many: Many) -> Sequence[Any]:

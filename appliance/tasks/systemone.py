@@ -41,7 +41,7 @@ def read(
     """Check a System One body, as `decisions.read` does. Raises RequestError naming field, value and remedy."""
     others = {"input": "/v1/decisions", "inputs": "/v1/decisions/batch"}
     refuse_other_contract(body, "/v1/systemone", "state", others)
-    questions = _questions(body)
+    questions = questions_of(body)
     text = _content(body["state"], "state")
     call = make_call((Input(text, text),), questions, on_the_wire(questions), {}, _payload)
     call = replace(
@@ -53,7 +53,7 @@ def read(
     return make_asked(body, call), (call,)
 
 
-def _questions(body: Mapping[str, Any]) -> tuple[Question, ...]:
+def questions_of(body: Mapping[str, Any]) -> tuple[Question, ...]:
     """A classifier's question need not be spelt out; one that is left out is called `label`."""
     given = body.get("questions")
     if classifiers.is_named(body.get("model")):
