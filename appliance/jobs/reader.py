@@ -80,6 +80,9 @@ def _check_request(raw: RawLine, value: dict[str, Any], endpoint: str) -> Line |
         return _bad(raw, custom_id, "mismatched_endpoint", text, "url")
     if not isinstance(body, dict):
         return _bad(raw, custom_id, "missing_required_parameter", "body is missing or no JSON object", "body")
+    if value.get("headers"):
+        text = "a line has no headers: what binds or tags it is said where the batch is made"
+        return _bad(raw, custom_id, "unsupported_parameter", text, "headers")
     if body.get("stream"):
         text = "a line of a batch cannot be streamed: leave stream out"
         return _bad(raw, custom_id, "unsupported_parameter", text, "body.stream")

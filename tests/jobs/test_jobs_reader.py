@@ -50,6 +50,7 @@ def test_a_byte_order_mark_is_no_mistake() -> None:
         (line(1, url="/v1/embeddings"), "mismatched_endpoint", "/v1/embeddings"),
         (line(1, body=[]), "missing_required_parameter", "body"),
         (line(1, body={"stream": True}), "unsupported_parameter", "stream"),
+        (line(1, headers={"x-appliance-residency": "onsite"}), "unsupported_parameter", "headers"),
         (line(1).replace('"body": {', '"body": {"deep": ' + "[" * 300 + "]" * 300 + ", "), "invalid_json_line", "deep"),
     ],
 )
