@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
+from appliance.encoders.int8 import multiplies_int8, with_int8_products
 from appliance.errors import ContextTooLong, ModelFileError
 
 Floats = npt.NDArray[np.float32]
@@ -21,8 +22,11 @@ Floats = npt.NDArray[np.float32]
 STATIC_MAX_TOKENS: Final = 8_192
 ONNX_MAX_TOKENS: Final = 512
 """What encoders of the BERT family have positions for."""
-_BATCH_TOKENS: Final = 4_096
-"""Of one run of the encoder, padding included: more only takes memory."""
+_BATCH_TOKENS: Final = 512
+"""Of one run of the encoder, padding included: what is computed of them stays in a core's cache. Texts a second of
+processor time with 512, 1,024, 2,048 and 4,096, measured: 1,188, 1,021, 924 and 809."""
+_SLOWER_TOGETHER: Final = ("SkipLayerNormFusion",)
+"""The run time adds and then normalises ten times as fast as in its one operator for both (onnxruntime 1.31)."""
 _SMALLEST_NORM: Final = 1e-12
 
 
@@ -113,7 +117,13 @@ class OnnxEmbedder:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         path = folder / "model.onnx"
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            model = path.read_bytes()
+            self._session = onnxruntime.InferenceSession(
+                with_int8_products(model) if multiplies_int8() else model,
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=_SLOWER_TOGETHER,
+            )
         except Exception as error:  # the library raises classes of its own that it does not export
             raise ModelFileError(f"{path} cannot be read: {str(error)[:200]}; pull {name} again") from error
         self._inputs = {one.name for one in self._session.get_inputs()}
