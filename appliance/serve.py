@@ -54,6 +54,9 @@ from appliance.pipeline.inspection import Detector, detector_for
 from appliance.pipeline.means import Memory
 from appliance.pipeline.profile import check_profiler
 from appliance.pipeline.residency import PermitOffice
+from appliance.quality.learning import Learning, lessons_of
+from appliance.quality.measures import LearningMeasures
+from appliance.quality.store import Store
 from appliance.state import State
 from appliance.telemetry.logs import setup_logging
 from appliance.telemetry.metrics import Metrics
@@ -162,8 +165,16 @@ class Node:
     pipeline they began with. Everything is called on the event loop.
     """
 
-    def __init__(self, site: Site, reread: Callable[[], Site], state: State, signals: Signals, books: Books) -> None:
-        self._site, self._reread = site, reread
+    def __init__(
+        self,
+        site: Site,
+        reread: Callable[[], Site],
+        state: State,
+        signals: Signals,
+        books: Books,
+        learning: Learning | None = None,
+    ) -> None:
+        self._site, self._reread, self._learning = site, reread, learning
         self._state, self._signals, self._books = state, signals, books
         self._office, self._breakers, self._memory = PermitOffice(), Breakers(), Memory()
         self._admission = Admission(state, time.monotonic, self._memory.experience)
@@ -259,12 +270,13 @@ class Node:
             doors=self._doors,
             permits=self._office,
             alerts=self._signals,
+            learning=self._learning,
         )
 
 
 _KEYS_SECONDS = 2.0
 """How soon a key that is made or revoked by command counts."""
-_FIXED = ("data_dir", "server", "engine", "ledger", "jobs", "log")
+_FIXED = ("data_dir", "server", "engine", "ledger", "jobs", "learning", "log")
 """Settings that are read at start alone."""
 
 
@@ -303,7 +315,8 @@ async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Runn
         ledger = await Ledger.open(ledger_url(config, site.home), retention_days=config.ledger.retention_days)
         stack.push_async_callback(ledger.close)
         books = Books(ledger, metrics, signals, Caps(config, site.policy, site.keys))
-        node = Node(site, reread, state, signals, books)
+        learning = await _learning(site, encoders, lambda: node.pipeline.policy, signals, metrics, stack)
+        node = Node(site, reread, state, signals, books, learning)
         stack.push_async_callback(node.aclose)
         following = asyncio.create_task(node.follow_keys(ledger))
         stack.callback(following.cancel)
@@ -323,6 +336,7 @@ async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Runn
             saved_tasks=saved_tasks,
             desk=desk,
             encoders=encoders,
+            learning=learning,
         )
         server = Server(_uvicorn_config(app, config))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -361,6 +375,37 @@ async def _desk(
         return None
     JobMeasures(desk, metrics.registry)
     return desk
+
+
+async def _learning(
+    site: Site,
+    encoders: EncoderHost,
+    policy: Callable[[], Policy],
+    signals: Signals,
+    metrics: Metrics,
+    stack: AsyncExitStack,
+) -> Learning | None:
+    """What classifiers learn from; None, and a warning, where it cannot be kept: then no answer of theirs stands."""
+    try:
+        store = await Store.open(site.home / "learning.sqlite")
+        learning = Learning(
+            store, encoders, lambda: lessons_of(policy()), signals, site.config.learning, wall=time.time
+        )
+        stack.push_async_callback(learning.aclose)
+        await learning.start()
+    except ApplianceError as error:
+        signals.warn("learning_unavailable", f"what is known of classifiers' answers cannot be read: {error}")
+        _log.error("labels are not kept", reason=str(error))
+        return None
+    LearningMeasures(learning, metrics.registry)
+    tending = asyncio.create_task(learning.run(), name="learning")
+    stack.push_async_callback(_cancelled, tending)
+    return learning
+
+
+async def _cancelled(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.wait({task})
 
 
 class Server(uvicorn.Server):

@@ -18,6 +18,7 @@ from appliance.api.classifiers import Classifiers, Encoders
 from appliance.api.dialects import error_response
 from appliance.api.envelope import Envelope
 from appliance.api.explain import Explain
+from appliance.api.feedback import Feedback, Learning
 from appliance.api.gemini import Gemini
 from appliance.api.jobs import Jobs
 from appliance.api.messages import Messages
@@ -47,6 +48,7 @@ def create_app(
     saved_tasks: SavedTasks | None = None,
     desk: Desk | None = None,
     encoders: Encoders | None = None,
+    learning: Learning | None = None,
     clock: Callable[[], float] = time.monotonic,
     wall_clock: Callable[[], float] = time.time,
 ) -> FastAPI:
@@ -67,7 +69,8 @@ def create_app(
             *_routes(rim, Admin(rim, state, ledger, metrics, reload), ledger, known),
             *_task_routes(SavedTasksApi(rim, known, server.max_body_bytes)),
             *([] if desk is None else _job_routes(Jobs(rim, desk))),
-            *_classifier_routes(Classifiers(rim, encoders, server.max_body_bytes)),
+            *_classifier_routes(Classifiers(rim, encoders, server.max_body_bytes, learning)),
+            *_feedback_routes(Feedback(rim, learning)),
         ],
         redirect_slashes=False,
         # Errors of our own, and defects, are answered by the envelope.
@@ -163,8 +166,16 @@ def _classifier_routes(classifiers: Classifiers) -> list[BaseRoute]:
         Route(one, classifiers.remove, methods=["DELETE"]),
         Route(f"{one}/evaluate", classifiers.evaluate, methods=["POST"]),
         Route(f"{one}/rollback", classifiers.roll_back, methods=["POST"]),
+        Route(f"{one}/learn", classifiers.learn, methods=["POST"]),
         Route(f"{one}/training", classifiers.training, methods=["GET"]),
         Route(f"{one}/training", classifiers.cancel, methods=["DELETE"]),
+    ]
+
+
+def _feedback_routes(feedback: Feedback) -> list[BaseRoute]:
+    return [
+        Route("/v1/feedback", feedback.give, methods=["POST"]),
+        Route("/v1/examples", feedback.forget, methods=["DELETE"]),
     ]
 
 

@@ -16,6 +16,8 @@ from starlette.requests import Request as Http
 from starlette.responses import Response, StreamingResponse
 
 from appliance.api.body import parse_body, read_body
+from appliance.api.feedback import Learning
+from appliance.api.replies import json_response
 from appliance.api.rim import Rim
 from appliance.errors import NotFound, Unavailable
 
@@ -41,10 +43,14 @@ class Encoders(Protocol):
 
 
 class Classifiers:
-    """`encoders` is None in programs without a control plane: then every call says so."""
+    """`encoders` is None in programs without a control plane: then every call says so. `learning` None: what is shown
+    is of trainings alone."""
 
-    def __init__(self, rim: Rim, encoders: Encoders | None, max_body_bytes: int) -> None:
+    def __init__(
+        self, rim: Rim, encoders: Encoders | None, max_body_bytes: int, learning: Learning | None = None
+    ) -> None:
         self._rim, self._encoders, self._max_body_bytes = rim, encoders, max_body_bytes
+        self._learning = learning
 
     async def train(self, http: Http) -> Response:
         return await self._changed(http, "POST", _PATH)
@@ -54,7 +60,18 @@ class Classifiers:
 
     async def show(self, http: Http) -> Response:
         query = f"?version={quote(http.query_params['version'])}" if "version" in http.query_params else ""
-        return await self._shown(http, _path(http) + query)
+        shown = await self._shown(http, _path(http) + query)
+        traffic = None if self._learning is None else await self._learning.facts(http.path_params["name"])
+        if shown.status_code != 200 or traffic is None:
+            return shown
+        return json_response({**orjson.loads(shown.body), "traffic": traffic})
+
+    async def learn(self, http: Http) -> Response:
+        """Train a candidate on what traffic has taught so far."""
+        self._rim.auth.caller(http.headers, "admin")
+        if self._learning is None:
+            raise Unavailable("this program keeps no labels: ask a node that `appliance serve` runs, and see /healthz")
+        return json_response(await self._learning.learn(http.path_params["name"]), status=202)
 
     async def evaluate(self, http: Http) -> Response:
         return await self._changed(http, "POST", f"{_path(http)}/evaluate")
@@ -63,7 +80,14 @@ class Classifiers:
         return await self._changed(http, "POST", f"{_path(http)}/rollback")
 
     async def remove(self, http: Http) -> Response:
-        return await self._changed(http, "DELETE", _path(http))
+        """All versions with what was learned for them; with `?version=N` that one alone, which must not serve."""
+        version = http.query_params.get("version")
+        if version is not None:
+            return await self._changed(http, "DELETE", f"{_path(http)}?version={quote(version)}")
+        gone = await self._changed(http, "DELETE", _path(http))
+        if gone.status_code == 200 and self._learning is not None:
+            await self._learning.removed(http.path_params["name"])
+        return gone
 
     async def training(self, http: Http) -> Response:
         path = f"{_path(http)}/training"

@@ -282,7 +282,7 @@ class Steps:
         given = text.given
         return Seen(
             index=place,
-            text=whole.inputs[place].text,
+            text=whole.inputs[place].text if self._rule.keep_texts else "",
             own=None if text.own is None else tasks.chosen(text.own, whole.questions),
             own_confidence=0.0 if text.own is None else tasks.own_confidence(text.own),
             answer=None if given is None else tasks.chosen(given.row, whole.questions),

@@ -29,6 +29,7 @@ class Seen:
 
     index: int
     text: str
+    """Empty where the route keeps no texts."""
     own: str | None
     own_confidence: float
     """0 for a text out of scope: such an answer never stands."""
@@ -46,7 +47,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class SeenCall:
-    """What a request's cascade came to. Texts are kept only where `keep_texts` says so."""
+    """What a request's cascade came to."""
 
     route: str
     classifier: str

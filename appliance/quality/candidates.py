@@ -1,0 +1,239 @@
+"""New versions of a classifier: trained beside the serving one, compared with it on texts that neither has seen, shown
+real traffic in shadow, and let serve only when they are better."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Protocol
+from urllib.parse import quote
+
+import orjson
+
+from appliance.config import Cascade
+from appliance.errors import Busy, RequestError, Unavailable
+from appliance.quality import deciders
+from appliance.quality.nouns import Labelled, Learnt
+from appliance.quality.store import Store
+
+_TEXTS_AT_ONCE: Final = 1_000
+_MOST_NEWS: Final = 20
+
+
+class Told(Protocol):
+    @property
+    def status(self) -> int: ...
+
+    @property
+    def body(self) -> bytes: ...
+
+
+class Encoders(Protocol):
+    """The program that trains and keeps classifiers."""
+
+    async def ask(self, method: str, path: str, body: bytes = b"") -> Told: ...
+
+
+class Alerts(Protocol):
+    def warn(self, code: str, text: str, about: str = "") -> None: ...
+
+    def clear(self, code: str, about: str = "") -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """A classifier that a route's cascade begins with, and what the route says of it."""
+
+    name: str
+    """Without `classifier/`."""
+    route: str
+    cascade: Cascade
+    keep_texts: bool
+
+    @property
+    def target(self) -> str:
+        return f"classifier/{self.name}"
+
+
+class Program:
+    """The encoder program's own API, as far as learning needs it. Raises what it refuses as the error that it is."""
+
+    def __init__(self, encoders: Encoders) -> None:
+        self._encoders = encoders
+
+    async def show(self, name: str) -> Mapping[str, Any] | None:
+        """None where no such classifier serves."""
+        status, told = await self._ask("GET", _path(name))
+        return None if status == 404 else _good(status, told)
+
+    async def train(self, name: str, examples: Sequence[Mapping[str, str]], *, serve: bool) -> None:
+        body = {"name": name, "examples": examples, "with_kept": True, "serve": serve}
+        _good(*await self._ask("POST", "/v1/classifiers", body))
+
+    async def training(self, name: str) -> Mapping[str, Any] | None:
+        status, told = await self._ask("GET", f"{_path(name)}/training")
+        return None if status == 404 else _good(status, told)
+
+    async def threshold(self, name: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        return _good(*await self._ask("POST", f"{_path(name)}/threshold", body))
+
+    async def shadow(self, name: str, version: int) -> None:
+        _good(*await self._ask("POST", f"{_path(name)}/shadow", {"version": version}))
+
+    async def promote(self, name: str, version: int) -> None:
+        _good(*await self._ask("POST", f"{_path(name)}/rollback", {"version": version}))
+
+    async def remove_version(self, name: str, version: int) -> None:
+        _good(*await self._ask("DELETE", f"{_path(name)}?version={version}"))
+
+    async def answers(self, name: str, version: int, texts: Sequence[str]) -> Sequence[str]:
+        """The label of each text, as one version has it."""
+        found: list[str] = []
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            body = {"model": name, "version": version, "texts": texts[start : start + _TEXTS_AT_ONCE]}
+            told = _good(*await self._ask("POST", "/v1/classify", body))
+            found += [told["labels"][max(range(len(row)), key=row.__getitem__)] for row in told["probabilities"]]
+        return found
+
+    async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
+        told = await self._encoders.ask(method, path, b"" if body is None else orjson.dumps(body))
+        return told.status, orjson.loads(told.body)
+
+
+def _path(name: str) -> str:
+    return f"/v1/classifiers/{quote(name, safe='')}"
+
+
+def _good(status: int, told: Any) -> Mapping[str, Any]:
+    if status < 400:
+        good: Mapping[str, Any] = told
+        return good
+    message = str(told.get("error", {}).get("message", told) if isinstance(told, dict) else told)
+    if status == 429:
+        raise Busy(message, retry_after_seconds=10)
+    if status < 500:
+        raise RequestError(message, status=status)
+    raise Unavailable(message, retry_after_seconds=5)
+
+
+class Candidates:
+    """`tend` looks at one classifier and takes the next step, if there is one to take."""
+
+    def __init__(self, store: Store, program: Program, alerts: Alerts) -> None:
+        self._store, self._program, self._alerts = store, program, alerts
+
+    async def tend(self, lesson: Lesson, learnt: Learnt) -> Learnt:
+        match learnt.phase:
+            case "training":
+                return await self._trained(lesson, learnt)
+            case "shadow":
+                return await self._compared(lesson, learnt)
+            case _:
+                counts = await self._store.counts(lesson.target)
+                due = deciders.is_training_due(counts["texts"], learnt.examples_trained, lesson.cascade.learn_after)
+                return await self._begun(lesson, learnt, counts["texts"]) if due else learnt
+
+    async def begin(self, lesson: Lesson, learnt: Learnt) -> Learnt:
+        """Train a candidate now. Raises RequestError for what is missing, and Busy while another training runs."""
+        if learnt.phase != "idle":
+            raise Busy(f"{lesson.target} is learning already ({learnt.phase})", retry_after_seconds=10)
+        rows = await self._rows(lesson)
+        if rows is None:
+            raise RequestError(_mixed(lesson))
+        return await self._train(lesson, learnt, rows)
+
+    async def _begun(self, lesson: Lesson, learnt: Learnt, texts: int) -> Learnt:
+        rows = await self._rows(lesson)
+        if rows is None:
+            self._alerts.warn("learning_mixed_keys", _mixed(lesson), lesson.route)
+            return learnt
+        self._alerts.clear("learning_mixed_keys", lesson.route)
+        try:
+            return await self._train(lesson, learnt, rows)
+        except Busy:
+            return learnt
+        except RequestError as error:
+            # Too few of a label, for example: with more examples it may be tried again.
+            return _with_news(replace(learnt, examples_trained=texts), f"not trained: {error.message}")
+
+    async def _rows(self, lesson: Lesson) -> Sequence[Labelled] | None:
+        owners = await self._store.owners(lesson.target)
+        chosen = deciders.owners_to_learn_from(owners, lesson.cascade.learn_from)
+        return None if chosen is None else await self._store.texts(lesson.target, chosen)
+
+    async def _train(self, lesson: Lesson, learnt: Learnt, rows: Sequence[Labelled]) -> Learnt:
+        serving = await self._program.show(lesson.name)
+        labels = None if serving is None else serving["labels"]
+        latest = {row.text: row.label for row in rows if row.text is not None}
+        examples = deciders.trainable(list(latest.items()), labels)
+        if not examples:
+            raise RequestError(f"{lesson.target} has no labelled texts to learn from yet: keep_texts, and wait")
+        await self._program.train(lesson.name, examples, serve=serving is None)
+        counts = await self._store.counts(lesson.target)
+        begun = replace(learnt, phase="training", candidate=None, tests=0, tested_rows=0)
+        return _with_news(
+            replace(begun, examples_trained=counts["texts"]), f"training on {len(examples)} texts from traffic"
+        )
+
+    async def _trained(self, lesson: Lesson, learnt: Learnt) -> Learnt:
+        run = await self._program.training(lesson.name)
+        if run is not None and run["state"] == "running":
+            return learnt
+        idle = replace(learnt, phase="idle")
+        if run is None or run["state"] != "done":
+            reason = "the node was restarted" if run is None else run["error"] or run["state"]
+            return _with_news(idle, f"the training came to nothing: {reason}")
+        version = int(run["version"])
+        told = await self._program.show(lesson.name)
+        if told is None or told["serving"] == version:
+            return _with_news(idle, f"version {version} serves, the first one")
+        await self._program.shadow(lesson.name, version)
+        return _with_news(replace(learnt, phase="shadow", candidate=version), f"version {version} is seen in shadow")
+
+    async def _compared(self, lesson: Lesson, learnt: Learnt) -> Learnt:
+        assert learnt.candidate is not None
+        told = await self._program.show(lesson.name)
+        if told is None or learnt.candidate not in told["versions"] or told["serving"] == learnt.candidate:
+            return _with_news(replace(learnt, phase="idle", candidate=None), "the candidate was taken away")
+        shadow = told["shadow"]
+        if shadow is None or shadow["version"] != learnt.candidate:
+            await self._program.shadow(lesson.name, learnt.candidate)
+            return learnt
+        rows = [row for row in await self._rows(lesson) or () if row.text and deciders.is_for_testing(row.text)]
+        if not deciders.is_test_due(len(rows), learnt.tested_rows, shadow["texts"]):
+            return learnt
+        match = await self._match(lesson, rows, told["serving"], learnt.candidate)
+        learnt = replace(learnt, tests=learnt.tests + 1, tested_rows=len(rows))
+        return await self._judged(lesson, learnt, match, shadow)
+
+    async def _match(self, lesson: Lesson, rows: Sequence[Labelled], serving: int, candidate: int) -> deciders.Match:
+        texts = [row.text or "" for row in rows]
+        return deciders.match_of(
+            [row.label for row in rows],
+            await self._program.answers(lesson.name, serving, texts),
+            await self._program.answers(lesson.name, candidate, texts),
+            [row.audited for row in rows],
+        )
+
+    async def _judged(self, lesson: Lesson, learnt: Learnt, match: deciders.Match, shadow: Mapping[str, Any]) -> Learnt:
+        version = learnt.candidate
+        assert version is not None
+        beside = f"{match}; in shadow it differed on {shadow['disagreed']} of {shadow['texts']} texts"
+        ended = replace(learnt, phase="idle", candidate=None)
+        match deciders.verdict(match, learnt.tests):
+            case "promote":
+                await self._program.promote(lesson.name, version)
+                return _with_news(ended, f"version {version} serves: {beside}")
+            case "reject":
+                await self._program.remove_version(lesson.name, version)
+                return _with_news(ended, f"version {version} is no better and was removed: {beside}")
+        return _with_news(learnt, f"version {version} is not known to be better yet: {beside}")
+
+
+def _with_news(learnt: Learnt, text: str) -> Learnt:
+    return replace(learnt, news=(text, *learnt.news)[:_MOST_NEWS])
+
+
+def _mixed(lesson: Lesson) -> str:
+    return (
+        f"texts of several keys came by route {lesson.route!r}, and nobody said that {lesson.target} may learn from "
+        "them together: name the keys in cascade.learn_from"
+    )

@@ -1,0 +1,400 @@
+"""What is learned from a cascade's traffic: thresholds that keep their bounds, labels, and new versions.
+
+The pipeline asks `standing` and tells `seen`, neither of which waits. Everything else is done by `tend`, which `run`
+calls again and again: labels are written down, thresholds estimated anew where labels came, candidates looked after.
+"""
+
+import asyncio
+import contextlib
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import structlog
+
+from appliance.config import Cascade, Policy
+from appliance.config import Learning as LearningRules
+from appliance.errors import ApplianceError, NotFound, RequestError
+from appliance.quality import deciders
+from appliance.quality.candidates import Alerts, Candidates, Encoders, Lesson, Program
+from appliance.quality.nouns import FEEDBACK, Day, Labelled, Learnt
+from appliance.quality.store import Store
+from appliance.tasks.cascade import Seen, SeenCall, Standing
+
+_SECONDS_PER_DAY: Final = 86_400
+_PACE_SECONDS: Final = 2.0
+"""Between two rounds: an estimate takes some milliseconds, and labels come one by one."""
+_PRUNE_SECONDS: Final = 3_600.0
+_RECENT_TEXTS: Final = 50_000
+"""Answers that feedback may still be given to without their text; older ones where they were labelled anyway."""
+_SHOWN_DAYS: Final = 30
+_UNPROVEN: Final = "cascade_unproven"
+_UNWRITTEN: Final = "labels_not_kept"
+
+_Key = tuple[str, str, float, float, int]
+"""Classifier, version, bound, confidence, texts that the bound is for."""
+
+_log = structlog.get_logger(__name__)
+
+
+class Learning:
+    """Everything is called on the event loop. `lessons`: the cascades of the policy in force, by classifier."""
+
+    def __init__(
+        self,
+        store: Store,
+        encoders: Encoders,
+        lessons: Callable[[], Mapping[str, Lesson]],
+        alerts: Alerts,
+        rules: LearningRules,
+        wall: Callable[[], float],
+    ) -> None:
+        self.store, self._lessons, self._alerts, self._rules, self._wall = store, lessons, alerts, rules, wall
+        self._program = Program(encoders)
+        self._candidates = Candidates(store, self._program, alerts)
+        self._standings: dict[_Key, Standing] = {}
+        self._stale: set[_Key] = set()
+        self._asked: dict[str, str] = {}
+        """The version of each classifier that answered last."""
+        self._recent: OrderedDict[str, SeenCall] = OrderedDict()
+        self._recent_texts = 0
+        self._rows: list[Labelled] = []
+        self._days: dict[tuple[str, str, int], Day] = {}
+        self._learnt: dict[str, Learnt] = {}
+        self._wake = asyncio.Event()
+        self._changing = asyncio.Lock()
+        self._pruned_at = 0.0
+        self.totals: dict[str, Day] = {}
+        """Since the start, by classifier."""
+
+    async def start(self) -> None:
+        self._learnt = dict(await self.store.learnt())
+
+    async def run(self) -> None:
+        """Runs until cancelled."""
+        while True:
+            self._wake.clear()
+            try:
+                await self.tend()
+                self._alerts.clear(_UNWRITTEN)
+            except ApplianceError as error:
+                self._alerts.warn(_UNWRITTEN, f"what classifiers learn from is not kept at present: {error.message}")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_PACE_SECONDS * 5):
+                    await self._wake.wait()
+            await asyncio.sleep(_PACE_SECONDS)
+
+    async def aclose(self) -> None:
+        with contextlib.suppress(ApplianceError):
+            await self._flush()
+        await self.store.close()
+
+    # What the pipeline asks and tells.
+
+    def standing(self, cascade: Cascade, classifier: str, version: str | None) -> Standing:
+        if version is None:
+            return Standing(None, "its version is not known")
+        self._asked[classifier] = version
+        key = _key(cascade, classifier, version)
+        known = self._standings.get(key)
+        if known is None:
+            self._want(key)
+            return Standing(None, "no threshold was estimated yet")
+        return known
+
+    def seen(self, call: SeenCall) -> None:
+        day = _day_of(call)
+        place = (day.classifier, day.route, day.day)
+        self._days[place] = self._days[place] + day if place in self._days else day
+        total = self.totals.get(call.classifier)
+        self.totals[call.classifier] = day if total is None else total + replace(day, day=total.day)
+        rows = [_labelled(call, row) for row in call.rows if _teaches(call, row)]
+        self._rows += rows
+        if any(row.audited for row in rows):
+            self._doubt(call.classifier)
+        self._remember(call)
+
+    def _remember(self, call: SeenCall) -> None:
+        self._recent[call.decision_id] = call
+        self._recent_texts += len(call.rows)
+        while self._recent_texts > _RECENT_TEXTS and len(self._recent) > 1:
+            _, oldest = self._recent.popitem(last=False)
+            self._recent_texts -= len(oldest.rows)
+
+    def _want(self, key: _Key) -> None:
+        self._stale.add(key)
+        self._wake.set()
+
+    def _doubt(self, classifier: str) -> None:
+        """New labels: what was estimated holds until it is estimated anew."""
+        self._stale |= {key for key in self._standings if key[0] == classifier}
+        self._wake.set()
+
+    # What callers say.
+
+    async def feedback(
+        self, owner: str, decision_id: str, index: int, label: str, *, sees_all: bool
+    ) -> Mapping[str, Any]:
+        """What was right for one text of a decision. Raises NotFound for one that is not known, or somebody else's."""
+        row = await self._known(decision_id, index)
+        if row is None or not (sees_all or row.owner == owner):
+            raise NotFound(
+                f"text {index} of decision {decision_id[:80]!r} is not known here (any more): its route must have a "
+                "cascade; give input and classifier besides to add a labelled text of your own"
+            )
+        told = replace(row, label=label, source=FEEDBACK, at=self._wall())
+        await self._add(told, kept=row.label)
+        return {"decision_id": decision_id, "index": index, "classifier": row.classifier, "answered": row.own}
+
+    async def teach(self, owner: str, classifier: str, text: str, label: str, residency: str) -> Mapping[str, Any]:
+        """A labelled text of the caller's own. Raises RequestError where no route keeps texts for the classifier."""
+        lesson = self._lessons().get(classifier)
+        if lesson is None or not lesson.keep_texts:
+            known = ", ".join(sorted(name for name, one in self._lessons().items() if one.keep_texts)) or "none"
+            raise RequestError(
+                f"no route keeps texts for {classifier[:80]!r}; those that learn: {known}", param="classifier"
+            )
+        made = Labelled(
+            decision_id=f"taught_{secrets.token_hex(12)}",
+            index=0,
+            classifier=classifier,
+            route=lesson.route,
+            owner=owner,
+            residency=residency,
+            version=None,
+            own=None,
+            own_confidence=0.0,
+            label=label,
+            source=FEEDBACK,
+            audited=False,
+            text=text,
+            at=self._wall(),
+        )
+        await self._add(made, kept=None)
+        return {"decision_id": made.decision_id, "index": 0, "classifier": classifier, "answered": None}
+
+    async def _known(self, decision_id: str, index: int) -> Labelled | None:
+        await self._flush()
+        found = await self.store.label(decision_id, index)
+        call = self._recent.get(decision_id)
+        if found is not None or call is None or not 0 <= index < len(call.rows):
+            return found
+        return _labelled(call, call.rows[index])
+
+    async def _add(self, row: Labelled, *, kept: str | None) -> None:
+        day = Day(row.classifier, row.route, int(row.at // _SECONDS_PER_DAY), feedback=1)
+        if row.audited and kept != row.label:
+            # The reference was corrected: agreement is with what is right.
+            day = replace(day, agreed=(row.own == row.label) - (row.own == kept))
+        await self.store.add([row], [day])
+        self._doubt(row.classifier)
+
+    async def forget(self, owner: str, classifier: str | None = None) -> int:
+        """Remove a key's labels and texts; how many there were. Versions that were trained on them stay."""
+        await self._flush()
+        for decision_id in [name for name, call in self._recent.items() if call.owner == owner]:
+            self._recent_texts -= len(self._recent.pop(decision_id).rows)
+        gone = await self.store.forget(owner, classifier)
+        self._stale |= set(self._standings)
+        self._wake.set()
+        return gone
+
+    # What operators ask.
+
+    async def facts(self, name: str) -> Mapping[str, Any] | None:
+        """What came of a classifier's traffic; None where no route begins a cascade with it."""
+        lesson = self._lessons().get(f"classifier/{name}")
+        if lesson is None:
+            return None
+        await self._flush()
+        since = int(self._wall() // _SECONDS_PER_DAY) - _SHOWN_DAYS
+        days = await self.store.days(lesson.target, since)
+        learnt = self._learnt.get(lesson.target, Learnt())
+        cascade = lesson.cascade
+        return {
+            "route": lesson.route,
+            "bound": cascade.bound,
+            "confidence": cascade.confidence,
+            "over_texts": cascade.over_texts,
+            "thresholds": [
+                {"version": int(key[1]), "threshold": found.threshold, "reason": found.reason}
+                for key, found in self._standings.items()
+                if key == _key(cascade, lesson.target, key[1])
+            ],
+            "labels": await self.store.counts(lesson.target),
+            "learning": {"phase": learnt.phase, "candidate": learnt.candidate, "tests": learnt.tests},
+            "news": list(learnt.news),
+            "days": [{"day": _date(one.day), "route": one.route, **one.facts()} for one in days],
+        }
+
+    async def learn(self, name: str) -> Mapping[str, Any]:
+        """Train a candidate now. Raises NotFound, RequestError, Busy."""
+        lesson = self._lessons().get(f"classifier/{name}")
+        if lesson is None:
+            raise NotFound(f"no route begins a cascade with classifier/{name[:80]}: add one to the policy")
+        await self._flush()
+        async with self._changing:
+            learnt = await self._candidates.begin(lesson, self._learnt.get(lesson.target, Learnt()))
+            await self._save(lesson.target, learnt)
+        return {"name": name, "phase": learnt.phase, "news": list(learnt.news[:1])}
+
+    async def removed(self, name: str) -> None:
+        """A classifier was removed with all its versions: what was learned for it goes too."""
+        target = f"classifier/{name}"
+        self._learnt.pop(target, None)
+        self._asked.pop(target, None)
+        self._stale = {key for key in self._stale if key[0] != target}
+        self._standings = {key: found for key, found in self._standings.items() if key[0] != target}
+        await self.store.remove(target)
+
+    @property
+    def standings(self) -> Mapping[_Key, Standing]:
+        return self._standings
+
+    # What is done in rounds.
+
+    async def tend(self) -> None:
+        """One round. Raises where labels cannot be kept; what cannot be done of the rest is tried again next time."""
+        await self._flush()
+        for lesson in self._lessons().values():
+            try:
+                await self._estimate(lesson)
+                async with self._changing:
+                    before = self._learnt.get(lesson.target, Learnt())
+                    await self._save(lesson.target, await self._candidates.tend(lesson, before))
+            except ApplianceError as error:
+                _log.warning("a classifier was not looked after", classifier=lesson.target, reason=error.message)
+        now = self._wall()
+        if now - self._pruned_at >= _PRUNE_SECONDS:
+            self._pruned_at = now
+            before_at = now - self._rules.retention_days * _SECONDS_PER_DAY
+            await self.store.prune(list(self._lessons()), before_at, self._rules.max_texts)
+
+    async def _save(self, classifier: str, learnt: Learnt) -> None:
+        before = self._learnt.get(classifier, Learnt())
+        if learnt != before:
+            self._learnt[classifier] = learnt
+            await self.store.save(classifier, learnt)
+            if learnt.news != before.news:
+                _log.info("classifier learns", classifier=classifier, news=learnt.news[0])
+
+    async def _flush(self) -> None:
+        rows, days = self._rows, self._days
+        if not rows and not days:
+            return
+        self._rows, self._days = [], {}
+        try:
+            await self.store.add(rows, list(days.values()))
+        except ApplianceError:
+            self._rows = (rows + self._rows)[-_RECENT_TEXTS:]
+            for place, day in days.items():
+                self._days[place] = self._days[place] + day if place in self._days else day
+            raise
+
+    async def _estimate(self, lesson: Lesson) -> None:
+        """The thresholds of the serving version and the candidate, where labels came or none is known."""
+        if lesson.target not in self._asked:
+            return  # the program is not to be started only to learn that there is nothing
+        stale = {key for key in self._stale if key[0] == lesson.target}
+        learnt = self._learnt.get(lesson.target, Learnt())
+        if learnt.candidate is not None:
+            stale |= {_key(lesson.cascade, lesson.target, str(learnt.candidate))} - set(self._standings)
+        for key in stale:
+            # Labels that come meanwhile make it stale again.
+            self._stale.discard(key)
+            try:
+                self._standings[key] = await self._standing(lesson, key)
+            except RequestError:
+                self._standings.pop(key, None)  # that version is no more
+            except ApplianceError:
+                self._stale.add(key)
+                raise
+        self._tell(lesson)
+
+    async def _standing(self, lesson: Lesson, key: _Key) -> Standing:
+        classifier, version, bound, confidence, over_texts = key
+        live, complaints = await self.store.scores(classifier, version)
+        body = {
+            "version": int(version),
+            "bound": bound,
+            "confidence": confidence,
+            "over_texts": over_texts,
+            "live": live,
+            "complaints": complaints,
+        }
+        return deciders.standing_of(await self._program.threshold(lesson.name, body), bound)
+
+    def _tell(self, lesson: Lesson) -> None:
+        found = self._standings.get(_key(lesson.cascade, lesson.target, self._asked[lesson.target]))
+        if found is None or found.threshold is not None:
+            self._alerts.clear(_UNPROVEN, lesson.route)
+            return
+        what = (
+            "every text goes on"
+            if lesson.cascade.until_known == "escalate"
+            else f"those below {lesson.cascade.below_confidence:g} go on, and nothing is promised"
+        )
+        self._alerts.warn(_UNPROVEN, f"route {lesson.route!r}: {found.reason}; {what}", lesson.route)
+
+
+def lessons_of(policy: Policy) -> Mapping[str, Lesson]:
+    """The cascades of a policy by classifier; of several routes that begin with the same one, the first."""
+    found: dict[str, Lesson] = {}
+    for route in policy.routes:
+        if route.cascade is not None:
+            name = route.targets[0].partition("/")[2]
+            lesson = Lesson(name, route.name, route.cascade, route.keep_texts)
+            found.setdefault(lesson.target, lesson)
+    return found
+
+
+def _key(cascade: Cascade, classifier: str, version: str) -> _Key:
+    return classifier, version, cascade.bound, cascade.confidence, cascade.over_texts
+
+
+def _teaches(call: SeenCall, row: Seen) -> bool:
+    """Whether somebody better has labelled the text, and there is anything to be learned of it."""
+    if row.answer is None or row.answered_by == call.classifier:
+        return False
+    return row.audited or (call.keep_texts and row.is_sure)
+
+
+def _labelled(call: SeenCall, row: Seen) -> Labelled:
+    return Labelled(
+        decision_id=call.decision_id,
+        index=row.index,
+        classifier=call.classifier,
+        route=call.route,
+        owner=call.owner,
+        residency=call.residency,
+        version=call.version,
+        own=row.own,
+        own_confidence=row.own_confidence,
+        label=row.answer or "",
+        source=row.answered_by,
+        audited=row.audited,
+        text=row.text if call.keep_texts else None,
+        at=call.at,
+    )
+
+
+def _day_of(call: SeenCall) -> Day:
+    rows: Sequence[Seen] = call.rows
+    return Day(
+        classifier=call.classifier,
+        route=call.route,
+        day=int(call.at // _SECONDS_PER_DAY),
+        texts=len(rows),
+        local=sum(row.answered_by == call.classifier for row in rows),
+        went_on=sum(row.went_on for row in rows),
+        capped=sum(row.capped for row in rows),
+        audited=sum(row.audited for row in rows),
+        agreed=sum(row.audited and row.own == row.answer for row in rows),
+    )
+
+
+def _date(day: int) -> str:
+    return datetime.fromtimestamp(day * _SECONDS_PER_DAY, UTC).date().isoformat()

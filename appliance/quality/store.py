@@ -1,0 +1,195 @@
+"""Labels, daily numbers and states, durably: every method is one transaction, in the store's own thread."""
+
+import asyncio
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from sqlalchemy import URL, Connection, Engine, create_engine, delete, event, func, insert, select
+from sqlalchemy.dialects.sqlite import insert as upsert
+from sqlalchemy.exc import SQLAlchemyError
+
+from appliance.errors import ApplianceError, StorageFull, Unavailable
+from appliance.quality.nouns import COUNTS, FEEDBACK, Day, Labelled, Learnt
+from appliance.quality.schema import VERSION, about, labelled, metadata, states, traffic
+
+Found = TypeVar("Found")
+
+_BUSY_SECONDS: Final = 5.0
+_MOST_SCORES: Final = 20_000
+"""Audited rows that a threshold is estimated from: the newest. More would only remember older traffic."""
+
+
+class Store:
+    """`open` it, and `close` it. Raises Unavailable, or StorageFull where the disk has no room, from any method."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learning-store")
+
+    @classmethod
+    async def open(cls, path: Path) -> "Store":
+        return cls(await asyncio.to_thread(_open, path))
+
+    async def close(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.dispose)
+        self._thread.shutdown(wait=False)
+
+    async def add(self, rows: Sequence[Labelled], days: Sequence[Day]) -> None:
+        """New labels, the newer one of a text counting, and numbers that are added to their days'."""
+
+        def write(connection: Connection) -> None:
+            for row in rows:
+                values = asdict(row)
+                change = upsert(labelled).values(values)
+                connection.execute(change.on_conflict_do_update(index_elements=["decision_id", "index"], set_=values))
+            for day in days:
+                added = upsert(traffic).values(asdict(day))
+                sums = {name: traffic.c[name] + added.excluded[name] for name in COUNTS}
+                connection.execute(
+                    added.on_conflict_do_update(index_elements=["classifier", "route", "day"], set_=sums)
+                )
+
+        await self._do(write)
+
+    async def label(self, decision_id: str, index: int) -> Labelled | None:
+        here = (labelled.c.decision_id == decision_id) & (labelled.c.index == index)
+        row = await self._do(lambda one: one.execute(select(labelled).where(here)).mappings().first())
+        return None if row is None else Labelled(**row)
+
+    async def owners(self, classifier: str) -> Sequence[str]:
+        """Keys that have texts to learn from."""
+        mine = (labelled.c.classifier == classifier) & labelled.c.text.is_not(None)
+        query = select(labelled.c.owner).where(mine).distinct().order_by(labelled.c.owner)
+        return await self._do(lambda one: one.execute(query).scalars().all())
+
+    async def texts(self, classifier: str, owners: Sequence[str]) -> Sequence[Labelled]:
+        """Rows that have a text, oldest first."""
+        mine = (labelled.c.classifier == classifier) & labelled.c.text.is_not(None) & labelled.c.owner.in_(owners)
+        query = select(labelled).where(mine).order_by(labelled.c.at)
+        rows = await self._do(lambda one: one.execute(query).mappings().all())
+        return [Labelled(**row) for row in rows]
+
+    async def counts(self, classifier: str) -> Mapping[str, int]:
+        """Rows in all, those with a text, and those that were audited."""
+        columns = (func.count(), func.count(labelled.c.text), func.sum(labelled.c.audited))
+        query = select(*columns).where(labelled.c.classifier == classifier)
+        rows, texts, audited = await self._do(lambda one: one.execute(query).one())
+        return {"labels": rows, "texts": texts, "audited": audited or 0}
+
+    async def scores(self, classifier: str, version: str) -> tuple[Sequence[tuple[float, bool]], Sequence[float]]:
+        """Of one version's answers: confidence and rightness of the audited ones, and the confidences of those that
+        were not drawn by chance and that feedback calls wrong."""
+        columns = (labelled.c.own_confidence, labelled.c.own == labelled.c.label)
+        mine = (labelled.c.classifier == classifier) & (labelled.c.version == version)
+        newest = labelled.c.at.desc()
+        audited = select(*columns).where(mine, labelled.c.audited).order_by(newest).limit(_MOST_SCORES)
+        called_wrong = (
+            mine & ~labelled.c.audited & (labelled.c.source == FEEDBACK) & (labelled.c.own != labelled.c.label)
+        )
+        wrong = select(labelled.c.own_confidence).where(called_wrong).order_by(newest).limit(_MOST_SCORES)
+
+        def read(connection: Connection) -> tuple[Sequence[tuple[float, bool]], Sequence[float]]:
+            rows = [(score, bool(right)) for score, right in connection.execute(audited)]
+            return rows, connection.execute(wrong).scalars().all()
+
+        return await self._do(read)
+
+    async def days(self, classifier: str, since_day: int) -> Sequence[Day]:
+        query = select(traffic).where(traffic.c.classifier == classifier, traffic.c.day >= since_day)
+        rows = await self._do(lambda one: one.execute(query.order_by(traffic.c.day)).mappings().all())
+        return [Day(**row) for row in rows]
+
+    async def forget(self, owner: str, classifier: str | None = None) -> int:
+        """Remove a key's labels with their texts; how many there were."""
+        mine = labelled.c.owner == owner
+        if classifier is not None:
+            mine &= labelled.c.classifier == classifier
+        return await self._do(lambda one: one.execute(delete(labelled).where(mine)).rowcount)
+
+    async def prune(self, classifiers: Sequence[str], before_at: float, most: int) -> None:
+        """Remove what is older than that, and of each classifier the oldest texts beyond `most`."""
+
+        def write(connection: Connection) -> None:
+            connection.execute(delete(labelled).where(labelled.c.at < before_at))
+            for name in classifiers:
+                mine = (labelled.c.classifier == name) & labelled.c.text.is_not(None)
+                newest = select(labelled.c.at).where(mine).order_by(labelled.c.at.desc()).offset(most).limit(1)
+                oldest_kept = connection.execute(newest).scalar()
+                if oldest_kept is not None:
+                    connection.execute(delete(labelled).where(mine, labelled.c.at <= oldest_kept))
+
+        await self._do(write)
+
+    async def learnt(self) -> Mapping[str, Learnt]:
+        rows = await self._do(lambda one: one.execute(select(states)).mappings().all())
+        found = {}
+        for row in rows:
+            document = json.loads(row["document"])
+            found[row["classifier"]] = Learnt(**{**document, "news": tuple(document["news"])})
+        return found
+
+    async def save(self, classifier: str, learnt: Learnt) -> None:
+        values = {"classifier": classifier, "document": json.dumps(asdict(learnt))}
+        change = upsert(states).values(values).on_conflict_do_update(index_elements=["classifier"], set_=values)
+        await self._do(lambda one: one.execute(change))
+
+    async def remove(self, classifier: str) -> None:
+        """Everything of a classifier that was removed, so that another one of its name begins anew."""
+
+        def write(connection: Connection) -> None:
+            for table in (labelled, traffic, states):
+                connection.execute(delete(table).where(table.c.classifier == classifier))
+
+        await self._do(write)
+
+    async def _do(self, work: Callable[[Connection], Found]) -> Found:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._transact, work)
+
+    def _transact(self, work: Callable[[Connection], Found]) -> Found:
+        try:
+            with self._engine.begin() as connection:
+                return work(connection)
+        except SQLAlchemyError as error:
+            raise _explained(error) from error
+
+
+def _open(path: Path) -> Engine:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Texts lie in it: its owner alone may read it.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        url = URL.create("sqlite", database=str(path))
+        engine = create_engine(url, pool_size=1, connect_args={"timeout": _BUSY_SECONDS})
+        event.listen(engine, "connect", _set_up)
+        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+        metadata.create_all(engine)
+        with engine.begin() as connection:
+            known = connection.execute(select(about.c.version)).scalars().all()
+            if not known:
+                connection.execute(insert(about), [{"version": VERSION}])
+    except (SQLAlchemyError, OSError) as error:
+        raise _explained(error) from error
+    if known and known[0] != VERSION:
+        engine.dispose()
+        raise Unavailable(f"{path} has tables of version {known[0]}, this appliance knows {VERSION}: move it away")
+    return engine
+
+
+def _set_up(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None
+    # What is removed is overwritten, and no log of it stays: a text that was deleted is gone from the disk.
+    connection.execute("PRAGMA journal_mode=TRUNCATE")
+    connection.execute("PRAGMA secure_delete=ON")
+
+
+def _explained(error: Exception) -> ApplianceError:
+    cause = getattr(error, "orig", None) or error
+    reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    if "full" in reason or "No space" in reason:
+        return StorageFull(f"labels cannot be kept ({reason}): free space on the disk", retry_after_seconds=30)
+    return Unavailable(f"labels cannot be read or kept ({reason}): check the data directory and its disk")
