@@ -17,11 +17,12 @@ import orjson
 from appliance.encoders.bounds import Threshold, suffices, threshold_for
 from appliance.encoders.embedders import ONNX_MAX_TOKENS, STATIC_MAX_TOKENS
 from appliance.encoders.examples import read_examples
-from appliance.encoders.heads import TIERS, Head, strangeness
+from appliance.encoders.heads import TIERS
 from appliance.encoders.library import Library
 from appliance.encoders.measures import report
 from appliance.encoders.runs import Run, Runs
 from appliance.encoders.shadow import Shadows
+from appliance.encoders.steps import Answered, Head
 from appliance.encoders.training import bounds_table
 from appliance.encoders.versions import Versions, check_name
 from appliance.errors import RequestError
@@ -43,7 +44,7 @@ class Desk:
         self.library = Library(models, threads)
         self.versions = Versions(data)
         self.runs = Runs(data, models, max(1, threads - 1), self._trained)
-        self.shadows = Shadows(self._scores)
+        self.shadows = Shadows(lambda head, texts: self._answers(head, texts).probabilities)
         self.classified_batches = 0
         self.tokens_total = 0
         self.active = 0
@@ -103,27 +104,31 @@ class Desk:
 
     def _classify(self, name: str, version: Any, texts: Sequence[str]) -> tuple[bytes, Sequence[str]]:
         number, head = self._head(name, version)
-        scores = self._scores(head, texts)
-        strange = strangeness(scores)
+        found = self._answers(head, texts)
         tokens = sum(len(text) // _CHARS_PER_TOKEN + 1 for text in texts)
         self.tokens_total += tokens
         payload = {
             "model": name,
             "version": number,
             "labels": head.labels,
-            "probabilities": np.ascontiguousarray(head.calibration.probabilities(scores)),
-            "out_of_scope": np.ascontiguousarray(strange - np.float32(head.strange_from)),
+            "probabilities": np.ascontiguousarray(found.probabilities),
+            "out_of_scope": np.ascontiguousarray(found.strangeness - np.float32(head.strange_from)),
+            "encoder_asked": int(found.asked.sum()),
             "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
         }
-        answers = [head.labels[place] for place in scores.argmax(axis=1)] if self.shadows.get(name) else ()
+        answers = [head.labels[place] for place in found.probabilities.argmax(axis=1)] if self.shadows.get(name) else ()
         return orjson.dumps(payload, option=orjson.OPT_SERIALIZE_NUMPY), answers
 
-    def _scores(self, head: Head, texts: Sequence[str]) -> Floats:
+    def _answers(self, head: Head, texts: Sequence[str]) -> Answered:
         parts = []
         for start in range(0, len(texts), _BATCH):
-            parts.append(head.scores(texts[start : start + _BATCH]))
+            parts.append(head.answer(texts[start : start + _BATCH]))
             self.classified_batches += 1
-        return np.vstack(parts)
+        return Answered(
+            np.vstack([part.probabilities for part in parts]),
+            np.concatenate([part.strangeness for part in parts]),
+            np.concatenate([part.asked for part in parts]),
+        )
 
     def _head(self, name: str, version: Any) -> tuple[int, Head]:
         number = self.versions.serving(name) if version is None else _whole(version)
@@ -250,17 +255,17 @@ class Desk:
         number, head = self._head(name, body.get("version"))
         examples = read_examples(body.get("examples"), body.get("format"), head.labels)
         began = time.monotonic()
-        scores = self._scores(head, examples.texts)
+        found = self._answers(head, examples.texts)
         seconds = time.monotonic() - began
-        shares = head.calibration.probabilities(scores)
+        shares = found.probabilities
         right = shares.argmax(axis=1) == examples.truth
-        strange = float((strangeness(scores) > head.strange_from).mean())
         return {
             "name": name,
             "version": number,
             **report(shares, examples.truth, head.labels),
             "bounds": bounds_table(shares.max(axis=1), right),
-            "out_of_scope_share": strange,
+            "out_of_scope_share": float((found.strangeness > head.strange_from).mean()),
+            "asked_share": float(found.asked.mean()) if head.first.encoder is None else 1.0,
             "texts_per_second": len(examples.texts) / max(seconds, 1e-9),
             "notes": list(examples.notes),
         }

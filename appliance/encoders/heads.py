@@ -1,4 +1,4 @@
-"""A trained classifier: linear scores over features of a text, and what makes probabilities of them."""
+"""What a trained classifier is made of: linear scores over features of a text, and what makes probabilities of them."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -264,25 +264,6 @@ class _WordRows:
             np.concatenate([self.piece_squares, more.piece_squares]),
             np.concatenate([self.sums, more.sums]),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """A version of a classifier, ready to answer. `encoder` is None where its recipe asks for none."""
-
-    labels: tuple[str, ...]
-    scorer: Scorer
-    encoder: Embedder | None
-    encoder_weights: Floats | None
-    calibration: Calibration
-    strange_from: float
-    """Strangeness from which on a text counts as out of scope."""
-
-    def scores(self, texts: Sequence[str]) -> Floats:
-        total = self.scorer.scores(texts)
-        if self.encoder is not None and self.encoder_weights is not None:
-            total = total + self.encoder.embed(texts, truncate=True).vectors @ self.encoder_weights
-        return total
 
 
 def named_blocks(blocks: Blocks, encoded: Floats | None) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from appliance.encoders.events import log
-from appliance.encoders.heads import Head
+from appliance.encoders.steps import Head
 from appliance.errors import ApplianceError
 
 

@@ -1,4 +1,7 @@
-"""Training a classifier: candidates are tried on held-out folds, the cheapest that is good enough is fitted on all."""
+"""Training a classifier: candidates are tried on held-out folds, the cheapest that is good enough is fitted on all.
+
+Where words alone are not good enough and the encoder is, both are used: the encoder for as few texts as will do.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +17,9 @@ from appliance.encoders.examples import Examples
 from appliance.encoders.heads import (
     RECIPES,
     TIERS,
-    Calibration,
     Linear,
     Recipe,
     Tier,
-    fit_calibration,
     fit_linear,
     named_blocks,
     possible,
@@ -28,6 +29,15 @@ from appliance.encoders.heads import (
     strangeness,
 )
 from appliance.encoders.measures import report
+from appliance.encoders.steps import (
+    Asking,
+    Fitted,
+    accuracy_by_share,
+    calibrated,
+    fit_calibrations,
+    least_asked,
+    margins,
+)
 from appliance.encoders.words import MOST_PER_BLOCK, Lexicon
 
 Floats = npt.NDArray[np.float32]
@@ -38,6 +48,8 @@ FEW_FOLDS_ROWS: Final = 20_000
 """From so many examples on three folds tell enough."""
 WORTH_A_TIER: Final = 0.02
 """Where no accuracy was asked for, a dearer tier must win so much."""
+LEFT_OUT: Final = 0.005
+"""Where no accuracy was asked for, so much less than asking the encoder about every text would give is good enough."""
 STRANGE_SHARE: Final = 0.02
 """Of the held-out texts, which are all in scope, so many are called out of scope."""
 _WEIGHT_NUMBERS: Final = 24_000_000
@@ -62,10 +74,11 @@ class Trained:
     """A fitted head in numbers, before it is written down."""
 
     labels: tuple[str, ...]
-    recipe: Recipe
     lexicon: Lexicon
-    linear: Linear
-    calibration: Calibration
+    first: Fitted
+    second: Fitted | None
+    """What texts with a margin below `ask_below` are asked of."""
+    ask_below: float
     strange_from: float
     report: Mapping[str, Any]
     held_confidences: Floats
@@ -96,31 +109,53 @@ def train(
     Without a wanted accuracy, the cheapest tier unless a dearer one is better by WORTH_A_TIER.
     """
     bench = _Bench(examples, models)
-    tried: list[Tried] = []
     tiers = [tier for tier in TIERS if TIERS.index(tier) <= TIERS.index(dearest)]
     recipes = [one for one in RECIPES if one.tier in tiers and possible(one, models.vectors, models.encoder)]
-    chosen: Tried | None = None
+    tried: list[Tried] = []
+    best: list[Tried] = []
+    """Of each tier."""
     for tier in tiers:
         for recipe in (one for one in recipes if one.tier == tier):
             progress(f"trying {recipe.name} on held-out folds", 0.1 + 0.7 * len(tried) / len(recipes))
             began = clock()
             tried.append(bench.try_out(recipe, clock() - began, clock))
-        chosen = _better(chosen, [one for one in tried if one.recipe.tier == tier], wanted_accuracy)
-        if chosen is not None and wanted_accuracy is not None and chosen.accuracy >= wanted_accuracy:
+        best += sorted((one for one in tried if one.recipe.tier == tier), key=lambda one: -one.accuracy)[:1]
+        if wanted_accuracy is not None and best[-1].accuracy >= wanted_accuracy:
             break
-    assert chosen is not None, "the first recipe needs nothing but words"
-    progress(f"fitting {chosen.recipe.name} on all {len(examples.texts)} examples", 0.85)
-    lexicon, linear = bench.fit_all(chosen.recipe)
-    return _finished(examples, chosen, tried, lexicon, linear, wanted_accuracy)
+    chosen = _choose(best, examples.truth, wanted_accuracy)
+    progress(f"fitting {chosen.name} on all {len(examples.texts)} examples", 0.85)
+    lexicon, linears = bench.fit_all([one.recipe for one in chosen.steps])
+    return _finished(examples, chosen, tried, lexicon, linears, wanted_accuracy)
 
 
-def _better(chosen: Tried | None, found: Sequence[Tried], wanted: float | None) -> Tried | None:
-    """The best of a tier, where it is worth its price over what was chosen from the tiers before it."""
-    best = max(found, key=lambda one: one.accuracy, default=None)
-    if best is None or chosen is None:
-        return best or chosen
-    needed = WORTH_A_TIER if wanted is None else 0.0
-    return best if best.accuracy > chosen.accuracy + needed else chosen
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """One step, or two and which texts go to the second."""
+
+    first: Tried
+    second: Tried | None = None
+    asking: Asking | None = None
+
+    @property
+    def steps(self) -> Sequence[Tried]:
+        return (self.first,) if self.second is None else (self.first, self.second)
+
+    @property
+    def name(self) -> str:
+        return "; where unsure ".join(one.recipe.name for one in self.steps)
+
+
+def _choose(best: Sequence[Tried], truth: Ints, wanted: float | None) -> _Chosen:
+    """`best` has the best of each tier that was tried, the cheapest first."""
+    first, dearest = best[0], best[-1]
+    if len(best) == 1 or (wanted is None and dearest.accuracy <= first.accuracy + WORTH_A_TIER):
+        return _Chosen(first)
+    asking = least_asked(first.scores, dearest.scores, truth, wanted or dearest.accuracy - LEFT_OUT)
+    if asking.share <= 0.0:
+        return _Chosen(first)
+    if asking.share >= 1.0:
+        return _Chosen(dearest)
+    return _Chosen(first, dearest, asking)
 
 
 class _Bench:
@@ -148,12 +183,17 @@ class _Bench:
         accuracy = float((scores.argmax(axis=1) == truth).mean())
         return Tried(recipe, scores, accuracy, seconds + clock() - began)
 
-    def fit_all(self, recipe: Recipe) -> tuple[Lexicon, Linear]:
+    def fit_all(self, recipes: Sequence[Recipe]) -> tuple[Lexicon, Sequence[Linear]]:
+        """On all examples. The recipes share one lexicon."""
         texts, truth = self._examples.texts, self._examples.truth
         lexicon = Lexicon.learn(texts, self._models.vectors, self._most)
-        blocks = named_blocks(lexicon.blocks(texts), self._encode(recipe))
-        weights, bias = fit_linear(stacked(blocks, recipe), truth, len(self._examples.labels), recipe.closeness)
-        return lexicon, Linear(split_weights(weights, blocks, recipe), bias)
+        found = lexicon.blocks(texts)
+        linears = []
+        for recipe in recipes:
+            blocks = named_blocks(found, self._encode(recipe))
+            weights, bias = fit_linear(stacked(blocks, recipe), truth, len(self._examples.labels), recipe.closeness)
+            linears.append(Linear(split_weights(weights, blocks, recipe), bias))
+        return lexicon, linears
 
     def _blocks(self, number: int, recipe: Recipe) -> Mapping[str, Any]:
         """The features of all rows, as a lexicon learned from the fold's other rows alone gives them."""
@@ -176,33 +216,43 @@ class _Bench:
 
 def _finished(
     examples: Examples,
-    chosen: Tried,
+    chosen: _Chosen,
     tried: Sequence[Tried],
     lexicon: Lexicon,
-    linear: Linear,
+    linears: Sequence[Linear],
     wanted: float | None,
 ) -> Trained:
-    truth = examples.truth
-    shares = _cross_calibrated(chosen.scores, truth)
-    strange = strangeness(chosen.scores)
+    truth, first = examples.truth, chosen.first.scores
+    second = None if chosen.second is None else chosen.second.scores
+    ask_below = 0.0 if chosen.asking is None else chosen.asking.below
+    asked = margins(first) < ask_below
+    shares = _cross_calibrated(first, second, asked, truth)
+    strange = strangeness(first)
     confidences = shares.max(axis=1)
     right = shares.argmax(axis=1) == truth
     figures = dict(report(shares, truth, examples.labels))
-    figures["before_calibration_ece"] = report(softmax_of(chosen.scores, 1.0), truth, examples.labels)["ece"]
+    plain = softmax_of(first, 1.0)
+    if second is not None:
+        plain[asked] = softmax_of(second[asked], 1.0)
+        figures["accuracy_by_share"] = accuracy_by_share(first, second, truth)
+    figures["before_calibration_ece"] = report(plain, truth, examples.labels)["ece"]
     figures["bounds"] = bounds_table(confidences, right)
     figures["tried"] = [
         {"recipe": one.recipe.name, "tier": one.recipe.tier, "accuracy": one.accuracy, "seconds": round(one.seconds, 2)}
         for one in tried
     ]
-    figures |= {"recipe": chosen.recipe.name, "tier": chosen.recipe.tier, "examples": len(examples.texts)}
+    figures |= {"recipe": chosen.name, "tier": chosen.steps[-1].recipe.tier, "examples": len(examples.texts)}
+    figures["asked_share"] = _asked_share(chosen)
     figures |= {"wanted_accuracy": wanted, "reached": wanted is None or figures["accuracy"] >= wanted}
     figures["notes"] = list(examples.notes) + _advice(figures, wanted)
+    found = fit_calibrations(first, second, asked, truth)
+    steps = [Fitted(one.recipe, linear, own) for one, linear, own in zip(chosen.steps, linears, found, strict=True)]
     return Trained(
         labels=examples.labels,
-        recipe=chosen.recipe,
         lexicon=lexicon,
-        linear=linear,
-        calibration=fit_calibration(chosen.scores, truth),
+        first=steps[0],
+        second=steps[1] if len(steps) > 1 else None,
+        ask_below=ask_below,
         strange_from=float(np.quantile(strange, 1 - STRANGE_SHARE)),
         report=figures,
         held_confidences=confidences,
@@ -211,14 +261,23 @@ def _finished(
     )
 
 
-def _cross_calibrated(scores: Floats, truth: Ints) -> Floats:
+def _asked_share(chosen: _Chosen) -> float:
+    """Of all texts, that the encoder embeds."""
+    if chosen.asking is not None:
+        return chosen.asking.share
+    return float(chosen.first.recipe.tier == "encoder")
+
+
+def _cross_calibrated(first: Floats, second: Floats | None, asked: npt.NDArray[np.bool_], truth: Ints) -> Floats:
     """Probabilities of each half of the rows calibrated on the other half: what is reported was never
     fitted on."""
-    shares = np.zeros_like(scores)
+    shares = np.zeros_like(first)
     half = np.arange(truth.size) % 2
     for side in (0, 1):
         own, other = half == side, half != side
-        shares[own] = fit_calibration(scores[other], truth[other]).probabilities(scores[own])
+        of_second = (None, None) if second is None else (second[other], second[own])
+        found = fit_calibrations(first[other], of_second[0], asked[other], truth[other])
+        shares[own] = calibrated(found, first[own], of_second[1], asked[own])
     return shares
 
 

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from appliance.encoders.embedders import Embedder, StaticEmbedder
-from appliance.encoders.heads import Calibration, Head, Linear, Scorer
+from appliance.encoders.heads import Calibration, Linear
+from appliance.encoders.steps import Head, Step, make_step
 from appliance.encoders.training import Trained
 from appliance.encoders.words import Lexicon
 from appliance.errors import ModelFileError, NotFound, RequestError
@@ -27,6 +28,8 @@ from appliance.errors import ModelFileError, NotFound, RequestError
 FORMAT: Final = 1
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _SERVING: Final = "serving.json"
+_SECOND: Final = "second."
+"""Before the names of the second step's tensors."""
 _KEPT: Final = "examples.jsonl"
 
 
@@ -199,9 +202,13 @@ def _write(path: Path, write: Any) -> None:
 
 
 def _tensors(trained: Trained) -> dict[str, Any]:
-    tensors = {f"linear.{name}": np.ascontiguousarray(rows) for name, rows in trained.linear.weights.items()}
+    tensors: dict[str, Any] = {}
+    for prefix, step in (("", trained.first), (_SECOND, trained.second)):
+        if step is not None:
+            linear = step.linear
+            tensors |= {f"{prefix}linear.{name}": np.ascontiguousarray(one) for name, one in linear.weights.items()}
+            tensors[f"{prefix}bias"] = np.ascontiguousarray(linear.bias)
     tensors |= {f"rarity.{name}": np.ascontiguousarray(rows) for name, rows in trained.lexicon.weights.items()}
-    tensors["bias"] = np.ascontiguousarray(trained.linear.bias)
     tensors["held.confidence"] = trained.held_confidences.astype(np.float32)
     tensors["held.right"] = trained.held_right.astype(np.uint8)
     tensors["held.strangeness"] = trained.held_strangeness.astype(np.float32)
@@ -216,7 +223,8 @@ def _facts(name: str, number: int, trained: Trained, made_at: str, models: Mappi
         "version": number,
         "made_at": made_at,
         "labels": list(trained.labels),
-        "calibration": asdict(trained.calibration),
+        "calibration": asdict(trained.first.calibration),
+        "second": None if trained.second is None else _second_facts(trained),
         "strange_from": trained.strange_from,
         "models": dict(models),
         "report": trained.report,
@@ -228,31 +236,45 @@ def _facts(name: str, number: int, trained: Trained, made_at: str, models: Mappi
     }
 
 
+def _second_facts(trained: Trained) -> Mapping[str, Any]:
+    assert trained.second is not None
+    return {"calibration": asdict(trained.second.calibration), "ask_below": trained.ask_below}
+
+
 def _head(
     facts: Mapping[str, Any],
     tensors: Mapping[str, Any],
     vectors: StaticEmbedder | None,
     encoders: Mapping[str, Embedder],
 ) -> Head:
-    weights = {name.removeprefix("linear."): rows for name, rows in tensors.items() if name.startswith("linear.")}
-    rarity = {name.removeprefix("rarity."): rows for name, rows in tensors.items() if name.startswith("rarity.")}
-    words, built_on = facts["lexicon"], facts["models"]
-    static = vectors if "static" in weights else None
-    if "static" in weights:
+    built_on = facts["models"]
+    if any(name.endswith("linear.static") for name in tensors):
         _check_same(built_on.get("static"), None if vectors is None else vectors.fingerprint)
-    encoder = None
-    if "encoder" in weights:
-        encoder = next((one for one in encoders.values() if one.fingerprint == built_on.get("encoder")), None)
+    else:
+        vectors = None
+    encoder = next((one for one in encoders.values() if one.fingerprint == built_on.get("encoder")), None)
+    if any(name.endswith("linear.encoder") for name in tensors):
         _check_same(built_on.get("encoder"), None if encoder is None else encoder.fingerprint)
-    lexicon = Lexicon(words["words"], words["pairs"], words["pieces"], rarity, static)
+    words = facts["lexicon"]
+    rarity = {name.removeprefix("rarity."): rows for name, rows in tensors.items() if name.startswith("rarity.")}
+    lexicon = Lexicon(words["words"], words["pairs"], words["pieces"], rarity, vectors)
+    second = facts.get("second")
     return Head(
         labels=tuple(facts["labels"]),
-        scorer=Scorer(lexicon, Linear(weights, tensors["bias"])),
-        encoder=encoder,
-        encoder_weights=weights.get("encoder"),
-        calibration=Calibration(**facts["calibration"]),
+        first=_step(tensors, "", lexicon, encoder, facts["calibration"]),
         strange_from=float(facts["strange_from"]),
+        second=None if second is None else _step(tensors, _SECOND, lexicon, encoder, second["calibration"]),
+        ask_below=0.0 if second is None else float(second["ask_below"]),
     )
+
+
+def _step(
+    tensors: Mapping[str, Any], prefix: str, lexicon: Lexicon, encoder: Embedder | None, calibration: Mapping[str, Any]
+) -> Step:
+    start = f"{prefix}linear."
+    weights = {name.removeprefix(start): rows for name, rows in tensors.items() if name.startswith(start)}
+    linear = Linear(weights, tensors[f"{prefix}bias"])
+    return make_step(lexicon, linear, encoder, Calibration(**calibration))
 
 
 def _check_same(wanted: str | None, here: str | None) -> None:

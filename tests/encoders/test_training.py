@@ -112,8 +112,8 @@ def test_a_report_holds_on_rows_that_were_not_trained_on(tmp_path: Path) -> None
     saved(store, made)
     head = store.load("mail", None, None, {})
     fresh = labelled(400, seed=1, unclear=0.2)
-    scores = head.scores([row["text"] for row in fresh])
-    right = [head.labels[place] == row["label"] for place, row in zip(scores.argmax(axis=1), fresh, strict=True)]
+    found = head.answer([row["text"] for row in fresh]).probabilities.argmax(axis=1)
+    right = [head.labels[place] == row["label"] for place, row in zip(found, fresh, strict=True)]
     assert np.mean(right) == pytest.approx(made.report["accuracy"], abs=0.08)
     assert made.report["bounds"][-1]["local_share"] >= made.report["bounds"][0]["local_share"]
 
