@@ -18,6 +18,7 @@ import uvicorn
 
 from appliance.api.app import create_app
 from appliance.api.auth import Authenticator, is_loopback
+from appliance.api.bulk import BulkLines
 from appliance.api.connection import Connection
 from appliance.api.lines import Lines
 from appliance.api.task_fits import TaskFits
@@ -323,7 +324,7 @@ async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Runn
         task_fits = TaskFits(site.home / "task_fits.json")
         saved_tasks = SavedTasks(site.home / "tasks")
         lines = Lines(pipeline=lambda: node.pipeline, auth=node.auth, fits=task_fits, saved=saved_tasks)
-        desk = await _desk(site, lines, state, signals, metrics, stack)
+        desk = await _desk(site, lines, BulkLines(lines, lambda: node.pipeline), state, signals, metrics, stack)
         app = create_app(
             pipeline=lambda: node.pipeline,
             auth=node.auth,
@@ -354,7 +355,13 @@ async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Runn
 
 
 async def _desk(
-    site: Site, lines: Lines, state: State, signals: Signals, metrics: Metrics, stack: AsyncExitStack
+    site: Site,
+    lines: Lines,
+    bulk: BulkLines,
+    state: State,
+    signals: Signals,
+    metrics: Metrics,
+    stack: AsyncExitStack,
 ) -> Desk | None:
     """Files and batches, what was under way begun again; None, and a warning, where they cannot be kept."""
     try:
@@ -366,6 +373,7 @@ async def _desk(
             alerts=signals,
             clock=time.monotonic,
             wall=time.time,
+            posting=bulk,
         )
         stack.push_async_callback(desk.aclose)
         await desk.start()

@@ -217,6 +217,7 @@ def _extension(batch: Batch, progress: Progress | None, now: float) -> Mapping[s
             "eta_at": None if left is None else int(now + left),
             "late": progress.late,
             "under_way": progress.under_way,
+            "in_provider_batches": progress.posted,
         }
     return told
 

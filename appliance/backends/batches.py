@@ -170,6 +170,9 @@ class Carrier:
 class Api(Protocol):
     """One provider's way. Every method but the first two raises BackendError's family."""
 
+    finds: bool
+    """Whether `find` can tell."""
+
     def endpoint(self, letter: Letter) -> str | None:
         """What a batch of such requests is made for; None: they are not taken in batches."""
 
@@ -201,6 +204,7 @@ def words(value: Any, name: str) -> str | None:
 class OpenaiBatches:
     """Files and batches of OpenAI's shape; Mistral's are the same with other names."""
 
+    finds = True
     _endpoints: frozenset[str] = frozenset({"/chat/completions", "/completions", "/embeddings", "/responses"})
     _jobs = "/batches"
     _over: frozenset[str] = frozenset({"completed", "failed", "expired", "cancelled"})
@@ -305,6 +309,8 @@ class MistralBatches(OpenaiBatches):
 
 class AnthropicBatches:
     """Message Batches. They have no metadata, so a batch whose id was lost cannot be told from others."""
+
+    finds = False
 
     def endpoint(self, letter: Letter) -> str | None:
         return "/v1/messages" if letter.path.partition("?")[0] == "/messages" else None

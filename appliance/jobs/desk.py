@@ -19,6 +19,7 @@ from appliance.jobs.nouns import Answering, Batch
 from appliance.jobs.parts import Alerts, Means, Progress
 from appliance.jobs.places import Places
 from appliance.jobs.planner import calls_at_once
+from appliance.jobs.posting import Posting
 from appliance.jobs.runner import Run
 from appliance.jobs.store import Store
 from appliance.state import State
@@ -58,6 +59,7 @@ class Desk:
         clock: Callable[[], float],
         wall: Callable[[], float],
         free: Callable[[Path], int] = free_bytes,
+        posting: Posting | None = None,
     ) -> "Desk":
         """Files lie in `config.folder`, else below `home`. Raises JobsUnavailable, StorageFull, OSError."""
         root = await asyncio.to_thread(Path(config.folder).expanduser) if config.folder else home / "jobs"
@@ -66,7 +68,7 @@ class Desk:
         url = config.url or URL.create("sqlite", database=str(root / "jobs.sqlite")).render_as_string()
         store = await Store.open(url)
         places = Places(lambda: calls_at_once(state.snapshot, config.concurrency))
-        return cls(Means(config, store, folder, answering, places, state, alerts, clock, wall))
+        return cls(Means(config, store, folder, answering, places, state, alerts, clock, wall, posting))
 
     async def start(self) -> None:
         """Go on with what has not ended, and remove what nobody knows of."""

@@ -28,6 +28,8 @@ class JobMeasures(Collector):
         yield GaugeMetricFamily("appliance_job_lines_per_second", "Lines answered on-site a second.", value=pace)
         under_way = sum(run.progress.under_way for run in runs)
         yield GaugeMetricFamily("appliance_job_lines_under_way", "Lines that are being asked.", value=under_way)
+        posted = sum(run.progress.posted for run in runs)
+        yield GaugeMetricFamily("appliance_job_lines_posted", "Lines that lie in providers' own batches.", value=posted)
         done = CounterMetricFamily(
             "appliance_job_lines", "Lines of batches since the start, by result.", labels=["what"]
         )

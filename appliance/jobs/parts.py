@@ -8,6 +8,7 @@ from appliance.config import Jobs
 from appliance.jobs.files import Folder
 from appliance.jobs.nouns import Answering, Ending, Line
 from appliance.jobs.places import Places
+from appliance.jobs.posting import Posting
 from appliance.jobs.store import Store
 from appliance.state import State
 
@@ -36,6 +37,8 @@ class Means:
     alerts: Alerts
     clock: Callable[[], float]
     wall: Callable[[], float]
+    posting: Posting | None = None
+    """How lines leave in providers' own batches; None: they do not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,8 @@ class Progress:
     late: int
     """Lines that would be late on-site."""
     under_way: int
+    posted: int
+    """Lines that lie in providers' own batches."""
 
 
 class Stopped(Exception):

@@ -5,8 +5,10 @@ Times named `_at` are wall clock, seconds since the epoch.
 
 from sqlalchemy import Column, Float, Index, Integer, LargeBinary, MetaData, String, Table, Text, text
 
-VERSION = 1
-"""Written into `about`; tables of another version are refused."""
+VERSION = 2
+"""Written into `about`; tables of another version are refused, but for those that only lack what is new in this one."""
+ADDS_TO = 1
+"""The version that this one only adds tables to."""
 
 metadata = MetaData()
 
@@ -47,7 +49,7 @@ lines = Table(
     Column("digest", LargeBinary, nullable=False),
     # The first line that asks the same; empty for that one itself.
     Column("twin_of", Integer),
-    # 0 waits, 1 answered, 2 failed.
+    # 0 waits, 1 answered, 2 failed, 3 lies in a provider's batch.
     Column("state", Integer, nullable=False),
     # Where in the output or error file what a twin copies is; set once it is there.
     Column("result_offset", Integer),
@@ -57,4 +59,28 @@ lines = Table(
 )
 """One row a line that may be asked, from validation until the batch has ended."""
 
-WAITING, ANSWERED, FAILED = 0, 1, 2
+parcels = Table(
+    "parcels",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("batch_id", String, nullable=False, index=True),
+    Column("target", String, nullable=False),
+    Column("made_at", Float(53), nullable=False),
+    # The provider's ids of its file and of its batch, as soon as they are known.
+    Column("uploaded", String),
+    Column("remote_id", String),
+)
+"""A part of a batch that was sent as one of a provider's, put down before it is sent."""
+
+tickets = Table(
+    "tickets",
+    metadata,
+    Column("batch_id", String, primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("parcel", String, nullable=False, index=True),
+    # What was decided of the line and put aside for it, by whoever sends it.
+    Column("ticket", Text, nullable=False),
+)
+"""One row a line that lies in a parcel."""
+
+WAITING, ANSWERED, FAILED, POSTED = 0, 1, 2, 3

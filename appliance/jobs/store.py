@@ -20,6 +20,7 @@ from sqlalchemy import (
     create_engine,
     delete,
     event,
+    func,
     insert,
     make_url,
     select,
@@ -30,7 +31,22 @@ from sqlalchemy.exc import SQLAlchemyError
 from appliance.core import Usage
 from appliance.errors import ApplianceError, JobsUnavailable, StorageFull
 from appliance.jobs.nouns import ENDED, Batch, Counts, Line, Problem, StoredFile
-from appliance.jobs.schema import VERSION, WAITING, about, batches, files, lines, metadata
+from appliance.jobs.posting import Parcel
+from appliance.jobs.schema import (
+    ADDS_TO,
+    ANSWERED,
+    FAILED,
+    POSTED,
+    VERSION,
+    WAITING,
+    about,
+    batches,
+    files,
+    lines,
+    metadata,
+    parcels,
+    tickets,
+)
 
 Found = TypeVar("Found")
 
@@ -136,7 +152,8 @@ class Store:
 
         def write(connection: Connection) -> None:
             _save(connection, batch)
-            connection.execute(delete(lines).where(lines.c.batch_id == batch.id))
+            for table in (lines, tickets, parcels):
+                connection.execute(delete(table).where(table.c.batch_id == batch.id))
             if results:
                 connection.execute(insert(files), [asdict(file) for file in results])
 
@@ -186,7 +203,7 @@ class Store:
             )
             .join(first, and_(first.c.batch_id == lines.c.batch_id, first.c.number == lines.c.twin_of))
             .where(lines.c.batch_id == batch_id, lines.c.state == WAITING, lines.c.twin_of.is_not(None))
-            .where(first.c.state != WAITING)
+            .where(first.c.state.in_((ANSWERED, FAILED)))
             .order_by(lines.c.number)
             .limit(limit)
         )  # fmt: skip
@@ -202,7 +219,8 @@ class Store:
 
     async def waiting(self, batch_id: str, after: int, limit: int) -> Sequence[Place]:
         """Every line that has not ended, identical ones included."""
-        mine = and_(lines.c.batch_id == batch_id, lines.c.state == WAITING, lines.c.number > after)
+        open_ones = lines.c.state.in_((WAITING, POSTED))
+        mine = and_(lines.c.batch_id == batch_id, open_ones, lines.c.number > after)
         query = select(lines.c.number, lines.c.offset, lines.c.length).where(mine)
         return [Place(**row) for row in await self._rows(query.order_by(lines.c.number).limit(limit))]
 
@@ -219,12 +237,72 @@ class Store:
             .values(state=bindparam("s"), result_offset=bindparam("o"), result_length=bindparam("l"))
         )
 
+        gone = delete(tickets).where(tickets.c.batch_id == batch.id, tickets.c.number == bindparam("n"))
+
         def write(connection: Connection) -> None:
             _save(connection, batch)
             if rows:
                 connection.execute(change, rows)
+                connection.execute(gone, [{"n": one.number} for one in done])
 
         await self._do(write)
+
+    # Parcels: lines that lie in a provider's batch.
+
+    async def add_parcel(self, parcel: Parcel, given: Mapping[int, str]) -> None:
+        """It is going to be sent, with the tickets of its lines: from now on they do not wait any more."""
+        mark = (update(lines).where(lines.c.batch_id == parcel.batch_id, lines.c.number == bindparam("n"))).values(
+            state=POSTED
+        )
+        rows = [
+            {"batch_id": parcel.batch_id, "number": number, "parcel": parcel.name, "ticket": ticket}
+            for number, ticket in given.items()
+        ]
+
+        def write(connection: Connection) -> None:
+            connection.execute(insert(parcels), [asdict(parcel)])
+            connection.execute(insert(tickets), rows)
+            connection.execute(mark, [{"n": number} for number in given])
+
+        await self._do(write)
+
+    async def save_parcel(self, parcel: Parcel) -> None:
+        await self._do(
+            lambda one: one.execute(update(parcels).where(parcels.c.name == parcel.name).values(**asdict(parcel)))
+        )
+
+    async def parcels(self, batch_id: str) -> Sequence[Parcel]:
+        return [Parcel(**row) for row in await self._rows(select(parcels).where(parcels.c.batch_id == batch_id))]
+
+    async def posted(self, parcel: Parcel) -> int:
+        """How many of its lines have not ended."""
+        query = select(func.count()).select_from(tickets).where(tickets.c.parcel == parcel.name)
+        return await self._do(lambda one: one.execute(query).scalar_one())
+
+    async def tickets(self, parcel: Parcel, numbers: Sequence[int]) -> Sequence[tuple[Place, str]]:
+        """Of those of the lines that have not ended."""
+        here = and_(lines.c.batch_id == tickets.c.batch_id, lines.c.number == tickets.c.number)
+        query = (
+            select(lines.c.number, lines.c.offset, lines.c.length, tickets.c.ticket)
+            .join(tickets, here)
+            .where(tickets.c.parcel == parcel.name, tickets.c.number.in_(numbers))
+        )
+        return [(Place(row["number"], row["offset"], row["length"]), row["ticket"]) for row in await self._rows(query)]
+
+    async def end_parcel(self, parcel: Parcel) -> Mapping[int, str]:
+        """Forget it. Those of its lines that have not ended wait again; returns their tickets."""
+        mine = tickets.c.parcel == parcel.name
+        numbers = select(tickets.c.number).where(mine)
+
+        def write(connection: Connection) -> Mapping[int, str]:
+            rows = connection.execute(select(tickets.c.number, tickets.c.ticket).where(mine)).all()
+            back = and_(lines.c.batch_id == parcel.batch_id, lines.c.number.in_(numbers))
+            connection.execute(update(lines).where(back).values(state=WAITING))
+            connection.execute(delete(tickets).where(mine))
+            connection.execute(delete(parcels).where(parcels.c.name == parcel.name))
+            return {row.number: row.ticket for row in rows}
+
+        return await self._do(write)
 
     async def _rows(self, query: Select[Any]) -> Sequence[RowMapping]:
         return await self._do(lambda connection: connection.execute(query).mappings().all())
@@ -291,6 +369,9 @@ def _open(url: str) -> Engine:
             known = connection.execute(select(about.c.version)).scalars().all()
             if not known:
                 connection.execute(insert(about), [{"version": VERSION}])
+            elif known[0] == ADDS_TO:
+                connection.execute(update(about).values(version=VERSION))
+                known = [VERSION]
     except (SQLAlchemyError, OSError, ImportError) as error:
         raise _explained(error) from error
     if known and known[0] != VERSION:

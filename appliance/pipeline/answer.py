@@ -159,7 +159,7 @@ class Pipeline:
         request = await self.searched(request)
         opinion = await self._asking.opinion(request)
         decided = self._decider.decide(request, call.prompt_tokens, call.output_tokens, opinion)
-        return self.bulk.seal(request, call, decided)
+        return self.bulk.prepare(request, call, decided)
 
     async def count(self, request: Request, call: Call) -> Counted:
         """The tokens of the request's prompt, for the target that would be asked first. Raises what `decide` does."""

@@ -28,7 +28,7 @@ from appliance.core import (
     Target,
     Usage,
 )
-from appliance.errors import ApplianceError, BackendError, BackendRefused, ResidencyRefused, Unsupported
+from appliance.errors import ApplianceError, BackendError, BackendRefused, ResidencyRefused, Unavailable, Unsupported
 from appliance.pipeline.cost import hosted_usd, reserve_usd
 from appliance.pipeline.decide import Decided
 from appliance.pipeline.means import Means
@@ -77,17 +77,26 @@ class Bulk:
     def __init__(self, means: Means) -> None:
         self._means = means
 
+    def target(self, name: str) -> Target:
+        """Raises Unavailable where it is not configured any more."""
+        found = self._means.state.snapshot.target(name)
+        if found is None or found.wire.batches is None:
+            raise Unavailable(f"{name} is not configured, or takes no batches", retry_after_seconds=60.0)
+        return found
+
     def takes(self, target: Target) -> bool:
         """Whether `target` is known to be cheaper in batches, and is well."""
         if target.location != "hosted" or target.batch_price is None or target.wire.batches is None:
             return False
         return self._means.breakers.blocked_until(target.name, self._means.clock()) is None
 
-    def seal(self, request: Request, call: Call, decided: Decided) -> Sealed | None:
+    def prepare(self, request: Request, call: Call, decided: Decided) -> Sealed | None:
         """None where this request is better asked the usual way. Nothing is reserved or sent yet."""
         route = decided.decision.route
         if decided.refusal is not None or not route.attempts or not self.takes(route.attempts[0].target):
             return None
+        if route.standby and request.patience_seconds:
+            return None  # an engine of this node is only down for now
         attempt = route.attempts[0]
         target, whole = attempt.target, shaped(call, request.body, decided.shape)
         try:
@@ -149,6 +158,10 @@ class Bulk:
 
     async def find(self, target: Target, name: str) -> str | None:
         return await _api(target).find(self.carrier(target, name), name)
+
+    def finds(self, target: Target) -> bool:
+        """Whether the provider can tell that there is no batch of some name."""
+        return _api(target).finds
 
     async def look(self, target: Target, name: str, batch: str) -> Standing:
         return await _api(target).look(self.carrier(target, name), batch)
