@@ -1,8 +1,9 @@
+"""One attempt of one call at one target: admitted, permitted, paid for, sent, read, and ended once, however it went."""
+
 import asyncio
-import hashlib
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 from appliance.backends import exchange
@@ -14,7 +15,6 @@ from appliance.core import (
     Call,
     Decision,
     EgressPermit,
-    Outgoing,
     Reply,
     Request,
     Usage,
@@ -30,9 +30,10 @@ from appliance.errors import (
     RejectedReply,
     Unavailable,
 )
-from appliance.pipeline.admission import Load, Slot
+from appliance.pipeline.admission import Slot
 from appliance.pipeline.cost import Bill, hosted_usd, onsite_bill, onsite_usd, reserve_usd
-from appliance.pipeline.learning import Experience
+from appliance.pipeline.letters import in_turn, sealed_once
+from appliance.pipeline.loads import load_of
 from appliance.pipeline.means import Means, Patience, Purse
 from appliance.pipeline.outcome import detail_of, may_have_cost, result_of
 from appliance.pipeline.verify import read_verified
@@ -41,13 +42,6 @@ from appliance.telemetry.scrub import scrub_text
 
 _CALLS_AT_ONCE: Final = 8
 """One piece of work may become many calls to a hosted target; more at once only meets its rate limit sooner."""
-
-IDEMPOTENCY_HEADER: Final = "idempotency-key"
-BATCH_PRIORITY: Final = 1
-"""Of work that can wait, at engines; lower values go first, and everything else has 0."""
-
-_PREFIX_CHARACTERS: Final = 256
-"""Prompts that begin alike for so long are taken to share what an engine has cached of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +55,6 @@ class Errand:
     """What tells prompts that begin alike."""
     leaves_free: float = 0.0
     """Share of an engine that is kept for those who are bound."""
-
-
-def prefix_of(request: Request) -> Hashable:
-    """Engines keep callers' caches apart, so the same words of another caller are not the same beginning."""
-    return hash((request.caller.key_id, request.endpoint, request.text[:_PREFIX_CHARACTERS]))
 
 
 class Trial:
@@ -116,15 +105,15 @@ class Trial:
 
     async def run(self, call: Call, patience: Patience) -> Any:
         """The verified payload, or None with `stream` open. Raises ApplianceError, having ended itself."""
-        target = self.target
+        target, request = self.target, self._errand.request
         letters: Sequence[Letter] = ()
         self._call = call
         try:
-            salt = exchange.salt_of(self._errand.request.caller.key_id)
+            salt = exchange.salt_of(request.caller.key_id)
             # before anything is waited for, reserved or sent: what cannot be carried over goes elsewhere at once
             letters = [
-                self._sealed_once(exchange.write(target, one, stream=call.streams(target), salt=salt))
-                for one in self._in_turn(call.outgoing(target))
+                sealed_once(request, exchange.write(target, one, stream=call.streams(target), salt=salt))
+                for one in in_turn(request, target, call.outgoing(target))
             ]
             await self._enter(call, patience)
             self._check_breaker()
@@ -257,22 +246,6 @@ class Trial:
             wait_seconds=patience.wait_seconds,
             budget_seconds=patience.budget_seconds,
         )
-
-    def _in_turn(self, outgoing: Sequence[Outgoing]) -> Sequence[Outgoing]:
-        """Work that can wait is marked so for this node's engines, which do everything else before it. Whoever asks may
-        let others go first, and cannot go before them."""
-        if self.target.provider is not None:
-            return outgoing
-        first = BATCH_PRIORITY if self._errand.request.latency_class == "batch" else 0
-        return [_not_before(one, first) for one in outgoing]
-
-    def _sealed_once(self, letter: Letter) -> Letter:
-        """A line of a job that is sent again after a crash says that it is the same, for providers that look."""
-        if self._errand.request.latency_class != "batch" or self.target.location == "onsite":
-            return letter
-        said = f"{self._errand.request.id}\n{self.target.name}\n".encode() + letter.body
-        key = hashlib.sha256(said).hexdigest()[:48]
-        return replace(letter, headers={**letter.headers, IDEMPOTENCY_HEADER: key})
 
     def _check_breaker(self) -> None:
         """Many may have been sent here while it was thought well, or half open: only one of them is the probe."""
@@ -421,37 +394,6 @@ class Trial:
             self._means.breakers.succeed(self.target.name)  # it answers; this request was the matter
         elif isinstance(error, BackendError):
             self._means.breakers.fail(self.target.name, self._means.clock(), error.retry_after_seconds)
-
-
-def _not_before(outgoing: Outgoing, first: int) -> Outgoing:
-    given = outgoing.body.get("priority", 0)
-    if given == first or (type(given) is int and given > first):
-        return outgoing
-    return replace(outgoing, body={**outgoing.body, "priority": first})
-
-
-def load_of(
-    experience: Experience,
-    request: Request,
-    target: str,
-    *,
-    prefix: Hashable,
-    prompt_tokens: int,
-    output_tokens: int,
-    leaves_free: float,
-) -> Load:
-    """What a call of so many tokens, by our estimate and by the caller's limit, brings to `target`."""
-    tokens = experience.tokens.correct(target, prompt_tokens)
-    expected = experience.output_tokens(target, request.endpoint, output_tokens)
-    return Load(
-        experience.uncached_tokens(target, prefix, tokens),
-        expected,
-        kv_tokens=tokens + expected,
-        kind=request.endpoint,
-        stream=request.stream,
-        leaves_free=leaves_free,
-        can_wait=request.latency_class == "batch",
-    )
 
 
 def _first_of(errors: BaseExceptionGroup[BaseException]) -> BaseException:

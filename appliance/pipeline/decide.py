@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from appliance.config import Policy, RouteRule
 from appliance.core import Decision, Profile, Request, Target, Usage
 from appliance.errors import ApplianceError, BudgetExceeded, Forbidden
-from appliance.pipeline.attempt import load_of, prefix_of
 from appliance.pipeline.cost import onsite_usd, reserve_usd
+from appliance.pipeline.loads import load_of, prefix_of
 from appliance.pipeline.matching import route_of
 from appliance.pipeline.means import Means
 from appliance.pipeline.policy import Outlook, no_route, rank
