@@ -141,6 +141,17 @@ def own_blocks(message: Mapping[str, Any], kinds: frozenset[str]) -> Iterator[di
             yield {name: value for name, value in block.items() if name != "index"}
 
 
+def role_of(target: Target, message: Mapping[str, Any], path: str) -> Any:
+    """Who speaks. Raises Unsupported for what stands on a message and no dialect but OpenAI's chat has."""
+    role = message.get("role")
+    if message.get("name") and role != "tool":
+        raise unsupported(target, f"{path}.name", "messages have no names there")
+    for name in ("function_call", "audio"):
+        if message.get(name):
+            raise unsupported(target, f"{path}.{name}")
+    return role
+
+
 def called_function(target: Target, call: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """The function of a tool call. Raises Unsupported where something else was called, RequestError without a name."""
     function = call.get("function")

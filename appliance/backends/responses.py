@@ -13,6 +13,7 @@ from appliance.backends.carry import (
     own_blocks,
     parts_of,
     read_tool_choice,
+    role_of,
     text_of,
     unsupported,
     word_of,
@@ -115,13 +116,7 @@ def _write_tools(target: Target, fields: Fields, body: dict[str, Any]) -> None:
 def _items(target: Target, messages: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     for index, message in enumerate(messages):
         path = f"messages[{index}]"
-        role = message.get("role")
-        if message.get("name") and role != "tool":
-            raise unsupported(target, f"{path}.name", "messages have no names there")
-        for name in ("function_call", "audio"):
-            if message.get(name):
-                raise unsupported(target, f"{path}.{name}")
-        match role:
+        match role := role_of(target, message, path):
             case "assistant":
                 yield from _assistant(target, message, path)
             case "tool":

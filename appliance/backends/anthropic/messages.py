@@ -11,6 +11,7 @@ from appliance.backends.carry import (
     own_blocks,
     parts_of,
     read_data_url,
+    role_of,
     text_of,
     unsupported,
     word_of,
@@ -48,13 +49,7 @@ def written_messages(target: Target, messages: Sequence[Mapping[str, Any]]) -> d
 
 
 def _blocks(target: Target, message: Mapping[str, Any], path: str) -> Iterator[Block]:
-    role = message.get("role")
-    if message.get("name") and role != "tool":
-        raise unsupported(target, f"{path}.name", "messages have no names there")
-    for name in ("function_call", "audio"):
-        if message.get(name):
-            raise unsupported(target, f"{path}.{name}")
-    match role:
+    match role := role_of(target, message, path):
         case "tool":
             yield _tool_result(target, message, path)
         case "assistant":

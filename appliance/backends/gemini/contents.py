@@ -14,6 +14,7 @@ from appliance.backends.carry import (
     mapping_of,
     parts_of,
     read_data_url,
+    role_of,
     text_of,
     unsupported,
     word_of,
@@ -66,13 +67,7 @@ def _names_of_calls(messages: Sequence[Mapping[str, Any]]) -> Mapping[str, str]:
 
 
 def _parts(target: Target, message: Mapping[str, Any], path: str, names: Mapping[str, str]) -> Iterator[Part]:
-    role = message.get("role")
-    if message.get("name") and role != "tool":
-        raise unsupported(target, f"{path}.name", "messages have no names there")
-    for name in ("function_call", "audio"):
-        if message.get(name):
-            raise unsupported(target, f"{path}.{name}")
-    match role:
+    match role := role_of(target, message, path):
         case "tool":
             yield _tool_result(target, message, path, names)
         case "assistant":
