@@ -30,6 +30,10 @@ _PACE_SECONDS: Final = 2.0
 _PRUNE_SECONDS: Final = 3_600.0
 _RECENT_TEXTS: Final = 50_000
 """Answers that feedback may still be given to without their text; older ones where they were labelled anyway."""
+_RECENT_CHARACTERS: Final = 20_000_000
+"""Of texts that are kept in memory for that."""
+_MOST_TEXT_CHARS: Final = 20_000
+"""Longer texts are no examples: training refuses them, and with them all the others."""
 _SHOWN_DAYS: Final = 30
 _UNPROVEN: Final = "cascade_unproven"
 _UNWRITTEN: Final = "labels_not_kept"
@@ -60,7 +64,7 @@ class Learning:
         self._asked: dict[str, str] = {}
         """The version of each classifier that answered last."""
         self._recent: OrderedDict[str, SeenCall] = OrderedDict()
-        self._recent_texts = 0
+        self._recent_texts = self._recent_characters = 0
         self._rows: list[Labelled] = []
         self._days: dict[tuple[str, str, int], Day] = {}
         self._learnt: dict[str, Learnt] = {}
@@ -106,6 +110,7 @@ class Learning:
         return known
 
     def seen(self, call: SeenCall) -> None:
+        call = replace(call, rows=tuple(map(_short, call.rows)))
         day = _day_of(call)
         place = (day.classifier, day.route, day.day)
         self._days[place] = self._days[place] + day if place in self._days else day
@@ -119,10 +124,16 @@ class Learning:
 
     def _remember(self, call: SeenCall) -> None:
         self._recent[call.decision_id] = call
-        self._recent_texts += len(call.rows)
-        while self._recent_texts > _RECENT_TEXTS and len(self._recent) > 1:
+        self._count(call, 1)
+        while len(self._recent) > 1 and (
+            self._recent_texts > _RECENT_TEXTS or self._recent_characters > _RECENT_CHARACTERS
+        ):
             _, oldest = self._recent.popitem(last=False)
-            self._recent_texts -= len(oldest.rows)
+            self._count(oldest, -1)
+
+    def _count(self, call: SeenCall, times: int) -> None:
+        self._recent_texts += times * len(call.rows)
+        self._recent_characters += times * sum(len(row.text) for row in call.rows)
 
     def _want(self, key: _Key) -> None:
         self._stale.add(key)
@@ -196,7 +207,7 @@ class Learning:
         """Remove a key's labels and texts; how many there were. Versions that were trained on them stay."""
         await self._flush()
         for decision_id in [name for name, call in self._recent.items() if call.owner == owner]:
-            self._recent_texts -= len(self._recent.pop(decision_id).rows)
+            self._count(self._recent.pop(decision_id), -1)
         gone = await self.store.forget(owner, classifier)
         self._stale |= set(self._standings)
         self._wake.set()
@@ -355,6 +366,11 @@ def _key(cascade: Cascade, classifier: str, version: str) -> _Key:
     return classifier, version, cascade.bound, cascade.confidence, cascade.over_texts
 
 
+def _short(row: Seen) -> Seen:
+    """Without its text where that can be no example."""
+    return row if len(row.text) <= _MOST_TEXT_CHARS and row.text.strip() else replace(row, text="")
+
+
 def _teaches(call: SeenCall, row: Seen) -> bool:
     """Whether somebody better has labelled the text, and there is anything to be learned of it."""
     if row.answer is None or row.answered_by == call.classifier:
@@ -376,7 +392,7 @@ def _labelled(call: SeenCall, row: Seen) -> Labelled:
         label=row.answer or "",
         source=row.answered_by,
         audited=row.audited,
-        text=row.text if call.keep_texts else None,
+        text=row.text if call.keep_texts and row.text else None,
         at=call.at,
     )
 

@@ -1,0 +1,58 @@
+"""What one caller sends must neither fill the memory nor keep a classifier from learning."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.config import Learning as LearningRules
+from appliance.encoders.examples import MAX_TEXT_CHARS
+from appliance.quality.learning import Learning
+from appliance.quality.store import Store
+from appliance.tasks.cascade import Seen, SeenCall
+
+pytestmark = pytest.mark.anyio
+TARGET = "classifier/mail"
+
+
+class Nobody:
+    async def ask(self, method: str, path: str, body: bytes = b"") -> Any:
+        raise AssertionError("nothing is to be asked")
+
+    def warn(self, code: str, text: str, about: str = "") -> None: ...
+
+    def clear(self, code: str, about: str = "") -> None: ...
+
+
+def call(number: int, text: str) -> SeenCall:
+    row: Mapping[str, Any] = {"own": "a", "own_confidence": 0.5, "answer": "b", "answered_by": "cloud/big"}
+    seen = Seen(index=0, text=text, is_sure=True, went_on=True, audited=False, is_reference=True, capped=False, **row)
+    return SeenCall("r", TARGET, "1", f"dec_{number}", "ann", "any", keep_texts=True, at=1.0, rows=(seen,))
+
+
+async def learning(folder: Path) -> Learning:
+    nobody = Nobody()
+    store = await Store.open(folder / "learning.sqlite")
+    return Learning(store, nobody, dict, nobody, LearningRules(), lambda: 1.0)
+
+
+async def test_texts_that_no_training_takes_are_not_kept(tmp_path: Path) -> None:
+    learns = await learning(tmp_path)
+    for number, text in enumerate(("good", "x" * MAX_TEXT_CHARS, "x" * (MAX_TEXT_CHARS + 1), " \n")):
+        learns.seen(call(number, text))
+    await learns.tend()
+    assert (await learns.store.counts(TARGET))["labels"] == 4
+    assert [len(row.text or "") for row in await learns.store.texts(TARGET, ["ann"])] == [4, MAX_TEXT_CHARS]
+    await learns.aclose()
+
+
+async def test_what_is_remembered_for_feedback_is_bounded_by_length_too(tmp_path: Path) -> None:
+    learns = await learning(tmp_path)
+    for number in range(1_500):
+        learns.seen(call(number, "x" * MAX_TEXT_CHARS))
+    held = sum(len(row.text) for one in learns._recent.values() for row in one.rows)
+    assert held == 20_000_000
+    await learns.forget("ann")
+    assert (learns._recent_texts, learns._recent_characters) == (0, 0)
+    await learns.aclose()
