@@ -30,7 +30,7 @@ class BulkLines:
     def takes(self, target: Target) -> bool:
         return self._pipeline().bulk.takes(target)
 
-    async def seal(self, lines: Sequence[Line], terms: Terms) -> Sequence[SealedLine | None]:
+    async def made_ready(self, lines: Sequence[Line], terms: Terms) -> Sequence[SealedLine | None]:
         self._lines.caller(terms)
         return [await self._seal(line, terms) for line in lines]
 

@@ -42,7 +42,7 @@ class Posting(Protocol):
     def takes(self, target: Target) -> bool:
         """Whether lines may be sent to it so: it takes batches, is known to be cheaper, and is well."""
 
-    async def seal(self, lines: Sequence[Line], terms: Terms) -> Sequence[Sealed | None]:
+    async def made_ready(self, lines: Sequence[Line], terms: Terms) -> Sequence[Sealed | None]:
         """Each line ready to leave; None where it is to be asked the usual way. Raises Unauthorized."""
 
     async def reserve(self, sealed: Sealed) -> str:

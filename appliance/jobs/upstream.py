@@ -119,7 +119,7 @@ class Upstream:
         willing = [line for line in lines if line.number not in self._alone]
         sealed: dict[int, Sealed] = {}
         for part, is_late in ((willing[:leaving], True), (willing[leaving:], False)):
-            found = await posting.seal(part, self._terms(is_late)) if part else ()
+            found = await posting.made_ready(part, self._terms(is_late)) if part else ()
             sealed |= {line.number: one for line, one in zip(part, found, strict=True) if one is not None}
         for number, one in sealed.items():
             self._gather(number, one)
