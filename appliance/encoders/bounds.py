@@ -14,12 +14,13 @@ both together, each is as likely to be held out as to come. That holds for the w
 threshold at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
-from scipy.stats import beta, hypergeom
+import numpy.typing as npt
+from scipy.special import betaincinv, gammaln, logsumexp
 
 SHOWN_BOUNDS: Final = (0.01, 0.02, 0.05, 0.10)
 CONFIDENCE: Final = 0.95
@@ -47,7 +48,7 @@ def upper_limit(wrong: int, rows: int, confidence: float) -> float:
         raise ValueError(f"{wrong} wrong of {rows} rows cannot be")
     if wrong == rows:
         return 1.0
-    return float(beta.ppf(confidence, wrong + 1, rows - wrong))
+    return float(betaincinv(wrong + 1, rows - wrong, confidence))
 
 
 def threshold_for(
@@ -92,6 +93,25 @@ def suffices(rows: int, bound: float, confidence: float, *, next_rows: int | Non
     return _most_wrong(bound, confidence, rows, next_rows) >= 0
 
 
+def bounds_table(confidences: npt.ArrayLike, right: npt.ArrayLike) -> Sequence[Mapping[str, Any]]:
+    """For each bound that is shown: from which confidence on answers may stand, and what share of texts that is."""
+    scores = list(zip(np.asarray(confidences).tolist(), np.asarray(right).tolist(), strict=True))
+    rows = []
+    for bound in SHOWN_BOUNDS:
+        found = threshold_for(bound, CONFIDENCE, scores)
+        rows.append(
+            {
+                "bound": bound,
+                "confidence": CONFIDENCE,
+                "threshold": found.threshold,
+                "local_share": found.local_share,
+                "disagreement": found.disagreement,
+                "upper_limit": found.upper_limit,
+            }
+        )
+    return rows
+
+
 def _most_wrong(bound: float, confidence: float, rows: int, next_rows: int | None) -> int:
     """The most wrong rows with which the promise still holds; -1 where even none are too few rows to make it."""
     low, high = -1, rows
@@ -111,4 +131,19 @@ def _holds(wrong: int, rows: int, bound: float, confidence: float, next_rows: in
     if too_many > next_rows:
         return True
     # That so few of `wrong + too_many` wrong answers were among the held-out rows, and the others are still to come.
-    return float(hypergeom.cdf(wrong, rows + next_rows, wrong + too_many, rows)) <= 1 - confidence
+    return _at_most(wrong, rows, wrong + too_many, rows + next_rows) <= 1 - confidence
+
+
+def _at_most(wrong: int, rows: int, all_wrong: int, all_rows: int) -> float:
+    """How likely it is that of `all_wrong` wrong answers among `all_rows` at most `wrong` are among `rows` of them."""
+    counts = np.arange(max(0, rows - (all_rows - all_wrong)), wrong + 1)
+    if not counts.size:
+        return 0.0
+    ways = _log_ways(all_wrong, counts) + _log_ways(all_rows - all_wrong, rows - counts)
+    return float(np.exp(logsumexp(ways - _log_ways(all_rows, np.array([rows])))))
+
+
+def _log_ways(of: int, taken: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """The logarithm of the binomial coefficients."""
+    ways: npt.NDArray[np.float64] = gammaln(of + 1) - gammaln(taken + 1) - gammaln(of - taken + 1)
+    return ways

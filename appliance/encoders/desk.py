@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from appliance.encoders.bounds import Threshold, suffices, threshold_for
+from appliance.encoders.bounds import Threshold, bounds_table, suffices, threshold_for
 from appliance.encoders.embedders import ONNX_MAX_TOKENS, STATIC_MAX_TOKENS
 from appliance.encoders.examples import read_examples
 from appliance.encoders.heads import TIERS
@@ -23,7 +23,6 @@ from appliance.encoders.measures import report
 from appliance.encoders.runs import Run, Runs
 from appliance.encoders.shadow import Shadows
 from appliance.encoders.steps import Answered, Head
-from appliance.encoders.training import bounds_table
 from appliance.encoders.versions import Versions, check_name
 from appliance.errors import RequestError
 

@@ -7,10 +7,8 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize, sparse
-from scipy.special import expit, logsumexp, softmax
-from sklearn.linear_model import LogisticRegression
-from sklearn.svm import LinearSVC
+from scipy import sparse
+from scipy.special import expit, softmax
 
 from appliance.encoders.embedders import Embedder, StaticEmbedder, unit_rows
 from appliance.encoders.words import Blocks, Lexicon, incidence, words_of
@@ -23,13 +21,9 @@ TIERS: Final[tuple[Tier, ...]] = ("words", "encoder")
 """From the cheapest to the dearest."""
 _TABLE_BYTES: Final = 64_000_000
 """What one head may remember of words. When it is full it begins anew."""
-_TEMPERATURES: Final = (0.05, 50.0)
-_ITERATIONS: Final = 2_000
-_CLIP: Final = 1e-6
+CLIP: Final = 1e-6
+"""Shares nearer to 0 or 1 count as this far from it."""
 _SMALLEST_SHARE: Final = 1e-30
-_LEAST_FOR_A_CURVE: Final = 25
-"""Right answers, and wrong ones, that a curve needs."""
-_CURVE_STRENGTH: Final = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +62,6 @@ def stacked(blocks: Mapping[str, Any], recipe: Recipe) -> Any:
     return sparse.hstack(parts, format="csr")
 
 
-def fit_linear(features: Any, truth: Ints, labels: int, closeness: float) -> tuple[Floats, Floats]:
-    """One label against the rest, with a squared hinge loss: weights (features, labels) and bias (labels)."""
-    model = LinearSVC(C=closeness, max_iter=_ITERATIONS, dual="auto", random_state=0).fit(features, truth)
-    coefficients, intercept = model.coef_, model.intercept_
-    if len(model.classes_) == 2:
-        coefficients, intercept = np.vstack([-coefficients, coefficients]), np.array([-intercept[0], intercept[0]])
-    weights = np.zeros((features.shape[1], labels), dtype=np.float32)
-    bias = np.full(labels, -1.0, dtype=np.float32)
-    weights[:, model.classes_] = coefficients.T
-    bias[model.classes_] = intercept
-    return weights, bias
-
-
 def split_weights(weights: Floats, blocks: Mapping[str, Any], recipe: Recipe) -> Mapping[str, Floats]:
     """The rows of `weights` by block, the shares multiplied in."""
     found, start = {}, 0
@@ -89,20 +70,6 @@ def split_weights(weights: Floats, blocks: Mapping[str, Any], recipe: Recipe) ->
         found[name] = (weights[start : start + width] * np.float32(share)).astype(np.float32)
         start += width
     return found
-
-
-def fit_temperature(scores: Floats, truth: Ints) -> float:
-    """What the scores are divided by so that their softmax has the least log loss on these rows (Guo et al., 2017)."""
-    scores = scores.astype(np.float64)
-    rows = np.arange(truth.size)
-
-    def loss(log_temperature: float) -> float:
-        scaled = scores / np.exp(log_temperature)
-        return float((logsumexp(scaled, axis=1) - scaled[rows, truth]).mean())
-
-    low, high = np.log(_TEMPERATURES)
-    found = optimize.minimize_scalar(loss, bounds=(low, high), method="bounded")
-    return float(np.exp(found.x))
 
 
 def softmax_of(scores: Floats, temperature: float) -> Floats:
@@ -125,7 +92,7 @@ class Calibration:
         shares = softmax_of(scores, self.temperature)
         rows = np.arange(len(shares))
         best = shares.argmax(axis=1)
-        top = np.clip(shares[rows, best].astype(np.float64), _CLIP, 1 - _CLIP)
+        top = np.clip(shares[rows, best].astype(np.float64), CLIP, 1 - CLIP)
         told = expit(self.sure * np.log(top) - self.unsure * np.log1p(-top) + self.offset)
         rest = shares.copy()
         rest[rows, best] = 0.0
@@ -136,21 +103,6 @@ class Calibration:
         rest[rows, best] = told
         calibrated: Floats = rest
         return calibrated
-
-
-def fit_calibration(scores: Floats, truth: Ints) -> Calibration:
-    """From rows that the scores' weights were not fitted on. Too few, or none wrong, tell no curve."""
-    temperature = fit_temperature(scores, truth)
-    shares = softmax_of(scores, temperature)
-    right = shares.argmax(axis=1) == truth
-    if min(right.sum(), truth.size - right.sum()) < _LEAST_FOR_A_CURVE:
-        return Calibration(temperature)
-    top = np.clip(shares.max(axis=1).astype(np.float64), _CLIP, 1 - _CLIP)
-    curve = LogisticRegression(C=_CURVE_STRENGTH).fit(np.column_stack([np.log(top), -np.log1p(-top)]), right)
-    sure, unsure = (float(one) for one in curve.coef_[0])
-    if sure < 0 or unsure < 0:
-        return Calibration(temperature)
-    return Calibration(temperature, sure, unsure, float(curve.intercept_[0]))
 
 
 def strangeness(scores: Floats) -> Floats:

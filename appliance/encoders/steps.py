@@ -6,7 +6,7 @@ stands is chosen on held-out rows, where both steps have scored every row: the e
 accuracy that is wanted. Each step is calibrated on the rows that it answers, so the answers of both together are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from appliance.encoders.embedders import Embedder
-from appliance.encoders.heads import Calibration, Linear, Recipe, Scorer, fit_calibration, strangeness
+from appliance.encoders.heads import Calibration, Linear, Recipe, Scorer, strangeness
 from appliance.encoders.words import Lexicon
 
 Floats = npt.NDArray[np.float32]
@@ -22,8 +22,6 @@ Ints = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
 SHOWN_SHARES: Final = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
-_LEAST_TO_CALIBRATE: Final = 40
-"""Rows of its own that a step is calibrated on; with fewer it is calibrated on all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +91,33 @@ class Head:
         return Answered(shares, strangeness(scores), asked)
 
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A fitted head in numbers, before it is written down."""
+
+    labels: tuple[str, ...]
+    lexicon: Lexicon
+    first: Fitted
+    second: Fitted | None
+    """What texts with a margin below `ask_below` are asked of."""
+    ask_below: float
+    strange_from: float
+    report: Mapping[str, Any]
+    held_confidences: Floats
+    """Of each example by a head that had not seen it; in the examples' order."""
+    held_right: Flags
+    held_strangeness: Floats
+
+    def head(self, encoder: Embedder | None) -> Head:
+        """Ready to answer. `encoder`: the one that it was trained with, if there was one."""
+        steps = [
+            None if one is None else make_step(self.lexicon, one.linear, encoder, one.calibration)
+            for one in (self.first, self.second)
+        ]
+        assert steps[0] is not None
+        return Head(self.labels, steps[0], self.strange_from, steps[1], self.ask_below)
+
+
 def margins(scores: Floats) -> Floats:
     """How far the highest score is above the next one."""
     two = np.partition(scores, -2, axis=1)[:, -2:]
@@ -139,22 +164,9 @@ def _accuracies(first: Floats, second: Floats, truth: Ints, order: Ints) -> npt.
     return sums
 
 
-def fit_calibrations(first: Floats, second: Floats | None, asked: Flags, truth: Ints) -> Sequence[Calibration]:
-    """Of each step on the rows that it answers."""
-    found = [_fitted(first, ~asked, truth)]
-    if second is not None:
-        found.append(_fitted(second, asked, truth))
-    return found
-
-
 def calibrated(calibrations: Sequence[Calibration], first: Floats, second: Floats | None, asked: Flags) -> Floats:
     """Each row's probabilities by the step that answers it."""
     shares = calibrations[0].probabilities(first)
     if second is not None and asked.any():
         shares[asked] = calibrations[1].probabilities(second[asked])
     return shares
-
-
-def _fitted(scores: Floats, own: Any, truth: Ints) -> Calibration:
-    enough = own.sum() >= _LEAST_TO_CALIBRATE
-    return fit_calibration(scores[own], truth[own]) if enough else fit_calibration(scores, truth)

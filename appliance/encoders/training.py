@@ -11,16 +11,16 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.model_selection import StratifiedKFold
 
-from appliance.encoders.bounds import CONFIDENCE, SHOWN_BOUNDS, threshold_for
+from appliance.encoders.bounds import bounds_table
 from appliance.encoders.embedders import Embedder, StaticEmbedder
 from appliance.encoders.examples import Examples
+from appliance.encoders.fits import fit_calibrations, fit_linear
 from appliance.encoders.heads import (
     RECIPES,
     TIERS,
     Linear,
     Recipe,
     Tier,
-    fit_linear,
     named_blocks,
     possible,
     softmax_of,
@@ -32,9 +32,9 @@ from appliance.encoders.measures import report
 from appliance.encoders.steps import (
     Asking,
     Fitted,
+    Trained,
     accuracy_by_share,
     calibrated,
-    fit_calibrations,
     least_asked,
     margins,
 )
@@ -70,29 +70,76 @@ class Tried:
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
-    """A fitted head in numbers, before it is written down."""
-
-    labels: tuple[str, ...]
-    lexicon: Lexicon
-    first: Fitted
-    second: Fitted | None
-    """What texts with a margin below `ask_below` are asked of."""
-    ask_below: float
-    strange_from: float
-    report: Mapping[str, Any]
-    held_confidences: Floats
-    """Of each example by a head that had not seen it; in the examples' order."""
-    held_right: npt.NDArray[np.bool_]
-    held_strangeness: Floats
-
-
-@dataclass(frozen=True, slots=True)
 class Models:
     """What there is to make features of. None: not on this machine."""
 
     vectors: StaticEmbedder | None
     encoder: Embedder | None
+
+
+class Bench:
+    """Folds, features and fits of one set of examples, each computed once."""
+
+    def __init__(self, examples: Examples, models: Models) -> None:
+        self._examples, self._models = examples, models
+        self._most = min(MOST_PER_BLOCK, max(1_000, _WEIGHT_NUMBERS // (4 * len(examples.labels))))
+        rows = len(examples.texts)
+        smallest = int(np.bincount(examples.truth).min())
+        count = max(2, min(3 if rows >= FEW_FOLDS_ROWS else FOLDS, smallest))
+        splitter = StratifiedKFold(count, shuffle=True, random_state=0)
+        self._folds = list(splitter.split(np.zeros(rows), examples.truth))
+        self._encoded: Floats | None = None
+        self._fold_blocks: list[Mapping[str, Any]] = []
+        self._tried: dict[str, Tried] = {}
+        self._lexicon: Lexicon | None = None
+        self._linears: dict[str, Linear] = {}
+
+    def try_out(self, recipe: Recipe, clock: Callable[[], float]) -> Tried:
+        if recipe.name not in self._tried:
+            self._tried[recipe.name] = self._try_out(recipe, clock)
+        return self._tried[recipe.name]
+
+    def _try_out(self, recipe: Recipe, clock: Callable[[], float]) -> Tried:
+        began = clock()
+        truth = self._examples.truth
+        scores = np.zeros((truth.size, len(self._examples.labels)), dtype=np.float32)
+        for number, (seen, held) in enumerate(self._folds):
+            features = stacked(self._blocks(number, recipe), recipe)
+            weights, bias = fit_linear(features[seen], truth[seen], scores.shape[1], recipe.closeness)
+            scores[held] = features[held] @ weights + bias
+        accuracy = float((scores.argmax(axis=1) == truth).mean())
+        return Tried(recipe, scores, accuracy, clock() - began)
+
+    def fit_all(self, recipes: Sequence[Recipe]) -> tuple[Lexicon, Sequence[Linear]]:
+        """On all examples. The recipes share one lexicon."""
+        texts, truth = self._examples.texts, self._examples.truth
+        lexicon = self._lexicon = self._lexicon or Lexicon.learn(texts, self._models.vectors, self._most)
+        new = [recipe for recipe in recipes if recipe.name not in self._linears]
+        found = lexicon.blocks(texts) if new else None
+        for recipe in new:
+            assert found is not None
+            blocks = named_blocks(found, self._encode(recipe))
+            weights, bias = fit_linear(stacked(blocks, recipe), truth, len(self._examples.labels), recipe.closeness)
+            self._linears[recipe.name] = Linear(split_weights(weights, blocks, recipe), bias)
+        return lexicon, [self._linears[recipe.name] for recipe in recipes]
+
+    def _blocks(self, number: int, recipe: Recipe) -> Mapping[str, Any]:
+        """The features of all rows, as a lexicon learned from the fold's other rows alone gives them."""
+        if number == len(self._fold_blocks):
+            texts = self._examples.texts
+            lexicon = Lexicon.learn(
+                [texts[place] for place in self._folds[number][0]], self._models.vectors, self._most
+            )
+            self._fold_blocks.append(named_blocks(lexicon.blocks(texts), None))
+        encoded = self._encode(recipe)
+        return self._fold_blocks[number] if encoded is None else {**self._fold_blocks[number], "encoder": encoded}
+
+    def _encode(self, recipe: Recipe) -> Floats | None:
+        if recipe.tier != "encoder" or self._models.encoder is None:
+            return None
+        if self._encoded is None:
+            self._encoded = self._models.encoder.embed(self._examples.texts, truncate=True).vectors
+        return self._encoded
 
 
 def train(
@@ -103,12 +150,14 @@ def train(
     dearest: Tier,
     progress: Progress,
     clock: Callable[[], float],
+    bench: Bench | None = None,
 ) -> Trained:
     """Fit the cheapest recipe that reaches `wanted_accuracy` on held-out rows, up to the tier `dearest`.
 
-    Without a wanted accuracy, the cheapest tier unless a dearer one is better by WORTH_A_TIER.
+    Without a wanted accuracy, the cheapest tier unless a dearer one is better by WORTH_A_TIER. `bench`: of an earlier
+    training on the same examples and models.
     """
-    bench = _Bench(examples, models)
+    bench = bench or Bench(examples, models)
     tiers = [tier for tier in TIERS if TIERS.index(tier) <= TIERS.index(dearest)]
     recipes = [one for one in RECIPES if one.tier in tiers and possible(one, models.vectors, models.encoder)]
     tried: list[Tried] = []
@@ -117,8 +166,7 @@ def train(
     for tier in tiers:
         for recipe in (one for one in recipes if one.tier == tier):
             progress(f"trying {recipe.name} on held-out folds", 0.1 + 0.7 * len(tried) / len(recipes))
-            began = clock()
-            tried.append(bench.try_out(recipe, clock() - began, clock))
+            tried.append(bench.try_out(recipe, clock))
         best += sorted((one for one in tried if one.recipe.tier == tier), key=lambda one: -one.accuracy)[:1]
         if wanted_accuracy is not None and best[-1].accuracy >= wanted_accuracy:
             break
@@ -156,62 +204,6 @@ def _choose(best: Sequence[Tried], truth: Ints, wanted: float | None) -> _Chosen
     if asking.share >= 1.0:
         return _Chosen(dearest)
     return _Chosen(first, dearest, asking)
-
-
-class _Bench:
-    """Folds and features, computed once for all recipes."""
-
-    def __init__(self, examples: Examples, models: Models) -> None:
-        self._examples, self._models = examples, models
-        self._most = min(MOST_PER_BLOCK, max(1_000, _WEIGHT_NUMBERS // (4 * len(examples.labels))))
-        rows = len(examples.texts)
-        smallest = int(np.bincount(examples.truth).min())
-        count = max(2, min(3 if rows >= FEW_FOLDS_ROWS else FOLDS, smallest))
-        splitter = StratifiedKFold(count, shuffle=True, random_state=0)
-        self._folds = list(splitter.split(np.zeros(rows), examples.truth))
-        self._encoded: Floats | None = None
-        self._fold_blocks: list[Mapping[str, Any]] = []
-
-    def try_out(self, recipe: Recipe, seconds: float, clock: Callable[[], float]) -> Tried:
-        began = clock()
-        truth = self._examples.truth
-        scores = np.zeros((truth.size, len(self._examples.labels)), dtype=np.float32)
-        for number, (seen, held) in enumerate(self._folds):
-            features = stacked(self._blocks(number, recipe), recipe)
-            weights, bias = fit_linear(features[seen], truth[seen], scores.shape[1], recipe.closeness)
-            scores[held] = features[held] @ weights + bias
-        accuracy = float((scores.argmax(axis=1) == truth).mean())
-        return Tried(recipe, scores, accuracy, seconds + clock() - began)
-
-    def fit_all(self, recipes: Sequence[Recipe]) -> tuple[Lexicon, Sequence[Linear]]:
-        """On all examples. The recipes share one lexicon."""
-        texts, truth = self._examples.texts, self._examples.truth
-        lexicon = Lexicon.learn(texts, self._models.vectors, self._most)
-        found = lexicon.blocks(texts)
-        linears = []
-        for recipe in recipes:
-            blocks = named_blocks(found, self._encode(recipe))
-            weights, bias = fit_linear(stacked(blocks, recipe), truth, len(self._examples.labels), recipe.closeness)
-            linears.append(Linear(split_weights(weights, blocks, recipe), bias))
-        return lexicon, linears
-
-    def _blocks(self, number: int, recipe: Recipe) -> Mapping[str, Any]:
-        """The features of all rows, as a lexicon learned from the fold's other rows alone gives them."""
-        if number == len(self._fold_blocks):
-            texts = self._examples.texts
-            lexicon = Lexicon.learn(
-                [texts[place] for place in self._folds[number][0]], self._models.vectors, self._most
-            )
-            self._fold_blocks.append(named_blocks(lexicon.blocks(texts), None))
-        encoded = self._encode(recipe)
-        return self._fold_blocks[number] if encoded is None else {**self._fold_blocks[number], "encoder": encoded}
-
-    def _encode(self, recipe: Recipe) -> Floats | None:
-        if recipe.tier != "encoder" or self._models.encoder is None:
-            return None
-        if self._encoded is None:
-            self._encoded = self._models.encoder.embed(self._examples.texts, truncate=True).vectors
-        return self._encoded
 
 
 def _finished(
@@ -279,25 +271,6 @@ def _cross_calibrated(first: Floats, second: Floats | None, asked: npt.NDArray[n
         found = fit_calibrations(first[other], of_second[0], asked[other], truth[other])
         shares[own] = calibrated(found, first[own], of_second[1], asked[own])
     return shares
-
-
-def bounds_table(confidences: npt.ArrayLike, right: npt.ArrayLike) -> Sequence[Mapping[str, Any]]:
-    """For each bound that is shown: from which confidence on answers may stand, and what share of texts that is."""
-    scores = list(zip(np.asarray(confidences).tolist(), np.asarray(right).tolist(), strict=True))
-    rows = []
-    for bound in SHOWN_BOUNDS:
-        found = threshold_for(bound, CONFIDENCE, scores)
-        rows.append(
-            {
-                "bound": bound,
-                "confidence": CONFIDENCE,
-                "threshold": found.threshold,
-                "local_share": found.local_share,
-                "disagreement": found.disagreement,
-                "upper_limit": found.upper_limit,
-            }
-        )
-    return rows
 
 
 def _advice(figures: Mapping[str, Any], wanted: float | None) -> list[str]:

@@ -20,8 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from appliance.encoders.embedders import Embedder, StaticEmbedder
 from appliance.encoders.heads import Calibration, Linear
-from appliance.encoders.steps import Head, Step, make_step
-from appliance.encoders.training import Trained
+from appliance.encoders.steps import Head, Step, Trained, make_step
 from appliance.encoders.words import Lexicon
 from appliance.errors import ModelFileError, NotFound, RequestError
 

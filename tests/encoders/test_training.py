@@ -9,20 +9,19 @@ import pytest
 
 from appliance.encoders import versions
 from appliance.encoders.examples import read_examples
+from appliance.encoders.fits import fit_calibration, fit_linear, fit_temperature
 from appliance.encoders.heads import (
     RECIPES,
     Linear,
     Scorer,
-    fit_calibration,
-    fit_linear,
-    fit_temperature,
     named_blocks,
     softmax_of,
     split_weights,
     stacked,
 )
 from appliance.encoders.measures import ece
-from appliance.encoders.training import Models, Trained, train
+from appliance.encoders.steps import Trained
+from appliance.encoders.training import Models, train
 from appliance.encoders.versions import Versions
 from appliance.encoders.words import Lexicon, words_of
 from appliance.errors import ModelFileError, NotFound, RequestError
