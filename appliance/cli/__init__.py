@@ -2,10 +2,11 @@
 
 import typer
 
-from appliance.cli import classifiers, engines, jobs, keys, models, policy
+from appliance.cli import classifiers, engines, jobs, keys, models, policy, tasks
 from appliance.cli.calibrate import calibrate_command
 from appliance.cli.calibrate_task import calibrate_task_command
 from appliance.cli.doctor import doctor_command
+from appliance.cli.eval import eval_command
 from appliance.cli.hardware import plan_command, probe_command
 from appliance.cli.report import report_command
 from appliance.cli.serving import serve_command
@@ -22,10 +23,12 @@ app.command("plan")(plan_command)
 app.command("doctor")(doctor_command)
 app.command("calibrate")(calibrate_command)
 app.command("calibrate-task")(calibrate_task_command)
+app.command("eval")(eval_command)
 app.command("report")(report_command)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
 app.add_typer(classifiers.app, name="classifiers")
+app.add_typer(tasks.app, name="tasks")
 app.add_typer(engines.app, name="engines")
 app.add_typer(policy.app, name="policy")
 app.add_typer(keys.app, name="keys")

@@ -1,0 +1,87 @@
+"""Answers on disk as they come, so that an evaluation that was stopped goes on where it was."""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from appliance.errors import RequestError
+from appliance.quality.evaluation.asking import Asking, Reply
+from appliance.quality.evaluation.datasets import Row
+from appliance.quality.evaluation.scoring import Result
+
+
+class Record:
+    """One JSONL file for any number of models; answers to other questions than those asked now are left alone.
+
+    Without a path nothing is kept. Raises RequestError for a file that is no record.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._session = os.urandom(4).hex()
+        self._known: dict[str, Result] = {}
+        self._seconds: dict[tuple[str, str], float] = {}
+        """By asking and session: from its first request to its last answer."""
+        if path is not None and path.exists():
+            self._load(path)
+
+    def known(self, asking: Asking, rows: Sequence[Row]) -> Mapping[int, Result]:
+        """Place of a row -> what was said of it before."""
+        told = identity(asking)
+        found = ((place, self._known.get(_key(told, row))) for place, row in enumerate(rows))
+        return {place: result for place, result in found if result is not None}
+
+    def seconds(self, asking: Asking) -> float:
+        told = identity(asking)
+        return sum(seconds for (one, _), seconds in self._seconds.items() if one == told)
+
+    def add(self, asking: Asking, reply: Reply) -> None:
+        """Failures are not kept, so that they are asked again."""
+        told = identity(asking)
+        place = (told, self._session)
+        self._seconds[place] = max(self._seconds.get(place, 0.0), reply.elapsed_seconds)
+        lines = []
+        for row, result in zip(reply.rows, reply.results, strict=True):
+            if result.error is None:
+                self._known[_key(told, row)] = result
+                about = {"asking": told, "session": self._session, "elapsed_seconds": reply.elapsed_seconds}
+                lines.append(orjson.dumps({"key": _key(told, row), **about, "result": asdict(result)}))
+        if self._path is not None and lines:
+            with self._path.open("ab") as file:
+                file.write(b"".join(line + b"\n" for line in lines))
+
+    def _load(self, path: Path) -> None:
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            try:
+                row = orjson.loads(line)
+                self._known[row["key"]] = Result(**row["result"])
+                place = (row["asking"], row["session"])
+                self._seconds[place] = max(self._seconds.get(place, 0.0), float(row["elapsed_seconds"]))
+            except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+                if number == 1:
+                    raise RequestError(f"{path} holds no answers of an evaluation: name another file") from error
+                continue  # a line that was cut short when the program was killed
+
+
+def identity(asking: Asking) -> str:
+    """Equal for askings that put the same question to the same model."""
+    adapter = asking.adapter
+    said: Mapping[str, Any] = {
+        "model": asking.model,
+        "labels": list(asking.labels),
+        "examples": list(asking.examples),
+        "task": asking.task,
+        "options": dict(asking.options),
+        "prompt": adapter.prompt,
+        "schema": adapter.schema,
+    }
+    return hashlib.sha256(orjson.dumps(said, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+
+
+def _key(asking: str, row: Row) -> str:
+    return hashlib.sha256(orjson.dumps([asking, row.text, row.asked])).hexdigest()[:24]
