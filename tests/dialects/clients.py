@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import anthropic
-import httpx
+import httpx2
 import openai
 
 from tests.google_sdk import errors as google_errors
@@ -163,7 +163,7 @@ async def _responses(stack: AsyncExitStack, url: str) -> Callable[[Question], An
 def _failed(event: Any) -> openai.APIError:
     """The SDK gives such an event to its caller, who has to raise."""
     error = event.response.error if event.type == "response.failed" else event
-    return openai.APIError(error.message, httpx.Request("POST", "http://node"), body=None)
+    return openai.APIError(error.message, httpx2.Request("POST", "http://node"), body=None)
 
 
 def _hear_item(heard: Heard, item: Any) -> None:

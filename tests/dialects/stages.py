@@ -60,9 +60,9 @@ async def staged(inbound: Inbound, outbound: Outbound) -> AsyncIterator[Stage]:
 
 
 @asynccontextmanager
-async def node_over(*targets: Target) -> AsyncIterator[tuple[str, Scene]]:
+async def node_over(*targets: Target, policy: str = HOSTED) -> AsyncIterator[tuple[str, Scene]]:
     """The application's address, and what is behind it."""
-    scene = Scene(*targets, policy=HOSTED)
+    scene = Scene(*targets, policy=policy)
     app = create_app(
         pipeline=lambda: scene.pipeline,
         auth=Authenticator((), host="127.0.0.1"),
@@ -89,3 +89,36 @@ def _target(outbound: Outbound, api: Served) -> Target:
     if outbound == "engine":
         return engine_target(api.address, abilities=ABILITIES)
     return target_of(row_of(outbound, api.address))
+
+
+@asynccontextmanager
+async def fuzzed_node() -> AsyncIterator[tuple[str, list[Any], list[str]]]:
+    """A node over an engine and a provider of each dialect, all bodies that they were sent, and what they refused of
+    them: as the real ones they take what their SDKs' types allow."""
+    sent: list[Any] = []
+    wrongs: list[str] = []
+    async with AsyncExitStack() as stack:
+        targets = []
+        for number, outbound in enumerate(OUTBOUND):
+            api = await stack.enter_async_context(EngineApi(HELLO) if outbound == "engine" else api_of(outbound))
+            api.bodies, api.wrongs = sent, wrongs
+            targets.append(
+                _target(outbound, api)
+                if outbound == "engine"
+                else target_of(row_of(outbound, api.address, name=f"p{number}"))
+            )
+        routes = [_OUT.format(name=target.name, number=number) for number, target in enumerate(targets)]
+        url, scene = await stack.enter_async_context(node_over(*targets, policy="".join(routes) + HOSTED))
+        # What is long past would not be believed: the engine is as ready in an hour as it is now.
+        scene.publish(seen=scene.now() + 3600.0)
+        yield url, sent, wrongs
+
+
+OUT_HEADER = "x-out"
+"""Its value is the place of the outbound dialect in `OUTBOUND` that a body is to leave by."""
+_OUT = """
+[[routes]]
+name = "out-{number}"
+match = {{ header = {{ "x-out" = "{number}" }} }}
+targets = ["{name}"]
+"""
