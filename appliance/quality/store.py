@@ -76,10 +76,10 @@ class Store:
 
     async def counts(self, classifier: str) -> Mapping[str, int]:
         """Rows in all, those with a text, and those that were audited."""
-        columns = (func.count(), func.count(labelled.c.text), func.sum(labelled.c.audited))
+        columns = (func.count(), func.count(labelled.c.text), func.count().filter(labelled.c.audited))
         query = select(*columns).where(labelled.c.classifier == classifier)
         rows, texts, audited = await self._do(lambda one: one.execute(query).one())
-        return {"labels": rows, "texts": texts, "audited": audited or 0}
+        return {"labels": rows, "texts": texts, "audited": audited}
 
     async def scores(self, classifier: str, version: str) -> tuple[Sequence[tuple[float, bool]], Sequence[float]]:
         """Of one version's answers: confidence and rightness of the audited ones, and the confidences of those that
@@ -164,7 +164,7 @@ def _open(path: Path) -> Engine:
         # Texts lie in it: its owner alone may read it.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         url = URL.create("sqlite", database=str(path))
-        engine = create_engine(url, pool_size=1, connect_args={"timeout": _BUSY_SECONDS})
+        engine = create_engine(url, pool_size=1, hide_parameters=True, connect_args={"timeout": _BUSY_SECONDS})
         event.listen(engine, "connect", _set_up)
         event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
         metadata.create_all(engine)

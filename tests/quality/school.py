@@ -1,0 +1,122 @@
+"""Learning over a real encoder program, with traffic as tests want it."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from appliance.config import Cascade, Policy, RouteRule
+from appliance.config import Learning as LearningRules
+from appliance.encoders.desk import Desk
+from appliance.encoders.server import Endpoints, make_app
+from appliance.quality.learning import Learning, lessons_of
+from appliance.quality.store import Store
+from appliance.tasks.cascade import Seen, SeenCall, Standing
+
+TARGET = "classifier/mail"
+_ids = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Told:
+    status: int
+    body: bytes
+
+
+@dataclass
+class School:
+    """`say` sets the policy's cascade; `client` is the encoder program's own API."""
+
+    home: Path
+    desk: Desk
+    client: httpx.AsyncClient
+    learning: Learning = field(init=False)
+    policy: Policy = field(init=False)
+    alerts: dict[str, str] = field(default_factory=dict)
+    now: float = 1_700_000_000.0
+
+    def say(self, *, keep_texts: bool = True, **cascade: Any) -> Cascade:
+        made = Cascade(**{"bound": 0.05, "over_texts": 0, **cascade})
+        route = RouteRule(name="intents", targets=(TARGET, "hosted"), cascade=made, keep_texts=keep_texts)
+        self.policy = Policy(routes=(route,))
+        return made
+
+    @property
+    def cascade(self) -> Cascade:
+        cascade = self.policy.routes[0].cascade
+        assert cascade is not None
+        return cascade
+
+    async def ask(self, method: str, path: str, body: bytes = b"") -> Told:
+        response = await self.client.request(method, path, content=body)
+        return Told(response.status_code, response.content)
+
+    def warn(self, code: str, text: str, about: str = "") -> None:
+        self.alerts[code] = text
+
+    def clear(self, code: str, about: str = "") -> None:
+        self.alerts.pop(code, None)
+
+    def standing(self, version: int = 1) -> Standing:
+        return self.learning.standing(self.cascade, TARGET, str(version))
+
+    async def train(self, examples: Sequence[Mapping[str, str]], **more: Any) -> None:
+        body = {"name": "mail", "examples": list(examples), "keep_examples": True, **more}
+        begun = await self.client.post("/v1/classifiers", json=body)
+        assert begun.status_code == 202, begun.text
+        await self.trained()
+
+    async def trained(self) -> None:
+        """Wait for the training's process to end."""
+        await asyncio.gather(*self.desk.runs._tasks)
+
+    async def shown(self, texts: Sequence[str]) -> None:
+        """Traffic at the program itself, seen by a candidate too."""
+        await self.client.post("/v1/classify", json={"model": "mail", "texts": list(texts)})
+        await self.desk.shadows.idle()
+
+    def see(self, *rows: Seen, owner: str = "key-1", residency: str = "any", version: str | None = "1") -> str:
+        """Traffic; the id of its decision."""
+        decision_id = f"dec_{next(_ids)}"
+        keeps = self.policy.routes[0].keep_texts
+        call = SeenCall("intents", TARGET, version, decision_id, owner, residency, keeps, self.now, rows)
+        self.learning.seen(call)
+        return decision_id
+
+
+def labelled_by(target: str, text: str, label: str, own: str | None, sure: float = 0.4, **more: Any) -> Seen:
+    given: dict[str, Any] = {"index": 0, "is_sure": True, "went_on": True, "audited": False, "is_reference": True}
+    return Seen(text=text, own=own, own_confidence=sure, answer=label, answered_by=target, **{**given, **more})
+
+
+def stood(text: str, label: str, sure: float, index: int = 0) -> Seen:
+    """The classifier's own answer."""
+    return labelled_by(TARGET, text, label, label, sure, index=index, went_on=False, is_reference=False)
+
+
+def audited(text: str, label: str, own: str, sure: float) -> Seen:
+    return labelled_by("cloud/big", text, label, own, sure, audited=True)
+
+
+@asynccontextmanager
+async def school(home: Path, **rules: Any) -> AsyncIterator[School]:
+    desk = Desk(data=home / "classifiers", models=home / "models", threads=1)
+    transport = httpx.ASGITransport(make_app(Endpoints(desk)))
+    async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=60) as client:
+        made = School(home, desk, client)
+        made.say()
+        store = await Store.open(home / "learning.sqlite")
+        lessons = lambda: lessons_of(made.policy)  # noqa: E731 - it reads what a test sets
+        made.learning = Learning(store, made, lessons, made, LearningRules(**rules), lambda: made.now)
+        await made.learning.start()
+        try:
+            yield made
+        finally:
+            await made.learning.aclose()
+            await desk.shadows.idle()
+            await desk.runs.aclose()
