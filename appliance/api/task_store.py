@@ -128,10 +128,11 @@ def _write(folder: Path, versions: Sequence[SavedTask]) -> None:
         }
         for one in versions
     ]
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = _path(folder, versions[-1].name)
     draft = path.with_suffix(".part")
-    with draft.open("w") as file:
+    # Its owner's alone: examples are texts that people wrote.
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         json.dump({"format": _FORMAT, "versions": rows}, file, indent=1, ensure_ascii=False)
         file.flush()
         os.fsync(file.fileno())

@@ -360,7 +360,7 @@ def _open(url: str) -> Engine:
             path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         more: Mapping[str, Any] = {"pool_size": 1, "connect_args": {"timeout": _BUSY_SECONDS}} if is_sqlite else {}
-        engine = create_engine(address, **more)
+        engine = create_engine(address, hide_parameters=True, **more)
         if is_sqlite:
             event.listen(engine, "connect", _set_up)
             event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))

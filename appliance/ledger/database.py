@@ -146,11 +146,15 @@ def _create_file(address: URL) -> None:
 
 def _create_engine(address: URL, original: URL) -> Engine:
     if not _is_sqlite(address):
-        return create_engine(address, pool_pre_ping=True)
+        return create_engine(address, pool_pre_ping=True, hide_parameters=True)
     can_write = address is original
     # One connection for the writer; a few for readers, who never wait for it nor for each other.
     engine = create_engine(
-        address, pool_size=1 if can_write else 2, max_overflow=0, connect_args={"timeout": BUSY_SECONDS}
+        address,
+        pool_size=1 if can_write else 2,
+        max_overflow=0,
+        hide_parameters=True,
+        connect_args={"timeout": BUSY_SECONDS},
     )
 
     @event.listens_for(engine, "connect")

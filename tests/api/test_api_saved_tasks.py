@@ -1,5 +1,6 @@
 """Saved tasks over HTTP, on disk, in jobs' lines and in every endpoint that takes one."""
 
+import hashlib
 import json
 import math
 from collections.abc import AsyncIterator
@@ -9,9 +10,15 @@ from typing import Any
 import httpx
 import pytest
 
+from appliance.api.auth import Authenticator
+from appliance.api.lines import Lines
+from appliance.api.task_fits import TaskFits
 from appliance.api.task_store import SavedTasks
+from appliance.config import Key
 from appliance.core import Outgoing
 from appliance.errors import ConfigError, RequestError
+from appliance.jobs.nouns import Line, Terms
+from appliance.pipeline.personal.texts import readable
 from appliance.tasks.saved import read_saved
 from tests.api.stand_ins import StandInPipeline, make_app, served
 from tests.api.test_api_app import KEYS
@@ -225,6 +232,36 @@ async def test_only_admins_save_and_only_named_keys_use_it(pipeline: StandInPipe
         assert (await http.delete("/v1/tasks/mail", headers=admin)).status_code == 200
 
 
+async def test_lines_of_jobs_name_tasks_too(pipeline: StandInPipeline) -> None:
+    saved = SavedTasks()
+    saved.put(read_saved({**MAIL, "keys": ["somebody"]}, 0, "now"))
+    saved.put(read_saved({**RECEIPT, "keys": ["somebody"]}, 0, "now"))
+    keys = [Key(name=name, sha256=hashlib.sha256(name.encode()).hexdigest()) for name in ("somebody", "else")]
+    auth = Authenticator(keys, host="127.0.0.1")
+    lines = Lines(pipeline=lambda: pipeline, auth=auth, fits=TaskFits(), saved=saved)
+    asked = [
+        ("/v1/decisions", {"task": "mail", "input": "x"}),
+        ("/v1/systemone", {"task": "mail", "state": "x"}),
+        ("/v1/extract", {"task": "receipt", "text": "RM 1.50"}),
+    ]
+    for number, (url, body) in enumerate(asked, 1):
+        line = Line(number, 0, 0, str(number), url, body, b"")
+        (done,) = await lines.ask([line], Terms("batch", "somebody", "any", None, 60.0))
+        assert done.status == 200, done.body
+        (refused,) = await lines.ask([line], Terms("batch", "else", "any", None, 60.0))
+        assert refused.status == 404
+    assert done.body["object"] == {"total": 1.5}
+
+
+async def test_what_a_task_shows_the_model_is_searched_like_the_text(
+    http: httpx.AsyncClient, pipeline: StandInPipeline
+) -> None:
+    await saved(http, **MAIL)
+    await http.post("/v1/decisions", json={"task": "mail", "input": "x"})
+    read = readable(pipeline.requests[-1].body)
+    assert read is not None and "Twice charged" in read.text and "money" in read.text
+
+
 def test_tasks_outlive_the_program(tmp_path: Path) -> None:
     kept = SavedTasks(tmp_path / "tasks")
     for name in ("mail", "Mail", "MAIL"):
@@ -235,6 +272,7 @@ def test_tasks_outlive_the_program(tmp_path: Path) -> None:
     assert again.remove("Mail") and not again.remove("Mail")
     assert set(SavedTasks(tmp_path / "tasks").tasks) == {"mail", "MAIL"}
     assert not list((tmp_path / "tasks").glob("*.part"))
+    assert not any(path.stat().st_mode & 0o077 for path in ((tmp_path / "tasks"), *(tmp_path / "tasks").iterdir()))
 
 
 def test_a_file_that_cannot_be_read_stops_the_start_and_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What one caller sends must neither fill the memory nor keep a classifier from learning."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,16 @@ async def test_texts_that_no_training_takes_are_not_kept(tmp_path: Path) -> None
     assert (await learns.store.counts(TARGET))["labels"] == 4
     assert [len(row.text or "") for row in await learns.store.texts(TARGET, ["ann"])] == [4, MAX_TEXT_CHARS]
     await learns.aclose()
+
+
+async def test_the_log_tells_no_text_however_much_it_tells(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="sqlalchemy.engine"):
+        learns = await learning(tmp_path)
+        learns.seen(call(1, "a text of somebody's"))
+        await learns.tend()
+        await learns.aclose()
+    assert "INSERT INTO labelled" in caplog.text
+    assert "somebody" not in caplog.text
 
 
 async def test_what_is_remembered_for_feedback_is_bounded_by_length_too(tmp_path: Path) -> None:
