@@ -53,7 +53,10 @@ _NVIDIA_VENDOR: Final = "0x10de"
 _DISPLAY_CLASS: Final = "0x03"
 _ASK_BUILD: Final = """
 import importlib.util, pathlib
-package = pathlib.Path(importlib.util.find_spec("llama_cpp").origin).parent
+found = importlib.util.find_spec("llama_cpp")
+if found is None:
+    raise SystemExit("llama-cpp-python is not installed")
+package = pathlib.Path(found.origin).parent
 folders = [package / "lib", *(parent / "ggml" for parent in package.parents)]
 if any(len(list(folder.glob("libggml-cpu-*.so"))) > 1 for folder in folders):
     print("variants")
