@@ -107,7 +107,7 @@ class Upstream:
                 await self._keeper.patiently(partial(self._means.store.end_parcel, parcel))
                 continue
             self.lines += await self._keeper.patiently(partial(self._means.store.posted, parcel))
-            self._spawn(self._carry(parcel))
+            self._spawn(self._carry(parcel, resumed=True))
 
     async def sift(self, lines: list[Line], late: int) -> list[Line]:
         """What is to be asked the usual way. `late`: so many more lines should leave the site than are on their way."""
@@ -194,7 +194,8 @@ class Upstream:
             await self._keeper.patiently(partial(self._means.store.save_parcel, parcel))
 
         try:
-            parcel = await self._known_as(parcel, await self._posting.send(parcel, sealed, note))
+            remote_id = await self._posting.send(parcel, sealed, note)
+            parcel = await self._known_as(parcel, remote_id)
         except ApplianceError as error:
             self._not_before = self._means.clock() + _REFUSED_SECONDS
             self._keeper.reason = f"a provider's batch was not made: {error.message}"
@@ -205,14 +206,19 @@ class Upstream:
                 return
         await self._carry(parcel)
 
-    async def _carry(self, parcel: Parcel) -> None:
-        """From wherever it stands to its end."""
+    async def _carry(self, parcel: Parcel, *, resumed: bool = False) -> None:
+        """From wherever it stands to its end. `resumed`: a restart may have kept it from being sent."""
         if parcel.remote_id is None:
             found = await self._persist(partial(self._posting.find, parcel))
             if found is None or found is _NEVER:
-                await self._end(parcel, bills_nothing=found is None and self._posting.finds(parcel))
+                was_not_made = found is None and self._posting.finds(parcel)
+                await self._end(parcel, bills_nothing=was_not_made, alone=not (resumed and was_not_made))
                 return
             parcel = await self._known_as(parcel, found)
+        if not await self._keeper.patiently(partial(self._means.store.posted, parcel)):
+            await self._forget(parcel, await self._looked_at(parcel))
+            await self._end(parcel, bills_nothing=True)
+            return
         standing = await self._watched(parcel)
         is_read = standing is not None and await self._persist(partial(self._collect, parcel, standing)) is not _NEVER
         if is_read:
@@ -231,13 +237,19 @@ class Upstream:
         with contextlib.suppress(ApplianceError):
             await self._posting.forget(parcel, standing)
 
+    async def _looked_at(self, parcel: Parcel) -> Standing | None:
+        try:
+            return await self._posting.look(parcel)
+        except ApplianceError:
+            return None
+
     async def _watched(self, parcel: Parcel) -> Standing | None:
         """How it stood when it was over; None where the provider did not say so in time."""
         pause, cancelled_at = _FIRST_LOOK_SECONDS, None
         give_up = self._keeper.batch.expires_at - _SPARE_SHARE * self._means.config.provider_batch_seconds
         while True:
             now = self._means.wall()
-            with contextlib.suppress(ApplianceError):  # it is looked at again
+            try:
                 standing = await self._posting.look(parcel)
                 if standing.is_over:
                     if standing.said:
@@ -246,6 +258,11 @@ class Upstream:
                 if cancelled_at is None and (self._withdraws or now >= give_up):
                     await self._posting.cancel(parcel)
                     cancelled_at, pause = now, _FIRST_LOOK_SECONDS
+            except BackendRefused as error:
+                _log.warning("a provider does not know its batch", parcel=parcel.name, reason=error.message)
+                return None
+            except ApplianceError as error:  # it is looked at again
+                _log.info("a provider's batch cannot be seen", parcel=parcel.name, reason=error.message)
             begun = cancelled_at if cancelled_at is not None else (now if self._withdraws else give_up)
             if now >= begun + _WITHDRAWING_SECONDS:
                 return None
@@ -283,21 +300,22 @@ class Upstream:
             self.lines -= len(good)
             self._keeper.nudge()
 
-    async def _end(self, parcel: Parcel, *, bills_nothing: bool) -> None:
-        """What is left of it waits again. What may have been billed stays put aside: unknown is not free."""
+    async def _end(self, parcel: Parcel, *, bills_nothing: bool, alone: bool = True) -> None:
+        """What is left of it waits again, to be asked alone or not. What may have been billed stays put aside."""
         tickets = await self._keeper.patiently(partial(self._means.store.end_parcel, parcel))
         if bills_nothing:
             self._release(tickets)  # of one that was settled by its row this changes nothing
-        self._return(list(tickets))
+        self._return(list(tickets), alone=alone)
         _log.info("a provider's batch ended", parcel=parcel.name, back=len(tickets))
 
     def _release(self, tickets: Mapping[int, str]) -> None:
         for ticket in tickets.values():
             self._posting.release(ticket)
 
-    def _return(self, numbers: Sequence[int]) -> None:
+    def _return(self, numbers: Sequence[int], *, alone: bool = True) -> None:
         self.lines -= len(numbers)
-        self._alone.update(numbers)
+        if alone:
+            self._alone.update(numbers)
         self._queue.back(numbers)
         self._keeper.nudge()
 
@@ -325,6 +343,8 @@ class Upstream:
                 return await work()
             except ApplianceError as error:
                 _log.info("a provider's batch cannot be seen", reason=error.message)
+                if isinstance(error, BackendRefused):  # it knows nothing of it, or not any more
+                    return _NEVER
                 if self._means.wall() >= self._keeper.batch.expires_at or self._withdraws:
                     return _NEVER
             await self._rest(pause)
