@@ -34,13 +34,15 @@ class Recipe:
     tier: Tier
     shares: Mapping[str, float]
     closeness: float = 1.0
+    for_few: bool = False
+    """Worth trying only with few examples of each label: with more, words tell more than vectors alone."""
 
 
 RECIPES: Final = (
     Recipe("words and pieces", "words", {"words": 1.0, "pieces": 1.0}),
     Recipe("words, pieces and static vectors", "words", {"words": 1.0, "pieces": 1.0, "static": 1.5}),
-    Recipe("static vectors", "words", {"static": 3.0}),
-    Recipe("encoder", "encoder", {"encoder": 3.0}),
+    Recipe("static vectors", "words", {"static": 3.0}, for_few=True),
+    Recipe("encoder", "encoder", {"encoder": 3.0}, for_few=True),
     Recipe(
         "encoder, words and static vectors", "encoder", {"encoder": 2.0, "static": 1.0, "words": 1.0, "pieces": 1.0}
     ),

@@ -48,6 +48,7 @@ FEW_FOLDS_ROWS: Final = 20_000
 """From so many examples on three folds tell enough."""
 WORTH_A_TIER: Final = 0.02
 """Where no accuracy was asked for, a dearer tier must win so much."""
+FEW_PER_LABEL: Final = 20
 LEFT_OUT: Final = 0.005
 """Where no accuracy was asked for, so much less than asking the encoder about every text would give is good enough."""
 STRANGE_SHARE: Final = 0.02
@@ -159,7 +160,7 @@ def train(
     """
     bench = bench or Bench(examples, models)
     tiers = [tier for tier in TIERS if TIERS.index(tier) <= TIERS.index(dearest)]
-    recipes = [one for one in RECIPES if one.tier in tiers and possible(one, models.vectors, models.encoder)]
+    recipes = _worth_trying(tiers, examples, models)
     tried: list[Tried] = []
     best: list[Tried] = []
     """Of each tier."""
@@ -174,6 +175,14 @@ def train(
     progress(f"fitting {chosen.name} on all {len(examples.texts)} examples", 0.85)
     lexicon, linears = bench.fit_all([one.recipe for one in chosen.steps])
     return _finished(examples, chosen, tried, lexicon, linears, wanted_accuracy)
+
+
+def _worth_trying(tiers: Sequence[Tier], examples: Examples, models: Models) -> Sequence[Recipe]:
+    found = [one for one in RECIPES if one.tier in tiers and possible(one, models.vectors, models.encoder)]
+    if len(examples.texts) < FEW_PER_LABEL * len(examples.labels):
+        return found
+    fuller = {one.tier for one in found if not one.for_few}
+    return [one for one in found if not one.for_few or one.tier not in fuller]
 
 
 @dataclass(frozen=True, slots=True)
