@@ -1,7 +1,8 @@
 """What a run works with, how it tells its progress, why it stops, and which lines it asks together."""
 
+import asyncio
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
 from appliance.config import Jobs
@@ -14,6 +15,10 @@ from appliance.state import State
 
 LINES_AT_ONCE: Final = 32
 """Asked in one call, where they may be."""
+
+_VALIDATED_AT_ONCE: Final = 2
+"""To find lines that ask the same takes some 50 MB for a file as long as may be: a key may make any number of
+batches of it."""
 
 RunState = Literal["validating", "running", "paused", "waiting", "ending"]
 
@@ -39,6 +44,7 @@ class Means:
     wall: Callable[[], float]
     posting: Posting | None = None
     """How lines leave in providers' own batches; None: they do not."""
+    validating: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_VALIDATED_AT_ONCE))
 
 
 @dataclass(frozen=True, slots=True)

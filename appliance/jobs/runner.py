@@ -109,15 +109,16 @@ class Run:
 
     async def _validated(self) -> Batch:
         means, config, results = self._means, self._means.config, self._keeper.results
-        results.begin()
-        return await validate(
-            self.batch,
-            results,
-            means.folder,
-            means.store,
-            max_lines=config.max_lines,
-            max_line_bytes=config.max_line_bytes,
-        )
+        async with means.validating:
+            results.begin()
+            return await validate(
+                self.batch,
+                results,
+                means.folder,
+                means.store,
+                max_lines=config.max_lines,
+                max_line_bytes=config.max_line_bytes,
+            )
 
     async def _answer_all(self) -> None:
         keeper = self._keeper
@@ -135,7 +136,9 @@ class Run:
                     pass
                 elif not (twins and await keeper.patiently(keeper.results.copy)):
                     self._check_end()  # a last call may have found that there is nobody to ask for any more
-                    break
+                    if not self.batch.counts.left:
+                        break
+                    await keeper.rest(0.05)  # what came back meanwhile is fetched
                 await keeper.commit_in_time()
         except Stopped as stopped:
             await self._asker.stop()
@@ -174,6 +177,9 @@ class Run:
             await self._keeper.commit_in_time()
             await self._allowed()
             self._asker.look_ahead(self._upstream.lines)
+            if self._upstream.wants(self._queue.ready(group), self._asker.late):
+                self._queue.put_back(group)
+                return
 
     async def _allowed(self) -> None:
         """Wait while the disk is nearly full or it is not the time for jobs. Raises Stopped."""

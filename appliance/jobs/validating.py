@@ -14,6 +14,9 @@ from appliance.jobs.store import Store
 
 TOLD_PROBLEMS: Final = 100
 """So many are listed in the batch itself; the error file has them all."""
+_MODELS_TOLD_APART: Final = 2
+"""A batch has a model where all its lines have the same."""
+_MOST_MODEL_CHARS: Final = 200
 _LINES_AT_ONCE: Final = 500
 _BYTES_AT_ONCE: Final = 2_000_000
 """Looked at in one go, in a thread: the event loop gets its turn in between."""
@@ -59,7 +62,7 @@ async def validate(
             text = f"the file has more than {max_lines} lines (jobs.max_lines): split it"
             raise Unusable(Problem("too_many_lines", text))
         problems += [bad.problem for bad in seen.bad[: TOLD_PROBLEMS - len(problems)]]
-        models |= seen.models
+        models |= seen.models if len(models) < _MODELS_TOLD_APART else set()
         await results.put_bad(seen.bad)
         await store.add_lines(batch.id, seen.good)
     if not total:
@@ -88,7 +91,8 @@ def _look(found: Line | BadLine, twins: Twins, seen: _Seen) -> None:
         if not isinstance(twin, BadLine):
             seen.good.append((replace(found, body={}), twin))
             model = found.body.get("model")
-            seen.models.add(model if isinstance(model, str) else "auto")
+            if len(seen.models) < _MODELS_TOLD_APART:
+                seen.models.add(model[:_MOST_MODEL_CHARS] if isinstance(model, str) else "auto")
             return
         found = twin
     seen.bad.append(found)
