@@ -55,9 +55,10 @@ from appliance.pipeline.inspection import Detector, detector_for
 from appliance.pipeline.means import Memory
 from appliance.pipeline.profile import check_profiler
 from appliance.pipeline.residency import PermitOffice
-from appliance.quality.learning import Learning, lessons_of
+from appliance.quality.learning import Learning
 from appliance.quality.measures import LearningMeasures
 from appliance.quality.store import Store
+from appliance.quality.traffic import lessons_of
 from appliance.state import State
 from appliance.telemetry.logs import setup_logging
 from appliance.telemetry.metrics import Metrics
@@ -316,7 +317,7 @@ async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Runn
         ledger = await Ledger.open(ledger_url(config, site.home), retention_days=config.ledger.retention_days)
         stack.push_async_callback(ledger.close)
         books = Books(ledger, metrics, signals, Caps(config, site.policy, site.keys))
-        learning = await _learning(site, encoders, lambda: node.pipeline.policy, signals, metrics, stack)
+        learning = await _learning(site, encoders, lambda: node.pipeline.policy, state, signals, metrics, stack)
         node = Node(site, reread, state, signals, books, learning)
         stack.push_async_callback(node.aclose)
         following = asyncio.create_task(node.follow_keys(ledger))
@@ -389,6 +390,7 @@ async def _learning(
     site: Site,
     encoders: EncoderHost,
     policy: Callable[[], Policy],
+    state: State,
     signals: Signals,
     metrics: Metrics,
     stack: AsyncExitStack,
@@ -397,7 +399,13 @@ async def _learning(
     try:
         store = await Store.open(site.home / "learning.sqlite")
         learning = Learning(
-            store, encoders, lambda: lessons_of(policy()), signals, site.config.learning, wall=time.time
+            store,
+            encoders,
+            lambda: lessons_of(policy()),
+            signals,
+            site.config.learning,
+            wall=time.time,
+            is_served=lambda name: state.snapshot.target(name) is not None,
         )
         stack.push_async_callback(learning.aclose)
         await learning.start()

@@ -13,6 +13,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from appliance.cli.cascades import print_traffic
 from appliance.cli.output import fail, guarded, say, say_json, stderr, stdout
 from appliance.cli.places import ConfigOption, JsonOption
 from appliance.config import load_config
@@ -66,6 +67,9 @@ def train(
     ] = None,
     tier: Annotated[str, typer.Option(help="The dearest features that may be used: words or encoder.")] = "encoder",
     encoder: Annotated[str | None, typer.Option(help="Which embedding model; empty: the first that is here.")] = None,
+    keep_examples: Annotated[
+        bool, typer.Option("--keep-examples", help="Keep the examples at the node, for versions that learn from traffic.")
+    ] = False,
     encoding: EncodingOption = "utf-8",
     url: UrlOption = None,
     key: KeyOption = None,
@@ -75,6 +79,7 @@ def train(
     """Train a new version at the running node; it serves as soon as it is written. Ctrl-C cancels."""
     node = _Node(url, key, config_path)
     body: dict[str, Any] = {"name": name, **_examples(examples_path, encoding), "tier": tier}
+    body["keep_examples"] = keep_examples
     body |= {field: value for field, value in (("accuracy", accuracy), ("encoder", encoder)) if value is not None}
     node.ask("POST", _PATH, body)
     try:
@@ -168,6 +173,30 @@ def remove(name: NameArgument, url: UrlOption = None, key: KeyOption = None, con
     say(f"classifier/{name} is removed")
 
 
+@app.command()
+def learn(name: NameArgument, url: UrlOption = None, key: KeyOption = None, config_path: ConfigOption = None) -> None:
+    """Train a candidate on what traffic has taught; it serves once it is found better."""
+    told = _Node(url, key, config_path).ask("POST", f"{_one(name)}/learn", {})
+    say(f"classifier/{name}: {told['news'][0]}")
+
+
+@app.command()
+def forget(
+    owner: Annotated[str, typer.Argument(metavar="KEY", help="Name of the key whose texts are removed.")],
+    classifier: Annotated[str | None, typer.Option(help="Of one classifier alone.")] = None,
+    url: UrlOption = None,
+    key: KeyOption = None,
+    config_path: ConfigOption = None,
+) -> None:
+    """Remove the labels and texts kept of a key's requests. Versions that were trained on them stay."""
+    query = f"?key={quote(owner, safe='')}"
+    if classifier is not None:
+        target = f"classifier/{classifier.removeprefix('classifier/')}"
+        query += f"&classifier={quote(target, safe='')}"
+    told = _Node(url, key, config_path).ask("DELETE", f"/v1/examples{query}")
+    say(f"{told['removed']} labelled texts of key {told['key']} are removed")
+
+
 def _one(name: str) -> str:
     return f"{_PATH}/{quote(name, safe='')}"
 
@@ -224,6 +253,8 @@ def _print(told: Mapping[str, Any]) -> None:
     _print_report(report)
     for note in report["notes"]:
         say(f"note: {note}")
+    if told.get("traffic") is not None:
+        print_traffic(told["traffic"], told.get("shadow"))
 
 
 def _print_report(report: Mapping[str, Any]) -> None:

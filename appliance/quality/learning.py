@@ -8,32 +8,31 @@ import asyncio
 import contextlib
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import structlog
 
-from appliance.config import Cascade, Policy
+from appliance.config import Cascade
 from appliance.config import Learning as LearningRules
 from appliance.errors import ApplianceError, NotFound, RequestError
 from appliance.quality import deciders
 from appliance.quality.candidates import Alerts, Candidates, Encoders, Lesson, Program
 from appliance.quality.nouns import FEEDBACK, Day, Labelled, Learnt
 from appliance.quality.store import Store
-from appliance.tasks.cascade import Seen, SeenCall, Standing
+from appliance.quality.traffic import SECONDS_PER_DAY, date_of, day_of, labelled_of, short, teaches
+from appliance.tasks.cascade import SeenCall, Standing
 
-_SECONDS_PER_DAY: Final = 86_400
 _PACE_SECONDS: Final = 2.0
 """Between two rounds: an estimate takes some milliseconds, and labels come one by one."""
+_IDLE_SECONDS: Final = 4.0
+"""Without new labels: trainings end, and classifiers come, without anybody telling."""
 _PRUNE_SECONDS: Final = 3_600.0
 _RECENT_TEXTS: Final = 50_000
 """Answers that feedback may still be given to without their text; older ones where they were labelled anyway."""
 _RECENT_CHARACTERS: Final = 20_000_000
 """Of texts that are kept in memory for that."""
-_MOST_TEXT_CHARS: Final = 20_000
-"""Longer texts are no examples: training refuses them, and with them all the others."""
 _SHOWN_DAYS: Final = 30
 _UNPROVEN: Final = "cascade_unproven"
 _UNWRITTEN: Final = "labels_not_kept"
@@ -55,8 +54,10 @@ class Learning:
         alerts: Alerts,
         rules: LearningRules,
         wall: Callable[[], float],
+        is_served: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self.store, self._lessons, self._alerts, self._rules, self._wall = store, lessons, alerts, rules, wall
+        self._is_served = is_served
         self._program = Program(encoders)
         self._candidates = Candidates(store, self._program, alerts)
         self._standings: dict[_Key, Standing] = {}
@@ -87,7 +88,7 @@ class Learning:
             except ApplianceError as error:
                 self._alerts.warn(_UNWRITTEN, f"what classifiers learn from is not kept at present: {error.message}")
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_PACE_SECONDS * 5):
+                async with asyncio.timeout(_IDLE_SECONDS):
                     await self._wake.wait()
             await asyncio.sleep(_PACE_SECONDS)
 
@@ -110,13 +111,13 @@ class Learning:
         return known
 
     def seen(self, call: SeenCall) -> None:
-        call = replace(call, rows=tuple(map(_short, call.rows)))
-        day = _day_of(call)
+        call = replace(call, rows=tuple(map(short, call.rows)))
+        day = day_of(call)
         place = (day.classifier, day.route, day.day)
         self._days[place] = self._days[place] + day if place in self._days else day
         total = self.totals.get(call.classifier)
         self.totals[call.classifier] = day if total is None else total + replace(day, day=total.day)
-        rows = [_labelled(call, row) for row in call.rows if _teaches(call, row)]
+        rows = [labelled_of(call, row) for row in call.rows if teaches(call, row)]
         self._rows += rows
         if any(row.audited for row in rows):
             self._doubt(call.classifier)
@@ -193,10 +194,10 @@ class Learning:
         call = self._recent.get(decision_id)
         if found is not None or call is None or not 0 <= index < len(call.rows):
             return found
-        return _labelled(call, call.rows[index])
+        return labelled_of(call, call.rows[index])
 
     async def _add(self, row: Labelled, *, kept: str | None) -> None:
-        day = Day(row.classifier, row.route, int(row.at // _SECONDS_PER_DAY), feedback=1)
+        day = Day(row.classifier, row.route, int(row.at // SECONDS_PER_DAY), feedback=1)
         if row.audited and kept != row.label:
             # The reference was corrected: agreement is with what is right.
             day = replace(day, agreed=(row.own == row.label) - (row.own == kept))
@@ -221,7 +222,7 @@ class Learning:
         if lesson is None:
             return None
         await self._flush()
-        since = int(self._wall() // _SECONDS_PER_DAY) - _SHOWN_DAYS
+        since = int(self._wall() // SECONDS_PER_DAY) - _SHOWN_DAYS
         days = await self.store.days(lesson.target, since)
         learnt = self._learnt.get(lesson.target, Learnt())
         cascade = lesson.cascade
@@ -238,7 +239,7 @@ class Learning:
             "labels": await self.store.counts(lesson.target),
             "learning": {"phase": learnt.phase, "candidate": learnt.candidate, "tests": learnt.tests},
             "news": list(learnt.news),
-            "days": [{"day": _date(one.day), "route": one.route, **one.facts()} for one in days],
+            "days": [{"day": date_of(one.day), "route": one.route, **one.facts()} for one in days],
         }
 
     async def learn(self, name: str) -> Mapping[str, Any]:
@@ -281,7 +282,7 @@ class Learning:
         now = self._wall()
         if now - self._pruned_at >= _PRUNE_SECONDS:
             self._pruned_at = now
-            before_at = now - self._rules.retention_days * _SECONDS_PER_DAY
+            before_at = now - self._rules.retention_days * SECONDS_PER_DAY
             await self.store.prune(list(self._lessons()), before_at, self._rules.max_texts)
 
     async def _save(self, classifier: str, learnt: Learnt) -> None:
@@ -307,8 +308,8 @@ class Learning:
 
     async def _estimate(self, lesson: Lesson) -> None:
         """The thresholds of the serving version and the candidate, where labels came or none is known."""
-        if lesson.target not in self._asked:
-            return  # the program is not to be started only to learn that there is nothing
+        if lesson.target not in self._asked and not await self._first_look(lesson):
+            return
         stale = {key for key in self._stale if key[0] == lesson.target}
         learnt = self._learnt.get(lesson.target, Learnt())
         if learnt.candidate is not None:
@@ -324,6 +325,14 @@ class Learning:
                 self._stale.add(key)
                 raise
         self._tell(lesson)
+
+    async def _first_look(self, lesson: Lesson) -> bool:
+        """So that the first text need not wait for a threshold. The program is not started only to find nothing."""
+        told = await self._program.show(lesson.name) if self._is_served(lesson.target) else None
+        if told is None:
+            return False
+        self.standing(lesson.cascade, lesson.target, str(told["serving"]))
+        return True
 
     async def _standing(self, lesson: Lesson, key: _Key) -> Standing:
         classifier, version, bound, confidence, over_texts = key
@@ -351,66 +360,5 @@ class Learning:
         self._alerts.warn(_UNPROVEN, f"route {lesson.route!r}: {found.reason}; {what}", lesson.route)
 
 
-def lessons_of(policy: Policy) -> Mapping[str, Lesson]:
-    """The cascades of a policy by classifier; of several routes that begin with the same one, the first."""
-    found: dict[str, Lesson] = {}
-    for route in policy.routes:
-        if route.cascade is not None:
-            name = route.targets[0].partition("/")[2]
-            lesson = Lesson(name, route.name, route.cascade, route.keep_texts)
-            found.setdefault(lesson.target, lesson)
-    return found
-
-
 def _key(cascade: Cascade, classifier: str, version: str) -> _Key:
     return classifier, version, cascade.bound, cascade.confidence, cascade.over_texts
-
-
-def _short(row: Seen) -> Seen:
-    """Without its text where that can be no example."""
-    return row if len(row.text) <= _MOST_TEXT_CHARS and row.text.strip() else replace(row, text="")
-
-
-def _teaches(call: SeenCall, row: Seen) -> bool:
-    """Whether somebody better has labelled the text, and there is anything to be learned of it."""
-    if row.answer is None or row.answered_by == call.classifier:
-        return False
-    return row.audited or (call.keep_texts and row.is_sure)
-
-
-def _labelled(call: SeenCall, row: Seen) -> Labelled:
-    return Labelled(
-        decision_id=call.decision_id,
-        index=row.index,
-        classifier=call.classifier,
-        route=call.route,
-        owner=call.owner,
-        residency=call.residency,
-        version=call.version,
-        own=row.own,
-        own_confidence=row.own_confidence,
-        label=row.answer or "",
-        source=row.answered_by,
-        audited=row.audited,
-        text=row.text if call.keep_texts and row.text else None,
-        at=call.at,
-    )
-
-
-def _day_of(call: SeenCall) -> Day:
-    rows: Sequence[Seen] = call.rows
-    return Day(
-        classifier=call.classifier,
-        route=call.route,
-        day=int(call.at // _SECONDS_PER_DAY),
-        texts=len(rows),
-        local=sum(row.answered_by == call.classifier for row in rows),
-        went_on=sum(row.went_on for row in rows),
-        capped=sum(row.capped for row in rows),
-        audited=sum(row.audited for row in rows),
-        agreed=sum(row.audited and row.own == row.answer for row in rows),
-    )
-
-
-def _date(day: int) -> str:
-    return datetime.fromtimestamp(day * _SECONDS_PER_DAY, UTC).date().isoformat()

@@ -14,8 +14,9 @@ from appliance.config import Cascade, Policy, RouteRule
 from appliance.config import Learning as LearningRules
 from appliance.encoders.desk import Desk
 from appliance.encoders.server import Endpoints, make_app
-from appliance.quality.learning import Learning, lessons_of
+from appliance.quality.learning import Learning
 from appliance.quality.store import Store
+from appliance.quality.traffic import lessons_of
 from appliance.tasks.cascade import Seen, SeenCall, Standing
 
 TARGET = "classifier/mail"
@@ -39,6 +40,8 @@ class School:
     policy: Policy = field(init=False)
     alerts: dict[str, str] = field(default_factory=dict)
     now: float = 1_700_000_000.0
+    is_served: bool = False
+    """Whether the node's rows have the classifier."""
 
     def say(self, *, keep_texts: bool = True, **cascade: Any) -> Cascade:
         made = Cascade(**{"bound": 0.05, "over_texts": 0, **cascade})
@@ -112,7 +115,9 @@ async def school(home: Path, **rules: Any) -> AsyncIterator[School]:
         made.say()
         store = await Store.open(home / "learning.sqlite")
         lessons = lambda: lessons_of(made.policy)  # noqa: E731 - it reads what a test sets
-        made.learning = Learning(store, made, lessons, made, LearningRules(**rules), lambda: made.now)
+        made.learning = Learning(
+            store, made, lessons, made, LearningRules(**rules), lambda: made.now, lambda name: made.is_served
+        )
         await made.learning.start()
         try:
             yield made

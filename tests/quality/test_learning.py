@@ -21,6 +21,14 @@ async def test_nothing_stands_before_a_threshold_was_estimated(tmp_path: Path) -
         assert made.standing().threshold is None, "there is no classifier"
 
 
+async def test_a_node_that_starts_with_a_classifier_knows_its_threshold_before_the_first_text(tmp_path: Path) -> None:
+    async with school(tmp_path) as made:
+        await made.train(labelled(300))
+        made.is_served = True
+        await made.learning.tend()
+        assert made.standing().threshold is not None
+
+
 async def test_held_out_rows_give_the_first_threshold_and_audits_overrule_it(tmp_path: Path) -> None:
     async with school(tmp_path) as made:
         await made.train(labelled(300))

@@ -1,0 +1,76 @@
+"""A cascade's texts as rows: which of them teach, and what they add to their day. Pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Final
+
+from appliance.config import Policy
+from appliance.quality.candidates import Lesson
+from appliance.quality.nouns import Day, Labelled
+from appliance.tasks.cascade import Seen, SeenCall
+
+SECONDS_PER_DAY: Final = 86_400
+_MOST_TEXT_CHARS: Final = 20_000
+"""Longer texts are no examples: training refuses them, and with them all the others."""
+
+
+def lessons_of(policy: Policy) -> Mapping[str, Lesson]:
+    """The cascades of a policy by classifier; of several routes that begin with the same one, the first."""
+    found: dict[str, Lesson] = {}
+    for route in policy.routes:
+        if route.cascade is not None:
+            name = route.targets[0].partition("/")[2]
+            lesson = Lesson(name, route.name, route.cascade, route.keep_texts)
+            found.setdefault(lesson.target, lesson)
+    return found
+
+
+def teaches(call: SeenCall, row: Seen) -> bool:
+    """Whether somebody better has labelled the text, and there is anything to be learned of it."""
+    if row.answer is None or row.answered_by == call.classifier:
+        return False
+    return row.audited or (call.keep_texts and row.is_sure)
+
+
+def labelled_of(call: SeenCall, row: Seen) -> Labelled:
+    return Labelled(
+        decision_id=call.decision_id,
+        index=row.index,
+        classifier=call.classifier,
+        route=call.route,
+        owner=call.owner,
+        residency=call.residency,
+        version=call.version,
+        own=row.own,
+        own_confidence=row.own_confidence,
+        label=row.answer or "",
+        source=row.answered_by,
+        audited=row.audited,
+        text=row.text if call.keep_texts and row.text else None,
+        at=call.at,
+    )
+
+
+def day_of(call: SeenCall) -> Day:
+    rows: Sequence[Seen] = call.rows
+    return Day(
+        classifier=call.classifier,
+        route=call.route,
+        day=int(call.at // SECONDS_PER_DAY),
+        texts=len(rows),
+        local=sum(row.answered_by == call.classifier for row in rows),
+        went_on=sum(row.went_on for row in rows),
+        capped=sum(row.capped for row in rows),
+        audited=sum(row.audited for row in rows),
+        agreed=sum(row.audited and row.own == row.answer for row in rows),
+    )
+
+
+def date_of(day: int) -> str:
+    return datetime.fromtimestamp(day * SECONDS_PER_DAY, UTC).date().isoformat()
+
+
+def short(row: Seen) -> Seen:
+    """Without its text where that can be no example."""
+    return row if len(row.text) <= _MOST_TEXT_CHARS and row.text.strip() else replace(row, text="")
