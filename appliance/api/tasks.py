@@ -66,15 +66,21 @@ class Tasks:
         reader: Reader[ExtractCall] = self._known.reading(extract.read, "extract", caller)
         opened = await self._rim.open(http, reader)
         is_single = "texts" not in opened.request.body
+        # In threads: looking for every value of a long text takes tens of milliseconds, and streams go on.
         if is_single and len(opened.calls) == 1:
             answer = await self._rim.answer(http, opened)
-            return await whole(answer, extract.payload([answer.payload], opened.calls))
+            try:
+                told = await asyncio.to_thread(extract.payload, [answer.payload], opened.calls)
+            except BaseException:
+                await answer.aclose()
+                raise
+            return await whole(answer, told)
         many = await self._rim.answer_many(http, opened, concurrency=EXTRACT_CALLS_AT_ONCE)
         results = _some(many)
         if not is_single:
-            return _rows(many, extract.texts_payload(results, opened.calls))
+            return _rows(many, await asyncio.to_thread(extract.texts_payload, results, opened.calls))
         try:
-            return _rows(many, extract.payload(results, opened.calls))
+            return _rows(many, await asyncio.to_thread(extract.payload, results, opened.calls))
         except ApplianceError as error:
             error.headers = {**many.facts.headers(), **error.headers}
             raise
