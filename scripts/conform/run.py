@@ -75,7 +75,7 @@ def sdk_tests(place: Place, suite: str) -> list[Outcome]:
     source = place.environment.sources(suite)
     files = [str(Path("tests", "api_resources", name)) for name in _SDK_FILES[suite]]
     base = f"{place.url}/v1" if suite == "openai" else place.url
-    return _pytest(place, suite, ["-o", "addopts=", *files], base, source)
+    return _pytest(place, suite, ["-o", "addopts=", "-n", "3", *files], base, source)
 
 
 def langchain(place: Place, suite: str) -> list[Outcome]:
@@ -89,8 +89,7 @@ def langchain(place: Place, suite: str) -> list[Outcome]:
 def _pytest(place: Place, suite: str, arguments: Sequence[str], base: str, folder: Path) -> list[Outcome]:
     report = place.folder / f"{suite}.xml"
     command = [str(place.environment.python), "-m", "pytest", "--quiet", "--tb=line", "--timeout", "180"]
-    # As many at once as the node's engine has places.
-    command += ["-n", "6", "-p", "no:cacheprovider", "-p", "no:logging", "--junitxml", str(report), *arguments]
+    command += ["-p", "no:cacheprovider", "-p", "no:logging", "--junitxml", str(report), *arguments]
     _run(command, folder, {"TEST_API_BASE_URL": base})
     if not report.exists():
         raise NotRun("pytest wrote no report")
