@@ -100,6 +100,10 @@ class Runs:
                     run.process.kill()
         return run
 
+    async def idle(self) -> None:
+        """Until no training is under way."""
+        await asyncio.gather(*self._tasks)
+
     async def aclose(self) -> None:
         for run in list(self._runs.values()):
             if run.state == "running":

@@ -154,3 +154,40 @@ def test_personal_data_binds_to_somewhere_and_every_route_may_say_otherwise() ->
     assert [policy.content_bound(route) for route in policy.routes] == [None, ONSITE, None]
     with pytest.raises(ConfigError, match=r"residency\.kinds\[0\]"):
         parse_policy('[residency]\nkinds = ["e-mail"]\n' + GOOD, "policy.toml")
+
+
+CASCADE = """\
+[[routes]]
+name = "intents"
+targets = ["classifier/mail", "onsite"]
+cascade = { bound = 0.05, learn_after = 100 }
+keep_texts = true
+"""
+
+
+def test_a_route_may_begin_with_a_classifier_that_was_not_trained_yet() -> None:
+    route = parse_policy(CASCADE, "policy.toml", ["onsite/tiny"]).routes[0]
+    assert route.cascade is not None and route.cascade.bound == 0.05
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"classifier/mail", "onsite"', '"onsite", "classifier/mail"', "begins with one classifier"),
+        ('"classifier/mail", "onsite"', '"classifier/mail"', "begins with one classifier"),
+        ('"onsite"]', '"onsite", "classifier/other"]', "begins with one classifier"),
+        ("keep_texts = true", "", "set keep_texts = true"),
+        ("cascade = { bound = 0.05, learn_after = 100 }", "", "give the route one"),
+        ("keep_texts = true", "keep_texts = true\nscore = { cost = 1 }", "leave score out"),
+        (
+            "keep_texts = true",
+            'keep_texts = true\nescalation = { below_confidence = 0.7, max_rate = 1, to = ["onsite"] }',
+            "keep one of the two",
+        ),
+        ("0.05", "1.0", "less than 1"),
+        ("100", "5", "greater than or equal to 20"),
+    ],
+)
+def test_what_is_wrong_with_a_cascade_is_named(old: str, new: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_policy(CASCADE.replace(old, new), "policy.toml", ["onsite/tiny"])

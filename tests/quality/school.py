@@ -1,6 +1,5 @@
 """Learning over a real encoder program, with traffic as tests want it."""
 
-import asyncio
 import itertools
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -76,7 +75,7 @@ class School:
 
     async def trained(self) -> None:
         """Wait for the training's process to end."""
-        await asyncio.gather(*self.desk.runs._tasks)
+        await self.desk.runs.idle()
 
     async def shown(self, texts: Sequence[str]) -> None:
         """Traffic at the program itself, seen by a candidate too."""
