@@ -57,6 +57,16 @@ class Queue:
             self._in_hand.difference_update(numbers)
             self._fetched_to = min(self._fetched_to, min(numbers) - 1)
 
+    def ready(self, group: Sequence[Line]) -> Sequence[Line]:
+        """`group`, and what was fetched after it."""
+        return [*group, *(line for one in self._groups for line in one)]
+
+    def put_back(self, group: Sequence[Line]) -> None:
+        """All that is ready is fetched anew: there may be another way for it now."""
+        numbers = [line.number for line in self.ready(group)]
+        self._groups.clear()
+        self.back(numbers)
+
     def again(self, line: Line, answer: LineAnswer) -> bool:
         """Whether the line is to be asked once more, which it will be when its time has come."""
         tries = self._tries.pop(line.number, 0) + 1
@@ -68,8 +78,9 @@ class Queue:
         self._again.append(_Again(line, self._means.clock() + pause))
         return True
 
-    async def next_group(self, keeper: Keeper, sift: Sift) -> list[Line]:
-        """Lines to be asked in one call; none where none is ready now. `sift` takes out what is not to be asked so.
+    async def next_group(self, keeper: Keeper, sift: Sift) -> list[Line] | None:
+        """Lines to be asked in one call; empty where none is ready now, None where `sift` took all that was fetched,
+        and there may be more.
 
         Raises Stopped where the batch's input is gone.
         """
@@ -79,7 +90,10 @@ class Queue:
             self._again.remove(due)
             return [due.line]
         if not self._groups and len(self._again) < _MOST_AGAIN:
-            lines = await sift(await self._fetch(keeper))
+            fetched = await self._fetch(keeper)
+            lines = await sift(fetched)
+            if fetched and not lines:
+                return None
             self._groups += grouped(lines, self._means.answering.kin)
         return self._groups.popleft() if self._groups else []
 

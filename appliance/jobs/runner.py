@@ -20,7 +20,7 @@ from appliance.jobs.nouns import Batch, Ending, Line
 from appliance.jobs.parts import Means, Progress, Stopped
 from appliance.jobs.planner import is_open
 from appliance.jobs.queue import Queue
-from appliance.jobs.upstream import Upstream
+from appliance.jobs.upstream import GATHERING_SECONDS, Upstream
 from appliance.jobs.validating import Unusable, told, validate
 
 _DISK_SECONDS: Final = 5.0
@@ -132,7 +132,7 @@ class Run:
                 group = await self._queue.next_group(keeper, self._sift)
                 if group:
                     await self._ask_when_free(group)
-                elif await self._waits():
+                elif group is None or await self._waits():
                     pass
                 elif not (twins and await keeper.patiently(keeper.results.copy)):
                     self._check_end()  # a last call may have found that there is nobody to ask for any more
@@ -176,6 +176,7 @@ class Run:
             await self._keeper.rest(LOOK_SECONDS)
             await self._keeper.commit_in_time()
             await self._allowed()
+            self._upstream.close(GATHERING_SECONDS)
             self._asker.look_ahead(self._upstream.lines)
             if self._upstream.wants(self._queue.ready(group), self._asker.late):
                 self._queue.put_back(group)

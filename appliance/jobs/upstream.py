@@ -34,6 +34,8 @@ from appliance.jobs.queue import Queue
 
 _SPARE_SHARE: Final = 0.1
 """Of the time a provider may take: what is left for asking singly whatever it did not answer."""
+GATHERING_SECONDS: Final = 60.0
+"""How long lines wait for others to leave with them, while the ones between them are asked the usual way."""
 _FEWEST_LATE: Final = 20
 """So many lines are worth a batch, where they only leave because they would be late."""
 _RESERVED_AT_ONCE: Final = 64
@@ -54,6 +56,7 @@ _log = structlog.stdlib.get_logger(__name__)
 class _Gathering:
     """Lines that are going to leave together."""
 
+    begun: float
     sealed: dict[int, Sealed] = field(default_factory=dict)
     size_bytes: int = 0
 
@@ -100,6 +103,14 @@ class Upstream:
         targets = means.state.snapshot.targets
         return any(means.posting.takes(target) and bound.allows(target) for target in targets)
 
+    def wants(self, lines: Sequence[Line], late: int) -> bool:
+        """Whether lines that are ready to be asked the usual way had better be sifted anew: they will be late."""
+        is_worth_it = late >= _FEWEST_LATE and any(line.number not in self._alone for line in lines)
+        return is_worth_it and self._is_open()
+
+    def _is_open(self) -> bool:
+        return self._means.clock() >= self._not_before and self.has_time()
+
     async def resume(self) -> None:
         """Go on with what was sent, or was about to be, before a restart."""
         for parcel in await self._keeper.patiently(partial(self._means.store.parcels, self._keeper.batch.id)):
@@ -112,7 +123,7 @@ class Upstream:
     async def sift(self, lines: list[Line], late: int) -> list[Line]:
         """What is to be asked the usual way. `late`: so many more lines should leave the site than are on their way."""
         posting = self._means.posting
-        if posting is None or not lines or not self.has_time() or self._means.clock() < self._not_before:
+        if posting is None or not lines or not self._is_open():
             self.close()
             return lines
         leaving = late if late >= _FEWEST_LATE or self.has_gathered else 0
@@ -121,16 +132,20 @@ class Upstream:
         for part, is_late in ((willing[:leaving], True), (willing[leaving:], False)):
             found = await posting.made_ready(part, self._terms(is_late)) if part else ()
             sealed |= {line.number: one for line, one in zip(part, found, strict=True) if one is not None}
+            if is_late:  # what cannot leave so is not tried over and over
+                self._alone.update(line.number for line, one in zip(part, found, strict=True) if one is None)
         for number, one in sealed.items():
             self._gather(number, one)
-        if not sealed:
+        if not sealed or 0 < leaving < len(willing):
             self.close()
         return [line for line in lines if line.number not in sealed]
 
-    def close(self) -> None:
+    def close(self, older_than_seconds: float = 0.0) -> None:
         """Send what was gathered."""
-        for key in tuple(self._gatherings):
-            self._post(key)
+        before = self._means.clock() - older_than_seconds
+        for key, gathering in tuple(self._gatherings.items()):
+            if gathering.begun <= before:
+                self._post(key)
 
     async def wind_up(self) -> None:
         """Cancel what is on its way, take what was done of it, and put the rest back."""
@@ -154,7 +169,7 @@ class Upstream:
             self._post(key)
             gathering = None
         if gathering is None:
-            gathering = self._gatherings[key] = _Gathering()
+            gathering = self._gatherings[key] = _Gathering(self._means.clock())
         gathering.sealed[number] = one
         gathering.size_bytes += one.size_bytes
         self.lines += 1

@@ -39,7 +39,7 @@ class Served:
         self._server: uvicorn.Server | None = None
 
     async def __aenter__(self) -> "Any":
-        app = Starlette(routes=[Route("/{path:path}", self._answer, methods=["POST"])])
+        app = Starlette(routes=[Route("/{path:path}", self._answer, methods=["GET", "POST", "DELETE"])])
         config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none")
         config.load()
         server = uvicorn.Server(config)
