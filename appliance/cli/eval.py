@@ -200,11 +200,9 @@ _OBJECT_FIGURES = {
 def _print(report: Mapping[str, Any]) -> None:
     say(f"{report['dataset']}: {report['rows']} of {report['of_rows']} rows, seed {report['seed']}, "
         f"{report['few_shot']} examples shown; in brackets 95 % intervals")  # fmt: skip
-    figures = _DECISION_FIGURES if report["adapter"] == "classification" else _OBJECT_FIGURES
     told = {name for one in report["models"].values() for name in one}
+    figures = _DECISION_FIGURES if "accuracy" in told else _OBJECT_FIGURES
     shown = {name: title for name, title in figures.items() if name in told}
-    if not shown.keys() & {"accuracy", "micro_f1"}:
-        shown = {name: title for name, title in (_DECISION_FIGURES | _OBJECT_FIGURES).items() if name in told}
     table = Table(
         "model", *shown.values(), "answers/s", "seconds", "tokens", "cost USD", "errors", box=None, pad_edge=False
     )

@@ -86,6 +86,8 @@ def _decisions(adapter: Adapter, rows: Sequence[Row], results: Sequence[Result],
     answered = np.array([places.get(str(one), -1) if one is not None else -1 for one in said])
     report = {
         "accuracy": metrics.share(sum(hits), len(hits)).told(),
+        # Every row has one label and gets one answer, so the F1 over all answers is their accuracy.
+        "micro_f1": metrics.share(sum(hits), len(hits)).told(),
         "macro_f1": metrics.class_f1(truth, answered, len(labels)).told(),
         "ece": metrics.ece([confidence for confidence, _ in sure], [hit for _, hit in sure]),
         "label_mass": statistics.median(masses) if masses else None,
