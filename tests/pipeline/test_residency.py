@@ -194,14 +194,23 @@ def test_only_the_residency_decision_makes_permits() -> None:
 
 CLIENTS = ("AsyncClient", "Client", "ClientSession", "AiohttpTransport", "TCPConnector", "UnixConnector", "urlopen")
 MAY_OPEN = {"backends/base.py", "backends/local.py", "backends/egress.py"}
+EVALUATES = "quality/evaluation/"
+"""A caller of nodes, as any other: a command that no part of a node imports."""
 
 
 def test_only_the_doors_and_the_control_plane_open_connections() -> None:
     """The control plane polls its engines and pulls models; no request's text ever reaches it."""
     for name, paths in calls_of(*CLIENTS).items():
-        strangers = {path for path in paths if path not in MAY_OPEN and not path.startswith("node/")}
+        strangers = {path for path in paths if path not in MAY_OPEN and not path.startswith(("node/", EVALUATES))}
         assert not strangers, f"{name} is made in {strangers}"
     assert calls_of("EgressDoor").keys() <= {"EgressDoor"}
+
+
+def test_only_commands_import_what_evaluates() -> None:
+    for path in SOURCE.rglob("*.py"):
+        here = str(path.relative_to(SOURCE))
+        if not here.startswith((EVALUATES, "cli/")):
+            assert "quality.evaluation" not in path.read_text(), here
 
 
 def test_only_the_doors_import_a_client_library_in_the_data_plane() -> None:
