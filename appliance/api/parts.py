@@ -1,4 +1,4 @@
-"""What the API needs of the rooms below, and no more: serve.py gives the real ones, tests give stand-ins."""
+"""What the API needs of the rooms below, and no more: serve gives the real ones, tests give stand-ins."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol

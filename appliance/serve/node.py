@@ -1,0 +1,150 @@
+"""The half of a node that a reload replaces."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+import structlog
+
+from appliance.api.auth import Authenticator
+from appliance.backends.base import Doors
+from appliance.backends.egress import EgressDoor
+from appliance.backends.local import LocalDoor
+from appliance.errors import ConfigError, LedgerUnavailable
+from appliance.ledger.store import Ledger
+from appliance.node.signals import Signals
+from appliance.pipeline.admission import Admission
+from appliance.pipeline.answer import Pipeline
+from appliance.pipeline.books import Books, Caps
+from appliance.pipeline.breaker import Breakers
+from appliance.pipeline.means import Memory
+from appliance.pipeline.residency import PermitOffice
+from appliance.quality.learning import Learning
+from appliance.serve.site import Site
+from appliance.state import State
+
+_KEYS_SECONDS: Final = 2.0
+"""How soon a key that is made or revoked by command counts."""
+_FIXED: Final = ("data_dir", "server", "engine", "ledger", "jobs", "learning", "log")
+"""Settings that are read at start alone."""
+
+_log = structlog.get_logger(__name__)
+
+
+class Node:
+    """The half of a node that a reload replaces: policy, providers with their prices and keys, API keys.
+
+    Engines, ledger, admission, breakers and what was learned of targets go on; requests that have begun keep the
+    pipeline they began with. Everything is called on the event loop.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        reread: Callable[[], Site],
+        state: State,
+        signals: Signals,
+        books: Books,
+        learning: Learning | None = None,
+    ) -> None:
+        self._site, self._reread, self._learning = site, reread, learning
+        self._state, self._signals, self._books = state, signals, books
+        self._office, self._breakers, self._memory = PermitOffice(), Breakers(), Memory()
+        self._admission = Admission(state, time.monotonic, self._memory.experience)
+        self._retired: list[Doors] = []
+        self._changing = asyncio.Lock()
+        """What was read first comes into force first: an older reading never replaces a newer one."""
+        self._doors = self._make_doors(site)
+        host = site.config.server.host
+        self.auth = Authenticator(tuple(site.keys.values()), host=host, has_had_keys=site.has_had_keys)
+        self.pipeline = self._make_pipeline(site)
+
+    async def reload(self) -> Mapping[str, Any]:
+        """Read configuration and policy again and use them from the next request on.
+
+        Says what is in force and which changed settings wait for a restart. Raises ConfigError for a mistake, and then
+        all stays as it was.
+        """
+        async with self._changing:
+            try:
+                site = await asyncio.to_thread(self._reread)
+            except ConfigError as error:
+                self._signals.warn("reload_failed", f"the old settings stay in force: {error}")
+                _log.error("reload failed; the old settings stay in force", reason=str(error))
+                raise
+            return self._replace(site)
+
+    def _replace(self, site: Site) -> Mapping[str, Any]:
+        if site.stored_keys is None:
+            # An unreadable ledger must not take away keys: with them would go what binds their requests.
+            site = replace(site, stored_keys=self._site.stored_keys)
+        old, self._site = self._site.config, site
+        if (
+            site.config.providers != old.providers
+            or site.secrets != self._doors_secrets
+            or site.config.network != old.network
+        ):
+            # Requests under way still hold the old doors; they are closed when the node stops.
+            self._retired.append(self._doors)
+            self._doors = self._make_doors(site)
+        self._signals.set_configured(site.configured)
+        self._use(site)
+        self.pipeline = self._make_pipeline(site)
+        self._signals.clear("reload_failed")
+        waiting = [name for name in _FIXED if getattr(site.config, name) != getattr(old, name)]
+        _log.info("reloaded", policy=site.policy.version, needs_restart=waiting)
+        return {"policy_version": site.policy.version, "policy": str(site.policy_path), "needs_restart": waiting}
+
+    def _use(self, site: Site) -> None:
+        self._site = site
+        self.auth.load(tuple(site.keys.values()))
+        self._books.caps = Caps(site.config, site.policy, site.keys)
+
+    async def follow_keys(self, ledger: Ledger) -> None:
+        """Use keys that are made or revoked by command while the node runs. Runs until cancelled."""
+        known: tuple[Any, ...] | None = None
+        while True:
+            with contextlib.suppress(LedgerUnavailable):  # the health page says so; keys stay as they are
+                async with self._changing:
+                    mark = await ledger.keys_mark()
+                    if known is not None and mark != known:
+                        self._use(replace(self._site, stored_keys=tuple(await ledger.keys())))
+                    known = mark
+            await asyncio.sleep(_KEYS_SECONDS)
+
+    async def aclose(self) -> None:
+        await self._admission.aclose()
+        for doors in (*self._retired, self._doors):
+            await doors.local.aclose()
+            if doors.egress is not None:
+                await doors.egress.aclose()
+
+    def _make_doors(self, site: Site) -> Doors:
+        """What leads to targets. Without a hosted provider there is only the local door."""
+        config, self._doors_secrets = site.config, site.secrets
+        hosted = {one.name: one.address for one in config.providers if one.location == "hosted"}
+        onsite_secrets = {name: secret for name, secret in site.secrets.items() if name not in hosted}
+        local = LocalDoor(config.network.onsite, onsite_secrets)
+        if not hosted:
+            return Doors(local)
+        secrets = {name: secret for name, secret in site.secrets.items() if name in hosted}
+        return Doors(local, EgressDoor(hosted, secrets, self._office.key))
+
+    def _make_pipeline(self, site: Site) -> Pipeline:
+        return Pipeline(
+            policy=site.policy,
+            config=site.config,
+            detector=site.detector,
+            state=self._state,
+            ledger=self._books,
+            admission=self._admission,
+            breakers=self._breakers,
+            memory=self._memory,
+            doors=self._doors,
+            permits=self._office,
+            alerts=self._signals,
+            learning=self._learning,
+        )

@@ -1,0 +1,159 @@
+"""A node from its first line to its last: what is started is stopped in the opposite order."""
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+from fastapi import FastAPI
+
+from appliance.api.app import create_app
+from appliance.api.bulk import BulkLines
+from appliance.api.lines import Lines
+from appliance.api.task_fits import TaskFits
+from appliance.api.task_store import SavedTasks
+from appliance.config import NodeConfig
+from appliance.core import Target
+from appliance.errors import EngineFailed
+from appliance.ledger.store import Ledger
+from appliance.node.encoders import EncoderHost
+from appliance.node.energy_sampler import EnergySampler, Meters
+from appliance.node.gpu_watch import watch_gpus
+from appliance.node.nvidia import load_nvml
+from appliance.node.signals import Signals
+from appliance.node.supervisor import Supervisor
+from appliance.node.swap import Rules, resting_at_first
+from appliance.node.swapper import Swapper
+from appliance.pipeline.books import Books, Caps
+from appliance.serve.listening import Server, alone, ended, listening, reloads_on_hangup, url_of, uvicorn_config
+from appliance.serve.node import Node
+from appliance.serve.rooms import in_background, open_desk, open_learning, supervisor_of
+from appliance.serve.site import Site, ledger_url
+from appliance.state import State
+from appliance.telemetry.logs import setup_logging
+from appliance.telemetry.metrics import Metrics
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """What a node says of itself once it is ready. `hosted` are the names of hosted targets."""
+
+    url: str
+    hosted: tuple[str, ...]
+    policy_version: str
+    policy_path: Path
+    needs_key: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """The control plane: what measures, starts and watches."""
+
+    state: State
+    metrics: Metrics
+    signals: Signals
+    supervisor: Supervisor
+    encoders: EncoderHost
+
+
+async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Running], None]) -> None:
+    """Run a node until SIGTERM or SIGINT; calls `announce` once it can answer. SIGHUP reloads what `reread` gives.
+
+    Raises LedgerUnavailable, EngineFailed and other OperatorErrors for what keeps it from starting.
+    """
+    config = site.config
+    setup_logging(config.log.level, config.log.format)
+    async with AsyncExitStack() as stack:
+        stack.enter_context(alone(site.home))
+        listener = stack.enter_context(listening(config.server.host, config.server.port))
+        control = await _start_control(site, stack)
+        node, app = await _start_data(site, reread, control, stack)
+        server = Server(uvicorn_config(app, config))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        stack.push_async_callback(ended, server, serving)
+        with server.stops_on(signal.SIGTERM, signal.SIGINT), reloads_on_hangup(node.reload):
+            ready = asyncio.create_task(_wait_ready(control.supervisor, config, site.configured))
+            await asyncio.wait({ready, serving}, return_when=asyncio.FIRST_COMPLETED)
+            if ready.done():
+                ready.result()
+                announce(_running(site, listener))
+            else:
+                ready.cancel()
+            await serving
+
+
+async def _start_control(site: Site, stack: AsyncExitStack) -> Control:
+    """Engines first, since they take longest; then what swaps, watches and meters them."""
+    engine, state = site.config.engine, State(time.monotonic)
+    signals = Signals(state, time.monotonic, site.configured)
+    signals.set_configured(site.configured)
+    supervisor = supervisor_of(site, signals)
+    await supervisor.start(resting_at_first(site.placements, site.pools))
+    stack.push_async_callback(supervisor.stop)
+    encoders = EncoderHost(supervisor, signals, site.home, engine.threads or len(os.sched_getaffinity(0)))
+    stack.push_async_callback(encoders.aclose)
+    await encoders.start_if_needed()
+    rules = Rules(engine.idle_unload_seconds, engine.least_residence_seconds)
+    models = [placement.model for placement in site.placements]
+    in_background(stack, Swapper(supervisor, state, time.monotonic, site.pools, rules, models).run(), "swapping")
+    nvml = load_nvml()
+    if nvml is not None:
+        in_background(stack, watch_gpus(signals, nvml), "GPU watch")
+    in_background(stack, EnergySampler(lambda: supervisor.keepers, signals, Meters.open(nvml)).run(), "metering")
+    return Control(state, Metrics(), signals, supervisor, encoders)
+
+
+async def _start_data(
+    site: Site, reread: Callable[[], Site], control: Control, stack: AsyncExitStack
+) -> tuple[Node, FastAPI]:
+    """Ledger, pipeline, jobs and the API over them."""
+    state, metrics, signals = control.state, control.metrics, control.signals
+    ledger = await Ledger.open(ledger_url(site.config, site.home), retention_days=site.config.ledger.retention_days)
+    stack.push_async_callback(ledger.close)
+    books = Books(ledger, metrics, signals, Caps(site.config, site.policy, site.keys))
+    learning = await open_learning(site, control.encoders, lambda: node.pipeline.policy, state, signals, metrics, stack)
+    node = Node(site, reread, state, signals, books, learning)
+    stack.push_async_callback(node.aclose)
+    in_background(stack, node.follow_keys(ledger), "keys")
+    task_fits = TaskFits(site.home / "task_fits.json")
+    saved_tasks = SavedTasks(site.home / "tasks")
+    lines = Lines(pipeline=lambda: node.pipeline, auth=node.auth, fits=task_fits, saved=saved_tasks)
+    desk = await open_desk(site, lines, BulkLines(lines, lambda: node.pipeline), state, signals, metrics, stack)
+    app = create_app(
+        pipeline=lambda: node.pipeline,
+        auth=node.auth,
+        state=state,
+        ledger=ledger,
+        metrics=metrics,
+        server=site.config.server,
+        reload=node.reload,
+        task_fits=task_fits,
+        saved_tasks=saved_tasks,
+        desk=desk,
+        encoders=control.encoders,
+        learning=learning,
+    )
+    return node, app
+
+
+async def _wait_ready(supervisor: Supervisor, config: NodeConfig, configured: tuple[Target, ...]) -> None:
+    """Engines that fail end the start, unless hosted targets can answer in their place."""
+    try:
+        await supervisor.wait_ready(config.engine.start_seconds)
+    except EngineFailed as error:
+        if not configured:
+            raise
+        _log.error("the engine failed; requests that may leave the site are still answered", reason=str(error))
+
+
+def _running(site: Site, listener: socket.socket) -> Running:
+    hosted = tuple(target.name for target in site.configured if target.location == "hosted")
+    return Running(url_of(listener), hosted, site.policy.version, site.policy_path, bool(site.keys))
