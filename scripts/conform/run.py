@@ -206,14 +206,14 @@ def main() -> int:
             print(f"running {suite}", file=sys.stderr)
             try:
                 outcomes += SUITES[suite](Place(url, environment, Path(folder)), suite)
-            except NotRun as error:
+            except (NotRun, subprocess.TimeoutExpired) as error:
                 skipped[suite] = str(error)
+            if arguments.json:
+                rows = [asdict(one) for one in outcomes]
+                arguments.json.write_text(json.dumps({"outcomes": rows, "not run": skipped}, indent=1))
     print(table(outcomes, skipped))
     print()
     print(reasons(outcomes))
-    if arguments.json:
-        rows = [asdict(one) for one in outcomes]
-        arguments.json.write_text(json.dumps({"outcomes": rows, "not run": skipped}, indent=1))
     return 1 if any(one.result == "failed" for one in outcomes) else 0
 
 

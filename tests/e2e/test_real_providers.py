@@ -65,10 +65,11 @@ def check_all_dialects(url: str, target: str) -> None:
             whole.usage.completion_tokens,
         )
     with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0, timeout=240) as claude:
-        extra = {"extra_body": {"temperature": 0}}
-        message = claude.messages.create(model=target, max_tokens=24, messages=EIFFEL, **extra)  # type: ignore[arg-type]
+        question: dict[str, Any] = {"model": target, "max_tokens": 24, "messages": EIFFEL}
+        question["extra_body"] = {"temperature": 0}
+        message = claude.messages.create(**question)
         assert message.content[0].type == "text" and message.content[0].text == said
-        with claude.messages.stream(model=target, max_tokens=24, messages=EIFFEL, **extra) as stream:  # type: ignore[arg-type]
+        with claude.messages.stream(**question) as stream:
             assert stream.get_final_text() == said
         assert message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0) == usage.prompt_tokens
 
