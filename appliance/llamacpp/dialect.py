@@ -104,6 +104,7 @@ def _ask(
         ignore_eos=call.ignore_eos,
         priority=call.priority,
         cache_salt=salt(call.cache_salt, call.prompt_cache_key),
+        streamed=bool(call.stream),
     )
 
 

@@ -62,6 +62,7 @@ class Ask:
     ignore_eos: bool = False
     priority: int = 0
     cache_salt: str = ""
+    streamed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +168,7 @@ class Running:
                         ignore_eos=ask.ignore_eos,
                         priority=ask.priority,
                         cache_salt=ask.cache_salt,
+                        streamed=ask.streamed,
                     )
                 )
         return cls(engine, pieces, requests, ask.stops, ask.n, ask.read_as)

@@ -65,6 +65,8 @@ class Generate:
     """Lower first."""
     cache_salt: str = ""
     """Prefixes are shared only between requests with equal salts."""
+    streamed: bool = True
+    """Somebody reads the tokens as they come, and notices pauses between them."""
 
 
 @dataclass(frozen=True, slots=True)

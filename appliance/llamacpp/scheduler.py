@@ -111,7 +111,7 @@ def most_urgent(running: Iterable[int], labels: int | None) -> int:
 def step_budget(
     batch_tokens: int,
     decoding: int,
-    in_lanes: int,
+    readers: int,
     prefill_tokens_per_second: float,
     step_seconds: float,
     *,
@@ -122,15 +122,17 @@ def step_budget(
     `can_wait`: nothing in it is urgent and somebody may come at any moment, who waits for its end: it is as short as is
     any good.
 
-    While somebody is reading a stream, there or in a lane, prompts and labels get about `step_seconds` of a step, so
-    that a long prompt cannot stall it.
+    While `readers` streams are read, there or in lanes, prompts and labels get about `step_seconds` of a step, so that
+    a long prompt cannot stall them. An answer that is given whole is there sooner when all prompts that came with its
+    own are computed first, in large pieces: a step reads all weights however few sequences it generates for, which
+    costs 11 ms of CPU for one sequence of SmolLM2-135M in BF16 and 80 ms for 32.
     """
     if can_wait:
         tiles = max(1, int(prefill_tokens_per_second * PATIENT_STEP_SECONDS) // TILE_TOKENS)
         return max(min(batch_tokens, tiles * TILE_TOKENS), decoding + 1)
-    if not decoding + in_lanes:
-        return batch_tokens
     batch_tokens = max(batch_tokens, decoding + 1)
+    if not readers:
+        return batch_tokens
     affordable = int(prefill_tokens_per_second * step_seconds)
     if 0 < affordable < SLOW_STEP_TOKENS // 2:
         return min(batch_tokens, decoding + SLOW_STEP_TOKENS)

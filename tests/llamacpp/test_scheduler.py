@@ -68,24 +68,27 @@ def test_the_end_of_the_context_limits_the_output() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "decoding", "in_lanes", "rate", "budget"),
+    ("batch", "decoding", "readers", "rate", "budget"),
     [
         (512, 0, 0, 2000.0, 512),
-        (512, 8, 0, 2000.0, 256),
+        (512, 8, 0, 2000.0, 512),  # those who get their answers whole notice no pause
+        (512, 8, 1, 2000.0, 256),
+        (512, 8, 8, 2000.0, 256),
         (512, 0, 8, 2000.0, 256),
-        (512, 8, 0, 20000.0, 512),
-        (512, 8, 0, 400.0, 64),
-        (512, 40, 0, 400.0, 128),
-        (512, 8, 0, 50.0, 8 + SLOW_STEP_TOKENS),
-        (512, 8, 0, 0.0, 64),
+        (512, 8, 8, 20000.0, 512),
+        (512, 8, 8, 400.0, 64),
+        (512, 40, 40, 400.0, 128),
+        (512, 8, 8, 50.0, 8 + SLOW_STEP_TOKENS),
+        (512, 8, 8, 0.0, 64),
         (512, 0, 8, 0.0, 64),
+        (32, 32, 32, 50.0, 33),
         (32, 32, 0, 50.0, 33),
     ],
 )
 def test_a_step_is_short_while_somebody_reads_a_stream(
-    batch: int, decoding: int, in_lanes: int, rate: float, budget: int
+    batch: int, decoding: int, readers: int, rate: float, budget: int
 ) -> None:
-    assert step_budget(batch, decoding, in_lanes, rate, 0.15) == budget
+    assert step_budget(batch, decoding, readers, rate, 0.15) == budget
 
 
 @pytest.mark.parametrize(
