@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from appliance.encoders.embedders import Embedded, unit_rows
+from appliance.encoders.embedders import _BATCH_TOKENS, _RUN_TOKENS, Embedded, _batches, unit_rows
 from appliance.encoders.examples import read_examples
 from appliance.encoders.fits import fit_calibrations
 from appliance.encoders.measures import ece
@@ -117,3 +117,11 @@ def test_an_accuracy_out_of_reach_gets_what_comes_closest() -> None:
     shown = accuracy_by_share(first, second, truth)
     assert closest.accuracy >= max(row["accuracy"] for row in shown)
     assert least_asked(first, second, truth, 0.1).share == 0.0
+
+
+def test_texts_of_like_length_are_computed_together_and_little_is_padded() -> None:
+    lengths = [*np.random.default_rng(0).integers(3, 90, 300).tolist(), 512, 512]
+    batches = [[lengths[place] for place in places] for places in _batches(lengths)]
+    assert sorted(length for batch in batches for length in batch) == sorted(lengths)
+    assert all(len(batch) * max(batch) <= _BATCH_TOKENS for batch in batches)
+    assert all(len(batch) * max(batch) - sum(batch) <= _RUN_TOKENS for batch in batches)
