@@ -1,5 +1,6 @@
 """Where saved tasks are kept: a file for each in the data directory, with all its versions, replaced whole."""
 
+import errno
 import json
 import os
 import threading
@@ -11,7 +12,7 @@ from typing import Any, Final
 
 from appliance.api.task_fits import TaskFits
 from appliance.core import Caller
-from appliance.errors import ConfigError, RequestError
+from appliance.errors import ConfigError, RequestError, StorageFull
 from appliance.tasks.saved import Saved, SavedTask, Shape, expanded
 
 MAX_TASKS: Final = 10_000
@@ -33,7 +34,7 @@ class SavedTasks:
     def put(self, task: SavedTask) -> SavedTask:
         """Keep it as the newest version of its name; one that says the same as the newest is that one. Writes to disk.
 
-        Raises RequestError where there are too many.
+        Raises RequestError where there are too many, and StorageFull where the disk has no room.
         """
         with self._lock:
             versions = tuple(self.tasks.get(task.name, ()))
@@ -44,9 +45,19 @@ class SavedTasks:
                 raise RequestError(f"at most {most} are kept: remove what is not used", param="name")
             kept = replace(task, version=versions[-1].version + 1 if versions else 1)
             if self._folder is not None:
-                _write(self._folder, (*versions, kept))
+                self._written(self._folder, (*versions, kept))
             self.tasks = {**self.tasks, task.name: (*versions, kept)}
             return kept
+
+    def _written(self, folder: Path, versions: Sequence[SavedTask]) -> None:
+        try:
+            _write(folder, versions)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise StorageFull(
+                "the task cannot be saved, the disk is full: free space", retry_after_seconds=30
+            ) from error
 
     def remove(self, name: str) -> bool:
         """Whether there was one. Deletes from disk."""

@@ -1,5 +1,6 @@
 """Saved tasks over HTTP, on disk, in jobs' lines and in every endpoint that takes one."""
 
+import errno
 import hashlib
 import json
 import math
@@ -16,7 +17,7 @@ from appliance.api.task_fits import TaskFits
 from appliance.api.task_store import SavedTasks
 from appliance.config import Key
 from appliance.core import Outgoing
-from appliance.errors import ConfigError, RequestError
+from appliance.errors import ConfigError, RequestError, StorageFull
 from appliance.jobs.nouns import Line, Terms
 from appliance.pipeline.personal.texts import readable
 from appliance.tasks.saved import read_saved
@@ -288,3 +289,16 @@ def test_versions_do_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> No
         kept.put(read_saved({**MAIL, "description": str(number)}, 0, "now"))
     with pytest.raises(RequestError, match="at most 2 versions"):
         kept.put(read_saved({**MAIL, "description": "more"}, 0, "now"))
+
+
+def test_on_a_full_disk_the_task_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = SavedTasks(tmp_path / "tasks")
+    kept.put(read_saved(MAIL, 0, "now"))
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    with monkeypatch.context() as patched, pytest.raises(StorageFull):
+        patched.setattr("os.fsync", full)
+        kept.put(read_saved({**MAIL, "debias": False}, 0, "now"))
+    assert len(kept.tasks["mail"]) == len(SavedTasks(tmp_path / "tasks").tasks["mail"]) == 1
