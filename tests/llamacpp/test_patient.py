@@ -1,7 +1,12 @@
 """Work that can wait: it holds still while anything urgent runs, and its steps are short."""
 
+import asyncio
+
 import pytest
 
+from appliance.llamacpp.engine import Engine, Generation
+from appliance.llamacpp.model import Model
+from appliance.llamacpp.params import Generate, Sampling
 from appliance.llamacpp.scheduler import NOTHING_URGENT, PATIENT_STEP_SECONDS, TILE_TOKENS, most_urgent, step_budget
 
 
@@ -26,3 +31,31 @@ def test_a_step_without_anything_urgent_is_short() -> None:
 
 def test_an_unmeasured_engine_still_computes_something() -> None:
     assert step_budget(512, 0, 0, 0.0, 0.1, can_wait=True) > 0
+
+
+@pytest.mark.anyio
+async def test_work_that_can_wait_says_nothing_while_something_urgent_runs(model: Model) -> None:
+    """Each token is put down when the engine's thread hands it over."""
+    engine = Engine(model, calibrate=False)
+    engine.start()
+    order: list[str] = []
+    begun = asyncio.Event()
+
+    async def read(name: str, generation: Generation) -> None:
+        async for events in generation:
+            order.extend(name for _ in events)
+            if name == "patient" and len(order) >= 3:
+                begun.set()
+
+    prompt = model.tokenize("Once upon a time there was a small dog who lived near the sea. " * 2)
+    ask = Generate(prompt, 120, Sampling(temperature=0.0), ignore_eos=True, priority=1)
+    patient = asyncio.create_task(read("patient", engine.submit(ask)))
+    await asyncio.wait_for(begun.wait(), 30)
+    urgent_ask = Generate(prompt[:20], 40, Sampling(temperature=0.0), ignore_eos=True)
+    await asyncio.wait_for(read("urgent", engine.submit(urgent_ask)), 60)
+    await asyncio.wait_for(patient, 60)
+    await engine.close(0)
+    first, last = order.index("urgent"), len(order) - order[::-1].index("urgent") - 1
+    assert order[first : last + 1] == ["urgent"] * 40
+    assert order.count("patient") == 120
+    assert order[-1] == "patient", "it went on afterwards"
