@@ -73,7 +73,8 @@ def _asked(client: httpx.Client, place: Place, name: str, value: Any) -> Outcome
     said = answer.json()["error"]["message"] if answer.headers["content-type"] == "application/json" else answer.text
     if answer.status_code != 400:
         return Outcome(SUITE, test, "failed", f"HTTP {answer.status_code}: {said[:200]}", said)
-    if name in said or name.rstrip("s") in said or "cannot do tools" in said or "cannot do reasoning" in said:
+    names = {name, name.rstrip("s"), *(value if isinstance(value, dict) else ())}
+    if any(one in said for one in names) or "cannot do tools" in said or "cannot do reasoning" in said:
         return Outcome(SUITE, test, "not applicable", f"refused by name: {said[:110]}", said)
     return Outcome(SUITE, test, "failed", f"refused, but not by its name: {said[:200]}", said)
 
