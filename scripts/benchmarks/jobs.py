@@ -2,12 +2,14 @@
 
 A node with the embedded model gets the same lines (decisions and extractions) one request after the other, several at
 once, and as a batch of the Files and Batches API. Then chats arrive at random (Poisson, the same moments each time),
-without and with a batch running, in turns. Reported: answers a second, the engine's busy share while lines wait
-(its own count of seconds spent computing), and the p50 and p95 of the chats' first token.
+alone, beside a batch, and beside the same lines sent one by one, in turns. Reported: answers a second idle and loaded,
+the engine's busy share while lines wait (its own count of seconds spent computing), calls of the engine that the lines
+became, and the p50 and p95 of the chats' first token. With its defaults it takes less than four minutes.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
 import sys
@@ -76,6 +78,8 @@ class Bench:
     node: RunningNode
     http: aiohttp.ClientSession
     options: argparse.Namespace
+    sent_singly: int = 0
+    """Lines answered so far, of those that are sent one by one beside chats."""
 
     async def post(self, path: str, body: Mapping[str, Any]) -> None:
         async with self.http.post(self.node.url + path, json=body) as response:
@@ -143,7 +147,20 @@ class Bench:
             "seconds": took,
             "busy": share,
             "failed": counts["failed"],
+            "engine_calls": await self.calls(found["output_file_id"]),
         }
+
+    async def calls(self, file_id: str | None) -> int:
+        """Calls that a batch's lines became: lines that were asked together share a decision, and its attempts."""
+        if file_id is None:
+            return 0
+        async with self.http.get(f"{self.node.url}/v1/files/{file_id}/content") as response:
+            rows = [json.loads(row) for row in (await response.text()).splitlines()]
+        total = 0
+        for decision in {row["response"]["decision_id"] for row in rows}:
+            async with self.http.get(f"{self.node.url}/v1/explain/{decision}") as response:
+                total += len((await response.json())["attempts"])
+        return total
 
     async def engine_seconds(self) -> float:
         """What the engine has spent computing, by its own count."""
@@ -213,14 +230,24 @@ async def beside(bench: Bench) -> dict[str, Any]:
     options = bench.options
     without: list[float] = []
     with_job: list[float] = []
-    answered, seconds = 0, 0.0
+    with_single: list[float] = []
+    answered, single, seconds, busy, single_seconds = 0, 0, 0.0, 0.0, 0.0
     for turn in range(options.turns):
         without += await bench.chats(turn)
+        began, sending = time.perf_counter(), asyncio.create_task(one_by_one(bench, turn))
+        with_single += await bench.chats(turn)
+        sending.cancel()
+        single_seconds += time.perf_counter() - began
+        with contextlib.suppress(asyncio.CancelledError):
+            await sending
+        single += bench.sent_singly
         name = await bench.start(DECISIONS, texts(DECISIONS, options.background_lines, 100 + turn))
         await bench.until(name, "in_progress")
         began, before = time.perf_counter(), (await bench.batch(name))["request_counts"]["completed"]
+        engine = await bench.engine_seconds()
         with_job += await bench.chats(turn)
         answered += (await bench.batch(name))["request_counts"]["completed"] - before
+        busy += await bench.engine_seconds() - engine
         seconds += time.perf_counter() - began
         await bench.cancel(name)
         await bench.until(name, "cancelled")
@@ -229,8 +256,20 @@ async def beside(bench: Bench) -> dict[str, Any]:
         "without": _spread(without),
         "with": _spread(with_job),
         "p95_times": percentile(with_job, 0.95) / percentile(without, 0.95),
+        "with_one_by_one": _spread(with_single),
         "job_per_second": answered / seconds,
+        "job_busy": busy / seconds,
+        "one_by_one_per_second": single / single_seconds,
+        "times_one_by_one": answered / seconds / max(single / single_seconds, 1e-9),
     }
+
+
+async def one_by_one(bench: Bench, turn: int) -> None:
+    """The same lines without a job, each sent when the one before was answered, until cancelled."""
+    bench.sent_singly = 0
+    for body in texts(DECISIONS, bench.options.background_lines, 500 + turn):
+        await bench.post(DECISIONS, body)
+        bench.sent_singly += 1
 
 
 def say(text: str) -> None:
@@ -249,7 +288,8 @@ def show(found: Mapping[str, Any]) -> None:
             f"at once {row['at_once']['per_second']:.1f}/s, as a job {job['per_second']:.1f}/s "
             f"({row['times_one_by_one']:.2f} x one by one, target {TARGET_TIMES}; "
             f"of the engine's CPU time {row['times_one_by_one_of_cpu']:.2f} x); "
-            f"engine busy {job['busy']:.0%} while lines wait (target {TARGET_BUSY:.0%}); {job['failed']} failed"
+            f"engine busy {job['busy']:.0%} while lines wait (target {TARGET_BUSY:.0%}); {job['failed']} failed; "
+            f"{row['lines']} lines were {job['engine_calls']} calls of the engine"
         )
     if "interactive" not in found:
         return
@@ -259,7 +299,12 @@ def show(found: Mapping[str, Any]) -> None:
         f"{row['chats']} chats: first token p50 {quiet['p50_seconds'] * 1e3:.0f} ms, "
         f"p95 {quiet['p95_seconds'] * 1e3:.0f} ms; beside a job p50 {beside_job['p50_seconds'] * 1e3:.0f} ms, "
         f"p95 {beside_job['p95_seconds'] * 1e3:.0f} ms ({row['p95_times']:.2f} x, target {TARGET_HARM}); "
-        f"the job got {row['job_per_second']:.1f} answers/s beside them"
+        f"the job got {row['job_per_second']:.1f} answers/s beside them, the engine {row['job_busy']:.0%} busy"
+    )
+    singly = row["with_one_by_one"]
+    print(
+        f"the same lines one by one beside chats: {row['one_by_one_per_second']:.1f} answers/s (the job "
+        f"{row['times_one_by_one']:.2f} x that), chats' first token p95 {singly['p95_seconds'] * 1e3:.0f} ms"
     )
 
 
@@ -269,7 +314,7 @@ def main() -> None:
     parser.add_argument("--extractions", type=int, default=24, help="1000 for the full measurement")
     parser.add_argument("--alone-share", type=float, default=0.25, help="of the lines that are sent one by one")
     parser.add_argument("--at-once", type=int, default=16, help="requests at once, as a client with threads would")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of chats, without and with a job, each turn")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of chats, without and with a job, each turn")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--chats-per-second", type=float, default=1.0)
     parser.add_argument("--background-lines", type=int, default=20_000)
