@@ -32,7 +32,7 @@ class Outcome:
 class Rule:
     suite: str
     test: str
-    """A pattern of shell's kind."""
+    """Patterns of shell's kind, with | between them."""
     says: str
     """A regular expression that must be found in the failure."""
     reason: str
@@ -45,7 +45,8 @@ def rules(path: Path = KNOWN) -> Sequence[Rule]:
 def judged(suite: str, test: str, said: str, known: Iterable[Rule]) -> Outcome:
     """A test that failed or was skipped saying `said`."""
     for rule in known:
-        is_about = fnmatch.fnmatchcase(suite, rule.suite) and fnmatch.fnmatchcase(test, rule.test)
+        tests = rule.test.split("|")
+        is_about = fnmatch.fnmatchcase(suite, rule.suite) and any(fnmatch.fnmatchcase(test, one) for one in tests)
         if is_about and re.search(rule.says, said):
             return Outcome(suite, test, "not applicable", rule.reason, said)
     return Outcome(suite, test, "failed", _last_words(said), said)
