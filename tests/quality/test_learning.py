@@ -1,5 +1,6 @@
 """What classifiers learn from traffic, and when their answers stand."""
 
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -14,6 +15,20 @@ pytestmark = pytest.mark.anyio
 DAY = 86_400
 
 
+@pytest.fixture(scope="module")
+async def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home whose classifier knows 300 examples, trained once for all tests that begin with one."""
+    home = tmp_path_factory.mktemp("trained")
+    async with school(home) as made:
+        await made.train(labelled(300))
+    return home
+
+
+def known(home: Path, trained: Path) -> Path:
+    shutil.copytree(trained / "classifiers", home / "classifiers")
+    return home
+
+
 async def test_nothing_stands_before_a_threshold_was_estimated(tmp_path: Path) -> None:
     async with school(tmp_path) as made:
         assert made.standing().threshold is None
@@ -21,17 +36,17 @@ async def test_nothing_stands_before_a_threshold_was_estimated(tmp_path: Path) -
         assert made.standing().threshold is None, "there is no classifier"
 
 
-async def test_a_node_that_starts_with_a_classifier_knows_its_threshold_before_the_first_text(tmp_path: Path) -> None:
-    async with school(tmp_path) as made:
-        await made.train(labelled(300))
+async def test_a_node_that_starts_with_a_classifier_knows_its_threshold_before_the_first_text(
+    tmp_path: Path, trained: Path
+) -> None:
+    async with school(known(tmp_path, trained)) as made:
         made.is_served = True
         await made.learning.tend()
         assert made.standing().threshold is not None
 
 
-async def test_held_out_rows_give_the_first_threshold_and_audits_overrule_it(tmp_path: Path) -> None:
-    async with school(tmp_path) as made:
-        await made.train(labelled(300))
+async def test_held_out_rows_give_the_first_threshold_and_audits_overrule_it(tmp_path: Path, trained: Path) -> None:
+    async with school(known(tmp_path, trained)) as made:
         made.standing()
         await made.learning.tend()
         first = made.standing()
@@ -60,18 +75,16 @@ async def test_too_few_labels_are_said_clearly(tmp_path: Path) -> None:
         )
 
 
-async def test_a_threshold_of_one_version_is_none_of_another(tmp_path: Path) -> None:
-    async with school(tmp_path) as made:
-        await made.train(labelled(300))
+async def test_a_threshold_of_one_version_is_none_of_another(tmp_path: Path, trained: Path) -> None:
+    async with school(known(tmp_path, trained)) as made:
         made.standing()
         await made.learning.tend()
         assert made.standing(1).threshold is not None
         assert made.standing(2).threshold is None
 
 
-async def test_feedback_that_calls_sure_answers_wrong_raises_the_threshold(tmp_path: Path) -> None:
-    async with school(tmp_path) as made:
-        await made.train(labelled(300))
+async def test_feedback_that_calls_sure_answers_wrong_raises_the_threshold(tmp_path: Path, trained: Path) -> None:
+    async with school(known(tmp_path, trained)) as made:
         made.standing()
         await made.learning.tend()
         before = made.standing().threshold
@@ -211,6 +224,7 @@ async def test_a_better_candidate_is_seen_in_shadow_then_serves_and_is_rolled_ba
         assert (await made.client.get("/v1/classifiers/mail")).json()["serving"] == 1, "and stays so"
 
 
+@pytest.mark.slow
 async def test_a_candidate_that_is_no_better_is_removed(tmp_path: Path) -> None:
     async with school(tmp_path) as made:
         await made.train(labelled(200))
