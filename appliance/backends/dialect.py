@@ -17,9 +17,12 @@ carried over is refused.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from appliance.core import Outgoing, Target, Usage
+
+_WRITING: Final = ("/chat/completions", "/completions")
+_LIMITS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens", "maxOutputTokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,21 @@ class Letter:
     """Below the target's address, with its query."""
     body: bytes
     headers: Mapping[str, str] = field(default_factory=dict)
+    most_output_tokens: int | None = None
+    """The most that the target may write in answer, all choices together; None where nobody knows."""
+
+
+def most_output_tokens(target: Target, outgoing: Outgoing, body: Mapping[str, Any]) -> int | None:
+    """By `body` as it was written for `target`, whatever the dialect; where it sets no limit, the one that is known of
+    the model."""
+    if outgoing.path not in _WRITING:
+        return None
+    config = body.get("generationConfig")
+    settings = config if isinstance(config, Mapping) else body
+    limits = [value for name in _LIMITS if isinstance(value := settings.get(name), int)]
+    limit = max(limits, default=target.wire.max_output_tokens)
+    choices = settings.get("n") or settings.get("candidateCount") or 1
+    return None if limit is None else limit * (choices if isinstance(choices, int) else 1)
 
 
 class Passing(Protocol):

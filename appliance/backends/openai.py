@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 from appliance.backends import responses, vllm
 from appliance.backends.carry import body_bytes, is_harmless, left_out, unsupported
-from appliance.backends.dialect import Letter, Passing
+from appliance.backends.dialect import Letter, Passing, most_output_tokens
 from appliance.backends.sse import Passage, read_usage
 from appliance.backends.translate import wants_usage
 from appliance.core import PLAIN, Outgoing, Target, Usage
@@ -33,7 +33,9 @@ class OpenaiDialect:
                 body["stream_options"] = {**(options if isinstance(options, Mapping) else {}), "include_usage": True}
         if target.provider is None:
             body["cache_salt"] = salt
-        return Letter(target, outgoing, _path(target, outgoing.path), body_bytes(target, body), dict(wire.headers))
+        most = most_output_tokens(target, outgoing, body)
+        headers = dict(wire.headers)
+        return Letter(target, outgoing, _path(target, outgoing.path), body_bytes(target, body), headers, most)
 
     def read(self, letter: Letter, payload: dict[str, Any]) -> tuple[dict[str, Any], Usage]:
         if _is_response(letter):

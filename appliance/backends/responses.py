@@ -18,7 +18,7 @@ from appliance.backends.carry import (
     unsupported,
     word_of,
 )
-from appliance.backends.dialect import Letter
+from appliance.backends.dialect import Letter, most_output_tokens
 from appliance.backends.sse import read_usage
 from appliance.backends.translate import Translation, completion, wants_usage
 from appliance.core import Outgoing, Target, Usage
@@ -43,7 +43,9 @@ def write(target: Target, outgoing: Outgoing, *, stream: bool) -> Letter:
     if stream:
         body["stream"] = True
     query = f"?{target.wire.query}" if target.wire.query else ""
-    return Letter(target, outgoing, f"/responses{query}", body_bytes(target, body), dict(target.wire.headers))
+    most = most_output_tokens(target, outgoing, body)
+    headers = dict(target.wire.headers)
+    return Letter(target, outgoing, f"/responses{query}", body_bytes(target, body), headers, most)
 
 
 def response_request(target: Target, given: Mapping[str, Any]) -> dict[str, Any]:

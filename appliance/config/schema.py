@@ -207,7 +207,8 @@ class ProviderModel(Strict):
     """How a model that thinks is told how much: by a word, or by a `budget` of tokens (Claude before 4.6, Gemini
     2.5)."""
     max_output_tokens: int | None = Field(default=None, gt=0)
-    """The limit sent to Anthropic and Gemini where the caller gave none; empty: 8,192 to Anthropic, which wants one."""
+    """The longest answer. It is sent as the limit to Anthropic and Gemini where the caller gave none (empty: 8,192 to
+    Anthropic, which wants one), and put aside from budgets for every call without a limit of its own."""
     leaves_out: tuple[str, ...] = ()
     """Fields that this model does not take, and that are left out of requests instead of refusing them, for example
     `temperature`."""

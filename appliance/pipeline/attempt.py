@@ -118,7 +118,7 @@ class Trial:
             await self._enter(call, patience)
             self._check_breaker()
             permit = self._permit()
-            await self._reserve(call)
+            await self._reserve(call, letters)
             self._sent = True
             if call.streams(target):
                 await self._open(letters[0], permit, patience)
@@ -269,12 +269,14 @@ class Trial:
         errand = self._errand
         return self._means.permits.permit(errand.request, self.target, errand.decision.route.residency)
 
-    async def _reserve(self, call: Call) -> None:
-        """A call's tokens are those of all that it becomes, so one reservation holds for all of them."""
+    async def _reserve(self, call: Call, letters: Sequence[Letter]) -> None:
+        """A call's tokens are those of all that it becomes, so one reservation holds for all of them; what the target
+        may write by its letters counts where it is more than is to be expected."""
         price = self.target.price
         if self.target.location == "onsite" or price is None:
             return
-        usd = reserve_usd(price, prompt_tokens=self._tokens(call), output_tokens=call.output_tokens)
+        most = sum(letter.most_output_tokens or 0 for letter in letters)
+        usd = reserve_usd(price, prompt_tokens=self._tokens(call), output_tokens=max(call.output_tokens, most))
         self._errand.purse.take(usd, self.target.name)
         self._reserved_usd = usd
         self._reservation = await self._means.ledger.reserve(

@@ -229,3 +229,14 @@ async def test_a_stream_whose_end_nobody_sees_costs_what_came_of_it(stack: Async
     assert tokens > 500
     assert tokens * 8 / 1e6 <= out.scene.ledger.usd <= 2 * tokens * 8 / 1e6
     out.scene.check_nothing_is_held()
+
+
+@pytest.mark.parametrize("spoken", SPOKEN)
+async def test_what_a_model_may_write_is_put_aside_where_the_caller_set_no_limit(
+    stack: AsyncExitStack, spoken: Spoken
+) -> None:
+    out = await out_to(stack, spoken, max_output_tokens=20_000, output_usd=10.0)
+    await out.ask({})
+    await out.ask({"max_completion_tokens": 1_000})
+    unlimited, limited = (usd for _, usd in out.scene.ledger.reserved.values())
+    assert 0.2 < unlimited < 0.21 and 0.01 < limited < 0.02

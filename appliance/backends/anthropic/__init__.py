@@ -5,7 +5,7 @@ from typing import Any
 from appliance.backends.anthropic.reply import MessagePassage, read_message
 from appliance.backends.anthropic.request import JSON_TOOL, message_request
 from appliance.backends.carry import body_bytes
-from appliance.backends.dialect import Letter, Passing
+from appliance.backends.dialect import Letter, Passing, most_output_tokens
 from appliance.backends.translate import wants_usage
 from appliance.core import Outgoing, Target, Usage
 from appliance.errors import Unsupported
@@ -23,7 +23,9 @@ class AnthropicDialect:
         if stream:
             body["stream"] = True
         query = f"?{target.wire.query}" if target.wire.query else ""
-        return Letter(target, outgoing, f"/messages{query}", body_bytes(target, body), dict(target.wire.headers))
+        most = most_output_tokens(target, outgoing, body)
+        headers = dict(target.wire.headers)
+        return Letter(target, outgoing, f"/messages{query}", body_bytes(target, body), headers, most)
 
     def read(self, letter: Letter, payload: dict[str, Any]) -> tuple[dict[str, Any], Usage]:
         return read_message(letter.target, payload, _answer_tool(letter))

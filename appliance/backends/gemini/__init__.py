@@ -4,7 +4,7 @@ from typing import Any
 from urllib.parse import quote
 
 from appliance.backends.carry import body_bytes
-from appliance.backends.dialect import Letter, Passing
+from appliance.backends.dialect import Letter, Passing, most_output_tokens
 from appliance.backends.gemini.reply import ContentPassage, read_content
 from appliance.backends.gemini.request import content_request
 from appliance.backends.translate import wants_usage
@@ -25,7 +25,9 @@ class GeminiDialect:
         query = "&".join(part for part in ("alt=sse" if stream else "", target.wire.query) if part)
         name = quote(target.model.removeprefix("models/"), safe="/")
         path = f"/models/{name}:{verb}" + (f"?{query}" if query else "")
-        return Letter(target, outgoing, path, body_bytes(target, body), dict(target.wire.headers))
+        most = most_output_tokens(target, outgoing, body)
+        headers = dict(target.wire.headers)
+        return Letter(target, outgoing, path, body_bytes(target, body), headers, most)
 
     def read(self, letter: Letter, payload: dict[str, Any]) -> tuple[dict[str, Any], Usage]:
         return read_content(letter.target, payload)
