@@ -220,15 +220,17 @@ class Steps:
         self._trials.append((trial, places))
         self._usage += judgement.usage
         rank = self._ranks.get(trial.target.name, len(self._rule.targets) - 1)
-        is_last = not self._after(rank)
+        # The reference is right by definition. Whoever is last only because a bound ends there is not.
+        is_reference = rank == len(self._rule.targets) - 1
         unsure = []
         for place, row in zip(places, judgement.rows, strict=True):
-            sure = is_last or tasks.stands(row, self._cascade.below_confidence)
+            sure = is_reference or tasks.stands(row, self._cascade.below_confidence)
             self._give(place, Given(row, trial.target.name, judgement.model, trial.target.location, not sure), rank)
             if not sure:
                 unsure.append(place)
-        reason = f"escalation: {trial.target.name} unsure of {len(unsure)} of {len(places)} texts"
-        await self._further(whole, unsure, rank, reason, made + 1)
+        if self._after(rank):
+            reason = f"escalation: {trial.target.name} unsure of {len(unsure)} of {len(places)} texts"
+            await self._further(whole, unsure, rank, reason, made + 1)
 
     def _give(self, place: int, given: Given, rank: int) -> None:
         """An answer replaces the one before; an error only where there is none."""

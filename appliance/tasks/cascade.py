@@ -37,7 +37,7 @@ class Seen:
     """What the caller was told; None where nobody knew."""
     answered_by: str
     is_sure: bool
-    """Whether whoever answered was sure of it, or is the last step."""
+    """Whether whoever answered was sure of it, or is the route's last step: what the others learn from."""
     went_on: bool
     audited: bool
     is_reference: bool

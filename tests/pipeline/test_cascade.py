@@ -151,8 +151,10 @@ async def test_of_256_texts_ten_unsure_ones_cost_ten_texts_at_the_model(scene: C
 async def test_a_bound_request_never_leaves_however_unsure_everybody_is(scene: Cascading) -> None:
     scene.policy(", until_known = 'escalate'")
     scene.known.threshold = None
-    facts, answers = await scene.decide("5 5 x", "? 5 x", residency=ONSITE)
+    facts, answers = await scene.decide("5 5 x", "? 9 x", residency=ONSITE)
     assert by(answers) == ["onsite/tiny"] * 2
+    assert [answer.get("unsure", False) for answer in answers] == [True, False]
+    assert [row.is_sure for row in scene.known.rows] == [False, True], "an unsure answer teaches nobody"
     assert facts.location == "onsite"
     assert scene.provider.calls == 0
     assert scene.known.told[-1].residency == "onsite"
