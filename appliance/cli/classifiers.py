@@ -68,7 +68,8 @@ def train(
     tier: Annotated[str, typer.Option(help="The dearest features that may be used: words or encoder.")] = "encoder",
     encoder: Annotated[str | None, typer.Option(help="Which embedding model; empty: the first that is here.")] = None,
     keep_examples: Annotated[
-        bool, typer.Option("--keep-examples", help="Keep the examples at the node, for versions that learn from traffic.")
+        bool,
+        typer.Option("--keep-examples", help="Keep the examples at the node, for versions that learn from traffic."),
     ] = False,
     encoding: EncodingOption = "utf-8",
     url: UrlOption = None,
@@ -250,6 +251,8 @@ def _print(told: Mapping[str, Any]) -> None:
     say(f"{len(told['labels'])} labels, {report['examples']} examples, features: {report['recipe']}")
     for row in report["tried"]:
         say(f"  tried {row['recipe']}: accuracy {row['accuracy']:.3f} in {row['seconds']:.1f} s")
+    if report.get("asked_share"):
+        say(f"  the encoder is asked about {report['asked_share']:.1%} of texts")
     _print_report(report)
     for note in report["notes"]:
         say(f"note: {note}")
