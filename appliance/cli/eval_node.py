@@ -1,5 +1,6 @@
 """A node started for as long as something needs it."""
 
+import os
 import re
 import select
 import subprocess
@@ -13,7 +14,7 @@ from typing import IO, Final
 
 from appliance.cli.output import fail, stderr
 
-_URL: Final = re.compile(r"Ready after .* at (https?://\S+)")
+_URL: Final = re.compile(r"Ready after .* at (https?://\S+)\s")
 _READY_SECONDS: Final = 900.0
 """A first start measures variants, and a large model loads for minutes."""
 _STOP_SECONDS: Final = 30.0
@@ -29,7 +30,7 @@ def started_node(model: str | None, config_path: Path | None, data_dir: Path | N
     command += ["--data-dir", str(data_dir)] if data_dir is not None else []
     with (
         tempfile.TemporaryFile() as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as process,
     ):
         try:
             with stderr.status(f"starting a node{f' with {model}' if model else ''}"):
@@ -43,19 +44,22 @@ def started_node(model: str | None, config_path: Path | None, data_dir: Path | N
                 process.kill()
 
 
-def _wait(process: "subprocess.Popen[str]", log: IO[bytes]) -> str:
+def _wait(process: "subprocess.Popen[bytes]", log: IO[bytes]) -> str:
     assert process.stdout is not None
+    handle, said = process.stdout.fileno(), b""
     ends = time.monotonic() + _READY_SECONDS
     while (left := ends - time.monotonic()) > 0:
-        if not select.select([process.stdout], [], [], left)[0]:
+        # Not by lines: what a reader of lines has taken in already, `select` does not see.
+        if not select.select([handle], [], [], left)[0]:
             break
-        line = process.stdout.readline()
-        if not line:
+        piece = os.read(handle, _TAIL_BYTES)
+        if not piece:
             process.wait()
             log.seek(0)
-            said = log.read()[-_TAIL_BYTES:].decode(errors="replace").strip()
-            fail(f"the node ended before it was ready: {said or 'it said nothing'}")
-        found = _URL.search(line)
+            last = log.read()[-_TAIL_BYTES:].decode(errors="replace").strip()
+            fail(f"the node ended before it was ready: {last or 'it said nothing'}")
+        said += piece
+        found = _URL.search(said.decode(errors="replace"))
         if found is not None:
             return found[1]
     fail(f"the node was not ready after {_READY_SECONDS:.0f} s")
