@@ -17,7 +17,7 @@ from appliance.node.doctor import Facts, examine
 from appliance.node.doctor_facts import gather
 from appliance.serve import ledger_url
 
-_SIGNS = {"ok": "[green]ok[/green]", "warning": "[yellow]warning[/yellow]", "error": "[red]error[/red]"}
+_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
 def doctor_command(
@@ -39,9 +39,10 @@ def doctor_command(
         say_json({"ok": is_well, "findings": [asdict(finding) for finding in findings]})
     else:
         for finding in findings:
-            stdout.print(f"{_SIGNS[finding.level]:<24} {finding.check:<14} {escape(finding.text)}", soft_wrap=True)
+            sign = f"[{_COLOURS[finding.level]}]{finding.level:<9}[/]"
+            stdout.print(f"{sign} {finding.check:<14} {escape(finding.text)}", soft_wrap=True)
             if finding.remedy:
-                stdout.print(f"{'':<7} {'':<14} -> {escape(finding.remedy)}", soft_wrap=True)
+                stdout.print(f"{'':<9} {'':<14} -> {escape(finding.remedy)}", soft_wrap=True)
     raise typer.Exit(0 if is_well else 1)
 
 
