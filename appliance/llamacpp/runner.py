@@ -1,45 +1,33 @@
 """One step at a time: admit, compute the lanes, fill the batch with the rest, decode, read it, tell.
 
-Owned by one thread. Decisions lie in `scheduler`, what is cached in `prefix`, where a sequence lies in `cells`, label
-work in `scoring`.
+Owned by one thread. Who runs is told by `roster`, decisions lie in `scheduler`, what is cached in `prefix`, where a
+sequence lies in `cells`, label work in `scoring`.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
 from appliance.errors import EngineFailed
 from appliance.llamacpp.batch import Batch
-from appliance.llamacpp.cells import Cells
 from appliance.llamacpp.context import ABORTED, NO_KV_ROOM, Context, Rows
-from appliance.llamacpp.fairness import Turns
 from appliance.llamacpp.labels import ScoreJob
 from appliance.llamacpp.model import Model
 from appliance.llamacpp.pace import Pace
 from appliance.llamacpp.params import Load, Logits, TokenEvent
-from appliance.llamacpp.prefix import PrefixTree
 from appliance.llamacpp.rates import Rates
+from appliance.llamacpp.roster import Chunk, Roster
 from appliance.llamacpp.sampling import argmax_rows
 from appliance.llamacpp.scheduler import (
     NOTHING_URGENT,
     QUIET_SECONDS,
-    Line,
-    Room,
     cache_limit,
-    gives_way,
-    leads,
     most_urgent,
-    promised_tokens,
     share_prefill,
     split_budget,
     step_budget,
-    tokens_asked,
-    victim,
-    worth_a_lane,
 )
-from appliance.llamacpp.scoring import Scorer
 from appliance.llamacpp.sequence import Sequence
 
 STEP_SECONDS: Final = 0.2
@@ -50,8 +38,6 @@ _FATAL_FAILURES: Final = 3
 """So many failed steps in a row mean that it is not the requests' fault."""
 _PREFILL_OBSERVED: Final = 32
 """Steps that compute fewer prompt tokens say little about the prefill rate."""
-
-Chunk = tuple[Sequence, int]
 
 
 @dataclass(slots=True)
@@ -77,22 +63,14 @@ class Runner:
         self.rates = Rates(model.sequences)
         self._pace = Pace(model.threads)
         self._clock, self._step_seconds = clock, step_seconds
-        self._urgent = NOTHING_URGENT
-        """Priority of the most urgent of what is running."""
         self._was_urgent = float("-inf")
         """When something that cannot wait ran last."""
         self._batch_tokens = min(batch_tokens or model.batch.capacity_tokens, model.batch.capacity_tokens)
-        free_ids = list(range(model.sequence_ids))
-        self._tree = PrefixTree(model, free_ids)
-        self._cells = Cells(model, self._tree, free_ids)
-        self._turns = Turns()
-        self._line = Line()
-        self._running: list[Sequence] = []
-        self._scorer = Scorer(model, self._tree, free_ids, self._turns, self._room)
+        self._roster = Roster(model)
+        self._tree, self._cells, self._line = self._roster.tree, self._roster.cells, self._roster.line
+        self._running, self._suspects, self._scorer = self._roster.running, self._roster.suspects, self._roster.scorer
         self._told = Told()
         self._failures = 0
-        self._suspects: deque[Sequence] = deque()
-        """Sequences of a step that failed. Each runs alone until it has computed what it had, or has failed again."""
         self.in_step: frozenset[Sequence | ScoreJob] = frozenset()
         """Whose prompts and labels are being computed. Read by the event loop's thread, to abort what nobody wants."""
         self.steps = self.prefill_tokens_total = self.decode_tokens_total = 0
@@ -102,8 +80,7 @@ class Runner:
     # What comes in, between steps.
 
     def submit(self, sequence: Sequence) -> None:
-        sequence.place = self._turns.place(sequence.request.cache_salt, tokens_asked(sequence))
-        self._line.push(sequence)
+        self._roster.submit(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence now and free its cells; harmless when it has ended already."""
@@ -134,7 +111,7 @@ class Runner:
         if self._cpu_at_start is None:
             self._cpu_at_start = time.thread_time()
         self._look_for_urgent()
-        self._admit()
+        self._roster.admit()
         self._look_for_urgent()
         if self._step_lanes():
             self._step_shared()
@@ -146,14 +123,14 @@ class Runner:
         return told
 
     def _look_for_urgent(self) -> None:
-        self._urgent = most_urgent((one.request.priority for one in self._running), self._scorer.priority)
-        if self._urgent <= 0:
+        self._roster.urgent = most_urgent((one.request.priority for one in self._running), self._scorer.priority)
+        if self._roster.urgent <= 0:
             self._was_urgent = self._clock()
 
     def _step_lanes(self) -> bool:
         """The next token of every sequence in a lane. False when that failed and the step is over."""
-        self._settle()
-        lanes, sequences = self.model.lanes, self._trial(list(self._cells.in_lanes))
+        self._roster.settle()
+        lanes, sequences = self.model.lanes, self._roster.trial(list(self._cells.in_lanes))
         if lanes is None or not sequences:
             return True
         lanes.batch.clear()
@@ -169,7 +146,7 @@ class Runner:
 
     def _step_shared(self) -> None:
         """The next token of those in the shared memory, pieces of prompts, and labels."""
-        decoding = self._trial([one for one in self._running if one.lane < 0 and one.pending == 1])
+        decoding = self._roster.trial([one for one in self._running if one.lane < 0 and one.pending == 1])
         chunks = self._fill(decoding)
         if not self.batch.size:
             return
@@ -200,21 +177,21 @@ class Runner:
             sum(sequence.request.streamed for sequence in (*decoding, *self._cells.in_lanes)),
             self.rates.prefill_tokens_per_second,
             self._step_seconds,
-            can_wait=0 < self._urgent < NOTHING_URGENT and self._clock() - self._was_urgent < QUIET_SECONDS,
+            can_wait=0 < self._roster.urgent < NOTHING_URGENT and self._clock() - self._was_urgent < QUIET_SECONDS,
         )
-        prefilling = self._trial([one for one in self._running if one.lane < 0 and one.pending > 1])
+        prefilling = self._roster.trial([one for one in self._running if one.lane < 0 and one.pending > 1])
         pending = sum(sequence.pending for sequence in prefilling)
         urgent = min((sequence.request.priority for sequence in prefilling), default=0)
         for_prompts = split_budget(budget - len(decoding), pending, urgent, scorer.waiting_tokens, scorer.priority)
         chunks = share_prefill(prefilling, for_prompts, batch.outputs_max - len(decoding))
-        chunks = self._make_room(decoding, chunks)
+        chunks = self._roster.make_room(decoding, chunks)
         if decoding:
             _add_next_tokens(batch, decoding, [sequence.id for sequence in decoding])
         for sequence, tokens in chunks:
             start, stop = sequence.computed, sequence.computed + tokens
             batch.add(sequence.tokens[start:stop], start, sequence.id, last_output=stop == sequence.length)
         if not self._suspects:
-            scorer.fill(budget - batch.size, alone=not self._running, urgent=self._urgent)
+            scorer.fill(budget - batch.size, alone=not self._running, urgent=self._roster.urgent)
         return chunks
 
     def _decode(self, context: Context) -> tuple[int, float]:
@@ -233,65 +210,6 @@ class Runner:
         return code, seconds
 
     # Generating.
-
-    def _admit(self) -> None:
-        """Start what waits, in order, as long as there is room. A more urgent one may take the place of another."""
-        for sequence in self._line.in_order():
-            if self._trial([sequence]) and not self._waits_for_leader(sequence) and not self._start_before(sequence):
-                return
-
-    def _start_before(self, sequence: Sequence) -> bool:
-        """Start a sequence, in the place of less urgent ones where that is needed; False when it has to wait."""
-        while not self._start(sequence):
-            last = victim(self._running) if self._running and self._suspects else gives_way(self._running, sequence)
-            if last is None:
-                return False
-            self._cells.keep(last, self._spare_cells())
-            self._put_back(last)
-        return True
-
-    def _waits_for_leader(self, sequence: Sequence) -> bool:
-        if not self.model.forkable:
-            return False
-        cached = self._tree.depth(sequence.tokens[: sequence.length - 1], sequence.request.cache_salt)
-        return any(leads(leader, sequence, cached) for leader in self._running)
-
-    def _start(self, sequence: Sequence) -> bool:
-        """Give a sequence its id and cells if they fit; False when it has to wait."""
-        if len(self._running) >= self.model.sequences or not self._tree.free_up_ids(1):
-            return False
-        self._cells.find(sequence)
-        if not self._room().fits(promised_tokens(sequence)) and (self._running or self._scorer.window_tokens):
-            self._cells.let_go(sequence)
-            return False
-        self._line.remove(sequence)
-        self._turns.begin(sequence.place, tokens_asked(sequence))
-        self._cells.seat(sequence)
-        if sequence.cached_tokens is None:
-            sequence.cached_tokens = sequence.computed
-        self._running.append(sequence)
-        return True
-
-    def _settle(self) -> None:
-        """Move sequences that generate into lanes, and out where they have outgrown them."""
-        lanes = self.model.lanes
-        if lanes is None:
-            return
-        for sequence in [one for one in self._cells.in_lanes if one.length > lanes.tokens]:
-            if not self._cells.to_shared(sequence, self._spare_cells()):
-                self._put_back(sequence)
-        for sequence in self._running:
-            if sequence.lane < 0 and worth_a_lane(sequence, self._cells.lane_tokens, len(self._running)):
-                self._cells.to_lane(sequence)
-
-    def _trial(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Those that may be computed now: after a failed step the suspects, one by one; else the most urgent, for what
-        can wait holds still beside what cannot."""
-        if self._suspects:
-            return [sequence for sequence in sequences if sequence is self._suspects[0]]
-        if self._scorer.careful:
-            return []
-        return [sequence for sequence in sequences if sequence.request.priority <= self._urgent]
 
     def _read_decoding(self, decoding: list[Sequence], rows: Rows) -> None:
         greedy = [sequence.sampler.plain_greedy for sequence in decoding]
@@ -363,46 +281,11 @@ class Runner:
         """Take a finished sequence out; its tokens stay cached where they are whole."""
         assert sequence.finished is not None
         if sequence.finished.reason in ("stop", "length"):
-            self._cells.keep(sequence, self._spare_cells())
-        self._running.remove(sequence)
-        self._cells.free(sequence)
-        if sequence in self._suspects:
-            self._suspects.remove(sequence)
+            self._cells.keep(sequence, self._roster.spare_cells())
+        self._roster.leave(sequence)
         self._told.sequences.append(sequence)
 
-    def _put_back(self, sequence: Sequence) -> None:
-        """Preempt: the cells go, the tokens stay, and the line takes it back at its old place."""
-        self._running.remove(sequence)
-        self._cells.free(sequence)
-        self._line.push(sequence)
-
     # Room, and what happens when a step fails.
-
-    def _room(self) -> Room:
-        used = sum(sequence.private for sequence in self._running)
-        promised = sum(promised_tokens(sequence) for sequence in self._running)
-        used += self._tree.pinned_tokens + self._scorer.window_tokens
-        return Room(self.model.context_tokens, used, promised)
-
-    def _make_room(self, decoding: list[Sequence], chunks: list[Chunk]) -> list[Chunk]:
-        """Free the cells this step needs: first cached prefixes, then whole sequences, youngest first.
-
-        Takes those that were put back out of `decoding`, and gives the chunks that are left.
-        """
-        while True:
-            needed = len(decoding) + sum(tokens for _, tokens in chunks)
-            free = self._spare_cells()
-            shared = [sequence for sequence in self._running if sequence.lane < 0]
-            if free + self._tree.evict(needed - free) >= needed or not shared:
-                return chunks
-            self._put_back(victim(shared))
-            decoding[:] = [sequence for sequence in decoding if sequence.id >= 0]
-            chunks = [chunk for chunk in chunks if chunk[0].id >= 0]
-
-    def _spare_cells(self) -> int:
-        """Cells of the shared memory that nobody holds, not even the cache."""
-        own = sum(sequence.private for sequence in self._running)
-        return self.model.context_tokens - self._tree.tokens - own - self._scorer.window_tokens
 
     def _recover(self, code: int, sequences: list[Sequence]) -> None:
         """A decode failed. What was alone in it ends; of several, nobody knows who did it, so they try one by one.
@@ -426,7 +309,7 @@ class Runner:
             else:
                 self._suspects.append(sequence)
         for sequence in list(self._running):
-            self._put_back(sequence)
+            self._roster.put_back(sequence)
         self.model.memory_clear()
         self._tree.forget()
         if self._failures >= _FATAL_FAILURES:
@@ -442,7 +325,7 @@ class Runner:
             self._scorer.put_back()
         for sequence in sequences:
             if self._cells.held(sequence) != sequence.computed:
-                self._put_back(sequence)
+                self._roster.put_back(sequence)
 
     def _host_seconds(self) -> float:
         """CPU time of the thread that steps, outside of decoding. Only that thread can tell."""

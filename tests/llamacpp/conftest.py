@@ -1,12 +1,13 @@
 """The embedded model, loaded once for all tests of the engine, and a variant in which batching changes nothing."""
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import llama_cpp.llama_cpp as lib
 import pytest
 
+from appliance.llamacpp.engine import Engine
 from appliance.llamacpp.model import Model
 
 
@@ -35,3 +36,19 @@ def f32_model(f32_path: Path) -> Iterator[Model]:
     loaded = Model.load(f32_path, threads=1, context_tokens=512, sequences=4, batch_tokens=256, attention="exact")
     yield loaded
     loaded.close()
+
+
+@pytest.fixture
+async def engine(model: Model) -> AsyncIterator[Engine]:
+    started = Engine(model, calibrate=False)
+    started.start()
+    yield started
+    await started.close(0)
+
+
+@pytest.fixture
+async def exact(f32_model: Model) -> AsyncIterator[Engine]:
+    started = Engine(f32_model, calibrate=False)
+    started.start()
+    yield started
+    await started.close(0)

@@ -3,68 +3,18 @@
 import asyncio
 import gc
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
 
 import llama_cpp
 import pytest
 
-from appliance.errors import ContextTooLong, EngineBusy, EngineFailed, RequestError
-from appliance.llamacpp.context import ABORTED, NO_KV_ROOM
-from appliance.llamacpp.engine import Engine, Generation
+from appliance.errors import ContextTooLong, EngineBusy, RequestError
+from appliance.llamacpp.context import ABORTED
+from appliance.llamacpp.engine import Engine
 from appliance.llamacpp.model import Model
-from appliance.llamacpp.params import Generate, LabelItem, Logits, Sampling, TokenEvent
+from appliance.llamacpp.params import Generate, LabelItem, Logits, Sampling
+from tests.llamacpp.asking import GREEDY, endless, read, story, tokens, until, until_idle
 
 pytestmark = pytest.mark.anyio
-
-GREEDY = Sampling(temperature=0.0)
-STORY = "Once upon a time there was a small dog who lived near the sea. "
-
-
-@pytest.fixture
-async def engine(model: Model) -> AsyncIterator[Engine]:
-    started = Engine(model, calibrate=False)
-    started.start()
-    yield started
-    await started.close(0)
-
-
-@pytest.fixture
-async def exact(f32_model: Model) -> AsyncIterator[Engine]:
-    started = Engine(f32_model, calibrate=False)
-    started.start()
-    yield started
-    await started.close(0)
-
-
-async def read(generation: Generation) -> list[TokenEvent]:
-    return [event async for events in generation for event in events]
-
-
-async def tokens(generation: Generation) -> list[int]:
-    return [event.token for event in await read(generation)]
-
-
-def story(model: Model, length: int) -> list[int]:
-    return model.tokenize(STORY * 80)[:length]
-
-
-def endless(prompt: Sequence[int], max_tokens: int, **more: object) -> Generate:
-    return Generate(prompt, max_tokens, GREEDY, ignore_eos=True, **more)  # type: ignore[arg-type]
-
-
-async def until(reached: Callable[[], object]) -> None:
-    """Wait for something that the engine's thread does."""
-    async with asyncio.timeout(20):
-        while not reached():  # noqa: ASYNC110 - what a thread does between two steps has no event
-            await asyncio.sleep(0.002)
-
-
-async def until_idle(engine: Engine) -> None:
-    def idle() -> bool:
-        load = engine.load()
-        return not (load.running_sequences or load.queued_requests or load.queued_prompt_tokens or load.kv_used_tokens)
-
-    await until(idle)
 
 
 async def test_an_answer_ends_at_the_end_token_which_is_not_delivered(engine: Engine) -> None:
@@ -365,117 +315,6 @@ async def test_a_long_prompt_does_not_stall_a_stream(engine: Engine) -> None:
         during += len(await anext(stream))
     assert during >= 4
     stream.cancel()
-
-
-async def test_a_step_without_kv_room_is_repaired(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = await tokens(engine.submit(endless(story(engine.model, 30), 8)))
-    decode, codes = engine.model.decode, iter([NO_KV_ROOM])
-    monkeypatch.setattr(engine.model, "decode", lambda: next(codes, None) or decode())
-    assert await tokens(engine.submit(endless(story(engine.model, 30), 8))) == expected
-
-
-async def test_a_failed_step_ends_what_was_in_it_and_the_engine_goes_on(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decode, codes = engine.model.decode, iter([0, 0, -3])
-    monkeypatch.setattr(engine.model, "decode", lambda: next(codes, 0) or decode())
-    hit = engine.submit(endless(story(engine.model, 30), 50))
-    await read(hit)
-    assert hit.finished is not None
-    assert hit.finished.reason == "error"
-    assert "llama_decode failed with -3" in (hit.finished.error or "")
-    await until_idle(engine)
-    assert engine.load().kv_cached_tokens == 0
-    after = engine.submit(endless(story(engine.model, 30), 5))
-    assert len(await tokens(after)) == 5
-    assert engine.failed is None
-
-
-def fails_on(model: Model, token: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every decode fail whose batch holds `token`."""
-    decode = model.decode
-    monkeypatch.setattr(model, "decode", lambda: -3 if token in model.batch.tokens else decode())
-
-
-async def test_of_a_failed_step_only_the_sequence_ends_that_made_it_fail(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fails_on(engine.model, 4321, monkeypatch)
-    good = [engine.submit(endless(story(engine.model, 30 + n)[n:], 20)) for n in range(2)]
-    await anext(good[0])
-    bad = engine.submit(endless([*story(engine.model, 20), 4321], 5))
-    assert await tokens(bad) == []
-    assert bad.finished is not None
-    assert (bad.finished.reason, "failed with -3" in (bad.finished.error or "")) == ("error", True)
-    assert len(await tokens(good[0])) + len(await tokens(good[1])) in (38, 39)
-    assert engine.failed is None
-
-
-async def test_of_a_failed_step_only_the_label_item_gets_an_error_that_made_it_fail(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fails_on(engine.model, 4321, monkeypatch)
-    items = [LabelItem([*story(engine.model, 30 + n), *more], [[5], [6]]) for n, more in enumerate([[], [4321], []])]
-    stream = engine.submit(endless(story(engine.model, 20), 40))
-    found = await engine.score(items)
-    assert [scores.error is None for scores in found] == [True, False, True]
-    assert "failed with -3" in (found[1].error or "")
-    assert len(await tokens(stream)) == 40
-    monkeypatch.undo()
-    assert [scores.error is None for scores in await engine.score(items)] == [True, True, True]
-
-
-async def test_a_step_that_fails_once_costs_nobody_anything(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode, codes = engine.model.decode, iter([-3])
-    monkeypatch.setattr(engine.model, "decode", lambda: next(codes, 0) or decode())
-    items = [LabelItem(story(engine.model, 40 + n), [[5], [6]]) for n in range(3)]
-    assert [scores.error for scores in await engine.score(items)] == [None] * 3
-
-
-async def test_an_engine_that_always_fails_says_so_and_ends_everything(
-    model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = Engine(model, calibrate=False)
-    monkeypatch.setattr(model, "decode", lambda: -3)
-    engine.start()
-    await engine.ready()
-    generations = [engine.submit(endless([5 + n], 10)) for n in range(9)]
-    for generation in generations:
-        assert await read(generation) == []
-        assert generation.finished is not None
-        assert generation.finished.reason == "error"
-    async with asyncio.timeout(20):
-        assert await engine.until_failed() is engine.failed
-    assert isinstance(engine.failed, EngineFailed)
-    with pytest.raises(EngineBusy):
-        engine.submit(endless([5], 1))
-    await engine.close(0)
-
-
-async def test_closing_lets_the_running_finish_and_refuses_new_ones(model: Model) -> None:
-    engine = Engine(model, calibrate=False)
-    engine.start()
-    generation = engine.submit(endless(story(model, 20), 10))
-    closing = asyncio.create_task(engine.close(20))
-    await asyncio.sleep(0)
-    with pytest.raises(EngineBusy, match="shutting down"):
-        engine.submit(endless([5], 1))
-    assert len(await tokens(generation)) == 10
-    await closing
-
-
-async def test_closing_at_once_cancels_what_runs(model: Model) -> None:
-    engine = Engine(model, calibrate=False)
-    engine.start()
-    generation = engine.submit(endless(story(model, 450), 50))
-    scoring = asyncio.create_task(engine.score([LabelItem(story(model, 450), [[5]])]))
-    await asyncio.sleep(0.05)
-    await engine.close(0)
-    await read(generation)
-    assert generation.finished is not None
-    assert generation.finished.reason == "cancelled"
-    with pytest.raises(EngineBusy):
-        await scoring
 
 
 async def test_calibration_fills_the_rates(model: Model) -> None:

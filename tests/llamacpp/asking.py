@@ -1,0 +1,42 @@
+"""Asking the engine without a socket, for the tests of it."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from appliance.llamacpp.engine import Engine, Generation
+from appliance.llamacpp.model import Model
+from appliance.llamacpp.params import Generate, Sampling, TokenEvent
+
+GREEDY = Sampling(temperature=0.0)
+STORY = "Once upon a time there was a small dog who lived near the sea. "
+
+
+async def read(generation: Generation) -> list[TokenEvent]:
+    return [event async for events in generation for event in events]
+
+
+async def tokens(generation: Generation) -> list[int]:
+    return [event.token for event in await read(generation)]
+
+
+def story(model: Model, length: int) -> list[int]:
+    return model.tokenize(STORY * 80)[:length]
+
+
+def endless(prompt: Sequence[int], max_tokens: int, **more: object) -> Generate:
+    return Generate(prompt, max_tokens, GREEDY, ignore_eos=True, **more)  # type: ignore[arg-type]
+
+
+async def until(reached: Callable[[], object]) -> None:
+    """Wait for something that the engine's thread does."""
+    async with asyncio.timeout(20):
+        while not reached():  # noqa: ASYNC110 - what a thread does between two steps has no event
+            await asyncio.sleep(0.002)
+
+
+async def until_idle(engine: Engine) -> None:
+    def idle() -> bool:
+        load = engine.load()
+        return not (load.running_sequences or load.queued_requests or load.queued_prompt_tokens or load.kv_used_tokens)
+
+    await until(idle)
