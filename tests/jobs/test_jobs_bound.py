@@ -21,6 +21,9 @@ from tests.providers.batches_api import BatchesApi
 
 pytestmark = pytest.mark.anyio
 
+HURRIED = HOSTED_FIRST.replace(
+    "total_seconds = 20.0", "latency_budget_seconds = 1.0\nmax_wait_seconds = 1.0\ntotal_seconds = 2.0"
+)
 SEARCHED = '\n[residency]\ncontent = "personal_data"\n'
 ADDRESS = "ada.lovelace@example.org"
 TEXTS = ("the lamp is broken", f"write to {ADDRESS} at once", "where is my parcel", "I want my money back")
@@ -88,9 +91,7 @@ class Listening(BatchesApi):
 
 async def test_a_line_with_personal_data_stays_where_the_others_of_its_group_leave(tmp_path: Path) -> None:
     async with Listening() as provider:
-        office = PostOffice(
-            tmp_path, provider.address, policy=HOSTED_FIRST.replace("20.0", "2.0") + SEARCHED, engine=True
-        )
+        office = PostOffice(tmp_path, provider.address, policy=HURRIED + SEARCHED, engine=True)
         async with office.desk() as desk:
             target = hosted_target(provider.address)
             office.scene.targets = (target, engine_target())

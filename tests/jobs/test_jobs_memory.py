@@ -12,7 +12,7 @@ from appliance.jobs.files import new_file_id
 from appliance.jobs.nouns import Batch, Line, LineAnswer, StoredFile, Terms
 from tests.jobs.office import CHAT, Answers, Office, line, until
 
-pytestmark = [pytest.mark.anyio, pytest.mark.slow]
+pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.timeout(300)]
 
 LINES = 100_000
 TEXT = "what is it that holds the world together, " * 12
