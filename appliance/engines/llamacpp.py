@@ -37,7 +37,7 @@ in a step of SmolLM2-135M. Two threads, milliseconds a step, on an idle machine 
            16         34 | 32     17 | 40            18 | over 100     28 | 28
             1         15 | 12      8 | 17                    7 | -      9 | 9
 
-The sequences held a few tokens each: with 220 apiece attention makes a step of 32 about twice as long.
+The sequences held a few tokens each: with 220 apiece one thread took 80 ms of CPU for 32 (busy machine), for attention.
 Beside others one thread is the quickest: `appliance.llamacpp.pace` sees to that. The policy is for OpenMP libraries
 other than GNU's, which know no count. numpy's own threads would have nothing to do."""
 

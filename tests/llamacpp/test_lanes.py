@@ -33,8 +33,11 @@ def exact(f32_path: Path) -> Iterator[Model]:
     loaded.close()
 
 
-def sequence(model: Model, number: int, prompt: list[int], max_tokens: int, *, priority: int = 0) -> Sequence:
-    request = Generate(prompt, max_tokens, Sampling(temperature=0.0), ignore_eos=True, priority=priority)
+def sequence(
+    model: Model, number: int, prompt: list[int], max_tokens: int, *, priority: int = 0, streamed: bool = True
+) -> Sequence:
+    greedy = Sampling(temperature=0.0)
+    request = Generate(prompt, max_tokens, greedy, ignore_eos=True, priority=priority, streamed=streamed)
     return Sequence.of(request, number, model.sequence_context_tokens, model.end_tokens)
 
 
@@ -242,3 +245,24 @@ def test_one_that_outgrows_its_lane_goes_on_in_the_shared_memory(laned: Model) -
         left.update(one.number for one in pair if one.id >= 0 and one.length > LANE)
     assert left == {0, 1}
     assert [len(written(one)) for one in pair] == [160, 160]
+
+
+@pytest.mark.parametrize(("streamed", "steps"), [(True, 5), (False, 1)])
+def test_a_prompt_comes_in_one_piece_where_nobody_reads_a_stream(laned: Model, streamed: bool, steps: int) -> None:
+    laned.reset()
+    runner = Runner(laned, step_seconds=0.001)
+    writing = [sequence(laned, n, prompt(laned, n, 20), 100, streamed=streamed) for n in range(2)]
+    for one in writing:
+        runner.submit(one)
+    while any(one.lane < 0 for one in writing):
+        runner.step()
+    late = sequence(laned, 5, prompt(laned, 7, 300), 4)
+    runner.submit(late)
+    taken = 0
+    while late.pending > 1:
+        runner.step()
+        taken += 1
+    assert taken == steps
+    for one in (*writing, late):
+        runner.cancel(one)
+    runner.step()
