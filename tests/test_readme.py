@@ -30,7 +30,7 @@ def test_every_endpoint_is_listed() -> None:
 
 
 def test_every_script_that_is_named_exists() -> None:
-    named = set(re.findall(r"scripts/(\w+)", TEXT))
+    named = set(re.findall(r"scripts/([\w-]+)", TEXT))
     assert {"serve", "test"} <= named
     assert not {
         name

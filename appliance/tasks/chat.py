@@ -76,6 +76,8 @@ class ChatCall:
             _check_only_elsewhere(body, target)
         if target.dialect == "anthropic" and self.original is not None and self.original.get("thinking") is not None:
             body = _with_thinking(body, self.original)
+        elif self.original is not None and "reasoning" not in target.abilities:
+            body = {name: value for name, value in body.items() if name != "reasoning_effort"}
         if body.get("stream") and not self.streams(target):
             body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
         return (Outgoing("/chat/completions", body),)

@@ -27,12 +27,14 @@ def asked_as(
 ) -> tuple[Asked, Sequence[ChatCall]]:
     """The chat `body` that `original`, sent to `endpoint`, was translated to, read as any chat is.
 
-    Usage is always asked of streams: other dialects tell it without being asked.
+    Usage is always asked of streams: other dialects tell it without being asked. How hard to think is a wish in them,
+    which agents send with every request: a model that does not reason may answer, too.
     """
     if body.get("stream"):
         body = {**body, "stream_options": {"include_usage": True}}
     asked, calls = chat.read(body)
-    return replace(asked, endpoint=endpoint), tuple(replace(call, original=original) for call in calls)
+    asked = replace(asked, endpoint=endpoint, needs=asked.needs - {"reasoning"})
+    return asked, tuple(replace(call, original=original) for call in calls)
 
 
 def content_of(parts: Sequence[Mapping[str, Any]]) -> str | list[Mapping[str, Any]]:

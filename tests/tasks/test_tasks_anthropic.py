@@ -7,7 +7,7 @@ import pytest
 
 from appliance.errors import RequestError
 from appliance.tasks.anthropic.read import read
-from tests.tasks.rows import hosted
+from tests.tasks.rows import LOCAL, hosted
 
 HELLO: dict[str, Any] = {"model": "auto", "max_tokens": 50, "messages": [{"role": "user", "content": "Hello"}]}
 TOOL = {"name": "f", "input_schema": {"type": "object"}}
@@ -162,6 +162,17 @@ def test_a_budget_for_thinking_is_told_in_words_and_to_its_own_dialect_exactly(t
     (sent,) = call.outgoing(replace(hosted("chat"), dialect="anthropic"))
     assert sent.body["thinking"] == thinking
     assert "reasoning_effort" not in sent.body
+
+
+@pytest.mark.parametrize(
+    "wish", [{"thinking": {"type": "enabled", "budget_tokens": 2048}}, {"output_config": {"effort": "high"}}]
+)
+def test_how_hard_to_think_is_a_wish_that_a_model_without_thoughts_may_answer(wish: dict[str, Any]) -> None:
+    asked, (call,) = read({**HELLO, "max_tokens": 4096, **wish})
+    assert "reasoning" not in asked.needs
+    assert "reasoning_effort" not in call.outgoing(LOCAL)[0].body
+    thinks = replace(LOCAL, abilities=LOCAL.abilities | {"reasoning"})
+    assert call.outgoing(thinks)[0].body["reasoning_effort"] in ("low", "high")
 
 
 def test_null_asks_for_nothing() -> None:
