@@ -59,7 +59,7 @@ def prepare(
     policy = load_policy(policy_path, [*configured, *(placed.target for placed in placements)])
     secrets = {one.name: secret for one in config.providers if (secret := read_secret(one)) is not None}
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)  # files of jobs hold prompts
     except OSError as error:
         raise ConfigError(f"cannot make the data directory {home}: {error.strerror}; choose another one") from error
     stored, has_had_keys = _stored_keys(config, home)
