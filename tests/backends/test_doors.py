@@ -228,12 +228,13 @@ async def test_each_misbehaviour_is_one_error_of_ours(
     if stream and mood == "half_body":
         pytest.skip("a stream has no length; see half_stream")
     provider.mood = mood
-    target = hosted_target(provider.address, limits=TimeLimits(connect_seconds=2, first_byte_seconds=0.3))
+    seconds = 0.3 if mood == "hang" else 5.0
+    target = hosted_target(provider.address, limits=TimeLimits(connect_seconds=2, first_byte_seconds=seconds))
     with pytest.raises(kind) as caught:
         if stream:
             await open_stream(door, target)
         else:
-            await send(door, target, seconds=0.3 if mood == "hang" else 5.0)
+            await send(door, target, seconds=seconds)
     error = caught.value
     assert isinstance(error, BackendError)
     assert (error.status, error.fallback) == (status, fallback)
