@@ -37,6 +37,8 @@ from appliance.tasks.tokens import estimate_tokens
 _DECISIONS: Final = "/v1/decisions"
 _CALLS_AT_ONCE: Final = 16
 """Of one line: a long document is extracted from piece by piece."""
+TOKENS_PER_GROUP: Final = 6_144
+"""Of lines that are asked together. Nobody waits for them, and the engine puts them back for whoever does."""
 _BUDGET_SECONDS: Final = 60.0
 """Budgets are of a day, so it helps little to try sooner."""
 
@@ -224,7 +226,7 @@ class Lines:
         if merged is None:
             return await asyncio.gather(*(self._one(one.line, caller, terms) for one in group))
         request, whole = merged
-        calls = decisions.split(whole)
+        calls = decisions.split(whole, TOKENS_PER_GROUP)
         try:
             many = await self._pipeline().answer_many(request, calls, concurrency=len(calls))
         except ApplianceError as error:

@@ -30,7 +30,7 @@ from appliance.node.models import ModelStore
 from appliance.node.planner import Plan, Wanted, plan
 from appliance.node.probe import Hardware, probe
 from appliance.node.vllm_environments import launchable
-from appliance.serve import Running, Site, prepare, serve
+from appliance.serve import Running, Site, check_free, prepare, serve
 
 
 def serve_command(
@@ -56,7 +56,7 @@ def serve_command(
         serving = _line_up(config.engine, catalog, store, hardware, engines, has_gpus, home)
     else:
         engine = config.engine.model_copy(update={"calibrate": False}) if no_calibrate else config.engine
-        serving = _one_model(engine, catalog, store, hardware, home)
+        serving = _one_model(engine, config, catalog, store, hardware, home)
 
     def read() -> Site:
         now = _with_options(load_config(config_path), host, port, model)
@@ -99,9 +99,16 @@ def _is_a_line_up(engine: Engine, has_gpus: bool) -> bool:
     return is_named and (has_gpus or (Path(engine.model).expanduser() / "config.json").is_file())
 
 
-def _one_model(engine: Engine, catalog: Catalog, store: ModelStore, hardware: Hardware, home: Path) -> _Serving:
+def _one_model(
+    engine: Engine, config: NodeConfig, catalog: Catalog, store: ModelStore, hardware: Hardware, home: Path
+) -> _Serving:
     """One model on the processor, in the variant that was measured to be quickest."""
     chosen = guarded(lambda: wanted(engine, catalog, store))
+    placements = plan(hardware, [chosen], engine).placements
+    if placements:
+        # What can be told at once is told before a model is pulled and measured.
+        guarded(lambda: prepare(config, home, placements))
+        guarded(lambda: check_free(config, home))
     _pull(store, chosen)
     measured, calibration = first_start(chosen, engine, home, hardware, store)
     outcome = plan(hardware, measured, engine)

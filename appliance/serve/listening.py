@@ -66,6 +66,12 @@ async def ended(server: Server, serving: "asyncio.Task[None]") -> None:
     await asyncio.wait({serving})
 
 
+def check_free(config: NodeConfig, home: Path) -> None:
+    """Before anything slow is done. Raises OperatorError where another node uses `home`, or something its port."""
+    with alone(home), listening(config.server.host, config.server.port):
+        pass
+
+
 @contextlib.contextmanager
 def alone(home: Path) -> Iterator[None]:
     """One node a data directory: two would share a ledger file, logs and sockets without knowing of each other."""

@@ -244,15 +244,15 @@ def _wired(body: Mapping[str, Any], questions: Sequence[Question]) -> Sequence[M
     return body.get("questions") or ()
 
 
-def split(whole: DecisionsCall) -> Sequence[DecisionsCall]:
-    """A call about many inputs as calls that an engine answers in a few seconds each.
+def split(whole: DecisionsCall, most_tokens: int = TOKENS_PER_CALL) -> Sequence[DecisionsCall]:
+    """A call about many inputs as calls of about `most_tokens`, which an engine answers in a few seconds each.
 
     The layout stays that of the whole: a text's answer must not depend on which chunk it fell into.
     """
-    return [replace(whole, inputs=chunk) for chunk in _chunks(whole)]
+    return [replace(whole, inputs=chunk) for chunk in _chunks(whole, most_tokens)]
 
 
-def _chunks(whole: DecisionsCall) -> Iterator[tuple[Input, ...]]:
+def _chunks(whole: DecisionsCall, most_tokens: int) -> Iterator[tuple[Input, ...]]:
     """The inputs in order, as many together as one call may hold; each at least alone."""
     inputs, ways = whole.inputs, whole.judging.method.ways
     if whole.for_classifier:
@@ -266,7 +266,7 @@ def _chunks(whole: DecisionsCall) -> Iterator[tuple[Input, ...]]:
     tokens = 0
     for text in inputs:
         needed = ways * (asks + len(whole.questions) * estimate_tokens(text.text))
-        if chunk and (len(chunk) == INPUTS_PER_CALL or tokens + needed > TOKENS_PER_CALL):
+        if chunk and (len(chunk) == INPUTS_PER_CALL or tokens + needed > most_tokens):
             yield tuple(chunk)
             chunk, tokens = [], 0
         chunk.append(text)

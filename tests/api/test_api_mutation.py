@@ -34,12 +34,15 @@ async def test_the_bodies_that_are_spoiled_are_good(sent: Sent) -> None:
     assert response.status_code == 200, response.text
 
 
-async def test_a_spoiled_body_never_makes_a_defect_and_is_never_sent_when_it_was_refused() -> None:
+@pytest.mark.parametrize(
+    "count", [COUNT, pytest.param(40_000, marks=[pytest.mark.slow, pytest.mark.timeout(900)], id="10,000 a dialect")]
+)
+async def test_a_spoiled_body_never_makes_a_defect_and_is_never_sent_when_it_was_refused(count: int) -> None:
     pipeline = StandInPipeline(reply=reply, pieces=PIECES)
     app = make_app(pipeline)
     refused = 0
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://node") as http:
-        for sent in mutations(seed=5, count=COUNT):
+        for sent in mutations(seed=5, count=count):
             before = len(pipeline.sent)
             response = await send(http, sent)
             assert response.status_code in (200, 400, 502), (sent, response.text)
@@ -49,4 +52,4 @@ async def test_a_spoiled_body_never_makes_a_defect_and_is_never_sent_when_it_was
             assert is_in_shape(sent, response.status_code, response.json()), (sent, response.text)
             # 502: the stand-in's reply did not pass verification.
             assert response.status_code == 502 or len(pipeline.sent) == before, sent
-    assert COUNT / 4 < refused < COUNT
+    assert count / 4 < refused < count

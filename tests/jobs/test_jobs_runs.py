@@ -391,6 +391,7 @@ async def test_what_a_crash_left_of_an_upload_is_swept_away(office: Office) -> N
         assert [path.name for path in folder.iterdir()] == [file.id]
 
 
+@pytest.mark.slow
 async def test_a_hundred_thousand_lines_go_through_with_a_broken_one(office: Office) -> None:
     office.answers.together = True
     lines = [line(n) for n in range(1, 100_001)]
