@@ -45,21 +45,16 @@ def _longest(headers: Mapping[str, str], wall: float, most_seconds: float) -> fl
 
 
 def _is_none_left(value: str) -> bool:
-    try:
-        return float(value) <= 0
-    except ValueError:
-        return False
+    number = _number(value)
+    return number is not None and number <= 0
 
 
 def parse_reset(text: str, wall: float) -> float | None:
     """Seconds from now: `6m0s`, `20ms`, `12.5`, a Unix time in seconds or milliseconds, or RFC 3339."""
     text = text.strip()
-    try:
-        number = float(text)
-    except ValueError:
-        pass
-    else:
-        if number != number or number < 0:
+    number = _number(text)
+    if number is not None:
+        if number < 0:
             return None
         if number > _EPOCH:
             number = (number / 1000 if number > _EPOCH * 1000 else number) - wall

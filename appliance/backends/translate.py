@@ -1,6 +1,7 @@
 """A stream of another dialect's events, translated event by event into chunks of OpenAI's."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -51,7 +52,7 @@ def completion(
     }
 
 
-class Translation:
+class Translation(ABC):
     """The part of a translated stream that all dialects share: events in, chunks out. Subclasses say `_take`."""
 
     def __init__(self, model: str, *, keep_usage: bool) -> None:
@@ -103,8 +104,9 @@ class Translation:
                     self.error = {"message": "an event of a shape that the dialect does not have"}
         return b"".join(out)
 
+    @abstractmethod
     def _take(self, event: dict[str, Any]) -> Iterator[bytes]:
-        raise NotImplementedError
+        """What one event of the dialect becomes; `error`, `usage` and `done` are set on the way."""
 
     def _chunk(
         self,

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -52,11 +52,17 @@ def serve_command(
     catalog, store, hardware = catalog_of(home), ModelStore(home), probe()
     engines: set[EngineKind] = {"llamacpp", "encoder", *guarded(lambda: launchable(config.engine, home, os.environ))}
     has_gpus = "vllm" in engines and bool(devices_of(hardware)[0])
+
+    def check(placements: tuple[Placement, ...]) -> None:
+        """What can be told at once is told before a model is pulled and measured."""
+        guarded(lambda: prepare(config, home, placements))
+        guarded(lambda: check_free(config, home))
+
     if _is_a_line_up(config.engine, has_gpus):
-        serving = _line_up(config.engine, catalog, store, hardware, engines, has_gpus, home)
+        serving = _line_up(config.engine, check, catalog, store, hardware, engines, has_gpus, home)
     else:
         engine = config.engine.model_copy(update={"calibrate": False}) if no_calibrate else config.engine
-        serving = _one_model(engine, config, catalog, store, hardware, home)
+        serving = _one_model(engine, check, catalog, store, hardware, home)
 
     def read() -> Site:
         now = _with_options(load_config(config_path), host, port, model)
@@ -76,6 +82,9 @@ def serve_command(
         fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+_Check = Callable[[tuple[Placement, ...]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +109,13 @@ def _is_a_line_up(engine: Engine, has_gpus: bool) -> bool:
 
 
 def _one_model(
-    engine: Engine, config: NodeConfig, catalog: Catalog, store: ModelStore, hardware: Hardware, home: Path
+    engine: Engine, check: _Check, catalog: Catalog, store: ModelStore, hardware: Hardware, home: Path
 ) -> _Serving:
     """One model on the processor, in the variant that was measured to be quickest."""
     chosen = guarded(lambda: wanted(engine, catalog, store))
     placements = plan(hardware, [chosen], engine).placements
     if placements:
-        # What can be told at once is told before a model is pulled and measured.
-        guarded(lambda: prepare(config, home, placements))
-        guarded(lambda: check_free(config, home))
+        check(placements)
     _pull(store, chosen)
     measured, calibration = first_start(chosen, engine, home, hardware, store)
     outcome = plan(hardware, measured, engine)
@@ -120,6 +127,7 @@ def _one_model(
 
 def _line_up(
     engine: Engine,
+    check: _Check,
     catalog: Catalog,
     store: ModelStore,
     hardware: Hardware,
@@ -137,6 +145,7 @@ def _line_up(
         stderr.print(f"{refusal.model} cannot be served here: {refusal.reason}")
     if not found.placements:
         fail("no model can be served here: `appliance plan` says what would fit")
+    check(found.placements)
     for item in found.items.values():
         _pull(store, item)
     first, *rest = found.placements

@@ -1,35 +1,26 @@
 """What is known of files, batches and lines, durably: every method is one transaction, in the store's own thread."""
 
-import asyncio
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from sqlalchemy import (
     Connection,
-    Engine,
     RowMapping,
     Select,
     Table,
     and_,
     bindparam,
-    create_engine,
     delete,
-    event,
     func,
     insert,
-    make_url,
     select,
     update,
 )
-from sqlalchemy.exc import SQLAlchemyError
 
 from appliance.core import Usage
-from appliance.errors import ApplianceError, JobsUnavailable, StorageFull
+from appliance.errors import JobsUnavailable
 from appliance.jobs.nouns import ENDED, Batch, Counts, Line, Problem, StoredFile
 from appliance.jobs.posting import Parcel
 from appliance.jobs.schema import (
@@ -39,7 +30,6 @@ from appliance.jobs.schema import (
     POSTED,
     VERSION,
     WAITING,
-    about,
     batches,
     files,
     lines,
@@ -47,10 +37,7 @@ from appliance.jobs.schema import (
     parcels,
     tickets,
 )
-
-Found = TypeVar("Found")
-
-_BUSY_SECONDS: Final = 5.0
+from appliance.ledger.room import Kept, RoomDatabase
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,21 +69,27 @@ class Done:
     result_length: int | None = None
 
 
-class Store:
-    """`open` it, and `close` it. Raises JobsUnavailable, or StorageFull where the disk has no room, from any method."""
+KEPT: Final = Kept(
+    name="jobs-store",
+    metadata=metadata,
+    version=VERSION,
+    adds_to=ADDS_TO,
+    # A commit is on disk when it returns: results that were paid for must not be asked for again after a power cut.
+    pragmas=("journal_mode=WAL", "synchronous=FULL"),
+    unavailable=JobsUnavailable,
+    cannot_grow="the jobs' database cannot grow ({reason}): free space on its disk",
+    cannot_be_used="the jobs' database cannot be used ({reason}): check its folder and its disk",
+    other_version="the jobs' database has tables of version {found}, this appliance knows {known}",
+)
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="jobs-store")
+
+class Store(RoomDatabase):
+    """`open` it, and `close` it. Raises JobsUnavailable, or StorageFull where the disk has no room, from any method."""
 
     @classmethod
     async def open(cls, url: str) -> "Store":
         """Open or make the database at `url`, an SQLAlchemy address."""
-        return cls(await asyncio.to_thread(_open, url))
-
-    async def close(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.dispose)
-        self._thread.shutdown(wait=False)
+        return await cls._opened(url, KEPT)
 
     # Files.
 
@@ -307,16 +300,6 @@ class Store:
     async def _rows(self, query: Select[Any]) -> Sequence[RowMapping]:
         return await self._do(lambda connection: connection.execute(query).mappings().all())
 
-    async def _do(self, work: Callable[[Connection], Found]) -> Found:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._transact, work)
-
-    def _transact(self, work: Callable[[Connection], Found]) -> Found:
-        try:
-            with self._engine.begin() as connection:
-                return work(connection)
-        except SQLAlchemyError as error:
-            raise _explained(error) from error
-
 
 def _page(
     query: Select[Any], table: Table, owner: str | None, after: str | None, limit: int, *, newest_first: bool
@@ -349,47 +332,3 @@ def _batch_of(row: RowMapping) -> Batch:
     made = Batch(**{**document, **{name: row[name] for name in ("id", "owner", "status", "created_at")}})
     problems = tuple(Problem(**one) for one in document["problems"])
     return replace(made, counts=Counts(**document["counts"]), usage=Usage(**document["usage"]), problems=problems)
-
-
-def _open(url: str) -> Engine:
-    try:
-        address = make_url(url)
-        is_sqlite = address.get_backend_name() == "sqlite"
-        if is_sqlite:
-            path = Path(address.database or "")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        more: Mapping[str, Any] = {"pool_size": 1, "connect_args": {"timeout": _BUSY_SECONDS}} if is_sqlite else {}
-        engine = create_engine(address, hide_parameters=True, **more)
-        if is_sqlite:
-            event.listen(engine, "connect", _set_up)
-            event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-        metadata.create_all(engine)
-        with engine.begin() as connection:
-            known = connection.execute(select(about.c.version)).scalars().all()
-            if not known:
-                connection.execute(insert(about), [{"version": VERSION}])
-            elif known[0] == ADDS_TO:
-                connection.execute(update(about).values(version=VERSION))
-                known = [VERSION]
-    except (SQLAlchemyError, OSError, ImportError) as error:
-        raise _explained(error) from error
-    if known and known[0] != VERSION:
-        engine.dispose()
-        raise JobsUnavailable(f"the jobs' database has tables of version {known[0]}, this appliance knows {VERSION}")
-    return engine
-
-
-def _set_up(connection: Any, _record: Any) -> None:
-    # A commit is on disk when it returns: results that were paid for must not be asked for again after a power cut.
-    connection.isolation_level = None
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")
-
-
-def _explained(error: Exception) -> ApplianceError:
-    cause = getattr(error, "orig", None) or error
-    reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-    if "full" in reason or "No space" in reason:
-        return StorageFull(f"the jobs' database cannot grow ({reason}): free space on its disk", retry_after_seconds=30)
-    return JobsUnavailable(f"the jobs' database cannot be used ({reason}): check its folder and its disk")

@@ -1,43 +1,42 @@
 """Labels, daily numbers and states, durably: every method is one transaction, in the store's own thread."""
 
-import asyncio
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final
 
-from sqlalchemy import URL, Connection, Engine, create_engine, delete, event, func, insert, select
+from sqlalchemy import URL, Connection, delete, func, select
 from sqlalchemy.dialects.sqlite import insert as upsert
-from sqlalchemy.exc import SQLAlchemyError
 
-from appliance.errors import ApplianceError, StorageFull, Unavailable
+from appliance.errors import Unavailable
+from appliance.ledger.room import Kept, RoomDatabase
 from appliance.quality.nouns import COUNTS, FEEDBACK, Day, Labelled, Learnt
-from appliance.quality.schema import VERSION, about, labelled, metadata, states, traffic
+from appliance.quality.schema import VERSION, labelled, metadata, states, traffic
 
-Found = TypeVar("Found")
-
-_BUSY_SECONDS: Final = 5.0
 _MOST_SCORES: Final = 20_000
 """Audited rows that a threshold is estimated from: the newest. More would only remember older traffic."""
 
 
-class Store:
-    """`open` it, and `close` it. Raises Unavailable, or StorageFull where the disk has no room, from any method."""
+KEPT: Final = Kept(
+    name="learning-store",
+    metadata=metadata,
+    version=VERSION,
+    # What is removed is overwritten, and no log of it stays: a text that was deleted is gone from the disk.
+    pragmas=("journal_mode=TRUNCATE", "secure_delete=ON"),
+    unavailable=Unavailable,
+    cannot_grow="labels cannot be kept ({reason}): free space on the disk",
+    cannot_be_used="labels cannot be read or kept ({reason}): check the data directory and its disk",
+    other_version="{place} has tables of version {found}, this appliance knows {known}: move it away",
+)
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learning-store")
+
+class Store(RoomDatabase):
+    """`open` it, and `close` it. Raises Unavailable, or StorageFull where the disk has no room, from any method."""
 
     @classmethod
     async def open(cls, path: Path) -> "Store":
-        return cls(await asyncio.to_thread(_open, path))
-
-    async def close(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.dispose)
-        self._thread.shutdown(wait=False)
+        return await cls._opened(URL.create("sqlite", database=str(path)), KEPT)
 
     async def add(self, rows: Sequence[Labelled], days: Sequence[Day]) -> None:
         """New labels, the newer one of a text counting, and numbers that are added to their days'."""
@@ -146,50 +145,3 @@ class Store:
                 connection.execute(delete(table).where(table.c.classifier == classifier))
 
         await self._do(write)
-
-    async def _do(self, work: Callable[[Connection], Found]) -> Found:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._transact, work)
-
-    def _transact(self, work: Callable[[Connection], Found]) -> Found:
-        try:
-            with self._engine.begin() as connection:
-                return work(connection)
-        except SQLAlchemyError as error:
-            raise _explained(error) from error
-
-
-def _open(path: Path) -> Engine:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Texts lie in it: its owner alone may read it.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        url = URL.create("sqlite", database=str(path))
-        engine = create_engine(url, pool_size=1, hide_parameters=True, connect_args={"timeout": _BUSY_SECONDS})
-        event.listen(engine, "connect", _set_up)
-        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-        metadata.create_all(engine)
-        with engine.begin() as connection:
-            known = connection.execute(select(about.c.version)).scalars().all()
-            if not known:
-                connection.execute(insert(about), [{"version": VERSION}])
-    except (SQLAlchemyError, OSError) as error:
-        raise _explained(error) from error
-    if known and known[0] != VERSION:
-        engine.dispose()
-        raise Unavailable(f"{path} has tables of version {known[0]}, this appliance knows {VERSION}: move it away")
-    return engine
-
-
-def _set_up(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None
-    # What is removed is overwritten, and no log of it stays: a text that was deleted is gone from the disk.
-    connection.execute("PRAGMA journal_mode=TRUNCATE")
-    connection.execute("PRAGMA secure_delete=ON")
-
-
-def _explained(error: Exception) -> ApplianceError:
-    cause = getattr(error, "orig", None) or error
-    reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-    if "full" in reason or "No space" in reason:
-        return StorageFull(f"labels cannot be kept ({reason}): free space on the disk", retry_after_seconds=30)
-    return Unavailable(f"labels cannot be read or kept ({reason}): check the data directory and its disk")
