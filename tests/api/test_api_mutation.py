@@ -35,7 +35,8 @@ async def test_the_bodies_that_are_spoiled_are_good(sent: Sent) -> None:
 
 
 @pytest.mark.parametrize(
-    "count", [COUNT, pytest.param(52_000, marks=[pytest.mark.slow, pytest.mark.timeout(900)], id="at least 10,000 a dialect")]
+    "count",
+    [COUNT, pytest.param(52_000, marks=[pytest.mark.slow, pytest.mark.timeout(900)], id="at least 10,000 a dialect")],
 )
 async def test_a_spoiled_body_never_makes_a_defect_and_is_never_sent_when_it_was_refused(count: int) -> None:
     pipeline = StandInPipeline(reply=reply, pieces=PIECES)
