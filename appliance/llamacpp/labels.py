@@ -96,6 +96,11 @@ class ScoreJob:
     def untaken(self) -> bool:
         return bool(self.pieces) or self.cursor < len(self.items)
 
+    @property
+    def following(self) -> LabelItem | None:
+        """The item that is taken next."""
+        return self.items[self.cursor] if self.cursor < len(self.items) else None
+
     def trie(self, labels: Sequence[Sequence[int]]) -> LabelTrie:
         """The trie of a label set; items that share the very same list share it."""
         known = self._tries.get(id(labels))
@@ -159,6 +164,16 @@ class Piece:
         """Cells it needs at most: the rest of the prompt and the chains' own nodes."""
         repeated = sum(max(0, known - 1) for known in self.fresh[1:])
         return len(self.item.prompt) - self.depth + sum(map(len, self.chains)) - repeated
+
+
+def common(before: Piece, piece: Piece) -> int:
+    """Tokens of what is left of its prompt that a piece has in common with the one before it: both must leave the
+    prefix tree at the same point, for equal tokens behind different ones are not the same."""
+    if before.depth != piece.depth or before.item.salt != piece.item.salt:
+        return 0
+    if before.node is not piece.node and piece.depth:
+        return 0
+    return common_prefix(before.item.prompt[piece.depth :], piece.item.prompt[piece.depth :])
 
 
 def failed(prompt_tokens: int, error: str) -> LabelScores:
@@ -318,13 +333,13 @@ def open_window(pieces: Sequence[Piece], ids: Sequence[int], *, merge: bool) -> 
     for piece in ordered:
         paths_of.append(len(paths))
         suffix = piece.item.prompt[piece.depth :]
-        common = _common(before, piece) if merge else 0
+        in_common = common(before, piece) if merge and before is not None else 0
         for number, chain in enumerate(piece.chains):
             if number and merge:
-                common = len(suffix) + _shared(piece.chains[number - 1], chain)
+                in_common = len(suffix) + _shared(piece.chains[number - 1], chain)
             paths.append(np.concatenate([suffix, as_tokens(chain)]) if chain else suffix)
             depths.append(piece.depth)
-            shared.append(common)
+            shared.append(in_common)
         before = piece
     forest = grow(paths, depths, shared)
     reads: dict[int, list[tuple[Judged, int]]] = {}
@@ -336,13 +351,6 @@ def open_window(pieces: Sequence[Piece], ids: Sequence[int], *, merge: bool) -> 
     wanted[list(reads)] = 1
     before_counts = np.concatenate([[0], np.cumsum(wanted, dtype=np.int64)])
     return Window(ordered, forest, np.array(ids[: len(paths)], np.int32), wanted, reads, paths_of, 0, before_counts)
-
-
-def _common(before: Piece | None, piece: Piece) -> int:
-    """Tokens of its path that a piece has in common with the one before it."""
-    if before is None or before.depth != piece.depth or before.item.salt != piece.item.salt:
-        return 0
-    return common_prefix(before.item.prompt[piece.depth :], piece.item.prompt[piece.depth :])
 
 
 def _note_reads(piece: Piece, path: int, forest: Forest, reads: dict[int, list[tuple[Judged, int]]]) -> None:

@@ -117,7 +117,8 @@ class Runner:
             self._step_shared()
         waiting = self._scorer.waiting_tokens + sum(one.pending for one in self._running if one.lane < 0)
         crowded = len(self._line) > 0 or waiting > self._batch_tokens
-        self._tree.evict(self._tree.evictable_tokens - cache_limit(self.model.context_tokens, crowded))
+        kept = max(cache_limit(self.model.context_tokens, crowded), self._scorer.keep_warm())
+        self._tree.evict(self._tree.evictable_tokens - kept)
         self._told.jobs = self._scorer.take_answered()
         told, self._told = self._told, Told()
         return told

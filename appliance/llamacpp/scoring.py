@@ -4,15 +4,15 @@ A window is as many items as fit into what is left of a step; it may last severa
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from operator import attrgetter
 from typing import Final
 
 from appliance.llamacpp.fairness import Turns
-from appliance.llamacpp.labels import Judged, Piece, ScoreJob, Window, cut, failed, judge, open_window
+from appliance.llamacpp.labels import Judged, Piece, ScoreJob, Window, common, cut, failed, judge, open_window
 from appliance.llamacpp.model import Model
-from appliance.llamacpp.prefix import PrefixTree, Tokens, common_prefix
+from appliance.llamacpp.prefix import Node, PrefixTree, Tokens, as_tokens, common_prefix
 from appliance.llamacpp.scheduler import Room
 
 _PATHS: Final = 96
@@ -84,6 +84,26 @@ class Scorer:
     def careful(self) -> bool:
         """Items have to be computed alone to find the one that makes steps fail."""
         return bool(self._suspects and self.busy)
+
+    def keep_warm(self) -> int:
+        """Mark the prefixes that the next items fork as used, so that they are the last to go; give their cells."""
+        warm: set[Node] = set()
+        for prompt, salt in self._expected():
+            node: Node | None = self._tree.match(prompt, salt, len(prompt)).node
+            while node is not None and node not in warm:
+                warm.add(node)
+                node = node.parent
+        return sum(len(node.tokens) for node in warm)
+
+    def _expected(self) -> Iterator[tuple[Tokens, str]]:
+        """Prompts and salts of the pieces that wait, and of the item whose turn is next."""
+        if not self._jobs or not self._model.forkable:
+            return
+        for job in self._jobs:
+            yield from ((piece.item.prompt, piece.item.salt) for piece in job.pieces)
+        following = min(self._jobs, key=attrgetter("rank")).following
+        if following is not None:
+            yield as_tokens(following.prompt), following.cache_salt
 
     def add(self, job: ScoreJob) -> None:
         self._open.append(job)
@@ -266,10 +286,7 @@ class Scorer:
         """Cells a piece adds to a window; what it shares with the piece before it is computed once."""
         if not pieces or not self._model.forkable:
             return piece.tokens
-        before = pieces[-1]
-        if before.depth != piece.depth or before.item.salt != piece.item.salt:
-            return piece.tokens
-        return piece.tokens - common_prefix(before.item.prompt[piece.depth :], piece.item.prompt[piece.depth :])
+        return piece.tokens - common(pieces[-1], piece)
 
     def _fits(self, tokens: int, paths: int) -> bool:
         return self._room().fits(tokens) and self._tree.free_up_ids(paths)
@@ -297,12 +314,15 @@ class Scorer:
                 piece.item.close_piece()
 
     def _keep_prefix(self, piece: Piece, sequence: int) -> None:
-        """Cache what the prompt shares with a recent one; all of it where another piece of the same item follows."""
-        prompt, salt = piece.item.prompt, piece.item.salt
+        """Cache what the prompt shares with a recent one or with the call's next item; all of it where another piece of
+        the same item follows."""
+        prompt, salt, following = piece.item.prompt, piece.item.salt, piece.item.job.following
         if piece.item.pieces_open > 1:
             shared = len(prompt)
         else:
             shared = max((common_prefix(prompt, other) for kept, other in self._recent if kept == salt), default=0)
             self._recent.append((salt, prompt))
+            if following is not None and following.cache_salt == salt:
+                shared = max(shared, common_prefix(prompt, as_tokens(following.prompt)))
         if shared - self._tree.depth(prompt[:shared], salt) >= _WORTH_CACHING_TOKENS:
             self._tree.insert(prompt[:shared], salt, sequence, piece.depth)

@@ -9,10 +9,11 @@ import pytest
 
 from appliance.llamacpp.labels import LabelTrie, ScoreJob, cut, grow, judge
 from appliance.llamacpp.model import Model
-from appliance.llamacpp.params import Generate, LabelItem, LabelScores, Sampling
+from appliance.llamacpp.params import Generate, LabelItem, Sampling
 from appliance.llamacpp.prefix import as_tokens
 from appliance.llamacpp.runner import Runner
 from appliance.llamacpp.sequence import Sequence
+from tests.llamacpp.label_calls import score
 
 INSTRUCTIONS = (
     "Decide what the customer wants. Possible answers are: refund, refund status, delivery, card lost, "
@@ -25,21 +26,6 @@ LABELS = [" refund", " refund status", " delivery", " card lost", " card stolen"
 def items(model: Model, texts: list[str] = TEXTS, labels: list[str] = LABELS) -> list[LabelItem]:
     tokens = [model.tokenize(label) for label in labels]
     return [LabelItem(model.tokenize(f"{INSTRUCTIONS}Text: {text}\nAnswer:"), tokens) for text in texts]
-
-
-def score(model: Model, wanted: list[LabelItem], *, together: bool = True) -> list[LabelScores]:
-    model.reset()
-    runner = Runner(model)
-    calls = [wanted] if together else [[item] for item in wanted]
-    found: list[LabelScores] = []
-    for call in calls:
-        job = ScoreJob(call)
-        runner.score(job)
-        while not runner.idle:
-            runner.step()
-        found.extend(scores for scores in job.results if scores is not None)
-    assert runner.load().kv_used_tokens == 0
-    return found
 
 
 def test_a_trie_computes_only_nodes_with_children() -> None:

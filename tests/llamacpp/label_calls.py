@@ -1,0 +1,27 @@
+"""Label calls put to a runner without an engine around it, for the tests of them."""
+
+from collections.abc import Sequence
+
+from appliance.llamacpp.labels import ScoreJob
+from appliance.llamacpp.model import Model
+from appliance.llamacpp.params import LabelItem, LabelScores
+from appliance.llamacpp.runner import Runner
+
+
+def score(model: Model, wanted: Sequence[LabelItem], *, together: bool = True) -> list[LabelScores]:
+    """The scores of all items, asked in one call or (`together` is off) one after the other, by an engine that has
+    cached nothing."""
+    model.reset()
+    runner = Runner(model)
+    calls = [wanted] if together else [[item] for item in wanted]
+    found = [scores for call in calls for scores in asked(runner, call)]
+    assert runner.load().kv_used_tokens == 0
+    return found
+
+
+def asked(runner: Runner, call: Sequence[LabelItem]) -> list[LabelScores]:
+    job = ScoreJob(call)
+    runner.score(job)
+    while not runner.idle:
+        runner.step()
+    return [scores for scores in job.results if scores is not None]
