@@ -10,10 +10,8 @@ from appliance.core import Ability
 from appliance.engines.base import EngineDefaults, Memory, Placement, command_line
 
 _BATCH_TOKENS: Final = 512
-_LOGITS_BYTES: Final = 24 << 20
-"""The engine's own bound of the logits buffer; the compute graph holds the same again."""
-_SPARE_SEQUENCES: Final = 112
-"""Sequence ids that the engine keeps for cached prefixes and label forks; each may ask for a row of logits."""
+_SPARE_ROWS: Final = 32
+"""Rows of logits that a step may read beside one for each running sequence; the compute graph holds each again."""
 _CELL_ROUNDING_TOKENS: Final = 256
 _ACTIVATION_WIDTHS: Final = 12
 """Rows as wide as the hidden state that one token needs at once (queries, keys, values, a feed-forward 4 times as wide,
@@ -113,9 +111,7 @@ class LlamaCpp(EngineDefaults):
 def _buffers_bytes(model: ModelSpec, sequences: int, cells: int) -> int:
     """The logits that are read and their double in the graph, shared and the lanes', the attention mask (f16), and the
     activations."""
-    sequence_ids = min(256, sequences + _SPARE_SEQUENCES)
-    outputs = max(sequence_ids, min(_BATCH_TOKENS, _LOGITS_BYTES // (4 * model.vocabulary_tokens)))
-    logits = 2 * 4 * (outputs + sequences) * model.vocabulary_tokens
+    logits = 2 * 4 * (sequences + _SPARE_ROWS + sequences) * model.vocabulary_tokens
     mask = 2 * _BATCH_TOKENS * cells
     activations = 4 * _BATCH_TOKENS * _ACTIVATION_WIDTHS * model.embedding
     return logits + mask + activations

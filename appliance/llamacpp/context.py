@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from appliance.llamacpp.batch import Batch
+from appliance.llamacpp.pages import release_pages
 
 Rows = npt.NDArray[np.float32]
 """Shape (outputs, vocabulary): views into llama.cpp's own buffer, valid until the next decode."""
@@ -59,6 +60,15 @@ class Context:
             raw = (ctypes.c_float * (shape[0] * shape[1])).from_address(address)
             self._rows, self._rows_address = np.ctypeslib.as_array(raw).reshape(shape), address
         return self._rows[: self.batch.outputs]
+
+    def release_unread_rows(self) -> None:
+        """llama.cpp writes zeros into a row of logits for every sequence id; give back those `batch` never reads."""
+        address = lib.llama_get_logits(self._context)
+        if address:
+            row_bytes = 4 * self.vocabulary_size
+            ids = int(lib.llama_n_seq_max(self._context))
+            first = ctypes.addressof(address.contents) + self.batch.outputs_max * row_bytes
+            release_pages(first, (ids - self.batch.outputs_max) * row_bytes)
 
     def abort(self) -> None:
         """Make a decode that runs in another thread give up within milliseconds; it returns ABORTED, and so does

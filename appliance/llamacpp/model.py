@@ -19,16 +19,19 @@ from appliance.errors import EngineFailed, ModelFileError
 from appliance.llamacpp.batch import Batch
 from appliance.llamacpp.context import Attention, Context, context_params
 from appliance.llamacpp.lanes import Lanes, lane_tokens
+from appliance.llamacpp.pages import release_file_pages
 
 _GGUF_MAGIC: Final = b"GGUF"
 _WARN, _ERROR = 3, 4  # ggml_log_level
 _F16_BYTES: Final = 2
 _LAST_WORDS: Final = 6
-_LOGITS_BYTES: Final = 24 << 20
-"""Bound of the logits buffer and of its double in the compute graph; rows beyond what one step reads are waste."""
+_SPARE_ROWS: Final = 32
+"""Rows of logits that a step may read beside one for each running sequence. A row is held twice, as result and in the
+compute graph: 0.4 MB at 49,152 tokens. With 64 rows in all 77 labels take 1.07 times the CPU of 144 rows, 8 labels the
+same."""
 _SPARE_SEQUENCES: Final = 112
-"""Ids for cached prefixes and label forks beside the running sequences. llama.cpp's limit is 256 in all; its work
-per step grows with the square of the number, and it keeps a row of logits for each."""
+"""Ids for cached prefixes and label forks beside the running sequences. llama.cpp's limit is 256 in all, and its work
+per step grows with the square of the number."""
 
 
 class _Log:
@@ -130,13 +133,12 @@ class Model(Context):
             if lanes is None:
                 lanes = lane_tokens(context_tokens, lib.llama_model_n_ctx_train(handle), sequences) if forkable else 0
             ids = min(256, sequences + _SPARE_SEQUENCES) if forkable else sequences + 1
-            vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(handle))
-            outputs = max(ids, min(batch_tokens, _LOGITS_BYTES // (4 * vocabulary)))
+            rows = sequences + _SPARE_ROWS
             params = context_params(
                 cells=context_tokens - lanes * sequences,
-                batch_tokens=max(batch_tokens, outputs),
+                batch_tokens=max(batch_tokens, rows, ids),
                 ids=ids,
-                outputs=outputs,
+                outputs=max(rows, ids),
                 threads=threads,
                 attention=attention,
             )
@@ -149,8 +151,11 @@ class Model(Context):
         except EngineFailed:
             lib.llama_model_free(handle)
             raise
-        batch = Batch(lib.llama_n_batch(context), outputs, ids)
+        batch = Batch(lib.llama_n_batch(context), rows, ids)
         model = cls(path, handle, context, threads=threads, sequences=sequences, batch=batch)
+        model.release_unread_rows()
+        # All of the file is in memory now, and most of it twice where kernels keep weights in an order of their own.
+        release_file_pages(path)
         if lanes:
             model.lanes = Lanes.make(handle, model, count=sequences, tokens=lanes, threads=threads, attention=attention)
         return model

@@ -182,14 +182,19 @@ def _call(some: Sequence[Text], *, has_template: bool) -> LabelsIn:
 def _rows(model: Model, prompts: Prompts, text: Text) -> list[npt.NDArray[np.float32]]:
     """Logits after some of the text's tokens, spread evenly over it. Views: valid until the next text is read."""
     model.memory_clear()
-    tokens = prompts.raw(text.text)[: min(model.batch.outputs_max, model.batch.capacity_tokens)]
+    tokens = prompts.raw(text.text)[: model.batch.capacity_tokens]
+    step = max(1, -(-(len(tokens) - _FIRST_POSITION) // _POSITIONS_PER_TEXT))
     model.batch.clear()
-    model.batch.add_each(tokens, list(range(len(tokens))), [0] * len(tokens))
+    start = 0
+    for position in range(_FIRST_POSITION, len(tokens), step):
+        model.batch.add(tokens[start : position + 1], start, 0, last_output=True)
+        start = position + 1
+    if not model.batch.size:
+        return []
     code = model.decode()
     if code:
         raise EngineFailed(f"a decode failed with {code} while comparing variants: {model.last_words()}")
-    step = max(1, -(-(len(tokens) - _FIRST_POSITION) // _POSITIONS_PER_TEXT))
-    return [model.rows[position] for position in range(_FIRST_POSITION, len(tokens), step)]
+    return list(model.rows)
 
 
 def _top(row: npt.NDArray[np.float32]) -> Distribution:
