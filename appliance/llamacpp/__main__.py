@@ -23,6 +23,7 @@ from appliance.errors import ConfigError, ModelFileError
 from appliance.llamacpp.constrain import Grammars
 from appliance.llamacpp.engine import Engine
 from appliance.llamacpp.events import JsonLines, log
+from appliance.llamacpp.kernels import PLAIN, Kernels, install
 from appliance.llamacpp.model import Model
 from appliance.llamacpp.process import (
     EXIT_ARGUMENTS,
@@ -98,7 +99,7 @@ async def _live(options: argparse.Namespace, desk: Desk, stop: asyncio.Event) ->
         if not loading.done():
             log("stopped", reason="told to stop while loading")
             return EXIT_CLEAN
-        model, prompts, grammars = loading.result()
+        desk.kernels, model, prompts, grammars = loading.result()
     except ModelFileError as error:
         desk.close("failed", error.message)
         log("model_file_error", reason=error.message)
@@ -153,7 +154,9 @@ async def _work(
     return EXIT_CLEAN if engine.failed is None else EXIT_ENGINE
 
 
-def _load(options: argparse.Namespace) -> tuple[Model, Prompts, Grammars]:
+def _load(options: argparse.Namespace) -> tuple[Kernels, Model, Prompts, Grammars]:
+    kernels = PLAIN if options.plain_kernels else install()
+    log("kernels", kernels=kernels.told)
     model = Model.load(
         options.model,
         threads=options.threads,
@@ -169,7 +172,7 @@ def _load(options: argparse.Namespace) -> tuple[Model, Prompts, Grammars]:
             template = options.chat_template.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ModelFileError(f"the chat template {str(options.chat_template)!r} cannot be read: {error}") from error
-    return model, Prompts(model, template=template, tool_format=options.tool_format), grammars
+    return kernels, model, Prompts(model, template=template, tool_format=options.tool_format), grammars
 
 
 async def _in_daemon_thread(work: Callable[[], Result]) -> Result:
@@ -236,6 +239,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=sorted(SYNTAXES),
         help="how the model writes calls (default: as its template says)",
     )
+    parser.add_argument("--plain-kernels", action="store_true", help="compute with llama.cpp's own kernels alone")
     parser.add_argument("--leash-fd", type=int, help="read end of a pipe the parent holds; end when it is closed")
     options = parser.parse_args(argv)
     if (

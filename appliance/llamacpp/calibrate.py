@@ -28,6 +28,7 @@ import psutil
 from appliance.errors import ApplianceError, ConfigError, ModelFileError
 from appliance.llamacpp.disturbance import load_average, stolen_seconds
 from appliance.llamacpp.events import log
+from appliance.llamacpp.kernels import PLAIN, install
 from appliance.llamacpp.model import Model
 from appliance.llamacpp.process import EXIT_ARGUMENTS, EXIT_CLEAN, EXIT_ENGINE, EXIT_MODEL_FILE, tie_to_parent
 from appliance.llamacpp.quality import Quality, Reading, compare, read_source, texts
@@ -59,6 +60,8 @@ class Job:
     most_texts: int
     seconds: float
     """When this long has passed, nothing new is begun."""
+    plain_kernels: bool = False
+    """Whether llama.cpp's own kernels compute alone."""
 
     @property
     def speeds(self) -> list[Speed]:
@@ -138,6 +141,7 @@ def calibrate(job: Job) -> dict[str, Any]:
 
     What decides between variants comes first for all of them; other thread counts and numbers of sequences follow.
     """
+    kernels = PLAIN if job.plain_kernels else install()
     began, load, stolen = time.monotonic(), load_average(), stolen_seconds()
     first, rest = job.speeds[:2], job.speeds[2:]
     progress = Progress(len(job.variants) * (len(job.speeds) + 2) - 1, job.seconds)
@@ -165,6 +169,7 @@ def calibrate(job: Job) -> dict[str, Any]:
         "variants": [variant.told() for variant in found],
         "left_out": [dataclasses.asdict(one) for one in progress.left_out],
         "llama_cpp": llama_cpp.__version__,
+        "kernels": kernels.told,
         "system": lib.llama_print_system_info().decode("utf-8", "replace").strip(),
         "load_average": load,
         "stolen_seconds": _grown(stolen, stolen_seconds()),
@@ -252,6 +257,7 @@ def _arguments(argv: Sequence[str] | None) -> tuple[Job, int | None]:
     parser.add_argument("--figure-seconds", type=float, default=1.0, help="time for one figure's repeats")
     parser.add_argument("--texts", type=int, default=len(texts()), help="most texts to compare on")
     parser.add_argument("--seconds", type=float, default=600.0, help="time after which nothing new is begun")
+    parser.add_argument("--plain-kernels", action="store_true", help="measure llama.cpp's own kernels alone")
     parser.add_argument("--leash-fd", type=int, help="read end of a pipe the parent holds; end when it is closed")
     options = parser.parse_args(argv)
     variants = (options.source, *options.variant)
@@ -262,7 +268,15 @@ def _arguments(argv: Sequence[str] | None) -> tuple[Job, int | None]:
     if max(options.sequences) > MOST_SEQUENCES:
         raise ConfigError(f"--sequences {max(options.sequences)}: at most {MOST_SEQUENCES} are measured")
     threads = tuple(sorted(set(options.threads), reverse=True))
-    job = Job(variants, threads, options.sequences, options.figure_seconds, max(1, options.texts), options.seconds)
+    job = Job(
+        variants=variants,
+        threads=threads,
+        sequences=options.sequences,
+        figure_seconds=options.figure_seconds,
+        most_texts=max(1, options.texts),
+        seconds=options.seconds,
+        plain_kernels=options.plain_kernels,
+    )
     return job, options.leash_fd
 
 

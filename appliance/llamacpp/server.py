@@ -22,6 +22,7 @@ from appliance.llamacpp.dialect import chat_ask, check_model, completion_ask
 from appliance.llamacpp.envelopes import ChatIn, CompletionIn, LabelsIn, SampledIn, TokenizeIn, parse
 from appliance.llamacpp.events import log
 from appliance.llamacpp.generation import Ask, Engine, Running
+from appliance.llamacpp.kernels import Kernels
 from appliance.llamacpp.labels_api import label_ask, label_reply
 from appliance.llamacpp.prompts import Prompts
 from appliance.llamacpp.replies import Kind, ReplyWriter
@@ -71,6 +72,7 @@ class Desk:
         self.phase: Phase = "loading"
         self.reason = "the model is being loaded"
         self.serving: Serving | None = None
+        self.kernels = Kernels(reason="the model is being loaded")
         self.started = time.monotonic()
         self.active = 0
         self._idle = asyncio.Event()
@@ -157,7 +159,7 @@ class Dialect:
 
     async def health(self, request: Request) -> Response:
         if self.desk.phase == "ok":
-            return _json({"status": "ok"})
+            return _json({"status": "ok", "kernels": self.desk.kernels.told})
         return _json({"status": self.desk.phase, "reason": self.desk.reason}, 503)
 
     async def load(self, request: Request) -> Response:

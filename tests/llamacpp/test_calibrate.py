@@ -167,5 +167,5 @@ def test_arguments_that_cannot_be_are_refused_in_words(
 
 
 def test_a_missing_source_ends_the_program_with_the_code_for_model_files(capfd: pytest.CaptureFixture[str]) -> None:
-    assert program.main(["--source", "q4_1=/nowhere/a.gguf", "--threads", "1"]) == 3
+    assert program.main(["--source", "q4_1=/nowhere/a.gguf", "--threads", "1", "--plain-kernels"]) == 3
     assert "does not exist" in json.loads(capfd.readouterr().err.splitlines()[-1])["reason"]
