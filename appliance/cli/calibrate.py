@@ -164,6 +164,8 @@ def _print(source: Wanted, calibration: Calibration, choice: Choice | None, engi
     say("Tokens a second, over all sequences together.")
     if any(figure.disturbed for variant in measurement.variants for figure in variant.figures):
         say("* Other programs held the cores: reckoned from the CPU time used, and the clock shows less.")
+    if measurement.kernels:
+        say(f"Kernels: {measurement.kernels}")
     for left in measurement.left_out:
         say(f"Left out: {left.what}: {left.reason}")
     for variant in measurement.variants:

@@ -89,6 +89,8 @@ class Measurement:
     stolen_seconds: float | None
     """CPU time that the hypervisor gave to other machines meanwhile."""
     seconds: float
+    kernels: str = ""
+    """Which computed beside llama.cpp's own, or why none did. Older files do not say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Any, Final
 from pydantic import TypeAdapter, ValidationError
 
 from appliance.errors import ApplianceError, BackendGarbage
+from appliance.llamacpp.kernels.library import identity
 from appliance.node.calibration import Calibration, Key, Measurement, stale_reason
 
 _DISTRIBUTION: Final = "llama-cpp-python"
@@ -73,7 +74,8 @@ def read_measurement(payload: Any) -> Measurement:
 
 @cache
 def llama_cpp_identity() -> str:
-    """The version, and eight digits over the libraries as they were installed: another build computes otherwise."""
+    """The version, eight digits over the libraries as they were installed, and the kernels that compute beside them:
+    another build computes otherwise."""
     try:
         distribution = importlib.metadata.distribution(_DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
@@ -81,7 +83,7 @@ def llama_cpp_identity() -> str:
     record = distribution.read_text("RECORD") or ""
     libraries = sorted(line for line in record.splitlines() if ".so" in line or ".dylib" in line or ".dll" in line)
     digest = hashlib.sha256("\n".join(libraries).encode()).hexdigest()
-    return f"{distribution.version}+{digest[:8]}"
+    return f"{distribution.version}+{digest[:8]}+{identity()}"
 
 
 def file_identity(path: Path, sha256: str | None) -> str:

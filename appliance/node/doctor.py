@@ -76,6 +76,12 @@ class EngineBuild:
     features: frozenset[str] = frozenset()
     has_variants: bool = False
     """Built for many processors at once, of which it takes the best at start."""
+    kernels: str = ""
+    """Which of the engine's own compute beside llama.cpp's; empty: none."""
+    kernels_missing: str = ""
+    """Why none does."""
+    kernels_remedy: str = ""
+    """What would change that; empty where this machine could not run them."""
     exit_code: int | None = 0
     said: str = ""
 
@@ -306,6 +312,11 @@ def _build(facts: Facts) -> Iterator[Finding]:
         yield Finding("llama.cpp", "warning", text, remedy)
     else:
         yield Finding("llama.cpp", "ok", f"built with {', '.join(sorted(build.features)) or 'variants'}")
+    if build.kernels_remedy:
+        text = f"the quicker kernels are not in use: {build.kernels_missing}"
+        yield Finding("kernels", "warning", text, build.kernels_remedy)
+    else:
+        yield Finding("kernels", "ok", build.kernels or f"llama.cpp's own: {build.kernels_missing}")
 
 
 def _threads(facts: Facts) -> Iterator[Finding]:

@@ -63,6 +63,9 @@ if any(len(list(folder.glob("libggml-cpu-*.so"))) > 1 for folder in folders):
 import llama_cpp
 llama_cpp.llama_backend_init()
 print(llama_cpp.llama_print_system_info().decode())
+from appliance.llamacpp.kernels import install
+kernels = install()
+print("kernels", kernels.told if kernels.names else "", kernels.reason, kernels.remedy, sep="\t")
 """
 _BUILD_SECONDS: Final = 60.0
 _RUNTIME: Final = re.compile(r"nvidia_cuda_runtime(?:_cu\d+)?-(?P<major>\d+)\.")
@@ -241,9 +244,14 @@ def engine_build(command: Sequence[str] = (sys.executable, "-c", _ASK_BUILD)) ->
     except (OSError, subprocess.TimeoutExpired) as error:
         return EngineBuild(exit_code=None, said=str(error))
     words = (done.stderr or done.stdout).strip().splitlines()
+    told = [line.split("\t")[1:] for line in done.stdout.splitlines() if line.startswith("kernels\t")]
+    names, missing, remedy = told[-1] if told else ("", "", "")
     return EngineBuild(
         features=frozenset(re.findall(r"(\w+) = 1", done.stdout)),
         has_variants="variants" in done.stdout.splitlines()[:1],
+        kernels=names,
+        kernels_missing=missing,
+        kernels_remedy=remedy,
         exit_code=done.returncode,
         said=words[-1] if words else "",
     )

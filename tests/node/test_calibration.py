@@ -10,6 +10,7 @@ import pytest
 from appliance.catalog import DevicePrior
 from appliance.config import Tolerance, Workload
 from appliance.errors import BackendGarbage
+from appliance.node import calibrations
 from appliance.node.calibration import (
     Calibration,
     Figure,
@@ -301,6 +302,16 @@ def test_another_build_of_the_same_version_is_another_llama_cpp(monkeypatch: pyt
     llama_cpp_identity.cache_clear()
     assert first != second
     assert first.startswith("0.3.36+")
+
+
+def test_kernels_that_appear_make_another_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    for identity in ("plain", "kernels-01234567"):
+        llama_cpp_identity.cache_clear()
+        monkeypatch.setattr(calibrations, "identity", lambda identity=identity: identity)
+        told.append(llama_cpp_identity())
+    llama_cpp_identity.cache_clear()
+    assert told[0].endswith("+plain") and told[1].endswith("+kernels-01234567")
 
 
 def test_a_result_that_is_not_what_the_program_promises_is_refused_by_field() -> None:

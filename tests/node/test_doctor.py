@@ -29,13 +29,14 @@ CPU = Cpu("Some CPU", "x86_64", 8, 8, 8, "8 physical cores", 1, 1, frozenset({"a
 RAM = Ram(64 * GIB, 60 * GIB, None, 60 * GIB, "60 of 64 GB are available")
 NO_GPU = Gpus((), "none, because the driver's library (libnvidia-ml) is not installed", state="absent")
 BARE = GpuFacts(NO_GPU, 0, 0, False, None)
+BUILD = EngineBuild(frozenset({"AVX2", "AVX512"}))
 WELL = Facts(
     cpu=CPU,
     ram=RAM,
     gpus=BARE,
     place=Place("/data", True, True, True, 0o700, 500 * GIB, None),
     ledger=LedgerFacts("/data/ledger.sqlite", last_at=NOW_AT - 10),
-    build=EngineBuild(frozenset({"AVX2", "AVX512"})),
+    build=BUILD,
     address="127.0.0.1:8080",
     address_held="free",
     has_keys=False,
@@ -100,6 +101,15 @@ def test_a_machine_that_is_well_has_nothing_but_ok() -> None:
         ({"build": EngineBuild(exit_code=1, said="No module")}, "llama.cpp", "error", "No module", "scripts/setup"),
         ({"build": EngineBuild(frozenset({"AVX2"}))}, "llama.cpp", "warning", "without AVX512", "scripts/setup"),
         ({"build": EngineBuild(frozenset({"AVX2"}), has_variants=True)}, "llama.cpp", "ok", "AVX2", ""),
+        ({"build": replace(BUILD, kernels="attention (AVX-512 VNNI)")}, "kernels", "ok", "attention", ""),
+        ({"build": replace(BUILD, kernels_missing="this processor lacks fma")}, "kernels", "ok", "lacks fma", ""),
+        (
+            {"build": replace(BUILD, kernels_missing="they have not been built", kernels_remedy="build them")},
+            "kernels",
+            "warning",
+            "not been built",
+            "build them",
+        ),
         ({"environment": {"OMP_NUM_THREADS": "64"}}, "threads", "warning", "64 is more than the 8", "unset"),
         ({"environment": {"OMP_WAIT_POLICY": "ACTIVE"}}, "threads", "warning", "router", "passive"),
         ({"environment": {"GOMP_CPU_AFFINITY": "0"}}, "threads", "warning", "GOMP_CPU_AFFINITY", "unset"),
@@ -277,6 +287,7 @@ def test_an_engine_that_dies_of_an_illegal_instruction_is_a_fact_and_no_crash() 
     assert doctor_facts.engine_build(dies).exit_code == -4
     real = doctor_facts.engine_build()
     assert real.exit_code == 0 and real.features
+    assert bool(real.kernels) != bool(real.kernels_missing)
 
 
 def test_a_missing_key_and_the_mode_of_a_keys_file_are_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
