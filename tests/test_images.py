@@ -66,10 +66,19 @@ def test_the_cuda_image_has_vllm_in_an_environment_of_its_own_from_pins_with_has
     assert path is not None and path[1].index("/opt/appliance/.venv/bin") < path[1].index("/opt/vllm/bin")
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_an_image_builds_the_kernels_once_the_program_is_there(path: Path) -> None:
+    steps = read(path).stages[0].steps
+    copied = [index for index, step in enumerate(steps) if step.word == "COPY" and step.rest.startswith("appliance ")]
+    built = [index for index, step in enumerate(steps) if "appliance.llamacpp.kernels" in step.rest]
+    assert copied < built
+
+
 def test_a_build_is_given_what_it_copies_and_not_the_rest() -> None:
     given = context(ROOT)
     assert {"scripts/setup", "scripts/requirements/default.txt", "appliance/cli/__init__.py"} <= set(given)
     assert any(path.startswith("model_configs/") for path in given)
+    assert any(path.startswith("appliance/llamacpp/kernels/") and path.endswith(".cpp") for path in given)
     assert not [path for path in given if path.startswith(("tests/", ".git", "README"))]
 
 

@@ -131,6 +131,9 @@ case "$*" in
     if [ -n "${NO_COMPILER:-}" ]; then echo "cc1plus: error: it is broken"; exit 1; fi
     while [ "$1" != --wheel-dir ]; do shift; done
     mkdir -p "$2" && echo built >"$2/llama_cpp_python-0.3.36-py3-none-any.whl" ;;
+  *kernels*)
+    echo "kernels" >>"$CALLS"
+    if [ -n "${NO_COMPILER:-}" ]; then echo "kernels: there is no C++ compiler" >&2; exit 1; fi ;;
   *purelib*) mkdir -p "$SITE" && echo "$SITE" ;;
   *llama_backend_init*) if [ -n "${ILLEGAL_INSTRUCTION:-}" ]; then echo "illegal instruction" >&2; exit 132; fi ;;
 esac
@@ -249,6 +252,23 @@ def test_a_built_engine_that_does_not_run_here_is_thrown_away(checkout: Checkout
     assert "run this again: it is then built anew" in failed.stderr
     assert checkout.setup().returncode == 0
     assert "build -D" in checkout.calls()
+
+
+def test_kernels_are_built_again_when_their_sources_change_and_do_not_stop_a_set_up(checkout: Checkout) -> None:
+    assert checkout.setup().returncode == 0
+    assert "kernels" not in checkout.calls().splitlines(), "an image's set-up runs before the program is there"
+    kernels = checkout.root / "appliance" / "llamacpp" / "kernels"
+    shutil.copytree(ROOT / "appliance" / "llamacpp" / "kernels", kernels)
+    assert checkout.setup().returncode == 0
+    assert "kernels" in checkout.calls().splitlines() and "build -D" not in checkout.calls()
+    assert checkout.setup().returncode == 0
+    assert checkout.calls() == ""
+
+    (kernels / "another.cpp").write_text("int another;\n")
+    failed = checkout.setup(NO_COMPILER="1")
+    assert failed.returncode == 0
+    assert "there is no C++ compiler" in failed.stderr and "llama.cpp's own kernels" in failed.stderr
+    assert "ready" in failed.stderr
 
 
 def test_a_machine_without_a_new_enough_python_is_told_what_to_install(checkout: Checkout, tmp_path: Path) -> None:
