@@ -26,6 +26,7 @@ ENVIRONMENT: Final[Mapping[str, str]] = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "300",
     "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
 }
 """Threads that wait for each other look 300 times, some microseconds, and then sleep. There are about 1,100 such waits
 in a step of SmolLM2-135M. Two threads, milliseconds a step, on an idle machine and beside a program that keeps a core:
@@ -37,7 +38,8 @@ in a step of SmolLM2-135M. Two threads, milliseconds a step, on an idle machine 
 
 The sequences held a few tokens each: with 220 apiece one thread took 80 ms of CPU for 32 (busy machine), for attention.
 Beside others one thread is the quickest: `appliance.llamacpp.pace` sees to that. The policy is for OpenMP libraries
-other than GNU's, which know no count. numpy's own threads would have nothing to do."""
+other than GNU's, which know no count. numpy's own threads would have nothing to do. One malloc arena for all threads:
+what a thread frees serves the others too (5 MB after a schema), and almost all that allocates holds Python's lock."""
 
 
 class LlamaCpp(EngineDefaults):

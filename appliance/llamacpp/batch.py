@@ -2,9 +2,10 @@
 
 import ctypes
 
-import llama_cpp.llama_cpp as lib
 import numpy as np
 import numpy.typing as npt
+
+from appliance.llamacpp.binding import lib
 
 
 class Batch:

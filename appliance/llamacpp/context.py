@@ -6,17 +6,21 @@ One thread at a time, but for `abort`.
 import ctypes
 from typing import Any, Final, Literal
 
-import llama_cpp.llama_cpp as lib
 import numpy as np
 import numpy.typing as npt
 
 from appliance.llamacpp.batch import Batch
+from appliance.llamacpp.binding import lib
 from appliance.llamacpp.pages import release_pages
 
 Rows = npt.NDArray[np.float32]
 """Shape (outputs, vocabulary): views into llama.cpp's own buffer, valid until the next decode."""
 Attention = Literal["fast", "exact"]
 
+_PASS_TOKENS: Final = 256
+"""llama.cpp computes a longer batch in passes of so many tokens. Activations of 256 stay in the processor's cache:
+SmolLM2-135M reads 512 tokens in 0.94 (BF16), 0.98 (Q4_0), 0.97 (Q8_0 with the kernels) and 1.03 times (Q8_0 without)
+the time of one pass, with 7 MB less."""
 NO_KV_ROOM: Final = 1
 ABORTED: Final = 2
 
@@ -109,7 +113,7 @@ def context_params(*, cells: int, batch_tokens: int, ids: int, outputs: int, thr
     """Parameters for one KV memory of `cells` that all sequences share."""
     params = lib.llama_context_default_params()
     params.n_ctx = cells
-    params.n_batch = params.n_ubatch = batch_tokens
+    params.n_batch, params.n_ubatch = batch_tokens, min(batch_tokens, _PASS_TOKENS)
     params.n_seq_max = ids
     params.n_outputs_max = outputs
     params.n_threads = params.n_threads_batch = threads

@@ -10,11 +10,11 @@ in about a quarter of a millisecond.
 import ctypes
 from typing import Any, Final
 
-import llama_cpp.llama_cpp as lib
 import numpy as np
 import numpy.typing as npt
 
 from appliance.llamacpp.batch import Batch
+from appliance.llamacpp.binding import lib
 from appliance.llamacpp.context import Attention, Context, context_params
 
 _ROUNDING_TOKENS: Final = 256

@@ -13,10 +13,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-import llama_cpp.llama_cpp as lib
-
 from appliance.errors import EngineFailed, ModelFileError
 from appliance.llamacpp.batch import Batch
+from appliance.llamacpp.binding import lib
 from appliance.llamacpp.context import Attention, Context, context_params
 from appliance.llamacpp.lanes import Lanes, lane_tokens
 from appliance.llamacpp.pages import release_file_pages

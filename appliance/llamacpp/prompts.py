@@ -12,10 +12,9 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-import llama_cpp.llama_cpp as lib
-
 from appliance.core import ToolFormat
 from appliance.errors import RequestError, Unsupported
+from appliance.llamacpp.binding import lib
 from appliance.llamacpp.chat import ChatTemplate
 from appliance.llamacpp.envelopes import MessageIn
 from appliance.llamacpp.style import style_of

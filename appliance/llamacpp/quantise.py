@@ -12,9 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-import llama_cpp.llama_cpp as lib
-
 from appliance.errors import ConfigError, EngineFailed
+from appliance.llamacpp.binding import lib
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-import llama_cpp.llama_cpp as lib
-
 from appliance.core import Ability, ReasoningFormat, ToolFormat
+from appliance.llamacpp.binding import lib
 from appliance.llamacpp.chat import ChatTemplate
 from appliance.llamacpp.tools.formats import SYNTAXES, markers_of, reasoning_format_of, tool_format_of
 from appliance.llamacpp.vocabulary import Vocabulary

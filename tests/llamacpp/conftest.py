@@ -4,9 +4,9 @@ import ctypes
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-import llama_cpp.llama_cpp as lib
 import pytest
 
+from appliance.llamacpp.binding import lib
 from appliance.llamacpp.engine import Engine
 from appliance.llamacpp.model import Model
 
