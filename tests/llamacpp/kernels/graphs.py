@@ -19,7 +19,7 @@ from appliance.llamacpp.kernels import PLAIN, Kernels, install
 Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.float16]
 
-BUFFER_TYPE: Final = b"CPU_PACKED_Q8_0"
+BUFFER_TYPE: Final = b"CPU_PACKED"
 F32, F16, Q8_0 = 0, 1, 8
 _TYPES: Final = {np.dtype(np.float32): F32, np.dtype(np.float16): F16}
 _CPU: Final = 0

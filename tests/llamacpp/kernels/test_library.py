@@ -33,8 +33,8 @@ while [ "$1" != -o ]; do shift; done
 echo "no library" >"$2"
 """
 BAD_COMPILER = """#!/bin/sh
-echo "in file q8_0.cpp" >&2
-echo "q8_0.cpp:9: error: no such intrinsic" >&2
+echo "in file products.cpp" >&2
+echo "products.cpp:9: error: no such intrinsic" >&2
 exit 1
 """
 
@@ -81,7 +81,7 @@ def test_another_source_version_or_machine_makes_another_library(
     keys = [key.__wrapped__()]
     monkeypatch.setattr(library, "_FOLDER", sources)
     assert key.__wrapped__() == keys[0], "wherever the sources lie"
-    (sources / "q8_0.cpp").write_text((sources / "q8_0.cpp").read_text() + "\n")
+    (sources / "products.cpp").write_text((sources / "products.cpp").read_text() + "\n")
     keys.append(key.__wrapped__())
     (sources / "another.h").write_text("")
     keys.append(key.__wrapped__())
@@ -157,7 +157,7 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing_behind(
     compiler.write_text(BAD_COMPILER)
     assert main([]) == 1
     said = capsys.readouterr().err
-    assert "q8_0.cpp:9: error: no such intrinsic" in said and "CXX" in said and said.count("\n") == 1
+    assert "products.cpp:9: error: no such intrinsic" in said and "CXX" in said and said.count("\n") == 1
     assert not list(places[0].iterdir())
 
 
