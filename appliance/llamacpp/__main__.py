@@ -25,6 +25,7 @@ from appliance.llamacpp.engine import Engine
 from appliance.llamacpp.events import JsonLines, log
 from appliance.llamacpp.kernels import PLAIN, Kernels, install
 from appliance.llamacpp.model import Model
+from appliance.llamacpp.pages import release_code_pages, release_freed
 from appliance.llamacpp.process import (
     EXIT_ARGUMENTS,
     EXIT_CLEAN,
@@ -134,6 +135,8 @@ async def _work(
     ready = asyncio.create_task(engine.ready())
     await asyncio.wait({stopping, failing, ready}, return_when=asyncio.FIRST_COMPLETED)
     if ready.done() and ready.exception() is None:
+        release_freed()
+        release_code_pages()
         alias = options.alias or options.model.stem
         desk.open(Serving(alias, model, engine, prompts, grammars))
         log("ready", model=alias, context_tokens=model.context_tokens, sequences=model.sequences, threads=model.threads)

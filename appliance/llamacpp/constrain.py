@@ -14,6 +14,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from appliance.errors import ApplianceError, EngineBusy, RequestError
 from appliance.llamacpp.binding import lib
+from appliance.llamacpp.pages import release_freed
 from appliance.llamacpp.params import Logits
 from appliance.llamacpp.tools.grammar import Rules, lark_of
 
@@ -146,6 +147,7 @@ class Grammars:
                 if self._vocab_pointer is None:
                     raise EngineBusy("the engine is shutting down: try again when it is back", retry_after_seconds=5.0)
                 self._tables = _tables(self._vocab_pointer, self._vocabulary_size, self._end_tokens)
+                release_freed()
             return self._tables
 
     def close(self) -> None:

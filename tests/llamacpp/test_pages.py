@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from appliance.llamacpp.model import Model
-from appliance.llamacpp.pages import release_file_pages, release_pages
+from appliance.llamacpp.pages import release_code_pages, release_file_pages, release_freed, release_pages
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux alone")
 
@@ -61,6 +61,25 @@ def test_a_mapped_file_leaves_memory_and_reads_the_same_again(tmp_path: Path) ->
 def test_a_file_that_is_not_mapped_changes_nothing(tmp_path: Path) -> None:
     release_file_pages(tmp_path / "absent.gguf")
     release_file_pages(tmp_path / "absent.gguf", maps=tmp_path / "no-maps")
+
+
+def test_only_code_that_a_file_backs_is_given_back(tmp_path: Path) -> None:
+    page = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 4 * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory[:] = b"x" * (4 * page)
+    start = address_of(memory)
+    kinds = ("r-xp 0 08:01 9 /lib/code.so", "rw-p 0 08:01 9 /lib/code.so", "r-xp 0 00:00 0 [vdso]", "r-xp 0 00:00 0")
+    bounds = [f"{start + number * page:x}-{start + (number + 1) * page:x}" for number in range(4)]
+    maps = tmp_path / "maps"
+    maps.write_text("".join(f"{where} {kind}\n" for where, kind in zip(bounds, kinds, strict=True)))
+    release_code_pages(maps)
+    assert memory[::page] == b"\0xxx"
+
+
+def test_a_program_goes_on_after_its_code_and_freed_memory_went() -> None:
+    release_code_pages()
+    release_freed()
+    assert np.linalg.norm(np.ones(4)) == 2.0
 
 
 def test_more_rows_than_one_for_each_sequence_are_read_after_the_unread_ones_went(model: Model) -> None:
