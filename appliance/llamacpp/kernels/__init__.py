@@ -1,4 +1,4 @@
-"""Native kernels beside llama.cpp's own, in C++ for AVX-512 VNNI: products with Q8_0 weights, attention over float16.
+"""Native kernels beside llama.cpp's own, in C++ for AVX-512 VNNI: quantised products, attention over float16.
 
 ggml asks each of its "extra buffer types" whether it wants a tensor or an operation; the library adds one. It is
 compiled when the engine is set up (`python -m appliance.llamacpp.kernels`) and loaded by `install`. Where it is
@@ -22,7 +22,7 @@ from appliance.llamacpp.kernels.library import (
     find,
 )
 
-NAMES: Final = ("q8_0 products", "attention")
+NAMES: Final = ("products with Q8_0, Q4_0 and Q4_1 weights", "attention")
 _LLAMA: Final = re.compile(r"libllama\.so[.\d]*$")
 _GGML: Final = re.compile(r"libggml[\w.-]*\.so[.\d]*$")
 _MAPPED_COLUMNS: Final = 6
@@ -44,7 +44,7 @@ class Kernels:
     def told(self) -> str:
         """One line for people."""
         if self.names:
-            return f"{' and '.join(self.names)} (AVX-512 VNNI)"
+            return f"{', '.join(self.names)} (AVX-512 VNNI)"
         return f"llama.cpp's own: {self.reason}" + (f" -> {self.remedy}" if self.remedy else "")
 
 

@@ -20,14 +20,18 @@ Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.float16]
 
 BUFFER_TYPE: Final = b"CPU_PACKED"
-F32, F16, Q8_0 = 0, 1, 8
-_TYPES: Final = {np.dtype(np.float32): F32, np.dtype(np.float16): F16}
+F32, F16, Q4_0, Q4_1, Q8_0 = 0, 1, 2, 3, 8
+BLOCKS: Final = {
+    Q4_0: np.dtype([("scale", "<f2"), ("weights", "u1", 16)]),
+    Q4_1: np.dtype([("scale", "<f2"), ("least", "<f2"), ("weights", "u1", 16)]),
+    Q8_0: np.dtype([("scale", "<f2"), ("weights", "i1", 32)]),
+}
+"""Blocks of 32 weights, as they lie in a file."""
+_TYPES: Final = {np.dtype(np.float32): F32, np.dtype(np.float16): F16} | {form: kind for kind, form in BLOCKS.items()}
 _CPU: Final = 0
 _CONTEXT_BYTES: Final = 1 << 20
 _BUFFER_OFFSET: Final = 8
 """Of the pointer to its buffer in a ggml_tensor."""
-
-Q8_BLOCK: Final = np.dtype([("scale", "<f2"), ("weights", "i1", 32)])
 
 _LIBRARIES: Final = [ctypes.CDLL(f"libggml{part}.so.0") for part in ("-base", "-cpu", "")]
 """Those that llama.cpp has loaded: by a path it would be the wheel's other copy of the same library."""
@@ -78,9 +82,9 @@ class Graph:
         return self._tensor(self.context, _TYPES[values.dtype], values.shape, values)
 
     def weights(self, blocks: npt.NDArray[np.void]) -> ctypes.c_void_p:
-        """Q8_0 weights from Q8_BLOCKs, shape (..., outputs, inputs / 32); in the kernels' memory if they run."""
+        """Weights from BLOCKS of one kind, shape (..., outputs, inputs / 32); in the kernels' memory if they run."""
         shape = (*blocks.shape[:-1], blocks.shape[-1] * 32)
-        return self._tensor(self._weights, Q8_0, shape, blocks)
+        return self._tensor(self._weights, _TYPES[blocks.dtype], shape, blocks)
 
     def op(self, name: str, *arguments: Any) -> ctypes.c_void_p:
         return ctypes.c_void_p(_call(name, self.context, *arguments).value)
