@@ -49,8 +49,13 @@ class Batch:
     def clear(self) -> None:
         self.size = self.outputs = 0
 
-    def add(self, tokens: npt.ArrayLike, position: int, sequence: int, *, last_output: bool) -> int:
-        """Append a run of one sequence, first token at `position`; give the row of its last token (-1: no output)."""
+    def add(
+        self, tokens: npt.ArrayLike, position: int, sequence: int, *, last_output: bool, before_last: int = 0
+    ) -> int:
+        """Append a run of one sequence, first token at `position`; give the row of its last token (-1: no output).
+
+        So many tokens `before_last` have rows too.
+        """
         start, stop = self.size, self.size + len(tokens)  # type: ignore[arg-type]
         self._tokens[start:stop] = tokens
         self._positions[start:stop] = np.arange(position, position + stop - start, dtype=np.int32)
@@ -60,8 +65,8 @@ class Batch:
         self.size = stop
         if not last_output:
             return -1
-        self._wanted[stop - 1] = 1
-        self.outputs += 1
+        self._wanted[stop - 1 - before_last : stop] = 1
+        self.outputs += 1 + before_last
         return self.outputs - 1
 
     def add_each(self, tokens: list[int], positions: list[int], sequences: list[int]) -> int:

@@ -4,7 +4,7 @@ import ctypes
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,13 @@ class JsonConstraint:
         """What the schema leaves no choice about: keys, and the signs between them. Computed together in one step."""
         tokens: list[int] = self._matcher.compute_ff_tokens()
         return tokens
+
+    def allowed(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens` fit the schema one after the other: 1 us each."""
+        count: int = self._matcher.try_consume_tokens(tokens)
+        if count:
+            self._matcher.rollback(count)
+        return count
 
     def finished(self) -> bool:
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()

@@ -33,6 +33,9 @@ class Forcing(Protocol):
     def forced(self) -> list[int]:
         """The tokens that must come next, one after the other; none where there is a choice."""
 
+    def allowed(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens` may come next, one after the other. Changes nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -144,6 +147,10 @@ class Load:
     label_items: int = 0
     """Items of label calls that are not answered yet. They are no sequences, and their calls count as queued requests
     only until the first item is taken."""
+    drafted_tokens_total: int = 0
+    """Tokens that were guessed and computed before it was their turn."""
+    accepted_tokens_total: int = 0
+    """Of those, the ones that came to be."""
     lane_sequences: int = 0
     """Of the running sequences, those that lie in lanes."""
     compute_seconds_total: float = 0.0

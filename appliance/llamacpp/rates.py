@@ -5,6 +5,8 @@ from typing import Final
 
 _WEIGHT: Final = 0.1
 """Share of a new observation in the running average: about the last twenty steps count."""
+_LEAST_ROW_SHARE: Final = 0.1
+"""Of the average, what one row more takes at least: its arithmetic, where reading the weights takes all the time."""
 _BUCKETS: Final = (1, 4, 8, 16, 32, 64, 128)
 
 
@@ -28,7 +30,16 @@ class Rates:
         self.prefill_tokens_per_second = _blend(self.prefill_tokens_per_second, tokens / seconds, weight)
 
     def observe_decode(self, sequences: int, seconds: float, weight: float = _WEIGHT) -> None:
-        """Correct the bucket nearest to `sequences` (in ratio) by what one step of that many took."""
+        """Correct the bucket nearest to `sequences` (in ratio) by what one step of that many took.
+
+        Each row of a step counts as a sequence; more than there can be of those tell about the last bucket.
+        """
+        most = max(self._decode)
+        if sequences > most:
+            row = self.row_seconds(most)
+            if row is None:
+                return
+            seconds, sequences = seconds * most / (most + (sequences - most) * row[0] / row[1]), most
         nearest = min(self._decode, key=lambda count: max(count, sequences) / min(count, sequences))
         known, seen = self._decode[nearest], sequences / seconds
         if known > 0 and nearest != sequences:
@@ -50,6 +61,21 @@ class Rates:
         (low, low_rate), (high, high_rate) = below[-1], above[0]
         share = (sequences - low) / (high - low) if high > low else 0.0
         return low_rate + share * (high_rate - low_rate)
+
+    def row_seconds(self, rows: int) -> tuple[float, float] | None:
+        """What one row more would add to a decode step of `rows`, and what each of its rows takes on average.
+
+        The first is the slope between the measured numbers of sequences around `rows`, or of the last two; where that
+        is out of all likelihood, the least or most that is likely. None while fewer than two are measured.
+        """
+        known = [(count, count / rate) for count, rate in sorted(self.decode_tokens_per_second.items())]
+        if len(known) < 2:
+            return None
+        place = next((number for number, (count, _) in enumerate(known) if count > rows), len(known) - 1)
+        (low, low_seconds), (high, high_seconds) = known[max(1, place) - 1], known[max(1, place)]
+        slope = (high_seconds - low_seconds) / (high - low)
+        average = (low_seconds + max(slope, 0.0) * (rows - low)) / rows
+        return min(max(slope, _LEAST_ROW_SHARE * average), average), average
 
     def seconds_for(self, prompt_tokens: int, output_tokens: int, sequences: int) -> float | None:
         """Time for that much work at full concurrency; None while a rate it needs is unknown."""

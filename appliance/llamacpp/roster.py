@@ -134,7 +134,7 @@ class Roster:
         Takes those that were put back out of `decoding`, and gives the chunks that are left.
         """
         while True:
-            needed = len(decoding) + sum(tokens for _, tokens in chunks)
+            needed = sum(sequence.pending for sequence in decoding) + sum(tokens for _, tokens in chunks)
             free = self.spare_cells()
             shared = [sequence for sequence in self.running if sequence.lane < 0]
             if free + self.tree.evict(needed - free) >= needed or not shared:

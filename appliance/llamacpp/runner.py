@@ -6,16 +6,18 @@ sequence lies in `cells`, label work in `scoring`.
 
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from typing import Final
 
 from appliance.errors import EngineFailed
 from appliance.llamacpp.batch import Batch
 from appliance.llamacpp.context import ABORTED, NO_KV_ROOM, Context, Rows
+from appliance.llamacpp.drafting import Drafting
 from appliance.llamacpp.labels import ScoreJob
 from appliance.llamacpp.model import Model
 from appliance.llamacpp.pace import Pace
-from appliance.llamacpp.params import Load, Logits, TokenEvent
+from appliance.llamacpp.params import Load
 from appliance.llamacpp.rates import Rates
 from appliance.llamacpp.roster import Chunk, Roster
 from appliance.llamacpp.sampling import argmax_rows
@@ -29,6 +31,7 @@ from appliance.llamacpp.scheduler import (
     step_budget,
 )
 from appliance.llamacpp.sequence import Sequence
+from appliance.llamacpp.writing import write
 
 STEP_SECONDS: Final = 0.2
 """About what prompts and labels may take of a step while somebody reads a stream. Shorter steps compute prompts in
@@ -38,6 +41,8 @@ _FATAL_FAILURES: Final = 3
 """So many failed steps in a row mean that it is not the requests' fault."""
 _PREFILL_OBSERVED: Final = 32
 """Steps that compute fewer prompt tokens say little about the prefill rate."""
+_RUN_TOKENS: Final = 16
+"""So many tokens that had no choice come with the next one; longer runs are computed as prompts are."""
 
 
 @dataclass(slots=True)
@@ -61,10 +66,12 @@ class Runner:
     ) -> None:
         self.model, self.batch = model, model.batch
         self.rates = Rates(model.sequences)
+        self._drafting = Drafting(self.rates)
         self._pace = Pace(model.threads)
         self._clock, self._step_seconds = clock, step_seconds
         self._was_urgent = float("-inf")
         """When something that cannot wait ran last."""
+        self._run_tokens = min(_RUN_TOKENS, model.batch.capacity_tokens // (2 * model.sequences))
         self._batch_tokens = min(batch_tokens or model.batch.capacity_tokens, model.batch.capacity_tokens)
         self._roster = Roster(model)
         self._tree, self._cells, self._line = self._roster.tree, self._roster.cells, self._roster.line
@@ -135,7 +142,7 @@ class Runner:
         if lanes is None or not sequences:
             return True
         lanes.batch.clear()
-        _add_next_tokens(lanes.batch, sequences, [sequence.lane for sequence in sequences])
+        _add_next_tokens(lanes.batch, sequences)
         code, seconds = self._decode(lanes)
         if code:
             self._recover(code, sequences)
@@ -146,8 +153,8 @@ class Runner:
         return True
 
     def _step_shared(self) -> None:
-        """The next token of those in the shared memory, pieces of prompts, and labels."""
-        decoding = self._roster.trial([one for one in self._running if one.lane < 0 and one.pending == 1])
+        """The next tokens of those in the shared memory, pieces of prompts, and labels."""
+        decoding = self._roster.trial([one for one in self._running if one.lane < 0 and self._decodes(one)])
         chunks = self._fill(decoding)
         if not self.batch.size:
             return
@@ -158,11 +165,13 @@ class Runner:
         if code:
             self._recover(code, [*decoding, *(sequence for sequence, _ in chunks)])
             return
-        decoded, prefilled = len(decoding), self.batch.size - len(decoding)
-        self.decode_tokens_total += decoded
+        next_tokens, accepted = sum(sequence.pending for sequence in decoding), self._drafting.accepted_total
+        decoded = next_tokens + sum(len(sequence.draft) for sequence in decoding)
+        prefilled = self.batch.size - decoded
         self.prefill_tokens_total += prefilled
-        self._read_decoding(decoding, self.model.rows)
-        self._scorer.read(self._read_prefilled(chunks, decoded))
+        row = self._read_decoding(decoding, self.model.rows)
+        self._scorer.read(self._read_prefilled(chunks, row))
+        self.decode_tokens_total += next_tokens + self._drafting.accepted_total - accepted
         if decoded and not prefilled:
             self.rates.observe_decode(decoded, seconds)
         elif prefilled >= _PREFILL_OBSERVED and not decoded:
@@ -172,28 +181,43 @@ class Runner:
         """Put the step into the batch: the next token of each that generates, then pieces of prompts, then labels."""
         batch, scorer = self.batch, self._scorer
         batch.clear()
+        next_tokens = sum(sequence.pending for sequence in decoding)
         budget = step_budget(
             self._batch_tokens,
-            len(decoding),
+            next_tokens,
             sum(sequence.request.streamed for sequence in (*decoding, *self._cells.in_lanes)),
             self.rates.prefill_tokens_per_second,
             self._step_seconds,
             can_wait=0 < self._roster.urgent < NOTHING_URGENT and self._clock() - self._was_urgent < QUIET_SECONDS,
         )
-        prefilling = self._roster.trial([one for one in self._running if one.lane < 0 and one.pending > 1])
+        prefilling = self._roster.trial([one for one in self._running if one.lane < 0 and not self._decodes(one)])
         pending = sum(sequence.pending for sequence in prefilling)
         urgent = min((sequence.request.priority for sequence in prefilling), default=0)
-        for_prompts = split_budget(budget - len(decoding), pending, urgent, scorer.waiting_tokens, scorer.priority)
+        for_prompts = split_budget(budget - next_tokens, pending, urgent, scorer.waiting_tokens, scorer.priority)
         chunks = share_prefill(prefilling, for_prompts, batch.outputs_max - len(decoding))
         chunks = self._roster.make_room(decoding, chunks)
-        if decoding:
-            _add_next_tokens(batch, decoding, [sequence.id for sequence in decoding])
+        self._plan_drafts(decoding, chunks)
+        _add_next_tokens(batch, decoding)
         for sequence, tokens in chunks:
-            start, stop = sequence.computed, sequence.computed + tokens
-            batch.add(sequence.tokens[start:stop], start, sequence.id, last_output=stop == sequence.length)
+            _add_run(batch, sequence, tokens)
         if not self._suspects:
-            scorer.fill(budget - batch.size, alone=not self._running, urgent=self._roster.urgent)
+            scorer.fill(max(0, budget - batch.size), alone=not self._running, urgent=self._roster.urgent)
         return chunks
+
+    def _decodes(self, sequence: Sequence) -> bool:
+        """Whether it generates: its next tokens come first in a step, whatever prompts there are."""
+        return sequence.pending == 1 or (sequence.generated > 0 and sequence.pending <= self._run_tokens)
+
+    def _plan_drafts(self, decoding: list[Sequence], chunks: list[Chunk]) -> None:
+        """Where rows and cells are left for them, and every sequence's memory can be cut."""
+        writing = [*decoding, *(sequence for sequence, tokens in chunks if tokens == sequence.pending)]
+        tokens = sum(sequence.pending for sequence in decoding) + sum(tokens for _, tokens in chunks)
+        room = min(
+            self.batch.outputs_max - len(writing),
+            self.batch.capacity_tokens - tokens,
+            self._roster.spare_cells() - tokens,
+        )
+        self._drafting.plan(writing, room if self.model.forkable and not self._suspects else 0)
 
     def _decode(self, context: Context) -> tuple[int, float]:
         """llama.cpp's code and the seconds it took."""
@@ -212,71 +236,36 @@ class Runner:
 
     # Generating.
 
-    def _read_decoding(self, decoding: list[Sequence], rows: Rows) -> None:
-        greedy = [sequence.sampler.plain_greedy for sequence in decoding]
-        best = argmax_rows(rows[: len(decoding)]) if any(greedy) else ()
-        for index, sequence in enumerate(list(decoding)):  # lanes close up when one of them ends
-            sequence.computed += 1
-            if greedy[index]:
-                self._take(sequence, TokenEvent(best[index]))
-            else:
-                self._sample(sequence, rows[index])
-            self._clear_suspect(sequence)
+    def _read_decoding(self, decoding: list[Sequence], rows: Rows) -> int:
+        """Take what the rows of `decoding` say; give the first row that is not theirs."""
+        wanted = sum(1 + len(sequence.draft) for sequence in decoding)
+        best = argmax_rows(rows[:wanted]) if any(one.sampler.plain_greedy for one in decoding) else ()
+        row = 0
+        for sequence in list(decoding):  # lanes close up when one of them ends
+            after = row + 1 + len(sequence.draft)
+            self._write(sequence, rows[row:after], best[row:after])
+            row = after
+        return row
 
-    def _read_prefilled(self, chunks: list[tuple[Sequence, int]], row: int) -> int:
+    def _read_prefilled(self, chunks: list[Chunk], row: int) -> int:
         for sequence, tokens in chunks:
             sequence.computed += tokens
             if sequence.computed == sequence.length:
                 if sequence.shared < sequence.prompt_length:
                     self._cells.cache(sequence, sequence.length)
-                self._sample(sequence, self.model.rows[row])
-                self._clear_suspect(sequence)
-                row += 1
+                rows = self.model.rows[row : row + 1 + len(sequence.draft)]
+                row += len(rows)
+                self._write(sequence, rows, argmax_rows(rows) if sequence.sampler.plain_greedy else ())
         return row
 
-    def _clear_suspect(self, sequence: Sequence) -> None:
-        if self._suspects and sequence is self._suspects[0]:
-            self._suspects.popleft()
-
-    def _sample(self, sequence: Sequence, row: Logits) -> None:
-        try:
-            event = sequence.sampler.choose(row)
-        except Exception as error:  # a constraint's fault harms its own sequence only
-            sequence.finish("error", f"the next token cannot be chosen: {error}")
-            self._retire(sequence)
-            return
-        self._take(sequence, event)
-
-    def _take(self, sequence: Sequence, event: TokenEvent) -> None:
-        if event.token in self.model.end_tokens and not sequence.request.ignore_eos:
-            sequence.finish("stop")
-            self._retire(sequence)
-            return
-        sequence.append(event)
-        sampler = sequence.sampler
-        if not sampler.stateless:
-            try:
-                sampler.accept(event.token)
-                self._append_forced(sequence)
-            except Exception as error:
-                sequence.finish("error", f"the constraint refuses its own token: {error}")
-        if sequence.finished is None and (sampler.finished or not sequence.remaining):
-            sequence.finish("stop" if sampler.finished else "length")
+    def _write(self, sequence: Sequence, rows: Rows, best: Ordered[int]) -> None:
+        self._drafting.accepted_total += write(sequence, rows, best, self.model)
         if sequence.finished is not None:
             self._retire(sequence)
         else:
             self._told.sequences.append(sequence)
-
-    def _append_forced(self, sequence: Sequence) -> None:
-        """Tokens without a choice are computed with the next one, as a piece of prompt is.
-
-        Not in a lane: there each rides along with the other lanes' tokens, and a run would be a pass of its own.
-        """
-        if sequence.lane >= 0:
-            return
-        for event in sequence.sampler.forced()[: sequence.remaining]:
-            sequence.append(event)
-            sequence.sampler.accept(event.token)
+        if self._suspects and sequence is self._suspects[0]:
+            self._suspects.popleft()
 
     def _retire(self, sequence: Sequence) -> None:
         """Take a finished sequence out; its tokens stay cached where they are whole."""
@@ -293,6 +282,8 @@ class Runner:
 
         All others are put back too and begin again with empty memory; they lose nothing but time.
         """
+        for sequence in sequences:
+            sequence.draft = []
         if code == ABORTED:
             self._go_on(sequences)
             return
@@ -355,15 +346,31 @@ class Runner:
             prefill_tokens_per_second=self.rates.prefill_tokens_per_second,
             decode_tokens_per_second=self.rates.decode_tokens_per_second,
             label_items=self._scorer.open_items,
+            drafted_tokens_total=self._drafting.drafted_total,
+            accepted_tokens_total=self._drafting.accepted_total,
             lane_sequences=len(self._cells.in_lanes),
             compute_seconds_total=self._compute_seconds,
             host_seconds_total=self._host_seconds(),
         )
 
 
-def _add_next_tokens(batch: Batch, sequences: list[Sequence], ids: list[int]) -> None:
-    batch.add_each(
-        [int(sequence.tokens[sequence.computed]) for sequence in sequences],
-        [sequence.computed for sequence in sequences],
-        ids,
-    )
+def _add_next_tokens(batch: Batch, sequences: list[Sequence]) -> None:
+    """What each still has to compute, and its draft. Most have a single token, and those go in all at once."""
+    if any(sequence.draft or sequence.pending > 1 for sequence in sequences):
+        for sequence in sequences:
+            _add_run(batch, sequence, sequence.pending)
+    elif sequences:
+        batch.add_each(
+            [int(sequence.tokens[sequence.computed]) for sequence in sequences],
+            [sequence.computed for sequence in sequences],
+            [sequence.lane if sequence.lane >= 0 else sequence.id for sequence in sequences],
+        )
+
+
+def _add_run(batch: Batch, sequence: Sequence, tokens: int) -> None:
+    """The next `tokens` of a sequence, and its draft where they are its last."""
+    start, stop = sequence.computed, sequence.computed + tokens
+    last = stop == sequence.length
+    drafted = len(sequence.draft) if last else 0
+    run = sequence.tokens[start : stop + drafted]
+    batch.add(run, start, sequence.id, last_output=last, before_last=drafted)

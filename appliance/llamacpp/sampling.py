@@ -98,6 +98,11 @@ class Sampler:
         return self._constraint is None and not self._penalizes
 
     @property
+    def repeatable(self) -> bool:
+        """True when the same text before it is followed by the same token: worth guessing from earlier text."""
+        return self._greedy and not self._penalizes
+
+    @property
     def finished(self) -> bool:
         """True when the constraint allows nothing but the end."""
         return self._constraint is not None and self._constraint.finished()
@@ -137,6 +142,10 @@ class Sampler:
         if self._logprobs is None:
             return [TokenEvent(token) for token in tokens]
         return [TokenEvent(token, 0.0, ((token, 0.0),) if self._logprobs else ()) for token in tokens]
+
+    def allowed(self, tokens: list[int]) -> list[int]:
+        """The first of `tokens`, as many as the constraint lets follow one another."""
+        return tokens[: self._forcing.allowed(tokens)] if self._forcing is not None else tokens
 
     def _shift(self, logits: Logits) -> None:
         """Logit bias, then the penalties over the tokens generated so far."""

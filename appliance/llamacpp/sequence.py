@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from appliance.llamacpp.drafts import Drafts
 from appliance.llamacpp.params import Finished, FinishReason, Generate, TokenEvent
 from appliance.llamacpp.prefix import Node, Tokens, as_tokens
 from appliance.llamacpp.sampling import Sampler
@@ -32,6 +33,10 @@ class Sequence:
     computed: int = 0
     shared: int = 0
     node: Node | None = None
+    drafts: Drafts | None = None
+    """Guesses of what comes next; made when it first may draft."""
+    draft: list[int] = field(default_factory=list)
+    """What the current step computes after its last token. `tokens` holds it too, behind `length`."""
     cached_tokens: int | None = None
     """Set when the sequence is first admitted."""
     events: list[TokenEvent] = field(default_factory=list)
@@ -86,6 +91,11 @@ class Sequence:
         self.tokens[self.length] = event.token
         self.length += 1
         self.events.append(event)
+
+    def guess(self, tokens: list[int]) -> None:
+        """Let the step compute `tokens` as if they came next; at most as many as `remaining` less the one before."""
+        self.draft = tokens
+        self.tokens[self.length : self.length + len(tokens)] = tokens
 
     def finish(self, reason: FinishReason, error: str | None = None) -> None:
         self.finished = Finished(reason, self.prompt_length, self.cached_tokens or 0, self.generated, error)
