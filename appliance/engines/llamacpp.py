@@ -9,15 +9,17 @@ from appliance.catalog import EngineKind, ModelSpec, Variant
 from appliance.core import Ability
 from appliance.engines.base import EngineDefaults, Memory, Placement, command_line
 
-_BATCH_TOKENS: Final = 512
+_PASS_TOKENS: Final = 256
+"""The engine computes so many tokens at once; a longer batch takes several passes."""
 _SPARE_ROWS: Final = 32
 """Rows of logits that a step may read beside one for each running sequence; the compute graph holds each again."""
 _CELL_ROUNDING_TOKENS: Final = 256
 _ACTIVATION_WIDTHS: Final = 12
 """Rows as wide as the hidden state that one token needs at once (queries, keys, values, a feed-forward 4 times as wide,
-residuals), in f32. Together with the other parts 5 to 40 % above what llama.cpp reserved for SmolLM2-135M."""
+residuals), in f32. Together with the other parts above what llama.cpp reserved for SmolLM2-135M."""
 _PROGRAM_BYTES: Final = 130_000_000
-"""Interpreter, libraries, compiled grammars. Measured: 78 MB after imports, before a model is loaded."""
+"""Interpreter, libraries, vocabulary, graphs, compiled grammars, and the token embeddings that are read from the file
+beside a copy in another order. Measured: 62 MB after imports, before a model is loaded."""
 
 _FAREWELL_SECONDS: Final = 3.0
 """From the end of its drain to its exit the engine needs up to 2 s: clients get their last words."""
@@ -114,6 +116,6 @@ def _buffers_bytes(model: ModelSpec, sequences: int, cells: int) -> int:
     """The logits that are read and their double in the graph, shared and the lanes', the attention mask (f16), and the
     activations."""
     logits = 2 * 4 * (sequences + _SPARE_ROWS + sequences) * model.vocabulary_tokens
-    mask = 2 * _BATCH_TOKENS * cells
-    activations = 4 * _BATCH_TOKENS * _ACTIVATION_WIDTHS * model.embedding
+    mask = 2 * _PASS_TOKENS * cells
+    activations = 4 * _PASS_TOKENS * _ACTIVATION_WIDTHS * model.embedding
     return logits + mask + activations

@@ -50,12 +50,12 @@ def test_the_command_line_is_one_that_the_engine_understands() -> None:
 
 @pytest.mark.parametrize(
     ("context_tokens", "sequences", "measured_bytes"),
-    [(2048, 1, 286_300_000), (8192, 16, 433_900_000), (8192, 32, 440_400_000), (38_912, 16, 1_143_100_000)],
+    [(2048, 1, 268_600_000), (8192, 16, 416_200_000), (8192, 32, 421_800_000), (38_912, 16, 1_145_200_000)],
 )
 def test_the_arithmetic_is_a_little_above_what_was_measured(
     context_tokens: int, sequences: int, measured_bytes: int
 ) -> None:
-    """Resident memory of the embedded model after a full batch, on Linux with llama-cpp-python 0.3.36."""
+    """Resident memory of the embedded model after chats, labels and schemas, on Linux with llama-cpp-python 0.3.36."""
     memory = ENGINE.memory(MODEL, MODEL.variants[0], context_tokens=context_tokens, sequences=sequences)
     assert measured_bytes < memory.total_bytes < measured_bytes + 150_000_000
 
