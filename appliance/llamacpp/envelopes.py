@@ -128,6 +128,7 @@ class LabelsIn(_Strict):
     cue: str = ""
     open_turn: bool = False
     ending: bool = True
+    tolerance: Annotated[float, Field(ge=0, le=0.1)] = 0.001
     priority: int = 0
     cache_salt: Salt | None = None
     prompt_cache_key: Salt | None = None

@@ -1,16 +1,15 @@
-"""Scoring labels: every label of an item is a path in a trie, and every node of the trie that has children is computed
-once as a fork of the prompt. A label's likelihood is the product of its tokens' probabilities at the nodes it passes.
+"""Scoring labels: every label of an item is a path in a trie, and the nodes of the trie that have children are computed
+as forks of the prompt. A label's likelihood is the product of its tokens' probabilities at the nodes it passes.
 
 The last token of a label is only read off its parent's distribution, so single-token labels cost no decoding at all.
-Items of one call differ in a few tokens; side by side they make a forest, in which a shared run of tokens is computed
-once and belongs to all the sequences under it.
+Where labels are many, nodes that cannot matter are left out (see `walk`). Items of one call differ in a few tokens;
+side by side they make a forest, in which a shared run of tokens is computed once and belongs to all the sequences
+under it.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Final
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -18,51 +17,10 @@ import numpy.typing as npt
 from appliance.llamacpp.params import LabelItem, LabelScores, Logits
 from appliance.llamacpp.prefix import Node, Tokens, as_tokens, common_prefix
 from appliance.llamacpp.sampling import log_normalizer
+from appliance.llamacpp.trie import LabelTrie, Path, shared_length
+from appliance.llamacpp.walk import Walk
 
 Ints = npt.NDArray[np.int32]
-
-PROMPT: Final = 0
-"""The trie's root: the end of the prompt."""
-
-
-class LabelTrie:
-    """The labels of one item. Node 0 is the prompt's end, the others are proper prefixes of labels."""
-
-    def __init__(self, labels: Sequence[Sequence[int]]) -> None:
-        self.labels = [tuple(label) for label in labels]
-        nodes: dict[tuple[int, ...], int] = {(): PROMPT}
-        for label in self.labels:
-            for length in range(1, len(label)):
-                nodes.setdefault(label[:length], len(nodes))
-        reads: list[list[tuple[int, int]]] = [[] for _ in nodes]
-        for index, label in enumerate(self.labels):
-            for length, token in enumerate(label):
-                reads[nodes[label[:length]]].append((token, index))
-        self.read_tokens = [np.array([token for token, _ in pairs], np.intp) for pairs in reads]
-        self.read_labels = [np.array([index for _, index in pairs], np.intp) for pairs in reads]
-        self._nodes = nodes
-        self.longest = max(map(len, self.labels), default=0)
-        self.lowest = min(map(min, self.labels), default=0)
-        self.highest = max(map(max, self.labels), default=0)
-
-    @cached_property
-    def chains(self) -> list[tuple[int, ...]]:
-        """The paths to compute after the prompt, sorted, none of them a prefix of another; at least the empty one."""
-        paths = sorted(self._nodes)
-        following = [*paths[1:], None]
-        return [
-            path for path, after in zip(paths, following, strict=True) if after is None or after[: len(path)] != path
-        ]
-
-    def nodes(self, chain: tuple[int, ...]) -> list[int]:
-        """The nodes along a chain, the prompt's end first."""
-        return [self._nodes[chain[:length]] for length in range(len(chain) + 1)]
-
-    def mass(self, logprobs: Sequence[float]) -> float:
-        """Probability that the text goes on with any of the labels; a label that begins another includes it."""
-        known = dict(zip(self.labels, logprobs, strict=True))
-        least = [label for label in known if not any(label[:length] in known for length in range(len(label)))]
-        return min(1.0, math.fsum(math.exp(known[label]) for label in least))
 
 
 class ScoreJob:
@@ -84,7 +42,7 @@ class ScoreJob:
         """Nobody waits for it any more. Set by the event loop's thread before the engine's takes note."""
         self.cancelled = False
         self.pieces: list[Piece] = []
-        """Pieces of the item at the cursor that are not taken yet."""
+        """Pieces that are not taken yet, of the item before the cursor and of items between two waves."""
         self._tries: dict[int, tuple[object, LabelTrie]] = {}
 
     @property
@@ -119,29 +77,31 @@ class ScoreJob:
 
 @dataclass(eq=False, slots=True)
 class Judged:
-    """An item in work: sums of log probabilities so far, and how many pieces are still out."""
+    """An item in work: what is known of its labels so far, and how many pieces are still out."""
 
     job: ScoreJob
     index: int
-    trie: LabelTrie
+    walk: Walk
     prompt: Tokens
-    sums: npt.NDArray[np.float64]
-    pieces_open: int
+    pieces_open: int = 0
     cached_tokens: int = -1
+
+    @property
+    def trie(self) -> LabelTrie:
+        return self.walk.trie
 
     @property
     def salt(self) -> str:
         return self.job.items[self.index].cache_salt
 
-    def add(self, node: int, logprobs: npt.NDArray[np.float64]) -> None:
-        self.sums[self.trie.read_labels[node]] += logprobs
+    def next_chains(self) -> list[Path]:
+        """What the next wave computes once all pieces are in; nothing where the item can be answered."""
+        return self.walk.next_chains(self.job.items[self.index].tolerance)
 
-    def close_piece(self) -> None:
-        self.pieces_open -= 1
-        if not self.pieces_open:
-            logprobs = self.sums.tolist()
-            mass = self.trie.mass(logprobs)
-            self.job.answer(self.index, LabelScores(logprobs, mass, len(self.prompt), max(0, self.cached_tokens)))
+    def answer(self) -> None:
+        logprobs = self.walk.logprobs()
+        mass, cached = self.trie.mass(logprobs), max(0, self.cached_tokens)
+        self.job.answer(self.index, LabelScores(logprobs.tolist(), mass, len(self.prompt), cached))
 
     def fail(self, error: str) -> None:
         self.job.answer(self.index, failed(len(self.prompt), error))
@@ -152,17 +112,27 @@ class Piece:
     """Some chains of an item that are computed together, and the nodes to be read along them."""
 
     item: Judged
-    chains: list[tuple[int, ...]]
+    chains: list[Path]
     fresh: list[int]
-    """Of every chain: how many of its nodes, counted from the prompt's end, an earlier chain reads already."""
+    """Of every chain: how many of its nodes, counted from the prompt's end, are read already or by an earlier chain."""
     node: Node | None = None
     """Where it leaves the prefix tree, pinned while it is in work."""
     depth: int = 0
 
     @property
+    def reads_prompt(self) -> bool:
+        """Whether the distribution at the prompt's end is read, so that its last token must be computed."""
+        return self.fresh[0] == 0
+
+    @property
+    def walks(self) -> bool:
+        """Whether other nodes may follow, by what is read at the prompt's end."""
+        return self.chains == [()] and len(self.item.trie) > 1
+
+    @property
     def tokens(self) -> int:
         """Cells it needs at most: the rest of the prompt and the chains' own nodes."""
-        repeated = sum(max(0, known - 1) for known in self.fresh[1:])
+        repeated = sum(shared_length(before, chain) for before, chain in pairwise(self.chains))
         return len(self.item.prompt) - self.depth + sum(map(len, self.chains)) - repeated
 
 
@@ -194,25 +164,23 @@ def judge(job: ScoreJob, index: int, context_tokens: int, vocabulary: int) -> Ju
     prompt = as_tokens(item.prompt)
     if min(trie.lowest, int(prompt.min())) < 0 or max(trie.highest, int(prompt.max())) >= vocabulary:
         return f"a token id is outside of the vocabulary of {vocabulary}"
-    return Judged(job, index, trie, prompt, np.zeros(len(trie.labels)), 0)
+    return Judged(job, index, Walk(trie), prompt)
 
 
-def cut(item: Judged, chains_at_once: int) -> list[Piece]:
-    """The pieces of an item, each of at most so many chains; nodes that two pieces pass are read in the first only."""
+def cut(item: Judged, chains: Sequence[Path], chains_at_once: int) -> list[Piece]:
+    """Pieces of at most so many of the chains, which are sorted and none a prefix of another; nodes that two pieces
+    pass are read in the first only."""
     pieces: list[Piece] = []
-    before: tuple[int, ...] | None = None
-    for number, chain in enumerate(item.trie.chains):
+    before: Path | None = None
+    for number, chain in enumerate(chains):
         if number % chains_at_once == 0:
             pieces.append(Piece(item, [], []))
+        read = next((step for step, node in enumerate(item.trie.nodes(chain)) if not item.walk.has_read(node)), 0)
         pieces[-1].chains.append(chain)
-        pieces[-1].fresh.append(0 if before is None else _shared(before, chain) + 1)
+        pieces[-1].fresh.append(read if before is None else max(read, shared_length(before, chain) + 1))
         before = chain
     item.pieces_open = len(pieces)
     return pieces
-
-
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +286,7 @@ class Window:
     def settle(self) -> None:
         """Let what was read count."""
         for item, node, logprobs in self.found:
-            item.add(node, logprobs)
+            item.walk.add(node, logprobs)
         self.found.clear()
 
 
@@ -336,7 +304,7 @@ def open_window(pieces: Sequence[Piece], ids: Sequence[int], *, merge: bool) -> 
         in_common = common(before, piece) if merge and before is not None else 0
         for number, chain in enumerate(piece.chains):
             if number and merge:
-                in_common = len(suffix) + _shared(piece.chains[number - 1], chain)
+                in_common = len(suffix) + shared_length(piece.chains[number - 1], chain)
             paths.append(np.concatenate([suffix, as_tokens(chain)]) if chain else suffix)
             depths.append(piece.depth)
             shared.append(in_common)

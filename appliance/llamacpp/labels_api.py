@@ -3,11 +3,16 @@
 Request: `label_sets` {name: [label, ...]}, `items` [{labels: name, and one of content | messages | prompt}], and
 optionally `messages` (shared, before every item's own), `cue` (the beginning of the assistant's answer), `open_turn`
 (true: the cue follows the last message within its turn, which saves the tokens that end it and open the assistant's),
-`ending`, `cache_salt`, `priority` (lower first), `model`. Reply: `results`, one for each item in order, each
-{labels: [{label, logprob, probability}], label_mass, prompt_tokens, cached_tokens} or {error}, and one `usage`.
+`ending`, `tolerance`, `cache_salt`, `priority` (lower first), `model`. Reply: `results`, one for each item in order,
+each {labels: [{label, logprob, probability}], label_mass, prompt_tokens, cached_tokens} or {error}, and one `usage`.
 
 `logprob` is the whole label's likelihood; `probability` is its share among the labels of the set, so these sum to 1;
 `label_mass` says how probable it was that the text went on with any of them.
+
+Of large sets the labels that cannot matter are not computed to their ends: the probabilities of the set differ from
+the exact ones by at most `tolerance` (0.001; half the sum of all differences), `label_mass` by that share of itself,
+and the most probable label is the same. `logprob` of a label left out is what it has at most, shared with those that
+begin alike. With 0 every label is computed.
 """
 
 import math
@@ -155,7 +160,9 @@ def _item(
     if not prompt:
         raise RequestError(f"{field}: is empty and this model has no token to begin with; write something", param=field)
     check_length(len(prompt) + max(map(len, labels.labels)) - 1, limits, field)
-    return LabelItem(prompt, labels.labels, salt(call.cache_salt, call.prompt_cache_key), call.priority)
+    return LabelItem(
+        prompt, labels.labels, salt(call.cache_salt, call.prompt_cache_key), call.priority, tolerance=call.tolerance
+    )
 
 
 def _check_distinct(name: str, labels: Sequence[str], tokens: Sequence[tuple[int, ...]]) -> None:

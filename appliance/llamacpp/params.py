@@ -105,11 +105,15 @@ class LabelItem:
     cache_salt: str = ""
     priority: int = 0
     """Lower first. A call is as urgent as the most urgent of its items."""
+    tolerance: float = 0.0
+    """How far the shares of the labels may be from the exact ones, as total variation, in exchange for speed. 0: every
+    label's likelihood is computed to its end."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabelScores:
-    """Natural-log likelihood of each label given the prompt (sum over the label's tokens), in the order asked.
+    """Natural-log likelihood of each label given the prompt (sum over the label's tokens), in the order asked. Labels
+    that a tolerance left out have an equal part of what they and others that begin alike have together at most.
 
     `label_mass` is the probability, between 0 and 1, that the text continues with any of the labels at all.
     """

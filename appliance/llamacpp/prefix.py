@@ -161,6 +161,12 @@ class PrefixTree:
             freed += self._drop(leaf)
         return freed
 
+    def discard(self, tokens: Tokens, salt: str) -> None:
+        """Drop a cached prompt that nobody is expected to ask for again, unless it is pinned or begins another."""
+        node = self.match(tokens, salt, len(tokens)).node
+        if node.depth == len(tokens) and node.parent is not None and not node.children and not node.pins:
+            self._drop(node)
+
     def free_up_ids(self, count: int) -> bool:
         """Evict until `count` sequence ids are free; False when what is pinned stands against it."""
         while len(self._free_ids) < count:

@@ -14,11 +14,14 @@ from appliance.llamacpp.labels import Judged, Piece, ScoreJob, Window, common, c
 from appliance.llamacpp.model import Model
 from appliance.llamacpp.prefix import Node, PrefixTree, Tokens, as_tokens, common_prefix
 from appliance.llamacpp.scheduler import Room
+from appliance.llamacpp.walk import Thrift
 
 _PATHS: Final = 96
 """Sequence ids a window may take; the others are left to running sequences and to cached prefixes."""
 _CHAINS_AT_ONCE: Final = 80
 """Ids one item may take; items with more chains are computed in several pieces."""
+_WALKS_AT_ONCE: Final = 32
+"""Items that may begin to walk in one window: between two waves the prompt of each takes an id in the prefix tree."""
 _RECENT_PROMPTS: Final = 8
 """Prompts remembered (as tokens, not cells): what the next one shares with any of them is worth caching."""
 _WORTH_CACHING_TOKENS: Final = 16
@@ -31,7 +34,7 @@ class Scorer:
         self, model: Model, tree: PrefixTree, free_ids: list[int], turns: Turns, room: Callable[[], Room]
     ) -> None:
         self._model, self._batch, self._tree, self._free_ids, self._room = model, model.batch, tree, free_ids, room
-        self._turns = turns
+        self._turns, self._thrift = turns, Thrift()
         self._paths = _PATHS if model.forkable else 1
         self._jobs: list[ScoreJob] = []
         """Calls with items that are not taken yet."""
@@ -198,7 +201,7 @@ class Scorer:
 
     def _open_window(self, tokens: int, alone: bool) -> None:
         pieces: list[Piece] = []
-        total = paths = 0
+        total = paths = walks = 0
         while total < tokens and self._jobs and not (self._suspects and pieces):
             if pieces and min(self._jobs, key=attrgetter("rank")).priority > pieces[0].item.job.priority:
                 break  # a window is computed to its end, and what is urgent does not wait for what is not
@@ -207,7 +210,10 @@ class Scorer:
                 continue
             self._attach(piece)
             needed = self._needed(piece, pieces)
-            crowded = bool(pieces) and (total + needed > tokens or paths + len(piece.chains) > self._paths)
+            walks += piece.walks
+            crowded = bool(pieces) and (
+                total + needed > tokens or paths + len(piece.chains) > self._paths or walks > _WALKS_AT_ONCE
+            )
             if crowded or not self._fits(total + needed, paths + len(piece.chains)):
                 self._give_back(piece, impossible=alone and not pieces)
                 break
@@ -241,11 +247,18 @@ class Scorer:
             if isinstance(item, str):
                 job.answer(index, failed(len(job.items[index].prompt), item))
             else:
-                job.pieces = cut(item, _CHAINS_AT_ONCE if self._model.forkable else 1)
+                job.pieces = self._first_pieces(item)
         piece = job.pieces.pop(0) if job.pieces else None
         if not job.untaken:
             self._jobs.remove(job)
         return piece
+
+    def _first_pieces(self, item: Judged) -> list[Piece]:
+        """The whole trie, or the prompt alone where the rest depends on what is read at its end."""
+        if not self._model.forkable:
+            return cut(item, item.trie.chains, 1)
+        walks = self._thrift.worth_walking(item.trie, len(item.job.items), item.job.items[item.index].tolerance)
+        return cut(item, [()] if walks else item.trie.chains, _CHAINS_AT_ONCE)
 
     def _give_back(self, piece: Piece, *, impossible: bool) -> None:
         """A piece that does not fit now comes first next time, or is refused where it could never fit."""
@@ -273,14 +286,18 @@ class Scorer:
 
     def _attach(self, piece: Piece) -> None:
         if self._model.forkable:
-            match = self._tree.match(piece.item.prompt, piece.item.salt, len(piece.item.prompt) - 1)
+            match = self._tree.match(piece.item.prompt, piece.item.salt, len(piece.item.prompt) - piece.reads_prompt)
             self._tree.pin(match.node)
             piece.node, piece.depth = match.node, match.depth
 
     def _detach(self, piece: Piece) -> None:
+        self._unpin(piece)
+        piece.depth = 0
+
+    def _unpin(self, piece: Piece) -> None:
         if piece.node is not None:
             self._tree.unpin(piece.node)
-        piece.node, piece.depth = None, 0
+        piece.node = None
 
     def _needed(self, piece: Piece, pieces: list[Piece]) -> int:
         """Cells a piece adds to a window; what it shares with the piece before it is computed once."""
@@ -297,32 +314,57 @@ class Scorer:
         self._tree.evict(room.used + room.promised + self._tree.evictable_tokens - room.capacity)
 
     def _close(self, *, keep_prefixes: bool) -> None:
+        """Give back what the window holds. `keep_prefixes`: it was computed, so it counts, and its items go on."""
         window, self._window, self._stop = self._window, None, 0
         assert window is not None
-        if keep_prefixes:
-            window.settle()
-            self._suspects = max(0, self._suspects - len({id(piece.item) for piece in window.pieces}))
-        if keep_prefixes and self._model.forkable:
-            for piece, path in zip(window.pieces, window.paths_of, strict=True):
-                self._keep_prefix(piece, int(window.ids[path]))
+        over = self._settle(window) if keep_prefixes else set()
+        seen: set[Judged] = set()
+        for piece, path in zip(window.pieces, window.paths_of, strict=True):
+            sequence, first = int(window.ids[path]), piece.item not in seen
+            seen.add(piece.item)
+            if keep_prefixes and first and self._model.forkable:
+                self._keep_prefix(piece, sequence, over=piece.item in over)
+            self._detach(piece)
         for sequence in window.ids.tolist():
             self._model.memory_remove(sequence, 0)
             self._free_ids.append(sequence)
-        for piece in window.pieces:
-            self._detach(piece)
-            if keep_prefixes:
-                piece.item.close_piece()
 
-    def _keep_prefix(self, piece: Piece, sequence: int) -> None:
-        """Cache what the prompt shares with a recent one or with the call's next item; all of it where another piece of
-        the same item follows."""
+    def _settle(self, window: Window) -> set[Judged]:
+        """Let what was read count: answer the items that are done, and queue the next wave of those that are not.
+
+        Gives the items of which nothing follows.
+        """
+        window.settle()
+        over: set[Judged] = set()
+        for item in (piece.item for piece in window.pieces):
+            item.pieces_open -= 1
+            if item.job.cancelled:
+                over.add(item)
+            elif not item.pieces_open:
+                chains = item.next_chains()
+                for following in reversed(cut(item, chains, _CHAINS_AT_ONCE)):
+                    self._return(following)
+                if not chains:
+                    if item.walk.spent_tokens:
+                        self._thrift.observe(item.walk)
+                    item.answer()
+                    over.add(item)
+        self._suspects = max(0, self._suspects - len(over))
+        return over
+
+    def _keep_prefix(self, piece: Piece, sequence: int, *, over: bool) -> None:
+        """Cache what the prompt shares with a recent one or with the call's next item; all of it where more of the same
+        item follows."""
         prompt, salt, following = piece.item.prompt, piece.item.salt, piece.item.job.following
-        if piece.item.pieces_open > 1:
-            shared = len(prompt)
-        else:
+        shared, worth = len(prompt), 1
+        if over:
+            if piece.depth == len(prompt):  # cached for this item's waves only
+                self._unpin(piece)
+                self._tree.discard(prompt, salt)
+            worth = _WORTH_CACHING_TOKENS
             shared = max((common_prefix(prompt, other) for kept, other in self._recent if kept == salt), default=0)
             self._recent.append((salt, prompt))
             if following is not None and following.cache_salt == salt:
                 shared = max(shared, common_prefix(prompt, as_tokens(following.prompt)))
-        if shared - self._tree.depth(prompt[:shared], salt) >= _WORTH_CACHING_TOKENS:
-            self._tree.insert(prompt[:shared], salt, sequence, piece.depth)
+        if shared - self._tree.depth(prompt[:shared], salt) >= worth:
+            self._tree.insert(prompt[:shared], salt, sequence, min(piece.depth, self._tree.depth(prompt, salt)))

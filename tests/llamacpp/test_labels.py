@@ -7,12 +7,13 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from appliance.llamacpp.labels import LabelTrie, ScoreJob, cut, grow, judge
+from appliance.llamacpp.labels import ScoreJob, cut, grow, judge
 from appliance.llamacpp.model import Model
 from appliance.llamacpp.params import Generate, LabelItem, Sampling
 from appliance.llamacpp.prefix import as_tokens
 from appliance.llamacpp.runner import Runner
 from appliance.llamacpp.sequence import Sequence
+from appliance.llamacpp.trie import LabelTrie
 from tests.llamacpp.label_calls import score
 
 INSTRUCTIONS = (
@@ -65,7 +66,7 @@ def test_an_item_with_many_chains_is_cut_and_every_node_is_read_once() -> None:
     job = ScoreJob([LabelItem([5, 6], labels)])
     judged = judge(job, 0, 100, 100)
     assert not isinstance(judged, str)
-    pieces = cut(judged, 4)
+    pieces = cut(judged, judged.trie.chains, 4)
     assert [len(piece.chains) for piece in pieces] == [4, 4, 3]
     read = [
         node

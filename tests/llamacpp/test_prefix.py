@@ -125,6 +125,19 @@ def test_what_a_running_sequence_uses_is_never_evicted() -> None:
     assert kitchen.table.used == 0
 
 
+def test_a_prompt_nobody_will_ask_for_again_is_dropped_without_what_others_share() -> None:
+    kitchen = Kitchen()
+    for prompt in ([1, 2, 3, 4], [1, 2, 5, 6]):
+        kitchen.run(prompt)
+    begun = kitchen.begin([1, 2, 5, 6, 7])
+    for prompt in ([1, 2, 3, 4], [1, 2, 5, 6], [1, 2], [8]):
+        kitchen.tree.discard(as_tokens(prompt), "")
+    assert kitchen.tree.tokens == kitchen.table.used - 1 == 4
+    kitchen.end([1, 2, 5, 6, 7], begun)
+    kitchen.tree.discard(as_tokens([1, 2, 5, 6, 7]), "")
+    assert kitchen.tree.tokens == kitchen.table.used == 4
+
+
 def test_two_that_computed_the_same_keep_it_once() -> None:
     kitchen = Kitchen()
     one, other = kitchen.begin([1, 2, 3]), kitchen.begin([1, 2, 3])

@@ -1,0 +1,135 @@
+"""Label tries computed in waves by the real engine: the same answers, whatever comes between two waves."""
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from appliance.llamacpp import labels_api
+from appliance.llamacpp.engine import Engine
+from appliance.llamacpp.labels import ScoreJob
+from appliance.llamacpp.model import Model
+from appliance.llamacpp.params import LabelItem, LabelScores
+from appliance.llamacpp.runner import Runner
+from appliance.llamacpp.walk import Thrift
+from tests.llamacpp.asking import endless, story, tokens, until, until_idle
+from tests.llamacpp.label_calls import score
+
+pytestmark = pytest.mark.anyio
+
+TOLERANCE = 1e-3
+WORDS = ["lamp", "parcel", "invoice", "password", "card", "chair"]
+LABELS = [f" {does} my {what}{end}" for does in ("lost", "broke", "found") for what in WORDS for end in ("", " today")]
+TEXTS = ["I cannot find my card.", "Where is my parcel?", "The lamp fell off the table.", "I lost the new invoice."]
+
+
+@pytest.fixture(autouse=True)
+def always_in_waves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Thrift, "worth_walking", lambda self, trie, items, tolerance: tolerance > 0)
+
+
+def items(model: Model, tolerance: float, texts: list[str] = TEXTS) -> list[LabelItem]:
+    labels = [model.tokenize(label) for label in LABELS]
+    prompts = [model.tokenize(f"What happened?\nText: {text}\nAnswer: I") for text in texts]
+    return [LabelItem(prompt, labels, tolerance=tolerance) for prompt in prompts]
+
+
+def shares(scores: LabelScores) -> npt.NDArray[np.float64]:
+    return np.array(labels_api.shares(scores.logprobs))
+
+
+@pytest.mark.slow
+def test_waves_give_the_shares_of_the_whole_trie_and_compute_less(f32_model: Model) -> None:
+    counted = []
+    found = []
+    for tolerance in (0.0, TOLERANCE, 0.1):
+        f32_model.reset()
+        runner, job = Runner(f32_model), ScoreJob(items(f32_model, tolerance))
+        runner.score(job)
+        while not runner.idle:
+            runner.step()
+        assert runner.load().kv_used_tokens == 0
+        counted.append(runner.prefill_tokens_total)
+        found.append([scores for scores in job.results if scores is not None])
+    for whole, walked, roughly in zip(*found, strict=True):
+        assert np.abs(shares(walked) - shares(whole)).sum() / 2 <= TOLERANCE + 1e-4
+        assert np.abs(shares(roughly) - shares(whole)).sum() / 2 <= 0.1 + 1e-4
+        assert walked.label_mass == pytest.approx(whole.label_mass, rel=2 * TOLERANCE)
+        assert np.argmax(walked.logprobs) == np.argmax(whole.logprobs)
+        assert (walked.prompt_tokens, walked.error) == (whole.prompt_tokens, None)
+    assert counted[2] < counted[0]
+
+
+@pytest.mark.slow
+def test_alone_in_one_call_or_in_pieces_waves_give_the_same(f32_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = items(f32_model, TOLERANCE, TEXTS[:2])
+    together = score(f32_model, wanted)
+    for one, alone in zip(together, score(f32_model, wanted, together=False), strict=True):
+        np.testing.assert_allclose(shares(one), shares(alone), atol=1e-4)
+    monkeypatch.setattr("appliance.llamacpp.scoring._CHAINS_AT_ONCE", 2)
+    for one, pieces in zip(together, score(f32_model, wanted), strict=True):
+        np.testing.assert_allclose(shares(one), shares(pieces), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_step_that_fails_between_two_waves_costs_nothing_but_time(
+    f32_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = items(f32_model, TOLERANCE, TEXTS[:2])
+    expected = score(f32_model, wanted)
+    for failing in (1, 2):
+        decode, codes = f32_model.decode, iter([0] * failing + [-3])
+        with monkeypatch.context() as patched:
+            patched.setattr(f32_model, "decode", lambda decode=decode, codes=codes: next(codes, 0) or decode())
+            for one, other in zip(expected, score(f32_model, wanted), strict=True):
+                assert other.error is None
+                np.testing.assert_allclose(shares(one), shares(other), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_what_takes_the_cells_between_two_waves_costs_nothing_but_time(f32_model: Model) -> None:
+    wanted = items(f32_model, TOLERANCE, TEXTS[:2])
+    expected = score(f32_model, wanted)
+    f32_model.reset()
+    runner, job = Runner(f32_model), ScoreJob(wanted)
+    runner.score(job)
+    while not runner.idle:
+        runner.step()
+        runner._tree.evict(f32_model.context_tokens)
+    for one, other in zip(expected, job.results, strict=True):
+        assert other is not None
+        np.testing.assert_allclose(shares(one), shares(other), atol=1e-4)
+
+
+async def test_of_waves_that_fail_only_the_item_gets_an_error_that_made_them_fail(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = items(engine.model, TOLERANCE)
+    odd = replace(wanted[0], labels=[[4321, 5, 6], [4321, 7, 8], [9]], tolerance=1e-9)
+    decode = engine.model.decode
+    monkeypatch.setattr(engine.model, "decode", lambda: -3 if 4321 in engine.model.batch.tokens else decode())
+    found = await engine.score([*wanted[:2], odd, *wanted[2:]])
+    assert [scores.error is None for scores in found] == [True, True, False, True, True]
+    await until_idle(engine)
+
+
+async def test_a_cancelled_walk_holds_nothing(engine: Engine) -> None:
+    task = asyncio.create_task(engine.score(items(engine.model, TOLERANCE, [f"Text {n}." for n in range(200)])))
+    await until(lambda: engine.load().steps > 1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until_idle(engine)
+
+
+async def test_walks_and_urgent_streams_that_need_all_cells_both_come_to_an_end(engine: Engine) -> None:
+    texts = [f"Text {n}." for n in range(16)]
+    bulk = [replace(item, priority=5) for item in items(engine.model, TOLERANCE, texts)]
+    task = asyncio.create_task(engine.score(bulk))
+    await until(lambda: engine.load().steps > 1)
+    streams = [engine.submit(endless(story(engine.model, 200 + n), 50)) for n in range(3)]
+    assert [len(one) for one in await asyncio.gather(*map(tokens, streams))] == [50] * 3
+    assert [scores.error for scores in await task] == [None] * 16
+    await until_idle(engine)
