@@ -14,6 +14,7 @@ import pytest
 from appliance.errors import EngineFailed
 from appliance.llamacpp import __main__ as program_module
 from appliance.llamacpp.engine import Engine
+from appliance.llamacpp.kernels import Kernels
 from appliance.llamacpp.process import bind_socket
 from tests.llamacpp.engine_program import end, eventually, health, start, until
 
@@ -161,3 +162,13 @@ async def test_sigterm_lets_what_runs_finish_and_refuses_what_is_new(smollm2_pat
     assert program.process.wait(10) == 0
     os.close(program.leash)
     assert not program.uds.exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "kernels", "wanted"),
+    [(None, (), None), (None, ("attention",), 0), (512, ("attention",), 512), (0, (), 0)],
+)
+def test_lanes_are_left_out_where_attention_costs_only_a_sequence_its_own_cells(
+    asked: int | None, kernels: tuple[str, ...], wanted: int | None
+) -> None:
+    assert program_module.lanes_wanted(asked, Kernels(kernels)) == wanted
