@@ -23,10 +23,11 @@ from appliance.llamacpp.kernels.library import (
 )
 
 NAMES: Final = ("products with Q8_0, Q4_0 and Q4_1 weights", "attention")
-_LLAMA: Final = re.compile(r"libllama\.so[.\d]*$")
-_GGML: Final = re.compile(r"libggml[\w.-]*\.so[.\d]*$")
-_MAPPED_COLUMNS: Final = 6
-"""Of a line of /proc/self/maps, where the last one is a path."""
+_LLAMA: Final = re.compile(r"/libllama\.so[.\d]*$")
+_MAPPED: Final = re.compile(r"(?P<begin>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?:\S+ +){4}(?P<path>/.*)")
+"""A line of /proc/self/maps that belongs to a file."""
+_REGISTRY_CODE_OFFSET: Final = 8
+"""Of the first function in a ggml_backend_reg: its code lies in the backend's library."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +75,25 @@ def install(maps: Path = Path("/proc/self/maps")) -> Kernels:
 def _share_symbols(maps: Path) -> None:
     """Make ggml's symbols visible to the library, which is linked to no ggml: which one has them is known only now.
 
-    A build for many processors loads the best of its libggml-cpu-*.so when llama.cpp begins, and keeps it to itself.
+    A build for many processors loads the best of its libggml-cpu-*.so when llama.cpp begins, keeps it to itself, and
+    may leave others in memory that it has only tried.
     """
-    llama = _loaded(maps, _LLAMA)
-    if not llama:
+    loaded = [path for _, _, path in _mapped(maps) if _LLAMA.search(path)]
+    if not loaded:
         raise KernelsUnavailable("llama.cpp is not loaded in this process", "import llama_cpp before install()")
     try:
-        ctypes.CDLL(llama[0], mode=os.RTLD_NOLOAD).llama_backend_init()
-        for path in _loaded(maps, _GGML):
-            ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_GLOBAL)
-    except OSError as error:
-        raise KernelsUnavailable(f"ggml's libraries cannot be shared: {error}", "run scripts/setup") from error
+        llama = ctypes.CDLL(loaded[0], mode=os.RTLD_NOLOAD)
+        llama.llama_backend_init()
+        llama.ggml_backend_reg_by_name.restype = ctypes.c_void_p
+        registry = llama.ggml_backend_reg_by_name(b"CPU")
+        if registry is None:
+            raise KernelsUnavailable("llama.cpp has found no CPU backend", "run scripts/setup")
+        code = ctypes.c_void_p.from_address(registry + _REGISTRY_CODE_OFFSET).value or 0
+        backend = next(path for begin, end, path in _mapped(maps) if begin <= code < end)
+        # ggml-base comes along, since the backend depends on it.
+        ctypes.CDLL(backend, mode=os.RTLD_NOLOAD | os.RTLD_GLOBAL)
+    except (OSError, AttributeError, StopIteration) as error:
+        raise KernelsUnavailable(f"ggml's libraries cannot be shared: {error!r}", "run scripts/setup") from error
 
 
 def _load(path: Path) -> None:
@@ -97,12 +106,11 @@ def _load(path: Path) -> None:
         raise KernelsUnavailable("this processor lacks AVX-512 VNNI")
 
 
-def _loaded(maps: Path, name: re.Pattern[str]) -> Sequence[str]:
-    """Paths of this process's libraries with such a file name."""
+def _mapped(maps: Path) -> Sequence[tuple[int, int, str]]:
+    """What this process has in memory of files: begin, end, path."""
     try:
         lines = maps.read_text("utf-8", "replace").splitlines()
     except OSError as error:
         raise KernelsUnavailable(f"what this process has loaded is not known: {error}") from error
-    columns = (line.split(maxsplit=_MAPPED_COLUMNS - 1) for line in lines)
-    paths = dict.fromkeys(words[-1] for words in columns if len(words) == _MAPPED_COLUMNS)
-    return [path for path in paths if name.search(path.rpartition("/")[2])]
+    found = filter(None, map(_MAPPED.fullmatch, lines))
+    return [(int(one["begin"], 16), int(one["end"], 16), one["path"]) for one in found]

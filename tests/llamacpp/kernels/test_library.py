@@ -222,6 +222,19 @@ def test_a_library_that_does_not_load_is_a_reason_and_no_error(tmp_path: Path) -
     assert "llama.cpp is not loaded" in install(nothing).reason
 
 
+@pytest.mark.usefixtures("built")
+def test_another_backend_in_memory_is_not_mistaken_for_the_one_in_use() -> None:
+    # As a build for many processors may leave one behind: the wheel holds each library twice.
+    code = (
+        "import ctypes, pathlib, llama_cpp; from tests.llamacpp.kernels import graphs; "
+        "other = pathlib.Path(llama_cpp.__file__).parent / 'lib' / 'libggml-cpu.so'; "
+        "ctypes.CDLL(str(other)) if other.exists() else None; "
+        "graphs.begin(False); print(graphs.kernels().reason, graphs.buffer_type() is not None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "True"
+
+
 def test_the_control_plane_asks_for_their_identity_without_llama_cpp() -> None:
     code = (
         "import sys; from appliance.node.calibrations import llama_cpp_identity as told; "
