@@ -58,23 +58,23 @@ struct Scratch {
     alignas(64) float queries[ROWS][MAX_HEAD];
     alignas(64) float sums[ROWS][MAX_HEAD];
     alignas(64) float scores[ROWS][CELLS];
-    alignas(64) float totals[ROWS][LANES];
-    float largest[ROWS];
+    alignas(64) double totals[ROWS][LANES / 2];
+    float largest[ROWS];  // rounded up to a whole number
 };
 
-// e to the power of x for x <= 0; the polynomial's error is below 2e-7 of the result (degree 6, around multiples of ln 2).
-inline __m512 exponential(__m512 x) {
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.0f / 720);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+// 2 to the power of x - shift, for a whole shift; the error is below 2e-7 of the result (Taylor's series in ln 2, degree
+// 6). Another shift changes the exponent alone.
+inline __m512 power(__m512 x, __m512 shift) {
+    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT);
+    const __m512 r = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_set1_ps(1.5403530e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3333558e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.6181291e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.5504109e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.24022651f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.69314718f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
+    return _mm512_scalef_ps(p, _mm512_sub_ps(n, shift));
 }
 
 inline __m512 from_half(const uint16_t * from) {
@@ -119,19 +119,31 @@ void transpose(__m512 (&rows)[LANES]) {
     }
 }
 
+// Sums every 16th product, and then those 16 one after the other, as `score_few` does: how many rows are computed at
+// once changes no bit.
 template <int COUNT>
 void score(Scratch & s, int64_t row, int64_t head) {
     __m512 sums[COUNT][2];
     for (int r = 0; r < COUNT; r++) {
         sums[r][0] = sums[r][1] = _mm512_setzero_ps();
     }
-    for (int64_t d = 0; d < head; d++) {
-        const __m512 left = _mm512_load_ps(s.keys[d]), right = _mm512_load_ps(s.keys[d] + LANES);
-#pragma GCC unroll 8
+    for (int64_t first = 0; first < LANES; first++) {
+        __m512 parts[COUNT][2];
         for (int r = 0; r < COUNT; r++) {
-            const __m512 query = _mm512_set1_ps(s.queries[row + r][d]);
-            sums[r][0] = _mm512_fmadd_ps(query, left, sums[r][0]);
-            sums[r][1] = _mm512_fmadd_ps(query, right, sums[r][1]);
+            parts[r][0] = parts[r][1] = _mm512_setzero_ps();
+        }
+        for (int64_t d = first; d < head; d += LANES) {
+            const __m512 left = _mm512_load_ps(s.keys[d]), right = _mm512_load_ps(s.keys[d] + LANES);
+#pragma GCC unroll 8
+            for (int r = 0; r < COUNT; r++) {
+                const __m512 query = _mm512_set1_ps(s.queries[row + r][d]);
+                parts[r][0] = _mm512_fmadd_ps(query, left, parts[r][0]);
+                parts[r][1] = _mm512_fmadd_ps(query, right, parts[r][1]);
+            }
+        }
+        for (int r = 0; r < COUNT; r++) {
+            sums[r][0] = _mm512_add_ps(sums[r][0], parts[r][0]);
+            sums[r][1] = _mm512_add_ps(sums[r][1], parts[r][1]);
         }
     }
     for (int r = 0; r < COUNT; r++) {
@@ -140,28 +152,33 @@ void score(Scratch & s, int64_t row, int64_t head) {
     }
 }
 
-// Scores become weights relative to the largest seen so far; older sums are scaled down when a larger one comes.
+inline __m512d first_half(__m512 x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
+inline __m512d second_half(__m512 x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
+
+// Scores become weights relative to a power of two that is no less than the largest so far; older sums are scaled down
+// when a larger one comes. That is exact, and totals are in float64, so where a block of cells ends changes no bit.
 void weigh(Scratch & s, int64_t row, int64_t head, uint32_t seen) {
     const __m512 hidden = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
     const __m512 left = _mm512_mask_mov_ps(hidden, static_cast<__mmask16>(seen), _mm512_load_ps(s.scores[row]));
     const __m512 right =
         _mm512_mask_mov_ps(hidden, static_cast<__mmask16>(seen >> LANES), _mm512_load_ps(s.scores[row] + LANES));
-    const float before = s.largest[row], here = _mm512_reduce_max_ps(_mm512_max_ps(left, right));
+    const float before = s.largest[row], here = std::ceil(_mm512_reduce_max_ps(_mm512_max_ps(left, right)));
     if (here > before) {
-        const __m512 smaller = exponential(_mm512_set1_ps(std::max(before - here, -200.0f)));
+        const float smaller = std::ldexp(1.0f, static_cast<int>(std::max(before - here, -140.0f)));
         for (int64_t d = 0; d < head; d += LANES) {
-            _mm512_store_ps(s.sums[row] + d, _mm512_mul_ps(_mm512_load_ps(s.sums[row] + d), smaller));
+            _mm512_store_ps(s.sums[row] + d, _mm512_mul_ps(_mm512_load_ps(s.sums[row] + d), _mm512_set1_ps(smaller)));
         }
-        _mm512_store_ps(s.totals[row], _mm512_mul_ps(_mm512_load_ps(s.totals[row]), smaller));
+        _mm512_store_pd(s.totals[row], _mm512_mul_pd(_mm512_load_pd(s.totals[row]), _mm512_set1_pd(smaller)));
         s.largest[row] = here;
     }
     const __m512 largest = _mm512_set1_ps(s.largest[row]);
-    const __m512 first = _mm512_maskz_mov_ps(static_cast<__mmask16>(seen), exponential(_mm512_sub_ps(left, largest)));
-    const __m512 second =
-        _mm512_maskz_mov_ps(static_cast<__mmask16>(seen >> LANES), exponential(_mm512_sub_ps(right, largest)));
+    const __m512 first = _mm512_maskz_mov_ps(static_cast<__mmask16>(seen), power(left, largest));
+    const __m512 second = _mm512_maskz_mov_ps(static_cast<__mmask16>(seen >> LANES), power(right, largest));
     _mm512_store_ps(s.scores[row], first);
     _mm512_store_ps(s.scores[row] + LANES, second);
-    _mm512_store_ps(s.totals[row], _mm512_add_ps(_mm512_load_ps(s.totals[row]), _mm512_add_ps(first, second)));
+    const __m512d more = _mm512_add_pd(_mm512_add_pd(first_half(first), second_half(first)),
+                                       _mm512_add_pd(first_half(second), second_half(second)));
+    _mm512_store_pd(s.totals[row], _mm512_add_pd(_mm512_load_pd(s.totals[row]), more));
 }
 
 template <int COUNT, int WIDTH>
@@ -208,8 +225,8 @@ void gather_rows(Scratch & s, int64_t rows, int64_t d, int64_t cells) {
 
 void score_rows(Scratch & s, int64_t rows, int64_t head) {
     int64_t row = 0;
-    for (; row + 8 <= rows; row += 8) {
-        score<8>(s, row, head);
+    for (; row + 6 <= rows; row += 6) {
+        score<6>(s, row, head);
     }
     for (; row + 3 <= rows; row += 3) {
         score<3>(s, row, head);
@@ -220,19 +237,13 @@ void score_rows(Scratch & s, int64_t rows, int64_t head) {
 }
 
 // The sums of 16 registers, in one.
-__m512 sums_of(const __m512 (&rows)[LANES]) {
-    __m512 fours[4];
-    for (int i = 0; i < 4; i++) {
-        const __m512 *r = rows + 4 * i;
-        const __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(r[0], r[1]), _mm512_unpackhi_ps(r[0], r[1]));
-        const __m512 high = _mm512_add_ps(_mm512_unpacklo_ps(r[2], r[3]), _mm512_unpackhi_ps(r[2], r[3]));
-        fours[i] = _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x44), _mm512_shuffle_ps(low, high, 0xEE));
+__m512 sums_of(__m512 (&rows)[LANES]) {
+    transpose(rows);
+    __m512 sum = rows[0];
+    for (int i = 1; i < LANES; i++) {
+        sum = _mm512_add_ps(sum, rows[i]);
     }
-    const __m512 left = _mm512_add_ps(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88),
-                                      _mm512_shuffle_f32x4(fours[0], fours[1], 0xDD));
-    const __m512 right = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2], fours[3], 0x88),
-                                       _mm512_shuffle_f32x4(fours[2], fours[3], 0xDD));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(left, right, 0x88), _mm512_shuffle_f32x4(left, right, 0xDD));
+    return sum;
 }
 
 // For so few rows that turning the keys over costs more than adding up each product.
@@ -333,13 +344,14 @@ uint32_t seen_here(const Scratch & s, const uint64_t * bits, int64_t token, int6
 void attend(const Problem & p, Scratch & s, int64_t first, int64_t count, int64_t group, int64_t stream,
             const uint64_t * seen, int64_t words) {
     const int64_t rows = count * p.groups;
+    const __m512 scale = _mm512_set1_ps(p.scale * 1.44269504f);  // scores become exponents of 2
     for (int64_t row = 0; row < rows; row++) {
         const float * from = Problem::at<float>(p.q, first + row / p.groups, group * p.groups + row % p.groups, stream);
         for (int64_t d = 0; d < p.head; d += LANES) {
-            _mm512_store_ps(s.queries[row] + d, _mm512_mul_ps(_mm512_loadu_ps(from + d), _mm512_set1_ps(p.scale)));
+            _mm512_store_ps(s.queries[row] + d, _mm512_mul_ps(_mm512_loadu_ps(from + d), scale));
             _mm512_store_ps(s.sums[row] + d, _mm512_setzero_ps());
         }
-        _mm512_store_ps(s.totals[row], _mm512_setzero_ps());
+        _mm512_store_pd(s.totals[row], _mm512_setzero_pd());
         s.largest[row] = -std::numeric_limits<float>::infinity();
     }
     const int64_t cells = static_cast<int64_t>(s.cells.size());
@@ -366,7 +378,7 @@ void attend(const Problem & p, Scratch & s, int64_t first, int64_t count, int64_
     }
     for (int64_t row = 0; row < rows; row++) {
         float * to = Problem::at<float>(p.out, group * p.groups + row % p.groups, first + row / p.groups, stream);
-        const float total = _mm512_reduce_add_ps(_mm512_load_ps(s.totals[row]));
+        const float total = static_cast<float>(_mm512_reduce_add_pd(_mm512_load_pd(s.totals[row])));
         const __m512 inverse = _mm512_set1_ps(total > 0 ? 1 / total : 0);
         for (int64_t d = 0; d < p.head; d += LANES) {
             _mm512_storeu_ps(to + d, _mm512_mul_ps(_mm512_load_ps(s.sums[row] + d), inverse));

@@ -1,6 +1,6 @@
 // The few declarations of ggml's that its installed headers leave out and that an extra CPU buffer type needs.
 //
-// They describe the libraries that llama-cpp-python is pinned to (ggml 0.25.3); `kernels.py` builds against no other.
+// They describe the libraries that llama-cpp-python is pinned to (ggml 0.25.3); `library.py` builds against no other.
 #pragma once
 
 #include <cstddef>

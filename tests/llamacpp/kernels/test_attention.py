@@ -120,10 +120,24 @@ def test_very_large_and_very_small_scores_do_not_overflow(kernels: Run) -> None:
     assert case.error(kernels) < EXACT
 
 
-def test_the_number_of_threads_changes_no_more_than_the_last_digits(kernels: Run) -> None:
+def test_the_number_of_threads_changes_no_bit(kernels: Run) -> None:
     case = Case(ragged(np.random.default_rng(3), 40, 300), shared=3, group=3)
     one, *others = (case.run(kernels, threads) for threads in (1, 2, 3))
-    assert all(np.abs(one - other).max() < EXACT for other in others)
+    assert all(np.array_equal(one, other) for other in others)
+
+
+@pytest.mark.parametrize(("head", "group"), [(64, 1), (64, 3), (80, 8), (128, 2)])
+def test_other_queries_and_cells_in_between_change_no_bit(head: int, group: int, kernels: Run) -> None:
+    case = Case(ragged(np.random.default_rng(group), 40, 300), head=head, shared=2, group=group)
+    together = case.run(kernels, 2)
+    for query in range(0, 40, 3):
+        mine = np.flatnonzero(case.seen[0, query])
+        if not len(mine):
+            continue
+        alone = Case(np.ones((1, 1, len(mine)), bool), head=head, shared=2, group=group)
+        alone.queries = case.queries[:, [query]]
+        alone.keys, alone.values = case.keys[:, mine], case.values[:, mine]
+        assert np.array_equal(alone.run(kernels, 1)[0, 0], together[0, query]), query
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,6 @@ def test_the_next_tokens_are_those_of_llama_cpps_own_kernels(q8_0: Path, kernels
 
 def test_cached_and_forked_sequences_answer_as_whole_prompts(q8_0: Path, kernels: Run) -> None:
     whole, cached, forked = kernels(reading.endings, q8_0, BEGINNING, ENDINGS)
-    for other in (cached, forked):
-        assert same_top(whole, other) == 1
-        # Sums in another order round an activation here and there to its neighbour: 0.003, and llama.cpp's own 0.001.
-        assert divergence(whole, other) < 0.01
+    # To the bit: one bit in attention would round activations after it to their neighbours, and move a label's log
+    # probability by up to 0.4.
+    assert np.array_equal(whole, cached) and np.array_equal(whole, forked)
