@@ -5,6 +5,7 @@ A window is as many items as fit into what is left of a step; it may last severa
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from heapq import nsmallest
 from itertools import count
 from operator import attrgetter
 from typing import Final
@@ -25,6 +26,8 @@ _WALKS_AT_ONCE: Final = 32
 _RECENT_PROMPTS: Final = 8
 """Prompts remembered (as tokens, not cells): what the next one shares with any of them is worth caching."""
 _WORTH_CACHING_TOKENS: Final = 16
+_CALLS_KEPT_WARM: Final = 8
+"""Calls take turns, so that what several of them fork is kept: of so many, those that are next."""
 
 
 class Scorer:
@@ -99,14 +102,14 @@ class Scorer:
         return sum(len(node.tokens) for node in warm)
 
     def _expected(self) -> Iterator[tuple[Tokens, str]]:
-        """Prompts and salts of the pieces that wait, and of the item whose turn is next."""
+        """Prompts and salts of the pieces that wait, and of the items whose turn is next, each of another call."""
         if not self._jobs or not self._model.forkable:
             return
         for job in self._jobs:
             yield from ((piece.item.prompt, piece.item.salt) for piece in job.pieces)
-        following = min(self._jobs, key=attrgetter("rank")).following
-        if following is not None:
-            yield as_tokens(following.prompt), following.cache_salt
+        for job in nsmallest(_CALLS_KEPT_WARM, self._jobs, key=attrgetter("rank")):
+            if job.following is not None:
+                yield as_tokens(job.following.prompt), job.following.cache_salt
 
     def add(self, job: ScoreJob) -> None:
         self._open.append(job)

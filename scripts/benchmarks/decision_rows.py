@@ -154,15 +154,17 @@ async def singles(bench: Bench) -> None:
 async def many_labels(bench: Bench) -> None:
     texts, make = bench.sizes.many_labels_texts, bench.works.many_labels
     contenders: list[Contender] = []
+    told = _Told()
     mine = await bench.our_server("prefill")
     if mine:
-        contenders.append(decider(OURS, mine, bench.method(OURS, "one call"), make, texts, 1))
+        contenders.append(decider(OURS, mine, bench.method(OURS, "one call"), make, texts, 1, told=told))
     theirs = await bench.peer(LLAMA_SERVER, bench.theirs)
     way = await _quickest_with_many_labels(bench, theirs) if theirs else "-"
     if theirs and way:
         contenders.append(decider(LLAMA_SERVER, theirs, bench.method(LLAMA_SERVER, way), make, texts, SLOTS))
     found = await bench.arena.race("labels77", contenders)
     note = f"llama-server: {bench.theirs}, {way or 'no way in time'}; ours: {bench.ours['prefill'][0]}"
+    note += f", {told.uncached_per_text:.1f} uncached tokens a text"
     bench.add("labels77", f"77 labels, {texts} texts", "answers/s", found, OURS, LLAMA_SERVER, 2.0, note=note)
 
 

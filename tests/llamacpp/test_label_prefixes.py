@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from appliance.llamacpp.labels import ScoreJob
 from appliance.llamacpp.model import Model
 from appliance.llamacpp.params import LabelItem
 from appliance.llamacpp.runner import Runner
@@ -15,6 +16,23 @@ def test_a_prefix_longer_than_the_cache_may_be_is_computed_once_for_all_items_of
     found = score(model, [LabelItem([*prefix, *model.tokenize(f" {number} apples")], labels) for number in range(24)])
     assert len(prefix) > model.context_tokens // 2
     assert sorted(scores.cached_tokens >= len(prefix) for scores in found) == [False] + [True] * 23
+
+
+def test_calls_that_take_turns_keep_each_a_prefix_of_its_own(model: Model) -> None:
+    model.reset()
+    runner = Runner(model)
+    ends = [model.tokenize(f" {number} apples") for number in range(40)]
+    calls = [
+        ScoreJob([LabelItem([*story(model, 150)[first:], *end], [[5], [6]], salt) for end in ends])
+        for first, salt in ((0, "one"), (1, "other"))
+    ]
+    for call in calls:
+        runner.score(call)
+    while not runner.idle:
+        runner.step()
+    for call in calls:
+        cached = [scores.cached_tokens for scores in call.results if scores is not None]
+        assert sorted(tokens >= 149 for tokens in cached) == [False] + [True] * 39
 
 
 def test_what_waiting_items_need_of_the_cache_gives_way_to_what_runs(model: Model) -> None:
