@@ -37,6 +37,7 @@ from appliance.llamacpp.process import (
 from appliance.llamacpp.prompts import Prompts
 from appliance.llamacpp.server import MAX_BODY_BYTES, Desk, Serving, make_app
 from appliance.llamacpp.tools.formats import SYNTAXES
+from appliance.llamacpp.weights import is_packed
 
 # Peers are ours, on one machine, and keep their connections; closing an idle one would race with its next use.
 _KEEP_ALIVE_SECONDS = 3_600
@@ -167,6 +168,7 @@ def _load(options: argparse.Namespace) -> tuple[Kernels, Model, Prompts, Grammar
         sequences=options.sequences,
         batch_tokens=options.batch_tokens,
         lanes=lanes_wanted(options.lane_tokens, kernels),
+        mapped=not (kernels.names and is_packed(options.model)),
     )
     grammars = Grammars(model.vocab_pointer, model.end_tokens, vocabulary_size=model.vocabulary_size)
     template = None

@@ -7,23 +7,20 @@ the budget has room to spare, a part of it becomes `lanes`.
 
 import ctypes
 import os
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from appliance.errors import EngineFailed, ModelFileError
+from appliance.errors import EngineFailed
 from appliance.llamacpp.batch import Batch
 from appliance.llamacpp.binding import lib
 from appliance.llamacpp.context import Attention, Context, context_params
 from appliance.llamacpp.lanes import Lanes, lane_tokens
 from appliance.llamacpp.pages import release_file_pages
+from appliance.llamacpp.weights import LOG, check_file, load_weights
 
-_GGUF_MAGIC: Final = b"GGUF"
-_WARN, _ERROR = 3, 4  # ggml_log_level
 _F16_BYTES: Final = 2
-_LAST_WORDS: Final = 6
 _SPARE_ROWS: Final = 32
 """Rows of logits that a step may read beside one for each running sequence. A row is held twice, as result and in the
 compute graph: 0.4 MB at 49,152 tokens. With 64 rows in all 77 labels take 1.07 times the CPU of 144 rows, 8 labels the
@@ -31,32 +28,6 @@ same."""
 _SPARE_SEQUENCES: Final = 112
 """Ids for cached prefixes and label forks beside the running sequences. llama.cpp's limit is 256 in all, and its work
 per step grows with the square of the number."""
-
-
-class _Log:
-    """llama.cpp's log: kept, never printed. Its last words go into the error when something fails."""
-
-    def __init__(self) -> None:
-        self._lines: deque[tuple[int, str]] = deque(maxlen=200)
-        self._callback = lib.llama_log_callback(self._take)  # kept alive: C holds only the pointer
-
-    def listen(self) -> None:
-        self._lines.clear()
-        lib.llama_log_set(self._callback, ctypes.c_void_p(0))
-
-    def _take(self, level: int, text: bytes, _data: object) -> None:
-        line = text.decode("utf-8", "replace").strip()
-        if line and line != ".":
-            self._lines.append((level, line))
-
-    def last_words(self) -> str:
-        """The last errors, or, where there were none, the last lines of any level."""
-        grave = [line for level, line in self._lines if level in (_WARN, _ERROR)]
-        lines = grave or [line for _, line in self._lines]
-        return " | ".join(lines[-_LAST_WORDS:]) or "llama.cpp gave no reason"
-
-
-_LOG: Final = _Log()
 
 
 class Model(Context):
@@ -110,6 +81,7 @@ class Model(Context):
         batch_tokens: int = 512,
         attention: Attention = "fast",
         lanes: int | None = None,
+        mapped: bool = True,
     ) -> "Model":
         """Load `path` with a KV budget of `context_tokens` (rounded up to 256) for up to `sequences` at once.
 
@@ -120,12 +92,15 @@ class Model(Context):
         `lanes`: cells of each sequence's lane, taken out of the budget; 0: none. Left out, they get what the budget
         has beyond one sequence of the trained length, if that makes useful lanes.
 
+        `mapped`: the weights stay in the mapped file. Not where they are packed while they are loaded (`is_packed`):
+        both copies would be in memory for a while.
+
         Raises ModelFileError when the file is missing, truncated, corrupt or no language model; EngineFailed when
         the file is good and the context does not fit into memory.
         """
-        _check_file(path)
-        _LOG.listen()
-        handle = _load_weights(path)
+        check_file(path)
+        LOG.listen()
+        handle = load_weights(path, mapped=mapped)
         try:
             _check_memory(handle, context_tokens)
             forkable = _forkable(handle)
@@ -145,7 +120,7 @@ class Model(Context):
             if not context:
                 raise EngineFailed(
                     f"a context of {context_tokens} tokens for {path.name!r} cannot be made: ask for fewer tokens. "
-                    f"llama.cpp says: {_LOG.last_words()}"
+                    f"llama.cpp says: {LOG.last_words()}"
                 )
         except EngineFailed:
             lib.llama_model_free(handle)
@@ -200,7 +175,7 @@ class Model(Context):
 
     def last_words(self) -> str:
         """What llama.cpp last complained about."""
-        return _LOG.last_words()
+        return LOG.last_words()
 
     # The vocabulary: safe from any thread.
 
@@ -234,34 +209,6 @@ class Model(Context):
             buffer = ctypes.create_string_buffer(-count)
             count = lib.llama_token_to_piece(self.vocab_pointer, token, buffer, -count, 0, special)
         return buffer.raw[:count]
-
-
-def _load_weights(path: Path) -> Any:
-    lib.llama_backend_init()
-    params = lib.llama_model_default_params()
-    params.n_gpu_layers = 0
-    handle = lib.llama_model_load_from_file(str(path).encode(), params)
-    if not handle:
-        raise ModelFileError(
-            f"{str(path)!r} cannot be loaded, it is truncated, corrupt or of an unknown kind: pull it again. "
-            f"llama.cpp says: {_LOG.last_words()}"
-        )
-    if not lib.llama_model_has_decoder(handle) or lib.llama_model_has_encoder(handle):
-        lib.llama_model_free(handle)
-        raise ModelFileError(f"{str(path)!r} is not a decoder-only language model: choose one that generates text")
-    return handle
-
-
-def _check_file(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except FileNotFoundError:
-        raise ModelFileError(f"{str(path)!r} does not exist: pull the model or correct the path") from None
-    except OSError as error:
-        raise ModelFileError(f"{str(path)!r} cannot be read ({error.strerror}): correct path or permissions") from error
-    if magic != _GGUF_MAGIC:
-        raise ModelFileError(f"{str(path)!r} is not a GGUF file (it begins with {magic!r}): pull the model again")
 
 
 def _check_memory(handle: Any, context_tokens: int) -> None:

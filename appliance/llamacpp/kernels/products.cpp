@@ -229,6 +229,21 @@ void pack_block(const Q4BlockWithLeast & from, Panel4 & to, int64_t half, int64_
     pack_nibbles(from.weights, to, half, lane);
 }
 
+void unpack_block(const Panel8 & from, int64_t half, int64_t lane, float * to) {
+    const float scale = ggml_fp16_to_fp32(from.scales[half][lane]);
+    for (int64_t i = 0; i < BLOCK; i++) {
+        to[i] = scale * static_cast<float>(from.weights[half][i / 4][lane][i % 4] - 128);
+    }
+}
+
+void unpack_block(const Panel4 & from, int64_t half, int64_t lane, float * to) {
+    const float scale = ggml_fp16_to_fp32(from.scales[half][lane]), least = ggml_fp16_to_fp32(from.least[half][lane]);
+    for (int64_t i = 0; i < BLOCK; i++) {
+        const uint8_t two = from.weights[half][i / 8][lane][i % 4];
+        to[i] = scale * static_cast<float>(i % 8 < 4 ? two & 15 : two >> 4) + least;
+    }
+}
+
 template <class Block, class Panel>
 void pack(const ggml_tensor * tensor, const void * data) {
     const int64_t blocks = tensor->ne[0] / BLOCK;
@@ -297,7 +312,39 @@ class Product : public ggml::cpu::tensor_traits {
     }
 };
 
+// Single rows, as floats: token embeddings of models that use one matrix for input and output.
+class Rows : public ggml::cpu::tensor_traits {
+    bool work_size(int, const ggml_tensor *, size_t & size) override {
+        size = 0;
+        return true;
+    }
+
+    bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
+        const ggml_tensor *weights = op->src[0], *numbers = op->src[1];
+        const int64_t blocks = weights->ne[0] / BLOCK;
+        for (int64_t i = params->ith; i < numbers->ne[0]; i += params->nth) {
+            const int32_t row = *reinterpret_cast<const int32_t *>(static_cast<char *>(numbers->data) + i * numbers->nb[0]);
+            float * to = reinterpret_cast<float *>(static_cast<char *>(op->data) + i * op->nb[1]);
+            if (weights->type == GGML_TYPE_Q8_0) {
+                unpack(static_cast<const Panel8 *>(weights->data), row, blocks, to);
+            } else {
+                unpack(static_cast<const Panel4 *>(weights->data), row, blocks, to);
+            }
+        }
+        return true;
+    }
+
+    template <class Panel>
+    static void unpack(const Panel * panels, int64_t row, int64_t blocks, float * to) {
+        const Panel * panel = panels + row / PANEL * blocks;
+        for (int64_t block = 0; block < blocks; block++, to += BLOCK) {
+            unpack_block(panel[block], row % PANEL / LANES, row % LANES, to);
+        }
+    }
+};
+
 Product product;
+Rows rows;
 
 bool suits(const ggml_tensor * weights) {
     const bool known =
@@ -310,6 +357,10 @@ ggml_backend_buffer_type_t buffer_type();
 
 class Packed : public ggml::cpu::extra_buffer_type {
     bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) override {
+        if (op->op == GGML_OP_GET_ROWS) {
+            return get_tensor_traits(op) != nullptr && suits(op->src[0]) && op->src[1]->type == GGML_TYPE_I32 &&
+                   ggml_n_dims(op->src[1]) == 1;
+        }
         return op->op == GGML_OP_MUL_MAT && get_tensor_traits(op) != nullptr && suits(op->src[0]) && op->src[1]->type == GGML_TYPE_F32 &&
                (op->src[1]->buffer == nullptr || ggml_backend_buffer_is_host(op->src[1]->buffer));
     }
@@ -318,8 +369,13 @@ class Packed : public ggml::cpu::extra_buffer_type {
         if (op->op == GGML_OP_FLASH_ATTN_EXT) {
             return appliance_attention();
         }
-        const bool ours = op->op == GGML_OP_MUL_MAT && op->src[0]->buffer && op->src[0]->buffer->buft == buffer_type();
-        return ours ? &product : nullptr;
+        if (op->src[0] == nullptr || op->src[0]->buffer == nullptr || op->src[0]->buffer->buft != buffer_type()) {
+            return nullptr;
+        }
+        if (op->op == GGML_OP_GET_ROWS) {
+            return &rows;
+        }
+        return op->op == GGML_OP_MUL_MAT ? &product : nullptr;
     }
 };
 

@@ -20,14 +20,16 @@ Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.float16]
 
 BUFFER_TYPE: Final = b"CPU_PACKED"
-F32, F16, Q4_0, Q4_1, Q8_0 = 0, 1, 2, 3, 8
+F32, F16, Q4_0, Q4_1, Q8_0, I32 = 0, 1, 2, 3, 8, 26
 BLOCKS: Final = {
     Q4_0: np.dtype([("scale", "<f2"), ("weights", "u1", 16)]),
     Q4_1: np.dtype([("scale", "<f2"), ("least", "<f2"), ("weights", "u1", 16)]),
     Q8_0: np.dtype([("scale", "<f2"), ("weights", "i1", 32)]),
 }
 """Blocks of 32 weights, as they lie in a file."""
-_TYPES: Final = {np.dtype(np.float32): F32, np.dtype(np.float16): F16} | {form: kind for kind, form in BLOCKS.items()}
+_TYPES: Final = {np.dtype(np.float32): F32, np.dtype(np.float16): F16, np.dtype(np.int32): I32} | {
+    form: kind for kind, form in BLOCKS.items()
+}
 _CPU: Final = 0
 _CONTEXT_BYTES: Final = 1 << 20
 _BUFFER_OFFSET: Final = 8
@@ -162,6 +164,13 @@ def multiply(blocks: npt.NDArray[np.void], inputs: Floats, threads: int, gap: in
             rows = made.op("ggml_view_3d", rows, width, tokens, planes, row, row * tokens, 0)
         product = made.op("ggml_mul_mat", made.weights(blocks), rows)
         return made.run(product, (planes, tokens, blocks.shape[0]), threads)
+
+
+def pick(blocks: npt.NDArray[np.void], numbers: npt.NDArray[np.int32], threads: int) -> Floats:
+    """Rows of weights (outputs, blocks) as floats: (numbers, 32 x blocks)."""
+    with graph() as made:
+        rows = made.op("ggml_get_rows", made.weights(blocks), made.leaf(numbers))
+        return made.run(rows, (len(numbers), 32 * blocks.shape[1]), threads)
 
 
 def accepts(kind: int, shape: tuple[int, ...]) -> bool:

@@ -121,3 +121,12 @@ def test_weights_that_do_not_suit_stay_where_they_were(
     kind: int, shape: tuple[int, ...], taken: bool, kernels: Run
 ) -> None:
     assert kernels(graphs.accepts, kind, shape) is taken
+
+
+@by_kind
+@pytest.mark.parametrize("threads", [1, 3])
+def test_single_rows_are_what_the_blocks_stand_for(kind: int, threads: int, kernels: Run) -> None:
+    weights = blocks(kind, 96, 576, seed=kind)
+    numbers = np.array([0, 95, 31, 32, 95, 17, 64], np.int32)
+    found = kernels(graphs.pick, weights, numbers, threads)
+    assert difference(found, real(weights)[numbers]) < 1e-6
