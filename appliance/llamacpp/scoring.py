@@ -1,6 +1,8 @@
 """Label calls in work: takes items from the calls in turn, computes them a window at a time, and answers.
 
-A window is as many items as fit into what is left of a step; it may last several steps when one item is longer.
+A window is as many items as fit into what is left of a step; it may last several steps when one item is longer. An item
+whose labels are computed in waves (see `walk`) is in one window after the other, each time beside items that are new.
+Between two windows it holds nothing: its prompt is cached, and computed again where somebody needed the cells.
 """
 
 from collections import deque

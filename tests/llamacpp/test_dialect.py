@@ -290,6 +290,15 @@ def test_prompt_and_label_together_are_the_tokens_of_their_text(prompts: Prompts
         assert [*item.prompt, *label] == model.tokenize(head + joint(head, name) + name)
 
 
+def test_a_call_says_how_exact_its_probabilities_must_be(prompts: Prompts, model: Model) -> None:
+    assert [labels(prompts, model).items[0].tolerance, labels(prompts, model, tolerance=0).items[0].tolerance] == [
+        0.001,
+        0,
+    ]
+    with pytest.raises(RequestError, match="tolerance"):
+        labels(prompts, model, tolerance=0.5)
+
+
 def test_a_label_that_begins_another_is_told_from_it_by_the_end_of_the_turn(prompts: Prompts, model: Model) -> None:
     names = ["refund", "refund request", "other"]
     first, second, third = labels(prompts, model, label_sets={"topic": names}).items[0].labels
