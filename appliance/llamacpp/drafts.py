@@ -136,11 +136,12 @@ class Drafts:
             key = (key << _TOKEN_BITS | token) & _KEY_MASK
         self._key, self._known = key, length
 
-    def guess(self, most: int, least: float) -> list[int]:
-        """At most `most` tokens that may follow what was read, each one right with a probability of `least` or more,
-        those before it included."""
+    def guess(self, most: int, least: float) -> tuple[list[int], list[float]]:
+        """At most `most` tokens that may follow what was read, and how probable each is together with those before
+        it: `least` or more."""
         key, copies, probability = self._key, self._copies, 1.0
         guessed: list[int] = []
+        probabilities: list[float] = []
         while len(guessed) < most:
             token, share = self._habits.guess(key)
             source = self._after.get(key)
@@ -150,6 +151,7 @@ class Drafts:
             if probability < least:
                 break
             guessed.append(token)
+            probabilities.append(probability)
             copies = 1
             key = (key << _TOKEN_BITS | token) & _KEY_MASK
-        return guessed
+        return guessed, probabilities

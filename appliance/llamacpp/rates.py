@@ -5,8 +5,6 @@ from typing import Final
 
 _WEIGHT: Final = 0.1
 """Share of a new observation in the running average: about the last twenty steps count."""
-_LEAST_ROW_SHARE: Final = 0.1
-"""Of the average, what one row more takes at least: its arithmetic, where reading the weights takes all the time."""
 _BUCKETS: Final = (1, 4, 8, 16, 32, 64, 128)
 
 
@@ -63,19 +61,15 @@ class Rates:
         return low_rate + share * (high_rate - low_rate)
 
     def row_seconds(self, rows: int) -> tuple[float, float] | None:
-        """What one row more would add to a decode step of `rows`, and what each of its rows takes on average.
+        """What one row more adds to a decode step of `rows`, and what each of its rows takes on average.
 
-        The first is the slope between the measured numbers of sequences around `rows`, or of the last two; where that
-        is out of all likelihood, the least or most that is likely. None while fewer than two are measured.
+        The first is what a prompt's token takes: so it was within a tenth for five variants of SmolLM2-135M, and it is
+        measured more steadily than the difference of two steps. None while one of them is unknown.
         """
-        known = [(count, count / rate) for count, rate in sorted(self.decode_tokens_per_second.items())]
-        if len(known) < 2:
+        decode = self.decode_at(rows)
+        if not decode or not self.prefill_tokens_per_second:
             return None
-        place = next((number for number, (count, _) in enumerate(known) if count > rows), len(known) - 1)
-        (low, low_seconds), (high, high_seconds) = known[max(1, place) - 1], known[max(1, place)]
-        slope = (high_seconds - low_seconds) / (high - low)
-        average = (low_seconds + max(slope, 0.0) * (rows - low)) / rows
-        return min(max(slope, _LEAST_ROW_SHARE * average), average), average
+        return min(1.0 / self.prefill_tokens_per_second, 1.0 / decode), 1.0 / decode
 
     def seconds_for(self, prompt_tokens: int, output_tokens: int, sequences: int) -> float | None:
         """Time for that much work at full concurrency; None while a rate it needs is unknown."""

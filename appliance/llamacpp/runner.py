@@ -217,7 +217,8 @@ class Runner:
             self.batch.capacity_tokens - tokens,
             self._roster.spare_cells() - tokens,
         )
-        self._drafting.plan(writing, room if self.model.forkable and not self._suspects else 0)
+        read = any(sequence.request.streamed for sequence in (*writing, *self._cells.in_lanes))
+        self._drafting.plan(writing, room if self.model.forkable and not self._suspects else 0, read=read)
 
     def _decode(self, context: Context) -> tuple[int, float]:
         """llama.cpp's code and the seconds it took."""

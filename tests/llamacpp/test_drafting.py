@@ -48,7 +48,7 @@ def grammars(f32_model: Model) -> Grammars:
 def drafts(guess: Guess | None) -> Iterator[None]:
     """Draft what `guess` says of a sequence and the most tokens; None: nothing."""
 
-    def planned(self: Drafting, sequences: list[Sequence], room: int) -> None:
+    def planned(self: Drafting, sequences: list[Sequence], room: int, *, read: bool) -> None:
         for sequence in sequences:
             most = min(room, 6, sequence.remaining - 1)
             sequence.guess(guess(sequence, most)[: max(0, most)] if guess is not None else [])

@@ -19,23 +19,30 @@ def drafts_of(prompt: list[int], output: list[int], habits: Habits | None = None
     return made
 
 
+def guessed(drafts: Drafts, most: int, least: float) -> list[int]:
+    tokens, probabilities = drafts.guess(most, least)
+    assert len(tokens) == len(probabilities) <= most
+    assert probabilities == sorted(probabilities, reverse=True)
+    return tokens
+
+
 def test_what_is_being_copied_from_the_prompt_goes_on_as_it_does_there() -> None:
     drafts = drafts_of([1, 2, 3, 4, 5, 6, 7, 8, 9, 50], [2, 3, 4])
-    assert drafts.guess(3, 0.01) == [5, 6, 7]
-    assert drafts.guess(2, 0.01) == [5, 6]
+    assert guessed(drafts, 3, 0.01) == [5, 6, 7]
+    assert guessed(drafts, 2, 0.01) == [5, 6]
 
 
 def test_a_place_that_was_never_seen_brings_no_guess() -> None:
-    assert drafts_of([1, 2, 3, 4, 5], [9, 9, 8]).guess(8, 0.01) == []
+    assert guessed(drafts_of([1, 2, 3, 4, 5], [9, 9, 8]), 8, 0.01) == []
 
 
 @pytest.mark.parametrize("length", range(5))
 def test_a_prompt_of_any_length_can_be_looked_up(length: int) -> None:
-    assert drafts_of(list(range(length)), []).guess(4, 0.01) == []
+    assert guessed(drafts_of(list(range(length)), []), 4, 0.01) == []
 
 
 def test_of_several_places_the_latest_is_followed() -> None:
-    assert drafts_of([1, 2, 3, 4, 9, 1, 2, 3, 5, 9], [1, 2, 3]).guess(1, 0.01) == [5]
+    assert guessed(drafts_of([1, 2, 3, 4, 9, 1, 2, 3, 5, 9], [1, 2, 3]), 1, 0.01) == [5]
 
 
 def test_guesses_become_shorter_as_they_are_wrong_and_longer_as_they_are_right() -> None:
@@ -45,14 +52,14 @@ def test_guesses_become_shorter_as_they_are_wrong_and_longer_as_they_are_right()
     wrong = drafts_of(
         text, [token for start in range(0, 48, 4) for token in (*text[start : start + 3], 7)] + text[50:53]
     )
-    assert len(wrong.guess(8, 0.2)) < len(unknown.guess(8, 0.2)) < len(right.guess(8, 0.2))
+    assert len(guessed(wrong, 8, 0.2)) < len(guessed(unknown, 8, 0.2)) < len(guessed(right, 8, 0.2))
 
 
 def test_what_answers_of_a_tenant_repeat_is_guessed_in_the_next_one() -> None:
     habits = Habits()
     for number in range(5):
         drafts_of([1, 2, 3], [10, 11, 12, 13, 20 + number, 14], habits)
-    assert drafts_of([1, 2, 3], [], habits).guess(8, 0.5) == [10, 11, 12, 13]
+    assert guessed(drafts_of([1, 2, 3], [], habits), 8, 0.5) == [10, 11, 12, 13]
     token, probability = habits.guess(11 << 40 | 12 << 20 | 13)
     assert 20 <= token < 25
     assert probability < 0.5
@@ -107,26 +114,26 @@ def copying(number: int, *, max_tokens: int = 40, sampling: Sampling | None = No
 
 def drafting(row_seconds: float, fixed_seconds: float) -> Drafting:
     rates = Rates(32)
+    rates.observe_prefill(1_000, 1_000 * row_seconds)
     for sequences in rates.buckets:
         rates.observe_decode(sequences, fixed_seconds + sequences * row_seconds)
     return Drafting(rates)
 
 
-def drafted(plan: Drafting, count: int, room: int = 1_000) -> list[int]:
+def drafted(plan: Drafting, count: int, room: int = 1_000, *, read: bool = True) -> list[int]:
     crowd = [copying(number) for number in range(count)]
     for _ in range(3):  # the tenant's figures grow with what is read
-        plan.plan(crowd, room)
+        plan.plan(crowd, room, read=read)
     return [len(one.draft) for one in crowd]
 
 
-def test_drafts_are_long_where_rows_are_cheap_and_one_sequence_pays_for_all_weights() -> None:
+def test_drafts_are_long_where_one_sequence_pays_for_reading_all_weights() -> None:
     assert drafted(drafting(0.001, 0.010), 1) == [LONGEST]
 
 
-def test_drafts_make_no_step_longer_than_stated() -> None:
-    plan = drafting(0.001, 0.010)
-    lengths = drafted(plan, 8)
-    assert 0 < sum(lengths) <= GROWTH * (0.010 + 8 * 0.001) / 0.001
+def test_while_a_stream_is_read_drafts_make_no_step_longer_than_stated() -> None:
+    plan, most = drafting(0.001, 0.010), GROWTH * (0.010 + 8 * 0.001) / 0.001
+    assert 0 < sum(drafted(plan, 8)) <= most < sum(drafted(plan, 8, read=False))
 
 
 def test_nothing_is_drafted_where_a_row_costs_what_a_step_does() -> None:
@@ -138,10 +145,16 @@ def test_drafts_keep_to_the_room_there_is(room: int, total: int) -> None:
     assert sum(drafted(drafting(0.001, 0.010), 4, room)) == total
 
 
+def test_where_room_is_short_the_likeliest_guesses_get_it() -> None:
+    lengths = drafted(drafting(0.001, 0.010), 4, 9)
+    assert sum(lengths) == 9
+    assert max(lengths) - min(lengths) <= 3
+
+
 @pytest.mark.parametrize(("max_tokens", "most"), [(21, 0), (22, 1), (24, 3)])
 def test_a_draft_ends_before_the_last_token_that_may_be_written(max_tokens: int, most: int) -> None:
     plan, one = drafting(0.001, 0.010), copying(0, max_tokens=max_tokens)
-    plan.plan([one], 100)
+    plan.plan([one], 100, read=True)
     assert len(one.draft) == most
     assert one.tokens[one.length : one.length + most].tolist() == one.draft
 
@@ -151,21 +164,24 @@ def test_a_draft_ends_before_the_last_token_that_may_be_written(max_tokens: int,
 )
 def test_what_is_drawn_by_chance_or_shuns_repetition_is_not_drafted(sampling: Sampling) -> None:
     plan, one = drafting(0.001, 0.010), copying(0, sampling=sampling)
-    plan.plan([one], 100)
+    plan.plan([one], 100, read=True)
     assert one.draft == []
 
 
-def test_a_row_costs_the_slope_between_measured_steps() -> None:
+def test_a_row_more_costs_what_a_token_of_a_prompt_does_but_no_more_than_the_others() -> None:
     rates = Rates(8)
     assert rates.row_seconds(2) is None
-    for sequences in (1, 4, 8):
-        rates.observe_decode(sequences, 0.010 + 0.002 * sequences)
-    for rows in (1, 3, 4, 8, 20):
-        assert rates.row_seconds(rows) == pytest.approx((0.002, (0.010 + 0.002 * rows) / rows))
+    rates.observe_decode(4, 0.020)
+    assert rates.row_seconds(4) is None
+    rates.observe_prefill(100, 0.2)
+    assert rates.row_seconds(4) == pytest.approx((0.002, 0.005))
+    rates.observe_prefill(100, 2.0, weight=1.0)
+    assert rates.row_seconds(4) == pytest.approx((0.005, 0.005))
 
 
 def test_a_step_with_more_rows_than_sequences_corrects_the_last_rate() -> None:
     rates = Rates(8)
+    rates.observe_prefill(100, 0.2)
     for sequences in (1, 4, 8):
         rates.observe_decode(sequences, 0.010 + 0.002 * sequences)
     rates.observe_decode(16, 0.010 + 0.002 * 16)
