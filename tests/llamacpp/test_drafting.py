@@ -1,5 +1,6 @@
 """Drafts change nothing of what is written: the same tokens come, in fewer steps."""
 
+import gc
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -280,3 +281,24 @@ async def test_a_stop_string_inside_a_draft_ends_the_text_and_the_count_where_it
     answer = [event.token for event in every]
     with drafts(lambda sequence, most: answer[sequence.generated :][: max(0, most)]):
         assert await told() == slow
+
+
+def test_drafting_leaves_no_garbage_behind(f32_model: Model) -> None:
+    f32_model.reset()
+    runner = Runner(f32_model)
+    request = Generate(f32_model.tokenize(TEXTS[0]), 90, GREEDY, ignore_eos=True)
+    one = Sequence.of(request, 0, f32_model.sequence_context_tokens, f32_model.end_tokens)
+    runner.submit(one)
+    while one.generated < 20:
+        runner.step()
+    gc.collect()
+    gc.disable()
+    try:
+        while one.generated < 70:
+            runner.step()
+        assert gc.collect() == 0, "a step leaves cycles behind"
+    finally:
+        gc.enable()
+    assert runner.load().accepted_tokens_total > 0
+    runner.cancel(one)
+    runner.step()
