@@ -19,7 +19,8 @@ namespace {
 
 constexpr int64_t LANES = 16;
 constexpr int64_t CELLS = 32;       // keys computed at once
-constexpr int64_t ROWS = 48;        // about so many queries times heads at once: their sums stay in the first cache
+constexpr int64_t ROWS = 96;        // about so many queries times heads at once share the work of loading cells
+constexpr int64_t JOBS_PER_THREAD = 4;  // at least, where there are queries enough: no thread waits long for another
 constexpr int64_t FEW_ROWS = 6;
 constexpr int64_t MAX_HEAD = 256;   // values of a head, at most
 constexpr int64_t WORD = 64;
@@ -441,7 +442,9 @@ class Attention : public ggml::cpu::tensor_traits {
         const Problem p(op);
         static thread_local const std::unique_ptr<Scratch> scratch(new Scratch);
         Scratch & s = *scratch;
-        const int64_t at_once = std::max<int64_t>(1, ROWS / p.groups), words = (p.cells + WORD - 1) / WORD;
+        const int64_t share = p.queries * p.streams * p.shared / (params->nth * JOBS_PER_THREAD);
+        const int64_t at_once = std::max<int64_t>(1, std::min(share, ROWS / p.groups));
+        const int64_t words = (p.cells + WORD - 1) / WORD;
         const int64_t parts = (p.queries + at_once - 1) / at_once, jobs = parts * p.streams * p.shared;
         s.seen.resize(at_once * words);
         int64_t looked = -1;
