@@ -282,7 +282,7 @@ async def test_a_reload_changes_the_policy_and_drops_no_stream(smollm2_path: Pat
     with running_node(home_with_model(tmp_path, smollm2_path), config=SMALL_ENGINE, policy=policy) as node:
         (engine,) = node.engine_pids()
         async with httpx.AsyncClient(base_url=node.url, timeout=60) as client:
-            body = {**CHAT, "max_tokens": 80, "ignore_eos": True}
+            body = {**CHAT, "max_tokens": 400, "temperature": 1, "ignore_eos": True}
             streams = [asyncio.create_task(read_stream(client, body, {})) for _ in range(4)]
 
             async def are_running() -> bool:
