@@ -59,7 +59,7 @@ def test_anthropic_is_told_which_stop_sequence_it_was(claude: anthropic.Anthropi
 
 
 def test_responses_answer_and_stream(gpt: openai.OpenAI) -> None:
-    asked: Any = {"model": "auto", "input": EIFFEL, "max_output_tokens": 24, "temperature": 0}
+    asked: Any = {"model": "auto", "input": EIFFEL, "max_output_tokens": 80, "temperature": 0}
     whole = gpt.responses.create(**asked)
     assert "Paris" in whole.output_text
     with gpt.responses.stream(**asked) as stream:
