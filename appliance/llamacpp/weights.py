@@ -12,6 +12,7 @@ _GGUF_MAGIC: Final = b"GGUF"
 _WARN, _ERROR = 3, 4  # ggml_log_level
 _LAST_WORDS: Final = 6
 _FILE_TYPE: Final = b"general.file_type"
+_GGUF_UINT32: Final = 4
 _PACKED_FILE_TYPES: Final = (2, 3, 7)
 """llama_ftype of files that are for the most part Q4_0, Q4_1 or Q8_0: what `kernels` packs."""
 
@@ -71,7 +72,10 @@ def is_packed(path: Path) -> bool:
     try:
         lib._lib.gguf_find_key.restype = ctypes.c_int64
         key = ctypes.c_int64(lib._lib.gguf_find_key(context, _FILE_TYPE))
-        return key.value >= 0 and lib._lib.gguf_get_val_u32(context, key) in _PACKED_FILE_TYPES
+        # Asked for a number where there is none, the reader would end the process.
+        if key.value < 0 or lib._lib.gguf_get_kv_type(context, key) != _GGUF_UINT32:
+            return False
+        return lib._lib.gguf_get_val_u32(context, key) in _PACKED_FILE_TYPES
     finally:
         lib._lib.gguf_free(context)
 

@@ -2,7 +2,7 @@
 
 import gc
 import json
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -249,14 +249,6 @@ def test_rows_for_drafts_are_only_those_that_nobody_else_needs(
     with drafts(lambda sequence, wanted: [260] * max(0, wanted)):
         play(f32_model, [Generate(f32_model.tokenize(text), 20, GREEDY, ignore_eos=True) for text in TEXTS])
     assert most == 5
-
-
-@pytest.fixture
-async def exact(f32_model: Model) -> AsyncIterator[Engine]:
-    started = Engine(f32_model, calibrate=False)
-    started.start()
-    yield started
-    await started.close(0)
 
 
 @pytest.mark.anyio

@@ -1,7 +1,7 @@
 """Runs of tokens that a schema leaves no choice about are computed in one step, and change nothing of the answer."""
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -36,14 +36,6 @@ class Unhurried:
 
     def finished(self) -> bool:
         return self._inner.finished()
-
-
-@pytest.fixture
-async def exact(f32_model: Model) -> AsyncIterator[Engine]:
-    started = Engine(f32_model, calibrate=False)
-    started.start()
-    yield started
-    await started.close(0)
 
 
 @pytest.fixture(scope="module")

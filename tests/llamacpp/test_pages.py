@@ -59,8 +59,13 @@ def test_a_mapped_file_leaves_memory_and_reads_the_same_again(tmp_path: Path) ->
 
 
 def test_a_file_that_is_not_mapped_changes_nothing(tmp_path: Path) -> None:
-    release_file_pages(tmp_path / "absent.gguf")
-    release_file_pages(tmp_path / "absent.gguf", maps=tmp_path / "no-maps")
+    path = tmp_path / "other weights.gguf"
+    path.write_bytes(b"w" * (4 * mmap.PAGESIZE))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        whole, address = bytes(mapped), address_of(mapped)
+        release_file_pages(tmp_path / "absent.gguf")
+        release_file_pages(path, maps=tmp_path / "no-maps")
+        assert resident_bytes(address) == len(whole)
 
 
 def test_only_code_that_a_file_backs_is_given_back(tmp_path: Path) -> None:
