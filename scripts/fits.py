@@ -6,9 +6,9 @@ from typing import Final
 
 from appliance.catalog import Catalog, DevicePrior, ModelSpec, load_catalog
 from appliance.config import Engine
-from appliance.node.imagined import machine_of
-from appliance.node.planner import Plan, Wanted, plan
-from appliance.node.probe import Hardware
+from appliance.node.hardware.probe import Hardware
+from appliance.node.plan.hypothetical_hardware import machine_of
+from appliance.node.plan.planner import Plan, Wanted, plan
 
 _NOWHERE: Final = Path()
 """Nothing has been pulled."""

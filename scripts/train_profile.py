@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from appliance.core import Task
-from appliance.pipeline.profile.features import BUCKETS, features_of
-from appliance.pipeline.profile.learned import COLUMNS, FILE, MARKS, TASKS, Weights, marks_of, write_weights
-from appliance.pipeline.profile.sample import take_sample
+from appliance.router.profile.features import BUCKETS, features_of
+from appliance.router.profile.linear_model import COLUMNS, FILE, MARKS, TASKS, Weights, marks_of, write_weights
+from appliance.router.profile.text_sample import take_sample
 from scripts.profile_data import KIN, LICENCES, Row, may_train, read_rows
 from scripts.profile_templates import made_requests
 
-WEIGHTS_PATH: Final = Path(__file__).parents[1] / "appliance" / "pipeline" / "profile" / FILE
+WEIGHTS_PATH: Final = Path(__file__).parents[1] / "appliance" / "router" / "profile" / FILE
 
 _MADE_PER_TASK: Final = 240
 _SEED: Final = 20

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from appliance.node.nvidia import load_nvml
+from appliance.node.hardware.nvidia import load_nvml
 from scripts.gpu_check.environment import vllm_of, wrapped
 from scripts.gpu_check.judge import compared, goals, verdict
 from scripts.gpu_check.load import _tokens, prompt

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from appliance.engines.vllm import Installed
-from appliance.node.vllm_environments import engines_folder, found_in, installed
+from appliance.node.vllm.environments import engines_folder, found_in, installed
 
 
 @dataclass(frozen=True)

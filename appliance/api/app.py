@@ -12,27 +12,27 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from appliance import __version__
-from appliance.api.admin import Admin
 from appliance.api.auth import Authenticator
-from appliance.api.classifiers import Classifiers, Encoders
-from appliance.api.dialects import error_response
-from appliance.api.envelope import Envelope
-from appliance.api.explain import Explain
-from appliance.api.feedback import Feedback, Learning
-from appliance.api.gemini import Gemini
-from appliance.api.jobs import Jobs
-from appliance.api.messages import Messages
-from appliance.api.openai import OpenAI
-from appliance.api.parts import Ledger, Metrics, Pipeline, Snapshots
-from appliance.api.responses import Responses
-from appliance.api.rim import Rim
-from appliance.api.saved_tasks import SavedTasksApi
-from appliance.api.task_fits import TaskFits
-from appliance.api.task_store import KnownTasks, SavedTasks
-from appliance.api.tasks import Tasks
+from appliance.api.caller_dialect import error_response
+from appliance.api.endpoints.admin import Admin
+from appliance.api.endpoints.classifiers import Classifiers, Encoders
+from appliance.api.endpoints.explain import Explain
+from appliance.api.endpoints.feedback import Feedback, Learning
+from appliance.api.endpoints.gemini import Gemini
+from appliance.api.endpoints.jobs import Jobs
+from appliance.api.endpoints.messages import Messages
+from appliance.api.endpoints.openai import OpenAI
+from appliance.api.endpoints.responses import Responses
+from appliance.api.endpoints.saved_tasks import SavedTasksApi
+from appliance.api.endpoints.tasks import Tasks
+from appliance.api.error_middleware import Envelope
+from appliance.api.intake import Rim
+from appliance.api.protocols import Ledger, Metrics, Pipeline, Snapshots
 from appliance.config import Server
 from appliance.errors import ApplianceError, NotFound, RequestError
-from appliance.jobs.desk import Desk
+from appliance.jobs.manager import Desk
+from appliance.tasks.calibration_store import TaskFits
+from appliance.tasks.store import KnownTasks, SavedTasks
 
 
 def create_app(

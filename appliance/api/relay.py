@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import structlog
 from starlette.types import Receive, Scope, Send
 
-from appliance.api.parts import Answer
+from appliance.api.protocols import Answer
 from appliance.errors import ApplianceError, ClientGone, StreamBroken
-from appliance.tasks.events import event
+from appliance.wire.openai.stream import event
 
 Result = TypeVar("Result")
 

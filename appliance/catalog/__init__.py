@@ -28,8 +28,8 @@ from appliance.catalog.sources import (
     UrlSource,
     Variant,
 )
+from appliance.core.toml_positions import Location, dotted, line_of
 from appliance.errors import ConfigError, UnknownModel
-from appliance.positions import Location, dotted, line_of
 
 __all__ = [
     "Catalog",

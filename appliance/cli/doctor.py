@@ -8,13 +8,13 @@ import typer
 from rich.markup import escape
 
 from appliance.api.auth import is_loopback
+from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, data_dir_of
 from appliance.cli.output import say_json, stdout
-from appliance.cli.places import ConfigOption, DataDirOption, JsonOption, data_dir_of
 from appliance.config import NodeConfig, load_config
 from appliance.errors import ConfigError, LedgerUnavailable
 from appliance.ledger.keys import list_keys
-from appliance.node.doctor import Facts, examine
-from appliance.node.doctor_facts import gather
+from appliance.node.doctor.checks import Facts, examine
+from appliance.node.doctor.facts import gather
 from appliance.serve import ledger_url
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}

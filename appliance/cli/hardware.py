@@ -8,19 +8,19 @@ import typer
 from rich.table import Table
 
 from appliance.catalog import Catalog, DevicePrior, load_device
+from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, catalog_of, data_dir_of
 from appliance.cli.output import bytes_text, guarded, say, say_json, stdout
-from appliance.cli.places import ConfigOption, DataDirOption, JsonOption, catalog_of, data_dir_of
 from appliance.config import Engine, EngineModel, load_config
 from appliance.engines.base import Placement
-from appliance.node.choice import candidates
-from appliance.node.gpu_devices import devices_of
-from appliance.node.gpu_fit import Records
-from appliance.node.gpu_records import read_records
-from appliance.node.imagined import machine_of
-from appliance.node.models import ModelStore
-from appliance.node.nvidia import Gpu
-from appliance.node.planner import Plan, Wanted, plan
-from appliance.node.probe import Hardware, probe
+from appliance.node.calibrate.gpu_memory_records import read_records
+from appliance.node.hardware.gpu_devices import devices_of
+from appliance.node.hardware.nvidia import Gpu
+from appliance.node.hardware.probe import Hardware, probe
+from appliance.node.models.model_store import ModelStore
+from appliance.node.plan.gpu_fit import Records
+from appliance.node.plan.hypothetical_hardware import machine_of
+from appliance.node.plan.planner import Plan, Wanted, plan
+from appliance.node.plan.variant_selection import candidates
 
 
 def probe_command(as_json: JsonOption = False) -> None:

@@ -12,8 +12,8 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from appliance.cli.options import ConfigOption, JsonOption
 from appliance.cli.output import fail, guarded, say, say_json, stderr, stdout
-from appliance.cli.places import ConfigOption, JsonOption
 from appliance.config import load_config
 
 app = typer.Typer(help="Batches of a running node.", no_args_is_help=True)

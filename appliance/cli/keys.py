@@ -10,8 +10,8 @@ import typer
 from pydantic import ValidationError
 from rich.table import Table
 
+from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, data_dir_of
 from appliance.cli.output import fail, guarded, say, say_json, stdout
-from appliance.cli.places import ConfigOption, DataDirOption, JsonOption, data_dir_of
 from appliance.config import Key, load_config
 from appliance.ledger.keys import add_key, list_keys, revoke_key
 from appliance.serve import ledger_url

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from appliance.api.explain import read_any
+from appliance.api.endpoints.explain import read_any
+from appliance.cli.options import ConfigOption, JsonOption, catalog_of, data_dir_of
 from appliance.cli.output import fail, guarded, say, say_json
-from appliance.cli.places import ConfigOption, JsonOption, catalog_of, data_dir_of
 from appliance.config import (
     DEFAULT_POLICY_PATH,
     EngineModel,
@@ -20,15 +20,15 @@ from appliance.config import (
     load_policy,
     provider_targets,
 )
-from appliance.config.difference import differences
+from appliance.config.policy_diff import differences
 from appliance.core import Ability, Caller, Profile, Request, Residency, Snapshot, Target
 from appliance.errors import ApplianceError, ConfigError, UnknownModel
-from appliance.pipeline.capacity import NOT_PREDICTED, Prediction
-from appliance.pipeline.cost import reserve_usd
-from appliance.pipeline.inspection import Inspector, detector_for
-from appliance.pipeline.normalize import make_request
-from appliance.pipeline.policy import Outlook, Ranking, rank
-from appliance.pipeline.profile import profile
+from appliance.router.capacity.predictor import NOT_PREDICTED, Prediction
+from appliance.router.cost import reserve_usd
+from appliance.router.pii.scanner import Inspector, detector_for
+from appliance.router.profile import profile
+from appliance.router.request_builder import make_request
+from appliance.router.routing.rank import Outlook, Ranking, rank
 
 app = typer.Typer(help="The routing policy.", no_args_is_help=True)
 

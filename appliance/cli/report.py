@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, data_dir_of
 from appliance.cli.output import guarded, say, say_json, stdout
-from appliance.cli.places import ConfigOption, DataDirOption, JsonOption, data_dir_of
 from appliance.config import load_config
 from appliance.ledger.queries import Report, offline_report
 from appliance.serve import ledger_url

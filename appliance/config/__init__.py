@@ -3,6 +3,7 @@
 Both are TOML. A mistake raises ConfigError with file, line and field; nothing is guessed, nothing unknown is ignored.
 """
 
+from appliance.config.loader import DEFAULT_POLICY_PATH, load_config, load_policy, parse_policy, read_secret
 from appliance.config.policy import (
     Capacity,
     Cascade,
@@ -16,14 +17,7 @@ from appliance.config.policy import (
     RouteRule,
     Score,
 )
-from appliance.config.reading import (
-    DEFAULT_POLICY_PATH,
-    load_config,
-    load_policy,
-    parse_policy,
-    read_secret,
-)
-from appliance.config.schema import (
+from appliance.config.settings import (
     Cost,
     Engine,
     EngineModel,

@@ -4,8 +4,8 @@ import ipaddress
 from dataclasses import replace
 from urllib.parse import urlsplit
 
-from appliance.config.kinds import ANTHROPIC_SAMPLING, ANTHROPIC_VERSION, KINDS, Kind, uses_deployments
-from appliance.config.schema import Network, NodeConfig, Provider, ProviderModel
+from appliance.config.providers import ANTHROPIC_SAMPLING, ANTHROPIC_VERSION, KINDS, Kind, uses_deployments
+from appliance.config.settings import Network, NodeConfig, Provider, ProviderModel
 from appliance.core import PLAIN, Price, Target, TimeLimits, Wire
 from appliance.errors import ConfigError
 

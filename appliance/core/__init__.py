@@ -1,12 +1,6 @@
 """The nouns: frozen values that every room shares. No I/O, no clock; times are monotonic seconds unless named `_at`."""
 
-from appliance.core.decisions import Attempt, Decision, EgressPermit, Excluded, Route
-from appliance.core.money import Price, Usage
-from appliance.core.outcomes import AttemptOutcome, Call, Facts, Outcome, Outgoing, Reply
-from appliance.core.requests import Asked, Caller, Content, Profile, Request
-from appliance.core.residency import ANYWHERE, ONSITE, Residency, strictest
-from appliance.core.targets import PLAIN, EngineLoad, EngineView, Snapshot, Target, TimeLimits, Warning_, Wire
-from appliance.core.words import (
+from appliance.core.literals import (
     Ability,
     Api,
     AttemptResult,
@@ -29,6 +23,12 @@ from appliance.core.words import (
     TokenLimit,
     ToolFormat,
 )
+from appliance.core.money import Price, Usage
+from appliance.core.requests import Asked, Caller, Content, Profile, Request
+from appliance.core.residency import ANYWHERE, ONSITE, Residency, strictest
+from appliance.core.results import AttemptOutcome, Call, Facts, Outcome, Outgoing, Reply
+from appliance.core.routing import Attempt, Decision, EgressPermit, Excluded, Route
+from appliance.core.targets import PLAIN, EngineLoad, EngineView, Snapshot, Target, TimeLimits, Warning_, Wire
 
 __all__ = [
     "ANYWHERE",

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from appliance.core.literals import Ability, Endpoint, Format, LatencyClass, PersonalKind, Scope, Task
 from appliance.core.residency import ANYWHERE, Residency
-from appliance.core.words import Ability, Endpoint, Format, LatencyClass, PersonalKind, Scope, Task
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from appliance.core.money import Price
-from appliance.core.words import (
+from appliance.core.literals import (
     Ability,
     Api,
     BatchApi,
@@ -16,6 +15,7 @@ from appliance.core.words import (
     Thinking,
     TokenLimit,
 )
+from appliance.core.money import Price
 
 
 @dataclass(frozen=True, slots=True)

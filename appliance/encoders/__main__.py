@@ -16,10 +16,10 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
-from appliance.encoders.desk import Desk
-from appliance.encoders.events import JsonLines, log
+from appliance.encoders.json_log import JsonLines, log
 from appliance.encoders.process import EXIT_ARGUMENTS, EXIT_CLEAN, bind_socket, tie_to_parent
 from appliance.encoders.server import Endpoints, make_app
+from appliance.encoders.service import Desk
 from appliance.errors import ConfigError
 
 _KEEP_ALIVE_SECONDS = 3_600

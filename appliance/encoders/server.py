@@ -12,8 +12,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from appliance.encoders.desk import Desk
-from appliance.encoders.events import log
+from appliance.encoders.json_log import log
+from appliance.encoders.service import Desk
 from appliance.errors import ApplianceError, BodyTooLarge, ClientGone, NotFound, RequestError, Unavailable
 
 MAX_BODY_BYTES = 64_000_000

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from appliance.encoders.events import log
-from appliance.encoders.steps import Head
+from appliance.encoders.json_log import log
+from appliance.encoders.two_stage import Head
 from appliance.errors import ApplianceError
 
 

@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from appliance.encoders.embedders import Embedder, StaticEmbedder
-from appliance.encoders.heads import Calibration, Linear
-from appliance.encoders.steps import Head, Step, Trained, make_step
-from appliance.encoders.words import Lexicon
+from appliance.encoders.features import Lexicon
+from appliance.encoders.linear_models import Calibration, Linear
+from appliance.encoders.two_stage import Head, Step, Trained, make_step
 from appliance.errors import ModelFileError, NotFound, RequestError
 
 FORMAT: Final = 1

@@ -39,8 +39,8 @@ in a step of SmolLM2-135M. Two threads, milliseconds a step, on an idle machine 
             1         15 | 12      8 | 17                    7 | -      9 | 9
 
 The sequences held a few tokens each: with 220 apiece one thread took 80 ms of CPU for 32 (busy machine), for attention.
-Beside others one thread is the quickest: `appliance.llamacpp.pace` sees to that. The policy is for OpenMP libraries
-other than GNU's, which know no count. numpy's own threads would have nothing to do. One malloc arena for all threads:
+Beside others one thread is the quickest: `appliance.llamacpp.scheduler.thread_governor` sees to that. The policy is for
+OpenMP libraries other than GNU's, which know no count. numpy's own threads would have nothing to do. One malloc arena for all threads:
 what a thread frees serves the others too (5 MB after a schema), and almost all that allocates holds Python's lock."""
 
 

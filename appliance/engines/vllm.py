@@ -94,7 +94,7 @@ class Vllm(EngineDefaults):
     def argv(
         self, python: str, placement: Placement, *, socket: Path, leash_fd: int, drain_seconds: float
     ) -> list[str]:
-        leash = [python, "-m", "appliance.node.leash", "--fd", str(leash_fd)]
+        leash = [python, "-m", "appliance.node.supervise.parent_guard", "--fd", str(leash_fd)]
         # Of our own packages it must see none: it pins other versions of the same ones.
         leash += ["--without", "PYTHONPATH", "--path", str(self.installed.folder / "bin"), "--"]
         serve = [str(self.installed.python), str(self.installed.program), "serve", str(placement.path)]

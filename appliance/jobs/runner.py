@@ -13,15 +13,15 @@ from typing import Final
 import structlog
 
 from appliance.errors import StorageFull, Unauthorized
-from appliance.jobs.asker import Asker
-from appliance.jobs.ending import end_early, finalize, publish
-from appliance.jobs.keeper import LOOK_SECONDS, Keeper
-from appliance.jobs.nouns import Batch, Ending, Line
-from appliance.jobs.parts import Means, Progress, Stopped
+from appliance.jobs.deps import Means, Progress, Stopped
+from appliance.jobs.dispatcher import Asker
+from appliance.jobs.finalize import end_early, finalize, publish
+from appliance.jobs.lines.queue import Queue
+from appliance.jobs.lines.validation import Unusable, told, validate
+from appliance.jobs.models import Batch, Ending, Line
 from appliance.jobs.planner import is_open
-from appliance.jobs.queue import Queue
-from appliance.jobs.upstream import GATHERING_SECONDS, Upstream
-from appliance.jobs.validating import Unusable, told, validate
+from appliance.jobs.provider.provider_batch import GATHERING_SECONDS, Upstream
+from appliance.jobs.storage.batch_state import LOOK_SECONDS, Keeper
 
 _DISK_SECONDS: Final = 5.0
 

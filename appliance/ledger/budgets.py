@@ -14,7 +14,7 @@ from sqlalchemy import Connection, bindparam, insert, select, update
 
 from appliance.errors import BudgetExceeded
 from appliance.ledger.rows import to_nano, to_usd
-from appliance.ledger.schema import reservations, spend
+from appliance.ledger.tables import reservations, spend
 
 _SECONDS_PER_DAY = 86_400
 _MOST_NANO = 2**62

@@ -14,7 +14,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, m
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from appliance.errors import LedgerUnavailable
-from appliance.ledger.schema import REVISIONS
+from appliance.ledger.tables import REVISIONS
 
 BUSY_SECONDS = 2.0
 """How long to wait for another process's lock: a hosted request waits for its reservation this long at most."""

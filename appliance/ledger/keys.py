@@ -14,7 +14,7 @@ from sqlalchemy import Connection, RowMapping, func, insert, select, update
 from appliance.config import Key
 from appliance.errors import NotFound, RequestError
 from appliance.ledger.database import explained, open_reader, open_writer
-from appliance.ledger.schema import api_keys
+from appliance.ledger.tables import api_keys
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, Table, and_, case,
 from appliance.core import Location
 from appliance.ledger.database import check_revision, explained, open_reader, place_of
 from appliance.ledger.rows import to_usd
-from appliance.ledger.schema import attempts, decisions, exclusions, reservations
+from appliance.ledger.tables import attempts, decisions, exclusions, reservations
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from appliance.core import AttemptOutcome, Outcome
-from appliance.ledger.schema import NANO_PER_USD
+from appliance.ledger.tables import NANO_PER_USD
 
 Row = Mapping[str, Any]
 

@@ -22,7 +22,7 @@ from appliance.errors import BudgetExceeded, LedgerUnavailable
 from appliance.ledger import rows
 from appliance.ledger.budgets import Cap, Counting, day_of
 from appliance.ledger.database import LedgerFile, explain
-from appliance.ledger.schema import attempts, decisions, exclusions, reservations, spend
+from appliance.ledger.tables import attempts, decisions, exclusions, reservations, spend
 
 logger = logging.getLogger(__name__)
 

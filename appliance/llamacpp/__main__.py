@@ -20,12 +20,13 @@ import uvicorn
 import uvloop
 
 from appliance.errors import ConfigError, ModelFileError
-from appliance.llamacpp.constrain import Grammars
+from appliance.llamacpp.chat.prompts import Prompts
+from appliance.llamacpp.decode.constraints import Grammars
 from appliance.llamacpp.engine import Engine
-from appliance.llamacpp.events import JsonLines, log
+from appliance.llamacpp.json_log import JsonLines, log
 from appliance.llamacpp.kernels import PLAIN, Kernels, install
+from appliance.llamacpp.kv.memory_release import release_code_pages, release_freed
 from appliance.llamacpp.model import Model
-from appliance.llamacpp.pages import release_code_pages, release_freed
 from appliance.llamacpp.process import (
     EXIT_ARGUMENTS,
     EXIT_CLEAN,
@@ -34,8 +35,7 @@ from appliance.llamacpp.process import (
     bind_socket,
     tie_to_parent,
 )
-from appliance.llamacpp.prompts import Prompts
-from appliance.llamacpp.server import MAX_BODY_BYTES, Desk, Serving, make_app
+from appliance.llamacpp.server.http import MAX_BODY_BYTES, Desk, Serving, make_app
 from appliance.llamacpp.tools.formats import SYNTAXES
 from appliance.llamacpp.weights import is_packed
 

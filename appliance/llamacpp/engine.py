@@ -15,13 +15,13 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from appliance.errors import ApplianceError, ContextTooLong, EngineBusy, EngineFailed, RequestError
-from appliance.llamacpp.first_rates import measure
-from appliance.llamacpp.labels import ScoreJob
+from appliance.llamacpp.calibrate.first_rates import measure
+from appliance.llamacpp.kv.prefix_cache import as_tokens
+from appliance.llamacpp.labels.jobs import ScoreJob
 from appliance.llamacpp.model import Model
-from appliance.llamacpp.params import Finished, Generate, LabelItem, LabelScores, Load, TokenEvent
-from appliance.llamacpp.prefix import as_tokens
-from appliance.llamacpp.runner import STEP_SECONDS, Runner, Told
-from appliance.llamacpp.sequence import Sequence as Running
+from appliance.llamacpp.scheduler.sequence import Sequence as Running
+from appliance.llamacpp.scheduler.step import STEP_SECONDS, Runner, Told
+from appliance.llamacpp.server.params import Finished, Generate, LabelItem, LabelScores, Load, TokenEvent
 
 _LEAST_RETRY_SECONDS: Final = 1.0
 _RESTART_SECONDS: Final = 5.0

@@ -16,8 +16,8 @@ from appliance.errors import EngineFailed
 from appliance.llamacpp.batch import Batch
 from appliance.llamacpp.binding import lib
 from appliance.llamacpp.context import Attention, Context, context_params
-from appliance.llamacpp.lanes import Lanes, lane_tokens
-from appliance.llamacpp.pages import release_file_pages
+from appliance.llamacpp.kv.memory_release import release_file_pages
+from appliance.llamacpp.kv.per_sequence import Lanes, lane_tokens
 from appliance.llamacpp.weights import LOG, check_file, load_weights
 
 _F16_BYTES: Final = 2

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 from appliance.errors import ConfigError
-from appliance.llamacpp.events import log
+from appliance.llamacpp.json_log import log
 
 EXIT_CLEAN = 0
 EXIT_ARGUMENTS = 2

@@ -10,8 +10,8 @@ import orjson
 
 from appliance.config import Cascade
 from appliance.errors import Busy, RequestError, Unavailable
-from appliance.quality import deciders
-from appliance.quality.nouns import Labelled, Learnt
+from appliance.quality import rules
+from appliance.quality.models import Labelled, Learnt
 from appliance.quality.store import Store
 
 _TEXTS_AT_ONCE: Final = 1_000
@@ -128,7 +128,7 @@ class Candidates:
                 return await self._compared(lesson, learnt)
             case _:
                 counts = await self._store.counts(lesson.target)
-                due = deciders.is_training_due(counts["texts"], learnt.examples_trained, lesson.cascade.learn_after)
+                due = rules.is_training_due(counts["texts"], learnt.examples_trained, lesson.cascade.learn_after)
                 return await self._begun(lesson, learnt, counts["texts"]) if due else learnt
 
     async def begin(self, lesson: Lesson, learnt: Learnt) -> Learnt:
@@ -156,14 +156,14 @@ class Candidates:
 
     async def _rows(self, lesson: Lesson) -> Sequence[Labelled] | None:
         owners = await self._store.owners(lesson.target)
-        chosen = deciders.owners_to_learn_from(owners, lesson.cascade.learn_from)
+        chosen = rules.owners_to_learn_from(owners, lesson.cascade.learn_from)
         return None if chosen is None else await self._store.texts(lesson.target, chosen)
 
     async def _train(self, lesson: Lesson, learnt: Learnt, rows: Sequence[Labelled]) -> Learnt:
         serving = await self._program.show(lesson.name)
         labels = None if serving is None else serving["labels"]
         latest = {row.text: row.label for row in rows if row.text is not None}
-        examples = deciders.trainable(list(latest.items()), labels)
+        examples = rules.trainable(list(latest.items()), labels)
         if not examples:
             raise RequestError(f"{lesson.target} has no labelled texts to learn from yet: keep_texts, and wait")
         await self._program.train(lesson.name, examples, serve=serving is None)
@@ -197,28 +197,28 @@ class Candidates:
         if shadow is None or shadow["version"] != learnt.candidate:
             await self._program.shadow(lesson.name, learnt.candidate)
             return learnt
-        rows = [row for row in await self._rows(lesson) or () if row.text and deciders.is_for_testing(row.text)]
-        if not deciders.is_test_due(len(rows), learnt.tested_rows, shadow["texts"]):
+        rows = [row for row in await self._rows(lesson) or () if row.text and rules.is_for_testing(row.text)]
+        if not rules.is_test_due(len(rows), learnt.tested_rows, shadow["texts"]):
             return learnt
         match = await self._match(lesson, rows, told["serving"], learnt.candidate)
         learnt = replace(learnt, tests=learnt.tests + 1, tested_rows=len(rows))
         return await self._judged(lesson, learnt, match, shadow)
 
-    async def _match(self, lesson: Lesson, rows: Sequence[Labelled], serving: int, candidate: int) -> deciders.Match:
+    async def _match(self, lesson: Lesson, rows: Sequence[Labelled], serving: int, candidate: int) -> rules.Match:
         texts = [row.text or "" for row in rows]
-        return deciders.match_of(
+        return rules.match_of(
             [row.label for row in rows],
             await self._program.answers(lesson.name, serving, texts),
             await self._program.answers(lesson.name, candidate, texts),
             [row.audited for row in rows],
         )
 
-    async def _judged(self, lesson: Lesson, learnt: Learnt, match: deciders.Match, shadow: Mapping[str, Any]) -> Learnt:
+    async def _judged(self, lesson: Lesson, learnt: Learnt, match: rules.Match, shadow: Mapping[str, Any]) -> Learnt:
         version = learnt.candidate
         assert version is not None
         beside = f"{match}; in shadow it differed on {shadow['disagreed']} of {shadow['texts']} texts"
         ended = replace(learnt, phase="idle", candidate=None)
-        match deciders.verdict(match, learnt.tests):
+        match rules.verdict(match, learnt.tests):
             case "promote":
                 await self._program.promote(lesson.name, version)
                 return _with_news(ended, f"version {version} serves: {beside}")

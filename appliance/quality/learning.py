@@ -17,12 +17,12 @@ import structlog
 from appliance.config import Cascade
 from appliance.config import Learning as LearningRules
 from appliance.errors import ApplianceError, NotFound, RequestError
-from appliance.quality import deciders
+from appliance.quality import rules as deciders
 from appliance.quality.candidates import Alerts, Candidates, Encoders, Lesson, Program
-from appliance.quality.nouns import FEEDBACK, Day, Labelled, Learnt
+from appliance.quality.models import FEEDBACK, Day, Labelled, Learnt
 from appliance.quality.store import Store
 from appliance.quality.traffic import SECONDS_PER_DAY, date_of, day_of, labelled_of, short, teaches
-from appliance.tasks.cascade import SeenCall, Standing
+from appliance.tasks.classify.cascade import SeenCall, Standing
 
 _PACE_SECONDS: Final = 2.0
 """Between two rounds: an estimate takes some milliseconds, and labels come one by one."""

@@ -10,9 +10,9 @@ from sqlalchemy import URL, Connection, delete, func, select
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from appliance.errors import Unavailable
-from appliance.ledger.room import Kept, RoomDatabase
-from appliance.quality.nouns import COUNTS, FEEDBACK, Day, Labelled, Learnt
-from appliance.quality.schema import VERSION, labelled, metadata, states, traffic
+from appliance.ledger.sqlite_store import Kept, RoomDatabase
+from appliance.quality.models import COUNTS, FEEDBACK, Day, Labelled, Learnt
+from appliance.quality.tables import VERSION, labelled, metadata, states, traffic
 
 _MOST_SCORES: Final = 20_000
 """Audited rows that a threshold is estimated from: the newest. More would only remember older traffic."""

@@ -7,8 +7,8 @@ from typing import Final
 
 from appliance.config import Policy
 from appliance.quality.candidates import Lesson
-from appliance.quality.nouns import Day, Labelled
-from appliance.tasks.cascade import Seen, SeenCall
+from appliance.quality.models import Day, Labelled
+from appliance.tasks.classify.cascade import Seen, SeenCall
 
 SECONDS_PER_DAY: Final = 86_400
 _MOST_TEXT_CHARS: Final = 20_000

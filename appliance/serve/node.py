@@ -10,21 +10,21 @@ from typing import Any, Final
 import structlog
 
 from appliance.api.auth import Authenticator
-from appliance.backends.base import Doors
-from appliance.backends.egress import EgressDoor
-from appliance.backends.local import LocalDoor
 from appliance.errors import ConfigError, LedgerUnavailable
 from appliance.ledger.store import Ledger
-from appliance.node.signals import Signals
-from appliance.pipeline.admission import Admission
-from appliance.pipeline.answer import Pipeline
-from appliance.pipeline.books import Books, Caps
-from appliance.pipeline.breaker import Breakers
-from appliance.pipeline.means import Memory
-from appliance.pipeline.residency import PermitOffice
+from appliance.node.supervise.status import Signals
 from appliance.quality.learning import Learning
-from appliance.serve.site import Site
+from appliance.router.accounting import Books, Caps
+from appliance.router.capacity.admission import Admission
+from appliance.router.capacity.breaker import Breakers
+from appliance.router.deps import Memory
+from appliance.router.pipeline import Pipeline
+from appliance.router.residency import PermitOffice
+from appliance.serve.startup_config import Site
 from appliance.state import State
+from appliance.upstream.base import Doors
+from appliance.upstream.egress import EgressDoor
+from appliance.upstream.local import LocalDoor
 
 _KEYS_SECONDS: Final = 2.0
 """How soon a key that is made or revoked by command counts."""

@@ -14,28 +14,28 @@ import structlog
 from fastapi import FastAPI
 
 from appliance.api.app import create_app
-from appliance.api.bulk import BulkLines
-from appliance.api.lines import Lines
-from appliance.api.task_fits import TaskFits
-from appliance.api.task_store import SavedTasks
 from appliance.config import NodeConfig
 from appliance.core import Target
 from appliance.errors import EngineFailed
+from appliance.jobs.lines.executor import Lines
+from appliance.jobs.provider.lines import BulkLines
 from appliance.ledger.store import Ledger
-from appliance.node.encoders import EncoderHost
-from appliance.node.energy_sampler import EnergySampler, Meters
-from appliance.node.gpu_watch import watch_gpus
-from appliance.node.nvidia import load_nvml
-from appliance.node.signals import Signals
-from appliance.node.supervisor import Supervisor
-from appliance.node.swap import Rules, resting_at_first
-from appliance.node.swapper import Swapper
-from appliance.pipeline.books import Books, Caps
-from appliance.serve.listening import Server, alone, ended, listening, reloads_on_hangup, url_of, uvicorn_config
+from appliance.node.energy.sampler import EnergySampler, Meters
+from appliance.node.hardware.gpu_watch import watch_gpus
+from appliance.node.hardware.nvidia import load_nvml
+from appliance.node.plan.swap import Rules, resting_at_first
+from appliance.node.supervise.encoder_host import EncoderHost
+from appliance.node.supervise.status import Signals
+from appliance.node.supervise.supervisor import Supervisor
+from appliance.node.supervise.swapper import Swapper
+from appliance.router.accounting import Books, Caps
+from appliance.serve.http_server import Server, alone, ended, listening, reloads_on_hangup, url_of, uvicorn_config
 from appliance.serve.node import Node
-from appliance.serve.rooms import in_background, open_desk, open_learning, supervisor_of
-from appliance.serve.site import Site, ledger_url
+from appliance.serve.optional_services import in_background, open_desk, open_learning, supervisor_of
+from appliance.serve.startup_config import Site, ledger_url
 from appliance.state import State
+from appliance.tasks.calibration_store import TaskFits
+from appliance.tasks.store import SavedTasks
 from appliance.telemetry.logs import setup_logging
 from appliance.telemetry.metrics import Metrics
 

@@ -8,7 +8,7 @@ import orjson
 
 from appliance.core import Ability, Asked, Endpoint, Format, Outgoing, Reply, Target
 from appliance.errors import RequestError, Unsupported
-from appliance.tasks.fields import (
+from appliance.wire.body_fields import (
     missing,
     read_bool,
     read_int,
@@ -20,10 +20,10 @@ from appliance.tasks.fields import (
     show,
     wrong,
 )
-from appliance.tasks.messages import check_messages, holds_more_than_text, message_text
-from appliance.tasks.replies import check_json_choice, check_tool_calls, choices_of
-from appliance.tasks.schemas import check_schema
-from appliance.tasks.tokens import MESSAGE_TOKENS, estimate_tokens
+from appliance.wire.json_schema import check_schema
+from appliance.wire.openai.messages import check_messages, holds_more_than_text, message_text
+from appliance.wire.openai.reply_checks import check_json_choice, check_tool_calls, choices_of
+from appliance.wire.token_estimate import MESSAGE_TOKENS, estimate_tokens
 
 CHAT_ENDPOINTS: frozenset[Endpoint] = frozenset({"chat", "messages", "responses", "generate_content"})
 """Those whose requests are chats, whatever dialect they came in: their bodies hold OpenAI's `messages`."""

@@ -7,9 +7,9 @@ from typing import Any
 from appliance.core import Ability, Asked, Outgoing, Reply, Target
 from appliance.errors import RequestError, Unsupported
 from appliance.tasks.chat import MAX_TOP_LOGPROBS, check_sampling
-from appliance.tasks.fields import missing, read_bool, read_int, read_list, read_model, wrong
-from appliance.tasks.replies import choices_of
-from appliance.tasks.tokens import estimate_tokens
+from appliance.wire.body_fields import missing, read_bool, read_int, read_list, read_model, wrong
+from appliance.wire.openai.reply_checks import choices_of
+from appliance.wire.token_estimate import estimate_tokens
 
 DEFAULT_OUTPUT_TOKENS = 16
 """OpenAI's default for this endpoint."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from appliance.core import Asked, Outgoing, Reply, Target
 from appliance.errors import BackendGarbage, RequestError, Unsupported
-from appliance.tasks.fields import missing, read_int, read_list, read_model, wrong
-from appliance.tasks.tokens import estimate_tokens
+from appliance.wire.body_fields import missing, read_int, read_list, read_model, wrong
+from appliance.wire.token_estimate import estimate_tokens
 
 MAX_INPUTS = 2_048
 """OpenAI's own limit."""

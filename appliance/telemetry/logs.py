@@ -10,7 +10,7 @@ from typing import Literal, TextIO
 import structlog
 from structlog.types import Processor
 
-from appliance.telemetry.scrub import scrub_event
+from appliance.telemetry.redaction import scrub_event
 
 Level = Literal["debug", "info", "warning", "error"]
 Format = Literal["auto", "json", "console"]

@@ -22,9 +22,9 @@ from typing import Any, Final
 
 import httpx
 
-from appliance.encoders.desk import Desk
 from appliance.encoders.server import Endpoints, make_app
-from appliance.quality.deciders import standing_of
+from appliance.encoders.service import Desk
+from appliance.quality.rules import standing_of
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 SETS: Final[Mapping[str, int]] = {"banking77": 1200, "agnews": 600, "sms_spam": 600}

@@ -27,13 +27,13 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
-from appliance.encoders.bounds import threshold_for
 from appliance.encoders.embedders import Embedded, Embedder
-from appliance.encoders.examples import read_examples
-from appliance.encoders.library import Library
-from appliance.encoders.measures import ece
-from appliance.encoders.steps import Answered, Head, Trained
-from appliance.encoders.training import Bench, Models, train
+from appliance.encoders.model_cache import Library
+from appliance.encoders.training.examples import read_examples
+from appliance.encoders.training.metrics import ece
+from appliance.encoders.training.selective_risk import threshold_for
+from appliance.encoders.training.trainer import Bench, Models, train
+from appliance.encoders.two_stage import Answered, Head, Trained
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 SETS: Final = ("banking77", "agnews", "sms_spam")

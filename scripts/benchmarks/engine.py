@@ -22,11 +22,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from appliance.cli.calibrate import first_start
+from appliance.cli.models.calibrate import first_start
 from appliance.config import Engine
-from appliance.node.choice import wanted_file
-from appliance.node.models import ModelStore
-from appliance.node.probe import probe
+from appliance.node.hardware.probe import probe
+from appliance.node.models.model_store import ModelStore
+from appliance.node.plan.variant_selection import wanted_file
 from scripts.benchmarks.arena import FAILURES, Arena
 from scripts.benchmarks.bench import QUICK, Bench, Kind, Sizes
 from scripts.benchmarks.decision_rows import choose_their_way

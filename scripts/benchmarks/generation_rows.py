@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import psutil
 
-from appliance.node.gguf import read_header, spec_of
+from appliance.node.models.gguf_header import read_header, spec_of
 from scripts.benchmarks.arena import Contender
 from scripts.benchmarks.bench import LLAMA_CPP_SERVER, LLAMA_SERVER, MANY_SLOTS, OURS, SLOTS, SLOW_SHARE, VLLM, Bench
 from scripts.benchmarks.clients import Stream, generate, timed

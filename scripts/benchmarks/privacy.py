@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple, get_args
 
 from appliance.config.policy import STRUCTURED
 from appliance.core import PersonalKind
-from appliance.pipeline.personal.find import PatternDetector, find, plain
+from appliance.router.pii.patterns import PatternDetector, find, plain
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 

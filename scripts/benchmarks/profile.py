@@ -24,17 +24,17 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from appliance.backends import exchange
-from appliance.backends.local import LocalDoor
 from appliance.core import Caller, Profiler, Request, Target
 from appliance.errors import ApplianceError
-from appliance.pipeline.profile import profile
-from appliance.pipeline.profile.guess import Guess
-from appliance.pipeline.profile.learned import FILE, Weights, shipped_weights
-from appliance.pipeline.profile.learned import guess as learned_guess
-from appliance.pipeline.profile.opinion import excerpt, guess_by, question_about, read_opinion
-from appliance.pipeline.profile.rules import guess as rules_guess
-from appliance.pipeline.profile.sample import take_sample
+from appliance.router.profile import profile
+from appliance.router.profile.estimate import Guess
+from appliance.router.profile.linear_model import FILE, Weights, shipped_weights
+from appliance.router.profile.linear_model import guess as learned_guess
+from appliance.router.profile.llm_prompt import excerpt, guess_by, question_about, read_opinion
+from appliance.router.profile.rules import guess as rules_guess
+from appliance.router.profile.text_sample import take_sample
+from appliance.upstream import client
+from appliance.upstream.local import LocalDoor
 from scripts.profile_data import KIN, LICENCES, RIGHT, Row, read_rows
 from scripts.train_profile import WEIGHTS_PATH, made_rows, train, without
 
@@ -186,8 +186,8 @@ async def engine_table(rows: Sequence[Row], address: str, model: str, most: int)
             started = time.perf_counter()
             outgoing = question_about(excerpt(row.text))
             try:
-                letter = exchange.write(target, outgoing, stream=False, salt="bench")
-                reply = await exchange.send(door, letter, permit=None, seconds=60)
+                letter = client.write(target, outgoing, stream=False, salt="bench")
+                reply = await client.send(door, letter, permit=None, seconds=60)
                 guess = guess_by(read_opinion(target, reply), by_rules(row))
             except ApplianceError as error:
                 errors.append(error.message)

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from appliance.tasks.events import stream_of
+from appliance.wire.openai.stream import stream_of
 
 MODEL: Final = "scripted"
 WORDS: Final = "Hello, here is an answer in a few words."

@@ -9,7 +9,7 @@ import httpx
 
 from scripts.conform.outcomes import Outcome
 from tests.api.mutation import Sent, is_in_shape, mutations
-from tests.dialects.stages import OUT_HEADER, OUTBOUND, fuzzed_node
+from tests.wire.matrix.stages import OUT_HEADER, OUTBOUND, fuzzed_node
 
 COUNT: Final = 10_000
 """For each inbound dialect."""

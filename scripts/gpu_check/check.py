@@ -28,15 +28,15 @@ from appliance.config import Engine, EngineModel
 from appliance.engines.base import Placement
 from appliance.engines.vllm import Installed
 from appliance.engines.vllm_metrics import Metrics
-from appliance.node import orphans
-from appliance.node.choice import candidates
-from appliance.node.energy_sampler import Meters
-from appliance.node.gpu_records import measured, remember
-from appliance.node.keeper import KEY_FILE
-from appliance.node.lineup import line_up
-from appliance.node.models import ModelStore
-from appliance.node.nvidia import Gpus, load_nvml, read_gpus
-from appliance.node.probe import Hardware, probe
+from appliance.node.calibrate.gpu_memory_records import measured, remember
+from appliance.node.energy.sampler import Meters
+from appliance.node.hardware.nvidia import Gpus, load_nvml, read_gpus
+from appliance.node.hardware.probe import Hardware, probe
+from appliance.node.models.model_store import ModelStore
+from appliance.node.plan.serving_plan import line_up
+from appliance.node.plan.variant_selection import candidates
+from appliance.node.supervise import orphans
+from appliance.node.supervise.engine_supervisor import KEY_FILE
 from scripts.gpu_check import judge, load
 from scripts.gpu_check.environment import vllm_of
 from tests.running import RunningNode, running_node

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from appliance.config import Engine
 from appliance.engines.vllm import Installed
-from appliance.node.vllm_environments import chosen, engines_folder, found_in, installed
+from appliance.node.vllm.environments import chosen, engines_folder, found_in, installed
 
 _ASK = """
 import importlib.metadata, json, sys

@@ -11,9 +11,9 @@ from typing import Any, Final
 
 import aiohttp
 
-from appliance.node.energy import joules_between
-from appliance.node.energy_sampler import Meters
-from appliance.node.meters import CPU_METER, Reading
+from appliance.node.energy.account import joules_between
+from appliance.node.energy.meters import CPU_METER, Reading
+from appliance.node.energy.sampler import Meters
 
 _SAMPLE_SECONDS: Final = 1.0
 _WORDS: Final = tuple(

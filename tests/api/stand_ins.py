@@ -34,8 +34,8 @@ from appliance.core import (
 from appliance.errors import ApplianceError, ConfigError
 from appliance.ledger.store import LedgerHealth
 from appliance.state import State
-from appliance.tasks.events import stream_of
 from appliance.telemetry.metrics import Metrics
+from appliance.wire.openai.stream import stream_of
 
 NOW = 1000.0
 SMALL = Target(

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from appliance.api import body
-from appliance.api.connection import MAX_HEAD_BYTES, Connection
+from appliance.api.http_protocol import MAX_HEAD_BYTES, Connection
 from tests.api.stand_ins import StandInPipeline, make_app, served
 
 pytestmark = pytest.mark.anyio

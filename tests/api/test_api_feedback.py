@@ -10,9 +10,9 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from appliance.api.auth import Authenticator
-from appliance.api.envelope import Envelope
-from appliance.api.feedback import Feedback
-from appliance.api.rim import Rim
+from appliance.api.endpoints.feedback import Feedback
+from appliance.api.error_middleware import Envelope
+from appliance.api.intake import Rim
 from appliance.config import Key
 from appliance.errors import NotFound
 from tests.api.stand_ins import StandInPipeline

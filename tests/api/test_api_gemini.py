@@ -11,10 +11,10 @@ import orjson
 import pydantic
 import pytest
 
-from appliance.api.envelope import Envelope
+from appliance.api.error_middleware import Envelope
 from appliance.config import Key
 from appliance.errors import Busy, RequestError, StreamBroken
-from appliance.tasks.gemini.read import read
+from appliance.wire.gemini.inbound import read
 from tests.api.stand_ins import SMALL, StandInPipeline, make_app, served
 from tests.api.test_api_messages import DONE, usage_chunk
 from tests.api.test_api_sdk import PIECES, chunk, completion

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from appliance.api.auth import Authenticator
-from appliance.api.limits import RateLimits
+from appliance.api.rate_limits import RateLimits
 from appliance.config import Key
 from appliance.core import Caller
 from appliance.errors import RateLimited, Unauthorized

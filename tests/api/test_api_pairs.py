@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from appliance.backends.anthropic.request import message_request
-from appliance.backends.gemini.request import content_request
-from appliance.backends.responses import response_request
 from appliance.errors import Unsupported
-from appliance.tasks.anthropic.read import read as read_messages
-from appliance.tasks.gemini.read import read as read_contents
-from appliance.tasks.responses.read import read as read_responses
+from appliance.wire.anthropic.inbound import read as read_messages
+from appliance.wire.anthropic.outbound_request import message_request
+from appliance.wire.gemini.inbound import read as read_contents
+from appliance.wire.gemini.outbound_request import content_request
+from appliance.wire.responses.inbound import read as read_responses
+from appliance.wire.responses.outbound import response_request
 from tests.tasks.rows import hosted
 
 PIXEL = "iVBORw0KGgo="

@@ -8,7 +8,7 @@ import pydantic
 import pytest
 
 from appliance.errors import RequestError, StreamBroken
-from appliance.tasks.responses.read import read
+from appliance.wire.responses.inbound import read
 from tests.api.stand_ins import StandInPipeline
 from tests.api.test_api_messages import CALL, DONE, calling, usage_chunk
 from tests.api.test_api_sdk import PIECES, chunk, completion, sdk

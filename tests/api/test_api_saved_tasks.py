@@ -12,15 +12,15 @@ import httpx
 import pytest
 
 from appliance.api.auth import Authenticator
-from appliance.api.lines import Lines
-from appliance.api.task_fits import TaskFits
-from appliance.api.task_store import SavedTasks
 from appliance.config import Key
 from appliance.core import Outgoing
 from appliance.errors import ConfigError, RequestError, StorageFull
-from appliance.jobs.nouns import Line, Terms
-from appliance.pipeline.personal.texts import readable
-from appliance.tasks.saved import read_saved
+from appliance.jobs.lines.executor import Lines
+from appliance.jobs.models import Line, Terms
+from appliance.router.pii.text_extractor import readable
+from appliance.tasks.calibration_store import TaskFits
+from appliance.tasks.saved_tasks import read_saved
+from appliance.tasks.store import SavedTasks
 from tests.api.stand_ins import StandInPipeline, make_app, served
 from tests.api.test_api_app import KEYS
 from tests.tasks.rows import chat_payload
@@ -283,7 +283,7 @@ def test_a_file_that_cannot_be_read_stops_the_start_and_is_named(tmp_path: Path)
 
 
 def test_versions_do_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("appliance.api.task_store.MAX_VERSIONS", 2)
+    monkeypatch.setattr("appliance.tasks.store.MAX_VERSIONS", 2)
     kept = SavedTasks()
     for number in range(2):
         kept.put(read_saved({**MAIL, "description": str(number)}, 0, "now"))

@@ -8,15 +8,15 @@ import pytest
 from typer.testing import CliRunner
 
 from appliance.cli import app
-from appliance.cli import calibrate as module
+from appliance.cli.models import calibrate as module
 from appliance.config import Engine
 from appliance.errors import EngineFailed
-from appliance.node.calibration import Calibration
-from appliance.node.calibrations import CalibrationStore
-from appliance.node.calibrator import Order, Step, key_of
-from appliance.node.models import ModelStore
-from appliance.node.planner import Wanted
-from appliance.node.probe import probe
+from appliance.node.calibrate.calibration import Calibration
+from appliance.node.calibrate.calibration_store import CalibrationStore
+from appliance.node.calibrate.calibrator import Order, Step, key_of
+from appliance.node.hardware.probe import probe
+from appliance.node.models.model_store import ModelStore
+from appliance.node.plan.planner import Wanted
 from tests.node.test_calibration import GOOD, calibration, measurement, variant
 from tests.node.test_calibrator import EMBEDDED, put_derived, stored_source
 

@@ -123,7 +123,7 @@ def test_a_run_goes_on_with_the_answers_it_has(node: Node, tmp_path: Path) -> No
 def test_a_node_that_refuses_everything_ends_with_an_error(
     node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("appliance.quality.evaluation.asking._TRIES", 1)
+    monkeypatch.setattr("appliance.quality.evaluation.client._TRIES", 1)
     node.pipeline.error = BackendOverloaded("full")
     try:
         told = run("eval", written(tmp_path / "t.jsonl", ROWS), "--node", node.url, "--model", "down")

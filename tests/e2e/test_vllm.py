@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from appliance.node import orphans
+from appliance.node.supervise import orphans
 from tests.e2e.test_faults import until
 from tests.node.processes import is_running
 from tests.running import RunningNode, running_node

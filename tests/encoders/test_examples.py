@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from appliance.encoders.examples import MAX_LABELS, MAX_LINE_CHARS, read_examples
+from appliance.encoders.training.examples import MAX_LABELS, MAX_LINE_CHARS, read_examples
 from appliance.errors import RequestError
 
 GOOD = [{"text": f"{word} {number}", "label": word} for word in ("a", "b") for number in range(3)]

@@ -12,11 +12,11 @@ import pytest
 from appliance.config import Engine
 from appliance.core import Target
 from appliance.engines.encoder import Encoder, has_work
-from appliance.node.encoders import EncoderHost
-from appliance.node.launcher import ChildLauncher
-from appliance.node.signals import Signals
-from appliance.node.supervisor import Supervisor
-from appliance.pipeline.matching import in_order
+from appliance.node.supervise.encoder_host import EncoderHost
+from appliance.node.supervise.launcher import ChildLauncher
+from appliance.node.supervise.status import Signals
+from appliance.node.supervise.supervisor import Supervisor
+from appliance.router.routing.match import in_order
 from appliance.state import State
 from tests.encoders.samples import labelled
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from appliance.encoders.measures import brier, ece, report
+from appliance.encoders.training.metrics import brier, ece, report
 
 
 def test_confidence_that_is_as_often_right_as_it_says_has_no_calibration_error() -> None:

@@ -8,22 +8,14 @@ import numpy as np
 import pytest
 
 from appliance.encoders import versions
-from appliance.encoders.examples import read_examples
-from appliance.encoders.fits import fit_calibration, fit_linear, fit_temperature
-from appliance.encoders.heads import (
-    RECIPES,
-    Linear,
-    Scorer,
-    named_blocks,
-    softmax_of,
-    split_weights,
-    stacked,
-)
-from appliance.encoders.measures import ece
-from appliance.encoders.steps import Trained
-from appliance.encoders.training import Models, train
+from appliance.encoders.features import Lexicon, words_of
+from appliance.encoders.linear_models import RECIPES, Linear, Scorer, named_blocks, softmax_of, split_weights, stacked
+from appliance.encoders.training.examples import read_examples
+from appliance.encoders.training.fitting import fit_calibration, fit_linear, fit_temperature
+from appliance.encoders.training.metrics import ece
+from appliance.encoders.training.trainer import Models, train
+from appliance.encoders.two_stage import Trained
 from appliance.encoders.versions import Versions
-from appliance.encoders.words import Lexicon, words_of
 from appliance.errors import ModelFileError, NotFound, RequestError
 from tests.encoders.samples import labelled
 
@@ -68,7 +60,7 @@ def test_serving_gives_the_scores_that_were_trained_on() -> None:
 
 
 def test_what_is_remembered_of_words_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("appliance.encoders.heads._TABLE_BYTES", 2_000)
+    monkeypatch.setattr("appliance.encoders.linear_models._TABLE_BYTES", 2_000)
     rows = [row["text"] for row in labelled(40)]
     lexicon = Lexicon.learn(rows, None)
     blocks = named_blocks(lexicon.blocks(rows), None)

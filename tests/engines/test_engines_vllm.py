@@ -33,7 +33,7 @@ def _options(engine: Vllm, placement: Placement) -> dict[str, str]:
     argv = engine.argv("python3", placement, socket=Path("/run/0/s"), leash_fd=7, drain_seconds=30)
     end = argv.index("--")
     assert argv[: end + 1] == [
-        *("python3", "-m", "appliance.node.leash", "--fd", "7"),
+        *("python3", "-m", "appliance.node.supervise.parent_guard", "--fd", "7"),
         *("--without", "PYTHONPATH", "--path", "/opt/vllm/bin", "--"),
     ]
     assert argv[end + 1 : end + 5] == ["/opt/vllm/bin/python", "/opt/vllm/bin/vllm", "serve", "/models/m"]

@@ -11,9 +11,9 @@ from typing import Any
 from appliance.config import Jobs
 from appliance.core import EngineLoad, EngineView, Snapshot, Target, Usage
 from appliance.errors import Unauthorized
-from appliance.jobs.desk import Desk, new_batch_id
-from appliance.jobs.files import new_file_id
-from appliance.jobs.nouns import Batch, Line, LineAnswer, StoredFile, Terms
+from appliance.jobs.manager import Desk, new_batch_id
+from appliance.jobs.models import Batch, Line, LineAnswer, StoredFile, Terms
+from appliance.jobs.storage.files import new_file_id
 from appliance.state import State
 
 NOW = 1_800_000_000.0

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from appliance.api.auth import Authenticator
-from appliance.api.bulk import BulkLines
-from appliance.api.lines import Lines
-from appliance.api.task_fits import TaskFits
 from appliance.config import Jobs, Key, Provider, ProviderModel
-from appliance.config.schema import NodeConfig
+from appliance.config.settings import NodeConfig
 from appliance.config.targets import provider_targets
 from appliance.core import Target
 from appliance.errors import BudgetExceeded
-from appliance.jobs.desk import Desk, new_batch_id
-from appliance.jobs.files import new_file_id
-from appliance.jobs.nouns import Batch, StoredFile
+from appliance.jobs.lines.executor import Lines
+from appliance.jobs.manager import Desk, new_batch_id
+from appliance.jobs.models import Batch, StoredFile
+from appliance.jobs.provider.lines import BulkLines
+from appliance.jobs.storage.files import new_file_id
+from appliance.tasks.calibration_store import TaskFits
 from tests.jobs.office import Alerts, Answers
-from tests.pipeline.scene import RecordingLedger, Scene, engine_target
+from tests.router.scene import RecordingLedger, Scene, engine_target
 
 HOSTED_FIRST = """
 [defaults]

@@ -11,13 +11,13 @@ import pytest
 from starlette.requests import Request as Http
 from starlette.responses import Response
 
-from appliance.api.lines import Lines
 from appliance.core import Call, Request
 from appliance.errors import Unavailable
-from appliance.jobs.nouns import Line, Terms
+from appliance.jobs.lines.executor import Lines
+from appliance.jobs.models import Line, Terms
 from tests.jobs.posted import HOSTED_FIRST, LOCAL_FIRST, PostOffice
-from tests.pipeline.scene import engine_target, hosted_target
 from tests.providers.batches_api import BatchesApi
+from tests.router.scene import engine_target, hosted_target
 
 pytestmark = pytest.mark.anyio
 

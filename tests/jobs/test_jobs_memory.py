@@ -7,9 +7,9 @@ import psutil
 import pytest
 
 from appliance.core import Usage
-from appliance.jobs.desk import new_batch_id
-from appliance.jobs.files import new_file_id
-from appliance.jobs.nouns import Batch, Line, LineAnswer, StoredFile, Terms
+from appliance.jobs.manager import new_batch_id
+from appliance.jobs.models import Batch, Line, LineAnswer, StoredFile, Terms
+from appliance.jobs.storage.files import new_file_id
 from tests.jobs.office import CHAT, Answers, Office, line, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.timeout(300)]

@@ -6,7 +6,7 @@ import pytest
 
 from appliance.core import EngineView, Snapshot
 from appliance.errors import RequestError
-from appliance.jobs.places import Places
+from appliance.jobs.fair_share import Places
 from appliance.jobs.planner import Pace, calls_at_once, forecast, is_open, open_seconds, pace_of, read_window
 from tests.jobs.office import ENGINE, load
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from appliance.jobs.desk import Desk
-from appliance.jobs.nouns import Batch
+from appliance.jobs.manager import Desk
+from appliance.jobs.models import Batch
 from tests.jobs.office import Answers, ended, rows, until
 from tests.jobs.posted import LOCAL_FIRST, WEEK, PostOffice, chat
 from tests.providers.batches_api import BatchesApi

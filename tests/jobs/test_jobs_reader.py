@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from appliance.jobs.nouns import BadLine, Line
-from appliance.jobs.reader import Twins, check, read_at, scan
+from appliance.jobs.lines.reader import Twins, check, read_at, scan
+from appliance.jobs.models import BadLine, Line
 from tests.jobs.office import CHAT, line
 
 

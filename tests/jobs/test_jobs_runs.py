@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from appliance.errors import StorageFull
-from appliance.jobs.nouns import Batch, Line, LineAnswer, Terms
-from appliance.jobs.writer import ResultFile
+from appliance.jobs.models import Batch, Line, LineAnswer, Terms
+from appliance.jobs.storage.result_files import ResultFile
 from tests.jobs.office import HOSTED, Answers, Office, answered, ended, line, rows, until
 
 pytestmark = pytest.mark.anyio
@@ -315,7 +315,7 @@ async def test_a_file_that_is_gone_before_validation_fails_the_batch(office: Off
         made = await office.batch(desk, [line(1)])
         from dataclasses import replace
 
-        from appliance.jobs.desk import new_batch_id
+        from appliance.jobs.manager import new_batch_id
 
         lost = await desk.create(replace(made, id=new_batch_id(), input_file_id=file.id))
         batch = await ended(desk, lost)

@@ -16,13 +16,13 @@ from openai.types import Batch
 
 from appliance.api.app import create_app
 from appliance.api.auth import Authenticator
-from appliance.api.lines import Lines
-from appliance.api.task_fits import TaskFits
 from appliance.config import Jobs, Key, Server
 from appliance.core import Call, Decision, Outgoing, Request
-from appliance.jobs.desk import Desk
-from appliance.jobs.measures import JobMeasures
+from appliance.jobs.lines.executor import Lines
+from appliance.jobs.manager import Desk
+from appliance.jobs.metrics import JobMeasures
 from appliance.state import State
+from appliance.tasks.calibration_store import TaskFits
 from appliance.telemetry.metrics import Metrics
 from tests.api.stand_ins import NOW, StandInAnswer, StandInLedger, StandInMany, StandInPipeline, served, snapshot
 from tests.jobs.office import Alerts, until

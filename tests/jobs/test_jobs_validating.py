@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from appliance.jobs import runner
-from appliance.jobs.nouns import Batch
-from appliance.jobs.validating import _chunks, validate
+from appliance.jobs.lines.validation import _chunks, validate
+from appliance.jobs.models import Batch
 from tests.jobs.office import CHAT, Office, ended, line
 
 pytestmark = pytest.mark.anyio

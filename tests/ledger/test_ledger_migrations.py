@@ -14,7 +14,8 @@ from sqlalchemy import create_mock_engine
 from sqlalchemy.dialects import postgresql
 
 from appliance.errors import LedgerUnavailable
-from appliance.ledger import database, migrate, schema
+from appliance.ledger import database, migrate
+from appliance.ledger import tables as schema
 from appliance.ledger.queries import offline_report
 from appliance.ledger.store import Ledger
 from appliance.ledger.writer import _PROBE

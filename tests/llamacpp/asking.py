@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from appliance.llamacpp.engine import Engine, Generation
 from appliance.llamacpp.model import Model
-from appliance.llamacpp.params import Generate, Sampling, TokenEvent
+from appliance.llamacpp.server.params import Generate, Sampling, TokenEvent
 
 GREEDY = Sampling(temperature=0.0)
 STORY = "Once upon a time there was a small dog who lived near the sea. "

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from appliance.llamacpp.labels import ScoreJob
+from appliance.llamacpp.labels.jobs import ScoreJob
 from appliance.llamacpp.model import Model
-from appliance.llamacpp.params import LabelItem, LabelScores
-from appliance.llamacpp.runner import Runner
+from appliance.llamacpp.scheduler.step import Runner
+from appliance.llamacpp.server.params import LabelItem, LabelScores
 
 
 def score(model: Model, wanted: Sequence[LabelItem], *, together: bool = True) -> list[LabelScores]:

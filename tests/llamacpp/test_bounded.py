@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from appliance.llamacpp.constrain import Grammars
+from appliance.llamacpp.decode.constraints import Grammars
 from appliance.llamacpp.model import Model
-from appliance.tasks.decoding import decode_schema
-from appliance.tasks.schemas import check_value
-from appliance.tasks.sizes import most_tokens
+from appliance.tasks.extract.decode_schema import decode_schema
+from appliance.tasks.extract.token_budget import most_tokens
+from appliance.wire.json_schema import check_value
 
 OPEN: Mapping[str, Any] = {
     "type": "object",

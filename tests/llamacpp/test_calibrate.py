@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from appliance.errors import ConfigError, EngineFailed
-from appliance.llamacpp import calibrate as program
-from appliance.llamacpp import quality
-from appliance.llamacpp.disturbance import Lap, Stopwatch
+from appliance.llamacpp.calibrate import program, variant_quality
+from appliance.llamacpp.calibrate.interference import Lap, Stopwatch
+from appliance.llamacpp.calibrate.quantise import SPARE_BYTES, derive, estimated_bytes
+from appliance.llamacpp.calibrate.speed import measure_decode, measure_prefill
+from appliance.llamacpp.calibrate.variant_quality import compare, read_source, texts
 from appliance.llamacpp.model import Model
-from appliance.llamacpp.quality import compare, read_source, texts
-from appliance.llamacpp.quantise import SPARE_BYTES, derive, estimated_bytes
-from appliance.llamacpp.speed import measure_decode, measure_prefill
 
 PARAMETERS = 134_515_008
 
@@ -101,7 +100,7 @@ def test_a_derived_file_is_about_as_large_as_estimated_and_no_larger(
 
 @pytest.fixture
 def four_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "_FEWEST_TEXTS", 4)
+    monkeypatch.setattr(variant_quality, "_FEWEST_TEXTS", 4)
 
 
 @pytest.mark.slow

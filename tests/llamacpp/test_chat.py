@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from appliance.errors import RequestError, Unsupported
-from appliance.llamacpp import sandbox
-from appliance.llamacpp.chat import ChatTemplate
+from appliance.llamacpp.chat import template_sandbox
+from appliance.llamacpp.chat.template import ChatTemplate
 
 USER = {"role": "user", "content": "hi"}
 
@@ -157,7 +157,7 @@ def test_a_template_cannot_reach_python_or_change_the_messages(source: str) -> N
     ],
 )
 def test_a_template_cannot_work_or_grow_without_end(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.5)
+    monkeypatch.setattr(template_sandbox, "MAX_SECONDS", 0.5)
     began = time.monotonic()
     with pytest.raises(RequestError):
         render(source)

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from appliance.errors import EngineBusy
-from appliance.llamacpp.constrain import Grammars
+from appliance.llamacpp.decode.constraints import Grammars
 from appliance.llamacpp.engine import Engine
 from appliance.llamacpp.model import Model
-from appliance.llamacpp.params import Generate
-from appliance.llamacpp.runner import Told
+from appliance.llamacpp.scheduler.step import Told
+from appliance.llamacpp.server.params import Generate
 
 pytestmark = pytest.mark.anyio
 

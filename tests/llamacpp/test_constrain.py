@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from appliance.errors import RequestError
-from appliance.llamacpp.constrain import JSON_OBJECT, ConstraintBroken, Grammars, JsonConstraint
+from appliance.llamacpp.decode.constraints import JSON_OBJECT, ConstraintBroken, Grammars, JsonConstraint
 from appliance.llamacpp.model import Model
-from appliance.llamacpp.params import Logits
+from appliance.llamacpp.server.params import Logits
 
 RECEIPT: Mapping[str, Any] = {
     "type": "object",

@@ -11,14 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from appliance.errors import ApplianceError, ContextTooLong, RequestError, UnknownModel, Unsupported
-from appliance.llamacpp.constrain import JSON_OBJECT
-from appliance.llamacpp.dialect import DEFAULT_CHAT_TOKENS, chat_ask, check_model, completion_ask
-from appliance.llamacpp.envelopes import ChatIn, CompletionIn, LabelsIn, MessageIn, parse
-from appliance.llamacpp.generation import Ask
-from appliance.llamacpp.labels_api import LabelAsk, label_ask, label_reply, shares
+from appliance.llamacpp.chat.prompts import Prompts, joint
+from appliance.llamacpp.decode.constraints import JSON_OBJECT
+from appliance.llamacpp.decode.generation import Ask
 from appliance.llamacpp.model import Model
-from appliance.llamacpp.params import LabelScores
-from appliance.llamacpp.prompts import Prompts, joint
+from appliance.llamacpp.server.labels_api import LabelAsk, label_ask, label_reply, shares
+from appliance.llamacpp.server.openai_requests import DEFAULT_CHAT_TOKENS, chat_ask, check_model, completion_ask
+from appliance.llamacpp.server.params import LabelScores
+from appliance.llamacpp.server.request_models import ChatIn, CompletionIn, LabelsIn, MessageIn, parse
 
 HI: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
 CONTEXT_TOKENS = 2_048

@@ -11,7 +11,7 @@ from appliance.errors import ContextTooLong, EngineBusy, RequestError
 from appliance.llamacpp.context import ABORTED
 from appliance.llamacpp.engine import Engine
 from appliance.llamacpp.model import Model
-from appliance.llamacpp.params import Generate, LabelItem, Logits, Sampling
+from appliance.llamacpp.server.params import Generate, LabelItem, Logits, Sampling
 from tests.llamacpp.asking import GREEDY, endless, read, story, tokens, until, until_idle
 
 pytestmark = pytest.mark.anyio

@@ -8,7 +8,7 @@ from appliance.errors import EngineBusy, EngineFailed
 from appliance.llamacpp.context import NO_KV_ROOM
 from appliance.llamacpp.engine import Engine
 from appliance.llamacpp.model import Model
-from appliance.llamacpp.params import LabelItem
+from appliance.llamacpp.server.params import LabelItem
 from tests.llamacpp.asking import endless, read, story, tokens, until_idle
 
 pytestmark = pytest.mark.anyio

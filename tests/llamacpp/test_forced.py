@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from appliance.llamacpp.constrain import Grammars, JsonConstraint
+from appliance.llamacpp.decode.constraints import Grammars, JsonConstraint
 from appliance.llamacpp.engine import Engine
 from appliance.llamacpp.model import Model
-from appliance.llamacpp.params import Generate, Logits, Sampling, TokenEvent
+from appliance.llamacpp.server.params import Generate, Logits, Sampling, TokenEvent
 
 pytestmark = pytest.mark.anyio
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from appliance.llamacpp.labels import ScoreJob
+from appliance.llamacpp.labels.jobs import ScoreJob
 from appliance.llamacpp.model import Model
-from appliance.llamacpp.params import LabelItem
-from appliance.llamacpp.runner import Runner
+from appliance.llamacpp.scheduler.step import Runner
+from appliance.llamacpp.server.params import LabelItem
 from tests.llamacpp.asking import story
 from tests.llamacpp.label_calls import asked, score
 

@@ -7,13 +7,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from appliance.llamacpp import labels_api
 from appliance.llamacpp.engine import Engine
-from appliance.llamacpp.labels import ScoreJob
+from appliance.llamacpp.labels.jobs import ScoreJob
+from appliance.llamacpp.labels.search import Thrift
 from appliance.llamacpp.model import Model
-from appliance.llamacpp.params import LabelItem, LabelScores
-from appliance.llamacpp.runner import Runner
-from appliance.llamacpp.walk import Thrift
+from appliance.llamacpp.scheduler.step import Runner
+from appliance.llamacpp.server import labels_api
+from appliance.llamacpp.server.params import LabelItem, LabelScores
 from tests.llamacpp.asking import endless, story, tokens, until, until_idle
 from tests.llamacpp.label_calls import score
 
@@ -68,7 +68,7 @@ def test_alone_in_one_call_or_in_pieces_waves_give_the_same(f32_model: Model, mo
     together = score(f32_model, wanted)
     for one, alone in zip(together, score(f32_model, wanted, together=False), strict=True):
         np.testing.assert_allclose(shares(one), shares(alone), atol=1e-4)
-    monkeypatch.setattr("appliance.llamacpp.scoring._CHAINS_AT_ONCE", 2)
+    monkeypatch.setattr("appliance.llamacpp.labels.scorer._CHAINS_AT_ONCE", 2)
     for one, pieces in zip(together, score(f32_model, wanted), strict=True):
         np.testing.assert_allclose(shares(one), shares(pieces), atol=1e-4)
 

@@ -7,13 +7,13 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from appliance.llamacpp.labels import ScoreJob, cut, grow, judge
+from appliance.llamacpp.kv.prefix_cache import as_tokens
+from appliance.llamacpp.labels.jobs import ScoreJob, cut, grow, judge
+from appliance.llamacpp.labels.trie import LabelTrie
 from appliance.llamacpp.model import Model
-from appliance.llamacpp.params import Generate, LabelItem, Sampling
-from appliance.llamacpp.prefix import as_tokens
-from appliance.llamacpp.runner import Runner
-from appliance.llamacpp.sequence import Sequence
-from appliance.llamacpp.trie import LabelTrie
+from appliance.llamacpp.scheduler.sequence import Sequence
+from appliance.llamacpp.scheduler.step import Runner
+from appliance.llamacpp.server.params import Generate, LabelItem, Sampling
 from tests.llamacpp.label_calls import score
 
 INSTRUCTIONS = (
@@ -199,5 +199,5 @@ def test_a_model_that_cannot_fork_scores_the_same(f32_model: Model, monkeypatch:
 def test_an_item_cut_into_pieces_scores_the_same(f32_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = items(f32_model, TEXTS[:1])
     whole = score(f32_model, wanted)
-    monkeypatch.setattr("appliance.llamacpp.scoring._CHAINS_AT_ONCE", 1)
+    monkeypatch.setattr("appliance.llamacpp.labels.scorer._CHAINS_AT_ONCE", 1)
     np.testing.assert_allclose(score(f32_model, wanted)[0].logprobs, whole[0].logprobs, atol=1e-3)

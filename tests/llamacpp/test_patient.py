@@ -6,8 +6,14 @@ import pytest
 
 from appliance.llamacpp.engine import Engine, Generation
 from appliance.llamacpp.model import Model
-from appliance.llamacpp.params import Generate, Sampling
-from appliance.llamacpp.scheduler import NOTHING_URGENT, PATIENT_STEP_SECONDS, TILE_TOKENS, most_urgent, step_budget
+from appliance.llamacpp.scheduler.scheduler import (
+    NOTHING_URGENT,
+    PATIENT_STEP_SECONDS,
+    TILE_TOKENS,
+    most_urgent,
+    step_budget,
+)
+from appliance.llamacpp.server.params import Generate, Sampling
 
 
 @pytest.mark.parametrize(

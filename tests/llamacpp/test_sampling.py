@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from appliance.llamacpp.params import Logits, Sampling
-from appliance.llamacpp.sampling import (
+from appliance.llamacpp.decode.sampling import (
     Sampler,
     argmax_rows,
     candidates,
@@ -15,6 +14,7 @@ from appliance.llamacpp.sampling import (
     pick,
     top_logprobs,
 )
+from appliance.llamacpp.server.params import Logits, Sampling
 
 PROBABILITIES = [0.05, 0.4, 0.1, 0.3, 0.15]
 

@@ -2,10 +2,9 @@
 
 import pytest
 
-from appliance.llamacpp.fairness import Turns
-from appliance.llamacpp.params import Generate
 from appliance.llamacpp.rates import Rates
-from appliance.llamacpp.scheduler import (
+from appliance.llamacpp.scheduler.fair_queue import Turns
+from appliance.llamacpp.scheduler.scheduler import (
     FOLLOW_TOKENS,
     OUTPUT_RESERVE_TOKENS,
     SLOW_STEP_TOKENS,
@@ -22,7 +21,8 @@ from appliance.llamacpp.scheduler import (
     victim,
     worth_a_lane,
 )
-from appliance.llamacpp.sequence import Sequence
+from appliance.llamacpp.scheduler.sequence import Sequence
+from appliance.llamacpp.server.params import Generate
 
 
 def sequence(

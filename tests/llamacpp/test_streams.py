@@ -13,11 +13,11 @@ import pytest
 import uvicorn
 
 from appliance.errors import ApplianceError
-from appliance.llamacpp.constrain import Grammars
+from appliance.llamacpp.chat.prompts import Prompts
+from appliance.llamacpp.decode.constraints import Grammars
 from appliance.llamacpp.model import Model
-from appliance.llamacpp.params import Finished, FinishReason, Generate, LabelScores, Load, TokenEvent
-from appliance.llamacpp.prompts import Prompts
-from appliance.llamacpp.server import Desk, Serving, make_app
+from appliance.llamacpp.server.http import Desk, Serving, make_app
+from appliance.llamacpp.server.params import Finished, FinishReason, Generate, LabelScores, Load, TokenEvent
 from tests.llamacpp.engine_program import eventually
 
 pytestmark = pytest.mark.anyio

@@ -11,7 +11,7 @@ import pytest
 
 from appliance.core import ToolFormat
 from appliance.errors import RequestError
-from appliance.llamacpp.constrain import ConstraintBroken, Grammars, JsonConstraint
+from appliance.llamacpp.decode.constraints import ConstraintBroken, Grammars, JsonConstraint
 from appliance.llamacpp.model import Model
 from appliance.llamacpp.tools.formats import SYNTAXES
 from appliance.llamacpp.tools.grammar import Rules

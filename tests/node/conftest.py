@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from appliance.node.models import ModelStore
+from appliance.node.models.model_store import ModelStore
 from tests.node.file_server import FileServer, serving
 from tests.node.pulled import CONTENT
 

@@ -11,8 +11,8 @@ from appliance.catalog import (
     Variant,
     load_catalog,
 )
-from appliance.node.download import PullProgress
-from appliance.node.models import ModelStore
+from appliance.node.models.download import PullProgress
+from appliance.node.models.model_store import ModelStore
 from tests.node.gguf_bytes import gguf_bytes
 
 

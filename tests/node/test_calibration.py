@@ -10,8 +10,8 @@ import pytest
 from appliance.catalog import DevicePrior
 from appliance.config import Tolerance, Workload
 from appliance.errors import BackendGarbage
-from appliance.node import calibrations
-from appliance.node.calibration import (
+from appliance.node.calibrate import calibration_store
+from appliance.node.calibrate.calibration import (
     Calibration,
     Figure,
     Key,
@@ -22,8 +22,13 @@ from appliance.node.calibration import (
     merged,
     stale_reason,
 )
-from appliance.node.calibrations import CalibrationStore, file_identity, llama_cpp_identity, read_measurement
-from appliance.node.candidate import corrected
+from appliance.node.calibrate.calibration_store import (
+    CalibrationStore,
+    file_identity,
+    llama_cpp_identity,
+    read_measurement,
+)
+from appliance.node.plan.recommendation import corrected
 
 TOLERANCE = Tolerance()
 GOOD = Quality(questions=122, label_agreement=1.0, same_label=0.97, positions=600, median_kl=0.004, mean_kl=0.006)
@@ -308,7 +313,7 @@ def test_kernels_that_appear_make_another_llama_cpp(monkeypatch: pytest.MonkeyPa
     told = []
     for identity in ("plain", "kernels-01234567"):
         llama_cpp_identity.cache_clear()
-        monkeypatch.setattr(calibrations, "identity", lambda identity=identity: identity)
+        monkeypatch.setattr(calibration_store, "identity", lambda identity=identity: identity)
         told.append(llama_cpp_identity())
     llama_cpp_identity.cache_clear()
     assert told[0].endswith("+plain") and told[1].endswith("+kernels-01234567")

@@ -10,14 +10,14 @@ import pytest
 from appliance.catalog import load_catalog
 from appliance.config import Engine, Tolerance
 from appliance.errors import ApplianceError, EngineFailed, ModelFileError, UnknownModel
-from appliance.node import calibrator as module
-from appliance.node.calibration import Calibration, Key
-from appliance.node.calibrations import CalibrationStore
-from appliance.node.calibrator import Effort, Order, Step, calibrate, key_of, order_of
-from appliance.node.choice import measured, wanted
-from appliance.node.models import ModelStore
-from appliance.node.planner import Wanted, plan
-from appliance.node.probe import probe
+from appliance.node.calibrate import calibrator as module
+from appliance.node.calibrate.calibration import Calibration, Key
+from appliance.node.calibrate.calibration_store import CalibrationStore
+from appliance.node.calibrate.calibrator import Effort, Order, Step, calibrate, key_of, order_of
+from appliance.node.hardware.probe import probe
+from appliance.node.models.model_store import ModelStore
+from appliance.node.plan.planner import Wanted, plan
+from appliance.node.plan.variant_selection import measured, wanted
 from tests.node.gguf_bytes import gguf_bytes
 from tests.node.test_calibration import GOOD, KEY, calibration, measurement, variant
 

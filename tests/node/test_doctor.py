@@ -13,13 +13,13 @@ import pytest
 from appliance.config import Engine, Provider
 from appliance.ledger.database import sqlite_url
 from appliance.ledger.store import Ledger
-from appliance.node import doctor_facts
-from appliance.node.cgroup import MemoryLimit
-from appliance.node.cpu import Cpu, Ram
-from appliance.node.doctor import EngineBuild, Facts, LedgerFacts, ModelFacts, Place, Secret, examine
-from appliance.node.doctor_gpu import GpuFacts, VllmFacts, gpu_findings
-from appliance.node.models import StoredModel
-from appliance.node.nvidia import Gpus, LostGpu, read_gpus
+from appliance.node.doctor import facts
+from appliance.node.doctor.checks import EngineBuild, Facts, LedgerFacts, ModelFacts, Place, Secret, examine
+from appliance.node.doctor.gpu_checks import GpuFacts, VllmFacts, gpu_findings
+from appliance.node.hardware.cgroup import MemoryLimit
+from appliance.node.hardware.cpu import Cpu, Ram
+from appliance.node.hardware.nvidia import Gpus, LostGpu, read_gpus
+from appliance.node.models.model_store import StoredModel
 from tests.ledger.samples import outcome
 from tests.node.gguf_bytes import gguf_bytes
 from tests.node.machines import GIB, H200, Fails, FakeNvml, write_tree
@@ -227,31 +227,31 @@ def test_who_holds_an_address_is_told_apart(tmp_path: Path) -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        assert doctor_facts.held("127.0.0.1", port, tmp_path) == "taken"
+        assert facts.held("127.0.0.1", port, tmp_path) == "taken"
         import fcntl
 
         with (tmp_path / "node.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            assert doctor_facts.held("127.0.0.1", port, tmp_path) == "ours"
-    assert doctor_facts.held("127.0.0.1", port, tmp_path) == "free"
-    assert doctor_facts.held("192.0.2.1", port, tmp_path) == "unusable"
+            assert facts.held("127.0.0.1", port, tmp_path) == "ours"
+    assert facts.held("127.0.0.1", port, tmp_path) == "free"
+    assert facts.held("192.0.2.1", port, tmp_path) == "unusable"
 
 
 @pytest.mark.anyio
 async def test_a_ledger_is_read_and_a_damaged_one_is_told(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     url = sqlite_url(path)
-    assert not doctor_facts.ledger_facts(url, full=False).exists
+    assert not facts.ledger_facts(url, full=False).exists
     ledger = await Ledger.open(url)
     ledger.record(outcome())
     await ledger.close()
-    sound = doctor_facts.ledger_facts(url, full=True)
+    sound = facts.ledger_facts(url, full=True)
     assert sound.problem is None and sound.last_at == pytest.approx(NOW_AT)
     size = path.stat().st_size
     with path.open("r+b") as file:
         file.seek(4096)
         file.write(os.urandom(size - 4096))
-    assert doctor_facts.ledger_facts(url, full=False).problem is not None
+    assert facts.ledger_facts(url, full=False).problem is not None
 
 
 def test_another_database_is_no_ledger(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_another_database_is_no_ledger(tmp_path: Path) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE notes (id)")
     connection.close()
-    problem = doctor_facts.ledger_facts(sqlite_url(path), full=False).problem
+    problem = facts.ledger_facts(sqlite_url(path), full=False).problem
     assert problem is not None and "decisions" in problem
 
 
@@ -273,19 +273,19 @@ def test_a_models_checksum_is_compared(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(gguf_bytes())
     right = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert doctor_facts.model_facts(stored(path, right), full=False) == ModelFacts("m q4")
-    wrong = doctor_facts.model_facts(stored(path, "0" * 64), full=False)
+    assert facts.model_facts(stored(path, right), full=False) == ModelFacts("m q4")
+    wrong = facts.model_facts(stored(path, "0" * 64), full=False)
     assert wrong.problem is not None and right in wrong.problem
     path.write_bytes(b"GGUF")
-    assert doctor_facts.model_facts(stored(path, right), full=False).problem
+    assert facts.model_facts(stored(path, right), full=False).problem
 
 
 def test_an_engine_that_dies_of_an_illegal_instruction_is_a_fact_and_no_crash() -> None:
     import sys
 
     dies = (sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGILL)")
-    assert doctor_facts.engine_build(dies).exit_code == -4
-    real = doctor_facts.engine_build()
+    assert facts.engine_build(dies).exit_code == -4
+    real = facts.engine_build()
     assert real.exit_code == 0 and real.features
     assert bool(real.kernels) != bool(real.kernels_missing)
 
@@ -299,11 +299,11 @@ def test_a_missing_key_and_the_mode_of_a_keys_file_are_facts(tmp_path: Path, mon
         "models": ({"name": "m"},),
     }
     by_variable = Provider.model_validate({**given, "key_env": "NO_SUCH_KEY"})
-    assert "NO_SUCH_KEY" in (doctor_facts.secret(by_variable).problem or "")
+    assert "NO_SUCH_KEY" in (facts.secret(by_variable).problem or "")
     path = tmp_path / "key"
     path.write_text("secret")
     path.chmod(0o640)
-    found = doctor_facts.secret(Provider.model_validate({**given, "key_file": str(path)}))
+    found = facts.secret(Provider.model_validate({**given, "key_file": str(path)}))
     assert found.mode == 0o640 and "secret" not in repr(found)
 
 
@@ -321,12 +321,12 @@ def test_gpus_that_the_kernel_sees_and_the_cuda_of_an_environment_are_counted(tm
             "env/lib/python3.12/site-packages/nvidia_cuda_runtime-13.0.96.dist-info/METADATA": "",
         },
     )
-    found = doctor_facts.gpu_facts(NO_GPU, Engine(), tmp_path, tmp_path)
+    found = facts.gpu_facts(NO_GPU, Engine(), tmp_path, tmp_path)
     assert (found.pci_devices, found.device_files, found.in_container) == (1, 1, True)
-    assert doctor_facts.cuda_major(tmp_path / "env") == 13
-    assert doctor_facts.cuda_major(tmp_path) is None
+    assert facts.cuda_major(tmp_path / "env") == 13
+    assert facts.cuda_major(tmp_path) is None
 
 
 def test_of_a_data_directory_that_is_not_there_the_folder_above_is_looked_at(tmp_path: Path) -> None:
-    found = doctor_facts.place(tmp_path / "a" / "b")
+    found = facts.place(tmp_path / "a" / "b")
     assert not found.exists and found.path == str(tmp_path) and found.free_bytes > 0

@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from appliance.errors import PullError
-from appliance.node import download as module
-from appliance.node.download import Download, PullProgress, SourceRefused, fetch, need_space, part_of
+from appliance.node.models import download as module
+from appliance.node.models.download import Download, PullProgress, SourceRefused, fetch, need_space, part_of
 from tests.node.file_server import Fault, FileServer, serving
 
 CONTENT = bytes(range(256)) * 20_000

@@ -10,11 +10,11 @@ import pynvml
 import pytest
 
 from appliance.core import EngineLoad
-from appliance.node.energy import EnergyAccount, Work, joules_between
-from appliance.node.energy_sampler import EnergySampler, Meters
-from appliance.node.keeper import Keeper
-from appliance.node.meters import CPU_METER, NvmlMeters, RaplMeters, Reading, find_rapl
-from appliance.node.signals import Signals
+from appliance.node.energy.account import EnergyAccount, Work, joules_between
+from appliance.node.energy.meters import CPU_METER, NvmlMeters, RaplMeters, Reading, find_rapl
+from appliance.node.energy.sampler import EnergySampler, Meters
+from appliance.node.supervise.engine_supervisor import Keeper
+from appliance.node.supervise.status import Signals
 from appliance.state import State
 from tests.node.machines import H200, Fails, FakeNvml, write_tree
 

@@ -12,9 +12,9 @@ from appliance.catalog import DevicePrior, ModelSpec, load_catalog
 from appliance.config import Engine, EngineModel
 from appliance.engines.base import Placement
 from appliance.engines.vllm_memory import Overheads, device_memory, splits
-from appliance.node.imagined import machine_of
-from appliance.node.planner import Plan, Wanted, plan, steadied
-from appliance.node.probe import Hardware, probe
+from appliance.node.hardware.probe import Hardware, probe
+from appliance.node.plan.hypothetical_hardware import machine_of
+from appliance.node.plan.planner import Plan, Wanted, plan, steadied
 from tests.node.machines import GIB, meminfo, recorded_nvml, topology, write_tree
 
 CATALOG = load_catalog()

@@ -6,11 +6,11 @@ from pathlib import Path
 from appliance.catalog import load_catalog
 from appliance.config import Engine
 from appliance.engines.base import Placement
-from appliance.node.gpu_records import measured, read_records, remember
-from appliance.node.imagined import machine_of
-from appliance.node.nvidia import Gpus
-from appliance.node.planner import Wanted, plan
-from appliance.node.probe import Hardware
+from appliance.node.calibrate.gpu_memory_records import measured, read_records, remember
+from appliance.node.hardware.nvidia import Gpus
+from appliance.node.hardware.probe import Hardware
+from appliance.node.plan.hypothetical_hardware import machine_of
+from appliance.node.plan.planner import Wanted, plan
 
 CATALOG = load_catalog()
 WEIGHTS = 16_300_000_000

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pynvml
 import pytest
 
-from appliance.node.gpu_watch import troubles, watch_gpus
-from appliance.node.nvidia import read_gpus
-from appliance.node.signals import Signals
+from appliance.node.hardware.gpu_watch import troubles, watch_gpus
+from appliance.node.hardware.nvidia import read_gpus
+from appliance.node.supervise.status import Signals
 from appliance.state import State
 from tests.node.machines import recorded_nvml
 

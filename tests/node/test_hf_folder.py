@@ -12,10 +12,10 @@ from appliance.catalog import load_catalog
 from appliance.config import Engine
 from appliance.engines.vllm_memory import refusal
 from appliance.errors import ModelFileError
-from appliance.node.choice import wanted_folder
-from appliance.node.hf_folder import spec_of_folder
-from appliance.node.imagined import machine_of
-from appliance.node.planner import plan
+from appliance.node.models.hf_folder import spec_of_folder
+from appliance.node.plan.hypothetical_hardware import machine_of
+from appliance.node.plan.planner import plan
+from appliance.node.plan.variant_selection import wanted_folder
 
 PLAIN = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -20,7 +20,7 @@ from appliance.catalog import (
     UrlSource,
 )
 from appliance.errors import ModelFileError, PullError
-from appliance.node.models import ModelStore
+from appliance.node.models.model_store import ModelStore
 from tests.node.file_server import Fault, FileServer
 from tests.node.gguf_bytes import gguf_bytes
 from tests.node.pulled import CONTENT, FOLDER, SHA256, folder_variant, left_over, pull, safetensors_bytes, variant_from

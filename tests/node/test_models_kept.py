@@ -11,10 +11,10 @@ from appliance.catalog import (
     load_catalog,
 )
 from appliance.errors import ModelFileError, NotFound, PullError
-from appliance.node import models as module
-from appliance.node.download import PullProgress
-from appliance.node.gguf import read_header
-from appliance.node.models import ModelStore
+from appliance.node.models import model_store as module
+from appliance.node.models.download import PullProgress
+from appliance.node.models.gguf_header import read_header
+from appliance.node.models.model_store import ModelStore
 from tests.node.file_server import FileServer
 from tests.node.pulled import (
     CONTENT,

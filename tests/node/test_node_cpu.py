@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from appliance.node.cpu import read_cpu, read_ram
+from appliance.node.hardware.cpu import read_cpu, read_ram
 from tests.node.machines import CGROUP_V1_MOUNTS, CGROUP_V2_MOUNT, GIB, meminfo, topology, write_tree
 
 V2 = {"proc/self/mountinfo": CGROUP_V2_MOUNT, "proc/self/cgroup": "0::/app.slice/node.service\n"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from appliance.node.launcher import ChildLauncher, minimal_environment
+from appliance.node.supervise.launcher import ChildLauncher, minimal_environment
 from tests.node.processes import eventually, group_members, is_running
 
 pytestmark = pytest.mark.anyio
@@ -111,10 +111,10 @@ def test_it_works_on_uvloop_as_well(tmp_path: Path) -> None:
 PARENT = """
 import asyncio, sys
 from pathlib import Path
-from appliance.node.launcher import ChildLauncher
+from appliance.node.supervise.launcher import ChildLauncher
 
 async def main():
-    leashed = [sys.executable, "-m", "appliance.node.leash", "--fd"]
+    leashed = [sys.executable, "-m", "appliance.node.supervise.parent_guard", "--fd"]
     program = [sys.executable, "-c", {program!r}]
     child = await ChildLauncher(Path({logs!r})).launch("a", lambda fd: [*leashed, str(fd), "--", *program], {{}})
     print(child.pid, flush=True)
@@ -175,13 +175,13 @@ async def test_a_stopped_program_dies_with_the_parent_too(tmp_path: Path) -> Non
     ("code", "expected"), [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 15)", -15), ("", 0)]
 )
 async def test_the_leash_ends_as_its_program_does(tmp_path: Path, code: str, expected: int) -> None:
-    leash = [sys.executable, "-m", "appliance.node.leash", "--fd"]
+    leash = [sys.executable, "-m", "appliance.node.supervise.parent_guard", "--fd"]
     child = await ChildLauncher(tmp_path).launch("a", lambda fd: [*leash, str(fd), "--", *_python(code)], {})
     assert await child.wait() == expected
 
 
 async def test_sigterm_reaches_the_program_through_the_leash(tmp_path: Path) -> None:
-    leash = [sys.executable, "-m", "appliance.node.leash", "--fd"]
+    leash = [sys.executable, "-m", "appliance.node.supervise.parent_guard", "--fd"]
     code = "import signal, sys; signal.signal(15, lambda *_: sys.exit(7)); print('up', flush=True); signal.pause()"
     child = await ChildLauncher(tmp_path).launch("a", lambda fd: [*leash, str(fd), "--", *_python(code)], {})
     await eventually(lambda: "up" in child.last_lines(), "the program")
@@ -191,7 +191,7 @@ async def test_sigterm_reaches_the_program_through_the_leash(tmp_path: Path) -> 
 
 
 async def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
-    leash = [sys.executable, "-m", "appliance.node.leash", "--fd"]
+    leash = [sys.executable, "-m", "appliance.node.supervise.parent_guard", "--fd"]
     child = await ChildLauncher(tmp_path).launch("a", lambda fd: [*leash, str(fd), "--", "/no/such/program"], {})
     assert await child.wait() == 127
     assert child.last_lines()[-1] == "/no/such/program: No such file or directory"

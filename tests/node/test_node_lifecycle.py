@@ -2,7 +2,7 @@
 
 import pytest
 
-from appliance.node.lifecycle import (
+from appliance.node.supervise.lifecycle import (
     Beat,
     Event,
     Exited,

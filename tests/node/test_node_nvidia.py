@@ -7,8 +7,8 @@ from typing import Any
 import pynvml
 import pytest
 
-from appliance.node.nvidia import GpuReader, read_gpus
-from appliance.node.probe import probe
+from appliance.node.hardware.nvidia import GpuReader, read_gpus
+from appliance.node.hardware.probe import probe
 from tests.node.machines import GIB, H200, Fails, FakeNvml, meminfo, recorded_nvml, topology, write_tree
 
 NOT_SUPPORTED = Fails(pynvml.NVML_ERROR_NOT_SUPPORTED)

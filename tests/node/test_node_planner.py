@@ -8,9 +8,9 @@ import pytest
 
 from appliance.catalog import Catalog, DevicePrior, ModelSpec, UrlSource, Variant
 from appliance.config import Engine
-from appliance.node.candidate import best_candidate
-from appliance.node.planner import Plan, Wanted, plan, usable_bytes
-from appliance.node.probe import Hardware, probe
+from appliance.node.hardware.probe import Hardware, probe
+from appliance.node.plan.planner import Plan, Wanted, plan, usable_bytes
+from appliance.node.plan.recommendation import best_candidate
 from tests.node.machines import GIB, FakeNvml, meminfo, topology, write_tree
 
 SOURCE = UrlSource(kind="url", url="https://models.invalid/file.gguf", sha256="0" * 64)

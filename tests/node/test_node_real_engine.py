@@ -16,11 +16,11 @@ from appliance.config import Engine
 from appliance.core import EngineView
 from appliance.engines.base import Placement
 from appliance.errors import EngineFailed
-from appliance.node.launcher import ChildLauncher
-from appliance.node.planner import Wanted, plan
-from appliance.node.probe import probe
-from appliance.node.signals import Signals
-from appliance.node.supervisor import Supervisor
+from appliance.node.hardware.probe import probe
+from appliance.node.plan.planner import Wanted, plan
+from appliance.node.supervise.launcher import ChildLauncher
+from appliance.node.supervise.status import Signals
+from appliance.node.supervise.supervisor import Supervisor
 from appliance.state import State
 from tests.node.processes import eventually
 

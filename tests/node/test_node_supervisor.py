@@ -17,10 +17,10 @@ from appliance.config import Engine as EngineConfig
 from appliance.core import Ability, EngineState, EngineView, Target
 from appliance.engines.base import EngineDefaults, Memory, Placement, Shape
 from appliance.errors import EngineFailed
-from appliance.node.launcher import Child, ChildLauncher
-from appliance.node.signals import Signals
-from appliance.node.sockets import SocketFolder
-from appliance.node.supervisor import Supervisor
+from appliance.node.supervise.launcher import Child, ChildLauncher
+from appliance.node.supervise.sockets import SocketFolder
+from appliance.node.supervise.status import Signals
+from appliance.node.supervise.supervisor import Supervisor
 from appliance.state import State
 from tests.node.processes import eventually, group_members, is_running
 

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from appliance.api.admin import targets_ready
+from appliance.api.endpoints.admin import targets_ready
 from appliance.config import Engine as EngineConfig
 from appliance.core import EngineView
 from appliance.engines.base import Memory, Placement, Shape
 from appliance.engines.llamacpp import LlamaCpp
 from appliance.engines.vllm import Vllm
-from appliance.node.launcher import ChildLauncher
-from appliance.node.signals import Signals
-from appliance.node.supervisor import Supervisor
-from appliance.node.swap import RAM, Rules, resting_at_first
-from appliance.node.swapper import Swapper
-from appliance.pipeline.admission import Admission, Load
+from appliance.node.plan.swap import RAM, Rules, resting_at_first
+from appliance.node.supervise.launcher import ChildLauncher
+from appliance.node.supervise.status import Signals
+from appliance.node.supervise.supervisor import Supervisor
+from appliance.node.supervise.swapper import Swapper
+from appliance.router.capacity.admission import Admission, Load
 from appliance.state import State
 from tests.node.processes import eventually
 from tests.node.vllm_stage import fake_installed, placement

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from appliance.backends.local import LocalDoor
 from appliance.engines.base import GpuShare
 from appliance.errors import EngineFailed
-from appliance.node import orphans
+from appliance.node.supervise import orphans
+from appliance.upstream.local import LocalDoor
 from tests.node.processes import eventually, is_running
 from tests.node.vllm_stage import NAME, placement, stage
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.engines.base import GpuShare, Memory, Placement, Shape
-from appliance.node.swap import RAM, Move, Resident, Rules, decide, pools_of, resting_at_first
+from appliance.node.plan.swap import RAM, Move, Resident, Rules, decide, pools_of, resting_at_first
 
 POOLS = {RAM: 100}
 RULES = Rules(idle_unload_seconds=300, least_residence_seconds=60, cool_down_seconds=20)

@@ -8,9 +8,9 @@ import pytest
 
 from appliance.config import Engine
 from appliance.errors import ConfigError, OperatorError, PullError
-from appliance.node import vllm_install
-from appliance.node.vllm_environments import chosen, engines_folder, found_in, installed
-from appliance.node.vllm_install import Pins, install, is_whole, progress_of, read_pins, remove, without
+from appliance.node.vllm import install as vllm_install
+from appliance.node.vllm.environments import chosen, engines_folder, found_in, installed
+from appliance.node.vllm.install import Pins, install, is_whole, progress_of, read_pins, remove, without
 
 LIST = """\
 # Made by scripts/pin; do not edit.

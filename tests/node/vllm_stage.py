@@ -13,10 +13,10 @@ from appliance.config import Engine as EngineConfig
 from appliance.core import EngineState, EngineView
 from appliance.engines.base import Memory, Placement, Shape
 from appliance.engines.vllm import Installed, Vllm
-from appliance.node import orphans
-from appliance.node.launcher import Child, ChildLauncher
-from appliance.node.signals import Signals
-from appliance.node.supervisor import Supervisor
+from appliance.node.supervise import orphans
+from appliance.node.supervise.launcher import Child, ChildLauncher
+from appliance.node.supervise.status import Signals
+from appliance.node.supervise.supervisor import Supervisor
 from appliance.state import State
 from tests.node.processes import eventually, group_members
 

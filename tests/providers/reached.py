@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import orjson
 
-from appliance.backends import exchange
-from appliance.backends.egress import EgressDoor
-from appliance.backends.seal import seal
 from appliance.config import NodeConfig, provider_targets
 from appliance.core import EgressPermit, Outgoing, Reply, Target
+from appliance.upstream import client
+from appliance.upstream.egress import EgressDoor
+from appliance.upstream.permit_signature import seal
 from tests.providers.anthropic_api import AnthropicApi
 from tests.providers.collected import Collected, collected
 from tests.providers.gemini_api import GeminiApi
@@ -62,14 +62,14 @@ class Reached:
         return EgressPermit("req-1", self.target.name, seal(KEY, "req-1", self.target))
 
     async def send(self, body: Mapping[str, Any], path: str = "/chat/completions") -> Reply:
-        letter = exchange.write(self.target, Outgoing(path, body), stream=False, salt="s")
-        return await exchange.send(self.door, letter, permit=self.permit, seconds=10)
+        letter = client.write(self.target, Outgoing(path, body), stream=False, salt="s")
+        return await client.send(self.door, letter, permit=self.permit, seconds=10)
 
-    async def stream(self, body: Mapping[str, Any]) -> tuple[Collected, exchange.ReplyStream]:
+    async def stream(self, body: Mapping[str, Any]) -> tuple[Collected, client.ReplyStream]:
         """Everything that the stream had to say. Raises StreamBroken as it comes."""
         body = {**body, "stream": True, "stream_options": {"include_usage": True}}
-        letter = exchange.write(self.target, Outgoing("/chat/completions", body), stream=True, salt="s")
-        opened = await exchange.open_stream(self.door, letter, permit=self.permit, seconds=10)
+        letter = client.write(self.target, Outgoing("/chat/completions", body), stream=True, salt="s")
+        opened = await client.open_stream(self.door, letter, permit=self.permit, seconds=10)
         blocks = []
         try:
             while block := await opened.next_block():

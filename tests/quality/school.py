@@ -11,12 +11,12 @@ import httpx
 
 from appliance.config import Cascade, Policy, RouteRule
 from appliance.config import Learning as LearningRules
-from appliance.encoders.desk import Desk
 from appliance.encoders.server import Endpoints, make_app
+from appliance.encoders.service import Desk
 from appliance.quality.learning import Learning
 from appliance.quality.store import Store
 from appliance.quality.traffic import lessons_of
-from appliance.tasks.cascade import Seen, SeenCall, Standing
+from appliance.tasks.classify.cascade import Seen, SeenCall, Standing
 
 TARGET = "classifier/mail"
 _ids = itertools.count(1)

@@ -8,11 +8,12 @@ import pytest
 
 from appliance.errors import ConfigError, RequestError
 from appliance.quality.evaluation.adapters import load_adapters
-from appliance.quality.evaluation.asking import Asking, Reply
+from appliance.quality.evaluation.client import Asking, Reply
 from appliance.quality.evaluation.datasets import Dataset, examples, read_dataset, sample
 from appliance.quality.evaluation.record import Record, identity
 from appliance.quality.evaluation.scoring import Result, compared, score
-from appliance.tasks import decisions, extract
+from appliance.tasks.decisions import openai_shape
+from appliance.tasks.extract import extraction
 from tests.evaldata import evaluation_data
 
 TOPICS = [{"text": f"text {n}", "label": ("billing", "sports")[n % 2]} for n in range(20)]
@@ -59,9 +60,9 @@ def test_open_datasets_are_read_and_asked_about(part: str, adapter: str) -> None
     _, body = asking.body(asking.batches(found.rows)[0])
     # What is sent must be what the endpoints take, examples included.
     if adapter == "classification":
-        decisions.read_batch(body)
+        openai_shape.read_batch(body)
     else:
-        extract.read(body)
+        extraction.read(body)
 
 
 @pytest.mark.parametrize(

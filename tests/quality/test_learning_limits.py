@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from appliance.config import Learning as LearningRules
-from appliance.encoders.examples import MAX_TEXT_CHARS
+from appliance.encoders.training.examples import MAX_TEXT_CHARS
 from appliance.quality.learning import Learning
 from appliance.quality.store import Store
-from appliance.tasks.cascade import Seen, SeenCall
+from appliance.tasks.classify.cascade import Seen, SeenCall
 
 pytestmark = pytest.mark.anyio
 TARGET = "classifier/mail"

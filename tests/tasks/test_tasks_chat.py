@@ -7,7 +7,7 @@ import pytest
 
 from appliance.errors import BackendGarbage, RejectedReply
 from appliance.tasks import chat, completions
-from appliance.tasks.events import stream_of
+from appliance.wire.openai.stream import stream_of
 from tests.tasks.rows import LOCAL, chat_payload, hosted, refusal, reply
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]

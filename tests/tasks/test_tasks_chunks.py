@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from appliance.tasks.chunks import Part, merge, spans
-from appliance.tasks.tokens import estimate_tokens
+from appliance.tasks.extract.chunks import Part, merge, spans
+from appliance.wire.token_estimate import estimate_tokens
 
 PROSE = "\n\n".join(f"Paragraph {n}. " + "Some words of it. " * 12 for n in range(40))
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.tasks.confidence import calibrated, expected_level, field_confidence, most_likely
-from appliance.tasks.spans import value_spans
+from appliance.tasks.decisions.confidence import calibrated, expected_level, field_confidence, most_likely
+from appliance.tasks.extract.value_spans import value_spans
 
 LOGPROBS = st.lists(st.floats(-50, 0), min_size=2, max_size=255)
 JSON = st.recursive(

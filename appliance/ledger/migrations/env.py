@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from appliance.ledger.schema import metadata
+from appliance.ledger.tables import metadata
 
 context.configure(connection=context.config.attributes["connection"], target_metadata=metadata)
 context.run_migrations()

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from appliance.errors import RequestError
-from appliance.quality.evaluation.asking import Asking, Reply
+from appliance.quality.evaluation.client import Asking, Reply
 from appliance.quality.evaluation.datasets import Row
 from appliance.quality.evaluation.scoring import Result
 

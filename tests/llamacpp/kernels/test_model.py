@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from appliance.llamacpp.quality import texts
-from appliance.llamacpp.quantise import derive
+from appliance.llamacpp.calibrate.quantise import derive
+from appliance.llamacpp.calibrate.variant_quality import texts
 from tests.llamacpp.kernels import reading
 from tests.llamacpp.kernels.conftest import Run
 from tests.llamacpp.kernels.reading import LogProbs

@@ -1,0 +1,83 @@
+"""Gemini's endpoints: `models/{model}:generateContent` and its relatives, and the list of models."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Final
+
+from starlette.requests import Request as Http
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from appliance.api.caller_dialect import GEMINI_ACTIONS
+from appliance.api.dialect_response import translated
+from appliance.api.intake import Rim
+from appliance.api.json_responses import json_response
+from appliance.api.model_list import AUTO, found
+from appliance.core import Target
+from appliance.errors import NotFound, RequestError
+from appliance.wire.gemini.inbound import read, read_count
+from appliance.wire.gemini.inbound_reply import ContentWriter, content_of
+
+_PREFIX: Final = "models/"
+
+
+class Gemini:
+    def __init__(self, rim: Rim) -> None:
+        self._rim = rim
+
+    async def act(self, http: Http) -> ASGIApp:
+        """`POST .../models/{model}:{action}`; a model's name may hold slashes and colons."""
+        name, _, action = http.path_params["name"].rpartition(":")
+        if f":{action}" not in GEMINI_ACTIONS or not name:
+            raise NotFound(f"{http.url.path[:200]!r} does not exist here: it must end in {', '.join(GEMINI_ACTIONS)}")
+        if action == "countTokens":
+            return await self._count(http, name)
+        return await self._generate(http, name, stream=action == "streamGenerateContent")
+
+    async def models(self, http: Http) -> Response:
+        caller = self._rim.auth.caller(http.headers)
+        rows = [_model_row(AUTO, None), *(_model_row(one.name, one) for one in self._rim.pipeline.models(caller))]
+        return json_response({"models": rows})
+
+    async def model(self, http: Http) -> Response:
+        caller = self._rim.auth.caller(http.headers)
+        name = http.path_params["name"]
+        return json_response(_model_row(name, found(self._rim.pipeline, caller, name)))
+
+    async def _generate(self, http: Http, name: str, *, stream: bool) -> ASGIApp:
+        alt = http.query_params.get("alt", "json")
+        if alt not in ("json", "sse") or (alt == "sse" and not stream):
+            raise RequestError(f"alt is {alt[:40]!r}: it must be json, or sse for a stream", param="alt")
+        opened = await self._rim.open(http, partial(read, model=name, stream=stream))
+        original = opened.calls[0].original or {}
+        answer = await self._rim.answer(http, opened)
+        return await translated(
+            answer,
+            opened,
+            whole=lambda payload: content_of(payload, original),
+            writer=lambda: ContentWriter(original, as_events=alt == "sse"),
+            content_type=None if alt == "sse" else "application/json; charset=utf-8",
+        )
+
+    async def _count(self, http: Http, name: str) -> Response:
+        opened = await self._rim.open(http, partial(read_count, model=name))
+        counted = await self._rim.count(http, opened)
+        return json_response({"totalTokens": counted.tokens}, headers=counted.headers())
+
+
+def _model_row(name: str, target: Target | None) -> Mapping[str, Any]:
+    row: dict[str, Any] = {
+        "name": _PREFIX + name,
+        "baseModelId": name,
+        "version": "1",
+        "displayName": name,
+        "supportedGenerationMethods": _methods(target),
+    }
+    if target is not None and target.context_tokens is not None:
+        row |= {"inputTokenLimit": target.context_tokens, "outputTokenLimit": target.context_tokens}
+    return row
+
+
+def _methods(target: Target | None) -> Sequence[str]:
+    can_chat = target is None or "chat" in target.abilities
+    return [action.removeprefix(":") for action in GEMINI_ACTIONS] if can_chat else []

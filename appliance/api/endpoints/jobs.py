@@ -1,0 +1,329 @@
+"""OpenAI's Files and Batches. Each key sees its own; those with the scope admin see all.
+
+A batch has OpenAI's fields, and `appliance` besides: how it goes, how fast, when it will be done, and what it cost.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, Final
+
+from starlette.requests import Request as Http
+from starlette.responses import FileResponse, Response
+from starlette.types import ASGIApp
+
+from appliance.api.body import parse_body, read_body
+from appliance.api.intake import Rim
+from appliance.api.json_responses import json_response
+from appliance.api.upload import Form, receive_form
+from appliance.core import Caller, Residency, Usage, strictest
+from appliance.errors import BodyTooLarge, NotFound, RequestError
+from appliance.jobs.deps import Progress
+from appliance.jobs.manager import Desk, new_batch_id
+from appliance.jobs.models import Batch, StoredFile
+from appliance.jobs.planner import read_window
+from appliance.jobs.storage.files import new_file_id
+from appliance.router.request_builder import TAG_HEADER, read_residency, read_tag
+
+PURPOSES: Final = ("batch", "batch_output", "user_data", "assistants", "fine-tune", "vision", "evals")
+_FORM_BYTES: Final = 65_536
+"""What a form has besides its file."""
+_MAX_BODY_BYTES: Final = 1_000_000
+_MOST_METADATA: Final = 16
+_SHORTEST_SECONDS, _LONGEST_SECONDS = 3_600, 2_592_000
+
+
+class Jobs:
+    def __init__(self, rim: Rim, desk: Desk) -> None:
+        self._rim, self._desk = rim, desk
+
+    # Files.
+
+    async def upload(self, http: Http) -> Response:
+        caller, desk = self._rim.caller(http), self._desk
+        length = http.headers.get("content-length", "")
+        announced = int(length) if length.isdecimal() else 0
+        if announced > desk.config.max_file_bytes + _FORM_BYTES:
+            raise BodyTooLarge(
+                f"the upload has {announced} bytes, and files may have {desk.config.max_file_bytes} here "
+                "(jobs.max_file_bytes): split it",
+                param="file",
+            )
+        await asyncio.to_thread(desk.folder.check_space, announced)
+        file_id = new_file_id()
+        with desk.folder.receiving(file_id) as receiver:
+            form = Form(http.headers.get("content-type", ""), receiver.write)
+            await receive_form(http, form)
+            purpose, lifetime = _purpose(form.fields), _lifetime(form.fields)
+            await asyncio.to_thread(receiver.keep)
+        now = self._rim.wall_clock()
+        kept = lifetime or desk.config.retention_days * 86_400.0
+        filename = form.filename or "upload"
+        file = StoredFile(file_id, caller.key_id, filename, purpose, receiver.size_bytes, now, now + kept)
+        try:
+            await desk.store.add_file(file)
+        except BaseException:
+            await asyncio.to_thread(desk.folder.remove, file_id)
+            raise
+        return json_response(_file(file))
+
+    async def files(self, http: Http) -> Response:
+        caller, query = self._rim.caller(http), http.query_params
+        limit, order = _limit(query.get("limit"), 10_000, 10_000), query.get("order", "desc")
+        if order not in ("asc", "desc"):
+            raise RequestError(f"order is {order[:20]!r}: use asc or desc", param="order")
+        rows = await self._desk.store.files(
+            _owner(caller),
+            after=query.get("after"),
+            limit=limit + 1,
+            newest_first=order == "desc",
+            purpose=query.get("purpose"),
+        )
+        return json_response(_page([_file(row) for row in rows], limit))
+
+    async def file(self, http: Http) -> Response:
+        return json_response(_file(await self._file(http)))
+
+    async def content(self, http: Http) -> ASGIApp:
+        file = await self._file(http)
+        path = self._desk.folder.path(file.id)
+        if not await asyncio.to_thread(path.exists):
+            raise NotFound(f"the content of {file.id} is not on this node's disk any more")
+        return FileResponse(path, media_type="application/octet-stream", filename=file.filename)
+
+    async def remove_file(self, http: Http) -> Response:
+        file = await self._file(http)
+        await self._desk.remove_file(file.id)
+        return json_response({"id": file.id, "object": "file", "deleted": True})
+
+    # Batches.
+
+    async def create(self, http: Http) -> Response:
+        caller = self._rim.caller(http)
+        body = parse_body(await read_body(http.receive, http.headers, _MAX_BODY_BYTES))
+        endpoint, window = body.get("endpoint"), body.get("completion_window")
+        if not isinstance(endpoint, str) or endpoint not in self._desk.endpoints:
+            raise RequestError(
+                f"endpoint is {str(endpoint)[:80]!r}: use one of {', '.join(self._desk.endpoints)}", param="endpoint"
+            )
+        if not isinstance(window, str):
+            raise RequestError("completion_window is missing: write for example 24h", param="completion_window")
+        seconds, metadata = read_window(window), _metadata(body.get("metadata"))
+        file = await self._owned_file(caller, body.get("input_file_id"))
+        if file.purpose != "batch":
+            raise RequestError(
+                f"{file.id} was uploaded for {file.purpose!r}: upload it with purpose=batch", param="input_file_id"
+            )
+        now = self._rim.wall_clock()
+        batch = Batch(
+            id=new_batch_id(),
+            owner=caller.key_id,
+            endpoint=endpoint,
+            input_file_id=file.id,
+            completion_window=window,
+            created_at=now,
+            expires_at=now + seconds,
+            metadata=metadata,
+            residency=str(_bound(caller, http.headers, metadata)),
+            tag=read_tag(http.headers.get(TAG_HEADER)),
+            output_seconds=_output_seconds(body.get("output_expires_after")),
+        )
+        return json_response(self._batch(await self._desk.create(batch)))
+
+    async def batches(self, http: Http) -> Response:
+        caller, query = self._rim.caller(http), http.query_params
+        limit = _limit(query.get("limit"), 20, 100)
+        rows = await self._desk.store.batches(_owner(caller), after=query.get("after"), limit=limit + 1)
+        return json_response(_page([self._batch(self._desk.current(row)) for row in rows], limit))
+
+    async def batch(self, http: Http) -> Response:
+        return json_response(self._batch(await self._owned_batch(http)))
+
+    async def cancel(self, http: Http) -> Response:
+        batch = await self._owned_batch(http)
+        if batch.is_over:
+            raise RequestError(f"batch {batch.id} is {batch.status}: there is nothing to cancel", status=409)
+        return json_response(self._batch(await self._desk.cancel(batch)))
+
+    async def _file(self, http: Http) -> StoredFile:
+        return await self._owned_file(self._rim.caller(http), http.path_params["file_id"])
+
+    async def _owned_file(self, caller: Caller, file_id: object) -> StoredFile:
+        """Somebody else's does not exist for this caller."""
+        file = await self._desk.store.file(file_id) if isinstance(file_id, str) else None
+        if file is None or _owner(caller) not in (None, file.owner):
+            raise NotFound(f"there is no file {str(file_id)[:80]!r}: GET /v1/files lists yours", param="file_id")
+        return file
+
+    async def _owned_batch(self, http: Http) -> Batch:
+        caller, batch_id = self._rim.caller(http), http.path_params["batch_id"]
+        batch = await self._desk.store.batch(batch_id)
+        if batch is None or _owner(caller) not in (None, batch.owner):
+            raise NotFound(f"there is no batch {batch_id[:80]!r}: GET /v1/batches lists yours", param="batch_id")
+        return self._desk.current(batch)
+
+    def _batch(self, batch: Batch) -> Mapping[str, Any]:
+        return batch_object(batch, self._desk.progress(batch.id), self._rim.wall_clock())
+
+
+def batch_object(batch: Batch, progress: Progress | None, now: float) -> Mapping[str, Any]:
+    """As the official SDK types it, and `appliance` besides."""
+    times = {f"{status}_at": _seconds(batch.times.get(status)) for status in _TIMED}
+    counts = batch.counts
+    return {
+        "id": batch.id,
+        "object": "batch",
+        "endpoint": batch.endpoint,
+        "model": batch.model,
+        "errors": {"object": "list", "data": [one.to_json() for one in batch.problems]} if batch.problems else None,
+        "input_file_id": batch.input_file_id,
+        "completion_window": batch.completion_window,
+        "status": batch.status,
+        "output_file_id": batch.output_file_id if batch.is_over else None,
+        "error_file_id": batch.error_file_id if batch.is_over else None,
+        "created_at": int(batch.created_at),
+        "expires_at": int(batch.expires_at),
+        **times,
+        "request_counts": {"total": counts.total, "completed": counts.completed, "failed": counts.failed},
+        "usage": _usage(batch.usage),
+        "metadata": batch.metadata or None,
+        "appliance": _extension(batch, progress, now),
+    }
+
+
+_TIMED: Final = (
+    "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled",
+)  # fmt: skip
+
+
+def _extension(batch: Batch, progress: Progress | None, now: float) -> Mapping[str, Any]:
+    counts = batch.counts
+    told: dict[str, Any] = {
+        "owner": batch.owner,
+        "residency": batch.residency,
+        "copied": counts.copied,
+        "onsite": counts.onsite,
+        "hosted": counts.hosted,
+        "cost_usd": round(batch.cost_usd, 8),
+        "state": "ended" if batch.is_over else "stopped",
+        "reason": "",
+    }
+    if progress is not None:
+        left = progress.seconds_left
+        told |= {
+            "state": progress.state,
+            "reason": progress.reason,
+            "lines_per_second": None if progress.per_second is None else round(progress.per_second, 3),
+            "eta_seconds": None if left is None else round(left, 1),
+            "eta_at": None if left is None else int(now + left),
+            "late": progress.late,
+            "under_way": progress.under_way,
+            "in_provider_batches": progress.posted,
+        }
+    return told
+
+
+def _file(file: StoredFile) -> Mapping[str, Any]:
+    return {
+        "id": file.id,
+        "object": "file",
+        "bytes": file.size_bytes,
+        "created_at": int(file.created_at),
+        "expires_at": _seconds(file.expires_at),
+        "filename": file.filename,
+        "purpose": file.purpose,
+        "status": "processed",
+        "status_details": None,
+    }
+
+
+def _usage(usage: Usage) -> Mapping[str, Any]:
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+
+
+def _page(rows: list[Mapping[str, Any]], limit: int) -> Mapping[str, Any]:
+    """One row more than wanted tells that there are more."""
+    shown = rows[:limit]
+    ends = {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": shown, "has_more": len(rows) > limit, **ends}
+
+
+def _owner(caller: Caller) -> str | None:
+    """Whose files and batches a caller sees; None: everybody's."""
+    return None if "admin" in caller.scopes else caller.key_id
+
+
+def _bound(caller: Caller, headers: Mapping[str, str], metadata: Mapping[str, str]) -> Residency:
+    """The strictest of key, header and metadata, in which names are taken as in headers.
+
+    Raises RequestError for one that cannot be understood.
+    """
+    said = (read_residency(headers), read_residency(metadata))
+    return strictest(caller.residency, *(one for one in said if one is not None))
+
+
+def _purpose(fields: Mapping[str, str]) -> str:
+    purpose = fields.get("purpose", "")
+    if purpose not in PURPOSES:
+        raise RequestError(f"purpose is {purpose[:40]!r}: use one of {', '.join(PURPOSES)}", param="purpose")
+    return purpose
+
+
+def _lifetime(fields: Mapping[str, str]) -> float | None:
+    text = fields.get("expires_after[seconds]")
+    if text is None:
+        return None
+    return _checked_seconds(_whole(text, _LONGEST_SECONDS) or text, "expires_after[seconds]")
+
+
+def _output_seconds(value: object) -> float | None:
+    if value is None:
+        return None
+    seconds = value.get("seconds") if isinstance(value, dict) else value
+    return _checked_seconds(seconds, "output_expires_after.seconds")
+
+
+def _checked_seconds(value: object, param: str) -> float:
+    if isinstance(value, int) and _SHORTEST_SECONDS <= value <= _LONGEST_SECONDS:
+        return float(value)
+    raise RequestError(
+        f"{param} is {str(value)[:40]!r}: use whole seconds from {_SHORTEST_SECONDS} to {_LONGEST_SECONDS}", param=param
+    )
+
+
+def _metadata(value: object) -> Mapping[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or len(value) > _MOST_METADATA:
+        raise RequestError(f"metadata must be an object with up to {_MOST_METADATA} texts", param="metadata")
+    for name, text in value.items():
+        if not isinstance(text, str) or len(text) > 512 or len(name) > 64:
+            raise RequestError(
+                f"metadata.{name[:64]} must be a text of up to 512 characters, its name up to 64", param="metadata"
+            )
+    return value
+
+
+def _limit(text: str | None, usual: int, most: int) -> int:
+    if text is None:
+        return usual
+    number = _whole(text, most)
+    if not number:
+        raise RequestError(f"limit is {text[:20]!r}: use a whole number from 1 to {most}", param="limit")
+    return number
+
+
+def _whole(text: str, most: int) -> int | None:
+    """A number of as many digits as there may be; Python refuses to read thousands of them."""
+    if not text.isdecimal() or len(text) > len(str(most)) or int(text) > most:
+        return None
+    return int(text)
+
+
+def _seconds(at: float | None) -> int | None:
+    return None if at is None else int(at)

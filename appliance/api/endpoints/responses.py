@@ -1,0 +1,34 @@
+"""OpenAI's Responses, kept nowhere: each request brings its whole conversation."""
+
+from starlette.requests import Request as Http
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from appliance.api.dialect_response import translated
+from appliance.api.intake import Rim
+from appliance.api.json_responses import json_response
+from appliance.wire.responses.inbound import read, read_count
+from appliance.wire.responses.inbound_reply import response_of
+from appliance.wire.responses.inbound_stream import ResponseWriter
+
+
+class Responses:
+    def __init__(self, rim: Rim) -> None:
+        self._rim = rim
+
+    async def create(self, http: Http) -> ASGIApp:
+        opened = await self._rim.open(http, read)
+        original = opened.calls[0].original or {}
+        answer = await self._rim.answer(http, opened)
+        return await translated(
+            answer,
+            opened,
+            whole=lambda payload: response_of(payload, original),
+            writer=lambda: ResponseWriter(original),
+        )
+
+    async def count(self, http: Http) -> Response:
+        opened = await self._rim.open(http, read_count)
+        counted = await self._rim.count(http, opened)
+        payload = {"object": "response.input_tokens", "input_tokens": counted.tokens}
+        return json_response(payload, headers=counted.headers())

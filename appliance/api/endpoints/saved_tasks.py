@@ -1,0 +1,102 @@
+"""Saved tasks over HTTP: save, list, show, remove. Saving and removing take the scope admin.
+
+`POST /v1/tasks` (its body: tasks/saved.py) gives the task as it is kept; saving a name again makes its next version.
+`GET /v1/tasks`, `GET /v1/tasks/NAME` (with `?version=2` an earlier one) and `DELETE /v1/tasks/NAME`, which removes all
+versions and what was calibrated under the name. A key without the scope admin sees the tasks that it may use.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import structlog
+from starlette.requests import Request as Http
+from starlette.responses import Response
+
+from appliance.api.body import parse_body, read_body
+from appliance.api.intake import Rim
+from appliance.api.json_responses import json_response
+from appliance.core import Caller
+from appliance.errors import RequestError
+from appliance.tasks.saved_tasks import SavedTask, applies, chosen, read_saved, unknown
+from appliance.tasks.store import KnownTasks
+
+_log = structlog.get_logger(__name__)
+
+
+class SavedTasksApi:
+    def __init__(self, rim: Rim, known: KnownTasks, max_body_bytes: int) -> None:
+        self._rim, self._known, self._max_body_bytes = rim, known, max_body_bytes
+
+    async def save(self, http: Http) -> Response:
+        caller = self._rim.auth.caller(http.headers, "admin")
+        raw = await read_body(http.receive, http.headers, self._max_body_bytes)
+        made_at = datetime.fromtimestamp(self._rim.wall_clock(), UTC).isoformat(timespec="seconds")
+        # Checked and written in a thread: a definition may be large, and disks are slow.
+        kept = await asyncio.to_thread(lambda: self._known.saved.put(read_saved(parse_body(raw), 0, made_at)))
+        _log.info("task saved", task=kept.name, version=kept.version, key=caller.key_id)
+        return json_response(self._row(kept))
+
+    async def list(self, http: Http) -> Response:
+        caller = self._rim.auth.caller(http.headers)
+        saved = self._known.saved.tasks
+        rows = [self._row(versions[-1]) for _, versions in sorted(saved.items()) if versions[-1].open_to(caller)]
+        only_fitted = sorted(self._known.fits.tasks.keys() - saved.keys())
+        rows += [self._fitted_row(name) for name in only_fitted]
+        return json_response({"object": "list", "data": rows})
+
+    async def show(self, http: Http) -> Response:
+        caller = self._rim.auth.caller(http.headers)
+        name = http.path_params["name"]
+        if name in self._known.fits.tasks and name not in self._known.saved.tasks:
+            return json_response(self._fitted_row(name))
+        return json_response(self._row(self._found(name, http.query_params.get("version"), caller)))
+
+    async def remove(self, http: Http) -> Response:
+        caller = self._rim.auth.caller(http.headers, "admin")
+        name = http.path_params["name"]
+        saved = await asyncio.to_thread(self._known.saved.remove, name)
+        fitted = await asyncio.to_thread(self._known.fits.remove, name)
+        if not (saved or fitted):
+            raise unknown(name, self._known.saved.tasks, caller)
+        _log.info("task removed", task=name, key=caller.key_id)
+        return json_response({"object": "task.deleted", "name": name, "deleted": True})
+
+    def _found(self, name: str, version: str | None, caller: Caller) -> SavedTask:
+        if version is not None and not version.isdecimal():
+            raise RequestError(f"version is {version!r:.40}: it must be a whole number", param="version")
+        found = chosen(name if version is None else f"{name}@{version}", self._known.saved.tasks, caller)
+        if found is None:
+            raise unknown(name if version is None else f"{name}@{version}", self._known.saved.tasks, caller)
+        return found
+
+    def _row(self, task: SavedTask) -> Mapping[str, Any]:
+        fits = self._known.fits.tasks
+        fresh = applies(task, fits)
+        return {
+            "object": "task",
+            "name": task.name,
+            "kind": task.kind,
+            "version": task.version,
+            "versions": [one.version for one in self._known.saved.tasks.get(task.name, (task,))],
+            "made_at": task.made_at,
+            "description": task.description,
+            "keys": list(task.keys) or None,
+            **task.fields,
+            "calibrated": [
+                {"target": row.target, "variant": row.variant, "applies": fresh} for row in fits.get(task.name, ())
+            ],
+        }
+
+    def _fitted_row(self, name: str) -> Mapping[str, Any]:
+        """A name that was calibrated and never saved: its questions come with every request."""
+        rows = self._known.fits.tasks[name]
+        return {
+            "object": "task",
+            "name": name,
+            "kind": "decision",
+            "version": None,
+            "versions": [],
+            "calibrated": [{"target": row.target, "variant": row.variant, "applies": True} for row in rows],
+        }

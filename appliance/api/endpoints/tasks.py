@@ -1,0 +1,107 @@
+"""The task endpoints: decisions in both wire formats, in batches, their calibration, and extraction."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import structlog
+from starlette.requests import Request as Http
+from starlette.responses import Response
+
+from appliance.api.endpoints.openai import whole
+from appliance.api.intake import Reader, Rim
+from appliance.api.json_responses import json_response
+from appliance.api.protocols import Many
+from appliance.errors import ApplianceError
+from appliance.tasks.decisions import calibration, openai_shape, systemone
+from appliance.tasks.decisions.decision_options import Priors
+from appliance.tasks.decisions.openai_shape import DecisionsCall
+from appliance.tasks.extract import extraction
+from appliance.tasks.extract.extraction import ExtractCall
+from appliance.tasks.saved_tasks import Shape
+from appliance.tasks.store import KnownTasks
+
+DECISION_CALLS_AT_ONCE = 4
+"""Calls of a batch under way together; each holds thousands of tokens, so a few keep an engine busy."""
+EXTRACT_CALLS_AT_ONCE = 16
+"""Texts of one extract request under way together; what an engine cannot take yet waits in its turn."""
+
+_log = structlog.get_logger(__name__)
+
+
+class Tasks:
+    def __init__(self, rim: Rim, known: KnownTasks) -> None:
+        self._rim = rim
+        self._known = known
+        self._priors = Priors()
+
+    async def decisions(self, http: Http) -> Response:
+        return await self._decide(http, openai_shape.read, "decisions")
+
+    async def systemone(self, http: Http) -> Response:
+        return await self._decide(http, systemone.read, "systemone")
+
+    async def _decide(self, http: Http, read: Callable[..., Any], shape: Shape) -> Response:
+        opened = await self._rim.open(http, self._judging(http, read, shape))
+        answer = await self._rim.answer(http, opened)
+        return await whole(answer, answer.payload)
+
+    async def batch(self, http: Http) -> Response:
+        opened = await self._rim.open(http, self._judging(http, openai_shape.read_batch, "decisions"))
+        many = await self._rim.answer_many(http, opened, concurrency=DECISION_CALLS_AT_ONCE)
+        # In a thread: 10,000 inputs with 77 options make 44 MB of JSON, and streams go on.
+        return await asyncio.to_thread(lambda: _rows(many, openai_shape.batch_payload(_some(many), opened.calls)))
+
+    async def calibrate(self, http: Http) -> Response:
+        """Changes the answers of every caller that names the task, so it takes the scope admin."""
+        caller = self._rim.auth.caller(http.headers, "admin")
+        opened = await self._rim.open(
+            http, self._known.reading(calibration.read, "calibrate", caller, priors=self._priors)
+        )
+        many = await self._rim.answer_many(http, opened, concurrency=DECISION_CALLS_AT_ONCE)
+        learnt = await asyncio.to_thread(calibration.learn, opened.request.body, opened.calls, _some(many))
+        await asyncio.to_thread(self._known.fits.put, learnt.fit)
+        _log.info("task calibrated", task=learnt.fit.task, target=learnt.fit.target, key=caller.key_id)
+        return _rows(many, learnt.report)
+
+    async def extract(self, http: Http) -> Response:
+        caller = self._rim.auth.caller(http.headers)
+        reader: Reader[ExtractCall] = self._known.reading(extraction.read, "extract", caller)
+        opened = await self._rim.open(http, reader)
+        is_single = "texts" not in opened.request.body
+        # In threads: looking for every value of a long text takes tens of milliseconds, and streams go on.
+        if is_single and len(opened.calls) == 1:
+            answer = await self._rim.answer(http, opened)
+            try:
+                told = await asyncio.to_thread(extraction.payload, [answer.payload], opened.calls)
+            except BaseException:
+                await answer.aclose()
+                raise
+            return await whole(answer, told)
+        many = await self._rim.answer_many(http, opened, concurrency=EXTRACT_CALLS_AT_ONCE)
+        results = _some(many)
+        if not is_single:
+            return _rows(many, await asyncio.to_thread(extraction.texts_payload, results, opened.calls))
+        try:
+            return _rows(many, await asyncio.to_thread(extraction.payload, results, opened.calls))
+        except ApplianceError as error:
+            error.headers = {**many.facts.headers(), **error.headers}
+            raise
+
+    def _judging(self, http: Http, read: Callable[..., Any], shape: Shape) -> Reader[DecisionsCall]:
+        """A reader of decisions that knows the tasks saved and calibrated here."""
+        caller = self._rim.auth.caller(http.headers)
+        return self._known.reading(read, shape, caller, tasks=self._known.fits.tasks, priors=self._priors)
+
+
+def _some(many: Many) -> Sequence[Any]:
+    """The results, unless every call failed: then the request failed, and says so with its status."""
+    failed = [result for result in many.results if isinstance(result, ApplianceError)]
+    if failed and len(failed) == len(many.results):
+        failed[0].headers = {**many.facts.headers(), **failed[0].headers}
+        raise failed[0]
+    return many.results
+
+
+def _rows(many: Many, payload: Mapping[str, Any]) -> Response:
+    return json_response(payload, headers=many.facts.headers())

@@ -1,0 +1,1 @@
+"""appliance eval: how good models are on rows whose answers are known."""

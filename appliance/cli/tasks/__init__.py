@@ -1,0 +1,1 @@
+"""Commands about saved tasks, their calibration, and classifiers."""

@@ -1,0 +1,1 @@
+"""Training a classifier: examples in, held-out figures and weights out."""

@@ -1,0 +1,104 @@
+"""One training, in a process of its own so that serving never waits: examples on stdin, progress and result on stdout.
+
+    python -m appliance.encoders.training.worker --data DIRECTORY --models DIRECTORY --threads N
+
+Each line of output is one JSON object: {"step", "share"} while it works, then {"version"} or {"error"}.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from appliance.encoders.embedders import OnnxEmbedder, StaticEmbedder
+from appliance.encoders.json_log import JsonLines, log
+from appliance.encoders.model_cache import Library
+from appliance.encoders.process import end_with_parent
+from appliance.encoders.training.examples import Examples
+from appliance.encoders.training.trainer import Models, train
+from appliance.encoders.versions import Versions
+from appliance.errors import ApplianceError, OperatorError
+
+_NICENESS = 10
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.WARNING, handlers=[JsonLines()], force=True)
+    logging.captureWarnings(True)
+    parser = argparse.ArgumentParser(prog="python -m appliance.encoders.training.worker")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    end_with_parent()
+    os.nice(_NICENESS)
+    job = orjson.loads(sys.stdin.buffer.read())
+    try:
+        _say({"version": _learn(job, options)})
+    except ApplianceError as error:
+        _say({"error": error.message, "code": error.code})
+    except OSError as error:
+        failure = OperatorError(f"the version cannot be written ({error.strerror or error}): free some space and retry")
+        _say({"error": failure.message, "code": failure.code})
+    return 0
+
+
+def _learn(job: Mapping[str, Any], options: argparse.Namespace) -> int:
+    examples = Examples(
+        tuple(job["texts"]), np.array(job["truth"], dtype=np.int64), tuple(job["labels"]), tuple(job["notes"])
+    )
+    dearest = job["dearest"]
+    models = _models(Library(options.models, options.threads), job.get("encoder"), wants_encoder=dearest != "words")
+    trained = train(
+        examples,
+        models,
+        wanted_accuracy=job["wanted_accuracy"],
+        dearest=dearest,
+        progress=lambda step, share: _say({"step": step, "share": round(share, 3)}),
+        clock=time.monotonic,
+    )
+    _say({"step": "writing the version", "share": 0.98})
+    built_on = {
+        kind: model.fingerprint
+        for kind, model in (("static", models.vectors), ("encoder", models.encoder))
+        if model is not None
+    }
+    made_at = datetime.now(UTC).isoformat(timespec="seconds")
+    versions = Versions(options.data)
+    return versions.save(job["name"], trained, made_at=made_at, models=built_on, serve=job.get("serve", True))
+
+
+def _models(library: Library, wanted: str | None, *, wants_encoder: bool) -> Models:
+    """The first static model and the wanted encoder, or the first one. What cannot be read is left out, and said."""
+    vectors: StaticEmbedder | None = None
+    encoder: OnnxEmbedder | None = None
+    for name, kind in library.kinds().items():
+        if kind == "onnx" and (not wants_encoder or (wanted is not None and name != wanted)):
+            continue
+        try:
+            model = library.embedder(name)
+        except ApplianceError as error:
+            log("model_left_out", model=name, reason=error.message)
+            continue
+        if isinstance(model, StaticEmbedder):
+            vectors = vectors or model
+        elif isinstance(model, OnnxEmbedder):
+            encoder = encoder or model
+    return Models(vectors, encoder)
+
+
+def _say(fact: Mapping[str, Any]) -> None:
+    sys.stdout.buffer.write(orjson.dumps(fact) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

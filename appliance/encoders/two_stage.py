@@ -1,0 +1,172 @@
+"""A trained classifier in one step or in two: cheap features answer all texts, and those that they leave unsure are
+asked of the encoder as well.
+
+Unsure is a text whose two highest scores of the first step lie close together. From which distance on the first answer
+stands is chosen on held-out rows, where both steps have scored every row: the encoder gets as few texts as reach the
+accuracy that is wanted. Each step is calibrated on the rows that it answers, so the answers of both together are.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from appliance.encoders.embedders import Embedder
+from appliance.encoders.features import Lexicon
+from appliance.encoders.linear_models import Calibration, Linear, Recipe, Scorer, strangeness
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+SHOWN_SHARES: Final = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A step as numbers."""
+
+    recipe: Recipe
+    linear: Linear
+    calibration: Calibration
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step, ready to score. `encoder` is None where its recipe asks for none."""
+
+    scorer: Scorer
+    encoder: Embedder | None
+    encoder_weights: Floats | None
+    calibration: Calibration
+
+    def scores(self, texts: Sequence[str]) -> Floats:
+        total = self.scorer.scores(texts)
+        if self.encoder is not None and self.encoder_weights is not None:
+            total = total + self.encoder.embed(texts, truncate=True).vectors @ self.encoder_weights
+        return total
+
+
+def make_step(lexicon: Lexicon, linear: Linear, encoder: Embedder | None, calibration: Calibration) -> Step:
+    """`encoder` is left out where the weights have nothing for it."""
+    weights = linear.weights.get("encoder")
+    return Step(Scorer(lexicon, linear), None if weights is None else encoder, weights, calibration)
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A row for each text."""
+
+    probabilities: Floats
+    strangeness: Floats
+    """By the first step, whoever answered."""
+    asked: Flags
+    """Whether the second step answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A version of a classifier, ready to answer."""
+
+    labels: tuple[str, ...]
+    first: Step
+    strange_from: float
+    """Strangeness from which on a text counts as out of scope."""
+    second: Step | None = None
+    ask_below: float = 0.0
+    """Texts whose margin is smaller are asked of the second step."""
+
+    def answer(self, texts: Sequence[str]) -> Answered:
+        scores = self.first.scores(texts)
+        shares = self.first.calibration.probabilities(scores)
+        asked = np.zeros(len(texts), dtype=bool)
+        if self.second is not None:
+            asked = margins(scores) < self.ask_below
+            places = np.flatnonzero(asked).tolist()
+            if places:
+                found = self.second.scores([texts[place] for place in places])
+                shares[places] = self.second.calibration.probabilities(found)
+        return Answered(shares, strangeness(scores), asked)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A fitted head in numbers, before it is written down."""
+
+    labels: tuple[str, ...]
+    lexicon: Lexicon
+    first: Fitted
+    second: Fitted | None
+    """What texts with a margin below `ask_below` are asked of."""
+    ask_below: float
+    strange_from: float
+    report: Mapping[str, Any]
+    held_confidences: Floats
+    """Of each example by a head that had not seen it; in the examples' order."""
+    held_right: Flags
+    held_strangeness: Floats
+
+    def head(self, encoder: Embedder | None) -> Head:
+        """Ready to answer. `encoder`: the one that it was trained with, if there was one."""
+        steps = [
+            None if one is None else make_step(self.lexicon, one.linear, encoder, one.calibration)
+            for one in (self.first, self.second)
+        ]
+        assert steps[0] is not None
+        return Head(self.labels, steps[0], self.strange_from, steps[1], self.ask_below)
+
+
+def margins(scores: Floats) -> Floats:
+    """How far the highest score is above the next one."""
+    two = np.partition(scores, -2, axis=1)[:, -2:]
+    apart: Floats = two[:, 1] - two[:, 0]
+    return apart
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """What asking the second step below a margin comes to on held-out rows."""
+
+    below: float
+    share: float
+    accuracy: float
+
+
+def least_asked(first: Floats, second: Floats, truth: Ints, wanted: float) -> Asking:
+    """The smallest share of texts with which `wanted` is reached; where it cannot be, the one that comes closest.
+
+    `first` and `second` are both steps' scores of the same rows, which neither was fitted on.
+    """
+    apart = margins(first)
+    order = np.argsort(apart, kind="stable")
+    gained = _accuracies(first, second, truth, order)
+    enough = np.flatnonzero(gained >= wanted)
+    count = int(enough[0]) if enough.size else int(gained.argmax())
+    below = float("inf") if count == truth.size else float(apart[order[count]])
+    asked = apart < below
+    return Asking(below, float(asked.mean()), float(gained[int(asked.sum())]))
+
+
+def accuracy_by_share(first: Floats, second: Floats, truth: Ints) -> Sequence[dict[str, float]]:
+    """What accuracy comes of asking the second step about so many of all texts, the least sure ones."""
+    gained = _accuracies(first, second, truth, np.argsort(margins(first), kind="stable"))
+    return [{"asked_share": share, "accuracy": float(gained[round(share * truth.size)])} for share in SHOWN_SHARES]
+
+
+def _accuracies(first: Floats, second: Floats, truth: Ints, order: Ints) -> npt.NDArray[np.float64]:
+    """Accuracy with the first 0, 1, 2... rows of `order` asked of the second step."""
+    before = first.argmax(axis=1) == truth
+    after = second.argmax(axis=1) == truth
+    gains = after[order].astype(np.int64) - before[order]
+    sums: npt.NDArray[np.float64] = (before.sum() + np.concatenate([[0], np.cumsum(gains)])) / truth.size
+    return sums
+
+
+def calibrated(calibrations: Sequence[Calibration], first: Floats, second: Floats | None, asked: Flags) -> Floats:
+    """Each row's probabilities by the step that answers it."""
+    shares = calibrations[0].probabilities(first)
+    if second is not None and asked.any():
+        shares[asked] = calibrations[1].probabilities(second[asked])
+    return shares

@@ -1,0 +1,87 @@
+"""What a run works with, how it tells its progress, why it stops, and which lines it asks together."""
+
+import asyncio
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal, Protocol
+
+from appliance.config import Jobs
+from appliance.jobs.fair_share import Places
+from appliance.jobs.models import Answering, Ending, Line
+from appliance.jobs.provider.models import Posting
+from appliance.jobs.storage.files import Folder
+from appliance.jobs.storage.store import Store
+from appliance.state import State
+
+LINES_AT_ONCE: Final = 32
+"""Asked in one call, where they may be."""
+
+_VALIDATED_AT_ONCE: Final = 2
+"""To find lines that ask the same takes some 50 MB for a file as long as may be: a key may make any number of
+batches of it."""
+
+RunState = Literal["validating", "running", "paused", "waiting", "ending"]
+
+
+class Alerts(Protocol):
+    def warn(self, code: str, text: str, about: str = "") -> None: ...
+
+    def clear(self, code: str, about: str = "") -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What all runs share."""
+
+    config: Jobs
+    store: Store
+    folder: Folder
+    answering: Answering
+    places: Places
+    state: State
+    alerts: Alerts
+    clock: Callable[[], float]
+    wall: Callable[[], float]
+    posting: Posting | None = None
+    """How lines leave in providers' own batches; None: they do not."""
+    validating: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_VALIDATED_AT_ONCE))
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How a run goes, beyond what its batch says."""
+
+    state: RunState
+    reason: str
+    per_second: float | None
+    seconds_left: float | None
+    late: int
+    """Lines that would be late on-site."""
+    under_way: int
+    posted: int
+    """Lines that lie in providers' own batches."""
+
+
+class Stopped(Exception):
+    """Nothing more is to be asked."""
+
+    def __init__(self, ending: Ending, code: str, message: str) -> None:
+        super().__init__(message)
+        self.ending: Ending = ending
+        self.code, self.message = code, message
+
+
+def grouped(lines: Sequence[Line], kin: Callable[[Line], Hashable | None]) -> list[list[Line]]:
+    """Lines that may be asked together, in the order of the first of each."""
+    groups: list[list[Line]] = []
+    open_groups: dict[Hashable, list[Line]] = {}
+    for line in lines:
+        key = kin(line)
+        group = None if key is None else open_groups.get(key)
+        if group is None or len(group) >= LINES_AT_ONCE:
+            group = []
+            groups.append(group)
+            if key is not None:
+                open_groups[key] = group
+        group.append(line)
+    return groups

@@ -1,0 +1,366 @@
+"""Lines of jobs as requests: read by the endpoints' own readers, answered by the pipeline on behalf of their key.
+
+READINGS is the table of endpoints that a line may name; a new endpoint is one row more.
+"""
+
+import asyncio
+import hashlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final
+
+import orjson
+
+from appliance.api.auth import Authenticator
+from appliance.api.body import parse_body
+from appliance.api.intake import IN_A_THREAD_BYTES
+from appliance.api.protocols import Pipeline
+from appliance.core import Asked, Caller, Decision, Facts, Request, Usage
+from appliance.errors import ApplianceError, BackendError, Busy, DeadlineExceeded, RejectedReply, Unavailable
+from appliance.jobs.models import Line, LineAnswer, Terms
+from appliance.router.request_builder import RESIDENCY_HEADER, TAG_HEADER, make_request
+from appliance.tasks import chat, completions, embeddings
+from appliance.tasks.calibration_store import TaskFits
+from appliance.tasks.decisions import openai_shape, systemone
+from appliance.tasks.decisions.decision_options import Priors
+from appliance.tasks.decisions.openai_shape import DecisionsCall, Judgement
+from appliance.tasks.extract import extraction
+from appliance.tasks.saved_tasks import Shape
+from appliance.tasks.store import KnownTasks, SavedTasks
+from appliance.wire.anthropic.inbound import read as read_message
+from appliance.wire.anthropic.inbound_reply import message_of
+from appliance.wire.responses.inbound import read as read_response
+from appliance.wire.responses.inbound_reply import response_of
+from appliance.wire.token_estimate import estimate_tokens
+
+_DECISIONS: Final = "/v1/decisions"
+_CALLS_AT_ONCE: Final = 16
+"""Of one line: a long document is extracted from piece by piece."""
+TOKENS_PER_GROUP: Final = 6_144
+"""Of lines that are asked together. Nobody waits for them, and the engine puts them back for whoever does."""
+_BUDGET_SECONDS: Final = 60.0
+"""Budgets are of a day, so it helps little to try sooner."""
+
+Payload = Callable[[Sequence[Any], Sequence[Any]], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How an endpoint's bodies are read, and how its payload is made of what its calls came to."""
+
+    read: Callable[[Mapping[str, Any]], tuple[Asked, Sequence[Any]]]
+    payload: Payload
+    shape: Shape | None = None
+    """Of bodies that may name a saved task."""
+
+
+def _only(results: Sequence[Any], calls: Sequence[Any]) -> Any:
+    return results[0]
+
+
+def _message(results: Sequence[Any], calls: Sequence[Any]) -> Any:
+    return message_of(results[0], calls[0].original or {})
+
+
+def _response(results: Sequence[Any], calls: Sequence[Any]) -> Any:
+    return response_of(results[0], calls[0].original or {})
+
+
+def _extracted(results: Sequence[Any], calls: Sequence[Any]) -> Any:
+    is_single = all(call.index == 0 for call in calls)
+    return extraction.payload(results, calls) if is_single else extraction.texts_payload(results, calls)
+
+
+def readings(fits: TaskFits) -> Mapping[str, Reading]:
+    """By url. Tasks that are calibrated while the node runs are known from then on."""
+    priors = Priors()
+
+    def judging(read: Callable[..., Any], body: Mapping[str, Any]) -> Any:
+        return read(body, tasks=fits.tasks, priors=priors)
+
+    return {
+        "/v1/chat/completions": Reading(chat.read, _only),
+        "/v1/completions": Reading(completions.read, _only),
+        "/v1/embeddings": Reading(embeddings.read, _only),
+        _DECISIONS: Reading(partial(judging, openai_shape.read), _only, "decisions"),
+        "/v1/systemone": Reading(partial(judging, systemone.read), _only, "systemone"),
+        "/v1/extract": Reading(extraction.read, _extracted, "extract"),
+        "/v1/responses": Reading(read_response, _response),
+        "/v1/messages": Reading(read_message, _message),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """A line that may be asked together with others of its kin."""
+
+    line: Line
+    request: Request
+    call: DecisionsCall
+    decision: Decision
+
+    @property
+    def way(self) -> Hashable:
+        """Lines that would go the same way."""
+        route = self.decision.route
+        first = route.attempts[0].target.name if route.attempts else None
+        return route.name, route.residency, first
+
+
+class Lines:
+    """Answers lines. `pipeline` is asked for anew for each call: reloads replace it."""
+
+    def __init__(
+        self,
+        *,
+        pipeline: Callable[[], Pipeline],
+        auth: Authenticator,
+        fits: TaskFits,
+        saved: SavedTasks | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._pipeline, self._auth = pipeline, auth
+        self._clock, self._wall = clock, wall_clock
+        self._known = KnownTasks(fits, saved or SavedTasks())
+        self.readings = readings(fits)
+
+    @property
+    def endpoints(self) -> Sequence[str]:
+        return tuple(self.readings)
+
+    def kin(self, line: Line) -> Hashable | None:
+        """Decisions that ask the same of different texts: an engine computes the question once for all of them."""
+        if line.url != _DECISIONS or not isinstance(line.body.get("input"), str):
+            return None
+        rest = {name: value for name, value in line.body.items() if name != "input"}
+        return hashlib.blake2b(orjson.dumps(rest, option=orjson.OPT_SORT_KEYS), digest_size=16).digest()
+
+    async def ask(self, lines: Sequence[Line], terms: Terms) -> Sequence[LineAnswer]:
+        """One answer for each line, in order. Raises Unauthorized where the key is no more."""
+        caller = self.caller(terms)
+        if len(lines) == 1:
+            return [await self._one(lines[0], caller, terms)]
+        return await self._together(lines, caller, terms)
+
+    def caller(self, terms: Terms) -> Caller:
+        """Raises Unauthorized where the key is no more."""
+        return self._auth.named(terms.owner)
+
+    async def _one(self, line: Line, caller: Caller, terms: Terms) -> LineAnswer:
+        name = request_id_of(line, terms)
+        try:
+            asked, calls = await self.read(line, caller)
+            request = self.request(asked, name, caller, terms)
+            results, facts = await self._results(request, calls)
+            payload = self.readings[line.url].payload(results, calls)
+        except ApplianceError as error:
+            return _refused(error, name)
+        return good_answer(payload, name, facts, usage_of(payload), facts.cost_usd)
+
+    async def _results(self, request: Request, calls: Sequence[Any]) -> tuple[Sequence[Any], Facts]:
+        """What every call came to. Raises the first error where none succeeded."""
+        if len(calls) == 1:
+            answer = await self._pipeline().answer(request, calls[0])
+            try:
+                return [answer.payload], answer.facts
+            finally:
+                await answer.aclose()
+        many = await self._pipeline().answer_many(request, calls, concurrency=_CALLS_AT_ONCE)
+        failed = [result for result in many.results if isinstance(result, ApplianceError)]
+        if len(failed) == len(many.results):
+            failed[0].headers = many.facts.headers()
+            raise failed[0]
+        return many.results, many.facts
+
+    async def read(self, line: Line, caller: Caller) -> tuple[Asked, Sequence[Any]]:
+        """By its endpoint's own reader. Raises RequestError and its like."""
+        reading = self.readings[line.url]
+        reader = reading.read if reading.shape is None else self._known.reading(reading.read, reading.shape, caller)
+        raw = orjson.dumps(line.body)
+        if len(raw) < IN_A_THREAD_BYTES:
+            return reader(parse_body(raw))
+        return await asyncio.to_thread(lambda: reader(parse_body(raw)))
+
+    def request(self, asked: Asked, name: str, caller: Caller, terms: Terms) -> Request:
+        headers = {RESIDENCY_HEADER: terms.residency, **({TAG_HEADER: terms.tag} if terms.tag else {})}
+        request = make_request(
+            asked, headers=headers, caller=caller, request_id=name, now=self._clock(), wall=self._wall()
+        )
+        return replace(request, latency_class="batch", patience_seconds=terms.patience_seconds)
+
+    # Decisions that are asked together.
+
+    async def _together(self, lines: Sequence[Line], caller: Caller, terms: Terms) -> Sequence[LineAnswer]:
+        """Those that would go the same way alone are asked in one call; the others, and what cannot be told, alone."""
+        answers: dict[int, LineAnswer] = {}
+        ways: defaultdict[Hashable, list[_Decided]] = defaultdict(list)
+        for line in lines:
+            found = await self._decided(line, caller, terms)
+            if isinstance(found, _Decided):
+                ways[found.way].append(found)
+            else:
+                answers[line.number] = found
+            await asyncio.sleep(0)  # a decision takes a fraction of a millisecond: others are not to wait for all
+        for group in ways.values():
+            for line, answer in zip(
+                (one.line for one in group), await self._one_way(group, caller, terms), strict=True
+            ):
+                answers[line.number] = answer
+        return [answers[line.number] for line in lines]
+
+    async def _decided(self, line: Line, caller: Caller, terms: Terms) -> _Decided | LineAnswer:
+        name, pipeline = request_id_of(line, terms), self._pipeline()
+        try:
+            asked, calls = await self.read(line, caller)
+            request = await pipeline.searched(self.request(asked, name, caller, terms))
+            call: DecisionsCall = calls[0]
+            decision = pipeline.decide(request, prompt_tokens=call.prompt_tokens, output_tokens=call.output_tokens)
+        except ApplianceError as error:
+            return _refused(error, name)
+        return _Decided(line, request, call, decision)
+
+    async def _one_way(self, group: Sequence[_Decided], caller: Caller, terms: Terms) -> Sequence[LineAnswer]:
+        merged = await self._merged(group, caller, terms)
+        if merged is None:
+            return await asyncio.gather(*(self._one(one.line, caller, terms) for one in group))
+        request, whole = merged
+        calls = openai_shape.split(whole, TOKENS_PER_GROUP)
+        try:
+            many = await self._pipeline().answer_many(request, calls, concurrency=len(calls))
+        except ApplianceError as error:
+            return [_refused(error, request_id_of(one.line, terms)) for one in group]
+        return [
+            self._of_row(row, usage, one, terms, many.facts, len(group))
+            for one, (row, usage) in zip(group, _rows(many.results, calls), strict=True)
+        ]
+
+    async def _merged(
+        self, group: Sequence[_Decided], caller: Caller, terms: Terms
+    ) -> tuple[Request, DecisionsCall] | None:
+        """One request for all, where it goes the way that each of them goes; None where they are better asked alone.
+
+        An engine that scores labels gains by it. A route that escalates judges each answer by itself.
+        """
+        route = group[0].decision.route
+        scores = bool(route.attempts) and "labels" in route.attempts[0].target.abilities
+        if len(group) == 1 or not scores or route.escalations:
+            return None
+        first = group[0]
+        inputs = tuple(one.call.inputs[0] for one in group)
+        whole = replace(first.call, inputs=inputs, render=None)
+        asked = openai_shape.make_asked(first.request.body, whole)
+        request = self.request(asked, request_id_of(first.line, terms), caller, terms)
+        pipeline = self._pipeline()
+        request = await pipeline.searched(request)
+        try:
+            decision = pipeline.decide(request, prompt_tokens=whole.prompt_tokens, output_tokens=whole.output_tokens)
+        except ApplianceError:
+            return None
+        together = replace(first, request=request, decision=decision)
+        return (request, whole) if together.way == first.way else None
+
+    def _of_row(self, row: Any, usage: Usage, one: _Decided, terms: Terms, facts: Facts, lines: int) -> LineAnswer:
+        name = request_id_of(one.line, terms)
+        if isinstance(row, ApplianceError):
+            row.headers = row.headers or facts.headers()
+            return _refused(row, name)
+        payload = openai_shape.openai_payload(row, one.call.questions)
+        cost = None if facts.cost_usd is None else facts.cost_usd / lines
+        return good_answer(payload, name, facts, usage, cost)
+
+
+def _rows(results: Sequence[Any], calls: Sequence[DecisionsCall]) -> Sequence[tuple[Judgement | ApplianceError, Usage]]:
+    """For each input its judgement, with its share of the call's tokens, or its error."""
+    found: list[tuple[Judgement | ApplianceError, Usage]] = []
+    for result, call in zip(results, calls, strict=True):
+        if isinstance(result, ApplianceError):
+            found += [(result, Usage())] * len(call.inputs)
+            continue
+        shares = _shares(result.usage, [estimate_tokens(text.text) for text in call.inputs])
+        for row, usage in zip(result.rows, shares, strict=True):
+            alone = row if isinstance(row, ApplianceError) else replace(result, rows=(row,), usage=usage)
+            found.append((alone, usage))
+    return found
+
+
+def _shares(usage: Usage, weights: Sequence[int]) -> Sequence[Usage]:
+    """Tokens that were counted together, one text's by its length; they add up to what was counted."""
+    total, before, shares = max(1, sum(weights)), Usage(), []
+    seen = 0
+    for weight in weights:
+        seen += weight
+        upto = Usage(
+            usage.prompt_tokens * seen // total,
+            usage.completion_tokens * seen // total,
+            usage.cached_tokens * seen // total,
+            usage.reasoning_tokens * seen // total,
+        )
+        shares.append(
+            Usage(
+                upto.prompt_tokens - before.prompt_tokens,
+                upto.completion_tokens - before.completion_tokens,
+                upto.cached_tokens - before.cached_tokens,
+                upto.reasoning_tokens - before.reasoning_tokens,
+            )
+        )
+        before = upto
+    return shares
+
+
+def request_id_of(line: Line, terms: Terms) -> str:
+    """The same however often the line is asked: what is sent twice can be told to be the same."""
+    return f"{terms.batch_id}-{line.number}"
+
+
+def good_answer(payload: Any, name: str, facts: Facts, usage: Usage, cost_usd: float | None) -> LineAnswer:
+    return LineAnswer(200, payload, name, facts.location, usage, cost_usd, None, facts.decision_id)
+
+
+def _refused(error: ApplianceError, name: str) -> LineAnswer:
+    decision_id = error.headers.get("x-appliance-decision")
+    return LineAnswer(
+        error.status,
+        error.to_openai(),
+        name,
+        retry_after_seconds=_again_after(error),
+        decision_id=decision_id,
+    )
+
+
+def _again_after(error: ApplianceError) -> float | None:
+    """When asking again may help: where it was only busy, or a target failed in a way that passes."""
+    if isinstance(error, Busy):
+        return max(error.retry_after_seconds or 1.0, _BUDGET_SECONDS if error.code == "budget_exceeded" else 0.0)
+    passes = isinstance(error, BackendError) and error.fallback and not isinstance(error, RejectedReply)
+    if passes or isinstance(error, Unavailable | DeadlineExceeded):
+        return error.retry_after_seconds or 1.0
+    return None
+
+
+def usage_of(payload: Any) -> Usage:
+    """What a payload of any endpoint says of its tokens."""
+    usage = payload.get("usage") if isinstance(payload, dict) else None
+    if not isinstance(usage, Mapping):
+        return Usage()
+    prompt = _details(usage, "prompt_tokens_details") or _details(usage, "input_tokens_details")
+    output = _details(usage, "completion_tokens_details") or _details(usage, "output_tokens_details")
+    return Usage(
+        _count(usage, "prompt_tokens") or _count(usage, "input_tokens"),
+        _count(usage, "completion_tokens") or _count(usage, "output_tokens"),
+        _count(prompt, "cached_tokens"),
+        _count(output, "reasoning_tokens"),
+    )
+
+
+def _details(usage: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = usage.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _count(usage: Mapping[str, Any], name: str) -> int:
+    found = usage.get(name)
+    return found if isinstance(found, int) else 0

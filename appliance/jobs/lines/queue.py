@@ -1,0 +1,119 @@
+"""The lines of one run that are still to be asked, in groups, a few at a time: never all of a batch."""
+
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from appliance.jobs.deps import Means, Stopped, grouped
+from appliance.jobs.models import Line, LineAnswer
+from appliance.jobs.storage.batch_state import Keeper
+
+_FETCHED_LINES: Final = 128
+_FETCHED_BYTES: Final = 4_000_000
+_MOST_AGAIN: Final = 256
+"""So many lines may wait to be asked again before new ones are left alone."""
+_MOST_TRIES: Final = 4
+"""Of a line whose target failed; one that was only busy is tried until the deadline."""
+
+Sift = Callable[[list[Line]], Awaitable[list[Line]]]
+
+
+@dataclass(slots=True)
+class _Again:
+    line: Line
+    ready: float
+
+
+class Queue:
+    """Lines are fetched in order, and again from where some came back to. None is handed out twice at a time."""
+
+    def __init__(self, means: Means) -> None:
+        self._means = means
+        self._fetched_to = 0
+        self._groups: deque[list[Line]] = deque()
+        self._again: list[_Again] = []
+        self._tries: dict[int, int] = {}
+        self._in_hand: set[int] = set()
+        """Fetched, and neither committed nor put back."""
+
+    @property
+    def has_again(self) -> bool:
+        return bool(self._again)
+
+    @property
+    def soonest(self) -> float:
+        """When the next line may be asked again."""
+        return min((one.ready for one in self._again), default=float("inf"))
+
+    def done(self, numbers: Iterable[int]) -> None:
+        """They are committed, or lie in a provider's batch by what is on disk."""
+        self._in_hand.difference_update(numbers)
+
+    def back(self, numbers: Sequence[int]) -> None:
+        """They wait again, by what is on disk."""
+        if numbers:
+            self._in_hand.difference_update(numbers)
+            self._fetched_to = min(self._fetched_to, min(numbers) - 1)
+
+    def ready(self, group: Sequence[Line]) -> Sequence[Line]:
+        """`group`, and what was fetched after it."""
+        return [*group, *(line for one in self._groups for line in one)]
+
+    def put_back(self, group: Sequence[Line]) -> None:
+        """All that is ready is fetched anew: there may be another way for it now."""
+        numbers = [line.number for line in self.ready(group)]
+        self._groups.clear()
+        self.back(numbers)
+
+    def again(self, line: Line, answer: LineAnswer) -> bool:
+        """Whether the line is to be asked once more, which it will be when its time has come."""
+        tries = self._tries.pop(line.number, 0) + 1
+        is_busy = answer.status in (429, 503)
+        if answer.retry_after_seconds is None or (not is_busy and tries >= _MOST_TRIES):
+            return False
+        self._tries[line.number] = tries
+        pause = max(answer.retry_after_seconds, min(60.0, 2.0 ** min(tries, 6)))
+        self._again.append(_Again(line, self._means.clock() + pause))
+        return True
+
+    async def next_group(self, keeper: Keeper, sift: Sift) -> list[Line] | None:
+        """Lines to be asked in one call; empty where none is ready now, None where `sift` took all that was fetched,
+        and there may be more.
+
+        Raises Stopped where the batch's input is gone.
+        """
+        now = self._means.clock()
+        due = next((one for one in self._again if one.ready <= now), None)
+        if due is not None:
+            self._again.remove(due)
+            return [due.line]
+        if not self._groups and len(self._again) < _MOST_AGAIN:
+            fetched = await self._fetch(keeper)
+            lines = await sift(fetched)
+            if fetched and not lines:
+                return None
+            self._groups += grouped(lines, self._means.answering.kin)
+        return self._groups.popleft() if self._groups else []
+
+    async def _fetch(self, keeper: Keeper) -> list[Line]:
+        """The next lines that wait and that nobody has in hand."""
+        while True:
+            more = partial(self._means.store.to_ask, keeper.batch.id, self._fetched_to, _FETCHED_LINES)
+            places = await keeper.patiently(more)
+            size, taken = 0, 0
+            while taken < len(places) and (not taken or size + places[taken].length <= _FETCHED_BYTES):
+                size, taken = size + places[taken].length, taken + 1
+            if not taken:
+                return []
+            self._fetched_to = places[taken - 1].number
+            free = [place for place in places[:taken] if place.number not in self._in_hand]
+            if free:
+                break
+        try:
+            lines = list(await keeper.results.read(free))
+        except FileNotFoundError as error:
+            raise Stopped("failed", "input_lost", f"the batch's input cannot be read any more: {error}") from error
+        self._in_hand.update(line.number for line in lines)
+        return lines

@@ -1,0 +1,173 @@
+"""All jobs of a node: begun again at start, kept going, shown, cancelled; and files removed when their time is over."""
+
+import asyncio
+import contextlib
+import secrets
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+from sqlalchemy import URL
+
+from appliance.config import Jobs
+from appliance.errors import ApplianceError
+from appliance.jobs.deps import Alerts, Means, Progress
+from appliance.jobs.fair_share import Places
+from appliance.jobs.models import Answering, Batch
+from appliance.jobs.planner import calls_at_once
+from appliance.jobs.provider.models import Posting
+from appliance.jobs.runner import Run
+from appliance.jobs.storage.files import Folder, free_bytes
+from appliance.jobs.storage.store import Store
+from appliance.state import State
+
+_SWEEP_SECONDS: Final = 600.0
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+def new_batch_id() -> str:
+    """128 random bits: nobody finds a batch by trying."""
+    return f"batch_{secrets.token_hex(16)}"
+
+
+class Desk:
+    """`open` it, `start` it once lines can be answered, and `aclose` it: what runs then goes on at the next start."""
+
+    def __init__(self, means: Means) -> None:
+        self._means = means
+        self.store, self.folder, self.config = means.store, means.folder, means.config
+        self._runs: dict[str, Run] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.ended: Counter[str] = Counter()
+        """Batches that have ended since the start, by status."""
+        self.lines_done: Counter[str] = Counter()
+        """Lines of batches that have ended since the start: completed, failed, copied, onsite, hosted."""
+
+    @classmethod
+    async def open(
+        cls,
+        config: Jobs,
+        home: Path,
+        *,
+        answering: Answering,
+        state: State,
+        alerts: Alerts,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+        free: Callable[[Path], int] = free_bytes,
+        posting: Posting | None = None,
+    ) -> "Desk":
+        """Files lie in `config.folder`, else below `home`. Raises JobsUnavailable, StorageFull, OSError."""
+        root = await asyncio.to_thread(Path(config.folder).expanduser) if config.folder else home / "jobs"
+        limits = {"max_file_bytes": config.max_file_bytes, "min_free_bytes": config.min_free_bytes}
+        folder = await asyncio.to_thread(partial(Folder, root, free=free, **limits))
+        url = config.url or URL.create("sqlite", database=str(root / "jobs.sqlite")).render_as_string()
+        store = await Store.open(url)
+        places = Places(lambda: calls_at_once(state.snapshot, config.concurrency))
+        return cls(Means(config, store, folder, answering, places, state, alerts, clock, wall, posting))
+
+    async def start(self) -> None:
+        """Go on with what has not ended, and remove what nobody knows of."""
+        batches = await self.store.open_batches()
+        known = await self.store.file_ids()
+        results = {name for one in batches for name in (one.output_file_id, one.error_file_id) if name is not None}
+        await asyncio.to_thread(self.folder.sweep, known | results, frozenset(batch.id for batch in batches))
+        for batch in batches:
+            self._begin(batch)
+        self._spawn(self._sweep())
+
+    async def aclose(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self.store.close()
+
+    @property
+    def endpoints(self) -> Sequence[str]:
+        return self._means.answering.endpoints
+
+    async def create(self, batch: Batch) -> Batch:
+        await self.store.add_batch(batch)
+        self._begin(batch)
+        return batch
+
+    async def cancel(self, batch: Batch) -> Batch:
+        """`cancelling`, or as it is where it has ended."""
+        run = self._runs.get(batch.id)
+        if run is None:
+            return batch
+        await run.stop("cancelled", "batch_cancelled", "the batch was cancelled before this line was answered")
+        return run.batch
+
+    def current(self, batch: Batch) -> Batch:
+        """As it is now, where it runs."""
+        run = self._runs.get(batch.id)
+        return batch if run is None else run.batch
+
+    def progress(self, batch_id: str) -> Progress | None:
+        """None for a batch that does not run."""
+        run = self._runs.get(batch_id)
+        return None if run is None else run.progress
+
+    @property
+    def running(self) -> Mapping[str, Run]:
+        return self._runs
+
+    def nudge(self) -> None:
+        """Have every run look around at once: at the clock, the disk, the places."""
+        for run in self._runs.values():
+            run.nudge()
+
+    async def remove_file(self, file_id: str) -> bool:
+        """Forget it, then remove it; a job that reads it has a copy of its own."""
+        was_there = await self.store.remove_file(file_id)
+        await asyncio.to_thread(self.folder.remove, file_id)
+        return was_there
+
+    async def sweep(self) -> None:
+        """Remove files and ended batches that have had their time."""
+        now = self._means.wall()
+        for file_id in await self.store.expired_files(now):
+            await self.remove_file(file_id)
+        await self.store.remove_old_batches(now - self.config.retention_days * 86_400.0)
+
+    async def _sweep(self) -> None:
+        while True:
+            with contextlib.suppress(ApplianceError, OSError):
+                await self.sweep()
+            await asyncio.sleep(_SWEEP_SECONDS)
+
+    def _begin(self, batch: Batch) -> None:
+        self._runs[batch.id] = run = Run(batch, self._means)
+        self._spawn(self._run(run))
+
+    async def _run(self, run: Run) -> None:
+        try:
+            await run.run()
+        except Exception as error:
+            # It goes on with the next start; what is on disk is whole.
+            text = f"batch {run.batch.id} stopped unexpectedly ({error!r}); it goes on when the node is restarted"
+            self._means.alerts.warn("job_stopped", text, run.batch.id)
+            _log.exception("batch stopped unexpectedly", batch=run.batch.id)
+        else:
+            self._count(run.batch)
+        finally:
+            del self._runs[run.batch.id]
+            self.nudge()
+
+    def _count(self, batch: Batch) -> None:
+        if batch.is_over:
+            self.ended[batch.status] += 1
+            counts = batch.counts
+            for name in ("completed", "failed", "copied", "onsite", "hosted"):
+                self.lines_done[name] += getattr(counts, name)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

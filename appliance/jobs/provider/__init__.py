@@ -1,0 +1,1 @@
+"""Lines that leave in a provider's own batch."""

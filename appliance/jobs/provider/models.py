@@ -1,0 +1,81 @@
+"""What jobs know of providers' own batches. A parcel is that part of a batch of ours which is one of a provider's."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from appliance.core import Target
+from appliance.jobs.models import Line, LineAnswer, Terms
+from appliance.upstream.provider_batches import Row, Standing
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """`name` is ours, and stands in the provider's metadata; it is on disk before anything is sent."""
+
+    name: str
+    batch_id: str
+    target: str
+    made_at: float
+    uploaded: str | None = None
+    """The provider's id of the file that was sent, once it is known."""
+    remote_id: str | None = None
+    """The provider's id of its batch, once it is known."""
+
+
+class Sealed(Protocol):
+    """A line that is decided, permitted and written for its target."""
+
+    @property
+    def target(self) -> Target: ...
+
+    @property
+    def endpoint(self) -> str: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+
+class Posting(Protocol):
+    """How lines are sent in providers' batches, and read when they come back. Raises ApplianceError."""
+
+    def takes(self, target: Target) -> bool:
+        """Whether lines may be sent to it so: it takes batches, is known to be cheaper, and is well."""
+
+    async def made_ready(self, lines: Sequence[Line], terms: Terms) -> Sequence[Sealed | None]:
+        """Each line ready to leave; None where it is to be asked the usual way. Raises Unauthorized."""
+
+    async def reserve(self, sealed: Sealed) -> str:
+        """Money for it is put aside when this returns its ticket. Raises BudgetExceeded, LedgerUnavailable."""
+
+    def release(self, ticket: str) -> None:
+        """It was not asked, and is not billed."""
+
+    async def send(self, parcel: Parcel, sealed: Sequence[Sealed], note: Callable[[str], Awaitable[None]]) -> str:
+        """The provider's id of the batch; `note` is told of its file before."""
+
+    async def find(self, parcel: Parcel) -> str | None:
+        """The provider's id of what was sent under the parcel's name; None where there is none, or none can be told."""
+
+    def finds(self, parcel: Parcel) -> bool:
+        """Whether `find` can tell that there is none."""
+
+    async def look(self, parcel: Parcel) -> Standing: ...
+
+    def rows(self, parcel: Parcel, standing: Standing) -> AsyncIterator[Row]: ...
+
+    async def read(
+        self, rows: Sequence[tuple[Line, str, Row]], terms: Terms, parcel: Parcel
+    ) -> Sequence[LineAnswer | None]:
+        """For a line, its ticket and its row: the answer, settled and written down; None: to be asked anew."""
+
+    async def cancel(self, parcel: Parcel) -> None: ...
+
+    async def forget(self, parcel: Parcel, standing: Standing | None) -> None:
+        """Have the provider delete what it keeps of it."""
+
+
+def line_number(request_id: str) -> int | None:
+    """Of the line that a request was made from."""
+    number = request_id.rpartition("-")[2]
+    return int(number) if number.isdecimal() and len(number) < 10 else None

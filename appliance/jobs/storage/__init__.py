@@ -1,0 +1,1 @@
+"""What jobs keep on disk: files, tables, results."""

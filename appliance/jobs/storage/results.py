@@ -1,0 +1,175 @@
+"""What a batch has come to, kept in step in two places: rows in its result files, and their lines in the store."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import BinaryIO
+
+from appliance.jobs.lines.reader import check, read_at
+from appliance.jobs.models import BadLine, Batch, Counts, Line, LineAnswer, Problem
+from appliance.jobs.storage.files import Folder
+from appliance.jobs.storage.result_files import ResultFile, Written, answer_row, bad_row, copied_row, problem_row
+from appliance.jobs.storage.store import Copy, Done, Place, Store
+from appliance.jobs.storage.tables import ANSWERED, FAILED
+
+_COPIES_AT_ONCE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    number: int
+    state: int
+    data: bytes
+
+
+class Results:
+    """One batch's. `batch` is always what is committed; every method either commits or changes nothing.
+
+    Raises StorageFull where there is no room: then the same can be tried again.
+    """
+
+    def __init__(self, batch: Batch, folder: Folder, store: Store) -> None:
+        self.batch = batch
+        self._folder, self._store = folder, store
+        self._output = ResultFile(folder.output_of(batch.id), batch.output_bytes)
+        self._errors = ResultFile(folder.errors_of(batch.id), batch.error_bytes)
+
+    def begin(self) -> None:
+        """Nothing that was written counts."""
+        self._output.cut_back(0)
+        self._errors.cut_back(0)
+
+    async def put_bad(self, bad: Sequence[BadLine]) -> None:
+        """Rows of lines that are not to be asked. They count once the batch is saved, with all that was validated."""
+        await asyncio.to_thread(self._errors.append, [bad_row(self.batch.id, one) for one in bad])
+
+    def with_sizes(self, batch: Batch) -> Batch:
+        return replace(batch, output_bytes=self._output.size, error_bytes=self._errors.size)
+
+    async def put(self, answered: Sequence[tuple[Line, LineAnswer]]) -> None:
+        """Answers, in the order they came. The lines are done when this returns."""
+        rows = [
+            _Row(
+                line.number,
+                ANSWERED if answer.is_good else FAILED,
+                answer_row(self.batch.id, line.number, line.custom_id, answer),
+            )
+            for line, answer in answered
+        ]
+        await self._commit(rows, _counted(self.batch, [answer for _, answer in answered]))
+
+    async def put_undone(self, places: Sequence[Place], code: str, message: str) -> None:
+        """Lines that are not going to be asked any more."""
+        names = await asyncio.to_thread(self._custom_ids, places)
+        rows = [
+            _Row(
+                place.number,
+                FAILED,
+                problem_row(self.batch.id, place.number, name, Problem(code, message, place.number)),
+            )
+            for place, name in zip(places, names, strict=True)
+        ]
+        counts = replace(self.batch.counts, failed=self.batch.counts.failed + len(rows))
+        await self._commit(rows, replace(self.batch, counts=counts))
+
+    async def copy(self) -> bool:
+        """Give some lines the answer of an identical one that has ended; False where there is none to give."""
+        copies = await self._store.to_copy(self.batch.id, _COPIES_AT_ONCE)
+        if not copies:
+            return False
+        rows = await asyncio.to_thread(self._copied, copies)
+        good = sum(row.state == ANSWERED for row in rows)
+        old = self.batch.counts
+        counts = replace(
+            old,
+            completed=old.completed + good,
+            failed=old.failed + len(rows) - good,
+            copied=old.copied + len(rows),
+        )
+        await self._commit(rows, replace(self.batch, counts=counts))
+        return True
+
+    async def read(self, places: Sequence[Place]) -> Sequence[Line]:
+        """Lines as they were when they were validated. Raises FileNotFoundError where the input is gone."""
+        return await asyncio.to_thread(self._read, places)
+
+    def close(self) -> None:
+        self._output.close()
+        self._errors.close()
+
+    async def _commit(self, rows: Sequence[_Row], batch: Batch) -> None:
+        """What was begun is ended even where this task is cancelled meanwhile: a thread writes on in any case."""
+        commit = asyncio.ensure_future(self._commit_now(rows, batch))
+        try:
+            await asyncio.shield(commit)
+        except asyncio.CancelledError:
+            await asyncio.wait({commit})
+            commit.result()
+            raise
+
+    async def _commit_now(self, rows: Sequence[_Row], batch: Batch) -> None:
+        good = [row for row in rows if row.state == ANSWERED]
+        bad = [row for row in rows if row.state != ANSWERED]
+        sizes = self._output.size, self._errors.size
+        try:
+            written = await asyncio.to_thread(self._write, good, bad)
+            done = [
+                Done(row.number, row.state, place.offset, place.length)
+                for row, place in zip((*good, *bad), written, strict=True)
+            ]
+            batch = self.with_sizes(batch)
+            await self._store.commit(batch, done)
+        except Exception:
+            self._output.cut_back(sizes[0])
+            self._errors.cut_back(sizes[1])
+            raise
+        self.batch = batch
+
+    def _write(self, good: Sequence[_Row], bad: Sequence[_Row]) -> Sequence[Written]:
+        written = [*self._output.append([row.data for row in good])] if good else []
+        return [*written, *self._errors.append([row.data for row in bad])] if bad else written
+
+    def _copied(self, copies: Sequence[Copy]) -> Sequence[_Row]:
+        rows, names = [], self._custom_ids([copy.place for copy in copies])
+        for copy, name in zip(copies, names, strict=True):
+            source = self._output if copy.state == ANSWERED else self._errors
+            row = source.read(copy.result_offset, copy.result_length)
+            data = copied_row(self.batch.id, copy.place.number, name or "", row)
+            rows.append(_Row(copy.place.number, copy.state, data))
+        return rows
+
+    def _custom_ids(self, places: Sequence[Place]) -> Sequence[str | None]:
+        """None for all where the input is gone."""
+        try:
+            return [line.custom_id for line in self._read(places)]
+        except FileNotFoundError:
+            return [None] * len(places)
+
+    def _read(self, places: Sequence[Place]) -> Sequence[Line]:
+        with self._folder.input_of(self.batch.id).open("rb") as file:
+            return [_line(file, place, self.batch.endpoint) for place in places]
+
+
+def _line(file: BinaryIO, place: Place, endpoint: str) -> Line:
+    found = check(read_at(file, place.number, place.offset, place.length), endpoint)
+    if isinstance(found, BadLine):
+        raise FileNotFoundError(f"line {place.number} is not what it was: the input was changed")
+    return found
+
+
+def _counted(batch: Batch, answers: Sequence[LineAnswer]) -> Batch:
+    good = sum(answer.is_good for answer in answers)
+    hosted = sum(answer.location == "hosted" for answer in answers)
+    onsite = sum(answer.location == "onsite" for answer in answers)
+    old = batch.counts
+    counts = Counts(
+        total=old.total,
+        completed=old.completed + good,
+        failed=old.failed + len(answers) - good,
+        copied=old.copied,
+        onsite=old.onsite + onsite,
+        hosted=old.hosted + hosted,
+    )
+    usage = sum((answer.usage for answer in answers), batch.usage)
+    cost_usd = batch.cost_usd + sum(answer.cost_usd or 0.0 for answer in answers)
+    return replace(batch, counts=counts, usage=usage, cost_usd=cost_usd)

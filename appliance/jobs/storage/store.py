@@ -1,0 +1,334 @@
+"""What is known of files, batches and lines, durably: every method is one transaction, in the store's own thread."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
+
+from sqlalchemy import (
+    Connection,
+    RowMapping,
+    Select,
+    Table,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
+
+from appliance.core import Usage
+from appliance.errors import JobsUnavailable
+from appliance.jobs.models import ENDED, Batch, Counts, Line, Problem, StoredFile
+from appliance.jobs.provider.models import Parcel
+from appliance.jobs.storage.tables import (
+    ADDS_TO,
+    ANSWERED,
+    FAILED,
+    POSTED,
+    VERSION,
+    WAITING,
+    batches,
+    files,
+    lines,
+    metadata,
+    parcels,
+    tickets,
+)
+from appliance.ledger.sqlite_store import Kept, RoomDatabase
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in its batch's input a line is."""
+
+    number: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A line that waits for nothing but to be given the answer of an identical one."""
+
+    place: Place
+    state: int
+    result_offset: int
+    result_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A line's end: its state, and where its result lies if others are to copy it."""
+
+    number: int
+    state: int
+    result_offset: int | None = None
+    result_length: int | None = None
+
+
+KEPT: Final = Kept(
+    name="jobs-store",
+    metadata=metadata,
+    version=VERSION,
+    adds_to=ADDS_TO,
+    # A commit is on disk when it returns: results that were paid for must not be asked for again after a power cut.
+    pragmas=("journal_mode=WAL", "synchronous=FULL"),
+    unavailable=JobsUnavailable,
+    cannot_grow="the jobs' database cannot grow ({reason}): free space on its disk",
+    cannot_be_used="the jobs' database cannot be used ({reason}): check its folder and its disk",
+    other_version="the jobs' database has tables of version {found}, this appliance knows {known}",
+)
+
+
+class Store(RoomDatabase):
+    """`open` it, and `close` it. Raises JobsUnavailable, or StorageFull where the disk has no room, from any method."""
+
+    @classmethod
+    async def open(cls, url: str) -> "Store":
+        """Open or make the database at `url`, an SQLAlchemy address."""
+        return await cls._opened(url, KEPT)
+
+    # Files.
+
+    async def add_file(self, file: StoredFile) -> None:
+        await self._do(lambda connection: connection.execute(insert(files), [asdict(file)]))
+
+    async def file(self, file_id: str) -> StoredFile | None:
+        row = await self._do(lambda one: one.execute(select(files).where(files.c.id == file_id)).mappings().first())
+        return None if row is None else StoredFile(**row)
+
+    async def files(
+        self, owner: str | None, *, after: str | None, limit: int, newest_first: bool, purpose: str | None
+    ) -> Sequence[StoredFile]:
+        """Of one owner, or of all."""
+        query = select(files) if purpose is None else select(files).where(files.c.purpose == purpose)
+        query = _page(query, files, owner, after, limit, newest_first=newest_first)
+        return [StoredFile(**row) for row in await self._rows(query)]
+
+    async def remove_file(self, file_id: str) -> bool:
+        gone = await self._do(lambda one: one.execute(delete(files).where(files.c.id == file_id)).rowcount)
+        return bool(gone)
+
+    async def expired_files(self, now: float) -> Sequence[str]:
+        rows = await self._rows(select(files.c.id).where(files.c.expires_at <= now))
+        return [row["id"] for row in rows]
+
+    async def file_ids(self) -> frozenset[str]:
+        return frozenset(row["id"] for row in await self._rows(select(files.c.id)))
+
+    # Batches.
+
+    async def add_batch(self, batch: Batch) -> None:
+        await self._do(lambda connection: connection.execute(insert(batches), [_batch_row(batch)]))
+
+    async def batch(self, batch_id: str) -> Batch | None:
+        rows = await self._rows(select(batches).where(batches.c.id == batch_id))
+        return _batch_of(rows[0]) if rows else None
+
+    async def batches(self, owner: str | None, *, after: str | None, limit: int) -> Sequence[Batch]:
+        query = _page(select(batches), batches, owner, after, limit, newest_first=True)
+        return [_batch_of(row) for row in await self._rows(query)]
+
+    async def open_batches(self) -> Sequence[Batch]:
+        """Those that have not ended, oldest first."""
+        query = select(batches).where(batches.c.status.not_in(ENDED)).order_by(batches.c.created_at)
+        return [_batch_of(row) for row in await self._rows(query)]
+
+    async def save(self, batch: Batch) -> None:
+        await self._do(lambda connection: _save(connection, batch))
+
+    async def end(self, batch: Batch, results: Sequence[StoredFile]) -> None:
+        """The batch as it ended, its results as files, and no more of its lines: all or nothing."""
+
+        def write(connection: Connection) -> None:
+            _save(connection, batch)
+            for table in (lines, tickets, parcels):
+                connection.execute(delete(table).where(table.c.batch_id == batch.id))
+            if results:
+                connection.execute(insert(files), [asdict(file) for file in results])
+
+        await self._do(write)
+
+    async def remove_old_batches(self, before: float) -> int:
+        """Ended ones that were made before then."""
+        old = and_(batches.c.created_at < before, batches.c.status.in_(ENDED))
+        return await self._do(lambda one: one.execute(delete(batches).where(old)).rowcount)
+
+    # Lines.
+
+    async def begin_lines(self, batch_id: str) -> None:
+        """Forget what an earlier validation, that did not come to its end, put down."""
+        await self._do(lambda one: one.execute(delete(lines).where(lines.c.batch_id == batch_id)))
+
+    async def add_lines(self, batch_id: str, found: Sequence[tuple[Line, int | None]]) -> None:
+        """Lines that wait, each with the first line that asks the same, if there is one."""
+        rows = [
+            {
+                "batch_id": batch_id,
+                "number": line.number,
+                "offset": line.offset,
+                "length": line.length,
+                "digest": line.digest,
+                "twin_of": twin_of,
+                "state": WAITING,
+            }
+            for line, twin_of in found
+        ]
+        if rows:
+            await self._do(lambda connection: connection.execute(insert(lines), rows))
+
+    async def to_ask(self, batch_id: str, after: int, limit: int) -> Sequence[Place]:
+        """Waiting lines beyond number `after`, without those that wait for an identical one."""
+        mine = and_(lines.c.batch_id == batch_id, lines.c.state == WAITING, lines.c.number > after)
+        query = select(lines.c.number, lines.c.offset, lines.c.length).where(mine, lines.c.twin_of.is_(None))
+        return [Place(**row) for row in await self._rows(query.order_by(lines.c.number).limit(limit))]
+
+    async def to_copy(self, batch_id: str, limit: int) -> Sequence[Copy]:
+        """Waiting lines whose identical first one has ended."""
+        first = lines.alias()
+        query = (
+            select(
+                lines.c.number, lines.c.offset, lines.c.length, first.c.state, first.c.result_offset,
+                first.c.result_length,
+            )
+            .join(first, and_(first.c.batch_id == lines.c.batch_id, first.c.number == lines.c.twin_of))
+            .where(lines.c.batch_id == batch_id, lines.c.state == WAITING, lines.c.twin_of.is_not(None))
+            .where(first.c.state.in_((ANSWERED, FAILED)))
+            .order_by(lines.c.number)
+            .limit(limit)
+        )  # fmt: skip
+        return [
+            Copy(
+                Place(row["number"], row["offset"], row["length"]),
+                row["state"],
+                row["result_offset"],
+                row["result_length"],
+            )
+            for row in await self._rows(query)
+        ]
+
+    async def waiting(self, batch_id: str, after: int, limit: int) -> Sequence[Place]:
+        """Every line that has not ended, identical ones included."""
+        open_ones = lines.c.state.in_((WAITING, POSTED))
+        mine = and_(lines.c.batch_id == batch_id, open_ones, lines.c.number > after)
+        query = select(lines.c.number, lines.c.offset, lines.c.length).where(mine)
+        return [Place(**row) for row in await self._rows(query.order_by(lines.c.number).limit(limit))]
+
+    async def has_twins(self, batch_id: str) -> bool:
+        query = select(lines.c.number).where(lines.c.batch_id == batch_id, lines.c.twin_of.is_not(None)).limit(1)
+        return bool(await self._rows(query))
+
+    async def commit(self, batch: Batch, done: Sequence[Done]) -> None:
+        """Lines that have ended, together with the batch's counts and the sizes of its results."""
+        rows = [{"n": one.number, "s": one.state, "o": one.result_offset, "l": one.result_length} for one in done]
+        change = (
+            update(lines)
+            .where(lines.c.batch_id == batch.id, lines.c.number == bindparam("n"))
+            .values(state=bindparam("s"), result_offset=bindparam("o"), result_length=bindparam("l"))
+        )
+
+        gone = delete(tickets).where(tickets.c.batch_id == batch.id, tickets.c.number == bindparam("n"))
+
+        def write(connection: Connection) -> None:
+            _save(connection, batch)
+            if rows:
+                connection.execute(change, rows)
+                connection.execute(gone, [{"n": one.number} for one in done])
+
+        await self._do(write)
+
+    # Parcels: lines that lie in a provider's batch.
+
+    async def add_parcel(self, parcel: Parcel, given: Mapping[int, str]) -> None:
+        """It is going to be sent, with the tickets of its lines: from now on they do not wait any more."""
+        mark = (update(lines).where(lines.c.batch_id == parcel.batch_id, lines.c.number == bindparam("n"))).values(
+            state=POSTED
+        )
+        rows = [
+            {"batch_id": parcel.batch_id, "number": number, "parcel": parcel.name, "ticket": ticket}
+            for number, ticket in given.items()
+        ]
+
+        def write(connection: Connection) -> None:
+            connection.execute(insert(parcels), [asdict(parcel)])
+            connection.execute(insert(tickets), rows)
+            connection.execute(mark, [{"n": number} for number in given])
+
+        await self._do(write)
+
+    async def save_parcel(self, parcel: Parcel) -> None:
+        await self._do(
+            lambda one: one.execute(update(parcels).where(parcels.c.name == parcel.name).values(**asdict(parcel)))
+        )
+
+    async def parcels(self, batch_id: str) -> Sequence[Parcel]:
+        return [Parcel(**row) for row in await self._rows(select(parcels).where(parcels.c.batch_id == batch_id))]
+
+    async def posted(self, parcel: Parcel) -> int:
+        """How many of its lines have not ended."""
+        query = select(func.count()).select_from(tickets).where(tickets.c.parcel == parcel.name)
+        return await self._do(lambda one: one.execute(query).scalar_one())
+
+    async def tickets(self, parcel: Parcel, numbers: Sequence[int]) -> Sequence[tuple[Place, str]]:
+        """Of those of the lines that have not ended."""
+        here = and_(lines.c.batch_id == tickets.c.batch_id, lines.c.number == tickets.c.number)
+        query = (
+            select(lines.c.number, lines.c.offset, lines.c.length, tickets.c.ticket)
+            .join(tickets, here)
+            .where(tickets.c.parcel == parcel.name, tickets.c.number.in_(numbers))
+        )
+        return [(Place(row["number"], row["offset"], row["length"]), row["ticket"]) for row in await self._rows(query)]
+
+    async def end_parcel(self, parcel: Parcel) -> Mapping[int, str]:
+        """Forget it. Those of its lines that have not ended wait again; returns their tickets."""
+        mine = tickets.c.parcel == parcel.name
+        numbers = select(tickets.c.number).where(mine)
+
+        def write(connection: Connection) -> Mapping[int, str]:
+            rows = connection.execute(select(tickets.c.number, tickets.c.ticket).where(mine)).all()
+            back = and_(lines.c.batch_id == parcel.batch_id, lines.c.number.in_(numbers))
+            connection.execute(update(lines).where(back).values(state=WAITING))
+            connection.execute(delete(tickets).where(mine))
+            connection.execute(delete(parcels).where(parcels.c.name == parcel.name))
+            return {row.number: row.ticket for row in rows}
+
+        return await self._do(write)
+
+    async def _rows(self, query: Select[Any]) -> Sequence[RowMapping]:
+        return await self._do(lambda connection: connection.execute(query).mappings().all())
+
+
+def _page(
+    query: Select[Any], table: Table, owner: str | None, after: str | None, limit: int, *, newest_first: bool
+) -> Select[Any]:
+    """`limit` rows of `owner` that come after the one with the id `after`; an unknown one has nothing after it."""
+    at, name = table.c.created_at, table.c.id
+    if owner is not None:
+        query = query.where(table.c.owner == owner)
+    if after is not None:
+        then = select(at).where(name == after).scalar_subquery()
+        beyond = at < then if newest_first else at > then
+        further = name < after if newest_first else name > after
+        query = query.where(beyond | (and_(at == then, further)))
+    order = (at.desc(), name.desc()) if newest_first else (at.asc(), name.asc())
+    return query.order_by(*order).limit(limit)
+
+
+def _save(connection: Connection, batch: Batch) -> None:
+    connection.execute(update(batches).where(batches.c.id == batch.id).values(**_batch_row(batch)))
+
+
+def _batch_row(batch: Batch) -> Mapping[str, Any]:
+    document = asdict(batch)
+    named = {name: document.pop(name) for name in ("id", "owner", "status", "created_at")}
+    return {**named, "document": json.dumps(document)}
+
+
+def _batch_of(row: RowMapping) -> Batch:
+    document = json.loads(row["document"])
+    made = Batch(**{**document, **{name: row[name] for name in ("id", "owner", "status", "created_at")}})
+    problems = tuple(Problem(**one) for one in document["problems"])
+    return replace(made, counts=Counts(**document["counts"]), usage=Usage(**document["usage"]), problems=problems)

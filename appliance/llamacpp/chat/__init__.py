@@ -1,0 +1,1 @@
+"""Chat messages to prompt text, and a model's reply back to a message."""

@@ -1,0 +1,279 @@
+"""Runs one call's sequences and gives their text: several prompts, several choices, stop strings, one owner."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
+
+from appliance.errors import ApplianceError, EngineFailed, Unavailable
+from appliance.llamacpp.chat.reply_parsers import MessageReader, Part, Pieces, PlainReader, Reader
+from appliance.llamacpp.decode.constraints import Grammars
+from appliance.llamacpp.decode.text import Placed
+from appliance.llamacpp.server.params import Finished, Generate, LabelItem, LabelScores, Load, Sampling, TokenEvent
+from appliance.llamacpp.tools.grammar import Rules
+from appliance.llamacpp.tools.reading import ReadAs
+from appliance.llamacpp.tools.source import CallArguments, CallOpened, Content, Reasoning
+
+End = Literal["stop", "length", "tool_calls"]
+
+
+class Generation(Protocol):
+    """One sequence in the engine: iterate for tokens as they come, then read `finished`."""
+
+    @property
+    def finished(self) -> Finished | None: ...
+
+    def __aiter__(self) -> AsyncIterator[list[TokenEvent]]: ...
+
+    def cancel(self) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+class Engine(Protocol):
+    """The scheduler, as the dialect sees it."""
+
+    failed: ApplianceError | None
+
+    def submit(self, request: Generate) -> Generation: ...
+
+    async def score(self, items: Sequence[LabelItem]) -> list[LabelScores]: ...
+
+    def load(self) -> Load: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One checked call: `n` choices for each of `prompts`, in OpenAI's order (all of the first prompt's, then ...)."""
+
+    prompts: Sequence[Sequence[int]]
+    n: int
+    max_tokens: Sequence[int]
+    """By prompt."""
+    sampling: Sampling
+    stops: Sequence[str] = ()
+    logprobs: int | None = None
+    schema: Mapping[str, Any] | None = None
+    rules: Rules | None = None
+    """Where the reply may hold calls, or reasoning before JSON; then `schema` is part of them."""
+    read_as: ReadAs | None = None
+    """None: the reply is text and nothing else."""
+    ignore_eos: bool = False
+    priority: int = 0
+    cache_salt: str = ""
+    streamed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A step of one choice. `end` is set in its last delta and only there."""
+
+    index: int
+    part: Part
+    end: End | None = None
+    stopped_by: str | None = None
+    """The stop string that was the end, where one was."""
+
+
+@dataclass(slots=True)
+class Usage:
+    """Tokens of the whole call. A prompt counts once, however many choices it got."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int | None = None
+    """None where the model does not tell its reasoning apart."""
+
+
+@dataclass(slots=True)
+class Whole:
+    """A choice, finished once it has an end."""
+
+    text: str = ""
+    tokens: list[Placed[TokenEvent]] = field(default_factory=list)
+    end: End = "length"
+    stopped_by: str | None = None
+    reasoning: str = ""
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    """Name and arguments, as JSON text."""
+
+    def add(self, part: Part) -> None:
+        self.text += part.text
+        self.tokens += part.tokens
+        for event in part.events:
+            match event:
+                case Content():
+                    self.text += event.text
+                case Reasoning():
+                    self.reasoning += event.text
+                case CallOpened():
+                    self.calls.append((event.name, ""))
+                case CallArguments():
+                    name, written = self.calls[-1]
+                    self.calls[-1] = name, written + event.text
+
+
+@dataclass(slots=True)
+class _Choice:
+    index: int
+    first_of_prompt: bool
+    sequence: Generation
+    reader: Reader
+
+
+class Running:
+    """The sequences of one call. Whoever makes it closes it, whatever happens: closing frees them in the engine."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        pieces: Pieces,
+        requests: Sequence[Generate],
+        stops: Sequence[str],
+        n: int,
+        read_as: ReadAs | None = None,
+    ) -> None:
+        self._engine = engine
+        self._choices: list[_Choice] = []
+        self.usage = Usage(reasoning_tokens=0 if read_as is not None and read_as.reasoning is not None else None)
+        try:
+            for index, request in enumerate(requests):
+                sequence = engine.submit(request)
+                reader = PlainReader(pieces, stops) if read_as is None else MessageReader(pieces, stops, read_as)
+                self._choices.append(_Choice(index, index % n == 0, sequence, reader))
+        except BaseException:
+            self.cancel()
+            raise
+
+    @classmethod
+    async def start(cls, engine: Engine, pieces: Pieces, grammars: Grammars | None, ask: Ask) -> Self:
+        """Queue all sequences of the call, or none: EngineBusy, ContextTooLong, RequestError (bad schema)."""
+        requests: list[Generate] = []
+        for prompt, max_tokens in zip(ask.prompts, ask.max_tokens, strict=True):
+            for number in range(ask.n):
+                constraint = None
+                if ask.rules is not None and grammars is not None:
+                    constraint = await asyncio.to_thread(grammars.compile_reply, ask.rules)
+                elif ask.schema is not None and grammars is not None:
+                    constraint = await asyncio.to_thread(grammars.compile, ask.schema)
+                requests.append(
+                    Generate(
+                        prompt=prompt,
+                        max_tokens=max_tokens,
+                        sampling=_seeded(ask.sampling, len(requests) if number else 0),
+                        logprobs=ask.logprobs,
+                        constraint=constraint,
+                        ignore_eos=ask.ignore_eos,
+                        priority=ask.priority,
+                        cache_salt=ask.cache_salt,
+                        streamed=ask.streamed,
+                    )
+                )
+        return cls(engine, pieces, requests, ask.stops, ask.n, ask.read_as)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def cancel(self) -> None:
+        for choice in self._choices:
+            choice.sequence.cancel()
+
+    async def aclose(self) -> None:
+        for choice in self._choices:
+            await choice.sequence.aclose()
+
+    async def deltas(self) -> AsyncGenerator[Delta]:
+        """All choices' steps as they come; what one engine step brought for a choice is one delta."""
+        if len(self._choices) == 1:
+            async for delta in self._steps(self._choices[0]):
+                yield delta
+            return
+        arrived: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
+        pumps = [asyncio.create_task(self._pump(choice, arrived)) for choice in self._choices]
+        try:
+            open_choices = len(pumps)
+            while open_choices:
+                item = await arrived.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item is None:
+                    open_choices -= 1
+                else:
+                    yield item
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+    async def collect(self) -> list[Whole]:
+        """All choices, finished, in order."""
+        choices = [Whole() for _ in self._choices]
+        async for delta in self.deltas():
+            choices[delta.index].add(delta.part)
+            if delta.end is not None:
+                choices[delta.index].end = delta.end
+                choices[delta.index].stopped_by = delta.stopped_by
+        return choices
+
+    async def _pump(self, choice: _Choice, arrived: "asyncio.Queue[Delta | BaseException | None]") -> None:
+        try:
+            async for delta in self._steps(choice):
+                arrived.put_nowait(delta)
+        except Exception as error:  # handed to the reader, who raises it
+            arrived.put_nowait(error)
+        else:
+            arrived.put_nowait(None)
+
+    async def _steps(self, choice: _Choice) -> AsyncIterator[Delta]:
+        reader = choice.reader
+        async for events in choice.sequence:
+            part = reader.take(events)
+            if reader.stopped:
+                choice.sequence.cancel()
+                # The counts of a cancelled sequence come with its end, at the engine's next step.
+                async for _ in choice.sequence:
+                    pass
+                self._count(choice)
+                yield Delta(choice.index, part, "stop", reader.stopped_by)
+                return
+            if part:
+                yield Delta(choice.index, part)
+        end = self._end(self._count(choice))
+        part = reader.close(cut=end == "length")
+        if reader.stopped:
+            end = "stop"
+        elif reader.called and end == "stop":
+            end = "tool_calls"
+        yield Delta(choice.index, part, end, reader.stopped_by)
+
+    def _end(self, finished: Finished) -> End:
+        if finished.reason in ("stop", "length"):
+            return finished.reason
+        if finished.reason == "cancelled":
+            raise Unavailable("the engine is stopping and gave this request up; send it again", retry_after_seconds=5)
+        if self._engine.failed is not None:
+            raise EngineFailed(f"the engine failed: {self._engine.failed.message}; it is being restarted")
+        raise ApplianceError(f"the reply could not be finished: {finished.error or 'no reason known'}")
+
+    def _count(self, choice: _Choice) -> Finished:
+        finished = choice.sequence.finished
+        assert finished is not None, "a sequence's iterator ends with its end"
+        self.usage.completion_tokens += choice.reader.completion_tokens
+        if self.usage.reasoning_tokens is not None:
+            self.usage.reasoning_tokens += choice.reader.reasoning_tokens
+        if choice.first_of_prompt:
+            self.usage.prompt_tokens += finished.prompt_tokens
+            self.usage.cached_tokens += finished.cached_tokens
+        return finished
+
+
+def _seeded(sampling: Sampling, number: int) -> Sampling:
+    """Choices of one seeded call differ from each other, and stay the same from call to call."""
+    return sampling if sampling.seed is None or number == 0 else replace(sampling, seed=sampling.seed + number)

@@ -1,0 +1,63 @@
+"""Which sequences draft in a step, and how far: as far as it is likely to pay, and without making others wait.
+
+A row more costs what the step grows by. A draft that comes true saves its sequence's share of a whole later step.
+"""
+
+from collections.abc import Sequence as Ordered
+from typing import Final
+
+from appliance.llamacpp.decode.prompt_lookup import LONGEST, Drafts, Tenants
+from appliance.llamacpp.rates import Rates
+from appliance.llamacpp.scheduler.sequence import Sequence
+
+GROWTH: Final = 1.0
+"""Drafts make a step longer by at most this share while somebody reads a stream of a sequence in it."""
+_UNMEASURED_LEAST: Final = 0.5
+
+
+class Drafting:
+    """Gives sequences their drafts and counts how many come true. The engine's thread only."""
+
+    def __init__(self, rates: Rates) -> None:
+        self._rates, self._tenants = rates, Tenants()
+        self.drafted_total = self.accepted_total = 0
+
+    def plan(self, sequences: Ordered[Sequence], room: int, *, read: bool) -> None:
+        """Set the `draft` of each of `sequences`, whose next token the step finds; at most `room` tokens in all.
+
+        `read`: somebody reads a stream of one of them.
+        """
+        least, bound = self._bounds(len(sequences))
+        if read:
+            room = min(room, bound)
+        for sequence in sequences:
+            sequence.draft = []
+        guesses = [(one, *self._guess(one, least)) for one in sequences if room > 0 and one.sampler.repeatable]
+        least = _cutoff([share for _, _, shares in guesses for share in shares], room)
+        for sequence, tokens, shares in guesses:
+            likely = min(room, sum(share >= least for share in shares))
+            if likely:
+                sequence.guess(sequence.sampler.allowed(tokens[:likely]))
+                room -= len(sequence.draft)
+                self.drafted_total += len(sequence.draft)
+
+    def _guess(self, sequence: Sequence, least: float) -> tuple[list[int], list[float]]:
+        drafts = sequence.drafts
+        if drafts is None:
+            habits = self._tenants.of(sequence.request.cache_salt)
+            drafts = sequence.drafts = Drafts(sequence.tokens, sequence.prompt_length, habits)
+        drafts.read(sequence.length)
+        return drafts.guess(min(LONGEST, sequence.remaining - 1), least)
+
+    def _bounds(self, sequences: int) -> tuple[float, int]:
+        """The least probability that pays, and the most rows that a step with readers may get."""
+        known = self._rates.row_seconds(max(1, sequences))
+        if known is None:
+            return _UNMEASURED_LEAST, LONGEST
+        one_more, average = known
+        return one_more / average, int(GROWTH * sequences * average / one_more)
+
+
+def _cutoff(shares: list[float], room: int) -> float:
+    """The probability from which on guesses fit into `room`, the likeliest first."""
+    return sorted(shares, reverse=True)[room - 1] if len(shares) > room > 0 else 0.0

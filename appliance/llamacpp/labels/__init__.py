@@ -1,0 +1,1 @@
+"""Scoring labels: a trie of label tokens, searched as far as it can matter."""

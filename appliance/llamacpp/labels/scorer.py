@@ -1,0 +1,375 @@
+"""Label calls in work: takes items from the calls in turn, computes them a window at a time, and answers.
+
+A window is as many items as fit into what is left of a step; it may last several steps when one item is longer. An item
+whose labels are computed in waves (see `walk`) is in one window after the other, each time beside items that are new.
+Between two windows it holds nothing: its prompt is cached, and computed again where somebody needed the cells.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from heapq import nsmallest
+from itertools import count
+from operator import attrgetter
+from typing import Final
+
+from appliance.llamacpp.kv.prefix_cache import Node, PrefixTree, Tokens, as_tokens, common_prefix
+from appliance.llamacpp.labels.jobs import Judged, Piece, ScoreJob, Window, common, cut, failed, judge, open_window
+from appliance.llamacpp.labels.search import Thrift
+from appliance.llamacpp.model import Model
+from appliance.llamacpp.scheduler.fair_queue import Turns
+from appliance.llamacpp.scheduler.scheduler import Room
+
+_PATHS: Final = 96
+"""Sequence ids a window may take; the others are left to running sequences and to cached prefixes."""
+_CHAINS_AT_ONCE: Final = 80
+"""Ids one item may take; items with more chains are computed in several pieces."""
+_WALKS_AT_ONCE: Final = 32
+"""Items that may begin to walk in one window: between two waves the prompt of each takes an id in the prefix tree."""
+_RECENT_PROMPTS: Final = 8
+"""Prompts remembered (as tokens, not cells): what the next one shares with any of them is worth caching."""
+_WORTH_CACHING_TOKENS: Final = 16
+_CALLS_KEPT_WARM: Final = 8
+"""Calls take turns, so that what several of them fork is kept: of so many, those that are next."""
+
+
+class Scorer:
+    """The label side of a runner; its thread only. `room` tells the KV cells in use and promised."""
+
+    def __init__(
+        self, model: Model, tree: PrefixTree, free_ids: list[int], turns: Turns, room: Callable[[], Room]
+    ) -> None:
+        self._model, self._batch, self._tree, self._free_ids, self._room = model, model.batch, tree, free_ids, room
+        self._turns, self._thrift = turns, Thrift()
+        self._paths = _PATHS if model.forkable else 1
+        self._jobs: list[ScoreJob] = []
+        """Calls with items that are not taken yet."""
+        self._numbers = count()
+        self._suspects = 0
+        """So many items in a row are computed alone: one of them made a step fail."""
+        self._open: list[ScoreJob] = []
+        """Calls not answered yet, those with all items taken included."""
+        self._answered: list[ScoreJob] = []
+        self._window: Window | None = None
+        self._stop = 0
+        """Where the part of the window ends that is in the batch; 0: none is."""
+        self._recent: deque[tuple[str, Tokens]] = deque(maxlen=_RECENT_PROMPTS)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._jobs or self._window or self._answered)
+
+    @property
+    def window_tokens(self) -> int:
+        """Cells the window in work holds or will hold."""
+        return self._window.tokens if self._window else 0
+
+    @property
+    def waiting_tokens(self) -> int:
+        return sum(job.waiting_tokens for job in self._open)
+
+    @property
+    def untouched_jobs(self) -> int:
+        return sum(1 for job in self._jobs if not job.cursor)
+
+    @property
+    def open_items(self) -> int:
+        return sum(job.open for job in self._open)
+
+    @property
+    def priority(self) -> int | None:
+        """Of the most urgent work there is; None: there is none."""
+        waiting = [job.priority for job in self._jobs]
+        if self._window is not None:
+            waiting.extend(piece.item.job.priority for piece in self._window.pieces)
+        return min(waiting, default=None)
+
+    @property
+    def in_step(self) -> set[ScoreJob]:
+        """The calls whose items are in the batch."""
+        return {piece.item.job for piece in self._window.pieces} if self._window is not None and self._stop else set()
+
+    @property
+    def careful(self) -> bool:
+        """Items have to be computed alone to find the one that makes steps fail."""
+        return bool(self._suspects and self.busy)
+
+    def keep_warm(self) -> int:
+        """Mark the prefixes that the next items fork as used, so that they are the last to go; give their cells."""
+        warm: set[Node] = set()
+        for prompt, salt in self._expected():
+            node: Node | None = self._tree.match(prompt, salt, len(prompt)).node
+            while node is not None and node not in warm:
+                warm.add(node)
+                node = node.parent
+        return sum(len(node.tokens) for node in warm)
+
+    def _expected(self) -> Iterator[tuple[Tokens, str]]:
+        """Prompts and salts of the pieces that wait, and of the items whose turn is next, each of another call."""
+        if not self._jobs or not self._model.forkable:
+            return
+        for job in self._jobs:
+            yield from ((piece.item.prompt, piece.item.salt) for piece in job.pieces)
+        for job in nsmallest(_CALLS_KEPT_WARM, self._jobs, key=attrgetter("rank")):
+            if job.following is not None:
+                yield as_tokens(job.following.prompt), job.following.cache_salt
+
+    def add(self, job: ScoreJob) -> None:
+        self._open.append(job)
+        job.number = next(self._numbers)
+        if job.items:
+            self._queue(job)
+            self._jobs.append(job)
+        else:
+            self._answered.append(job)
+
+    def cancel(self, job: ScoreJob) -> None:
+        """Drop a call. A window in work goes on when it holds items of others too."""
+        job.cancelled = True
+        if job in self._open:
+            self._open.remove(job)
+        if job in self._jobs:
+            self._jobs.remove(job)
+        if self._window is not None and all(piece.item.job.cancelled for piece in self._window.pieces):
+            self._close(keep_prefixes=False)
+
+    def take_answered(self) -> list[ScoreJob]:
+        """The calls whose last item was answered since the last time."""
+        done = [job for job in self._open if not job.open]
+        if done:
+            self._open = [job for job in self._open if job.open]
+        self._answered.clear()
+        return done
+
+    def fill(self, tokens: int, *, alone: bool, urgent: int) -> None:
+        """Add up to `tokens` of label work to the batch. `alone`: nobody else holds KV cells or will free any;
+        `urgent`: what is less urgent than that holds still."""
+        self._stop = 0
+        priority = self.priority
+        if priority is not None and priority > urgent:
+            return
+        if self._window is None and self._jobs and tokens > 0:
+            self._open_window(tokens, alone)
+        window = self._window
+        if window is None:
+            return
+        stop = window.slice_end(min(tokens, self._batch.room_tokens), self._batch.room_outputs)
+        if stop <= window.cursor:
+            return
+        part, forest = slice(window.cursor, stop), window.forest
+        self._batch.add_forks(
+            forest.tokens[part],
+            forest.positions[part],
+            forest.starts[part],
+            forest.sizes[part],
+            window.wanted[part],
+            window.ids,
+        )
+        self._stop = stop
+
+    def read(self, first_row: int) -> None:
+        """Take the rows of what `fill` added, once it is decoded."""
+        if not self._stop or self._window is None:
+            return
+        self._window.take(self._stop, self._model.rows[first_row:])
+        self._stop = 0
+        if self._window.done:
+            self._close(keep_prefixes=True)
+
+    def recover(self, reason: str, *, alone: bool) -> None:
+        """The decode of what `fill` added failed, and memory is cleared next. An item that was alone in it gets the
+        reason; of several nobody knows which it was, so they come again one by one."""
+        if self._window is None:
+            return
+        items = {id(piece.item): piece.item for piece in self._window.pieces}
+        if self._stop and alone and len(items) == 1:
+            for item in items.values():
+                item.fail(reason)
+                self._drop_pieces(item)
+            self._suspects = max(0, self._suspects - 1)
+            self._close(keep_prefixes=False)
+            return
+        if self._stop:
+            self._suspects = len(items)
+        self.put_back()
+
+    def put_back(self) -> None:
+        """Take the window in work apart; its items are taken first next time. Nothing of it counts."""
+        window = self._window
+        if window is None:
+            return
+        self._close(keep_prefixes=False)
+        for piece in reversed(window.pieces):
+            if not piece.item.job.cancelled:
+                self._return(piece)
+
+    # Windows.
+
+    def _open_window(self, tokens: int, alone: bool) -> None:
+        pieces: list[Piece] = []
+        total = paths = walks = 0
+        while total < tokens and self._jobs and not (self._suspects and pieces):
+            if pieces and min(self._jobs, key=attrgetter("rank")).priority > pieces[0].item.job.priority:
+                break  # a window is computed to its end, and what is urgent does not wait for what is not
+            piece = self._next_piece()
+            if piece is None:
+                continue
+            self._attach(piece)
+            needed = self._needed(piece, pieces)
+            walks += piece.walks
+            crowded = bool(pieces) and (
+                total + needed > tokens or paths + len(piece.chains) > self._paths or walks > _WALKS_AT_ONCE
+            )
+            if crowded or not self._fits(total + needed, paths + len(piece.chains)):
+                self._give_back(piece, impossible=alone and not pieces)
+                break
+            pieces.append(piece)
+            total += needed
+            paths += len(piece.chains)
+        if not pieces:
+            return
+        ids = [self._free_ids.pop() for _ in range(paths)]
+        self._window = window = open_window(pieces, ids, merge=self._model.forkable)
+        self._evict_for_window()
+        for piece, first in zip(window.pieces, window.paths_of, strict=True):
+            if piece.node is not None:
+                for path in range(first, first + len(piece.chains)):
+                    self._tree.share(piece.node, int(window.ids[path]), 0, piece.depth)
+
+    def _queue(self, job: ScoreJob) -> None:
+        """Give the next item of a call its turn."""
+        if job.cursor < len(job.items):
+            item = job.items[job.cursor]
+            job.place = self._turns.place(item.cache_salt, len(item.prompt))
+
+    def _next_piece(self) -> Piece | None:
+        """The next piece of the call whose turn it is; calls of one tenant take turns item by item."""
+        job = min(self._jobs, key=attrgetter("rank"))
+        if not job.pieces:
+            index, job.cursor = job.cursor, job.cursor + 1
+            self._turns.begin(job.place, len(job.items[index].prompt))
+            self._queue(job)
+            item = judge(job, index, self._model.sequence_context_tokens, self._model.vocabulary_size)
+            if isinstance(item, str):
+                job.answer(index, failed(len(job.items[index].prompt), item))
+            else:
+                job.pieces = self._first_pieces(item)
+        piece = job.pieces.pop(0) if job.pieces else None
+        if not job.untaken:
+            self._jobs.remove(job)
+        return piece
+
+    def _first_pieces(self, item: Judged) -> list[Piece]:
+        """The whole trie, or the prompt alone where the rest depends on what is read at its end."""
+        if not self._model.forkable:
+            return cut(item, item.trie.chains, 1)
+        walks = self._thrift.worth_walking(item.trie, len(item.job.items), item.job.items[item.index].tolerance)
+        return cut(item, [()] if walks else item.trie.chains, _CHAINS_AT_ONCE)
+
+    def _give_back(self, piece: Piece, *, impossible: bool) -> None:
+        """A piece that does not fit now comes first next time, or is refused where it could never fit."""
+        self._detach(piece)
+        if impossible:
+            piece.item.fail(
+                f"prompt and labels take {piece.tokens} tokens of memory and there are {self._model.context_tokens}: "
+                "shorten the text or use fewer labels"
+            )
+            self._drop_pieces(piece.item)
+        else:
+            self._return(piece)
+
+    def _return(self, piece: Piece) -> None:
+        job = piece.item.job
+        job.pieces.insert(0, piece)
+        if job not in self._jobs:
+            self._jobs.append(job)
+
+    def _drop_pieces(self, item: Judged) -> None:
+        job = item.job
+        job.pieces = [other for other in job.pieces if other.item is not item]
+        if job in self._jobs and not job.untaken:
+            self._jobs.remove(job)
+
+    def _attach(self, piece: Piece) -> None:
+        if self._model.forkable:
+            match = self._tree.match(piece.item.prompt, piece.item.salt, len(piece.item.prompt) - piece.reads_prompt)
+            self._tree.pin(match.node)
+            piece.node, piece.depth = match.node, match.depth
+
+    def _detach(self, piece: Piece) -> None:
+        self._unpin(piece)
+        piece.depth = 0
+
+    def _unpin(self, piece: Piece) -> None:
+        if piece.node is not None:
+            self._tree.unpin(piece.node)
+        piece.node = None
+
+    def _needed(self, piece: Piece, pieces: list[Piece]) -> int:
+        """Cells a piece adds to a window; what it shares with the piece before it is computed once."""
+        if not pieces or not self._model.forkable:
+            return piece.tokens
+        return piece.tokens - common(pieces[-1], piece)
+
+    def _fits(self, tokens: int, paths: int) -> bool:
+        return self._room().fits(tokens) and self._tree.free_up_ids(paths)
+
+    def _evict_for_window(self) -> None:
+        """Make the cells free that `_fits` found to be only cached; running sequences keep what they were promised."""
+        room = self._room()
+        self._tree.evict(room.used + room.promised + self._tree.evictable_tokens - room.capacity)
+
+    def _close(self, *, keep_prefixes: bool) -> None:
+        """Give back what the window holds. `keep_prefixes`: it was computed, so it counts, and its items go on."""
+        window, self._window, self._stop = self._window, None, 0
+        assert window is not None
+        over = self._settle(window) if keep_prefixes else set()
+        seen: set[Judged] = set()
+        for piece, path in zip(window.pieces, window.paths_of, strict=True):
+            sequence, first = int(window.ids[path]), piece.item not in seen
+            seen.add(piece.item)
+            if keep_prefixes and first and self._model.forkable:
+                self._keep_prefix(piece, sequence, over=piece.item in over)
+            self._detach(piece)
+        for sequence in window.ids.tolist():
+            self._model.memory_remove(sequence, 0)
+            self._free_ids.append(sequence)
+
+    def _settle(self, window: Window) -> set[Judged]:
+        """Let what was read count: answer the items that are done, and queue the next wave of those that are not.
+
+        Gives the items of which nothing follows.
+        """
+        window.settle()
+        over: set[Judged] = set()
+        for item in (piece.item for piece in window.pieces):
+            item.pieces_open -= 1
+            if item.job.cancelled:
+                over.add(item)
+            elif not item.pieces_open:
+                chains = item.next_chains()
+                for following in reversed(cut(item, chains, _CHAINS_AT_ONCE)):
+                    self._return(following)
+                if not chains:
+                    if item.walk.spent_tokens:
+                        self._thrift.observe(item.walk)
+                    item.answer()
+                    over.add(item)
+        self._suspects = max(0, self._suspects - len(over))
+        return over
+
+    def _keep_prefix(self, piece: Piece, sequence: int, *, over: bool) -> None:
+        """Cache what the prompt shares with a recent one or with the call's next item; all of it where more of the same
+        item follows."""
+        prompt, salt, following = piece.item.prompt, piece.item.salt, piece.item.job.following
+        shared, worth = len(prompt), 1
+        if over:
+            if piece.depth == len(prompt):  # cached for this item's waves only
+                self._unpin(piece)
+                self._tree.discard(prompt, salt)
+            worth = _WORTH_CACHING_TOKENS
+            shared = max((common_prefix(prompt, other) for kept, other in self._recent if kept == salt), default=0)
+            self._recent.append((salt, prompt))
+            if following is not None and following.cache_salt == salt:
+                shared = max(shared, common_prefix(prompt, as_tokens(following.prompt)))
+        if shared - self._tree.depth(prompt[:shared], salt) >= worth:
+            self._tree.insert(prompt[:shared], salt, sequence, min(piece.depth, self._tree.depth(prompt, salt)))

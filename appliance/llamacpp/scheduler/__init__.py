@@ -1,0 +1,1 @@
+"""What goes into the next step: sequences, their order, fairness, threads."""

@@ -1,0 +1,377 @@
+"""One step at a time: admit, compute the lanes, fill the batch with the rest, decode, read it, tell.
+
+Owned by one thread. Who runs is told by `roster`, decisions lie in `scheduler`, what is cached in `prefix`, where a
+sequence lies in `cells`, label work in `scoring`.
+"""
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass, field
+from typing import Final
+
+from appliance.errors import EngineFailed
+from appliance.llamacpp.batch import Batch
+from appliance.llamacpp.context import ABORTED, NO_KV_ROOM, Context, Rows
+from appliance.llamacpp.decode.sampling import argmax_rows
+from appliance.llamacpp.decode.speculation import Drafting
+from appliance.llamacpp.decode.token_commit import write
+from appliance.llamacpp.labels.jobs import ScoreJob
+from appliance.llamacpp.model import Model
+from appliance.llamacpp.rates import Rates
+from appliance.llamacpp.scheduler.scheduler import (
+    NOTHING_URGENT,
+    QUIET_SECONDS,
+    cache_limit,
+    most_urgent,
+    share_prefill,
+    split_budget,
+    step_budget,
+)
+from appliance.llamacpp.scheduler.sequence import Sequence
+from appliance.llamacpp.scheduler.sequence_manager import Chunk, Roster
+from appliance.llamacpp.scheduler.thread_governor import Pace
+from appliance.llamacpp.server.params import Load
+
+STEP_SECONDS: Final = 0.2
+"""About what prompts and labels may take of a step while somebody reads a stream. Shorter steps compute prompts in
+batches that waste the matrix kernels, and generate with few sequences at once while the others' prompts wait: with 0.1
+the CPU time for 32 answers of 128 tokens to prompts of 156 was 4 % more."""
+_FATAL_FAILURES: Final = 3
+"""So many failed steps in a row mean that it is not the requests' fault."""
+_PREFILL_OBSERVED: Final = 32
+"""Steps that compute fewer prompt tokens say little about the prefill rate."""
+_RUN_TOKENS: Final = 16
+"""So many tokens that had no choice come with the next one; longer runs are computed as prompts are."""
+
+
+@dataclass(slots=True)
+class Told:
+    """What one step has to tell: sequences with new events or an end, and calls that are answered."""
+
+    sequences: list[Sequence] = field(default_factory=list)
+    jobs: list[ScoreJob] = field(default_factory=list)
+
+
+class Runner:
+    """All work of one model: sequences that generate, and label calls."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        step_seconds: float = STEP_SECONDS,
+        batch_tokens: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.model, self.batch = model, model.batch
+        self.rates = Rates(model.sequences)
+        self._drafting = Drafting(self.rates)
+        self._pace = Pace(model.threads)
+        self._clock, self._step_seconds = clock, step_seconds
+        self._was_urgent = float("-inf")
+        """When something that cannot wait ran last."""
+        self._run_tokens = min(_RUN_TOKENS, model.batch.capacity_tokens // (2 * model.sequences))
+        self._batch_tokens = min(batch_tokens or model.batch.capacity_tokens, model.batch.capacity_tokens)
+        self._roster = Roster(model)
+        self._tree, self._cells, self._line = self._roster.tree, self._roster.cells, self._roster.line
+        self._running, self._suspects, self._scorer = self._roster.running, self._roster.suspects, self._roster.scorer
+        self._told = Told()
+        self._failures = 0
+        self.in_step: frozenset[Sequence | ScoreJob] = frozenset()
+        """Whose prompts and labels are being computed. Read by the event loop's thread, to abort what nobody wants."""
+        self.steps = self.prefill_tokens_total = self.decode_tokens_total = 0
+        self._compute_seconds = self._compute_cpu_seconds = 0.0
+        self._cpu_at_start: float | None = None
+
+    # What comes in, between steps.
+
+    def submit(self, sequence: Sequence) -> None:
+        self._roster.submit(sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End a sequence now and free its cells; harmless when it has ended already."""
+        if sequence.finished is not None:
+            return
+        sequence.finish("cancelled")
+        if sequence.running:
+            self._retire(sequence)
+        else:
+            self._line.remove(sequence)
+            self._told.sequences.append(sequence)
+
+    def score(self, job: ScoreJob) -> None:
+        self._scorer.add(job)
+
+    def cancel_score(self, job: ScoreJob) -> None:
+        """Drop what is left of a call."""
+        self._scorer.cancel(job)
+
+    @property
+    def idle(self) -> bool:
+        return not (self._running or len(self._line) or self._scorer.busy or self._told.sequences)
+
+    # One step.
+
+    def step(self) -> Told:
+        """Do one step's work; give everything that changed since the last one."""
+        if self._cpu_at_start is None:
+            self._cpu_at_start = time.thread_time()
+        self._look_for_urgent()
+        self._roster.admit()
+        self._look_for_urgent()
+        if self._step_lanes():
+            self._step_shared()
+        waiting = self._scorer.waiting_tokens + sum(one.pending for one in self._running if one.lane < 0)
+        crowded = len(self._line) > 0 or waiting > self._batch_tokens
+        kept = max(cache_limit(self.model.context_tokens, crowded), self._scorer.keep_warm())
+        self._tree.evict(self._tree.evictable_tokens - kept)
+        self._told.jobs = self._scorer.take_answered()
+        told, self._told = self._told, Told()
+        return told
+
+    def _look_for_urgent(self) -> None:
+        self._roster.urgent = most_urgent((one.request.priority for one in self._running), self._scorer.priority)
+        if self._roster.urgent <= 0:
+            self._was_urgent = self._clock()
+
+    def _step_lanes(self) -> bool:
+        """The next token of every sequence in a lane. False when that failed and the step is over."""
+        self._roster.settle()
+        lanes, sequences = self.model.lanes, self._roster.trial(list(self._cells.in_lanes))
+        if lanes is None or not sequences:
+            return True
+        lanes.batch.clear()
+        _add_next_tokens(lanes.batch, sequences)
+        code, seconds = self._decode(lanes)
+        if code:
+            self._recover(code, sequences)
+            return False
+        self.decode_tokens_total += len(sequences)
+        self.rates.observe_decode(len(sequences), seconds)
+        self._read_decoding(sequences, lanes.rows)
+        return True
+
+    def _step_shared(self) -> None:
+        """The next tokens of those in the shared memory, pieces of prompts, and labels."""
+        decoding = self._roster.trial([one for one in self._running if one.lane < 0 and self._decodes(one)])
+        chunks = self._fill(decoding)
+        if not self.batch.size:
+            return
+        with_labels = self._scorer.in_step
+        self.in_step = frozenset((*decoding, *(sequence for sequence, _ in chunks), *with_labels))
+        code, seconds = self._decode(self.model)
+        self.in_step = frozenset()
+        if code:
+            self._recover(code, [*decoding, *(sequence for sequence, _ in chunks)])
+            return
+        next_tokens, accepted = sum(sequence.pending for sequence in decoding), self._drafting.accepted_total
+        decoded = next_tokens + sum(len(sequence.draft) for sequence in decoding)
+        prefilled = self.batch.size - decoded
+        self.prefill_tokens_total += prefilled
+        row = self._read_decoding(decoding, self.model.rows)
+        self._scorer.read(self._read_prefilled(chunks, row))
+        self.decode_tokens_total += next_tokens + self._drafting.accepted_total - accepted
+        if decoded and not prefilled:
+            self.rates.observe_decode(decoded, seconds)
+        elif prefilled >= _PREFILL_OBSERVED and not decoded:
+            self.rates.observe_prefill(prefilled, seconds)
+
+    def _fill(self, decoding: list[Sequence]) -> list[Chunk]:
+        """Put the step into the batch: the next token of each that generates, then pieces of prompts, then labels."""
+        batch, scorer = self.batch, self._scorer
+        batch.clear()
+        next_tokens = sum(sequence.pending for sequence in decoding)
+        budget = step_budget(
+            self._batch_tokens,
+            next_tokens,
+            sum(sequence.request.streamed for sequence in (*decoding, *self._cells.in_lanes)),
+            self.rates.prefill_tokens_per_second,
+            self._step_seconds,
+            can_wait=0 < self._roster.urgent < NOTHING_URGENT and self._clock() - self._was_urgent < QUIET_SECONDS,
+        )
+        prefilling = self._roster.trial([one for one in self._running if one.lane < 0 and not self._decodes(one)])
+        pending = sum(sequence.pending for sequence in prefilling)
+        urgent = min((sequence.request.priority for sequence in prefilling), default=0)
+        for_prompts = split_budget(budget - next_tokens, pending, urgent, scorer.waiting_tokens, scorer.priority)
+        chunks = share_prefill(prefilling, for_prompts, batch.outputs_max - len(decoding))
+        chunks = self._roster.make_room(decoding, chunks)
+        self._plan_drafts(decoding, chunks)
+        _add_next_tokens(batch, decoding)
+        for sequence, tokens in chunks:
+            _add_run(batch, sequence, tokens)
+        if not self._suspects:
+            scorer.fill(max(0, budget - batch.size), alone=not self._running, urgent=self._roster.urgent)
+        return chunks
+
+    def _decodes(self, sequence: Sequence) -> bool:
+        """Whether it generates: its next tokens come first in a step, whatever prompts there are."""
+        return sequence.pending == 1 or (sequence.generated > 0 and sequence.pending <= self._run_tokens)
+
+    def _plan_drafts(self, decoding: list[Sequence], chunks: list[Chunk]) -> None:
+        """Where rows and cells are left for them, and every sequence's memory can be cut."""
+        writing = [*decoding, *(sequence for sequence, tokens in chunks if tokens == sequence.pending)]
+        tokens = sum(sequence.pending for sequence in decoding) + sum(tokens for _, tokens in chunks)
+        room = min(
+            self.batch.outputs_max - len(writing),
+            self.batch.capacity_tokens - tokens,
+            self._roster.spare_cells() - tokens,
+        )
+        read = any(sequence.request.streamed for sequence in (*writing, *self._cells.in_lanes))
+        self._drafting.plan(writing, room if self.model.forkable and not self._suspects else 0, read=read)
+
+    def _decode(self, context: Context) -> tuple[int, float]:
+        """llama.cpp's code and the seconds it took."""
+        began, cpu, all_cpu = self._clock(), time.thread_time(), time.process_time()
+        code = context.decode()
+        self._compute_cpu_seconds += time.thread_time() - cpu
+        seconds = self._clock() - began
+        threads = self._pace.observe(seconds, time.process_time() - all_cpu)
+        if threads != self.model.threads:
+            self.model.use_threads(threads)
+        self._compute_seconds += seconds
+        if not code:
+            self._failures = 0
+            self.steps += 1
+        return code, seconds
+
+    # Generating.
+
+    def _read_decoding(self, decoding: list[Sequence], rows: Rows) -> int:
+        """Take what the rows of `decoding` say; give the first row that is not theirs."""
+        wanted = sum(1 + len(sequence.draft) for sequence in decoding)
+        best = argmax_rows(rows[:wanted]) if any(one.sampler.plain_greedy for one in decoding) else ()
+        row = 0
+        for sequence in list(decoding):  # lanes close up when one of them ends
+            after = row + 1 + len(sequence.draft)
+            self._write(sequence, rows[row:after], best[row:after])
+            row = after
+        return row
+
+    def _read_prefilled(self, chunks: list[Chunk], row: int) -> int:
+        for sequence, tokens in chunks:
+            sequence.computed += tokens
+            if sequence.computed == sequence.length:
+                if sequence.shared < sequence.prompt_length:
+                    self._cells.cache(sequence, sequence.length)
+                rows = self.model.rows[row : row + 1 + len(sequence.draft)]
+                row += len(rows)
+                self._write(sequence, rows, argmax_rows(rows) if sequence.sampler.plain_greedy else ())
+        return row
+
+    def _write(self, sequence: Sequence, rows: Rows, best: Ordered[int]) -> None:
+        self._drafting.accepted_total += write(sequence, rows, best, self.model)
+        if sequence.finished is not None:
+            self._retire(sequence)
+        else:
+            self._told.sequences.append(sequence)
+        if self._suspects and sequence is self._suspects[0]:
+            self._suspects.popleft()
+
+    def _retire(self, sequence: Sequence) -> None:
+        """Take a finished sequence out; its tokens stay cached where they are whole."""
+        assert sequence.finished is not None
+        if sequence.finished.reason in ("stop", "length"):
+            self._cells.keep(sequence, self._roster.spare_cells())
+        self._roster.leave(sequence)
+        self._told.sequences.append(sequence)
+
+    # Room, and what happens when a step fails.
+
+    def _recover(self, code: int, sequences: list[Sequence]) -> None:
+        """A decode failed. What was alone in it ends; of several, nobody knows who did it, so they try one by one.
+
+        All others are put back too and begin again with empty memory; they lose nothing but time.
+        """
+        for sequence in sequences:
+            sequence.draft = []
+        if code == ABORTED:
+            self._go_on(sequences)
+            return
+        self._failures += 1
+        if code == NO_KV_ROOM and self._failures == 1 and self._tree.evict(self.model.context_tokens):
+            return  # nothing changed in memory: the same step comes again with the cache gone
+        reason = f"llama_decode failed with {code}: {self.model.last_words()}"
+        alone = len(sequences) + len(self._scorer.in_step) == 1
+        self._suspects.clear()
+        self._scorer.recover(reason, alone=alone)
+        for sequence in sequences:
+            if alone:
+                sequence.finish("error", reason)
+                self._retire(sequence)
+            else:
+                self._suspects.append(sequence)
+        for sequence in list(self._running):
+            self._roster.put_back(sequence)
+        self.model.memory_clear()
+        self._tree.forget()
+        if self._failures >= _FATAL_FAILURES:
+            raise EngineFailed(f"{self._failures} steps failed in a row; the last: {reason}")
+
+    def _go_on(self, sequences: list[Sequence]) -> None:
+        """A decode was given up, since nobody wanted what was in it; what somebody does want comes again.
+
+        llama.cpp takes the cells of an aborted batch back. Label forks share cells, so they begin anew.
+        """
+        self.model.allow()
+        if self._scorer.in_step:
+            self._scorer.put_back()
+        for sequence in sequences:
+            if self._cells.held(sequence) != sequence.computed:
+                self._roster.put_back(sequence)
+
+    def _host_seconds(self) -> float:
+        """CPU time of the thread that steps, outside of decoding. Only that thread can tell."""
+        if self._cpu_at_start is None:
+            return 0.0
+        return max(0.0, time.thread_time() - self._cpu_at_start - self._compute_cpu_seconds)
+
+    def load(self) -> Load:
+        """The state as of now, between two steps."""
+        line, running = self._line.in_order(), self._running
+        prompts = sum(sequence.length for sequence in line)
+        prompts += sum(sequence.pending for sequence in running if sequence.pending > 1)
+        private = sum(sequence.private for sequence in running)
+        return Load(
+            queued_requests=len(line) + self._scorer.untouched_jobs,
+            running_sequences=len(running),
+            sequences_capacity=self.model.sequences,
+            queued_prompt_tokens=prompts + self._scorer.waiting_tokens,
+            remaining_output_tokens=sum(sequence.remaining for sequence in (*line, *running)),
+            kv_used_tokens=private + self._cells.used_in_lanes + self._tree.pinned_tokens + self._scorer.window_tokens,
+            kv_cached_tokens=self._tree.evictable_tokens,
+            kv_capacity_tokens=self.model.kv_capacity_tokens,
+            steps=self.steps,
+            prefill_tokens_total=self.prefill_tokens_total,
+            decode_tokens_total=self.decode_tokens_total,
+            prefill_tokens_per_second=self.rates.prefill_tokens_per_second,
+            decode_tokens_per_second=self.rates.decode_tokens_per_second,
+            label_items=self._scorer.open_items,
+            drafted_tokens_total=self._drafting.drafted_total,
+            accepted_tokens_total=self._drafting.accepted_total,
+            lane_sequences=len(self._cells.in_lanes),
+            compute_seconds_total=self._compute_seconds,
+            host_seconds_total=self._host_seconds(),
+        )
+
+
+def _add_next_tokens(batch: Batch, sequences: list[Sequence]) -> None:
+    """What each still has to compute, and its draft. Most have a single token, and those go in all at once."""
+    if any(sequence.draft or sequence.pending > 1 for sequence in sequences):
+        for sequence in sequences:
+            _add_run(batch, sequence, sequence.pending)
+    elif sequences:
+        batch.add_each(
+            [int(sequence.tokens[sequence.computed]) for sequence in sequences],
+            [sequence.computed for sequence in sequences],
+            [sequence.lane if sequence.lane >= 0 else sequence.id for sequence in sequences],
+        )
+
+
+def _add_run(batch: Batch, sequence: Sequence, tokens: int) -> None:
+    """The next `tokens` of a sequence, and its draft where they are its last."""
+    start, stop = sequence.computed, sequence.computed + tokens
+    last = stop == sequence.length
+    drafted = len(sequence.draft) if last else 0
+    run = sequence.tokens[start : stop + drafted]
+    batch.add(run, start, sequence.id, last_output=last, before_last=drafted)

@@ -1,0 +1,1 @@
+"""HTTP on a unix socket: request models, OpenAI's shapes, label scoring."""

@@ -1,0 +1,376 @@
+"""HTTP on one unix socket: what comes in, what goes out, and who has left meanwhile."""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol, TypeVar
+
+import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from appliance.errors import ApplianceError, BodyTooLarge, ClientGone, EngineFailed, NotFound, RequestError, Unavailable
+from appliance.llamacpp.chat.prompts import Prompts
+from appliance.llamacpp.decode.constraints import Grammars
+from appliance.llamacpp.decode.generation import Ask, Engine, Running
+from appliance.llamacpp.json_log import log
+from appliance.llamacpp.kernels import Kernels
+from appliance.llamacpp.server.labels_api import label_ask, label_reply
+from appliance.llamacpp.server.openai_replies import Kind, ReplyWriter
+from appliance.llamacpp.server.openai_requests import chat_ask, check_model, completion_ask
+from appliance.llamacpp.server.request_models import ChatIn, CompletionIn, LabelsIn, SampledIn, TokenizeIn, parse
+from appliance.llamacpp.vocabulary import Vocabulary
+
+MAX_BODY_BYTES = 10_000_000
+INLINE_BODY_BYTES = 16_384
+"""Up to here a request is tokenised on the event loop (below a millisecond); above, in a thread."""
+
+_OWN_MISTAKE = ApplianceError("the engine made a mistake of its own; its log says which")
+
+Result = TypeVar("Result")
+Phase = Literal["loading", "ok", "draining", "failed"]
+
+
+class ServedModel(Vocabulary, Protocol):
+    """What is needed of `Model` to serve it."""
+
+    architecture: str
+    context_tokens: int
+    train_context_tokens: int
+    sequences: int
+    threads: int
+    size_bytes: int
+    n_params: int
+
+    @property
+    def sequence_context_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """All that exists once the model is loaded."""
+
+    alias: str
+    model: ServedModel
+    engine: Engine
+    prompts: Prompts
+    grammars: Grammars
+
+
+class Desk:
+    """Takes requests while it is open. Written by the program's life cycle alone, read by every request."""
+
+    def __init__(self, *, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+        self.max_body_bytes = max_body_bytes
+        self.phase: Phase = "loading"
+        self.reason = "the model is being loaded"
+        self.serving: Serving | None = None
+        self.kernels = Kernels(reason="the model is being loaded")
+        self.started = time.monotonic()
+        self.active = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def open(self, serving: Serving) -> None:
+        self.serving = serving
+        self.phase, self.reason = "ok", ""
+
+    def close(self, phase: Phase, reason: str) -> None:
+        """No new work. What runs goes on."""
+        self.phase, self.reason = phase, reason
+
+    async def idle(self) -> None:
+        """Until no request is being worked on."""
+        while self.active:  # a stream follows its handler without a pause, but not without a gap
+            await self._idle.wait()
+
+    def ready(self) -> Serving:
+        """Raises Unavailable, with the reason, while no work is taken."""
+        if self.phase != "ok" or self.serving is None:
+            if self.phase == "failed":
+                raise EngineFailed(f"the engine has failed: {self.reason}; it is being restarted", status=503)
+            raise Unavailable(f"the engine is {self.phase}: {self.reason}; try again", retry_after_seconds=2)
+        return self.serving
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        self.active += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.active -= 1
+            if not self.active:
+                self._idle.set()
+
+
+class EventStream(Response):
+    """Server-sent events of one call. Owns its sequences: they are freed when it ends, however it ends.
+
+    A failure after the first byte becomes an error event without `[DONE]`, so no client takes half an answer for whole.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, desk: Desk, running: Running, events: AsyncGenerator[bytes], first: bytes) -> None:
+        super().__init__(headers={"cache-control": "no-store", "content-type": "text/event-stream; charset=utf-8"})
+        del self.headers["content-length"]
+        self._desk, self._running, self._events, self._first = desk, running, events, first
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._desk.at_work():
+            try:
+                await _unless_gone(receive, self._send_all(send))
+            except ClientGone:
+                log("client_left", path=scope.get("path"))
+            finally:
+                self._running.cancel()
+                await self._events.aclose()
+                await self._running.aclose()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self._first, "more_body": True})
+        last = b"data: [DONE]\n\n"
+        try:
+            async for event in self._events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        except ApplianceError as error:
+            log("stream_failed", code=error.code, reason=error.message)
+            last = _event(error.to_openai())
+        except Exception as error:  # the client must not take what it has for the whole
+            log("bug", reason=f"{type(error).__name__}: {error}")
+            last = _event(_OWN_MISTAKE.to_openai())
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+class Dialect:
+    """The endpoints. One instance for one desk."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    async def health(self, request: Request) -> Response:
+        if self.desk.phase == "ok":
+            return _json({"status": "ok", "kernels": self.desk.kernels.told})
+        return _json({"status": self.desk.phase, "reason": self.desk.reason}, 503)
+
+    async def load(self, request: Request) -> Response:
+        serving = self._loaded()
+        load = {
+            **asdict(serving.engine.load()),
+            "model": serving.alias,
+            "threads": serving.model.threads,
+            "context_tokens": serving.model.context_tokens,
+            "uptime_seconds": time.monotonic() - self.desk.started,
+        }
+        # decode_tokens_per_second has numbers for keys
+        return _raw_json(orjson.dumps(load, option=orjson.OPT_NON_STR_KEYS))
+
+    async def models(self, request: Request) -> Response:
+        serving = self._loaded()
+        model = serving.model
+        meta = {
+            "context_tokens": model.context_tokens,
+            "sequences": model.sequences,
+            "size_bytes": model.size_bytes,
+            "parameters": model.n_params,
+            "architecture": model.architecture,
+            "train_context_tokens": model.train_context_tokens,
+            "chat_template": serving.prompts.template is not None,
+            "vocabulary_size": model.vocabulary_size,
+            "sequence_context_tokens": model.sequence_context_tokens,
+            "abilities": sorted(serving.prompts.style.abilities),
+            "tool_format": serving.prompts.style.tools,
+            "reasoning_format": serving.prompts.style.reasoning,
+        }
+        row = {"id": serving.alias, "object": "model", "created": 0, "owned_by": "local", "meta": meta}
+        return _json({"object": "list", "data": [row]})
+
+    async def tokenize(self, request: Request) -> Response:
+        serving = self._loaded()
+        body = await self._body(request)
+        call = parse(TokenizeIn, body)
+        if (call.content is None) == (call.messages is None):
+            raise RequestError("content: give exactly one of content and messages", param="content")
+
+        def tokens() -> list[int]:
+            if call.messages:
+                return serving.prompts.chat(call.messages, call.tools)
+            return serving.prompts.raw(call.content or "")
+
+        found = await _off_loop(len(body), tokens)
+        return _json({"tokens": found, "count": len(found)})
+
+    async def chat(self, request: Request) -> Response:
+        serving = self.desk.ready()
+        body = await self._body(request)
+        call = parse(ChatIn, body)
+        check_model(call.model, serving.alias)
+        ask = await _off_loop(len(body), lambda: chat_ask(call, serving.prompts, serving.model))
+        return await self._generate(request, serving, "chat", call, ask)
+
+    async def completions(self, request: Request) -> Response:
+        serving = self.desk.ready()
+        body = await self._body(request)
+        call = parse(CompletionIn, body)
+        check_model(call.model, serving.alias)
+        ask = await _off_loop(len(body), lambda: completion_ask(call, serving.prompts, serving.model))
+        return await self._generate(request, serving, "completion", call, ask)
+
+    async def labels(self, request: Request) -> Response:
+        serving = self.desk.ready()
+        call = parse(LabelsIn, await self._body(request))
+        check_model(call.model, serving.alias)
+
+        async def reply() -> bytes:
+            ask = await asyncio.to_thread(label_ask, call, serving.prompts, serving.model)
+            scores = await serving.engine.score(list(ask.items.values())) if ask.items else []
+            return await asyncio.to_thread(lambda: orjson.dumps(label_reply(ask, scores, serving.alias)))
+
+        with self.desk.at_work():
+            return _raw_json(await _unless_gone(request.receive, reply()))
+
+    async def _generate(self, request: Request, serving: Serving, kind: Kind, call: SampledIn, ask: Ask) -> Response:
+        usage_wanted = call.stream_options is not None and call.stream_options.include_usage
+        writer = ReplyWriter.new(
+            kind, serving.alias, serving.model, logprobs=ask.logprobs is not None, include_usage=usage_wanted
+        )
+        with self.desk.at_work():
+            running = await Running.start(serving.engine, serving.model, serving.grammars, ask)
+            try:
+                if call.stream:
+                    events = _events(running, writer)
+                    # The first event is awaited before the status is sent: what fails until then fails as a status.
+                    first = await _unless_gone(request.receive, anext(events))
+                    return EventStream(self.desk, running, events, first)
+                choices = await _unless_gone(request.receive, running.collect())
+            except BaseException:
+                running.cancel()
+                await running.aclose()
+                raise
+            await running.aclose()
+            return _json(writer.whole(choices, running.usage))
+
+    def _loaded(self) -> Serving:
+        """For reading only, so also while draining."""
+        return self.desk.serving or self.desk.ready()
+
+    async def _body(self, request: Request) -> bytes:
+        limit = self.desk.max_body_bytes
+        refusal = BodyTooLarge(f"the body has more than {limit} bytes; send less in one call")
+        declared = request.headers.get("content-length", "0")
+        if declared.isdigit() and int(declared) > limit:
+            raise refusal
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limit:
+                    raise refusal
+                chunks.append(chunk)
+        except ClientDisconnect:
+            raise ClientGone("the client closed the connection while it was sending") from None
+        return b"".join(chunks)
+
+
+def make_app(desk: Desk) -> Starlette:
+    dialect = Dialect(desk)
+    return Starlette(
+        routes=[
+            Route("/health", dialect.health, methods=["GET"]),
+            Route("/load", dialect.load, methods=["GET"]),
+            Route("/v1/models", dialect.models, methods=["GET"]),
+            Route("/tokenize", dialect.tokenize, methods=["POST"]),
+            Route("/v1/chat/completions", dialect.chat, methods=["POST"]),
+            Route("/v1/completions", dialect.completions, methods=["POST"]),
+            Route("/v1/labels", dialect.labels, methods=["POST"]),
+        ],
+        exception_handlers={ApplianceError: _on_error, HTTPException: _on_http_error, Exception: _on_bug},
+    )
+
+
+async def _events(running: Running, writer: ReplyWriter) -> AsyncGenerator[bytes]:
+    """The call's events. Those of one step leave as one piece; the opening waits for the first step."""
+    opened: set[int] = set()
+    async with aclosing(running.deltas()) as deltas:
+        async for delta in deltas:
+            piece = b""
+            if delta.index not in opened:
+                opened.add(delta.index)
+                opening = writer.opening(delta.index)
+                piece = _event(opening) if opening is not None else b""
+            yield piece + b"".join(map(_event, writer.chunks(delta)))
+    closing = writer.closing(running.usage)
+    if closing is not None:
+        yield _event(closing)
+
+
+async def _unless_gone(receive: Receive, work: Awaitable[Result]) -> Result:
+    """The work's result; when the client leaves first, the work is cancelled and ClientGone raised."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone("the client closed the connection before the reply was complete")
+    finally:
+        for one in (task, gone):
+            one.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await one
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _off_loop(body_bytes: int, work: Callable[[], Result]) -> Result:
+    return work() if body_bytes <= INLINE_BODY_BYTES else await asyncio.to_thread(work)
+
+
+def _event(value: Mapping[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+def _json(value: Mapping[str, Any], status: int = 200) -> Response:
+    return _raw_json(orjson.dumps(value), status)
+
+
+def _raw_json(body: bytes, status: int = 200) -> Response:
+    return Response(body, status, media_type="application/json")
+
+
+def error_response(error: ApplianceError) -> Response:
+    response = _json(error.to_openai(), error.status)
+    if error.retry_after_seconds is not None:
+        response.headers["retry-after"] = str(max(1, math.ceil(error.retry_after_seconds)))
+    return response
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApplianceError)
+    if error.status >= 500:
+        log("request_failed", path=request.url.path, code=error.code, reason=error.message)
+    return error_response(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = f"{request.method} {request.url.path}"
+    return error_response(NotFound(f"{path}: {error.detail}; see the list of endpoints", status=error.status_code))
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    log("bug", path=request.url.path, reason=f"{type(error).__name__}: {error}")
+    return error_response(_OWN_MISTAKE)

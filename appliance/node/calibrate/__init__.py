@@ -1,0 +1,1 @@
+"""Measurements of models on this machine: taken, remembered, chosen from."""

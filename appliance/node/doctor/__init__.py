@@ -1,0 +1,1 @@
+"""appliance doctor: facts about this machine in, findings with remedies out."""

@@ -1,0 +1,1 @@
+"""Energy: meters read, and what they counted given to the engines that worked."""

@@ -1,0 +1,174 @@
+"""What this machine has used of energy, as its own meters tell it: NVML for GPUs, RAPL for processors."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from appliance.node.hardware.nvidia_device import ask, is_gone, word
+
+CPU_METER: Final = "cpu"
+"""All processor packages together, with their memory where that is metered apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One meter at one moment. A meter without a counter tells its power alone."""
+
+    meter: str
+    joules: float | None
+    """Since some moment in the past; what something cost is the difference of two readings."""
+    watts: float | None = None
+    wraps_joules: float | None = None
+    """Where the counter begins again at 0."""
+    covers: frozenset[str] = frozenset()
+    """Devices whose use it counts, by the names that CUDA_VISIBLE_DEVICES takes: a GPU, and the parts of it."""
+    limit_watts: float | None = None
+
+
+class NvmlMeters:
+    """The GPUs' meters. A driver or a device that goes away has no reading, and one again when it is back."""
+
+    def __init__(self, nvml: Any | None) -> None:
+        self._nvml, self._is_open = nvml, False
+
+    def read(self) -> Sequence[Reading]:
+        """Microseconds a device. Not for several threads at once."""
+        nvml = self._nvml
+        if nvml is None:
+            return ()
+        try:
+            if not self._is_open:
+                nvml.nvmlInit()
+                self._is_open = True
+            count = nvml.nvmlDeviceGetCount()
+        except nvml.NVMLError:
+            self.close()
+            return ()
+        found = []
+        for index in range(count):
+            try:
+                found.append(_gpu_reading(nvml, index))
+            except nvml.NVMLError as error:
+                if error.value in (nvml.NVML_ERROR_UNINITIALIZED, nvml.NVML_ERROR_DRIVER_NOT_LOADED):
+                    self.close()
+                    return ()
+        return found
+
+    def close(self) -> None:
+        if self._is_open and self._nvml is not None:
+            self._is_open = False
+            with contextlib.suppress(self._nvml.NVMLError):
+                self._nvml.nvmlShutdown()
+
+
+def _gpu_reading(nvml: Any, index: int) -> Reading:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    uuid = word(ask(nvml, "nvmlDeviceGetUUID", handle)) or str(index)
+    millijoules = ask(nvml, "nvmlDeviceGetTotalEnergyConsumption", handle)
+    milliwatts = ask(nvml, "nvmlDeviceGetPowerUsage", handle)
+    limit = ask(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle)
+    return Reading(
+        meter=f"gpu {uuid}",
+        joules=None if millijoules is None else millijoules / 1000,
+        watts=None if milliwatts is None else milliwatts / 1000,
+        covers=frozenset({uuid, str(index), *_parts(nvml, handle)}),
+        limit_watts=None if limit is None else limit / 1000,
+    )
+
+
+def _parts(nvml: Any, handle: Any) -> Sequence[str]:
+    mode = ask(nvml, "nvmlDeviceGetMigMode", handle)
+    if not mode or not mode[0]:
+        return ()
+    names = []
+    for index in range(ask(nvml, "nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
+        try:
+            part = ask(nvml, "nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
+        except nvml.NVMLError as error:
+            if is_gone(nvml, error):
+                raise
+            continue
+        name = None if part is None else word(ask(nvml, "nvmlDeviceGetUUID", part))
+        if name:
+            names.append(name)
+    return names
+
+
+@dataclass(frozen=True, slots=True)
+class Zone:
+    """One RAPL counter."""
+
+    name: str
+    folder: Path
+    wraps_joules: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rapl:
+    """The processors' counters, or why there are none that can be read."""
+
+    zones: tuple[Zone, ...]
+    reason: str
+
+
+def find_rapl(root: Path = Path("/")) -> Rapl:
+    """Packages, and memory where it is metered apart (it is not in its package's counter). Intel's and AMD's processors
+    both stand under the name intel-rapl; psys and cores are left out, since they would be counted twice.
+
+    Since 2020 kernels let root alone read the counters: fine-grained power tells other programs' secrets.
+    """
+    folder = root / "sys/class/powercap"
+    found = [zone for path in sorted(folder.glob("intel-rapl:*")) if (zone := _zone(path)) is not None]
+    if not found:
+        return Rapl((), "the kernel shows no power meter of the processor (/sys/class/powercap is empty or not there)")
+    for zone in found:
+        try:
+            (zone.folder / "energy_uj").read_bytes()
+        except OSError as error:
+            path = "/" + str((zone.folder / "energy_uj").relative_to(root))
+            return Rapl((), f"{path} cannot be read ({error.strerror}): root alone may, unless others are allowed to")
+    return Rapl(tuple(found), f"{len(found)} counters: {', '.join(zone.name for zone in found)}")
+
+
+def _zone(folder: Path) -> Zone | None:
+    name = _text(folder / "name")
+    if not name.startswith("package") and name != "dram":
+        return None
+    span = _text(folder / "max_energy_range_uj")
+    return Zone(name, folder, int(span) / 1e6 if span.isdigit() else None)
+
+
+class RaplMeters:
+    """The processors as one meter: readings that a counter's new beginning does not disturb."""
+
+    def __init__(self, rapl: Rapl) -> None:
+        self._zones = rapl.zones
+        self._before: dict[str, float] = {}
+        self._joules = 0.0
+
+    def read(self) -> Sequence[Reading]:
+        """One reading for all zones, or none where one of them could not be read."""
+        now: dict[str, float] = {}
+        for zone in self._zones:
+            text = _text(zone.folder / "energy_uj")
+            if not text.isdigit():
+                self._before = {}
+                return ()
+            now[zone.folder.name] = int(text) / 1e6
+        if not now:
+            return ()
+        for zone in self._zones:
+            name = zone.folder.name
+            grown = now[name] - self._before.get(name, now[name])
+            self._joules += grown if grown >= 0 else grown + (zone.wraps_joules or -grown)
+        self._before = now
+        return (Reading(CPU_METER, self._joules),)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", "replace").strip()
+    except OSError:
+        return ""

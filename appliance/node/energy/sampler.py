@@ -1,0 +1,169 @@
+"""Reads the meters every few seconds while a node runs, and publishes what each engine draws while it is busy.
+
+Nothing here is in a request's way: meters are read in a thread, and a request finds the result in its snapshot.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+import structlog
+
+from appliance.core import CostBasis, EngineLoad
+from appliance.engines.rates import busy_seconds
+from appliance.node.energy.account import EnergyAccount, Work
+from appliance.node.energy.meters import NvmlMeters, RaplMeters, Reading, find_rapl
+from appliance.node.supervise.engine_supervisor import Keeper
+from appliance.node.supervise.status import Signals
+
+SAMPLE_SECONDS: Final = 2.0
+_LOOK_AGAIN_SECONDS: Final = 30.0
+"""How often an engine's processes are looked for: that goes through all of the machine's."""
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Meters:
+    """Every meter that this machine has and this program may read. Blocking; not for several threads at once."""
+
+    gpus: NvmlMeters
+    cpu: RaplMeters
+
+    @classmethod
+    def open(cls, nvml: Any | None, root: Path = Path("/")) -> "Meters":
+        rapl = find_rapl(root)
+        _log.info("power meters", cpu=rapl.reason, gpus="NVML" if nvml is not None else "no driver")
+        return cls(NvmlMeters(nvml), RaplMeters(rapl))
+
+    def read(self) -> Sequence[Reading]:
+        return (*self.gpus.read(), *self.cpu.read())
+
+    def close(self) -> None:
+        self.gpus.close()
+
+
+@dataclass(slots=True)
+class _Known:
+    """An engine as it was at the last sample."""
+
+    pid: int | None = None
+    load: EngineLoad | None = None
+    processes: Mapping[int, tuple[psutil.Process, float]] = field(default_factory=dict)
+    """By number, with the processor time that it had used."""
+    looked_at: float = -_LOOK_AGAIN_SECONDS
+
+
+class EnergySampler:
+    """Puts together what meters and engines say, and hands it to the account."""
+
+    def __init__(
+        self,
+        keepers: Callable[[], Sequence[Keeper]],
+        signals: Signals,
+        meters: Meters,
+        clock: Callable[[], float] = time.monotonic,
+        machine_cpu_seconds: Callable[[], float] | None = None,
+    ) -> None:
+        self._keepers, self._signals, self._meters, self._clock = keepers, signals, meters, clock
+        self._machine_cpu_seconds = machine_cpu_seconds or _machine_cpu_seconds
+        self._account = EnergyAccount()
+        self._known: dict[str, _Known] = {}
+        self._cpu_before = 0.0
+
+    async def run(self, seconds: float = SAMPLE_SECONDS) -> None:
+        """Runs until cancelled. A sample that fails is said once and skipped."""
+        failed = ""
+        try:
+            while True:
+                try:
+                    await self.sample()
+                    failed = ""
+                except Exception as error:
+                    if repr(error) != failed:
+                        failed = repr(error)
+                        _log.exception("energy could not be sampled")
+                await asyncio.sleep(seconds)
+        finally:
+            self._meters.close()
+
+    async def sample(self) -> None:
+        """Read everything once, and publish."""
+        now = self._clock()
+        keepers = list(self._keepers())
+        readings, spent, machine = await asyncio.to_thread(self._read, [(one.target.name, one.pid) for one in keepers])
+        works = [self._work(keeper, spent.get(keeper.target.name, 0.0)) for keeper in keepers]
+        self._known = {name: known for name, known in self._known.items() if name in {one.target for one in works}}
+        watts: dict[str, tuple[float, CostBasis]] = {}
+        for work in works:
+            limits = [one.limit_watts for one in readings if work.devices and work.devices & one.covers]
+            if limits and all(limits):
+                # Until it is metered: unknown is not free, and a GPU takes what it is allowed to.
+                watts[work.target] = sum(limit for limit in limits if limit), "assumed"
+        for target, metered in self._account.take(now, readings, works, machine).items():
+            watts[target] = round(metered, 3), "measured"
+        self._signals.set_watts(watts)
+
+    def _work(self, keeper: Keeper, cpu_seconds: float) -> Work:
+        name, load, gpu = keeper.target.name, keeper.load, keeper.placement.gpu
+        known = self._known.setdefault(name, _Known())
+        before, known.load = known.load, load
+        is_starting = keeper.pid is not None and load is None
+        seconds, moved = 0.0, False
+        if load is not None and before is not None:
+            prefilled = load.prefill_tokens_total - before.prefill_tokens_total
+            written = load.decode_tokens_total - before.decode_tokens_total
+            moved = load.steps != before.steps
+            if prefilled >= 0 and written >= 0:  # else it has been started anew
+                seconds = busy_seconds(load, prefilled, written) or 0.0
+        return Work(
+            target=name,
+            devices=None if gpu is None else frozenset(gpu.devices),
+            is_active=is_starting or keeper.is_busy or moved,
+            busy_seconds=seconds,
+            cpu_seconds=cpu_seconds,
+            is_ready=load is not None and before is not None,
+        )
+
+    def _read(self, engines: Sequence[tuple[str, int | None]]) -> tuple[Sequence[Reading], Mapping[str, float], float]:
+        readings = self._meters.read()
+        has_cpu_meter = any(not one.covers for one in readings)
+        machine, before = self._machine_cpu_seconds() if has_cpu_meter else 0.0, self._cpu_before
+        self._cpu_before = machine
+        spent = {name: self._cpu_of(name, pid) for name, pid in engines} if has_cpu_meter else {}
+        return readings, spent, max(0.0, machine - before) if before else 0.0
+
+    def _cpu_of(self, name: str, pid: int | None) -> float:
+        """Processor seconds of an engine's processes since the last sample."""
+        known, now = self._known.setdefault(name, _Known()), time.monotonic()
+        if pid is None:
+            known.pid, known.processes = None, {}
+            return 0.0
+        processes = {number: process for number, (process, _) in known.processes.items()}
+        if pid != known.pid or now - known.looked_at >= _LOOK_AGAIN_SECONDS:
+            known.pid, known.looked_at = pid, now
+            with contextlib.suppress(psutil.Error):
+                leader = psutil.Process(pid)
+                processes = {one.pid: one for one in (leader, *leader.children(recursive=True))}
+        spent, kept = 0.0, {}
+        for number, process in processes.items():
+            with contextlib.suppress(psutil.Error):
+                used = process.cpu_times()
+                total = used.user + used.system
+                spent += max(0.0, total - known.processes[number][1]) if number in known.processes else 0.0
+                kept[number] = process, total
+        known.processes = kept
+        return spent
+
+
+def _machine_cpu_seconds() -> float:
+    """Processor time of everything that runs on this machine, since it was started."""
+    used = psutil.cpu_times()
+    idle = used.idle + getattr(used, "iowait", 0.0)
+    counted_twice = getattr(used, "guest", 0.0) + getattr(used, "guest_nice", 0.0)
+    return float(sum(used) - idle - counted_twice)

@@ -1,0 +1,1 @@
+"""Which models run here, in which variant and where. Pure."""

@@ -1,0 +1,1 @@
+"""Engines as child processes: start, health, restart, swap, stop."""

@@ -1,0 +1,84 @@
+"""Does what `swap` decides: loads models that are wanted, unloads those that nobody uses or that stand in the way."""
+
+import asyncio
+from collections.abc import Callable, Collection, Mapping
+from typing import Final
+
+import structlog
+
+from appliance.node.plan.swap import Move, Residence, Resident, Rules, decide, pools_of
+from appliance.node.supervise.engine_supervisor import Keeper
+from appliance.node.supervise.supervisor import Supervisor
+from appliance.state import State
+
+_LOOK_SECONDS: Final = 0.5
+
+_log = structlog.get_logger(__name__)
+
+
+class Swapper:
+    """Runs beside the supervisor, on the event loop."""
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        state: State,
+        clock: Callable[[], float],
+        pools: Mapping[str, int],
+        rules: Rules,
+        models: Collection[str],
+    ) -> None:
+        """`models` are those that take turns; engines that somebody else has added come and go by themselves."""
+        self._supervisor, self._state, self._clock = supervisor, state, clock
+        self._pools, self._rules, self._models = pools, rules, frozenset(models)
+        self._seen: dict[str, tuple[Residence, float]] = {}
+        self._unloading: set[str] = set()
+
+    async def run(self) -> None:
+        """Look and act until cancelled."""
+        async with asyncio.TaskGroup() as moving:
+            while True:
+                for move in self.due():
+                    moving.create_task(self._make(move))
+                await asyncio.sleep(_LOOK_SECONDS)
+
+    def due(self) -> tuple[Move, ...]:
+        now = self._clock()
+        keepers = [keeper for keeper in self._supervisor.keepers if keeper.placement.model in self._models]
+        return decide(now, [self._resident(keeper, now) for keeper in keepers], self._pools, self._rules)
+
+    async def _make(self, move: Move) -> None:
+        keeper = next((one for one in self._supervisor.keepers if one.placement.model == move.model), None)
+        if keeper is None:
+            return
+        _log.info("model", model=move.model, move=move.kind, reason=move.reason)
+        if move.kind == "load":
+            await keeper.wake()
+            return
+        self._unloading.add(move.model)
+        try:
+            await keeper.rest(f"{move.reason}; loaded again when wanted")
+        finally:
+            self._unloading.discard(move.model)
+
+    def _resident(self, keeper: Keeper, now: float) -> Resident:
+        placement, target = keeper.placement, keeper.placement.target
+        residence: Residence = "loaded"
+        if placement.model in self._unloading or not (keeper.is_resting or keeper.life.phase == "ready"):
+            residence = "moving"
+        elif keeper.is_resting:
+            residence = "resting"
+        before, since = self._seen.get(placement.model, ("", now))
+        if before != residence:
+            since = now
+            self._seen[placement.model] = (residence, now)
+        return Resident(
+            model=placement.model,
+            pools=pools_of(placement),
+            bytes=placement.memory.total_bytes,
+            residence=residence,
+            since=since,
+            used_at=self._state.used.get(target, 0.0),
+            is_busy=keeper.is_busy,
+            wanted_at=self._state.demand.get(target),
+        )

@@ -1,0 +1,1 @@
+"""vLLM on this machine: its environments and their installation."""

@@ -1,0 +1,1 @@
+"""Whether a target has room now, and when it would answer."""

@@ -1,0 +1,112 @@
+"""Asking a model of this node what a request is, before anything is decided. Brief, on this node, and never in the way.
+
+It takes a slot like any call and gives it back before the request itself is admitted, so it can hold nobody up; where
+there is no free place, no answer in time or no engine, the rules speak and the reason is told.
+"""
+
+import hashlib
+from collections import OrderedDict
+from typing import Final
+
+from appliance.core import Profiler, Request, Target
+from appliance.errors import ApplianceError, BackendUnreachable
+from appliance.router.capacity.admission import Load
+from appliance.router.deps import Means
+from appliance.router.profile.estimate import Opinion, given_task
+from appliance.router.profile.llm_prompt import SEQUENCES, excerpt, prompt_tokens, question_about, read_opinion
+from appliance.upstream import client
+
+SECONDS: Final = 0.3
+"""What a profile may add to a request's time: less than anybody notices before a first word."""
+
+REST_SECONDS: Final = 10.0
+"""After a model did not answer in time it is left alone this long: else every request would lose SECONDS."""
+
+MOST_OPINIONS: Final = 4096
+"""Kept, a hundred bytes each."""
+
+_KIND: Final = "profile"
+
+
+class Asking:
+    """Opinions of a local model, where the policy wants them; those of late are kept, by caller and text."""
+
+    def __init__(self, profiler: Profiler, means: Means) -> None:
+        self._profiler = profiler
+        self._means = means
+        self._kept: OrderedDict[bytes, Opinion] = OrderedDict()
+        self._rests_until = float("-inf")
+
+    def known(self, request: Request) -> Opinion | str:
+        """Without asking anybody: what an earlier request was told, or why there is nothing."""
+        if self._profiler != "llm":
+            return "no model is to be asked"
+        if given_task(request) is not None:
+            return "endpoint or format say the task"
+        return self._recall(_key(request)) or "no model was asked about this text yet"
+
+    async def opinion(self, request: Request) -> Opinion | str:
+        """What a model of this node says within SECONDS, or why none did. Raises nothing but CancelledError."""
+        if self._profiler != "llm" or given_task(request) is not None:
+            return self.known(request)
+        key = _key(request)
+        kept = self._recall(key)
+        if kept is not None:
+            return kept
+        target = self._able()
+        if target is None:
+            return "no engine of this node that scores labels is ready"
+        now = self._means.clock()
+        if now < self._rests_until:
+            return f"{target.name} was too slow or failed; asked again in {self._rests_until - now:.0f} s"
+        try:
+            opinion = await self._ask(target, request)
+        except ApplianceError as error:
+            return f"{target.name} was not asked or did not answer: {error.code}"
+        self._keep(key, opinion)
+        return opinion
+
+    def _able(self) -> Target | None:
+        """The first engine of this node that is up; servers that somebody else runs are not asked, not even on-site."""
+        snapshot = self._means.state.snapshot
+        for target in snapshot.targets:
+            view = snapshot.engines.get(target.name)
+            is_own = target.location == "onsite" and target.provider is None and "labels" in target.abilities
+            if is_own and view is not None and view.state == "ready":
+                return target
+        return None
+
+    async def _ask(self, target: Target, request: Request) -> Opinion:
+        means, seen = self._means, excerpt(request.text)
+        load = Load(prompt_tokens(seen), SEQUENCES, share=SEQUENCES, kind=_KIND)
+        # no waiting: whoever cannot be asked at once is not asked
+        slot = await means.admission.enter(target, load, first=False, wait_seconds=0.0, budget_seconds=SECONDS)
+        try:
+            salt = client.salt_of(request.caller.key_id)
+            letter = client.write(target, question_about(seen), stream=False, salt=salt)
+            reply = await client.send(means.doors.local, letter, permit=None, seconds=SECONDS)
+            return read_opinion(target, reply)
+        except ApplianceError as error:
+            self._rests_until = means.clock() + REST_SECONDS
+            if isinstance(error, BackendUnreachable):
+                means.admission.doubt(target.name)
+            raise
+        finally:
+            slot.leave()
+
+    def _recall(self, key: bytes) -> Opinion | None:
+        kept = self._kept.get(key)
+        if kept is not None:
+            self._kept.move_to_end(key)
+        return kept
+
+    def _keep(self, key: bytes, opinion: Opinion) -> None:
+        self._kept[key] = opinion
+        if len(self._kept) > MOST_OPINIONS:
+            self._kept.popitem(last=False)
+
+
+def _key(request: Request) -> bytes:
+    """By caller as well, so that time does not tell one what another has sent. The text itself is not kept."""
+    said = f"{request.caller.key_id}\n{excerpt(request.text)}"
+    return hashlib.sha256(said.encode("utf-8", "surrogatepass")).digest()

@@ -1,0 +1,269 @@
+"""Requests that leave in a provider's own batch: decided, permitted and paid for one by one, sent together.
+
+A request may leave so where its route's first target is hosted, takes batches, and is known to be cheaper that way. It
+then has a permit and a reservation of its own like any other; what comes back is verified and read as if it had been
+asked alone. What was decided is kept as text (a ticket), because the answer may come after a restart.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
+
+import orjson
+
+from appliance.core import (
+    AttemptOutcome,
+    AttemptResult,
+    BatchApi,
+    Call,
+    EgressPermit,
+    Excluded,
+    Outcome,
+    Price,
+    Profile,
+    Request,
+    Target,
+    Usage,
+)
+from appliance.errors import ApplianceError, BackendError, BackendRefused, ResidencyRefused, Unavailable, Unsupported
+from appliance.router.attempts.outcome import detail_of, outcome_of, result_of
+from appliance.router.attempts.verify import read_verified
+from appliance.router.cost import hosted_usd, reserve_usd
+from appliance.router.deps import Means
+from appliance.router.routing.router import Decided
+from appliance.router.routing.truncation import shaped
+from appliance.telemetry.redaction import scrub_text
+from appliance.upstream import client
+from appliance.upstream.label_scoring import tokens as token_labels
+from appliance.upstream.provider_batches import APIS, Api, Carrier, Row, Standing
+from appliance.wire.dialect import Letter
+
+_NOT_DONE: Final = "not answered within the batch"
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A request that is ready to leave in a batch."""
+
+    target: Target
+    endpoint: str
+    """What the batch is made for; a batch has one."""
+    line: bytes
+    permit: EgressPermit
+    usd: float
+    """The most it may cost there."""
+    outcome: Outcome
+    """Without an attempt yet."""
+    reason: str
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.line)
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What came of a line. Either `payload`, or `error`: then it is to be asked anew."""
+
+    decision_id: str
+    usage: Usage
+    cost_usd: float
+    payload: Any = None
+    error: ApplianceError | None = None
+
+
+class Bulk:
+    """The pipeline's side of providers' batches. What is sent, and when, is for the caller to say."""
+
+    def __init__(self, means: Means) -> None:
+        self._means = means
+
+    def target(self, name: str) -> Target:
+        """Raises Unavailable where it is not configured any more."""
+        found = self._means.state.snapshot.target(name)
+        if found is None or found.wire.batches is None:
+            raise Unavailable(f"{name} is not configured, or takes no batches", retry_after_seconds=60.0)
+        return found
+
+    def takes(self, target: Target) -> bool:
+        """Whether `target` is known to be cheaper in batches, and is well."""
+        if target.location != "hosted" or target.batch_price is None or target.wire.batches is None:
+            return False
+        return self._means.breakers.blocked_until(target.name, self._means.clock()) is None
+
+    def prepare(self, request: Request, call: Call, decided: Decided) -> Sealed | None:
+        """None where this request is better asked the usual way. Nothing is reserved or sent yet."""
+        route = decided.decision.route
+        if decided.refusal is not None or not route.attempts or not self.takes(route.attempts[0].target):
+            return None
+        if route.standby and request.patience_seconds:
+            return None  # an engine of this node is only down for now
+        attempt = route.attempts[0]
+        target, whole = attempt.target, shaped(call, request.body, decided.shape)
+        try:
+            letter = _letter(request, whole, target)
+            permit = self._means.permits.permit(request, target, route.residency)
+        except (Unsupported, ResidencyRefused):
+            return None
+        endpoint = None if letter is None else _api(target).endpoint(letter)
+        if letter is None or endpoint is None:
+            return None
+        assert target.batch_price is not None
+        tokens = self._means.memory.experience.tokens.correct(target.name, whole.prompt_tokens)
+        usd = reserve_usd(target.batch_price, prompt_tokens=tokens, output_tokens=whole.output_tokens)
+        if route.max_cost_usd is not None and usd > route.max_cost_usd:
+            return None
+        outcome = outcome_of(request, decided.decision, (), error=None, first_byte_seconds=None, total_seconds=0.0)
+        line = _api(target).line(letter, request.id)
+        return Sealed(target, endpoint, line, permit, usd, outcome, attempt.reason)
+
+    async def reserve(self, sealed: Sealed) -> str:
+        """Put down what it may cost; returns its ticket. Raises BudgetExceeded, LedgerUnavailable."""
+        outcome = sealed.outcome
+        reservation = await self._means.ledger.reserve(
+            decision_id=outcome.decision_id,
+            target=sealed.target,
+            usd=sealed.usd,
+            route=outcome.route,
+            key_id=outcome.key_id,
+        )
+        self._means.memory.of_late.took(outcome.route, self._means.clock())
+        assert sealed.target.batch_price is not None
+        return _Ticket(
+            outcome, sealed.target.name, sealed.reason, sealed.target.batch_price, reservation, sealed.usd
+        ).text()
+
+    def release(self, ticket: str) -> None:
+        """It was not answered there, and is not billed."""
+        found = _Ticket.read(ticket)
+        self._means.ledger.settle(found.reservation, usd=0.0)
+
+    # The batch as a whole.
+
+    def carrier(self, target: Target, name: str) -> Carrier:
+        """Raises ResidencyRefused where no door leads there any more."""
+        return Carrier(self._means.doors.for_batches(target), target, self._means.permits.batch_permit(name, target))
+
+    async def send(self, name: str, sealed: Sequence[Sealed], note: Callable[[str], Awaitable[None]]) -> str:
+        """Send them, of one target and endpoint, as the batch `name`; returns its id there. Raises ApplianceError."""
+        target, endpoint = sealed[0].target, sealed[0].endpoint
+        lines = [(one.permit, one.line) for one in sealed]
+        try:
+            batch = await _api(target).send(self.carrier(target, name), name, endpoint, lines, note)
+        except BackendError as error:
+            if not isinstance(error, BackendRefused):
+                self._means.breakers.fail(target.name, self._means.clock(), error.retry_after_seconds)
+            raise
+        self._means.breakers.succeed(target.name)
+        return batch
+
+    async def find(self, target: Target, name: str) -> str | None:
+        return await _api(target).find(self.carrier(target, name), name)
+
+    def finds(self, target: Target) -> bool:
+        """Whether the provider can tell that there is no batch of some name."""
+        return _api(target).finds
+
+    async def look(self, target: Target, name: str, batch: str) -> Standing:
+        return await _api(target).look(self.carrier(target, name), batch)
+
+    def rows(self, target: Target, name: str, batch: str, standing: Standing) -> AsyncIterator[Row]:
+        return _api(target).rows(self.carrier(target, name), batch, standing)
+
+    async def cancel(self, target: Target, name: str, batch: str) -> None:
+        await _api(target).cancel(self.carrier(target, name), batch)
+
+    async def forget(
+        self, target: Target, name: str, batch: str, uploaded: str | None, standing: Standing | None
+    ) -> None:
+        await _api(target).forget(self.carrier(target, name), batch, uploaded, standing)
+
+    # A line's answer.
+
+    def read(self, request: Request, call: Call, target: Target, ticket: str, batch: str, row: Row) -> Read:
+        """Verify and read what came back for it, settle what it cost, and write it down."""
+        found = _Ticket.read(ticket)
+        usage, payload, error = Usage(), None, None
+        try:
+            if row.status != 200:
+                raise BackendError(f"{target.name}: {_NOT_DONE}")
+            letter = _letter(request, call, target)
+            if letter is None:
+                raise BackendError(f"{target.name} was asked otherwise than this node asks now")
+            reply = client.read_batched(letter, row.payload)
+            usage = reply.usage
+            payload = read_verified(call, target, [letter.outgoing], [reply])
+        except ApplianceError as problem:
+            error = problem
+        cost_usd = hosted_usd(found.price, usage, found.usd) if row.status == 200 else 0.0
+        self._means.ledger.settle(found.reservation, usd=cost_usd)
+        if row.status == 200:  # what was not answered costs nothing, and is told by what is done about it
+            self._means.ledger.record(self._ended(found, batch, usage, cost_usd, error))
+        return Read(found.outcome.decision_id, usage, cost_usd, payload, error)
+
+    def _ended(
+        self, ticket: "_Ticket", batch: str, usage: Usage, cost_usd: float, error: ApplianceError | None
+    ) -> Outcome:
+        outcome = ticket.outcome
+        result: AttemptResult = "answered" if error is None else result_of(error)
+        took = max(0.0, self._means.wall() - outcome.received_at)
+        attempt = AttemptOutcome(
+            index=0,
+            target=ticket.target,
+            location="hosted",
+            reason=f"in batch {batch}: {ticket.reason}",
+            result=result,
+            detail="" if error is None else scrub_text(detail_of(error)),
+            started_at=outcome.received_at,
+            first_byte_seconds=None,
+            total_seconds=took,
+            usage=usage,
+            cost_usd=cost_usd,
+            reservation=ticket.reservation,
+            cost_basis="price",
+        )
+        status, code = (200, None) if error is None else (error.status, error.code)
+        return replace(outcome, attempts=(attempt,), status=status, error_code=code, total_seconds=took)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ticket:
+    """What was decided of a line when it left, as it is kept."""
+
+    outcome: Outcome
+    target: str
+    reason: str
+    price: Price
+    reservation: str
+    usd: float
+
+    def text(self) -> str:
+        return orjson.dumps(asdict(self)).decode()
+
+    @classmethod
+    def read(cls, text: str) -> "_Ticket":
+        fields = orjson.loads(text)
+        said = fields["outcome"]
+        profile = Profile(**{**said["profile"], "reasons": tuple(said["profile"]["reasons"])})
+        excluded = tuple(Excluded(**one) for one in said["excluded"])
+        outcome = Outcome(**{**said, "profile": profile, "excluded": excluded, "attempts": ()})
+        return cls(**{**fields, "outcome": outcome, "price": Price(**fields["price"])})
+
+
+def _letter(request: Request, call: Call, target: Target) -> Letter | None:
+    """The request as it is written for `target`; None where it would become several calls, or a stream.
+
+    Raises Unsupported where it cannot be written.
+    """
+    outgoing = call.outgoing(target)
+    if len(outgoing) != 1 or call.streams(target):
+        return None
+    salt = client.salt_of(request.caller.key_id)
+    letter = client.write(target, outgoing[0], stream=False, salt=salt)
+    return None if token_labels.is_asked(letter) else letter
+
+
+def _api(target: Target) -> Api:
+    name: BatchApi | None = target.wire.batches
+    assert name is not None
+    return APIS[name]

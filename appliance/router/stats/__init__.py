@@ -1,0 +1,1 @@
+"""What recent traffic says: sliding windows and estimators. Pure."""

@@ -1,0 +1,123 @@
+"""The rooms that a node can lack: what cannot be opened is said on the health page, and the rest is served."""
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from typing import Any
+
+import structlog
+
+from appliance.config import Policy
+from appliance.engines.encoder import Encoder
+from appliance.errors import ApplianceError, EngineFailed
+from appliance.jobs.lines.executor import Lines
+from appliance.jobs.manager import Desk
+from appliance.jobs.metrics import JobMeasures
+from appliance.jobs.provider.lines import BulkLines
+from appliance.node.plan.planner import ENGINES
+from appliance.node.supervise.encoder_host import EncoderHost
+from appliance.node.supervise.launcher import ChildLauncher
+from appliance.node.supervise.status import Signals
+from appliance.node.supervise.supervisor import Supervisor
+from appliance.node.vllm.environments import launchable
+from appliance.quality.learning import Learning
+from appliance.quality.metrics import LearningMeasures
+from appliance.quality.store import Store
+from appliance.quality.traffic import lessons_of
+from appliance.serve.startup_config import Site
+from appliance.state import State
+from appliance.telemetry.metrics import Metrics
+
+_log = structlog.get_logger(__name__)
+
+
+def supervisor_of(site: Site, signals: Signals) -> Supervisor:
+    found = launchable(site.config.engine, site.home, os.environ)
+    for placement in site.placements:
+        if placement.engine == "vllm" and "vllm" not in found:
+            raise EngineFailed(f"{placement.model} needs vLLM, which is not here: `appliance engines install vllm`")
+    return Supervisor(
+        site.placements,
+        launcher=ChildLauncher(site.home / "logs"),
+        signals=signals,
+        config=site.config.engine,
+        drain_seconds=site.config.server.drain_seconds,
+        runtime_folder=site.home / "run",
+        watts_per_busy_core=site.config.cost.watts_per_busy_core,
+        engines={**ENGINES, "encoder": Encoder(), **found},
+    )
+
+
+async def open_desk(
+    site: Site,
+    lines: Lines,
+    bulk: BulkLines,
+    state: State,
+    signals: Signals,
+    metrics: Metrics,
+    stack: AsyncExitStack,
+) -> Desk | None:
+    """Files and batches, what was under way begun again; None, and a warning, where they cannot be kept."""
+    try:
+        desk = await Desk.open(
+            site.config.jobs,
+            site.home,
+            answering=lines,
+            state=state,
+            alerts=signals,
+            clock=time.monotonic,
+            wall=time.time,
+            posting=bulk,
+        )
+        stack.push_async_callback(desk.aclose)
+        await desk.start()
+    except (ApplianceError, OSError) as error:
+        signals.warn("jobs_unavailable", f"files and batches are not served: {error}")
+        _log.error("files and batches are not served", reason=str(error))
+        return None
+    JobMeasures(desk, metrics.registry)
+    return desk
+
+
+async def open_learning(
+    site: Site,
+    encoders: EncoderHost,
+    policy: Callable[[], Policy],
+    state: State,
+    signals: Signals,
+    metrics: Metrics,
+    stack: AsyncExitStack,
+) -> Learning | None:
+    """What classifiers learn from; None, and a warning, where it cannot be kept: then no answer of theirs stands."""
+    try:
+        store = await Store.open(site.home / "learning.sqlite")
+        learning = Learning(
+            store,
+            encoders,
+            lambda: lessons_of(policy()),
+            signals,
+            site.config.learning,
+            wall=time.time,
+            is_served=lambda name: state.snapshot.target(name) is not None,
+        )
+        stack.push_async_callback(learning.aclose)
+        await learning.start()
+    except ApplianceError as error:
+        signals.warn("learning_unavailable", f"what is known of classifiers' answers cannot be read: {error}")
+        _log.error("labels are not kept", reason=str(error))
+        return None
+    LearningMeasures(learning, metrics.registry)
+    in_background(stack, learning.run(), "learning")
+    return learning
+
+
+def in_background(stack: AsyncExitStack, work: Coroutine[Any, Any, None], name: str) -> None:
+    """Run `work` until `stack` is left."""
+    stack.push_async_callback(_cancelled, asyncio.create_task(work, name=name))
+
+
+async def _cancelled(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.wait({task})

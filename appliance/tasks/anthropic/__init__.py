@@ -1,1 +1,0 @@
-"""Anthropic's Messages: bodies to chats (`read`, `blocks`), replies to messages (`reply`), streams (`events`)."""

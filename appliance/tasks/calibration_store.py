@@ -1,0 +1,86 @@
+"""Where calibrated tasks are remembered: one JSON file in the data directory, read at start and written whole."""
+
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from appliance.errors import ConfigError
+from appliance.tasks.decisions.decision_options import Fit, Method, TaskFit
+
+_VERSION = 1
+
+
+class TaskFits:
+    """Fits by task's name. One writer at a time; readers take `tasks`, which is replaced whole.
+
+    Without a path they last as long as the program. Raises ConfigError for a file that cannot be read.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self.tasks: Mapping[str, Sequence[TaskFit]] = {} if path is None else _read(path)
+
+    def put(self, fit: TaskFit) -> None:
+        """Remember a fit, in place of the task's former one for the same target and variant. Writes to disk.
+
+        A task has one method: rows that were fitted with another go.
+        """
+        with self._lock:
+            place = (fit.target, fit.variant)
+            kept = [
+                row
+                for row in self.tasks.get(fit.task, ())
+                if (row.target, row.variant) != place and row.method == fit.method
+            ]
+            tasks = {**self.tasks, fit.task: (*kept, fit)}
+            if self._path is not None:
+                _write(self._path, tasks)
+            self.tasks = tasks
+
+    def remove(self, name: str) -> bool:
+        """Forget a task's fits; whether there were any. Writes to disk."""
+        with self._lock:
+            if name not in self.tasks:
+                return False
+            tasks = {known: fits for known, fits in self.tasks.items() if known != name}
+            if self._path is not None:
+                _write(self._path, tasks)
+            self.tasks = tasks
+            return True
+
+
+def _read(path: Path) -> Mapping[str, Sequence[TaskFit]]:
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return {}
+    try:
+        rows = json.loads(text)["fits"]
+        tasks: dict[str, list[TaskFit]] = {}
+        for row in rows:
+            tasks.setdefault(row["task"], []).append(_fit_of(row))
+        return tasks
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"cannot be read ({error!r}): mend or remove it", file=str(path)) from error
+
+
+def _fit_of(row: Mapping[str, Any]) -> TaskFit:
+    fits = {key: Fit(float(one["temperature"]), tuple(map(float, one["bias"]))) for key, one in row["fits"].items()}
+    return TaskFit(row["task"], row["target"], row["variant"], Method(**row["method"]), fits)
+
+
+def _write(path: Path, tasks: Mapping[str, Sequence[TaskFit]]) -> None:
+    """The file is there whole or as it was, whenever the program or the machine stops."""
+    rows = [asdict(row) for fits in tasks.values() for row in fits]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".part")
+    with draft.open("w") as file:
+        json.dump({"version": _VERSION, "fits": rows}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)

@@ -1,0 +1,1 @@
+"""Decisions by a trained classifier, and the cascades that go on from one."""

@@ -1,0 +1,1 @@
+"""Decisions: one choice of a label set, with probabilities."""

@@ -1,0 +1,90 @@
+"""Decisions put to a target that speaks OpenAI's `/decisions` itself: the request, and reading its answers."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from appliance.core import Outgoing
+from appliance.errors import BackendGarbage
+from appliance.tasks.decisions.inputs import Input
+from appliance.tasks.decisions.questions import Judged, Question
+
+PATH = "/decisions"
+
+
+def outgoing(text: Input, questions: Sequence[Mapping[str, Any]], extras: Mapping[str, Any]) -> Outgoing:
+    """One request about one input. `questions` are on OpenAI's wire; `extras` are the caller's other fields."""
+    return Outgoing(PATH, {**extras, "input": text.original, "questions": list(questions)})
+
+
+def on_the_wire(questions: Sequence[Question]) -> Sequence[Mapping[str, Any]]:
+    """Questions in OpenAI's shape, for those that came in another."""
+    return [_wired(question) for question in questions]
+
+
+def _wired(question: Question) -> Mapping[str, Any]:
+    wired: dict[str, Any] = {"type": question.kind, "instructions": _with_examples(question)}
+    if question.name is not None:
+        wired["name"] = question.name
+    if question.kind == "predicate":
+        meanings = [
+            f"{answer} means: {option.description}"
+            for answer, option in zip(("True", "False"), question.options, strict=True)
+            if option.description
+        ]
+        wired["instructions"] = "\n".join((wired["instructions"], *meanings))
+        return wired
+    field, key = ("choices", "value") if question.kind == "choice" else ("levels", "label")
+    wired[field] = [
+        {key: option.value} if option.description is None else {key: option.value, "description": option.description}
+        for option in question.options
+    ]
+    return wired
+
+
+def _with_examples(question: Question) -> str:
+    """The instructions, and the examples below them: the wire has no field for those."""
+    rows = [
+        f"{orjson.dumps(example.text).decode()} -> {orjson.dumps(question.options[example.option].value).decode()}"
+        for example in question.examples
+    ]
+    return "\n".join((question.instructions, *(("Examples:", *rows) if rows else ())))
+
+
+def read_answers(payload: object, questions: Sequence[Question]) -> tuple[Judged, ...]:
+    """The answers of one reply, in question order. Raises BackendGarbage where they are not what was asked for."""
+    answers = payload.get("answers") if isinstance(payload, dict) else None
+    if not isinstance(answers, list) or len(answers) != len(questions):
+        raise BackendGarbage(f"the target's reply does not have {len(questions)} answers")
+    return tuple(_judged(answer, question) for answer, question in zip(answers, questions, strict=True))
+
+
+def _judged(answer: object, question: Question) -> Judged:
+    if not isinstance(answer, dict) or answer.get("type") not in (question.kind, "refusal"):
+        raise BackendGarbage(f"an answer of the target is not of type {question.kind!r}")
+    if answer["type"] == "refusal":
+        return Judged(None)
+    mass = answer.get("label_mass")
+    label_mass = float(mass) if isinstance(mass, int | float) else None
+    if question.kind == "predicate":
+        probability = _probability(answer.get("probability"))
+        return Judged((probability, 1.0 - probability), label_mass)
+    key = "value" if question.kind == "choice" else "label"
+    rows = answer.get("probabilities")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise BackendGarbage("an answer of the target has no probabilities")
+    # Keyed by type too: the string "true" and the boolean are different choices, and True == 1 in Python.
+    given = {(type(row.get(key)), str(row.get(key))): _probability(row.get("probability")) for row in rows}
+    probabilities = [given.get((type(option.value), str(option.value)), 0.0) for option in question.options]
+    total = math.fsum(probabilities)
+    if total <= 0:
+        raise BackendGarbage("the probabilities of the target's answer are not about the options that were asked for")
+    return Judged(tuple(probability / total for probability in probabilities), label_mass)
+
+
+def _probability(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1.000001:
+        raise BackendGarbage(f"{value!r:.40} in the target's answer is not a probability")
+    return min(1.0, float(value))

@@ -1,0 +1,388 @@
+"""Decisions: `POST /v1/decisions` in OpenAI's shape, and `POST /v1/decisions/batch` for many inputs in one call.
+
+Response of the first: {model, answers: [...], usage}; answers in question order, as the official SDK types them, each
+with `label_mass` besides (null where the target does not tell it). A score counts levels from 0 and is their mean.
+
+Batch request: `inputs` (1 to 10,000) instead of `input`. Response: {model, results, usage}; results in order, each
+{index, answers} or {index, error} with OpenAI's error object.
+
+Ours besides, in both: `examples`, labelled texts that are shown to the model with the questions (examples.py);
+`debias`, `calibrate`, `layout` and `task` (methods.py), for models whose labels are scored here (what a hosted model
+says is given as it comes); and on an answer `unsure: true` where its label mass is low, and `calibrated_for` where a
+task's fit was applied.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import orjson
+
+from appliance.core import Ability, Asked, Outgoing, Reply, Target, Usage
+from appliance.errors import ApplianceError, BackendGarbage, Unsupported
+from appliance.tasks.classify import classifiers
+from appliance.tasks.decisions import label_prompts, openai_decisions
+from appliance.tasks.decisions.confidence import calibrated, without_prior
+from appliance.tasks.decisions.decision_options import (
+    CONTENT_FREE,
+    FIELDS,
+    PLAINLY,
+    UNFITTED,
+    Judging,
+    Priors,
+    Tasks,
+    question_key,
+    read_judging,
+)
+from appliance.tasks.decisions.examples import with_examples
+from appliance.tasks.decisions.inputs import Input, read_input
+from appliance.tasks.decisions.probabilities import WORTH_A_TEMPLATE, ShareWriter
+from appliance.tasks.decisions.questions import Judged, Question, question_text, read_questions
+from appliance.wire.body_fields import missing, read_list, read_model, refuse_other_contract
+from appliance.wire.token_estimate import estimate_tokens
+
+MAX_INPUTS = 10_000
+INPUTS_PER_CALL = 32
+TOKENS_PER_CALL = 2_048
+"""Of a batch. A call holds an engine for a few seconds at most (a small model on two cores computes 500 tokens/s),
+others get their turn between two, and a failure costs no more than one."""
+
+_OTHERS = {"state": "/v1/systemone", "inputs": "/v1/decisions/batch"}
+_OWN_FIELDS = frozenset({"model", "input", "inputs", "questions", "examples", "stream"}) | FIELDS
+_NOTHING = Input(CONTENT_FREE, CONTENT_FREE)
+
+Row = tuple[Judged, ...] | ApplianceError
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a decisions call comes to: a row for each input, in order."""
+
+    model: str
+    rows: tuple[Row, ...]
+    usage: Usage
+    target: str = ""
+    variant: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionsCall:
+    """Some questions about some inputs.
+
+    `render` makes the caller's payload from the judgement; without one `read` returns the Judgement itself.
+    """
+
+    inputs: tuple[Input, ...]
+    questions: tuple[Question, ...]
+    wired: Sequence[Mapping[str, Any]]
+    """The questions on OpenAI's wire."""
+    extras: Mapping[str, Any]
+    question_first: bool
+    render: Callable[[Judgement, Sequence[Question]], Any] | None = None
+    judging: Judging = PLAINLY
+    priors: Priors = field(default_factory=Priors)
+    """Shared by all calls of a program that keeps one."""
+    for_classifier: bool = False
+    """A classifier was named as the model, so nothing is ever put into a prompt."""
+    every_label: bool = False
+    """A classifier is asked only where the choices are all of its labels."""
+
+    def streams(self, target: Target) -> bool:
+        return False
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Every item whole, as engines report it: how much of it is shared and cached shows only when it was done.
+
+        Of a batch no more than a call is cut to: one text that no context holds must not refuse all the others.
+        """
+        if self.for_classifier:
+            return classifiers.tokens(self.inputs)
+        texts = sum(estimate_tokens(text.text) for text in self.inputs)
+        asks = sum(label_prompts.question_tokens(question) for question in self.questions)
+        whole = self.judging.method.ways * (len(self.questions) * texts + len(self.inputs) * asks)
+        return whole if self.render is not None else min(whole, max(TOKENS_PER_CALL, self._asks_tokens))
+
+    @property
+    def _asks_tokens(self) -> int:
+        """The longest question alone, which every text of a batch needs."""
+        return max(label_prompts.question_tokens(question) for question in self.questions)
+
+    @property
+    def longest_prompt_tokens(self) -> int:
+        """The longest single prompt: what a context must hold, however many items there are."""
+        if self.for_classifier:
+            return classifiers.tokens(self.inputs)
+        return max(estimate_tokens(text.text) for text in self.inputs) + self._asks_tokens
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.inputs) * len(self.questions) * self.judging.method.ways
+
+    def outgoing(self, target: Target) -> Sequence[Outgoing]:
+        """Label scores where the target can give them, else OpenAI's own endpoint. Raises Unsupported."""
+        has_image = any(text.has_image for text in self.inputs)
+        if "classify" in target.abilities and not has_image:
+            return (classifiers.outgoing(target, self.inputs, self.questions),)
+        if "labels" in target.abilities and not has_image:
+            method = self.judging.method
+            asks_prior = method.content_free and self.priors.wanted(self._prior_keys(target))
+            inputs = (*self.inputs, _NOTHING) if asks_prior else self.inputs
+            return (
+                label_prompts.outgoing(
+                    inputs, self.questions, question_first=self.question_first, debias=method.debias, short=method.short
+                ),
+            )
+        if "decisions" in target.abilities:
+            return [openai_decisions.outgoing(text, self.wired, self.extras) for text in self.inputs]
+        what = "look at images" if has_image else "answer decisions"
+        raise Unsupported(f"{target.name} cannot {what}", param="input" if has_image else "model")
+
+    def read(self, target: Target, replies: Sequence[Reply]) -> Any:
+        """The rendered payload. Raises BackendGarbage, or a single input's own error."""
+        rows: Sequence[Row]
+        if "classify" in target.abilities:
+            rows = classifiers.read(
+                target, replies[0].payload, self.questions, len(self.inputs), every_label=self.every_label
+            )
+        elif "labels" in target.abilities and not any(text.has_image for text in self.inputs):
+            rows = self._read_labels(target, replies[0].payload)
+        else:
+            rows = [openai_decisions.read_answers(reply.payload, self.questions) for reply in replies]
+        usage = sum((reply.usage for reply in replies), Usage())
+        name = target.name if "classify" in target.abilities else target.model
+        variant = classifiers.version(replies[0].payload) if "classify" in target.abilities else target.variant
+        judgement = Judgement(name, tuple(rows), usage, target.name, variant)
+        return judgement if self.render is None else self.render(judgement, self.questions)
+
+    def _read_labels(self, target: Target, payload: object) -> Sequence[Row]:
+        rows = list(label_prompts.read_scored(payload, self.questions, debias=self.judging.method.debias))
+        if len(rows) == len(self.inputs) + 1 and self.judging.method.content_free:
+            self._note_prior(target, rows.pop())
+        if len(rows) != len(self.inputs):
+            raise BackendGarbage("the engine's label scores do not match what was asked")
+        priors = [self.priors.get(key) for key in self._prior_keys(target)]
+        return [row if isinstance(row, ApplianceError) else self._judged(target, row, priors) for row in rows]
+
+    def _judged(
+        self, target: Target, row: Sequence[label_prompts.Scored], priors: Sequence[tuple[float, ...] | None]
+    ) -> tuple[Judged, ...]:
+        answers = []
+        for question, scored, prior in zip(self.questions, row, priors, strict=True):
+            scores = scored.scores
+            if self.judging.method.content_free:
+                if prior is None:
+                    raise BackendGarbage("the engine gave no scores for the text that says nothing")
+                scores = without_prior(scores, prior)
+            name, fit = self.judging.fit(target, question) or (None, UNFITTED)
+            shares = calibrated(scores, fit.temperature, fit.bias)
+            answers.append(Judged(shares, scored.label_mass, scores, name))
+        return tuple(answers)
+
+    def _note_prior(self, target: Target, row: Sequence[label_prompts.Scored] | ApplianceError) -> None:
+        if not isinstance(row, ApplianceError):
+            for key, scored in zip(self._prior_keys(target), row, strict=True):
+                self.priors.note(key, scored.scores)
+
+    def _prior_keys(self, target: Target) -> Sequence[tuple[Any, ...]]:
+        place = (target.name, target.variant, self.question_first, self.judging.method)
+        return [(*place, question_key(question)) for question in self.questions]
+
+
+def read(
+    body: Mapping[str, Any], tasks: Tasks | None = None, priors: Priors | None = None
+) -> tuple[Asked, Sequence[DecisionsCall]]:
+    """Check a decisions body. `tasks` None: a task it names is not looked up.
+
+    Raises RequestError naming field, value and remedy, and NotFound for an unknown task.
+    """
+    refuse_other_contract(body, "/v1/decisions", "input", _OTHERS)
+    questions = questions_of(body)
+    text = read_input(body["input"], "input")
+    call = make_call((text,), questions, _wired(body, questions), _extras(body), openai_payload)
+    call = replace(
+        call,
+        judging=read_judging(body, questions, tasks),
+        priors=priors or call.priors,
+        for_classifier=classifiers.is_named(body.get("model")),
+    )
+    return make_asked(body, call), (call,)
+
+
+def read_batch(
+    body: Mapping[str, Any], tasks: Tasks | None = None, priors: Priors | None = None
+) -> tuple[Asked, Sequence[DecisionsCall]]:
+    """Check a batch body and cut it into calls; `batch_payload` puts their results together again."""
+    refuse_other_contract(body, "/v1/decisions/batch", "inputs", {"input": "/v1/decisions", "state": "/v1/systemone"})
+    questions = questions_of(body)
+    if body["inputs"] is None:
+        raise missing("inputs", f"it must be a list of 1 to {MAX_INPUTS} inputs")
+    rows = read_list(body["inputs"], "inputs", 1, MAX_INPUTS, "inputs")
+    inputs = tuple(read_input(row, f"inputs[{index}]") for index, row in enumerate(rows))
+    whole = make_call(inputs, questions, _wired(body, questions), _extras(body))
+    whole = replace(
+        whole,
+        judging=read_judging(body, questions, tasks),
+        priors=priors or whole.priors,
+        for_classifier=classifiers.is_named(body.get("model")),
+    )
+    return make_asked(body, whole), split(whole)
+
+
+def questions_of(body: Mapping[str, Any]) -> tuple[Question, ...]:
+    """A classifier's question need not be spelt out."""
+    if classifiers.is_named(body.get("model")):
+        left_open = classifiers.read_open(body.get("questions"))
+        if left_open is not None:
+            return (left_open,)
+    return with_examples(body, read_questions(body))
+
+
+def _wired(body: Mapping[str, Any], questions: Sequence[Question]) -> Sequence[Mapping[str, Any]]:
+    """As they came, unless there is something to tell that the wire has no field for."""
+    if any(question.examples for question in questions):
+        return openai_decisions.on_the_wire(questions)
+    return body.get("questions") or ()
+
+
+def split(whole: DecisionsCall, most_tokens: int = TOKENS_PER_CALL) -> Sequence[DecisionsCall]:
+    """A call about many inputs as calls of about `most_tokens`, which an engine answers in a few seconds each.
+
+    The layout stays that of the whole: a text's answer must not depend on which chunk it fell into.
+    """
+    return [replace(whole, inputs=chunk) for chunk in _chunks(whole, most_tokens)]
+
+
+def _chunks(whole: DecisionsCall, most_tokens: int) -> Iterator[tuple[Input, ...]]:
+    """The inputs in order, as many together as one call may hold; each at least alone."""
+    inputs, ways = whole.inputs, whole.judging.method.ways
+    if whole.for_classifier:
+        yield from (
+            inputs[at : at + classifiers.INPUTS_PER_CALL] for at in range(0, len(inputs), classifiers.INPUTS_PER_CALL)
+        )
+        return
+    # Examples are computed once for all texts.
+    asks = sum(
+        label_prompts.question_tokens(question) - label_prompts.example_tokens(question) for question in whole.questions
+    )
+    chunk: list[Input] = []
+    tokens = 0
+    for text in inputs:
+        needed = ways * (asks + len(whole.questions) * estimate_tokens(text.text))
+        if chunk and (len(chunk) == INPUTS_PER_CALL or tokens + needed > most_tokens):
+            yield tuple(chunk)
+            chunk, tokens = [], 0
+        chunk.append(text)
+        tokens += needed
+    yield tuple(chunk)
+
+
+def _extras(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {name: value for name, value in body.items() if name not in _OWN_FIELDS}
+
+
+def make_call(
+    inputs: tuple[Input, ...],
+    questions: tuple[Question, ...],
+    wired: Sequence[Mapping[str, Any]],
+    extras: Mapping[str, Any],
+    render: Callable[[Judgement, Sequence[Question]], Any] | None = None,
+) -> DecisionsCall:
+    # Examples are the longest part of a prompt, and stand before the text to be computed once.
+    question_first = len(inputs) >= len(questions) or any(question.examples for question in questions)
+    return DecisionsCall(inputs, questions, wired, extras, question_first, render)
+
+
+def make_asked(body: Mapping[str, Any], call: DecisionsCall) -> Asked:
+    needs: set[Ability] = {"vision"} if any(text.has_image for text in call.inputs) else set()
+    texts = [text.text for text in call.inputs]
+    return Asked(
+        endpoint="decisions",
+        model=read_model(body),
+        body=body,
+        text="\n".join((question_text(call.questions), *texts)),
+        format="labels",
+        needs=frozenset(needs),
+    )
+
+
+def openai_payload(judgement: Judgement, questions: Sequence[Question]) -> Mapping[str, Any]:
+    """The response of /v1/decisions. Raises the error of its one input."""
+    row = only_row(judgement)
+    return {
+        "model": judgement.model,
+        "answers": _answers(row, questions),
+        "usage": usage_object(judgement.usage),
+    }
+
+
+def only_row(judgement: Judgement) -> tuple[Judged, ...]:
+    (row,) = judgement.rows
+    if isinstance(row, ApplianceError):
+        raise row
+    return row
+
+
+def batch_payload(results: Sequence[Judgement | ApplianceError], calls: Sequence[DecisionsCall]) -> Mapping[str, Any]:
+    """The response of /v1/decisions/batch, for orjson. A call that failed as a whole gives its error to each of its
+    inputs."""
+    rows: list[Mapping[str, Any]] = []
+    usage, models = Usage(), []
+    writer = ShareWriter()
+    for result, call in zip(results, calls, strict=True):
+        answered = result.rows if isinstance(result, Judgement) else (result,) * len(call.inputs)
+        for row in answered:
+            index = {"index": len(rows)}
+            if isinstance(row, ApplianceError):
+                rows.append({**index, **row.to_openai()})
+            else:
+                rows.append({**index, "answers": _answers(row, call.questions, writer)})
+        if isinstance(result, Judgement):
+            usage += result.usage
+            models.append(result.model)
+    return {
+        "model": ", ".join(dict.fromkeys(models)) or None,
+        "results": rows,
+        "usage": usage_object(usage),
+    }
+
+
+def _answers(
+    row: Sequence[Judged], questions: Sequence[Question], writer: ShareWriter | None = None
+) -> Sequence[Mapping[str, Any]]:
+    return [_answer(judged, question, writer) for judged, question in zip(row, questions, strict=True)]
+
+
+def _answer(judged: Judged, question: Question, writer: ShareWriter | None) -> Mapping[str, Any]:
+    if judged.probabilities is None:
+        return {"type": "refusal", "name": question.name}
+    head = {"type": question.kind, "name": question.name}
+    tail = judged.remarks
+    if question.kind == "predicate":
+        return {**head, "probability": judged.probabilities[0], **tail}
+    options = judged.options or question.options
+    pairs = zip(options, judged.probabilities, strict=True)
+    rows: Sequence[Mapping[str, Any]] | orjson.Fragment
+    if question.kind == "choice":
+        if writer is not None and len(options) >= WORTH_A_TEMPLATE:
+            rows = writer.write(options, judged.probabilities)
+        else:
+            rows = [{"value": option.value, "probability": share} for option, share in pairs]
+        result: Mapping[str, Any] = {"choice": options[judged.chosen].value}
+    else:
+        rows = [
+            {"value": level, "label": option.value, "probability": share} for level, (option, share) in enumerate(pairs)
+        ]
+        result = {"score": judged.score}
+    return {**head, **result, "confidence": judged.confidence, "probabilities": rows, **tail}
+
+
+def usage_object(usage: Usage) -> Mapping[str, Any]:
+    """Usage as the SDK types it for decisions. No target reports cache writes, and on-site ones cost nothing."""
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }

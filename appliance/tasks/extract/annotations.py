@@ -1,0 +1,100 @@
+"""What is told of an extracted object besides its values: where they stand in the text, and their one form.
+
+`evidence`: JSON pointer of each value -> {start, end}, characters of the text, or null. `not_in_text`: pointers of
+values that stand nowhere in it; their confidence is 0, so that routes which escalate unsure answers do so.
+`normalised`: pointer -> {kind, raw, value, currency, reason}; the object itself then holds the value, and null where
+there is none.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from appliance.tasks.extract.evidence import Evidence, Piece, evidence, leaves
+from appliance.tasks.extract.normalise.amounts import currency_near
+from appliance.tasks.extract.normalise.field_hints import Hint, Wanted, asked_schema, hint_of, read_wanted
+from appliance.tasks.extract.normalise.normalised_value import Form
+from appliance.wire.body_fields import read_bool
+
+
+@dataclass(frozen=True, slots=True)
+class Telling:
+    """What a request wants told. `schema` is the caller's; `asked` the one that the model is given."""
+
+    schema: Mapping[str, Any]
+    asked: Mapping[str, Any]
+    wanted: Wanted
+    evidence: bool
+
+    @property
+    def normalises(self) -> bool:
+        return self.asked != self.schema
+
+
+def read_telling(body: Mapping[str, Any], schema: Mapping[str, Any]) -> Telling:
+    """Raises RequestError for `normalise`, `evidence` or a hint that cannot be understood."""
+    wanted = read_wanted(body.get("normalise"))
+    return Telling(schema, asked_schema(schema, wanted), wanted, read_bool(body, "evidence"))
+
+
+def unsure(
+    confidence: Mapping[str, float] | None, found: Mapping[str, Any], asked: Mapping[str, Any], piece: Piece
+) -> Mapping[str, float] | None:
+    """Confidences with 0 for what is not in the text, whatever the model thought of it."""
+    missing = evidence(found, asked, lambda pointer: piece).missing
+    return {**(confidence or {}), **dict.fromkeys(missing, 0.0)} if missing else confidence
+
+
+def told(
+    found: Mapping[str, Any], telling: Telling, piece_of: Callable[[str], Piece]
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The object with its values in their one form, and the fields of the response that say more of it."""
+    if not (telling.evidence or telling.normalises):
+        return found, {}
+    seen = evidence(found, telling.asked, piece_of)
+    more: dict[str, Any] = {}
+    if telling.evidence:
+        more["evidence"] = {
+            pointer: None if place is None else {"start": place[0], "end": place[1]}
+            for pointer, place in seen.places.items()
+        }
+        more["not_in_text"] = list(seen.missing)
+    if telling.normalises:
+        found, more["normalised"] = _normalised(found, telling, seen, piece_of)
+    return found, more
+
+
+def _normalised(
+    found: Mapping[str, Any], telling: Telling, seen: Evidence, piece_of: Callable[[str], Piece]
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    changed = copy.deepcopy(dict(found))
+    rows: dict[str, Any] = {}
+    for pointer, value, rules in list(leaves(found, telling.schema, telling.schema, "")):
+        hint = hint_of(rules, telling.wanted)
+        if hint is None or not isinstance(value, str):
+            continue
+        form = hint.read(value)
+        place = seen.places.get(pointer)
+        row = dict(form.told())
+        if form.kind == "amount" and form.currency is None and place is not None:
+            offset, text = piece_of(pointer)
+            row["currency"] = currency_near(text, place[0] - offset, place[1] - offset)
+        rows[pointer] = row
+        _put(changed, pointer, _value(form, hint))
+    return changed, rows
+
+
+def _value(form: Form, hint: Hint) -> Any:
+    if form.value is None or not hint.as_number:
+        return form.value
+    number = Decimal(form.value)
+    return int(number) if number == number.to_integral_value() else float(number)
+
+
+def _put(root: Any, pointer: str, value: Any) -> None:
+    *way, last = (key.replace("~1", "/").replace("~0", "~") for key in pointer.split("/")[1:])
+    for key in way:
+        root = root[int(key)] if isinstance(root, list) else root[key]
+    root[int(last) if isinstance(root, list) else last] = value

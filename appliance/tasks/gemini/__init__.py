@@ -1,1 +1,0 @@
-"""Gemini's generateContent: bodies to chats (`read`, `contents`), replies and streams (`reply`)."""

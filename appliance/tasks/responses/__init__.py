@@ -1,1 +1,0 @@
-"""OpenAI's Responses: bodies to chats (`read`, `items`), replies to responses (`reply`), streams (`events`)."""

@@ -1,0 +1,331 @@
+"""One exchange with a target: send, time, read, and say in our own errors what went wrong.
+
+What is written and how it is read is the dialect's; when it is given up, and what becomes of the connection, is decided
+here for all of them.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import math
+import time
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, Final, cast
+
+import aiohttp
+import httpx
+import orjson
+
+from appliance.core import Dialect as DialectName
+from appliance.core import EgressPermit, Outgoing, Reply, Target, Usage
+from appliance.errors import ApplianceError, BackendGarbage, BackendTimeout, StreamBroken
+from appliance.upstream.base import Door, close_response, transport_error
+from appliance.upstream.error_mapping import error_in_success, error_of_status, is_error_payload
+from appliance.upstream.label_scoring import tokens
+from appliance.upstream.rate_limit_headers import rest_seconds
+from appliance.wire.anthropic.outbound import AnthropicDialect
+from appliance.wire.dialect import Dialect, Letter, Passing
+from appliance.wire.gemini.outbound import GeminiDialect
+from appliance.wire.media import check_carried
+from appliance.wire.openai.outbound import OpenaiDialect
+from appliance.wire.sse import DONE, EventTooLong
+from appliance.wire.stream_translator import SHAPELESS
+
+DIALECTS: Final[Mapping[DialectName, Dialect]] = {
+    "openai": OpenaiDialect(),
+    "anthropic": AnthropicDialect(),
+    "gemini": GeminiDialect(),
+}
+
+_LABELS: Final = tokens.TokenLabels()
+
+MAX_REPLY_BYTES: Final = 64_000_000
+_MAX_ERROR_BYTES: Final = 64_000
+_DRAIN_SECONDS: Final = 0.5
+"""After `[DONE]` only the end of the body is due; waiting for it keeps the connection fit for the next request."""
+
+_EVENT_BYTES: Final = 150
+"""Of an event without its text, at least."""
+
+_SLOWEST_TOKENS_PER_SECOND: Final = 20.0
+"""A hosted target that sends its reply whole is silent while it writes; slower than this counts as hung."""
+
+
+def whole_reply_seconds(target: Target, output_tokens: int) -> float:
+    """How long a target may be silent before a reply that is not streamed.
+
+    Engines of this node are watched by their token progress, so only the total limit holds for them.
+    """
+    if target.provider is None:
+        return target.limits.total_seconds
+    writing = output_tokens / _SLOWEST_TOKENS_PER_SECOND
+    return min(target.limits.total_seconds, target.limits.first_byte_seconds + writing)
+
+
+def first_event_seconds(target: Target) -> float:
+    """How long a target may be silent before the first event; long prompts keep a CPU engine busy for minutes."""
+    return target.limits.total_seconds if target.provider is None else target.limits.first_byte_seconds
+
+
+def salt_of(key_id: str) -> str:
+    """What keeps one caller's cached prefixes from another's: time to first token must not tell what others sent."""
+    return hashlib.sha256(key_id.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def write(target: Target, outgoing: Outgoing, *, stream: bool, salt: str) -> Letter:
+    """What is to be sent to `target`. Nothing is sent yet.
+
+    Raises Unsupported naming the field that `target` cannot be given, RequestError where it cannot be written as JSON.
+    """
+    check_carried(target, outgoing.body)
+    return DIALECTS[target.dialect].write(target, outgoing, stream=stream, salt=salt)
+
+
+async def send(door: Door, letter: Letter, *, permit: EgressPermit | None, seconds: float) -> Reply:
+    """Get a whole reply within `seconds`. Raises BackendError's family, ContextTooLong, ResidencyRefused."""
+    target = letter.target
+    if tokens.is_asked(letter):
+        return await _LABELS.send(door, letter, permit=permit, seconds=seconds)
+    started = time.monotonic()
+    try:
+        async with asyncio.timeout(seconds):
+            response = await door.open(target, letter.path, letter.body, permit=permit, headers=letter.headers)
+            first_byte = time.monotonic() - started
+            try:
+                if response.status_code != 200:
+                    raise await _refusal(target, response)
+                raw = await _read(target, response, MAX_REPLY_BYTES)
+            finally:
+                await close_response(response)
+    except TimeoutError as error:
+        raise BackendTimeout(f"{target.name} did not answer within {seconds:.1f} s") from error
+    payload, usage = _read_reply(letter, _payload(target, raw))
+    rest = rest_seconds(response.headers, time.time()) if target.provider is not None else None
+    return Reply(payload, usage, first_byte, time.monotonic() - started, rest)
+
+
+def read_batched(letter: Letter, payload: Any) -> Reply:
+    """The reply that came back for one line of a provider's batch. Raises as `send`."""
+    target = letter.target
+    if is_error_payload(payload):
+        raise error_in_success(target, payload["error"])
+    if not isinstance(payload, dict):
+        raise BackendGarbage(f"{target.name} answered a line of its batch without an object")
+    read, usage = _read_reply(letter, payload)
+    return Reply(read, usage, 0.0, 0.0)
+
+
+def _read_reply(letter: Letter, payload: dict[str, Any]) -> tuple[dict[str, Any], Usage]:
+    """Replies are not validated field by field: one of another shape shows when it is read."""
+    try:
+        return DIALECTS[letter.target.dialect].read(letter, payload)
+    except SHAPELESS as error:
+        raise BackendGarbage(f"{letter.target.name} answered in a shape that its dialect does not have") from error
+
+
+def _payload(target: Target, raw: bytes) -> dict[str, Any]:
+    try:
+        payload = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise BackendGarbage(f"{target.name} answered {raw[:60]!r}, which is not JSON") from error
+    if is_error_payload(payload):
+        raise error_in_success(target, payload["error"])
+    if not isinstance(payload, dict):
+        raise BackendGarbage(f"{target.name} answered a JSON {type(payload).__name__} where an object belongs")
+    return payload
+
+
+class ReplyStream:
+    """An open stream whose first event has been seen. `next_block` until it returns b""; `aclose` in any case."""
+
+    def __init__(self, letter: Letter, response: httpx.Response, seconds: float) -> None:
+        self._target = letter.target
+        self._response = response
+        self._passage: Passing = DIALECTS[letter.target.dialect].passage(letter)
+        choices = letter.outgoing.body.get("n")
+        self._choices = choices if isinstance(choices, int) else 1
+        self._ends_at = asyncio.get_running_loop().time() + seconds
+        plain = "content-encoding" not in response.headers
+        source = cast(httpx.AsyncByteStream, response.stream).__aiter__() if plain else response.aiter_bytes()
+        self._chunks = cast(AsyncGenerator[bytes, None], source)
+        self._first = b""
+        self._closed = False
+        self.tokens_seen = 0
+        """Of the answer, as far as it was handed out: an estimate that is rather too high, for want of a count."""
+
+    @property
+    def usage(self) -> Usage | None:
+        """Token counts, once the target has told them; some tell what they have come to before they are done."""
+        return self._passage.usage
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether these counts are those of the whole answer."""
+        passage = self._passage
+        return passage.usage is not None and (passage.done or passage.finished_choices >= self._choices)
+
+    @property
+    def rest_seconds(self) -> float | None:
+        """How long the target wants no more requests, where it said that this one took the last that it allows."""
+        return rest_seconds(self._response.headers, time.time()) if self._target.provider is not None else None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether everything that the target had to say has come and was handed out."""
+        return self._passage.done and not self._first
+
+    async def peek(self, seconds: float) -> None:
+        """Read up to the first event and keep it. Raises where the stream fails before that."""
+        held = b""
+        waits_until = asyncio.get_running_loop().time() + seconds
+        while b"data:" not in held:
+            try:
+                block = await self._read_block(waits_until)
+            except StreamBroken as error:
+                raise BackendGarbage(error.message) from error
+            if self._passage.error is not None:
+                raise error_in_success(self._target, self._passage.error)
+            if block is None:
+                raise BackendGarbage(f"{self._target.name} ended its stream before the first event")
+            held += block
+        self._first = held
+
+    async def next_block(self) -> bytes:
+        """One or more whole events, as the target sent them; b"" at the end. Raises StreamBroken, never ends early."""
+        if self._first:
+            first, self._first = self._first, b""
+            self._see(first)
+            return first
+        if self._closed:
+            return b""
+        if self._passage.done:
+            await self._drain()
+            return b""
+        until = asyncio.get_running_loop().time() + self._target.limits.between_tokens_seconds
+        while True:
+            block = await self._read_block(until) if self._passage.error is None else b""
+            if block:
+                self._see(block)
+                return block
+            if self._passage.error is not None:
+                await self.aclose()
+                raise StreamBroken(error_in_success(self._target, self._passage.error).message)
+            if block is None:
+                return await self._end()
+
+    async def aclose(self) -> None:
+        """Give the connection back; unless the body was read to its end this cancels the work at the target."""
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.suppress(httpx.HTTPError, aiohttp.ClientError, OSError):
+            await self._chunks.aclose()
+        await close_response(self._response)
+
+    def _see(self, block: bytes) -> None:
+        """An event is a token at least; where it is longer than one, four characters are one."""
+        events = block.count(b"data:")
+        self.tokens_seen += max(events, (len(block) - events * _EVENT_BYTES) // 4)
+
+    async def _read_block(self, until: float) -> bytes | None:
+        """Complete events, b"" where none is complete yet, None at the end of the body."""
+        try:
+            async with asyncio.timeout_at(min(until, self._ends_at)):
+                chunk = await anext(self._chunks, None)
+            return self._passage.feed(chunk) if chunk is not None else self._passage.end() or None
+        except TimeoutError as error:
+            is_over = asyncio.get_running_loop().time() >= self._ends_at
+            words = "had not finished when the time for this request was over" if is_over else "fell silent"
+            raise StreamBroken(f"{self._target.name} {words}") from error
+        except EventTooLong as error:
+            raise StreamBroken(f"{self._target.name}: {error}") from error
+        except (httpx.HTTPError, aiohttp.ClientError, OSError) as error:
+            raise StreamBroken(transport_error(self._target, error).message) from error
+
+    async def _end(self) -> bytes:
+        """The body is over. Some servers leave `[DONE]` out; a stream without a finish reason was cut off."""
+        await self.aclose()
+        if self._passage.done:
+            return b""
+        if self._passage.finished_choices < self._choices:
+            raise StreamBroken(f"{self._target.name} ended its stream in the middle of the answer")
+        self._passage.done = True
+        return DONE
+
+    async def _drain(self) -> None:
+        with contextlib.suppress(TimeoutError, httpx.HTTPError, aiohttp.ClientError, OSError):
+            async with asyncio.timeout(_DRAIN_SECONDS):
+                while await anext(self._chunks, None) is not None:
+                    pass
+        await self.aclose()
+
+
+async def open_stream(
+    door: Door,
+    letter: Letter,
+    *,
+    permit: EgressPermit | None,
+    seconds: float,
+    first_event_within: float = math.inf,
+) -> ReplyStream:
+    """Open a stream and see its first event. `seconds` bounds the whole stream; the target's limits bound its silences,
+    and `first_event_within` the first one where that is shorter.
+
+    Raises BackendError's family: until this returns another target may be tried.
+    """
+    target = letter.target
+    loop = asyncio.get_running_loop()
+    patience = min(seconds, first_event_seconds(target), first_event_within)
+    started = loop.time()
+    try:
+        async with asyncio.timeout(patience):
+            response = await door.open(target, letter.path, letter.body, permit=permit, headers=letter.headers)
+    except TimeoutError as error:
+        raise BackendTimeout(f"{target.name} sent nothing for {patience:.1f} s") from error
+    stream = ReplyStream(letter, response, seconds)
+    try:
+        if response.status_code != 200 or "event-stream" not in response.headers.get("content-type", ""):
+            async with asyncio.timeout_at(started + patience):
+                raise await _not_a_stream(target, response)
+        await stream.peek(started + patience - loop.time())
+    except TimeoutError as error:
+        await stream.aclose()
+        raise BackendTimeout(f"{target.name} sent nothing for {patience:.1f} s") from error
+    except BaseException:
+        await stream.aclose()
+        raise
+    return stream
+
+
+async def _not_a_stream(target: Target, response: httpx.Response) -> ApplianceError:
+    if response.status_code != 200:
+        return await _refusal(target, response)
+    raw = await _read(target, response, _MAX_ERROR_BYTES)
+    with contextlib.suppress(orjson.JSONDecodeError):
+        payload = orjson.loads(raw)
+        if is_error_payload(payload):
+            return error_in_success(target, payload["error"])
+    return BackendGarbage(f"{target.name} was asked for a stream and answered {raw[:60]!r}")
+
+
+async def _refusal(target: Target, response: httpx.Response) -> ApplianceError:
+    try:
+        raw = await _read(target, response, _MAX_ERROR_BYTES)
+    except BackendGarbage:
+        raw = b""
+    return error_of_status(target, response.status_code, raw, response.headers, time.time())
+
+
+async def _read(target: Target, response: httpx.Response, limit_bytes: int) -> bytes:
+    """The whole body. Raises BackendGarbage where it is cut off or longer than `limit_bytes`."""
+    parts = []
+    size = 0
+    try:
+        async for part in response.aiter_bytes():
+            parts.append(part)
+            size += len(part)
+            if size > limit_bytes:
+                raise BackendGarbage(f"{target.name} sent more than {limit_bytes} bytes")
+    except (httpx.HTTPError, aiohttp.ClientError, OSError) as error:
+        raise BackendGarbage(f"{target.name} sent only part of its reply") from error
+    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -1,0 +1,1 @@
+"""Label probabilities from servers that tell log probabilities of tokens."""

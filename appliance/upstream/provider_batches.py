@@ -1,0 +1,377 @@
+"""A provider's own batches: many requests sent at once, cheaper, and answered within a day.
+
+What differs between providers is in `APIS`, by `Wire.batches`. All of it goes through the egress door: lines with a
+permit each, all else (starting, looking, fetching, cancelling) with one that is good for that alone.
+
+Sources: the API references of OpenAI, Azure, Groq, Mistral and Anthropic, and the types of the official SDKs
+(openai 3.51, anthropic 2.10), as of November 2026.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+from urllib.parse import quote
+
+import aiohttp
+import httpx
+import orjson
+
+from appliance.core import BatchApi as ApiName
+from appliance.core import EgressPermit, Target
+from appliance.errors import BackendGarbage, BackendTimeout
+from appliance.upstream.base import BatchDoor, Frame, Method, close_response, transport_error
+from appliance.upstream.error_mapping import error_of_status
+from appliance.upstream.permit_signature import line_start
+from appliance.wire.dialect import Letter
+
+MAX_LINES: Final = 5_000
+MAX_BYTES: Final = 16_000_000
+"""Of one batch, which lies in memory while it is sent. Providers take ten times as much."""
+
+TAG: Final = "appliance_batch"
+"""The key of a batch's metadata under which our name for it stands."""
+
+_SECONDS: Final = 60.0
+_UPLOAD_SECONDS: Final = 600.0
+_MAX_REPLY_BYTES: Final = 8_000_000
+_MAX_ROW_BYTES: Final = 64_000_000
+_PAGES: Final = 20
+"""Of a provider's list of batches, newest first, that are looked through for ours."""
+_BOUNDARY: Final = "appliance-a9f2c71e5b"
+
+Lines = Sequence[tuple[EgressPermit, bytes]]
+Note = Callable[[str], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a batch at a provider stands."""
+
+    is_over: bool
+    said: str = ""
+    """Why it failed as a whole."""
+    files: tuple[str, ...] = ()
+    """What its rows are fetched from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What came of one line. `status` 200: `payload` is the reply that the same request alone would have got."""
+
+    request_id: str
+    status: int
+    payload: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Carrier:
+    """Speaks to one provider of one batch."""
+
+    door: BatchDoor
+    target: Target
+    permit: EgressPermit
+
+    async def ask(self, method: Method, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """A JSON object. Raises BackendError's family."""
+        raw = b"" if body is None else orjson.dumps(body)
+        return await self._told(
+            self.door.follow(
+                self.target, method, self._path(path), permit=self.permit, body=raw, headers=self._headers
+            ),
+            _SECONDS,
+        )
+
+    async def send(self, path: str, lines: Lines, frame: Frame) -> dict[str, Any]:
+        opening = self.door.open_lines(self.target, self._path(path), lines, frame, headers=self._headers)
+        return await self._told(opening, _UPLOAD_SECONDS)
+
+    async def rows(self, path: str) -> AsyncIterator[dict[str, Any]]:
+        """A JSONL file, a line at a time. Raises BackendGarbage where it is cut off."""
+        try:
+            async with asyncio.timeout(_SECONDS):
+                response = await self.door.follow(
+                    self.target, "GET", self._path(path), permit=self.permit, headers=self._headers
+                )
+        except TimeoutError as error:
+            raise BackendTimeout(f"{self.target.name} did not hand out a batch's results") from error
+        try:
+            if response.status_code != 200:
+                raise error_of_status(
+                    self.target, response.status_code, await self._read(response), response.headers, time.time()
+                )
+            async for line in self._lines(response):
+                yield self._object(line)
+        finally:
+            await close_response(response)
+
+    async def _told(self, opening: Awaitable[httpx.Response], seconds: float) -> dict[str, Any]:
+        try:
+            async with asyncio.timeout(seconds):
+                response = await opening
+                try:
+                    raw = await self._read(response)
+                finally:
+                    await close_response(response)
+        except TimeoutError as error:
+            late = BackendTimeout(f"{self.target.name} did not answer within {seconds:.0f} s")
+            late.may_have_cost = True
+            raise late from error
+        if not 200 <= response.status_code < 300:
+            raise error_of_status(self.target, response.status_code, raw, response.headers, time.time())
+        return self._object(raw)
+
+    async def _read(self, response: httpx.Response) -> bytes:
+        parts, size = [], 0
+        try:
+            async for part in response.aiter_bytes():
+                parts.append(part)
+                size += len(part)
+                if size > _MAX_REPLY_BYTES:
+                    raise BackendGarbage(f"{self.target.name} sent more than {_MAX_REPLY_BYTES} bytes")
+        except (httpx.HTTPError, aiohttp.ClientError, OSError) as error:
+            raise transport_error(self.target, error) from error
+        return b"".join(parts)
+
+    async def _lines(self, response: httpx.Response) -> AsyncIterator[bytes]:
+        held = b""
+        try:
+            async for part in response.aiter_bytes():
+                *whole, held = (held + part).split(b"\n")
+                for line in whole:
+                    if line.strip():
+                        yield line
+                if len(held) > _MAX_ROW_BYTES:
+                    raise BackendGarbage(f"{self.target.name} sent a row of more than {_MAX_ROW_BYTES} bytes")
+        except (httpx.HTTPError, aiohttp.ClientError, OSError) as error:
+            raise transport_error(self.target, error) from error
+        if held.strip():
+            yield held
+
+    def _object(self, raw: bytes) -> dict[str, Any]:
+        try:
+            value = orjson.loads(raw)
+        except orjson.JSONDecodeError as error:
+            raise BackendGarbage(f"{self.target.name} answered {raw[:60]!r}, which is not JSON") from error
+        if not isinstance(value, dict):
+            raise BackendGarbage(f"{self.target.name} answered a JSON {type(value).__name__} where an object belongs")
+        return value
+
+    @property
+    def _headers(self) -> Mapping[str, str]:
+        return dict(self.target.wire.headers)
+
+    def _path(self, path: str) -> str:
+        query = self.target.wire.query
+        return path if not query else f"{path}{'&' if '?' in path else '?'}{query}"
+
+
+class Api(Protocol):
+    """One provider's way. Every method but the first two raises BackendError's family."""
+
+    finds: bool
+    """Whether `find` can tell."""
+
+    def endpoint(self, letter: Letter) -> str | None:
+        """What a batch of such requests is made for; None: they are not taken in batches."""
+
+    def line(self, letter: Letter, request_id: str) -> bytes: ...
+
+    async def send(self, to: Carrier, name: str, endpoint: str, lines: Lines, note: Note) -> str:
+        """The batch's id there. `note` is told of the file that was uploaded for it, where there is one."""
+
+    async def find(self, to: Carrier, name: str) -> str | None:
+        """The id of the batch that was sent under our name; None where there is none, or nothing can tell."""
+
+    async def look(self, to: Carrier, batch: str) -> Standing: ...
+
+    def rows(self, to: Carrier, batch: str, standing: Standing) -> AsyncIterator[Row]:
+        """What there is, also of a batch that was cut short; in any order."""
+
+    async def cancel(self, to: Carrier, batch: str) -> None:
+        """Lines that are done by then are paid and can be fetched."""
+
+    async def forget(self, to: Carrier, batch: str, uploaded: str | None, standing: Standing | None) -> None:
+        """Have the provider delete what it keeps of it."""
+
+
+def words(value: Any, name: str) -> str | None:
+    found = value.get(name) if isinstance(value, dict) else None
+    return found if isinstance(found, str) else None
+
+
+class OpenaiBatches:
+    """Files and batches of OpenAI's shape; Mistral's are the same with other names."""
+
+    finds = True
+    _endpoints: frozenset[str] = frozenset({"/chat/completions", "/completions", "/embeddings", "/responses"})
+    _jobs = "/batches"
+    _over: frozenset[str] = frozenset({"completed", "failed", "expired", "cancelled"})
+    _outputs = ("output_file_id", "error_file_id")
+
+    def endpoint(self, letter: Letter) -> str | None:
+        wire = letter.target.wire
+        path = letter.path.partition("?")[0]
+        if wire.deployments:
+            path = path.removeprefix(f"/deployments/{quote(letter.target.model, safe='')}")
+        if path not in self._endpoints:
+            return None
+        return path if wire.deployments else f"/v1{path}"
+
+    def line(self, letter: Letter, request_id: str) -> bytes:
+        url = orjson.dumps(self.endpoint(letter))
+        return line_start(request_id) + b',"method":"POST","url":' + url + b',"body":' + letter.body + b"}"
+
+    async def send(self, to: Carrier, name: str, endpoint: str, lines: Lines, note: Note) -> str:
+        head = (
+            f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+            f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="{name}.jsonl"\r\n'
+            "Content-Type: application/jsonl\r\n\r\n"
+        )
+        kind = f"multipart/form-data; boundary={_BOUNDARY}"
+        frame = Frame(kind, head.encode(), b"\n", f"\n\r\n--{_BOUNDARY}--\r\n".encode())
+        file = words(await to.send("/files", lines, frame), "id")
+        if file is None:
+            raise BackendGarbage(f"{to.target.name} took a file and gave it no id")
+        await note(file)
+        batch = words(await to.ask("POST", self._jobs, self._asked(to.target, name, endpoint, file)), "id")
+        if batch is None:
+            raise BackendGarbage(f"{to.target.name} made a batch and gave it no id")
+        return batch
+
+    def _asked(self, target: Target, name: str, endpoint: str, file: str) -> Mapping[str, Any]:
+        metadata = {TAG: name}
+        return {"input_file_id": file, "endpoint": endpoint, "completion_window": "24h", "metadata": metadata}
+
+    async def find(self, to: Carrier, name: str) -> str | None:
+        after = ""
+        for _ in range(_PAGES):
+            page = await to.ask("GET", f"{self._jobs}?limit=100{after}")
+            rows = page.get("data")
+            rows = rows if isinstance(rows, list) else []
+            found = next((row for row in rows if words(row, "id") and _tag_of(row) == name), None)
+            if found is not None:
+                return words(found, "id")
+            last = words(rows[-1], "id") if rows else None
+            if not page.get("has_more") or last is None:
+                return None
+            after = f"&after={quote(last, safe='')}"
+        return None
+
+    async def look(self, to: Carrier, batch: str) -> Standing:
+        found = await to.ask("GET", f"{self._jobs}/{quote(batch, safe='')}")
+        status = words(found, "status") or ""
+        files = tuple(file for name in self._outputs if (file := words(found, name)))
+        return Standing(status.lower() in self._over, _said(found) if status.lower() == "failed" else "", files)
+
+    async def rows(self, to: Carrier, batch: str, standing: Standing) -> AsyncIterator[Row]:
+        for file in standing.files:
+            async for row in to.rows(f"/files/{quote(file, safe='')}/content"):
+                found = _openai_row(row)
+                if found is not None:
+                    yield found
+
+    async def cancel(self, to: Carrier, batch: str) -> None:
+        await to.ask("POST", f"{self._jobs}/{quote(batch, safe='')}/cancel", {})
+
+    async def forget(self, to: Carrier, batch: str, uploaded: str | None, standing: Standing | None) -> None:
+        for file in (*((uploaded,) if uploaded else ()), *(standing.files if standing else ())):
+            await to.ask("DELETE", f"/files/{quote(file, safe='')}")
+
+
+class MistralBatches(OpenaiBatches):
+    """Whose batches are jobs, of one model each, and whose lines name neither method nor url."""
+
+    _endpoints = frozenset({"/chat/completions", "/embeddings"})
+    _jobs = "/batch/jobs"
+    _over = frozenset({"success", "failed", "timeout_exceeded", "cancelled"})
+    _outputs = ("output_file", "error_file")
+
+    def line(self, letter: Letter, request_id: str) -> bytes:
+        return line_start(request_id) + b',"body":' + letter.body + b"}"
+
+    def _asked(self, target: Target, name: str, endpoint: str, file: str) -> Mapping[str, Any]:
+        window = {"metadata": {TAG: name}, "timeout_hours": 24}
+        return {"input_files": [file], "model": target.model, "endpoint": endpoint, **window}
+
+    async def find(self, to: Carrier, name: str) -> str | None:
+        for number in range(_PAGES):
+            page = await to.ask("GET", f"{self._jobs}?page={number}&page_size=100")
+            rows = page.get("data")
+            if not isinstance(rows, list) or not rows:
+                return None
+            found = next((row for row in rows if _tag_of(row) == name), None)
+            if found is not None:
+                return words(found, "id")
+        return None
+
+
+class AnthropicBatches:
+    """Message Batches. They have no metadata, so a batch whose id was lost cannot be told from others."""
+
+    finds = False
+
+    def endpoint(self, letter: Letter) -> str | None:
+        return "/v1/messages" if letter.path.partition("?")[0] == "/messages" else None
+
+    def line(self, letter: Letter, request_id: str) -> bytes:
+        return line_start(request_id) + b',"params":' + letter.body + b"}"
+
+    async def send(self, to: Carrier, name: str, endpoint: str, lines: Lines, note: Note) -> str:
+        frame = Frame("application/json", b'{"requests":[', b",", b"]}")
+        batch = words(await to.send("/messages/batches", lines, frame), "id")
+        if batch is None:
+            raise BackendGarbage(f"{to.target.name} made a batch and gave it no id")
+        return batch
+
+    async def find(self, to: Carrier, name: str) -> str | None:
+        return None
+
+    async def look(self, to: Carrier, batch: str) -> Standing:
+        found = await to.ask("GET", f"/messages/batches/{quote(batch, safe='')}")
+        return Standing(words(found, "processing_status") == "ended")
+
+    async def rows(self, to: Carrier, batch: str, standing: Standing) -> AsyncIterator[Row]:
+        async for row in to.rows(f"/messages/batches/{quote(batch, safe='')}/results"):
+            name, result = words(row, "custom_id"), row.get("result")
+            if name is None:
+                continue
+            if words(result, "type") == "succeeded" and isinstance(result, dict):
+                yield Row(name, 200, result.get("message"))
+            else:
+                yield Row(name, 0, result)
+
+    async def cancel(self, to: Carrier, batch: str) -> None:
+        await to.ask("POST", f"/messages/batches/{quote(batch, safe='')}/cancel", {})
+
+    async def forget(self, to: Carrier, batch: str, uploaded: str | None, standing: Standing | None) -> None:
+        await to.ask("DELETE", f"/messages/batches/{quote(batch, safe='')}")
+
+
+APIS: Final[Mapping[ApiName, Api]] = {
+    "openai": OpenaiBatches(),
+    "mistral": MistralBatches(),
+    "anthropic": AnthropicBatches(),
+}
+
+
+def _tag_of(row: Any) -> str | None:
+    return words(row.get("metadata"), TAG) if isinstance(row, dict) else None
+
+
+def _said(found: Mapping[str, Any]) -> str:
+    errors = found.get("errors")
+    rows = errors.get("data") if isinstance(errors, dict) else errors
+    first = rows[0] if isinstance(rows, list) and rows else None
+    return words(first, "message") or "it failed as a whole"
+
+
+def _openai_row(row: Mapping[str, Any]) -> Row | None:
+    name, response = words(row, "custom_id"), row.get("response")
+    if name is None:
+        return None
+    if not isinstance(response, dict) or row.get("error"):
+        return Row(name, 0, row.get("error"))
+    status = response.get("status_code")
+    return Row(name, status if isinstance(status, int) else 0, response.get("body"))

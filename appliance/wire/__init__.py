@@ -1,0 +1,1 @@
+"""Wire formats: one package for each API dialect, and what they share. Pure."""

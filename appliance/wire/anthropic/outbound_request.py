@@ -1,0 +1,186 @@
+"""A chat request of OpenAI's as one of Anthropic's Messages API. Pure.
+
+Beyond OpenAI's own fields these are carried over where they are given: `top_k`, `thinking` (Anthropic's own object,
+instead of `reasoning_effort`), `cache_control` on the body, a message, a part or a tool, and `is_error` on a tool's
+message.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from appliance.core import Target
+from appliance.wire.anthropic.outbound_messages import written_messages
+from appliance.wire.anthropic.output_schema import narrowed
+from appliance.wire.chat_fields import (
+    DEFAULT_OUTPUT_TOKENS,
+    EFFORT_TOKENS,
+    Fields,
+    ToolChoice,
+    functions_of,
+    read_tool_choice,
+    schema_of,
+    unsupported,
+)
+
+JSON_TOOL: Final = "json_answer"
+"""Anthropic has no JSON without a schema: a tool that takes any object and must be called is the same."""
+
+MIN_THINKING_TOKENS: Final = 1_024
+"""Anthropic takes no smaller budget."""
+
+SAMPLING: Final = ("temperature", "top_p", "top_k")
+_EFFORTS: Final[Mapping[str, str]] = {
+    "minimal": "low",
+    "low": "low",
+    "medium": "medium",
+    "high": "high",
+    "xhigh": "xhigh",
+    "max": "max",
+}
+_TIERS: Final[Mapping[str, str]] = {"auto": "auto", "default": "standard_only", "standard_only": "standard_only"}
+
+
+def message_request(target: Target, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of `/messages`. Raises Unsupported for the first field that cannot be carried over, RequestError."""
+    fields = Fields(target, given)
+    body: dict[str, Any] = {"model": target.model}
+    limit = fields.take_first("max_completion_tokens", "max_tokens")
+    body |= written_messages(target, fields.take("messages") or ())
+    _write_tools(target, fields, body)
+    _write_thinking(target, fields, body, limit)
+    _write_format(target, fields, body)
+    _write_sampling(target, fields, body)
+    _write_account(target, fields, body)
+    stops = fields.take("stop")
+    if stops:
+        body["stop_sequences"] = [stops] if isinstance(stops, str) else list(stops)
+    if given.get("cache_control"):
+        body["cache_control"] = given["cache_control"]
+    fields.drop("model", "stream", "stream_options")
+    fields.finish()
+    return body
+
+
+def _write_tools(target: Target, fields: Fields, body: dict[str, Any]) -> None:
+    tools = functions_of(target, fields.take("tools") or ())
+    choice = read_tool_choice(target, fields.take("tool_choice"))
+    is_parallel = fields.take("parallel_tool_calls")
+    if not tools:
+        return
+    if choice is not None and choice.names and choice.mode != "named":
+        tools = [tool for tool in tools if tool["function"]["name"] in choice.names]
+    body["tools"] = [_tool(tool) for tool in tools]
+    written = _tool_choice(choice)
+    if is_parallel is False and written.get("type") != "none":
+        written["disable_parallel_tool_use"] = True
+    if choice is not None or is_parallel is False:
+        body["tool_choice"] = written
+
+
+def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    function = tool["function"]
+    written: dict[str, Any] = {
+        "name": function["name"],
+        "input_schema": function.get("parameters") or {"type": "object", "properties": {}},
+    }
+    if function.get("description"):
+        written["description"] = function["description"]
+    if function.get("strict"):
+        written["strict"] = True
+        written["input_schema"] = narrowed(written["input_schema"])
+    if tool.get("cache_control"):
+        written["cache_control"] = tool["cache_control"]
+    return written
+
+
+def _tool_choice(choice: ToolChoice | None) -> dict[str, Any]:
+    mode = "auto" if choice is None else choice.mode
+    if choice is not None and mode == "named":
+        return {"type": "tool", "name": choice.names[0]}
+    return {"type": {"required": "any"}.get(mode, mode)}
+
+
+def _write_thinking(target: Target, fields: Fields, body: dict[str, Any], limit: int | None) -> None:
+    """How much is thought, and the limit of the answer, which counts what is thought."""
+    body["max_tokens"] = limit or target.wire.max_output_tokens or DEFAULT_OUTPUT_TOKENS
+    given, effort = fields.mapping("thinking"), fields.word("reasoning_effort")
+    if given is not None:
+        body["thinking"] = given
+        budget = given.get("budget_tokens")
+        if limit is None and isinstance(budget, int):
+            body["max_tokens"] += budget
+        if effort is not None and effort in _EFFORTS and target.wire.thinking == "effort":
+            body["output_config"] = {"effort": _EFFORTS[effort]}
+        return
+    if effort is None:
+        return
+    if "reasoning" not in target.abilities:
+        if effort in ("none", "minimal"):
+            return
+        raise unsupported(target, "reasoning_effort", "its abilities do not name reasoning")
+    if effort == "none":
+        body["thinking"] = {"type": "disabled"}
+    elif effort not in _EFFORTS:
+        raise unsupported(target, "reasoning_effort")
+    elif target.wire.thinking == "effort":
+        body["thinking"] = {"type": "adaptive", "display": "summarized"}
+        body["output_config"] = {"effort": _EFFORTS[effort]}
+    else:
+        _write_budget(target, body, limit, EFFORT_TOKENS[effort])
+
+
+def _write_budget(target: Target, body: dict[str, Any], limit: int | None, tokens: int) -> None:
+    """At most half of the caller's own limit, so that there is room for an answer."""
+    if limit is None:
+        body["max_tokens"] += tokens
+    else:
+        tokens = min(tokens, limit // 2)
+    if tokens < MIN_THINKING_TOKENS:
+        raise unsupported(target, "reasoning_effort", f"thinking takes {2 * MIN_THINKING_TOKENS} tokens at least")
+    if body.get("tool_choice", {}).get("type") in ("any", "tool"):
+        raise unsupported(target, "tool_choice", "a model that thinks by a budget cannot be made to call a tool")
+    body["thinking"] = {"type": "enabled", "budget_tokens": tokens}
+
+
+def _write_format(target: Target, fields: Fields, body: dict[str, Any]) -> None:
+    kind, schema = schema_of(fields)
+    if kind == "json_schema":
+        format = {"type": "json_schema", "schema": narrowed(schema or {})}
+        body["output_config"] = {**body.get("output_config", {}), "format": format}
+    elif kind == "json_object":
+        if body.get("tools"):
+            raise unsupported(target, "response_format", "with tools it takes json_schema only")
+        if body.get("thinking", {}).get("type") == "enabled":
+            raise unsupported(target, "response_format", "a model that thinks by a budget takes json_schema only")
+        body["tools"] = [
+            {"name": JSON_TOOL, "description": "The answer, a JSON object.", "input_schema": {"type": "object"}}
+        ]
+        body["tool_choice"] = {"type": "tool", "name": JSON_TOOL, "disable_parallel_tool_use": True}
+
+
+def _write_sampling(target: Target, fields: Fields, body: dict[str, Any]) -> None:
+    """Newer versions of the API take none of them, not even with the value that is meant anyway."""
+    refused = target.wire.refuses
+    for name in SAMPLING:
+        value = fields.take(name)
+        if value is None or (name in refused and value == 1):
+            continue
+        if name == "temperature" and value > 1:
+            raise unsupported(target, name, f"{value:g} is more than 1, the highest there")
+        body[name] = value
+
+
+def _write_account(target: Target, fields: Fields, body: dict[str, Any]) -> None:
+    user = fields.word("safety_identifier", "user")
+    metadata = fields.mapping("metadata") or {}
+    other = next((name for name in metadata if name != "user_id"), None)
+    if other is not None:
+        raise unsupported(target, f"metadata.{other}", "there is only user_id")
+    user = metadata.get("user_id") or user
+    if user is not None:
+        body["metadata"] = {"user_id": user}
+    tier = fields.word("service_tier")
+    if tier is not None:
+        if tier not in _TIERS:
+            raise unsupported(target, "service_tier", "it has auto and default")
+        body["service_tier"] = _TIERS[tier]

@@ -1,0 +1,170 @@
+"""A chat request of OpenAI's as one of Gemini's generateContent. Pure.
+
+Beyond OpenAI's own fields these are carried over where they are given: `top_k`, and Google's `extra_body`-style
+`thinking_config`, `safety_settings` and `cached_content` in snake case, as its OpenAI-compatible endpoint takes them
+under `extra_body.google`.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from appliance.core import Target
+from appliance.wire.chat_fields import EFFORT_TOKENS, Fields, functions_of, read_tool_choice, schema_of, unsupported
+from appliance.wire.gemini.outbound_contents import written_contents
+
+_PLAIN: Final[Mapping[str, str]] = {
+    "temperature": "temperature",
+    "top_p": "topP",
+    "top_k": "topK",
+    "n": "candidateCount",
+    "seed": "seed",
+    "presence_penalty": "presencePenalty",
+    "frequency_penalty": "frequencyPenalty",
+}
+_LEVELS: Final[Mapping[str, str]] = {
+    "none": "MINIMAL",
+    "minimal": "MINIMAL",
+    "low": "LOW",
+    "medium": "MEDIUM",
+    "high": "HIGH",
+    "xhigh": "XHIGH",
+    "max": "XHIGH",
+}
+_TIERS: Final[Mapping[str, str]] = {"default": "standard", "flex": "flex", "priority": "priority"}
+_MOST_STOPS: Final = 5
+_INT32: Final = range(-(2**31), 2**31)
+_MODES: Final[Mapping[str, str]] = {"auto": "AUTO", "none": "NONE", "required": "ANY", "named": "ANY"}
+
+
+def content_request(target: Target, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of `:generateContent`. Raises Unsupported for the first field that cannot be carried over."""
+    fields = Fields(target, given)
+    body: dict[str, Any] = written_contents(target, fields.take("messages") or ())
+    _write_tools(target, fields, body)
+    settings = _settings(target, fields)
+    _write_format(fields, settings)
+    _write_thinking(target, fields, settings)
+    _write_google(target, fields, body, settings)
+    _write_account(target, fields, body)
+    fields.drop("model", "stream", "stream_options", "user", "safety_identifier")
+    fields.finish()
+    if settings:
+        body["generationConfig"] = settings
+    return body
+
+
+def _settings(target: Target, fields: Fields) -> dict[str, Any]:
+    settings = {theirs: value for ours, theirs in _PLAIN.items() if (value := fields.take(ours)) is not None}
+    if settings.get("seed") is not None and settings["seed"] not in _INT32:
+        raise unsupported(target, "seed", "it has 32 bits")
+    limit = fields.take_first("max_completion_tokens", "max_tokens") or target.wire.max_output_tokens
+    if limit is not None:
+        settings["maxOutputTokens"] = limit
+    stops = fields.take("stop")
+    if stops:
+        settings["stopSequences"] = [stops] if isinstance(stops, str) else list(stops)
+        if len(settings["stopSequences"]) > _MOST_STOPS:
+            raise unsupported(target, "stop", f"it takes {_MOST_STOPS} stop sequences at most")
+    if fields.take("logprobs"):
+        settings["responseLogprobs"] = True
+        top = fields.take("top_logprobs")
+        if top:
+            settings["logprobs"] = top
+    return settings
+
+
+def _write_tools(target: Target, fields: Fields, body: dict[str, Any]) -> None:
+    tools = functions_of(target, fields.take("tools") or ())
+    choice = read_tool_choice(target, fields.take("tool_choice"))
+    is_parallel = fields.take("parallel_tool_calls")
+    if not tools:
+        return
+    if is_parallel is False:
+        raise unsupported(target, "parallel_tool_calls", "it cannot be kept from calling several tools at once")
+    if choice is not None and choice.names and choice.mode == "auto":
+        tools = [tool for tool in tools if tool["function"]["name"] in choice.names]
+    body["tools"] = [{"functionDeclarations": [_declaration(tool["function"]) for tool in tools]}]
+    if choice is not None:
+        calling: dict[str, Any] = {"mode": _MODES[choice.mode]}
+        if choice.names and choice.mode in ("required", "named"):
+            calling["allowedFunctionNames"] = list(choice.names)
+        body["toolConfig"] = {"functionCallingConfig": calling}
+
+
+def _declaration(function: Mapping[str, Any]) -> dict[str, Any]:
+    """Gemini constrains arguments to their schema anyway, so `strict` needs no field."""
+    written = {"name": function["name"]}
+    if function.get("description"):
+        written["description"] = function["description"]
+    parameters = function.get("parameters")
+    if isinstance(parameters, Mapping) and parameters.get("properties", True):
+        written["parametersJsonSchema"] = parameters
+    return written
+
+
+def _write_format(fields: Fields, settings: dict[str, Any]) -> None:
+    kind, schema = schema_of(fields)
+    if kind != "text":
+        settings["responseMimeType"] = "application/json"
+    if schema:
+        settings["responseJsonSchema"] = {name: value for name, value in schema.items() if name != "$schema"}
+
+
+def _write_thinking(target: Target, fields: Fields, settings: dict[str, Any]) -> None:
+    effort = fields.word("reasoning_effort")
+    if effort is None:
+        return
+    if "reasoning" not in target.abilities:
+        if effort in ("none", "minimal"):
+            return
+        raise unsupported(target, "reasoning_effort", "its abilities do not name reasoning")
+    if effort not in _LEVELS:
+        raise unsupported(target, "reasoning_effort")
+    thinking: dict[str, Any] = {"includeThoughts": effort != "none"}
+    if target.wire.thinking == "effort":
+        thinking["thinkingLevel"] = _LEVELS[effort]
+    else:
+        thinking["thinkingBudget"] = 0 if effort == "none" else min(EFFORT_TOKENS[effort], EFFORT_TOKENS["high"])
+    settings["thinkingConfig"] = thinking
+
+
+def _write_google(target: Target, fields: Fields, body: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Gemini's own settings, under the name that Google's OpenAI-compatible endpoint has for them."""
+    extra = fields.take("extra_body")
+    if extra is None:
+        return
+    google = extra.get("google") if isinstance(extra, Mapping) else None
+    if not isinstance(google, Mapping) or len(extra) != 1:
+        raise unsupported(target, "extra_body", "only extra_body.google is known")
+    for name, value in google.items():
+        match name:
+            case "thinking_config":
+                settings["thinkingConfig"] = _camel(value)
+            case "safety_settings":
+                body["safetySettings"] = _camel(value)
+            case "cached_content":
+                body["cachedContent"] = value
+            case _:
+                raise unsupported(target, f"extra_body.google.{name}")
+
+
+def _camel(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {_camel_name(name): _camel(part) for name, part in value.items()}
+    return [_camel(part) for part in value] if isinstance(value, list) else value
+
+
+def _camel_name(name: str) -> str:
+    first, *rest = name.split("_")
+    return first + "".join(part.capitalize() for part in rest)
+
+
+def _write_account(target: Target, fields: Fields, body: dict[str, Any]) -> None:
+    tier = fields.word("service_tier")
+    if tier is not None and tier != "auto":
+        if tier not in _TIERS:
+            raise unsupported(target, "service_tier", "it has auto, default, flex and priority")
+        body["serviceTier"] = _TIERS[tier]
+    labels = fields.mapping("metadata")
+    if labels:
+        body["labels"] = labels

@@ -1,0 +1,198 @@
+"""`POST /v1/responses`: OpenAI's newer body, checked field by field, as a chat. Nothing is kept between requests."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from appliance.core import Asked
+from appliance.errors import RequestError, Unsupported
+from appliance.tasks.chat import MAX_TOP_LOGPROBS, REASONING_EFFORTS, ChatCall
+from appliance.wire.body_fields import missing, read_model
+from appliance.wire.chat_ir import asked_as, function_tool, json_format, offered
+from appliance.wire.json_schema import check_schema
+from appliance.wire.responses.inbound_items import messages_of
+from appliance.wire.strict_fields import Fields, tool_name
+
+LOGPROBS: Final = "message.output_text.logprobs"
+ENCRYPTED: Final = "reasoning.encrypted_content"
+MAX_METADATA: Final = 16
+
+_KEPT_NOWHERE: Final = "nothing is kept between requests here; send the whole conversation in input"
+_HOSTED: Final = "such tools are not run here; describe a function of your own"
+
+
+def read(body: Mapping[str, Any]) -> tuple[Asked, Sequence[ChatCall]]:
+    """Check a Responses body and make a chat of it. Raises RequestError naming field, value and remedy."""
+    return asked_as("responses", body, _chat_of(Fields(body), body))
+
+
+def read_count(body: Mapping[str, Any]) -> tuple[Asked, Sequence[ChatCall]]:
+    """Check a body of `/v1/responses/input_tokens`."""
+    asked, calls = read({name: value for name, value in body.items() if name != "stream"})
+    return asked, tuple(replace(call, output_tokens=1) for call in calls)
+
+
+def _chat_of(given: Fields, body: Mapping[str, Any]) -> dict[str, Any]:
+    chat: dict[str, Any] = {"model": read_model(body)}
+    given.accept("model")
+    _refuse_what_is_not_here(given)
+    chat["messages"] = messages_of(given.get("input"), given.text("instructions"))
+    _sampling(given, chat)
+    _tools(given, chat)
+    _text(given, chat)
+    _reasoning(given, chat)
+    for name in ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"):
+        value = given.text(name)
+        if value is not None:
+            chat[name] = value
+    if given.flag("stream"):
+        chat["stream"] = True
+    given.done()
+    return chat
+
+
+def _refuse_what_is_not_here(given: Fields) -> None:
+    given.refuse("previous_response_id", _KEPT_NOWHERE)
+    given.refuse("conversation", _KEPT_NOWHERE)
+    given.refuse("background", "answers are given while the caller waits; leave it out", allowed=(False,))
+    given.refuse("store", "nothing is kept here; leave it out or send false", allowed=(False,))
+    given.refuse("prompt", "no prompts are kept here; send instructions and input")
+    given.refuse("context_management", "shorten the input yourself", allowed=([],))
+    given.refuse("max_tool_calls", "it is about tools that are run here, and none are")
+    given.refuse("moderation", "nothing is moderated here")
+    given.refuse("access_programs", "there are none")
+    given.refuse("image", "images are passed on as they are")
+    given.one_of("truncation", ("auto", "disabled"))
+    given.one_of("service_tier", ("auto", "default"))
+    given.mapping("prompt_cache_options")
+    options = given.object("stream_options")
+    if options is not None:
+        options.refuse("include_obfuscation", "events are not padded here", allowed=(False,))
+        options.done()
+    _check_metadata(given)
+
+
+def _check_metadata(given: Fields) -> None:
+    metadata = given.mapping("metadata") or {}
+    if len(metadata) > MAX_METADATA or not all(isinstance(value, str) for value in metadata.values()):
+        raise given.wrong("metadata", f"it must hold at most {MAX_METADATA} strings")
+
+
+def _sampling(given: Fields, chat: dict[str, Any]) -> None:
+    limit = given.whole("max_output_tokens", 1)
+    if limit is not None:
+        chat["max_completion_tokens"] = limit
+    for name, high in (("temperature", 2), ("top_p", 1)):
+        value = given.number(name, 0, high)
+        if value is not None:
+            chat[name] = value
+    include = given.texts("include", 20)
+    for index, one in enumerate(include):
+        if one not in (LOGPROBS, ENCRYPTED):
+            place = f"include[{index}]"
+            raise Unsupported(f"{place} is {one[:80]!r}: only {LOGPROBS} and {ENCRYPTED} can be told here", param=place)
+    top = given.whole("top_logprobs", 0, MAX_TOP_LOGPROBS)
+    if LOGPROBS in include or top:
+        chat["logprobs"] = True
+        chat["top_logprobs"] = top or 0
+
+
+def _tools(given: Fields, chat: dict[str, Any]) -> None:
+    rows = given.rows("tools", 0, 1024, "tools") or ()
+    tools = [_tool(Fields(row, f"tools[{index}]")) for index, row in enumerate(rows)]
+    parallel = given.flag("parallel_tool_calls")
+    tools, choice = _choice(given, tools)
+    if tools:
+        chat["tools"] = tools
+        if choice is not None:
+            chat["tool_choice"] = choice
+        if parallel is not None:
+            chat["parallel_tool_calls"] = parallel
+
+
+def _tool(tool: Fields) -> dict[str, Any]:
+    kind = tool.get("type")
+    if kind != "function":
+        if not isinstance(kind, str):
+            raise tool.wrong("type", "it must be function")
+        raise Unsupported(f"{tool.at('type')} is {kind[:80]!r}: {_HOSTED}", param=tool.at("type"))
+    name = tool_name(tool.get("name"), tool.at("name"))
+    schema = tool.get("parameters")
+    if schema is not None:
+        check_schema(schema, tool.at("parameters"))
+    tool.refuse("defer_loading", "every tool is shown to the model", allowed=(False,))
+    tool.refuse("allowed_callers", "tools are called by the model alone", allowed=(["direct"], []))
+    tool.refuse("output_schema", "say in the description what it returns")
+    made = function_tool(name, tool.text("description"), schema, strict=tool.flag("strict"))
+    tool.done()
+    return made
+
+
+def _choice(given: Fields, tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
+    """The tools that may be called, and `tool_choice` in chat's words."""
+    value = given.get("tool_choice")
+    if value is None or isinstance(value, str):
+        choice = given.one_of("tool_choice", ("none", "auto", "required"))
+        if choice == "required" and not tools:
+            raise RequestError("tool_choice is 'required' without tools: give tools", param="tool_choice")
+        return tools, choice
+    chosen = Fields(value, "tool_choice")
+    kind = chosen.get("type")
+    if kind == "function":
+        name = offered(chosen.required_text("name"), tools, "tool_choice.name")
+        chosen.done()
+        return tools, {"type": "function", "function": {"name": name}}
+    if kind == "allowed_tools":
+        mode = chosen.one_of("mode", ("auto", "required")) or "auto"
+        names = set()
+        for index, row in enumerate(chosen.rows("tools", 1, 1024, "tools") or ()):
+            tool = Fields(row, f"tool_choice.tools[{index}]")
+            tool.one_of("type", ("function",))
+            names.add(offered(tool.required_text("name"), tools, tool.at("name")))
+            tool.done()
+        chosen.done()
+        return [tool for tool in tools if tool["function"]["name"] in names], mode
+    if not isinstance(kind, str):
+        raise chosen.wrong("type", "it must be function or allowed_tools")
+    raise Unsupported(f"tool_choice.type is {kind[:80]!r}: {_HOSTED}", param="tool_choice.type")
+
+
+def _text(given: Fields, chat: dict[str, Any]) -> None:
+    text = given.object("text")
+    if text is None:
+        return
+    verbosity = text.one_of("verbosity", ("low", "medium", "high"))
+    if verbosity is not None:
+        chat["verbosity"] = verbosity
+    format = text.object("format")
+    text.done()
+    if format is None:
+        return
+    kind = format.one_of("type", ("text", "json_object", "json_schema"))
+    if kind is None:
+        raise missing("text.format.type", "it must be text, json_object or json_schema")
+    if kind == "json_object":
+        chat["response_format"] = {"type": "json_object"}
+    elif kind == "json_schema":
+        schema = check_schema(format.get("schema"), "text.format.schema")
+        chat["response_format"] = json_format(
+            schema,
+            name=tool_name(format.get("name"), "text.format.name"),
+            strict=format.flag("strict"),
+            description=format.text("description"),
+        )
+    format.done()
+
+
+def _reasoning(given: Fields, chat: dict[str, Any]) -> None:
+    reasoning = given.object("reasoning")
+    if reasoning is None:
+        return
+    effort = reasoning.one_of("effort", REASONING_EFFORTS)
+    if effort is not None:
+        chat["reasoning_effort"] = effort
+    for name in ("summary", "generate_summary"):
+        reasoning.one_of(name, ("auto", "concise", "detailed"))
+    reasoning.refuse("mode", "there is one mode", allowed=("standard",))
+    reasoning.refuse("context", "all reasoning in input is given to the model", allowed=("auto", "all_turns"))
+    reasoning.done()
