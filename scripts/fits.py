@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Final
 
 from appliance.catalog import Catalog, DevicePrior, ModelSpec, load_catalog
-from appliance.config import Engine
+from appliance.config import EngineSettings
 from appliance.node.hardware.probe import Hardware
 from appliance.node.plan.hypothetical_hardware import machine_of
-from appliance.node.plan.planner import Plan, Wanted, plan
+from appliance.node.plan.planner import ModelCandidate, Plan, plan
 
 _NOWHERE: Final = Path()
 """Nothing has been pulled."""
@@ -32,7 +32,7 @@ def fit_tables() -> str:
 def verdict(hardware: Hardware, model: ModelSpec, engine: str) -> Plan:
     """What the planner makes of this model alone, in its variants for this engine."""
     from_catalogue = [variant for variant in model.variants if variant.engine == engine]
-    return plan(hardware, [Wanted(model, variant, _NOWHERE) for variant in from_catalogue], Engine())
+    return plan(hardware, [ModelCandidate(model, variant, _NOWHERE) for variant in from_catalogue], EngineSettings())
 
 
 def _table(catalog: Catalog, devices: Sequence[DevicePrior], engine: str) -> str:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from appliance.core import Task
 from appliance.router.profile.features import BUCKETS, features_of
-from appliance.router.profile.linear_model import COLUMNS, FILE, MARKS, TASKS, Weights, marks_of, write_weights
+from appliance.router.profile.linear_model import COLUMNS, FILE, MARKS, TASKS, LinearWeights, marks_of, write_weights
 from appliance.router.profile.text_sample import take_sample
 from scripts.profile_data import KIN, LICENCES, Row, may_train, read_rows
 from scripts.profile_templates import made_requests
@@ -62,7 +62,7 @@ class Matrix:
         return np.concatenate((hashed, self.marks.T @ values))
 
 
-def train(rows: Sequence[Row]) -> Weights:
+def train(rows: Sequence[Row]) -> LinearWeights:
     """Weights from `rows` alone: those with a task teach the task, those with a gain the difficulty."""
     features = [features_of(row.text) for row in rows]
     buckets = [one.buckets for one in features]
@@ -91,7 +91,7 @@ def train(rows: Sequence[Row]) -> Weights:
     matrix = _matrix([buckets[index] for index in measured], rarity, np.zeros((len(measured), 0)))
     learned = _GAIN_SHARE * _ridge(matrix, wanted, np.ones(len(measured)), _GAIN_RIDGE)
     table[:, -2] = learned * rarity
-    return Weights(
+    return LinearWeights(
         table=table.astype(np.float16).astype(np.float32),
         marks=of_marks.astype(np.float32),
         offsets=offsets.astype(np.float32),

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from appliance.engines.vllm import Installed
+from appliance.engines.vllm import InstalledVllm
 from appliance.node.vllm.environments import engines_folder, found_in, installed
 
 
 @dataclass(frozen=True)
 class RealVllm:
-    environment: Installed
+    environment: InstalledVllm
     weights: Path
     """SmolLM2-135M-Instruct as safetensors, with its configuration and tokenizer."""
 
@@ -36,7 +36,7 @@ def real_vllm() -> RealVllm:
     return RealVllm(environment, weights)
 
 
-def _environment(peers: Path) -> Installed | None:
+def _environment(peers: Path) -> InstalledVllm | None:
     given = os.environ.get("APPLIANCE_TEST_VLLM")
     if given:
         return found_in(Path(given))

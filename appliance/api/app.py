@@ -14,41 +14,41 @@ from starlette.routing import BaseRoute, Route
 from appliance import __version__
 from appliance.api.auth import Authenticator
 from appliance.api.caller_dialect import error_response
-from appliance.api.endpoints.admin import Admin
-from appliance.api.endpoints.classifiers import Classifiers, Encoders
-from appliance.api.endpoints.explain import Explain
-from appliance.api.endpoints.feedback import Feedback, Learning
-from appliance.api.endpoints.gemini import Gemini
-from appliance.api.endpoints.jobs import Jobs
-from appliance.api.endpoints.messages import Messages
-from appliance.api.endpoints.openai import OpenAI
-from appliance.api.endpoints.responses import Responses
-from appliance.api.endpoints.saved_tasks import SavedTasksApi
-from appliance.api.endpoints.tasks import Tasks
-from appliance.api.error_middleware import Envelope
-from appliance.api.intake import Rim
-from appliance.api.protocols import Ledger, Metrics, Pipeline, Snapshots
-from appliance.config import Server
+from appliance.api.endpoints.admin import AdminEndpoints
+from appliance.api.endpoints.classifiers import ClassifierEndpoints, EncoderClient
+from appliance.api.endpoints.explain import ExplainEndpoints
+from appliance.api.endpoints.feedback import FeedbackEndpoints, FeedbackStore
+from appliance.api.endpoints.gemini import GeminiEndpoints
+from appliance.api.endpoints.jobs import JobEndpoints
+from appliance.api.endpoints.messages import MessagesEndpoints
+from appliance.api.endpoints.openai import OpenAIEndpoints
+from appliance.api.endpoints.responses import ResponsesEndpoints
+from appliance.api.endpoints.saved_tasks import SavedTaskEndpoints
+from appliance.api.endpoints.tasks import TaskEndpoints
+from appliance.api.error_middleware import ErrorMiddleware
+from appliance.api.intake import RequestIntake
+from appliance.api.protocols import LedgerReader, MetricsPage, RequestPipeline, SnapshotSource
+from appliance.config import ServerSettings
 from appliance.errors import ApplianceError, NotFound, RequestError
-from appliance.jobs.manager import Desk
-from appliance.tasks.calibration_store import TaskFits
+from appliance.jobs.manager import JobManager
+from appliance.tasks.calibration_store import TaskCalibrationStore
 from appliance.tasks.store import KnownTasks, SavedTasks
 
 
 def create_app(
     *,
-    pipeline: Callable[[], Pipeline],
+    pipeline: Callable[[], RequestPipeline],
     auth: Authenticator,
-    state: Snapshots,
-    ledger: Ledger,
-    metrics: Metrics,
-    server: Server,
+    state: SnapshotSource,
+    ledger: LedgerReader,
+    metrics: MetricsPage,
+    server: ServerSettings,
     reload: Callable[[], Awaitable[Mapping[str, Any]]],
-    task_fits: TaskFits | None = None,
+    task_fits: TaskCalibrationStore | None = None,
     saved_tasks: SavedTasks | None = None,
-    desk: Desk | None = None,
-    encoders: Encoders | None = None,
-    learning: Learning | None = None,
+    desk: JobManager | None = None,
+    encoders: EncoderClient | None = None,
+    learning: FeedbackStore | None = None,
     clock: Callable[[], float] = time.monotonic,
     wall_clock: Callable[[], float] = time.time,
 ) -> FastAPI:
@@ -58,19 +58,21 @@ def create_app(
     there are none). `reload` reads the configuration again and says what is in force; `clock` must be the one that
     snapshots are dated with.
     """
-    rim = Rim(pipeline=pipeline, auth=auth, max_body_bytes=server.max_body_bytes, clock=clock, wall_clock=wall_clock)
-    known = KnownTasks(task_fits or TaskFits(), saved_tasks or SavedTasks())
+    rim = RequestIntake(
+        pipeline=pipeline, auth=auth, max_body_bytes=server.max_body_bytes, clock=clock, wall_clock=wall_clock
+    )
+    known = KnownTasks(task_fits or TaskCalibrationStore(), saved_tasks or SavedTasks())
     # No interactive documentation: its pages load scripts from elsewhere, and requests travel verbatim anyway.
     app = FastAPI(
         title="Appliance",
         version=__version__,
         openapi_url=None,
         routes=[
-            *_routes(rim, Admin(rim, state, ledger, metrics, reload), ledger, known),
-            *_task_routes(SavedTasksApi(rim, known, server.max_body_bytes)),
-            *([] if desk is None else _job_routes(Jobs(rim, desk))),
-            *_classifier_routes(Classifiers(rim, encoders, server.max_body_bytes, learning)),
-            *_feedback_routes(Feedback(rim, learning)),
+            *_routes(rim, AdminEndpoints(rim, state, ledger, metrics, reload), ledger, known),
+            *_task_routes(SavedTaskEndpoints(rim, known, server.max_body_bytes)),
+            *([] if desk is None else _job_routes(JobEndpoints(rim, desk))),
+            *_classifier_routes(ClassifierEndpoints(rim, encoders, server.max_body_bytes, learning)),
+            *_feedback_routes(FeedbackEndpoints(rim, learning)),
         ],
         redirect_slashes=False,
         # Errors of our own, and defects, are answered by the envelope.
@@ -79,15 +81,15 @@ def create_app(
             RequestValidationError: _on_invalid,
         },
     )
-    app.add_middleware(Envelope)
+    app.add_middleware(ErrorMiddleware)
     return app
 
 
-def _routes(rim: Rim, admin: Admin, ledger: Ledger, known: KnownTasks) -> list[BaseRoute]:
+def _routes(rim: RequestIntake, admin: AdminEndpoints, ledger: LedgerReader, known: KnownTasks) -> list[BaseRoute]:
     """Plain routes: endpoints take the request and return the response, with no model in between for each message."""
-    openai, tasks = OpenAI(rim), Tasks(rim, known)
-    messages, responses, gemini = Messages(rim), Responses(rim), Gemini(rim)
-    explain = Explain(rim, ledger, known)
+    openai, tasks = OpenAIEndpoints(rim), TaskEndpoints(rim, known)
+    messages, responses, gemini = MessagesEndpoints(rim), ResponsesEndpoints(rim), GeminiEndpoints(rim)
+    explain = ExplainEndpoints(rim, ledger, known)
     return [
         Route("/v1/chat/completions", openai.chat, methods=["POST"]),
         Route("/v1/completions", openai.completions, methods=["POST"]),
@@ -122,7 +124,7 @@ def _routes(rim: Rim, admin: Admin, ledger: Ledger, known: KnownTasks) -> list[B
     ]
 
 
-def _task_routes(tasks: SavedTasksApi) -> list[BaseRoute]:
+def _task_routes(tasks: SavedTaskEndpoints) -> list[BaseRoute]:
     return [
         Route("/v1/tasks", tasks.save, methods=["POST"]),
         Route("/v1/tasks", tasks.list, methods=["GET"]),
@@ -131,7 +133,7 @@ def _task_routes(tasks: SavedTasksApi) -> list[BaseRoute]:
     ]
 
 
-def _job_routes(jobs: Jobs) -> list[BaseRoute]:
+def _job_routes(jobs: JobEndpoints) -> list[BaseRoute]:
     return [
         Route("/v1/files", jobs.upload, methods=["POST"]),
         Route("/v1/files", jobs.files, methods=["GET"]),
@@ -157,7 +159,7 @@ def _by_dialect(openai: Endpoint, **others: Endpoint) -> Endpoint:
     return answer
 
 
-def _classifier_routes(classifiers: Classifiers) -> list[BaseRoute]:
+def _classifier_routes(classifiers: ClassifierEndpoints) -> list[BaseRoute]:
     one = "/v1/classifiers/{name}"
     return [
         Route("/v1/classifiers", classifiers.train, methods=["POST"]),
@@ -172,7 +174,7 @@ def _classifier_routes(classifiers: Classifiers) -> list[BaseRoute]:
     ]
 
 
-def _feedback_routes(feedback: Feedback) -> list[BaseRoute]:
+def _feedback_routes(feedback: FeedbackEndpoints) -> list[BaseRoute]:
     return [
         Route("/v1/feedback", feedback.give, methods=["POST"]),
         Route("/v1/examples", feedback.forget, methods=["DELETE"]),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 from urllib.parse import urlsplit
 
-from appliance.config import Key
+from appliance.config import KeySettings
 from appliance.core import Caller, Residency, Scope
 from appliance.errors import Forbidden, Unauthorized
 
@@ -26,7 +26,7 @@ def is_loopback(host: str) -> bool:
 class Authenticator:
     """Turns headers into a Caller. `load` replaces the keys whole, as a reload does."""
 
-    def __init__(self, keys: Sequence[Key], *, host: str, has_had_keys: bool = False) -> None:
+    def __init__(self, keys: Sequence[KeySettings], *, host: str, has_had_keys: bool = False) -> None:
         """`has_had_keys`: there were keys before, even if none is left."""
         self._host = host
         self._is_loopback = is_loopback(host)
@@ -35,7 +35,7 @@ class Authenticator:
         """A node whose last key is revoked or lost is closed, not open to everybody."""
         self.load(keys)
 
-    def load(self, keys: Sequence[Key]) -> None:
+    def load(self, keys: Sequence[KeySettings]) -> None:
         self._callers = {key.sha256: _caller(key) for key in keys}
         self._has_had_keys = self._has_had_keys or bool(keys)
 
@@ -88,7 +88,7 @@ class Authenticator:
         return ANONYMOUS
 
 
-def _caller(key: Key) -> Caller:
+def _caller(key: KeySettings) -> Caller:
     return Caller(
         key_id=key.name,
         name=key.name,

@@ -5,20 +5,20 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
-from appliance.api.intake import Opened
+from appliance.api.intake import InboundRequest
 from appliance.api.json_responses import json_response
-from appliance.api.protocols import Answer
+from appliance.api.protocols import PipelineAnswer
 from appliance.api.relay import StreamResponse, as_stream
 from appliance.errors import ApplianceError
 from appliance.tasks.chat import ChatCall
-from appliance.wire.chat_stream import Translation, Writer
+from appliance.wire.chat_stream import DialectStreamWriter, StreamRewriter
 from appliance.wire.openai.stream import stream_of
 
 
-class Translated:
+class DialectResponse:
     """The events of `source` as `translation` writes them. Not a generator: one that never starts is never closed."""
 
-    def __init__(self, source: AsyncIterator[bytes], translation: Translation) -> None:
+    def __init__(self, source: AsyncIterator[bytes], translation: StreamRewriter) -> None:
         self._source = source
         self._translation = translation
         self._is_closed = False
@@ -44,11 +44,11 @@ class Translated:
 
 
 async def translated(
-    answer: Answer,
-    opened: Opened[ChatCall],
+    answer: PipelineAnswer,
+    opened: InboundRequest[ChatCall],
     *,
     whole: Callable[[Mapping[str, Any]], Any],
-    writer: Callable[[], Writer],
+    writer: Callable[[], DialectStreamWriter],
     content_type: str | None = None,
 ) -> ASGIApp:
     """The response to a chat that came in another dialect: `whole` rewrites a payload, `writer` a stream.
@@ -58,8 +58,8 @@ async def translated(
     if answer.stream is not None or opened.request.stream:
         # What had to be verified whole first is written as a stream of the verified reply.
         source = answer.stream or as_stream(stream_of(answer.payload, {**opened.request.body, **_WITH_USAGE}))
-        translation = Translation(writer())
-        return StreamResponse(answer, Translated(source, translation), translation.fail, content_type)
+        translation = StreamRewriter(writer())
+        return StreamResponse(answer, DialectResponse(source, translation), translation.fail, content_type)
     headers = answer.facts.headers()
     try:
         return json_response(whole(answer.payload), status=answer.status, headers=headers)

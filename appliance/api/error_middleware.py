@@ -16,7 +16,7 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 log = structlog.stdlib.get_logger(__name__)
 
 
-class Envelope:
+class ErrorMiddleware:
     """ASGI middleware, the outermost of ours. `scope["state"]` holds the id as `request_id`, and whose shapes the
     caller expects as `dialect`."""
 

@@ -7,7 +7,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from appliance.api.caller_dialect import error_response
-from appliance.api.error_middleware import Envelope, new_request_id
+from appliance.api.error_middleware import ErrorMiddleware, new_request_id
 from appliance.errors import ApplianceError, RequestError, Unavailable
 
 MAX_HEAD_BYTES: Final = 65_536
@@ -15,7 +15,7 @@ MAX_HEAD_BYTES: Final = 65_536
 would keep the event loop busy for minutes."""
 
 
-class Connection(HttpToolsProtocol):
+class BoundedHttpProtocol(HttpToolsProtocol):
     """uvicorn's, for strangers: silent or half a request head does not hold a connection, and every refusal is an
     error in the shape of the API that was asked, or in OpenAI's where that is not known yet. `limit_concurrency` of
     uvicorn's configuration is how many connections are served."""
@@ -92,4 +92,4 @@ async def _full(scope: Scope, receive: Receive, send: Send) -> None:
     raise error
 
 
-_FULL: Final[Any] = Envelope(_full)
+_FULL: Final[Any] = ErrorMiddleware(_full)

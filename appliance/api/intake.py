@@ -10,21 +10,21 @@ from starlette.requests import Request as Http
 
 from appliance.api.auth import Authenticator
 from appliance.api.body import parse_body, read_body
-from appliance.api.protocols import Answer, Counted, Many, Pipeline
+from appliance.api.protocols import PipelineAnswer, PipelineBatchAnswer, PipelineTokenCount, RequestPipeline
 from appliance.api.rate_limits import RateLimits
 from appliance.api.relay import unless_gone
-from appliance.core import Asked, Call, Caller, Request
+from appliance.core import Caller, ParsedRequest, Request, TaskCall
 from appliance.router.request_builder import make_request
 
 IN_A_THREAD_BYTES = 16_384
 """Bodies from this size on are parsed and checked in a thread: a schema takes some 6 ms a KiB, and streams go on."""
 
-SomeCall = TypeVar("SomeCall", bound=Call)
-Reader = Callable[[Mapping[str, Any]], tuple[Asked, Sequence[SomeCall]]]
+SomeCall = TypeVar("SomeCall", bound=TaskCall)
+Reader = Callable[[Mapping[str, Any]], tuple[ParsedRequest, Sequence[SomeCall]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Opened(Generic[SomeCall]):
+class InboundRequest(Generic[SomeCall]):
     """A request that has passed the rim: its envelope is sound and its caller known."""
 
     request: Request
@@ -40,13 +40,13 @@ class Opened(Generic[SomeCall]):
         return max(call.output_tokens for call in self.calls)
 
 
-class Rim:
+class RequestIntake:
     """Shared by all endpoints of one application. `pipeline` is asked for anew for each request: reloads replace it."""
 
     def __init__(
         self,
         *,
-        pipeline: Callable[[], Pipeline],
+        pipeline: Callable[[], RequestPipeline],
         auth: Authenticator,
         max_body_bytes: int,
         clock: Callable[[], float] = time.monotonic,
@@ -60,7 +60,7 @@ class Rim:
         self._limits = RateLimits(clock)
 
     @property
-    def pipeline(self) -> Pipeline:
+    def pipeline(self) -> RequestPipeline:
         return self._pipeline()
 
     def caller(self, http: Http) -> Caller:
@@ -69,7 +69,7 @@ class Rim:
         self._limits.take(caller)
         return caller
 
-    async def open(self, http: Http, reader: Reader[SomeCall]) -> Opened[SomeCall]:
+    async def open(self, http: Http, reader: Reader[SomeCall]) -> InboundRequest[SomeCall]:
         """Raises what is wrong with the key, the body or the headers, in this order."""
         now, wall = self.clock(), self.wall_clock()
         caller = self.caller(http)
@@ -81,16 +81,16 @@ class Rim:
         request = make_request(
             asked, headers=http.headers, caller=caller, request_id=http.state.request_id, now=now, wall=wall
         )
-        return Opened(request, calls)
+        return InboundRequest(request, calls)
 
-    async def answer(self, http: Http, opened: Opened[Any]) -> Answer:
+    async def answer(self, http: Http, opened: InboundRequest[Any]) -> PipelineAnswer:
         """The answer of a request with one call. Whoever gets it closes it."""
         return await unless_gone(http.receive, self.pipeline.answer(opened.request, opened.calls[0]))
 
-    async def answer_many(self, http: Http, opened: Opened[Any], *, concurrency: int) -> Many:
+    async def answer_many(self, http: Http, opened: InboundRequest[Any], *, concurrency: int) -> PipelineBatchAnswer:
         work = self.pipeline.answer_many(opened.request, opened.calls, concurrency=concurrency)
         return await unless_gone(http.receive, work)
 
-    async def count(self, http: Http, opened: Opened[Any]) -> Counted:
+    async def count(self, http: Http, opened: InboundRequest[Any]) -> PipelineTokenCount:
         """The tokens of a request's prompt, which nobody is asked to answer."""
         return await unless_gone(http.receive, self.pipeline.count(opened.request, opened.calls[0]))

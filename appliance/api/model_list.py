@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
-from appliance.api.protocols import Pipeline
+from appliance.api.protocols import RequestPipeline
 from appliance.core import Caller, Price, Target
 from appliance.errors import UnknownModel
 from appliance.router.routing.match import bare_name
@@ -11,7 +11,7 @@ from appliance.router.routing.match import bare_name
 AUTO: Final = "auto"
 
 
-def found(pipeline: Pipeline, caller: Caller, name: str) -> Target | None:
+def found(pipeline: RequestPipeline, caller: Caller, name: str) -> Target | None:
     """What a request for `name` would be given; None where the policy chooses. Raises UnknownModel."""
     meant = pipeline.meant(name)
     if meant == AUTO:

@@ -3,17 +3,17 @@
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from appliance.core import Call, Caller, Decision, Facts, Request, Snapshot, Target
+from appliance.core import Caller, Decision, Request, ResponseMetadata, Snapshot, Target, TaskCall
 
 
-class Answer(Protocol):
+class PipelineAnswer(Protocol):
     """One answered request. Whoever has it closes it, however it ends; closing twice is allowed."""
 
     @property
     def status(self) -> int: ...
 
     @property
-    def facts(self) -> Facts: ...
+    def facts(self) -> ResponseMetadata: ...
 
     @property
     def payload(self) -> Any:
@@ -25,16 +25,16 @@ class Answer(Protocol):
     async def aclose(self) -> None: ...
 
 
-class Many(Protocol):
+class PipelineBatchAnswer(Protocol):
     @property
-    def facts(self) -> Facts: ...
+    def facts(self) -> ResponseMetadata: ...
 
     @property
     def results(self) -> Sequence[Any]:
         """In the calls' order: what `read` returned, or the ApplianceError that call ended with."""
 
 
-class Counted(Protocol):
+class PipelineTokenCount(Protocol):
     @property
     def tokens(self) -> int: ...
 
@@ -42,16 +42,18 @@ class Counted(Protocol):
         """Who counted, and how."""
 
 
-class Pipeline(Protocol):
+class RequestPipeline(Protocol):
     async def searched(self, request: Request) -> Request: ...
 
     def decide(self, request: Request, *, prompt_tokens: int, output_tokens: int) -> Decision: ...
 
-    async def answer(self, request: Request, call: Call) -> Answer: ...
+    async def answer(self, request: Request, call: TaskCall) -> PipelineAnswer: ...
 
-    async def answer_many(self, request: Request, calls: Sequence[Call], *, concurrency: int) -> Many: ...
+    async def answer_many(
+        self, request: Request, calls: Sequence[TaskCall], *, concurrency: int
+    ) -> PipelineBatchAnswer: ...
 
-    async def count(self, request: Request, call: Call) -> Counted: ...
+    async def count(self, request: Request, call: TaskCall) -> PipelineTokenCount: ...
 
     def models(self, caller: Caller) -> Sequence[Target]: ...
 
@@ -59,12 +61,12 @@ class Pipeline(Protocol):
         """The name that `model` stands for, which is mostly itself."""
 
 
-class Snapshots(Protocol):
+class SnapshotSource(Protocol):
     @property
     def snapshot(self) -> Snapshot: ...
 
 
-class Health(Protocol):
+class LedgerStatus(Protocol):
     @property
     def ok(self) -> bool: ...
 
@@ -78,15 +80,15 @@ class Health(Protocol):
     def dropped(self) -> int: ...
 
 
-class Ledger(Protocol):
-    def health(self) -> Health: ...
+class LedgerReader(Protocol):
+    def health(self) -> LedgerStatus: ...
 
     async def decision(self, decision_id: str) -> Mapping[str, Any] | None: ...
 
 
-class Metrics(Protocol):
+class MetricsPage(Protocol):
     def observe_snapshot(self, snapshot: Snapshot) -> None: ...
 
-    def observe_ledger(self, health: Health) -> None: ...
+    def observe_ledger(self, health: LedgerStatus) -> None: ...
 
     def render(self) -> tuple[bytes, str]: ...

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import structlog
 from starlette.types import Receive, Scope, Send
 
-from appliance.api.protocols import Answer
+from appliance.api.protocols import PipelineAnswer
 from appliance.errors import ApplianceError, ClientGone, StreamBroken
 from appliance.wire.openai.stream import event
 
@@ -77,7 +77,7 @@ class StreamResponse:
 
     def __init__(
         self,
-        answer: Answer,
+        answer: PipelineAnswer,
         events: AsyncIterator[bytes],
         failure: Callable[[ApplianceError], bytes] | None = None,
         content_type: str | None = None,

@@ -17,7 +17,7 @@ _MOST_FIELD_BYTES: Final = 4_096
 _MOST_FIELDS: Final = 32
 
 
-class Form:
+class UploadForm:
     """Takes the pieces of a body; blocking. `write` gets the file's bytes; other fields are kept, as they are short."""
 
     def __init__(self, content_type: str, write: Callable[[bytes], None]) -> None:
@@ -95,7 +95,7 @@ class Form:
         self.is_whole = True
 
 
-async def receive_form(http: Http, form: Form) -> None:
+async def receive_form(http: Http, form: UploadForm) -> None:
     """Feed the body to `form`, in a thread and in pieces of about a megabyte. Raises RequestError, ClientGone."""
     pieces: list[bytes] = []
     size, more = 0, True

@@ -13,7 +13,7 @@ from appliance.cli.output import say_json, stdout
 from appliance.config import NodeConfig, load_config
 from appliance.errors import ConfigError, LedgerUnavailable
 from appliance.ledger.keys import list_keys
-from appliance.node.doctor.checks import Facts, examine
+from appliance.node.doctor.checks import DoctorFacts, examine
 from appliance.node.doctor.facts import gather
 from appliance.serve import ledger_url
 
@@ -46,7 +46,7 @@ def doctor_command(
     raise typer.Exit(0 if is_well else 1)
 
 
-def _gather(config_path: Path | None, data_dir: Path | None, *, full: bool) -> Facts:
+def _gather(config_path: Path | None, data_dir: Path | None, *, full: bool) -> DoctorFacts:
     problem = None
     try:
         config = load_config(config_path)

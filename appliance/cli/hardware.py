@@ -10,7 +10,7 @@ from rich.table import Table
 from appliance.catalog import Catalog, DevicePrior, load_device
 from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, catalog_of, data_dir_of
 from appliance.cli.output import bytes_text, guarded, say, say_json, stdout
-from appliance.config import Engine, EngineModel, load_config
+from appliance.config import EngineModel, EngineSettings, load_config
 from appliance.engines.base import Placement
 from appliance.node.calibrate.gpu_memory_records import read_records
 from appliance.node.hardware.gpu_devices import devices_of
@@ -19,7 +19,7 @@ from appliance.node.hardware.probe import Hardware, probe
 from appliance.node.models.model_store import ModelStore
 from appliance.node.plan.gpu_fit import Records
 from appliance.node.plan.hypothetical_hardware import machine_of
-from appliance.node.plan.planner import Plan, Wanted, plan
+from appliance.node.plan.planner import ModelCandidate, Plan, plan
 from appliance.node.plan.variant_selection import candidates
 
 
@@ -83,7 +83,7 @@ def plan_command(
     stdout.print(_table(rows))
 
 
-def _candidates(name: str, catalog: Catalog, store: ModelStore, has_gpus: bool) -> tuple[Wanted, ...]:
+def _candidates(name: str, catalog: Catalog, store: ModelStore, has_gpus: bool) -> tuple[ModelCandidate, ...]:
     return guarded(lambda: candidates(EngineModel(name=name), catalog, store, has_gpus=has_gpus))
 
 
@@ -92,7 +92,7 @@ def _prior(name: str, catalog: Catalog) -> DevicePrior:
 
 
 def _each(
-    hardware: Hardware, groups: list[tuple[Wanted, ...]], engine: Engine, records: Records
+    hardware: Hardware, groups: list[tuple[ModelCandidate, ...]], engine: EngineSettings, records: Records
 ) -> list[dict[str, Any]]:
     """Each variant by itself: the question is what could run, not what runs together."""
     rows = []
@@ -102,13 +102,13 @@ def _each(
 
 
 def _together(
-    hardware: Hardware, groups: list[tuple[Wanted, ...]], engine: Engine, records: Records
+    hardware: Hardware, groups: list[tuple[ModelCandidate, ...]], engine: EngineSettings, records: Records
 ) -> list[dict[str, Any]]:
     wanted = [one for group in groups for one in group]
     return _rows(wanted, plan(hardware, wanted, engine, records))
 
 
-def _rows(wanted: list[Wanted], outcome: Plan) -> list[dict[str, Any]]:
+def _rows(wanted: list[ModelCandidate], outcome: Plan) -> list[dict[str, Any]]:
     placed = {(one.model, one.variant): one for one in outcome.placements}
     refused = {(one.model, one.variant): one.reason for one in outcome.refusals}
     rows = []

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, data_dir_of
 from appliance.cli.output import fail, guarded, say, say_json, stdout
-from appliance.config import Key, load_config
+from appliance.config import KeySettings, load_config
 from appliance.ledger.keys import add_key, list_keys, revoke_key
 from appliance.serve import ledger_url
 
@@ -54,7 +54,7 @@ def create(
         "daily_usd": daily_usd,
     }
     try:
-        key = Key.model_validate(settings)
+        key = KeySettings.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
         fail(f"{first['loc'][0]}: {first['msg'].removeprefix('Value error, ')} (it is {first['input']!r})")

@@ -25,10 +25,10 @@ from appliance.core import Ability, Caller, Profile, Request, Residency, Snapsho
 from appliance.errors import ApplianceError, ConfigError, UnknownModel
 from appliance.router.capacity.predictor import NOT_PREDICTED, Prediction
 from appliance.router.cost import reserve_usd
-from appliance.router.pii.scanner import Inspector, detector_for
+from appliance.router.pii.scanner import PiiScanner, detector_for
 from appliance.router.profile import profile
 from appliance.router.request_builder import make_request
-from appliance.router.routing.rank import Outlook, Ranking, rank
+from appliance.router.routing.rank import RankedTargets, TargetEstimate, rank
 
 app = typer.Typer(help="The routing policy.", no_args_is_help=True)
 
@@ -170,7 +170,7 @@ def _read(path: Path, caller: Caller, given: list[str], policy: Policy) -> tuple
         asked, headers=headers, caller=caller, request_id="explain", now=time.monotonic(), wall=time.time()
     )
     if policy.searches_content:
-        request = asyncio.run(Inspector(policy.residency, detector_for(policy)).search(request))
+        request = asyncio.run(PiiScanner(policy.residency, detector_for(policy)).search(request))
     return request, profile(
         request,
         prompt_tokens=max(call.prompt_tokens for call in calls),
@@ -179,12 +179,12 @@ def _read(path: Path, caller: Caller, given: list[str], policy: Policy) -> tuple
     )
 
 
-def _rank(request: Request, made: Profile, policy: Policy, targets: tuple[Target, ...], local: str) -> Ranking:
+def _rank(request: Request, made: Profile, policy: Policy, targets: tuple[Target, ...], local: str) -> RankedTargets:
     prediction = next((known for name, known in _LOCAL.items() if name == local), None)
     if prediction is None:
         fail(f"--local {local!r}: it must be one of {', '.join(_LOCAL)}")
     outlooks = {
-        target.name: Outlook(
+        target.name: TargetEstimate(
             prediction if target.provider is None else NOT_PREDICTED,
             made.prompt_tokens,
             made.prompt_tokens // 2,
@@ -197,7 +197,7 @@ def _rank(request: Request, made: Profile, policy: Policy, targets: tuple[Target
     return rank(request, made, policy, Snapshot(0.0, targets), outlooks)
 
 
-def _facts(made: Profile, ranking: Ranking) -> dict[str, Any]:
+def _facts(made: Profile, ranking: RankedTargets) -> dict[str, Any]:
     route = ranking.route
     return {
         "profile": {"task": made.task, "complexity": made.complexity, "risk": made.risk, "reasons": made.reasons},
@@ -212,7 +212,7 @@ def _facts(made: Profile, ranking: Ranking) -> dict[str, Any]:
     }
 
 
-def _say_story(made: Profile, ranking: Ranking) -> None:
+def _say_story(made: Profile, ranking: RankedTargets) -> None:
     route = ranking.route
     say(f"profile    {'; '.join(made.reasons)}; {made.prompt_tokens} prompt tokens")
     say(f"route      {route.name} (policy {route.policy_version})")

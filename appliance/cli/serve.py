@@ -17,7 +17,7 @@ from appliance.cli.models.calibrate import first_start
 from appliance.cli.models.models import pull_with_progress
 from appliance.cli.options import ConfigOption, DataDirOption, catalog_of, data_dir_of
 from appliance.cli.output import bytes_text, fail, guarded, say, stderr
-from appliance.config import Engine, NodeConfig, load_config
+from appliance.config import EngineSettings, NodeConfig, load_config
 from appliance.engines.base import Placement
 from appliance.errors import ApplianceError
 from appliance.node.calibrate.calibration import Calibration
@@ -25,12 +25,12 @@ from appliance.node.calibrate.gpu_memory_records import read_records
 from appliance.node.hardware.gpu_devices import devices_of
 from appliance.node.hardware.probe import Hardware, probe
 from appliance.node.models.model_store import ModelStore
-from appliance.node.plan.planner import Plan, Wanted, plan
+from appliance.node.plan.planner import ModelCandidate, Plan, plan
 from appliance.node.plan.recommendation import best_candidate
 from appliance.node.plan.serving_plan import line_up
 from appliance.node.plan.variant_selection import candidates, wanted
 from appliance.node.vllm.environments import launchable
-from appliance.serve import Running, Site, check_free, prepare, serve
+from appliance.serve import NodeSpec, RunningNode, check_free, prepare, serve
 
 
 def serve_command(
@@ -64,13 +64,13 @@ def serve_command(
         engine = config.engine.model_copy(update={"calibrate": False}) if no_calibrate else config.engine
         serving = _one_model(engine, check, catalog, store, hardware, home)
 
-    def read() -> Site:
+    def read() -> NodeSpec:
         now = _with_options(load_config(config_path), host, port, model)
         return prepare(now, home, serving.placements, serving.pools)
 
     site = guarded(read)
 
-    def announce(running: Running) -> None:
+    def announce(running: RunningNode) -> None:
         first, seconds = serving.placements[0], time.monotonic() - started
         say(_ready_message(running, first, serving.parameters, home, seconds, serving.why, serving.others))
         say(serving.advice)
@@ -99,7 +99,7 @@ class _Serving:
     advice: str = ""
 
 
-def _is_a_line_up(engine: Engine, has_gpus: bool) -> bool:
+def _is_a_line_up(engine: EngineSettings, has_gpus: bool) -> bool:
     """Several models, or one that was named and that may need more than a GGUF on the processor. The embedded one,
     which nobody named, needs no GPU."""
     if engine.models:
@@ -109,7 +109,7 @@ def _is_a_line_up(engine: Engine, has_gpus: bool) -> bool:
 
 
 def _one_model(
-    engine: Engine, check: _Check, catalog: Catalog, store: ModelStore, hardware: Hardware, home: Path
+    engine: EngineSettings, check: _Check, catalog: Catalog, store: ModelStore, hardware: Hardware, home: Path
 ) -> _Serving:
     """One model on the processor, in the variant that was measured to be quickest."""
     chosen = guarded(lambda: wanted(engine, catalog, store))
@@ -126,7 +126,7 @@ def _one_model(
 
 
 def _line_up(
-    engine: Engine,
+    engine: EngineSettings,
     check: _Check,
     catalog: Catalog,
     store: ModelStore,
@@ -155,7 +155,7 @@ def _line_up(
     return _Serving(found.placements, found.pools, parameters, others=tuple(others))
 
 
-def _pull(store: ModelStore, item: Wanted) -> None:
+def _pull(store: ModelStore, item: ModelCandidate) -> None:
     if not item.path.exists():
         stderr.print(f"pulling {item.model.name} ({item.variant.name}, {bytes_text(item.variant.size_bytes)})")
         pull_with_progress(store, item.model, item.variant)
@@ -212,7 +212,7 @@ _TRIES = (
 """One line of curl for each of the three things a node is for."""
 
 
-def _why(outcome: Plan, candidates: Sequence[Wanted]) -> str:
+def _why(outcome: Plan, candidates: Sequence[ModelCandidate]) -> str:
     """Why the variant that is served was chosen; empty where nothing was measured."""
     served = outcome.placements[0].variant
     if outcome.refusals and candidates[0].variant.name != served:
@@ -221,7 +221,7 @@ def _why(outcome: Plan, candidates: Sequence[Wanted]) -> str:
 
 
 def _ready_message(
-    running: Running,
+    running: RunningNode,
     placement: Placement,
     parameters: int,
     home: Path,
@@ -255,7 +255,7 @@ def _engine_of(placement: Placement) -> str:
     return f"{name} on {len(placement.gpu.devices)} GPU{'s' if len(placement.gpu.devices) > 1 else ''}"
 
 
-def _advice(catalog: Catalog, hardware: Hardware, chosen: Wanted, calibration: Calibration | None) -> str:
+def _advice(catalog: Catalog, hardware: Hardware, chosen: ModelCandidate, calibration: Calibration | None) -> str:
     """For the embedded model: that it is only for trying things out, and what this machine could run instead."""
     if not chosen.model.embedded:
         return ""

@@ -14,14 +14,14 @@ from pydantic import BaseModel, ValidationError
 from appliance.config.policy import Policy
 from appliance.config.policy_checks import first_mistake
 from appliance.config.settings import NodeConfig, Provider
-from appliance.config.strict import Strict
+from appliance.config.strict import StrictModel
 from appliance.core import Target
 from appliance.core.toml_positions import dotted, line_of
 from appliance.errors import ConfigError
 
 DEFAULT_POLICY_PATH = Path(__file__).with_name("policy.default.toml")
 
-Document = TypeVar("Document", bound=Strict)
+Document = TypeVar("Document", bound=StrictModel)
 
 
 def load_config(path: Path | None) -> NodeConfig:

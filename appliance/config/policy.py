@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from appliance.config.strict import Name, PositiveSeconds, Strict, check_residency
+from appliance.config.strict import Name, PositiveSeconds, StrictModel, check_residency
 from appliance.core import Endpoint, Format, LatencyClass, PersonalKind, Profiler, Residency, Stage, Task
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -17,7 +17,7 @@ Tokens = Annotated[int, Field(ge=1)]
 SECRET_HEADERS = frozenset({"authorization", "proxy-authorization", "cookie", "x-api-key", "api-key"})
 
 
-class Match(Strict):
+class RouteMatch(StrictModel):
     """Which requests a route is for. Every field given must hold; a list holds if one of its values does."""
 
     task: tuple[Task, ...] | None = None
@@ -75,7 +75,7 @@ class Match(Strict):
         return {name.lower(): text for name, text in value.items()}
 
     @model_validator(mode="after")
-    def _can_hold(self) -> "Match":
+    def _can_hold(self) -> "RouteMatch":
         for name, low, high in self.ranges():
             if low is not None and high is not None and low >= high:
                 raise ValueError(f"{name}_at_least is not below {name}_below: no request can match")
@@ -104,7 +104,7 @@ class Match(Strict):
         )
 
 
-class Score(Strict):
+class RouteScore(StrictModel):
     """Weights to choose among the targets by, instead of their order. Only their proportions matter."""
 
     latency: Weight = 0.0
@@ -115,13 +115,13 @@ class Score(Strict):
     """Of a low expected cost."""
 
     @model_validator(mode="after")
-    def _weighs_something(self) -> "Score":
+    def _weighs_something(self) -> "RouteScore":
         if self.latency + self.quality + self.cost <= 0:
             raise ValueError("every weight is 0: give at least one of latency, quality and cost a weight")
         return self
 
 
-class Escalation(Strict):
+class EscalationRule(StrictModel):
     """Ask a better target when the answer is unsure. Decisions, extractions, and chats that ask for logprobs."""
 
     below_confidence: Share
@@ -136,7 +136,7 @@ class Escalation(Strict):
     """In order of preference, as a route's targets."""
 
 
-class Cascade(Strict):
+class CascadeRule(StrictModel):
     """The route's targets as steps for decisions: a classifier first, and each next word of `targets` is asked only
     about the texts that the one before was unsure of. Other requests find the same targets, in order of preference."""
 
@@ -166,12 +166,12 @@ class Cascade(Strict):
     """Names of keys whose texts may be learned from together; empty: never those of more than one key."""
 
 
-class Pruning(Strict):
+class PruningRule(StrictModel):
     keep_tokens: Tokens
     """About how many prompt tokens stay: the system messages and the newest turns; the oldest turns go first."""
 
 
-class Degrade(Strict):
+class DegradeRule(StrictModel):
     """One step down, taken when no target could answer in full. Steps are tried in their order.
 
     `constrained`: a shorter answer or a smaller context. `reduced_scope`: the system messages and the last user message
@@ -188,7 +188,7 @@ class Degrade(Strict):
     """The answer of a `static` step: what the caller can do now."""
 
     @model_validator(mode="after")
-    def _is_complete(self) -> "Degrade":
+    def _is_complete(self) -> "DegradeRule":
         limits = self.max_output_tokens is not None or self.keep_tokens is not None
         if self.step == "static" and (self.text is None or limits):
             raise ValueError("a static step has text, and nothing else")
@@ -222,7 +222,7 @@ STRUCTURED: tuple[PersonalKind, ...] = (
 """What has a form of its own, so that patterns and check digits find nearly all of it."""
 
 
-class PersonalData(Strict):
+class PersonalDataRule(StrictModel):
     """Requests that hold personal data are bound, whatever key and header allow.
 
     All that a model would read is searched before the request is routed. What could not be searched (it took too long,
@@ -248,17 +248,17 @@ class PersonalData(Strict):
         return check_residency(value)
 
 
-class RouteRule(Strict):
+class RouteRule(StrictModel):
     """One route. What is left out comes from [defaults]."""
 
     name: Name
     """What headers, the ledger and keys call it."""
     stage: Stage = "managed"
     """Life cycle. Answers of a deprecated route carry a warning header."""
-    match: Match = Match()
+    match: RouteMatch = RouteMatch()
     targets: tuple[str, ...] = Field(min_length=1)
     """In order of preference: a target's name, `onsite` (all on-site targets) or `hosted` (all hosted ones)."""
-    score: Score | None = None
+    score: RouteScore | None = None
     """Choose among the targets by these weights instead of by their order."""
     allowed_risk: tuple[Name, ...] | None = Field(default=None, min_length=1)
     """Requests of another risk class are refused."""
@@ -288,15 +288,15 @@ class RouteRule(Strict):
     """Ceiling for what an answer of one target has cost of late, failures included; above it the target is left out."""
     max_output_tokens: Tokens | None = None
     """Longest answer: a caller's higher limit is lowered to this."""
-    prune_context: Pruning | None = None
-    escalation: Escalation | None = None
-    cascade: Cascade | None = None
+    prune_context: PruningRule | None = None
+    escalation: EscalationRule | None = None
+    cascade: CascadeRule | None = None
     keep_texts: bool = False
     """Whether texts that a cascade has labels for are kept on this node, to learn from: those that went on, those that
     were audited, those with feedback. Under [learning] stands for how long."""
     fallback: Name | None = None
     """A route whose targets follow after this one's own."""
-    degrade: tuple[Degrade, ...] = ()
+    degrade: tuple[DegradeRule, ...] = ()
     quota: Share | None = None
     """Most of all requests, as a share over the last hour, that this route takes."""
     beyond_quota: Literal["next", "refuse"] = "next"
@@ -308,7 +308,7 @@ class RouteRule(Strict):
         return None if value is None else check_residency(value)
 
 
-class Defaults(Strict):
+class PolicyDefaults(StrictModel):
     """For every route that does not say otherwise."""
 
     residency: str = "any"
@@ -328,20 +328,20 @@ class Defaults(Strict):
     _residency = field_validator("residency")(check_residency)
 
 
-class Capacity(Strict):
+class CapacityRule(StrictModel):
     """How the on-site engines are shared out."""
 
     reserved_for_bound: float = Field(default=0.1, ge=0, lt=1)
     """Share of an engine's sequences that requests which may go elsewhere leave free for those that may not."""
 
 
-class Policy(Strict):
+class Policy(StrictModel):
     """Routes, first match first. `version` is the hash of the file's text, so equal versions are equal policies."""
 
     version: str = Field(default="", exclude=True)
-    defaults: Defaults = Defaults()
-    residency: PersonalData = PersonalData()
-    capacity: Capacity = Capacity()
+    defaults: PolicyDefaults = PolicyDefaults()
+    residency: PersonalDataRule = PersonalDataRule()
+    capacity: CapacityRule = CapacityRule()
     aliases: Mapping[str, str] = {}
     """Names that clients ask for, as they stand in code written for another API, and what is meant here: `auto`, a
     target, or a model. `*` stands for anything, as in `"claude-*" = "auto"`; the first that fits counts."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, get_args
 from urllib.parse import urlsplit
 
-from appliance.core import Ability, Dialect, KeyHeader, Wire
+from appliance.core import Ability, Dialect, KeyHeader, ProviderQuirks
 
 ProviderKind = Literal[
     "compatible",
@@ -53,31 +53,33 @@ _VERSION: Final = re.compile(r"v\d\w*")
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class ProviderPreset:
     dialect: Dialect = "openai"
     base_url: str | None = None
     """Where it is, so that a configuration need not say it."""
     host: str | None = None
     """The end of its host's name, by which it is known where the configuration does not name its kind."""
     abilities: tuple[Ability, ...] = CHAT
-    wire: Wire = field(default_factory=Wire)
+    wire: ProviderQuirks = field(default_factory=ProviderQuirks)
     cache_write: float = 1.0
     """What a prompt token costs that is put into its cache, in prompt tokens."""
     long_to_short: float = 1.0
     """How much more that costs where it is to be kept for an hour."""
 
 
-KINDS: Final[Mapping[ProviderKind, Kind]] = {
-    "compatible": Kind(),
-    "openai": Kind(
+KINDS: Final[Mapping[ProviderKind, ProviderPreset]] = {
+    "compatible": ProviderPreset(),
+    "openai": ProviderPreset(
         base_url="https://api.openai.com/v1",
         host="api.openai.com",
-        wire=Wire("openai", token_limit="max_completion_tokens", refuses=_SAMPLERS, strips=THINKING, batches="openai"),
+        wire=ProviderQuirks(
+            "openai", token_limit="max_completion_tokens", refuses=_SAMPLERS, strips=THINKING, batches="openai"
+        ),
         cache_write=1.25,
     ),
-    "azure": Kind(
+    "azure": ProviderPreset(
         host=".azure.com",
-        wire=Wire(
+        wire=ProviderQuirks(
             "azure",
             "api-key",
             token_limit="max_completion_tokens",
@@ -87,36 +89,36 @@ KINDS: Final[Mapping[ProviderKind, Kind]] = {
         ),
         cache_write=1.25,
     ),
-    "anthropic": Kind(
+    "anthropic": ProviderPreset(
         dialect="anthropic",
         base_url="https://api.anthropic.com/v1",
         host="api.anthropic.com",
         abilities=("chat", "json_schema", "tools"),
-        wire=Wire("anthropic", "x-api-key", batches="anthropic"),
+        wire=ProviderQuirks("anthropic", "x-api-key", batches="anthropic"),
         cache_write=1.25,
         long_to_short=1.6,
     ),
-    "gemini": Kind(
+    "gemini": ProviderPreset(
         dialect="gemini",
         base_url="https://generativelanguage.googleapis.com/v1beta",
         host="generativelanguage.googleapis.com",
         abilities=("chat", "json_schema", "logprobs", "tools"),
-        wire=Wire("gemini", "x-goog-api-key"),
+        wire=ProviderQuirks("gemini", "x-goog-api-key"),
     ),
-    "gemini_openai": Kind(
+    "gemini_openai": ProviderPreset(
         base_url="https://generativelanguage.googleapis.com/v1beta/openai",
         abilities=("chat", "json_schema", "tools"),
-        wire=Wire(
+        wire=ProviderQuirks(
             "gemini_openai",
             refuses=_SAMPLERS | {"logit_bias", "logprobs", "top_logprobs"},
             strips=frozenset({"reasoning_content", "thinking_blocks"}),
         ),
     ),
-    "mistral": Kind(
+    "mistral": ProviderPreset(
         base_url="https://api.mistral.ai/v1",
         host="api.mistral.ai",
         abilities=("chat", "json_schema", "tools"),
-        wire=Wire(
+        wire=ProviderQuirks(
             "mistral",
             token_limit="max_tokens",
             renames=(("seed", "random_seed"),),
@@ -128,11 +130,11 @@ KINDS: Final[Mapping[ProviderKind, Kind]] = {
             batches="mistral",
         ),
     ),
-    "groq": Kind(
+    "groq": ProviderPreset(
         base_url="https://api.groq.com/openai/v1",
         host="api.groq.com",
         abilities=("chat", "json_schema", "tools"),
-        wire=Wire(
+        wire=ProviderQuirks(
             "groq",
             token_limit="max_completion_tokens",
             refuses=_SAMPLERS | {"logit_bias", "logprobs", "top_logprobs", "n"},
@@ -140,15 +142,15 @@ KINDS: Final[Mapping[ProviderKind, Kind]] = {
             batches="openai",
         ),
     ),
-    "together": Kind(
+    "together": ProviderPreset(
         base_url="https://api.together.xyz/v1",
         host="api.together.xyz",
-        wire=Wire("together", token_limit="max_tokens", refuses=frozenset({"thinking"}), strips=THINKING),
+        wire=ProviderQuirks("together", token_limit="max_tokens", refuses=frozenset({"thinking"}), strips=THINKING),
     ),
-    "openrouter": Kind(
+    "openrouter": ProviderPreset(
         base_url="https://openrouter.ai/api/v1",
         host="openrouter.ai",
-        wire=Wire(
+        wire=ProviderQuirks(
             "openrouter",
             token_limit="max_tokens",
             refuses=frozenset({"thinking"}),
@@ -158,9 +160,9 @@ KINDS: Final[Mapping[ProviderKind, Kind]] = {
         cache_write=1.25,
         long_to_short=1.6,
     ),
-    "vllm": Kind(wire=Wire("vllm", strips=frozenset({"thinking_blocks", "extra_content"}))),
+    "vllm": ProviderPreset(wire=ProviderQuirks("vllm", strips=frozenset({"thinking_blocks", "extra_content"}))),
     # it passes on what its own targets are given
-    "appliance": Kind(abilities=(*CHAT, "decisions"), wire=Wire("appliance")),
+    "appliance": ProviderPreset(abilities=(*CHAT, "decisions"), wire=ProviderQuirks("appliance")),
 }
 
 assert set(KINDS) == set(get_args(ProviderKind))

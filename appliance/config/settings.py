@@ -15,11 +15,11 @@ from appliance.config.providers import (
     check_batches,
     kind_of,
 )
-from appliance.config.strict import Name, PositiveSeconds, Quality, Strict, Usd, check_residency
+from appliance.config.strict import Name, PositiveSeconds, Quality, StrictModel, Usd, check_residency
 from appliance.core import Ability, Api, Dialect, Location, Scope, Thinking
 
 
-class Server(Strict):
+class ServerSettings(StrictModel):
     """Where the HTTP API listens."""
 
     host: str = "127.0.0.1"
@@ -37,7 +37,7 @@ class Server(Strict):
 Workload = Literal["balanced", "prefill", "decode"]
 
 
-class Tolerance(Strict):
+class ToleranceSettings(StrictModel):
     """How near a variant that was derived here must come to its source, or it is not used however quick it is."""
 
     label_agreement: float = Field(default=0.97, ge=0, le=1)
@@ -47,7 +47,7 @@ class Tolerance(Strict):
     """Divergence of next-token distributions, in nats, at most."""
 
 
-class EngineModel(Strict):
+class EngineModel(StrictModel):
     """One of several models, with what is to hold for it alone. Whatever is left out is planned."""
 
     name: str = Field(min_length=1)
@@ -78,7 +78,7 @@ class EngineModel(Strict):
     """Further options of its engine, as its command line takes them."""
 
 
-class Engine(Strict):
+class EngineSettings(StrictModel):
     """The CPU engine. Whatever is left out is planned from what the machine has."""
 
     model: str = "smollm2-135m-instruct"
@@ -92,7 +92,7 @@ class Engine(Strict):
     variants that answer alike."""
     calibrate: bool = True
     """Whether a first start measures variants and thread counts for about half a minute."""
-    tolerance: Tolerance = Tolerance()
+    tolerance: ToleranceSettings = ToleranceSettings()
     models: tuple[EngineModel, ...] = ()
     """Several models, each with settings of its own. With these, `model` is served only if it is set."""
     idle_unload_seconds: PositiveSeconds | None = None
@@ -131,7 +131,7 @@ class Engine(Strict):
         return (first, *self.models)
 
     @model_validator(mode="after")
-    def _names_are_unique(self) -> "Engine":
+    def _names_are_unique(self) -> "EngineSettings":
         names = [one.name for one in self.wanted_models]
         for name in names:
             if names.count(name) > 1:
@@ -139,7 +139,7 @@ class Engine(Strict):
         return self
 
 
-class Cost(Strict):
+class CostSettings(StrictModel):
     """What local work costs. The defaults are assumptions, and reports say so until they are set."""
 
     usd_per_kwh: Usd | None = None
@@ -150,7 +150,7 @@ class Cost(Strict):
     """Amortisation, charged for the seconds the engine works."""
 
 
-class Ledger(Strict):
+class LedgerSettings(StrictModel):
     """Where decisions and money are recorded. Empty: a SQLite file in the data directory."""
 
     url: str | None = None
@@ -159,14 +159,14 @@ class Ledger(Strict):
     """Older decisions are removed."""
 
 
-class Log(Strict):
+class LogSettings(StrictModel):
     level: Literal["debug", "info", "warning", "error"] = "info"
     """What is logged on stderr."""
     format: Literal["auto", "json", "console"] = "auto"
     """`auto`: plain text on a terminal, JSON elsewhere."""
 
 
-class Network(Strict):
+class NetworkSettings(StrictModel):
     """Addresses that belong to this site besides loopback and unix sockets."""
 
     onsite: tuple[str, ...] = ()
@@ -180,7 +180,7 @@ class Network(Strict):
         return value
 
 
-class ProviderModel(Strict):
+class ProviderModel(StrictModel):
     """One model of a provider, with its price in US dollars per million tokens."""
 
     name: str = Field(min_length=1)
@@ -218,7 +218,7 @@ class ProviderModel(Strict):
     """How good its answers are, from 0 to 1 on your own scale: for the quality floors and scores of routes."""
 
 
-class Limits(Strict):
+class ProviderLimits(StrictModel):
     connect_seconds: PositiveSeconds = 5.0
     """To be connected."""
     first_byte_seconds: PositiveSeconds = 60.0
@@ -227,7 +227,7 @@ class Limits(Strict):
     """The longest silence inside a stream."""
 
 
-class Provider(Strict):
+class Provider(StrictModel):
     """A server somebody else runs, or another server of this site (`location = "onsite"`)."""
 
     name: Name
@@ -252,7 +252,7 @@ class Provider(Strict):
     key_file: str | None = None
     """Or a file that holds it."""
     models: tuple[ProviderModel, ...] = Field(min_length=1)
-    limits: Limits = Limits()
+    limits: ProviderLimits = ProviderLimits()
     daily_usd: Usd | None = None
     """What this provider may cost in one UTC day; empty: no limit."""
 
@@ -304,7 +304,7 @@ class Provider(Strict):
         return self
 
 
-class Budget(Strict):
+class Budget(StrictModel):
     """Caps on what hosted calls may cost. They are hard: a call that could exceed one is not made."""
 
     daily_usd: Usd | None = None
@@ -313,7 +313,7 @@ class Budget(Strict):
     """Share of a cap from which the health page warns."""
 
 
-class Key(Strict):
+class KeySettings(StrictModel):
     """An API key, stored as the SHA-256 of its text: `appliance keys create` prints such a row."""
 
     name: Name
@@ -336,7 +336,7 @@ class Key(Strict):
     _residency = field_validator("residency")(check_residency)
 
 
-class Jobs(Strict):
+class JobsSettings(StrictModel):
     """Files and batches: work that can wait, done in capacity that nobody else wants."""
 
     folder: str | None = None
@@ -372,7 +372,7 @@ class Jobs(Strict):
         return value
 
 
-class Learning(Strict):
+class LearningSettings(StrictModel):
     """What classifiers learn from traffic, on routes with a cascade."""
 
     retention_days: float = Field(default=90.0, gt=0)
@@ -381,24 +381,24 @@ class Learning(Strict):
     """Most labelled texts of one classifier that are kept; the oldest go first."""
 
 
-class NodeConfig(Strict):
+class NodeConfig(StrictModel):
     """The whole configuration file."""
 
     data_dir: str | None = None
     """Models, ledger and logs; empty: `APPLIANCE_HOME`, else `~/.local/share/appliance`."""
     policy: str | None = None
     """Path of the policy file; empty: the one that comes with the appliance."""
-    server: Server = Server()
-    engine: Engine = Engine()
-    cost: Cost = Cost()
-    ledger: Ledger = Ledger()
-    jobs: Jobs = Jobs()
-    learning: Learning = Learning()
+    server: ServerSettings = ServerSettings()
+    engine: EngineSettings = EngineSettings()
+    cost: CostSettings = CostSettings()
+    ledger: LedgerSettings = LedgerSettings()
+    jobs: JobsSettings = JobsSettings()
+    learning: LearningSettings = LearningSettings()
     budget: Budget = Budget()
-    log: Log = Log()
-    network: Network = Network()
+    log: LogSettings = LogSettings()
+    network: NetworkSettings = NetworkSettings()
     providers: tuple[Provider, ...] = ()
-    keys: tuple[Key, ...] = ()
+    keys: tuple[KeySettings, ...] = ()
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "NodeConfig":

@@ -16,7 +16,7 @@ def check_residency(text: str) -> str:
     return str(Residency.parse(text))
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     """Unknown fields, wrong types and later changes are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)

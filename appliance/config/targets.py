@@ -4,9 +4,9 @@ import ipaddress
 from dataclasses import replace
 from urllib.parse import urlsplit
 
-from appliance.config.providers import ANTHROPIC_SAMPLING, ANTHROPIC_VERSION, KINDS, Kind, uses_deployments
-from appliance.config.settings import Network, NodeConfig, Provider, ProviderModel
-from appliance.core import PLAIN, Price, Target, TimeLimits, Wire
+from appliance.config.providers import ANTHROPIC_SAMPLING, ANTHROPIC_VERSION, KINDS, ProviderPreset, uses_deployments
+from appliance.config.settings import NetworkSettings, NodeConfig, Provider, ProviderModel
+from appliance.core import PLAIN, Price, ProviderQuirks, Target, TimeLimits
 from appliance.errors import ConfigError
 
 
@@ -47,7 +47,7 @@ def _target(provider: Provider, model: ProviderModel) -> Target:
     )
 
 
-def _price(kind: Kind, model: ProviderModel) -> Price | None:
+def _price(kind: ProviderPreset, model: ProviderModel) -> Price | None:
     """What is put into a cache costs more at some providers, and is never taken to cost less than it might."""
     if model.input_usd is None or model.output_usd is None:
         return None
@@ -58,12 +58,12 @@ def _price(kind: Kind, model: ProviderModel) -> Price | None:
     return replace(price, cache_write_usd=write_usd, cache_write_long_usd=write_usd * kind.long_to_short)
 
 
-def _batch_price(kind: Kind, model: ProviderModel) -> Price | None:
+def _batch_price(kind: ProviderPreset, model: ProviderModel) -> Price | None:
     price = _price(kind, model)
     return None if price is None or model.batch_discount is None else price.times(1.0 - model.batch_discount)
 
 
-def _wire(provider: Provider, kind: Kind, model: ProviderModel) -> Wire:
+def _wire(provider: Provider, kind: ProviderPreset, model: ProviderModel) -> ProviderQuirks:
     headers, refuses, query = dict(provider.headers), kind.wire.refuses, ""
     if kind.dialect == "anthropic":
         version = headers["anthropic-version"] = provider.api_version or ANTHROPIC_VERSION
@@ -84,7 +84,7 @@ def _wire(provider: Provider, kind: Kind, model: ProviderModel) -> Wire:
     return PLAIN if wire == PLAIN else wire
 
 
-def _check_onsite(provider: Provider, network: Network) -> None:
+def _check_onsite(provider: Provider, network: NetworkSettings) -> None:
     """An address literal is checked here; a name is checked when it is resolved, at each connection."""
     host = urlsplit(provider.address).hostname or ""
     try:

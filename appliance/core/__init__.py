@@ -24,11 +24,20 @@ from appliance.core.literals import (
     ToolFormat,
 )
 from appliance.core.money import Price, Usage
-from appliance.core.requests import Asked, Caller, Content, Profile, Request
+from appliance.core.requests import Caller, ParsedRequest, PiiScanResult, Profile, Request
 from appliance.core.residency import ANYWHERE, ONSITE, Residency, strictest
-from appliance.core.results import AttemptOutcome, Call, Facts, Outcome, Outgoing, Reply
-from appliance.core.routing import Attempt, Decision, EgressPermit, Excluded, Route
-from appliance.core.targets import PLAIN, EngineLoad, EngineView, Snapshot, Target, TimeLimits, Warning_, Wire
+from appliance.core.results import AttemptOutcome, Outcome, ResponseMetadata, TaskCall, UpstreamCall, UpstreamReply
+from appliance.core.routing import Attempt, Decision, EgressPermit, ExcludedTarget, Route
+from appliance.core.targets import (
+    PLAIN,
+    EngineLoad,
+    EngineStatus,
+    HealthWarning,
+    ProviderQuirks,
+    Snapshot,
+    Target,
+    TimeLimits,
+)
 
 __all__ = [
     "ANYWHERE",
@@ -36,14 +45,11 @@ __all__ = [
     "PLAIN",
     "Ability",
     "Api",
-    "Asked",
     "Attempt",
     "AttemptOutcome",
     "AttemptResult",
     "BatchApi",
-    "Call",
     "Caller",
-    "Content",
     "CostBasis",
     "Decision",
     "Dialect",
@@ -51,35 +57,38 @@ __all__ = [
     "Endpoint",
     "EngineLoad",
     "EngineState",
-    "EngineView",
-    "Excluded",
-    "Facts",
+    "EngineStatus",
+    "ExcludedTarget",
     "Format",
+    "HealthWarning",
     "KeyHeader",
     "LatencyClass",
     "Location",
     "Outcome",
-    "Outgoing",
+    "ParsedRequest",
     "PersonalKind",
+    "PiiScanResult",
     "Price",
     "Profile",
     "Profiler",
+    "ProviderQuirks",
     "ReasoningFormat",
-    "Reply",
     "Request",
     "Residency",
+    "ResponseMetadata",
     "Route",
     "Scope",
     "Snapshot",
     "Stage",
     "Target",
     "Task",
+    "TaskCall",
     "Thinking",
     "TimeLimits",
     "TokenLimit",
     "ToolFormat",
+    "UpstreamCall",
+    "UpstreamReply",
     "Usage",
-    "Warning_",
-    "Wire",
     "strictest",
 ]

@@ -23,7 +23,7 @@ class Caller:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ParsedRequest:
     """What a task's reader made of a body, before anybody looked at headers or keys."""
 
     endpoint: Endpoint
@@ -37,7 +37,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Content:
+class PiiScanResult:
     """What a request's content was found to hold before it was routed. Holds kinds alone, never the data."""
 
     kinds: tuple[PersonalKind, ...] = ()
@@ -72,7 +72,7 @@ class Request:
     """What a target must be able to do to answer this at all."""
     output_tokens: int | None = None
     """Upper bound the caller set; None when it set none."""
-    content: Content | None = None
+    content: PiiScanResult | None = None
     """None until it has been searched, and where no route asks for that."""
     latency_class: LatencyClass | None = None
     """Lines of a job are `batch`, and give way to everything else; None: told from the body."""

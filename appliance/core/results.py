@@ -7,12 +7,12 @@ from typing import Any, Protocol
 from appliance.core.literals import AttemptResult, CostBasis, Endpoint, Location
 from appliance.core.money import Usage
 from appliance.core.requests import Profile
-from appliance.core.routing import Excluded
+from appliance.core.routing import ExcludedTarget
 from appliance.core.targets import Target
 
 
 @dataclass(frozen=True, slots=True)
-class Outgoing:
+class UpstreamCall:
     """One HTTP call to a target: path below its address, and the body. Its `model` is put in on sending."""
 
     path: str
@@ -20,7 +20,7 @@ class Outgoing:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class UpstreamReply:
     """A whole answer from a target."""
 
     payload: Any
@@ -32,7 +32,7 @@ class Reply:
     """How long the target wants no more requests, where it said that this one took the last that it allows."""
 
 
-class Call(Protocol):
+class TaskCall(Protocol):
     """One piece of work in a form that any able target can be given. Pure: no I/O.
 
     `outgoing` raises Unsupported where the target cannot be asked this. `read` turns the replies (one per outgoing, in
@@ -48,9 +48,9 @@ class Call(Protocol):
     @property
     def output_tokens(self) -> int: ...
 
-    def outgoing(self, target: Target) -> Sequence[Outgoing]: ...
+    def outgoing(self, target: Target) -> Sequence[UpstreamCall]: ...
 
-    def read(self, target: Target, replies: Sequence[Reply]) -> Any: ...
+    def read(self, target: Target, replies: Sequence[UpstreamReply]) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Outcome:
     residency_reason: str
     profile: Profile
     attempts: tuple[AttemptOutcome, ...]
-    excluded: tuple[Excluded, ...]
+    excluded: tuple[ExcludedTarget, ...]
     status: int
     error_code: str | None
     stream: bool
@@ -102,7 +102,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class ResponseMetadata:
     """What every response says of itself in its headers."""
 
     request_id: str

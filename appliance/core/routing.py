@@ -17,7 +17,7 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True)
-class Excluded:
+class ExcludedTarget:
     target: str
     reason: str
 
@@ -31,7 +31,7 @@ class Route:
     residency: Residency
     residency_reason: str
     attempts: tuple[Attempt, ...]
-    excluded: tuple[Excluded, ...]
+    excluded: tuple[ExcludedTarget, ...]
     latency_budget_seconds: float
     """To the first byte; a target predicted to need longer is passed over while another one is left."""
     max_wait_seconds: float

@@ -19,7 +19,7 @@ from appliance.core.money import Price
 
 
 @dataclass(frozen=True, slots=True)
-class Wire:
+class ProviderQuirks:
     """How one target speaks its dialect otherwise than the dialect itself. Plain data; the default: not at all."""
 
     kind: str = ""
@@ -54,7 +54,7 @@ class Wire:
     """Where the dialect wants a limit and the caller gave none."""
 
 
-PLAIN = Wire()
+PLAIN = ProviderQuirks()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Target:
     limits: TimeLimits = TimeLimits()
     variant: str | None = None
     """Which of the model's variants an engine of this node serves; what was calibrated on one is not true of others."""
-    wire: Wire = PLAIN
+    wire: ProviderQuirks = PLAIN
     """What its provider does differently."""
 
 
@@ -118,7 +118,7 @@ class EngineLoad:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineView:
+class EngineStatus:
     """One engine as the control plane saw it at `seen` (monotonic seconds)."""
 
     target: str
@@ -135,7 +135,7 @@ class EngineView:
 
 
 @dataclass(frozen=True, slots=True)
-class Warning_:
+class HealthWarning:
     """A named condition for the health page: `code` is stable, `text` says what is wrong and what to do."""
 
     code: str
@@ -148,9 +148,9 @@ class Snapshot:
 
     at: float
     targets: tuple[Target, ...] = ()
-    engines: Mapping[str, EngineView] = field(default_factory=dict)
+    engines: Mapping[str, EngineStatus] = field(default_factory=dict)
     """By target name. A hosted target has none."""
-    warnings: tuple[Warning_, ...] = ()
+    warnings: tuple[HealthWarning, ...] = ()
 
     def target(self, name: str) -> Target | None:
         return next((target for target in self.targets if target.name == name), None)

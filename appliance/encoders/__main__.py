@@ -16,17 +16,17 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
-from appliance.encoders.json_log import JsonLines, log
+from appliance.encoders.json_log import EncoderJsonLog, log
 from appliance.encoders.process import EXIT_ARGUMENTS, EXIT_CLEAN, bind_socket, tie_to_parent
-from appliance.encoders.server import Endpoints, make_app
-from appliance.encoders.service import Desk
+from appliance.encoders.server import EncoderEndpoints, make_app
+from appliance.encoders.service import EncoderService
 from appliance.errors import ConfigError
 
 _KEEP_ALIVE_SECONDS = 3_600
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    logging.basicConfig(level=logging.WARNING, handlers=[JsonLines()], force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[EncoderJsonLog()], force=True)
     options = _arguments(argv)
     os.umask(0o077)  # classifiers hold words of the texts that they were trained on
     try:
@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def serve(options: argparse.Namespace, listener: socket.socket) -> None:
-    desk = Desk(data=options.data, models=options.models, threads=options.threads)
-    endpoints = Endpoints(desk)
+    desk = EncoderService(data=options.data, models=options.models, threads=options.threads)
+    endpoints = EncoderEndpoints(desk)
     server = _Server(
         uvicorn.Config(
             make_app(endpoints),

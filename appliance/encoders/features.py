@@ -45,7 +45,7 @@ def pieces_of(word: str) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
+class FeatureBlocks:
     """A row for each text and block. `static` is None without static vectors."""
 
     words: Any
@@ -53,7 +53,7 @@ class Blocks:
     static: Floats | None
 
 
-class Lexicon:
+class FeatureVocabulary:
     """What was learned of words from the texts of a training set: which count, and how much."""
 
     def __init__(
@@ -71,7 +71,9 @@ class Lexicon:
         self.piece_place = {piece: place for place, piece in enumerate(pieces)}
 
     @classmethod
-    def learn(cls, texts: Sequence[str], vectors: StaticEmbedder | None, most: int = MOST_PER_BLOCK) -> "Lexicon":
+    def learn(
+        cls, texts: Sequence[str], vectors: StaticEmbedder | None, most: int = MOST_PER_BLOCK
+    ) -> "FeatureVocabulary":
         split = [words_of(text) for text in texts]
         word_texts: Counter[str] = Counter()
         pair_texts: Counter[str] = Counter()
@@ -91,7 +93,7 @@ class Lexicon:
         }
         return cls(words, pairs, pieces, weights, vectors)
 
-    def blocks(self, texts: Sequence[str]) -> Blocks:
+    def blocks(self, texts: Sequence[str]) -> FeatureBlocks:
         """The features of `texts` as they are trained on."""
         split = [words_of(text) for text in texts]
         table: dict[str, int] = {}
@@ -103,8 +105,8 @@ class Lexicon:
         by_piece = scaled(membership @ pieces, membership @ piece_squares)
         by_word = self._word_block(split)
         if self.vectors is None:
-            return Blocks(by_word, by_piece, None)
-        return Blocks(by_word, by_piece, unit_rows(membership @ self.vectors.sums(known)))
+            return FeatureBlocks(by_word, by_piece, None)
+        return FeatureBlocks(by_word, by_piece, unit_rows(membership @ self.vectors.sums(known)))
 
     def piece_rows(self, words: Sequence[str]) -> Any:
         """Weighted piece counts of single words, as a sparse matrix."""

@@ -14,7 +14,7 @@ def log(event: str, **fields: Any) -> None:
     sys.stderr.buffer.flush()
 
 
-class JsonLines(logging.Handler):
+class EncoderJsonLog(logging.Handler):
     """What libraries warn of, in the same form."""
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -11,7 +11,7 @@ from scipy import sparse
 from scipy.special import expit, softmax
 
 from appliance.encoders.embedders import Embedder, StaticEmbedder, unit_rows
-from appliance.encoders.features import Blocks, Lexicon, incidence, words_of
+from appliance.encoders.features import FeatureBlocks, FeatureVocabulary, incidence, words_of
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -27,7 +27,7 @@ _SMALLEST_SHARE: Final = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class FeatureRecipe:
     """Which blocks of features a head is fitted on, each by how much, and how closely it follows the examples."""
 
     name: str
@@ -39,18 +39,18 @@ class Recipe:
 
 
 RECIPES: Final = (
-    Recipe("words and pieces", "words", {"words": 1.0, "pieces": 1.0}),
-    Recipe("words, pieces and static vectors", "words", {"words": 1.0, "pieces": 1.0, "static": 1.5}),
-    Recipe("static vectors", "words", {"static": 3.0}, for_few=True),
-    Recipe("encoder", "encoder", {"encoder": 3.0}, for_few=True),
-    Recipe(
+    FeatureRecipe("words and pieces", "words", {"words": 1.0, "pieces": 1.0}),
+    FeatureRecipe("words, pieces and static vectors", "words", {"words": 1.0, "pieces": 1.0, "static": 1.5}),
+    FeatureRecipe("static vectors", "words", {"static": 3.0}, for_few=True),
+    FeatureRecipe("encoder", "encoder", {"encoder": 3.0}, for_few=True),
+    FeatureRecipe(
         "encoder, words and static vectors", "encoder", {"encoder": 2.0, "static": 1.0, "words": 1.0, "pieces": 1.0}
     ),
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
+class LinearModel:
     """Scores of texts: features by label, and a bias."""
 
     weights: Mapping[str, Floats]
@@ -58,13 +58,13 @@ class Linear:
     bias: Floats
 
 
-def stacked(blocks: Mapping[str, Any], recipe: Recipe) -> Any:
+def stacked(blocks: Mapping[str, Any], recipe: FeatureRecipe) -> Any:
     """All features of `recipe` side by side, in the order of its shares."""
     parts = [sparse.csr_matrix(blocks[name]) * np.float32(share) for name, share in recipe.shares.items()]
     return sparse.hstack(parts, format="csr")
 
 
-def split_weights(weights: Floats, blocks: Mapping[str, Any], recipe: Recipe) -> Mapping[str, Floats]:
+def split_weights(weights: Floats, blocks: Mapping[str, Any], recipe: FeatureRecipe) -> Mapping[str, Floats]:
     """The rows of `weights` by block, the shares multiplied in."""
     found, start = {}, 0
     for name, share in recipe.shares.items():
@@ -80,7 +80,7 @@ def softmax_of(scores: Floats, temperature: float) -> Floats:
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
+class ProbabilityCalibration:
     """Scores become probabilities by a temperature; then the highest one is brought to how often it is right, by a
     beta curve (Kull, Silva Filho, Flach, "Beta calibration", 2017), and the others share what is left. The order of the
     labels never changes."""
@@ -114,10 +114,10 @@ def strangeness(scores: Floats) -> Floats:
     return highest
 
 
-class Scorer:
+class LinearScorer:
     """Scores by a lexicon's words; every word's share of the scores is computed once. Safe to use from threads."""
 
-    def __init__(self, lexicon: Lexicon, linear: Linear) -> None:
+    def __init__(self, lexicon: FeatureVocabulary, linear: LinearModel) -> None:
         self._lexicon, self._linear = lexicon, linear
         self._labels = len(linear.bias)
         self._lock = threading.Lock()
@@ -220,7 +220,7 @@ class _WordRows:
         )
 
 
-def named_blocks(blocks: Blocks, encoded: Floats | None) -> Mapping[str, Any]:
+def named_blocks(blocks: FeatureBlocks, encoded: Floats | None) -> Mapping[str, Any]:
     """The blocks there are, by name."""
     found = {
         "words": blocks.words,
@@ -231,7 +231,7 @@ def named_blocks(blocks: Blocks, encoded: Floats | None) -> Mapping[str, Any]:
     return {name: block for name, block in found.items() if block is not None}
 
 
-def possible(recipe: Recipe, vectors: StaticEmbedder | None, encoder: Embedder | None) -> bool:
+def possible(recipe: FeatureRecipe, vectors: StaticEmbedder | None, encoder: Embedder | None) -> bool:
     """Whether the models that are here suffice for it."""
     return (vectors is not None or "static" not in recipe.shares) and (
         encoder is not None or "encoder" not in recipe.shares

@@ -11,7 +11,7 @@ from appliance.errors import UnknownModel
 Kind = Literal["static", "onnx"]
 
 
-class Library:
+class ModelCache:
     """`models` is the data directory's folder of models; what is pulled later is found too. Safe from threads."""
 
     def __init__(self, models: Path, threads: int) -> None:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from appliance.encoders.json_log import log
-from appliance.encoders.service import Desk
+from appliance.encoders.service import EncoderService
 from appliance.errors import ApplianceError, BodyTooLarge, ClientGone, NotFound, RequestError, Unavailable
 
 MAX_BODY_BYTES = 64_000_000
@@ -21,8 +21,8 @@ _MOST_DIGITS = 10
 _OWN_MISTAKE = ApplianceError("the encoder program made a mistake of its own; its log says which")
 
 
-class Endpoints:
-    def __init__(self, desk: Desk) -> None:
+class EncoderEndpoints:
+    def __init__(self, desk: EncoderService) -> None:
         self.desk = desk
         self.is_draining = False
 
@@ -90,7 +90,7 @@ class Endpoints:
         return _json(self.desk.runs.cancel(request.path_params["name"]).facts())
 
 
-def make_app(endpoints: Endpoints) -> Starlette:
+def make_app(endpoints: EncoderEndpoints) -> Starlette:
     one = "/v1/classifiers/{name}"
     return Starlette(
         routes=[

@@ -16,13 +16,13 @@ import orjson
 
 from appliance.encoders.embedders import ONNX_MAX_TOKENS, STATIC_MAX_TOKENS
 from appliance.encoders.linear_models import TIERS
-from appliance.encoders.model_cache import Library
+from appliance.encoders.model_cache import ModelCache
 from appliance.encoders.shadow import Shadows
 from appliance.encoders.training.examples import read_examples
-from appliance.encoders.training.jobs import Run, Runs
+from appliance.encoders.training.jobs import TrainingJob, TrainingJobs
 from appliance.encoders.training.metrics import report
-from appliance.encoders.training.selective_risk import Threshold, bounds_table, suffices, threshold_for
-from appliance.encoders.two_stage import Answered, Head
+from appliance.encoders.training.selective_risk import RiskThreshold, bounds_table, suffices, threshold_for
+from appliance.encoders.two_stage import ClassifierHead, StageAnswers
 from appliance.encoders.versions import Versions, check_name
 from appliance.errors import RequestError
 
@@ -36,20 +36,20 @@ _MIN_EXAMPLES: Final = 2
 Floats = npt.NDArray[np.float32]
 
 
-class Desk:
+class EncoderService:
     """One for the program. Work of any length runs in threads; versions change on the event loop alone."""
 
     def __init__(self, *, data: Path, models: Path, threads: int) -> None:
-        self.library = Library(models, threads)
+        self.library = ModelCache(models, threads)
         self.versions = Versions(data)
-        self.runs = Runs(data, models, max(1, threads - 1), self._trained)
+        self.runs = TrainingJobs(data, models, max(1, threads - 1), self._trained)
         self.shadows = Shadows(lambda head, texts: self._answers(head, texts).probabilities)
         self.classified_batches = 0
         self.tokens_total = 0
         self.active = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._heads: dict[str, tuple[int, Head]] = {}
+        self._heads: dict[str, tuple[int, ClassifierHead]] = {}
         self._loading = threading.Lock()
 
     @contextmanager
@@ -118,18 +118,18 @@ class Desk:
         answers = [head.labels[place] for place in found.probabilities.argmax(axis=1)] if self.shadows.get(name) else ()
         return orjson.dumps(payload, option=orjson.OPT_SERIALIZE_NUMPY), answers
 
-    def _answers(self, head: Head, texts: Sequence[str]) -> Answered:
+    def _answers(self, head: ClassifierHead, texts: Sequence[str]) -> StageAnswers:
         parts = []
         for start in range(0, len(texts), _BATCH):
             parts.append(head.answer(texts[start : start + _BATCH]))
             self.classified_batches += 1
-        return Answered(
+        return StageAnswers(
             np.vstack([part.probabilities for part in parts]),
             np.concatenate([part.strangeness for part in parts]),
             np.concatenate([part.asked for part in parts]),
         )
 
-    def _head(self, name: str, version: Any) -> tuple[int, Head]:
+    def _head(self, name: str, version: Any) -> tuple[int, ClassifierHead]:
         number = self.versions.serving(name) if version is None else _whole(version)
         kept = self._heads.get(name)
         if kept is not None and kept[0] == number:
@@ -140,7 +140,7 @@ class Desk:
                 self._heads[name] = (number, head)
             return number, head
 
-    async def train(self, body: Mapping[str, Any]) -> Run:
+    async def train(self, body: Mapping[str, Any]) -> TrainingJob:
         """Start a training. What is wrong with the examples is said at once."""
         name = check_name(body.get("name"))
         wanted, dearest = body.get("accuracy"), body.get("tier", TIERS[-1])
@@ -175,7 +175,7 @@ class Desk:
         newer = {row.get("text") for row in given if isinstance(row, Mapping)}
         return [*(row for row in self.versions.kept(name) if row["text"] not in newer), *given]
 
-    def _trained(self, run: Run) -> None:
+    def _trained(self, run: TrainingJob) -> None:
         self._heads.pop(run.name, None)
 
     def list(self) -> Sequence[Mapping[str, Any]]:
@@ -338,7 +338,7 @@ def _encoded(row: Floats, encoding: str) -> Any:
     return base64.b64encode(row.astype("<f4").tobytes()).decode() if encoding == "base64" else row
 
 
-def _threshold_facts(found: Threshold, enough: bool) -> Mapping[str, Any]:
+def _threshold_facts(found: RiskThreshold, enough: bool) -> Mapping[str, Any]:
     return {**asdict(found), "is_enough": enough}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from appliance.encoders.json_log import log
-from appliance.encoders.two_stage import Head
+from appliance.encoders.two_stage import ClassifierHead
 from appliance.errors import ApplianceError
 
 
@@ -19,7 +19,7 @@ class Shadow:
     """One candidate. `disagreed`: texts that it would have put under another label than the serving version did."""
 
     version: int
-    head: Head
+    head: ClassifierHead
     texts: int = 0
     disagreed: int = 0
 
@@ -30,12 +30,12 @@ class Shadow:
 class Shadows:
     """On the event loop. One batch at a time is computed, in a thread; what comes meanwhile is not looked at."""
 
-    def __init__(self, scores: Callable[[Head, Sequence[str]], npt.NDArray[np.float32]]) -> None:
+    def __init__(self, scores: Callable[[ClassifierHead, Sequence[str]], npt.NDArray[np.float32]]) -> None:
         self._scores = scores
         self._of: dict[str, Shadow] = {}
         self._task: asyncio.Task[None] | None = None
 
-    def put(self, name: str, version: int, head: Head) -> None:
+    def put(self, name: str, version: int, head: ClassifierHead) -> None:
         self._of[name] = Shadow(version, head)
 
     def clear(self, name: str) -> None:

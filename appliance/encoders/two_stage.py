@@ -14,8 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from appliance.encoders.embedders import Embedder
-from appliance.encoders.features import Lexicon
-from appliance.encoders.linear_models import Calibration, Linear, Recipe, Scorer, strangeness
+from appliance.encoders.features import FeatureVocabulary
+from appliance.encoders.linear_models import (
+    FeatureRecipe,
+    LinearModel,
+    LinearScorer,
+    ProbabilityCalibration,
+    strangeness,
+)
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -25,22 +31,22 @@ SHOWN_SHARES: Final = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
+class FittedStages:
     """A step as numbers."""
 
-    recipe: Recipe
-    linear: Linear
-    calibration: Calibration
+    recipe: FeatureRecipe
+    linear: LinearModel
+    calibration: ProbabilityCalibration
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class StageModel:
     """A step, ready to score. `encoder` is None where its recipe asks for none."""
 
-    scorer: Scorer
+    scorer: LinearScorer
     encoder: Embedder | None
     encoder_weights: Floats | None
-    calibration: Calibration
+    calibration: ProbabilityCalibration
 
     def scores(self, texts: Sequence[str]) -> Floats:
         total = self.scorer.scores(texts)
@@ -49,14 +55,16 @@ class Step:
         return total
 
 
-def make_step(lexicon: Lexicon, linear: Linear, encoder: Embedder | None, calibration: Calibration) -> Step:
+def make_step(
+    lexicon: FeatureVocabulary, linear: LinearModel, encoder: Embedder | None, calibration: ProbabilityCalibration
+) -> StageModel:
     """`encoder` is left out where the weights have nothing for it."""
     weights = linear.weights.get("encoder")
-    return Step(Scorer(lexicon, linear), None if weights is None else encoder, weights, calibration)
+    return StageModel(LinearScorer(lexicon, linear), None if weights is None else encoder, weights, calibration)
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class StageAnswers:
     """A row for each text."""
 
     probabilities: Floats
@@ -67,18 +75,18 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class ClassifierHead:
     """A version of a classifier, ready to answer."""
 
     labels: tuple[str, ...]
-    first: Step
+    first: StageModel
     strange_from: float
     """Strangeness from which on a text counts as out of scope."""
-    second: Step | None = None
+    second: StageModel | None = None
     ask_below: float = 0.0
     """Texts whose margin is smaller are asked of the second step."""
 
-    def answer(self, texts: Sequence[str]) -> Answered:
+    def answer(self, texts: Sequence[str]) -> StageAnswers:
         scores = self.first.scores(texts)
         shares = self.first.calibration.probabilities(scores)
         asked = np.zeros(len(texts), dtype=bool)
@@ -88,17 +96,17 @@ class Head:
             if places:
                 found = self.second.scores([texts[place] for place in places])
                 shares[places] = self.second.calibration.probabilities(found)
-        return Answered(shares, strangeness(scores), asked)
+        return StageAnswers(shares, strangeness(scores), asked)
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class TrainedClassifier:
     """A fitted head in numbers, before it is written down."""
 
     labels: tuple[str, ...]
-    lexicon: Lexicon
-    first: Fitted
-    second: Fitted | None
+    lexicon: FeatureVocabulary
+    first: FittedStages
+    second: FittedStages | None
     """What texts with a margin below `ask_below` are asked of."""
     ask_below: float
     strange_from: float
@@ -108,14 +116,14 @@ class Trained:
     held_right: Flags
     held_strangeness: Floats
 
-    def head(self, encoder: Embedder | None) -> Head:
+    def head(self, encoder: Embedder | None) -> ClassifierHead:
         """Ready to answer. `encoder`: the one that it was trained with, if there was one."""
         steps = [
             None if one is None else make_step(self.lexicon, one.linear, encoder, one.calibration)
             for one in (self.first, self.second)
         ]
         assert steps[0] is not None
-        return Head(self.labels, steps[0], self.strange_from, steps[1], self.ask_below)
+        return ClassifierHead(self.labels, steps[0], self.strange_from, steps[1], self.ask_below)
 
 
 def margins(scores: Floats) -> Floats:
@@ -126,7 +134,7 @@ def margins(scores: Floats) -> Floats:
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
+class ThresholdChoice:
     """What asking the second step below a margin comes to on held-out rows."""
 
     below: float
@@ -134,7 +142,7 @@ class Asking:
     accuracy: float
 
 
-def least_asked(first: Floats, second: Floats, truth: Ints, wanted: float) -> Asking:
+def least_asked(first: Floats, second: Floats, truth: Ints, wanted: float) -> ThresholdChoice:
     """The smallest share of texts with which `wanted` is reached; where it cannot be, the one that comes closest.
 
     `first` and `second` are both steps' scores of the same rows, which neither was fitted on.
@@ -146,7 +154,7 @@ def least_asked(first: Floats, second: Floats, truth: Ints, wanted: float) -> As
     count = int(enough[0]) if enough.size else int(gained.argmax())
     below = float("inf") if count == truth.size else float(apart[order[count]])
     asked = apart < below
-    return Asking(below, float(asked.mean()), float(gained[int(asked.sum())]))
+    return ThresholdChoice(below, float(asked.mean()), float(gained[int(asked.sum())]))
 
 
 def accuracy_by_share(first: Floats, second: Floats, truth: Ints) -> Sequence[dict[str, float]]:
@@ -164,7 +172,9 @@ def _accuracies(first: Floats, second: Floats, truth: Ints, order: Ints) -> npt.
     return sums
 
 
-def calibrated(calibrations: Sequence[Calibration], first: Floats, second: Floats | None, asked: Flags) -> Floats:
+def calibrated(
+    calibrations: Sequence[ProbabilityCalibration], first: Floats, second: Floats | None, asked: Flags
+) -> Floats:
     """Each row's probabilities by the step that answers it."""
     shares = calibrations[0].probabilities(first)
     if second is not None and asked.any():

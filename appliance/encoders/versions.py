@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from appliance.encoders.embedders import Embedder, StaticEmbedder
-from appliance.encoders.features import Lexicon
-from appliance.encoders.linear_models import Calibration, Linear
-from appliance.encoders.two_stage import Head, Step, Trained, make_step
+from appliance.encoders.features import FeatureVocabulary
+from appliance.encoders.linear_models import LinearModel, ProbabilityCalibration
+from appliance.encoders.two_stage import ClassifierHead, StageModel, TrainedClassifier, make_step
 from appliance.errors import ModelFileError, NotFound, RequestError
 
 FORMAT: Final = 1
@@ -33,7 +33,7 @@ _KEPT: Final = "examples.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredClassifier:
     """One version as it lies there."""
 
     name: str
@@ -77,15 +77,17 @@ class Versions:
         folders = (self.data / name).glob("v*")
         return sorted(int(one.name[1:]) for one in folders if one.name[1:].isdigit() and (one / "head.json").is_file())
 
-    def describe(self, name: str, version: int | None = None) -> Stored:
+    def describe(self, name: str, version: int | None = None) -> StoredClassifier:
         """Raises NotFound, naming the versions there are."""
         number = self.serving(name) if version is None else version
         folder = self.data / name / f"v{number}"
         facts = dict(self._head(name, number))
         facts.pop("lexicon", None)
-        return Stored(name, number, folder, facts)
+        return StoredClassifier(name, number, folder, facts)
 
-    def save(self, name: str, trained: Trained, *, made_at: str, models: Mapping[str, str], serve: bool = True) -> int:
+    def save(
+        self, name: str, trained: TrainedClassifier, *, made_at: str, models: Mapping[str, str], serve: bool = True
+    ) -> int:
         """Write a new version, and let it serve unless it is a candidate beside one that does.
 
         Raises OSError where the disk fails; then nothing has changed.
@@ -156,7 +158,7 @@ class Versions:
 
     def load(
         self, name: str, version: int | None, vectors: StaticEmbedder | None, encoders: Mapping[str, Embedder]
-    ) -> Head:
+    ) -> ClassifierHead:
         """Raises NotFound, and ModelFileError where a file is damaged or a model that it builds on is not here."""
         number = self.serving(name) if version is None else version
         facts = self._head(name, number)
@@ -200,7 +202,7 @@ def _write(path: Path, write: Any) -> None:
         os.fsync(file.fileno())
 
 
-def _tensors(trained: Trained) -> dict[str, Any]:
+def _tensors(trained: TrainedClassifier) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for prefix, step in (("", trained.first), (_SECOND, trained.second)):
         if step is not None:
@@ -214,7 +216,9 @@ def _tensors(trained: Trained) -> dict[str, Any]:
     return tensors
 
 
-def _facts(name: str, number: int, trained: Trained, made_at: str, models: Mapping[str, str]) -> Mapping[str, Any]:
+def _facts(
+    name: str, number: int, trained: TrainedClassifier, made_at: str, models: Mapping[str, str]
+) -> Mapping[str, Any]:
     lexicon = trained.lexicon
     return {
         "format": FORMAT,
@@ -235,7 +239,7 @@ def _facts(name: str, number: int, trained: Trained, made_at: str, models: Mappi
     }
 
 
-def _second_facts(trained: Trained) -> Mapping[str, Any]:
+def _second_facts(trained: TrainedClassifier) -> Mapping[str, Any]:
     assert trained.second is not None
     return {"calibration": asdict(trained.second.calibration), "ask_below": trained.ask_below}
 
@@ -245,7 +249,7 @@ def _head(
     tensors: Mapping[str, Any],
     vectors: StaticEmbedder | None,
     encoders: Mapping[str, Embedder],
-) -> Head:
+) -> ClassifierHead:
     built_on = facts["models"]
     if any(name.endswith("linear.static") for name in tensors):
         _check_same(built_on.get("static"), None if vectors is None else vectors.fingerprint)
@@ -256,9 +260,9 @@ def _head(
         _check_same(built_on.get("encoder"), None if encoder is None else encoder.fingerprint)
     words = facts["lexicon"]
     rarity = {name.removeprefix("rarity."): rows for name, rows in tensors.items() if name.startswith("rarity.")}
-    lexicon = Lexicon(words["words"], words["pairs"], words["pieces"], rarity, vectors)
+    lexicon = FeatureVocabulary(words["words"], words["pairs"], words["pieces"], rarity, vectors)
     second = facts.get("second")
-    return Head(
+    return ClassifierHead(
         labels=tuple(facts["labels"]),
         first=_step(tensors, "", lexicon, encoder, facts["calibration"]),
         strange_from=float(facts["strange_from"]),
@@ -268,12 +272,16 @@ def _head(
 
 
 def _step(
-    tensors: Mapping[str, Any], prefix: str, lexicon: Lexicon, encoder: Embedder | None, calibration: Mapping[str, Any]
-) -> Step:
+    tensors: Mapping[str, Any],
+    prefix: str,
+    lexicon: FeatureVocabulary,
+    encoder: Embedder | None,
+    calibration: Mapping[str, Any],
+) -> StageModel:
     start = f"{prefix}linear."
     weights = {name.removeprefix(start): rows for name, rows in tensors.items() if name.startswith(start)}
-    linear = Linear(weights, tensors[f"{prefix}bias"])
-    return make_step(lexicon, linear, encoder, Calibration(**calibration))
+    linear = LinearModel(weights, tensors[f"{prefix}bias"])
+    return make_step(lexicon, linear, encoder, ProbabilityCalibration(**calibration))
 
 
 def _check_same(wanted: str | None, here: str | None) -> None:

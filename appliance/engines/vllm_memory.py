@@ -1,14 +1,14 @@
 """What vLLM holds on each device, in bytes, before it has run there. Pure.
 
 It takes a share of a device's memory and fills what weights, activations, graphs and its own buffers leave with the KV
-cache. Weights and KV cache follow from the model; the rest is assumed here until it has been measured (`Overheads`).
+cache. Weights and KV cache follow from the model; the rest is assumed until it is measured (`VllmOverheads`).
 """
 
 from dataclasses import dataclass
 from typing import Final
 
 from appliance.catalog import ModelSpec, Variant
-from appliance.engines.base import Memory
+from appliance.engines.base import EngineMemory
 
 _CONTEXT_BYTES: Final = 800_000_000
 """CUDA context, libraries and kernels of one process on one device."""
@@ -29,7 +29,7 @@ _COMPUTED_SIZE_MARGIN: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class Overheads:
+class VllmOverheads:
     """What one start of vLLM with one model on one kind of device really held, for the next plan.
 
     `weights_bytes` as its log says (`Model loading took`), `other_bytes` everything that is neither weights nor KV.
@@ -47,14 +47,14 @@ def device_memory(
     batch_tokens: int,
     sequences: int,
     kv_bytes: int = 0,
-    measured: Overheads | None = None,
-) -> Memory:
+    measured: VllmOverheads | None = None,
+) -> EngineMemory:
     """On each of the devices that one copy is split over. `kv_bytes` is on each device, too.
 
     Activations are split, the hidden state itself is not; half of the rows are counted as split.
     """
     if measured is not None:
-        return Memory(measured.weights_bytes, kv_bytes, measured.other_bytes, 0)
+        return EngineMemory(measured.weights_bytes, kv_bytes, measured.other_bytes, 0)
     weights = variant.size_bytes
     if variant.size_basis == "computed":
         weights = int(weights * (1 + _COMPUTED_SIZE_MARGIN))
@@ -64,7 +64,7 @@ def device_memory(
     graphs = _GRAPH_BYTES + _GRAPH_BYTES_PER_SEQUENCE * min(sequences, _GRAPH_SEQUENCES)
     vision = _VISION_BYTES if "vision" in model.abilities else 0
     nccl = _NCCL_BYTES if tensor_parallel > 1 else 0
-    return Memory(
+    return EngineMemory(
         weights_bytes=-(-weights // tensor_parallel),
         kv_bytes=kv_bytes,
         buffers_bytes=activations + logits + graphs + vision,

@@ -39,7 +39,7 @@ _WEIGHT: Final = 0.3
 _MOST_COUNTS: Final = 64
 
 
-class Metrics:
+class VllmMetrics:
     """Reads pages of one run of one engine."""
 
     path = "/metrics"

@@ -5,12 +5,12 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
-from appliance.config import Jobs
-from appliance.jobs.fair_share import Places
-from appliance.jobs.models import Answering, Ending, Line
-from appliance.jobs.provider.models import Posting
-from appliance.jobs.storage.files import Folder
-from appliance.jobs.storage.store import Store
+from appliance.config import JobsSettings
+from appliance.jobs.fair_share import FairShareSlots
+from appliance.jobs.models import BatchLine, Ending, LineAnswering
+from appliance.jobs.provider.models import ProviderBatchLines
+from appliance.jobs.storage.files import JobFolder
+from appliance.jobs.storage.store import JobStore
 from appliance.state import State
 
 LINES_AT_ONCE: Final = 32
@@ -23,32 +23,32 @@ batches of it."""
 RunState = Literal["validating", "running", "paused", "waiting", "ending"]
 
 
-class Alerts(Protocol):
+class JobAlerts(Protocol):
     def warn(self, code: str, text: str, about: str = "") -> None: ...
 
     def clear(self, code: str, about: str = "") -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Means:
+class JobDeps:
     """What all runs share."""
 
-    config: Jobs
-    store: Store
-    folder: Folder
-    answering: Answering
-    places: Places
+    config: JobsSettings
+    store: JobStore
+    folder: JobFolder
+    answering: LineAnswering
+    places: FairShareSlots
     state: State
-    alerts: Alerts
+    alerts: JobAlerts
     clock: Callable[[], float]
     wall: Callable[[], float]
-    posting: Posting | None = None
+    posting: ProviderBatchLines | None = None
     """How lines leave in providers' own batches; None: they do not."""
     validating: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_VALIDATED_AT_ONCE))
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class JobProgress:
     """How a run goes, beyond what its batch says."""
 
     state: RunState
@@ -62,7 +62,7 @@ class Progress:
     """Lines that lie in providers' own batches."""
 
 
-class Stopped(Exception):
+class JobStopped(Exception):
     """Nothing more is to be asked."""
 
     def __init__(self, ending: Ending, code: str, message: str) -> None:
@@ -71,10 +71,10 @@ class Stopped(Exception):
         self.code, self.message = code, message
 
 
-def grouped(lines: Sequence[Line], kin: Callable[[Line], Hashable | None]) -> list[list[Line]]:
+def grouped(lines: Sequence[BatchLine], kin: Callable[[BatchLine], Hashable | None]) -> list[list[BatchLine]]:
     """Lines that may be asked together, in the order of the first of each."""
-    groups: list[list[Line]] = []
-    open_groups: dict[Hashable, list[Line]] = {}
+    groups: list[list[BatchLine]] = []
+    open_groups: dict[Hashable, list[BatchLine]] = {}
     for line in lines:
         key = kin(line)
         group = None if key is None else open_groups.get(key)

@@ -8,26 +8,26 @@ import structlog
 
 from appliance.core import Residency
 from appliance.errors import ApplianceError, Unauthorized
-from appliance.jobs.deps import Means, Stopped
-from appliance.jobs.fair_share import Claim
-from appliance.jobs.lines.queue import Queue
-from appliance.jobs.models import Line, LineAnswer, Terms
-from appliance.jobs.planner import Forecast, Pace, forecast, open_seconds, pace_of
-from appliance.jobs.storage.batch_state import Keeper
+from appliance.jobs.deps import JobDeps, JobStopped
+from appliance.jobs.fair_share import SlotRequest
+from appliance.jobs.lines.queue import LineQueue
+from appliance.jobs.models import BatchLine, BatchTerms, LineAnswer
+from appliance.jobs.planner import BatchPace, Forecast, forecast, open_seconds, pace_of
+from appliance.jobs.storage.batch_state import BatchState
 
 _log = structlog.stdlib.get_logger(__name__)
 
 
-class Asker:
+class Dispatcher:
     """`ask` what has a place, and `stop` what is under way. `stopped` is set once nobody may be asked for any more."""
 
-    def __init__(self, means: Means, keeper: Keeper, queue: Queue) -> None:
+    def __init__(self, means: JobDeps, keeper: BatchState, queue: LineQueue) -> None:
         self._means, self._keeper, self._queue = means, keeper, queue
-        self.claim: Claim = means.places.join(keeper.batch.owner, keeper.nudge)
-        self.stopped: Stopped | None = None
+        self.claim: SlotRequest = means.places.join(keeper.batch.owner, keeper.nudge)
+        self.stopped: JobStopped | None = None
         self.forecast = Forecast(None, 0)
         self.lines_under_way = 0
-        self._pace = Pace()
+        self._pace = BatchPace()
         self._pace_onsite = pace_of(keeper.batch.expires_at - keeper.batch.created_at)
         self._tasks: set[asyncio.Task[None]] = set()
         self._hosted_lane = 0
@@ -58,7 +58,7 @@ class Asker:
         self.forecast = forecast(batch.counts.left - self._keeper.uncommitted - elsewhere, rate, left)
         self.claim.pressing = self.forecast.late > 0
 
-    def try_ask(self, group: list[Line], *, may_leave: bool) -> bool:
+    def try_ask(self, group: list[BatchLine], *, may_leave: bool) -> bool:
         """Whether the lines are under way now. `may_leave`: those that would be late may be sent off one by one."""
         if may_leave and self._leaves():
             for line in group:
@@ -69,10 +69,10 @@ class Asker:
             return True
         return False
 
-    def terms(self, late: bool) -> Terms:
+    def terms(self, late: bool) -> BatchTerms:
         batch = self._keeper.batch
         patience = 0.0 if late else max(1.0, batch.expires_at - self._means.wall())
-        return Terms(batch.id, batch.owner, batch.residency, batch.tag, patience)
+        return BatchTerms(batch.id, batch.owner, batch.residency, batch.tag, patience)
 
     async def stop(self) -> None:
         for task in self._tasks:
@@ -93,20 +93,20 @@ class Asker:
         hosted = [target for target in self._means.state.snapshot.targets if target.location == "hosted"]
         return any(bound.allows(target) for target in hosted)
 
-    def _spawn(self, group: list[Line], *, hosted: bool) -> None:
+    def _spawn(self, group: list[BatchLine], *, hosted: bool) -> None:
         self.lines_under_way += len(group)
         self._hosted_lane += hosted
         task = asyncio.create_task(self._ask(group, hosted=hosted), name=f"jobs {self._keeper.batch.id}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _ask(self, group: list[Line], *, hosted: bool) -> None:
+    async def _ask(self, group: list[BatchLine], *, hosted: bool) -> None:
         batch = self._keeper.batch
         try:
             answers = await self._means.answering.ask(group, self.terms(hosted))
             self._take(group, answers)
         except Unauthorized as error:
-            self.stopped = self.stopped or Stopped("failed", error.code, error.message)
+            self.stopped = self.stopped or JobStopped("failed", error.code, error.message)
         except Exception:  # a defect harms the lines that meet it
             _log.exception("lines failed unexpectedly", batch=batch.id, lines=[line.number for line in group])
             text = "the appliance failed unexpectedly; its log has the details under the batch's id"
@@ -118,7 +118,7 @@ class Asker:
                 self._means.places.leave(self.claim)
             self._keeper.nudge()
 
-    def _take(self, group: Sequence[Line], answers: Sequence[LineAnswer]) -> None:
+    def _take(self, group: Sequence[BatchLine], answers: Sequence[LineAnswer]) -> None:
         now, keeper = self._means.clock(), self._keeper
         for line, answer in zip(group, answers, strict=True):
             if self._queue.again(line, answer):

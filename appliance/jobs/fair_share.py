@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(slots=True, eq=False)
-class Claim:
+class SlotRequest:
     """A batch that wants to ask. `pressing`: it is going to be late."""
 
     owner: str
@@ -17,24 +17,24 @@ class Claim:
     under_way: int = 0
 
 
-class Places:
+class FairShareSlots:
     """`most` says how many calls may be under way together, as of now. One event loop; nothing here waits."""
 
     def __init__(self, most: Callable[[], int]) -> None:
         self._most = most
-        self._claims: list[Claim] = []
+        self._claims: list[SlotRequest] = []
         self._by_owner: Counter[str] = Counter()
 
-    def join(self, owner: str, nudge: Callable[[], None]) -> Claim:
-        claim = Claim(owner, nudge)
+    def join(self, owner: str, nudge: Callable[[], None]) -> SlotRequest:
+        claim = SlotRequest(owner, nudge)
         self._claims.append(claim)
         return claim
 
-    def part(self, claim: Claim) -> None:
+    def part(self, claim: SlotRequest) -> None:
         self._claims.remove(claim)
         self._tell()
 
-    def enter(self, claim: Claim) -> bool:
+    def enter(self, claim: SlotRequest) -> bool:
         """Take a place if there is one and nobody who wants one has less. Whoever gets False is nudged, and should try
         again now and then besides: more places may come."""
         claim.wants = True
@@ -47,7 +47,7 @@ class Places:
         self._by_owner[claim.owner] += 1
         return True
 
-    def leave(self, claim: Claim) -> None:
+    def leave(self, claim: SlotRequest) -> None:
         claim.under_way -= 1
         self._by_owner[claim.owner] -= 1
         self._tell()
@@ -57,5 +57,5 @@ class Places:
             if claim.wants:
                 claim.nudge()
 
-    def _rank(self, claim: Claim) -> tuple[bool, int, int]:
+    def _rank(self, claim: SlotRequest) -> tuple[bool, int, int]:
         return not claim.pressing, self._by_owner[claim.owner], claim.under_way

@@ -7,9 +7,9 @@ from typing import Final
 
 import structlog
 
-from appliance.jobs.deps import Means, Stopped
-from appliance.jobs.models import Batch, Ending, Problem, StoredFile
-from appliance.jobs.storage.batch_state import Keeper
+from appliance.jobs.deps import JobDeps, JobStopped
+from appliance.jobs.models import Batch, BatchProblem, Ending, StoredFile
+from appliance.jobs.storage.batch_state import BatchState
 from appliance.jobs.storage.files import new_file_id
 
 _UNDONE_AT_ONCE: Final = 500
@@ -17,7 +17,7 @@ _UNDONE_AT_ONCE: Final = 500
 _log = structlog.stdlib.get_logger(__name__)
 
 
-async def end_early(keeper: Keeper, means: Means, stopped: Stopped) -> None:
+async def end_early(keeper: BatchState, means: JobDeps, stopped: JobStopped) -> None:
     """Lines that were not answered are named in the error file, so that none is missing from the results."""
     keeper.say("ending", stopped.message)
     while await keeper.patiently(keeper.results.copy):
@@ -27,11 +27,11 @@ async def end_early(keeper: Keeper, means: Means, stopped: Stopped) -> None:
         await keeper.patiently(partial(keeper.results.put_undone, places, stopped.code, stopped.message))
     problems = keeper.batch.problems
     if stopped.ending == "failed":
-        problems = (Problem(stopped.code, stopped.message), *problems)
+        problems = (BatchProblem(stopped.code, stopped.message), *problems)
     await finalize(keeper, replace(keeper.batch, problems=problems), stopped.ending)
 
 
-async def finalize(keeper: Keeper, batch: Batch, ending: Ending) -> None:
+async def finalize(keeper: BatchState, batch: Batch, ending: Ending) -> None:
     """Which files the results become is decided once, and on disk before they are made."""
     sized = keeper.results.with_sizes(batch)
     named = replace(
@@ -43,7 +43,7 @@ async def finalize(keeper: Keeper, batch: Batch, ending: Ending) -> None:
     await keeper.patiently(partial(keeper.change, named, "finalizing"))
 
 
-async def publish(keeper: Keeper, means: Means) -> None:
+async def publish(keeper: BatchState, means: JobDeps) -> None:
     """Twice does no harm: the files' names are on disk, and they are moved, not copied."""
     batch, now = keeper.batch, means.wall()
     keeper.results.close()

@@ -12,16 +12,16 @@ from typing import Any, Final
 import structlog
 from sqlalchemy import URL
 
-from appliance.config import Jobs
+from appliance.config import JobsSettings
 from appliance.errors import ApplianceError
-from appliance.jobs.deps import Alerts, Means, Progress
-from appliance.jobs.fair_share import Places
-from appliance.jobs.models import Answering, Batch
+from appliance.jobs.deps import JobAlerts, JobDeps, JobProgress
+from appliance.jobs.fair_share import FairShareSlots
+from appliance.jobs.models import Batch, LineAnswering
 from appliance.jobs.planner import calls_at_once
-from appliance.jobs.provider.models import Posting
-from appliance.jobs.runner import Run
-from appliance.jobs.storage.files import Folder, free_bytes
-from appliance.jobs.storage.store import Store
+from appliance.jobs.provider.models import ProviderBatchLines
+from appliance.jobs.runner import BatchRun
+from appliance.jobs.storage.files import JobFolder, free_bytes
+from appliance.jobs.storage.store import JobStore
 from appliance.state import State
 
 _SWEEP_SECONDS: Final = 600.0
@@ -34,13 +34,13 @@ def new_batch_id() -> str:
     return f"batch_{secrets.token_hex(16)}"
 
 
-class Desk:
+class JobManager:
     """`open` it, `start` it once lines can be answered, and `aclose` it: what runs then goes on at the next start."""
 
-    def __init__(self, means: Means) -> None:
+    def __init__(self, means: JobDeps) -> None:
         self._means = means
         self.store, self.folder, self.config = means.store, means.folder, means.config
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[str, BatchRun] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.ended: Counter[str] = Counter()
         """Batches that have ended since the start, by status."""
@@ -50,25 +50,25 @@ class Desk:
     @classmethod
     async def open(
         cls,
-        config: Jobs,
+        config: JobsSettings,
         home: Path,
         *,
-        answering: Answering,
+        answering: LineAnswering,
         state: State,
-        alerts: Alerts,
+        alerts: JobAlerts,
         clock: Callable[[], float],
         wall: Callable[[], float],
         free: Callable[[Path], int] = free_bytes,
-        posting: Posting | None = None,
-    ) -> "Desk":
+        posting: ProviderBatchLines | None = None,
+    ) -> "JobManager":
         """Files lie in `config.folder`, else below `home`. Raises JobsUnavailable, StorageFull, OSError."""
         root = await asyncio.to_thread(Path(config.folder).expanduser) if config.folder else home / "jobs"
         limits = {"max_file_bytes": config.max_file_bytes, "min_free_bytes": config.min_free_bytes}
-        folder = await asyncio.to_thread(partial(Folder, root, free=free, **limits))
+        folder = await asyncio.to_thread(partial(JobFolder, root, free=free, **limits))
         url = config.url or URL.create("sqlite", database=str(root / "jobs.sqlite")).render_as_string()
-        store = await Store.open(url)
-        places = Places(lambda: calls_at_once(state.snapshot, config.concurrency))
-        return cls(Means(config, store, folder, answering, places, state, alerts, clock, wall, posting))
+        store = await JobStore.open(url)
+        places = FairShareSlots(lambda: calls_at_once(state.snapshot, config.concurrency))
+        return cls(JobDeps(config, store, folder, answering, places, state, alerts, clock, wall, posting))
 
     async def start(self) -> None:
         """Go on with what has not ended, and remove what nobody knows of."""
@@ -109,13 +109,13 @@ class Desk:
         run = self._runs.get(batch.id)
         return batch if run is None else run.batch
 
-    def progress(self, batch_id: str) -> Progress | None:
+    def progress(self, batch_id: str) -> JobProgress | None:
         """None for a batch that does not run."""
         run = self._runs.get(batch_id)
         return None if run is None else run.progress
 
     @property
-    def running(self) -> Mapping[str, Run]:
+    def running(self) -> Mapping[str, BatchRun]:
         return self._runs
 
     def nudge(self) -> None:
@@ -143,10 +143,10 @@ class Desk:
             await asyncio.sleep(_SWEEP_SECONDS)
 
     def _begin(self, batch: Batch) -> None:
-        self._runs[batch.id] = run = Run(batch, self._means)
+        self._runs[batch.id] = run = BatchRun(batch, self._means)
         self._spawn(self._run(run))
 
-    async def _run(self, run: Run) -> None:
+    async def _run(self, run: BatchRun) -> None:
         try:
             await run.run()
         except Exception as error:

@@ -6,11 +6,11 @@ from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from appliance.jobs.manager import Desk
+from appliance.jobs.manager import JobManager
 
 
-class JobMeasures(Collector):
-    def __init__(self, desk: Desk, registry: CollectorRegistry) -> None:
+class JobMetrics(Collector):
+    def __init__(self, desk: JobManager, registry: CollectorRegistry) -> None:
         self._desk = desk
         registry.register(self)
 

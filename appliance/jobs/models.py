@@ -25,7 +25,7 @@ class StoredFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class BatchProblem:
     """What is wrong with a line, or (without one) with a whole file."""
 
     code: str
@@ -38,7 +38,7 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class LineCounts:
     """Lines of a batch. `failed` includes those that were not valid."""
 
     total: int = 0
@@ -74,11 +74,11 @@ class Batch:
     """How long its results are kept, where its maker said so."""
     times: Mapping[str, float] = field(default_factory=dict)
     """Status -> when it began."""
-    counts: Counts = Counts()
+    counts: LineCounts = LineCounts()
     usage: Usage = field(default_factory=Usage)
     cost_usd: float = 0.0
     """Of what is priced."""
-    problems: tuple[Problem, ...] = ()
+    problems: tuple[BatchProblem, ...] = ()
     """The first ones."""
     model: str | None = None
     ending: Ending | None = None
@@ -95,7 +95,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class BatchLine:
     """A line that may be asked. `digest` is the same for the same url and body."""
 
     number: int
@@ -114,11 +114,11 @@ class BadLine:
     offset: int
     length: int
     custom_id: str | None
-    problem: Problem
+    problem: BatchProblem
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class BatchTerms:
     """On whose behalf, and how patiently, lines are asked."""
 
     batch_id: str
@@ -148,15 +148,15 @@ class LineAnswer:
         return self.status < 400
 
 
-class Answering(Protocol):
+class LineAnswering(Protocol):
     """How lines are answered: the normal pipeline, on behalf of a key."""
 
     @property
     def endpoints(self) -> Sequence[str]:
         """The urls that lines may name."""
 
-    def kin(self, line: Line) -> Hashable | None:
+    def kin(self, line: BatchLine) -> Hashable | None:
         """Lines with the same kin may be asked in one call; None: alone. Pure."""
 
-    async def ask(self, lines: Sequence[Line], terms: Terms) -> Sequence[LineAnswer]:
+    async def ask(self, lines: Sequence[BatchLine], terms: BatchTerms) -> Sequence[LineAnswer]:
         """One answer for each line, in order. Raises Unauthorized where the key is no more."""

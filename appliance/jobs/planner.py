@@ -40,7 +40,7 @@ def read_window(text: str) -> float:
     return seconds
 
 
-class Pace:
+class BatchPace:
     """Lines a second of late, over the time in which there was work. Fed with counts; `now` is monotonic."""
 
     def __init__(self, window_seconds: float = WINDOW_SECONDS) -> None:
@@ -71,9 +71,9 @@ class Pace:
         return lines / seconds if is_known or seconds >= self._window_seconds else None
 
 
-def pace_of(window_seconds: float) -> Pace:
+def pace_of(window_seconds: float) -> BatchPace:
     """For the forecast of a batch with such a completion window."""
-    return Pace(max(WINDOW_SECONDS, WINDOW_SHARE * window_seconds))
+    return BatchPace(max(WINDOW_SECONDS, WINDOW_SHARE * window_seconds))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,35 +13,35 @@ from typing import Final
 import structlog
 
 from appliance.errors import StorageFull, Unauthorized
-from appliance.jobs.deps import Means, Progress, Stopped
-from appliance.jobs.dispatcher import Asker
+from appliance.jobs.deps import JobDeps, JobProgress, JobStopped
+from appliance.jobs.dispatcher import Dispatcher
 from appliance.jobs.finalize import end_early, finalize, publish
-from appliance.jobs.lines.queue import Queue
-from appliance.jobs.lines.validation import Unusable, told, validate
-from appliance.jobs.models import Batch, Ending, Line
+from appliance.jobs.lines.queue import LineQueue
+from appliance.jobs.lines.validation import UnusableLine, told, validate
+from appliance.jobs.models import Batch, BatchLine, Ending
 from appliance.jobs.planner import is_open
-from appliance.jobs.provider.provider_batch import GATHERING_SECONDS, Upstream
-from appliance.jobs.storage.batch_state import LOOK_SECONDS, Keeper
+from appliance.jobs.provider.provider_batch import GATHERING_SECONDS, ProviderBatchRunner
+from appliance.jobs.storage.batch_state import LOOK_SECONDS, BatchState
 
 _DISK_SECONDS: Final = 5.0
 
 _log = structlog.stdlib.get_logger(__name__)
 
 
-class Run:
+class BatchRun:
     """`run` it once. `stop` ends it early, `nudge` makes it look around at once.
 
     Its parts: `keeper` (what is on disk), `queue` (what is to be asked), `asker` (calls), `upstream` (what leaves in
     providers' batches).
     """
 
-    def __init__(self, batch: Batch, means: Means) -> None:
+    def __init__(self, batch: Batch, means: JobDeps) -> None:
         self._means = means
-        self._queue = Queue(means)
-        self._keeper = Keeper(batch, means, self._queue.done)
-        self._asker = Asker(means, self._keeper, self._queue)
-        self._upstream = Upstream(means, self._keeper, self._queue, self._asker.terms)
-        self._stopped: Stopped | None = None
+        self._queue = LineQueue(means)
+        self._keeper = BatchState(batch, means, self._queue.done)
+        self._asker = Dispatcher(means, self._keeper, self._queue)
+        self._upstream = ProviderBatchRunner(means, self._keeper, self._queue, self._asker.terms)
+        self._stopped: JobStopped | None = None
         self._disk_looked = float("-inf")
 
     @property
@@ -49,12 +49,14 @@ class Run:
         return self._keeper.batch
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> JobProgress:
         keeper, asker, posted = self._keeper, self._asker, self._upstream.lines
         rate = asker.per_second
         # A provider does not tell when it will be done.
         seconds = None if posted or rate is None or rate <= 0 else self.batch.counts.left / rate
-        return Progress(keeper.state, keeper.reason, rate, seconds, asker.forecast.late, asker.lines_under_way, posted)
+        return JobProgress(
+            keeper.state, keeper.reason, rate, seconds, asker.forecast.late, asker.lines_under_way, posted
+        )
 
     def nudge(self) -> None:
         self._keeper.nudge()
@@ -65,7 +67,7 @@ class Run:
         async with self._keeper.lock:
             if self.batch.status in ("validating", "in_progress"):
                 await self._keeper.save(self._keeper.in_status(self.batch, "cancelling"))
-                self._stopped = self._stopped or Stopped(ending, code, message)
+                self._stopped = self._stopped or JobStopped(ending, code, message)
         self.nudge()
 
     async def run(self) -> None:
@@ -78,7 +80,7 @@ class Run:
             if self.batch.status == "cancelling":
                 await self._upstream.resume()
                 await self._end_early(
-                    Stopped("cancelled", "batch_cancelled", "the batch was cancelled before this line")
+                    JobStopped("cancelled", "batch_cancelled", "the batch was cancelled before this line")
                 )
             if self.batch.status == "finalizing":
                 await self._keeper.patiently(partial(publish, self._keeper, self._means))
@@ -97,7 +99,7 @@ class Run:
         keeper = self._keeper
         try:
             found = await keeper.patiently(self._validated)
-        except Unusable as error:
+        except UnusableLine as error:
             problems = (error.problem, *self.batch.problems)
             _log.warning("batch cannot be worked with", batch=self.batch.id, reason=told(problems))
             await finalize(keeper, replace(self.batch, problems=problems), "failed")
@@ -140,14 +142,14 @@ class Run:
                         break
                     await keeper.rest(0.05)  # what came back meanwhile is fetched
                 await keeper.commit_in_time()
-        except Stopped as stopped:
+        except JobStopped as stopped:
             await self._asker.stop()
             await keeper.patiently(keeper.commit)
             await self._end_early(stopped)
             return
         await finalize(keeper, self.batch, "completed")
 
-    async def _end_early(self, stopped: Stopped) -> None:
+    async def _end_early(self, stopped: JobStopped) -> None:
         self._keeper.say("ending", stopped.message)
         await self._upstream.wind_up()
         await end_early(self._keeper, self._means, stopped)
@@ -167,10 +169,10 @@ class Run:
             return True
         return False
 
-    async def _sift(self, lines: list[Line]) -> list[Line]:
+    async def _sift(self, lines: list[BatchLine]) -> list[BatchLine]:
         return await self._upstream.sift(lines, self._asker.late)
 
-    async def _ask_when_free(self, group: list[Line]) -> None:
+    async def _ask_when_free(self, group: list[BatchLine]) -> None:
         # What a provider still has the time to do in a batch does not leave singly, for more.
         while not self._asker.try_ask(group, may_leave=not self._upstream.has_time()):
             await self._keeper.rest(LOOK_SECONDS)
@@ -216,9 +218,9 @@ class Run:
             raise stopped
         error = self._upstream.error
         if isinstance(error, Unauthorized):
-            raise Stopped("failed", error.code, error.message)
+            raise JobStopped("failed", error.code, error.message)
         if error is not None:
             raise error
         if self._means.wall() >= self.batch.expires_at:
             text = f"the batch was not done within its completion window of {self.batch.completion_window}"
-            raise Stopped("expired", "batch_expired", text)
+            raise JobStopped("expired", "batch_expired", text)

@@ -22,7 +22,7 @@ _MOST_NANO = 2**62
 
 
 @dataclass(frozen=True, slots=True)
-class Cap:
+class SpendCap:
     """What may be spent on hosted calls in one UTC day within `scope`; None: it is counted and not limited."""
 
     scope: str
@@ -34,7 +34,7 @@ def day_of(at: float) -> int:
     return int(at // _SECONDS_PER_DAY)
 
 
-class Counting:
+class CapCounting:
     """The sums of one transaction: read when first needed, changed here, written together by `write`."""
 
     def __init__(self, connection: Connection) -> None:
@@ -43,7 +43,7 @@ class Counting:
         self._stored: set[tuple[int, str]] = set()
         self._changed: set[tuple[int, str]] = set()
 
-    def hold(self, caps: Sequence[Cap], nano: int, at: float) -> Mapping[str, int]:
+    def hold(self, caps: Sequence[SpendCap], nano: int, at: float) -> Mapping[str, int]:
         """Count `nano` towards every cap, or raise BudgetExceeded and count nothing. Returns the new sums by scope."""
         day = day_of(at)
         self._read(day, [cap.scope for cap in caps])
@@ -59,7 +59,7 @@ class Counting:
                 )
         return {cap.scope: self._add(day, cap.scope, nano) for cap in caps}
 
-    def settle(self, settlements: Sequence["Settled"]) -> None:
+    def settle(self, settlements: Sequence["SettledSpend"]) -> None:
         """Put down what reserved calls cost, and give back what they did not. The first settlement of each stands."""
         by_id = {one.reservation_id: one for one in reversed(settlements)}
         table = reservations.c
@@ -106,7 +106,7 @@ class Counting:
         return after
 
 
-class Settled(Protocol):
+class SettledSpend(Protocol):
     @property
     def reservation_id(self) -> str: ...
 
@@ -117,7 +117,7 @@ class Settled(Protocol):
     def at(self) -> float: ...
 
 
-def _values(settled: Settled) -> dict[str, float | int]:
+def _values(settled: SettledSpend) -> dict[str, float | int]:
     return {"nano": settled.nano_usd, "at": settled.at}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, RowMapping, func, insert, select, update
 
-from appliance.config import Key
+from appliance.config import KeySettings
 from appliance.errors import NotFound, RequestError
 from appliance.ledger.database import explained, open_reader, open_writer
 from appliance.ledger.tables import api_keys
@@ -19,12 +19,12 @@ from appliance.ledger.tables import api_keys
 
 @dataclass(frozen=True, slots=True)
 class StoredKey:
-    key: Key
+    key: KeySettings
     created_at: float
     revoked_at: float | None
 
 
-def add_key(url: str, key: Key) -> None:
+def add_key(url: str, key: KeySettings) -> None:
     """Store a new key. Raises RequestError where its name has been used before, LedgerUnavailable."""
     settings = key.model_dump(mode="json", exclude={"name", "sha256"}, exclude_defaults=True)
     row = {"name": key.name, "sha256": key.sha256, "settings": json.dumps(settings), "created_at": time.time()}
@@ -76,5 +76,5 @@ def keys_mark(connection: Connection) -> tuple[Any, ...]:
 def _stored(row: RowMapping) -> StoredKey:
     settings: Mapping[str, Any] = json.loads(row["settings"])
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    key = Key.model_validate({"name": row["name"], "sha256": row["sha256"], **fields})
+    key = KeySettings.model_validate({"name": row["name"], "sha256": row["sha256"], **fields})
     return StoredKey(key, row["created_at"], row["revoked_at"])

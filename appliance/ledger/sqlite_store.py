@@ -20,7 +20,7 @@ _BUSY_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class StoreSpec:
     """What a room keeps, and the words for what can go wrong with it."""
 
     name: str
@@ -46,16 +46,16 @@ class Kept:
         return self.unavailable(self.cannot_be_used.format(reason=reason))
 
 
-class RoomDatabase:
+class SqliteStore:
     """Open it with what the room keeps, and `close` it. Raises its `unavailable`, or StorageFull where the disk has no
     room, from any method."""
 
-    def __init__(self, engine: Engine, kept: Kept) -> None:
+    def __init__(self, engine: Engine, kept: StoreSpec) -> None:
         self._engine, self._kept = engine, kept
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=kept.name)
 
     @classmethod
-    async def _opened(cls, url: URL | str, kept: Kept) -> Self:
+    async def _opened(cls, url: URL | str, kept: StoreSpec) -> Self:
         """The database at `url`, an SQLAlchemy address, made where it is not there."""
         return cls(await asyncio.to_thread(_open, url, kept), kept)
 
@@ -74,7 +74,7 @@ class RoomDatabase:
             raise self._kept.explained(error) from error
 
 
-def _open(url: URL | str, kept: Kept) -> Engine:
+def _open(url: URL | str, kept: StoreSpec) -> Engine:
     try:
         address = make_url(url)
         engine = _make_engine(address, kept)
@@ -88,7 +88,7 @@ def _open(url: URL | str, kept: Kept) -> Engine:
     return engine
 
 
-def _make_engine(address: URL, kept: Kept) -> Engine:
+def _make_engine(address: URL, kept: StoreSpec) -> Engine:
     is_sqlite = address.get_backend_name() == "sqlite"
     more: Mapping[str, Any] = {"pool_size": 1, "connect_args": {"timeout": _BUSY_SECONDS}} if is_sqlite else {}
     if is_sqlite:
@@ -109,7 +109,7 @@ def _make_engine(address: URL, kept: Kept) -> Engine:
     return engine
 
 
-def _version(engine: Engine, kept: Kept) -> int:
+def _version(engine: Engine, kept: StoreSpec) -> int:
     """Of the tables that are there, brought up to date where nothing but tables was missing."""
     about = kept.metadata.tables["about"]
     with engine.begin() as connection:

@@ -15,15 +15,23 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine
 
-from appliance.config import Key
+from appliance.config import KeySettings
 from appliance.core import Outcome, Target
 from appliance.errors import LedgerUnavailable
-from appliance.ledger.budgets import Cap, day_of
+from appliance.ledger.budgets import SpendCap, day_of
 from appliance.ledger.database import explained, open_reader, open_writer
 from appliance.ledger.keys import keys_mark, read_keys
 from appliance.ledger.queries import Report, read_decision, read_report
 from appliance.ledger.rows import to_nano, to_usd
-from appliance.ledger.writer import Answer, Flush, Reservation, Settlement, Shared, Wake, Writer
+from appliance.ledger.writer import (
+    FlushCommand,
+    LedgerWriter,
+    Reservation,
+    Settlement,
+    WakeCommand,
+    WriteResult,
+    WriterState,
+)
 
 Found = TypeVar("Found")
 
@@ -47,7 +55,13 @@ class Ledger:
     """
 
     def __init__(
-        self, url: str, writer: Writer, shared: Shared, reader: Engine, max_pending: int, clock: Callable[[], float]
+        self,
+        url: str,
+        writer: LedgerWriter,
+        shared: WriterState,
+        reader: Engine,
+        max_pending: int,
+        clock: Callable[[], float],
     ) -> None:
         self._url = url
         self._writer = writer
@@ -78,13 +92,13 @@ class Ledger:
         or was written by a newer appliance. `max_pending` bounds what is kept while it cannot be written. `clock` gives
         wall-clock seconds.
         """
-        shared = Shared()
+        shared = WriterState()
         engine, reader = await asyncio.to_thread(_open_both, url)
-        writer = Writer(engine, shared, retention_days=retention_days, clock=clock)
+        writer = LedgerWriter(engine, shared, retention_days=retention_days, clock=clock)
         writer.start()
         return cls(url, writer, shared, reader, max_pending, clock)
 
-    async def reserve(self, *, decision_id: str, target: Target, usd: float, caps: Sequence[Cap] = ()) -> str:
+    async def reserve(self, *, decision_id: str, target: Target, usd: float, caps: Sequence[SpendCap] = ()) -> str:
         """Put down that up to `usd` may be spent at `target`; returns the reservation's id.
 
         It is on disk before this returns, and counts as spent until settled, so a crash never loses money spent. Raises
@@ -141,7 +155,7 @@ class Ledger:
         self._accepted += 1
         if shared.is_asleep:
             shared.is_asleep = False
-            shared.urgent.put(Wake())
+            shared.urgent.put(WakeCommand())
 
     async def decision(self, decision_id: str) -> Mapping[str, Any] | None:
         """The whole story of a decision, or None if there is none. Raises LedgerUnavailable when it cannot be read."""
@@ -155,7 +169,7 @@ class Ledger:
         """Changes when an API key was added or revoked. Raises LedgerUnavailable when it cannot be read."""
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._query, keys_mark)
 
-    async def keys(self) -> Sequence[Key]:
+    async def keys(self) -> Sequence[KeySettings]:
         """The API keys made by command that are in use. Raises LedgerUnavailable when they cannot be read."""
         stored = await asyncio.get_running_loop().run_in_executor(self._readers, self._query, read_keys)
         return [one.key for one in stored if one.revoked_at is None]
@@ -165,7 +179,7 @@ class Ledger:
         if self._is_closed:
             return
         answer = _answer()
-        self._shared.urgent.put(Flush(self._accepted, answer))
+        self._shared.urgent.put(FlushCommand(self._accepted, answer))
         await answer.future
 
     async def close(self) -> None:
@@ -177,7 +191,7 @@ class Ledger:
         # Readers first: the last connection to close puts the write-ahead log back into the file, and readers cannot.
         await loop.run_in_executor(self._readers, self._reader.dispose)
         answer = _answer()
-        self._shared.urgent.put(Flush(self._accepted, answer, is_last=True))
+        self._shared.urgent.put(FlushCommand(self._accepted, answer, is_last=True))
         try:
             await answer.future
         finally:
@@ -213,6 +227,6 @@ def _open_both(url: str) -> tuple[Engine, Engine]:
         raise
 
 
-def _answer() -> Answer:
+def _answer() -> WriteResult:
     loop = asyncio.get_running_loop()
-    return Answer(loop, loop.create_future())
+    return WriteResult(loop, loop.create_future())

@@ -20,7 +20,7 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError
 from appliance.core import Outcome
 from appliance.errors import BudgetExceeded, LedgerUnavailable
 from appliance.ledger import rows
-from appliance.ledger.budgets import Cap, Counting, day_of
+from appliance.ledger.budgets import CapCounting, SpendCap, day_of
 from appliance.ledger.database import LedgerFile, explain
 from appliance.ledger.tables import attempts, decisions, exclusions, reservations, spend
 
@@ -43,7 +43,7 @@ _ABOUT_THE_ROW = (IntegrityError, DataError, ProgrammingError, InterfaceError, N
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class WriteResult:
     """Somebody on an event loop who waits for the writer."""
 
     loop: asyncio.AbstractEventLoop
@@ -68,8 +68,8 @@ class Answer:
 @dataclass(slots=True)
 class Reservation:
     row: rows.Row
-    caps: Sequence[Cap]
-    answer: Answer
+    caps: Sequence[SpendCap]
+    answer: WriteResult
     spent: Mapping[str, int] = field(default_factory=dict)
     """Nano-dollars by scope, this reservation included, once it is written. Writer."""
 
@@ -82,24 +82,24 @@ class Settlement:
 
 
 @dataclass(frozen=True, slots=True)
-class Flush:
+class FlushCommand:
     """Answered when the first `accepted` entries have been written. `is_last`: then the writer ends, written or not."""
 
     accepted: int
-    answer: Answer
+    answer: WriteResult
     is_last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Wake:
+class WakeCommand:
     """There is something to gather."""
 
 
 @dataclass(slots=True)
-class Shared:
+class WriterState:
     """What both threads see. Each field has one writer; deque and SimpleQueue take either side's calls."""
 
-    urgent: "queue.SimpleQueue[Reservation | Flush | Wake]" = field(default_factory=queue.SimpleQueue)
+    urgent: "queue.SimpleQueue[Reservation | FlushCommand | WakeCommand]" = field(default_factory=queue.SimpleQueue)
     entries: "deque[Outcome | Settlement]" = field(default_factory=deque)
     is_asleep: bool = False
     """Whether the next entry has to wake the writer."""
@@ -111,10 +111,10 @@ class Shared:
     """Why the last write failed; empty when it did not. Writer."""
 
 
-class Writer(threading.Thread):
+class LedgerWriter(threading.Thread):
     """Owns `engine` and disposes of it at the end."""
 
-    def __init__(self, engine: Engine, shared: Shared, *, retention_days: int, clock: Callable[[], float]) -> None:
+    def __init__(self, engine: Engine, shared: WriterState, *, retention_days: int, clock: Callable[[], float]) -> None:
         super().__init__(name="ledger-writer", daemon=True)
         self._engine = engine
         self._durable = engine.execution_options(durable=True)
@@ -123,14 +123,14 @@ class Writer(threading.Thread):
         self._retention_seconds = retention_days * _SECONDS_PER_DAY
         self._clock = clock
         self._reservations: list[Reservation] = []
-        self._flushes: list[Flush] = []
+        self._flushes: list[FlushCommand] = []
         self._held: list[Outcome | Settlement] = []
         self._done = 0
         self._gather_until: float | None = None
         self._retry_at: float | None = None
         self._retry_seconds = FIRST_RETRY_SECONDS
         self._prune_at = time.monotonic()
-        self._last: Flush | None = None
+        self._last: FlushCommand | None = None
 
     def run(self) -> None:
         self._file = LedgerFile(self._engine)
@@ -165,10 +165,10 @@ class Writer(threading.Thread):
             while True:
                 self._take(self._shared.urgent.get_nowait())
 
-    def _take(self, urgent: Reservation | Flush | Wake) -> None:
+    def _take(self, urgent: Reservation | FlushCommand | WakeCommand) -> None:
         if isinstance(urgent, Reservation):
             self._reservations.append(urgent)
-        elif isinstance(urgent, Flush):
+        elif isinstance(urgent, FlushCommand):
             self._flushes.append(urgent)
 
     def _wait_seconds(self) -> float:
@@ -283,7 +283,7 @@ class Writer(threading.Thread):
             if not entries:
                 connection.execute(_PROBE)
             if settled:
-                counting = Counting(connection)
+                counting = CapCounting(connection)
                 counting.settle(settled)
                 counting.write()
             for table, values in tables:
@@ -338,7 +338,7 @@ class Writer(threading.Thread):
 def _reserve(connection: Connection, waiting: Sequence[Reservation]) -> dict[int, BudgetExceeded]:
     """Write those that no budget refuses; the refusals by position."""
     refused: dict[int, BudgetExceeded] = {}
-    counting = Counting(connection)
+    counting = CapCounting(connection)
     for index, reservation in enumerate(waiting):
         row = reservation.row
         try:

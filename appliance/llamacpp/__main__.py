@@ -20,13 +20,13 @@ import uvicorn
 import uvloop
 
 from appliance.errors import ConfigError, ModelFileError
-from appliance.llamacpp.chat.prompts import Prompts
-from appliance.llamacpp.decode.constraints import Grammars
-from appliance.llamacpp.engine import Engine
-from appliance.llamacpp.json_log import JsonLines, log
+from appliance.llamacpp.chat.prompts import PromptBuilder
+from appliance.llamacpp.decode.constraints import GrammarCompiler
+from appliance.llamacpp.engine import LlamaEngine
+from appliance.llamacpp.json_log import EngineJsonLog, log
 from appliance.llamacpp.kernels import PLAIN, Kernels, install
 from appliance.llamacpp.kv.memory_release import release_code_pages, release_freed
-from appliance.llamacpp.model import Model
+from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.process import (
     EXIT_ARGUMENTS,
     EXIT_CLEAN,
@@ -35,7 +35,7 @@ from appliance.llamacpp.process import (
     bind_socket,
     tie_to_parent,
 )
-from appliance.llamacpp.server.http import MAX_BODY_BYTES, Desk, Serving, make_app
+from appliance.llamacpp.server.http import MAX_BODY_BYTES, EngineGate, ServerContext, make_app
 from appliance.llamacpp.tools.formats import SYNTAXES
 from appliance.llamacpp.weights import is_packed
 
@@ -48,7 +48,7 @@ Result = TypeVar("Result")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    logging.basicConfig(level=logging.WARNING, handlers=[JsonLines()], force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[EngineJsonLog()], force=True)
     options = _arguments(argv)
     try:
         if options.leash_fd is not None:
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def serve(options: argparse.Namespace, sock: socket.socket) -> int:
     """Answer on `sock` from the first moment (503 while loading) until a signal or the engine ends it."""
-    desk = Desk(max_body_bytes=options.max_body_bytes)
+    desk = EngineGate(max_body_bytes=options.max_body_bytes)
     server = _Server(
         uvicorn.Config(
             make_app(desk),
@@ -92,7 +92,7 @@ async def serve(options: argparse.Namespace, sock: socket.socket) -> int:
         await serving
 
 
-async def _live(options: argparse.Namespace, desk: Desk, stop: asyncio.Event) -> int:
+async def _live(options: argparse.Namespace, desk: EngineGate, stop: asyncio.Event) -> int:
     log("loading", model=str(options.model), threads=options.threads, context_tokens=options.context_tokens)
     loading = asyncio.ensure_future(_in_daemon_thread(lambda: _load(options)))
     stopping = asyncio.create_task(stop.wait())
@@ -123,13 +123,13 @@ async def _live(options: argparse.Namespace, desk: Desk, stop: asyncio.Event) ->
 
 async def _work(
     options: argparse.Namespace,
-    desk: Desk,
+    desk: EngineGate,
     stopping: "asyncio.Task[bool]",
-    model: Model,
-    prompts: Prompts,
-    grammars: Grammars,
+    model: LlamaModel,
+    prompts: PromptBuilder,
+    grammars: GrammarCompiler,
 ) -> int:
-    engine = Engine(model, max_queued_requests=options.max_queued_requests)
+    engine = LlamaEngine(model, max_queued_requests=options.max_queued_requests)
     engine.start()
     desk.reason = "the engine measures its speed"
     failing = asyncio.create_task(engine.until_failed())
@@ -139,7 +139,7 @@ async def _work(
         release_freed()
         release_code_pages()
         alias = options.alias or options.model.stem
-        desk.open(Serving(alias, model, engine, prompts, grammars))
+        desk.open(ServerContext(alias, model, engine, prompts, grammars))
         log("ready", model=alias, context_tokens=model.context_tokens, sequences=model.sequences, threads=model.threads)
         await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
     ready.cancel()
@@ -158,10 +158,10 @@ async def _work(
     return EXIT_CLEAN if engine.failed is None else EXIT_ENGINE
 
 
-def _load(options: argparse.Namespace) -> tuple[Kernels, Model, Prompts, Grammars]:
+def _load(options: argparse.Namespace) -> tuple[Kernels, LlamaModel, PromptBuilder, GrammarCompiler]:
     kernels = PLAIN if options.plain_kernels else install()
     log("kernels", kernels=kernels.told)
-    model = Model.load(
+    model = LlamaModel.load(
         options.model,
         threads=options.threads,
         context_tokens=options.context_tokens,
@@ -170,14 +170,14 @@ def _load(options: argparse.Namespace) -> tuple[Kernels, Model, Prompts, Grammar
         lanes=lanes_wanted(options.lane_tokens, kernels),
         mapped=not (kernels.names and is_packed(options.model)),
     )
-    grammars = Grammars(model.vocab_pointer, model.end_tokens, vocabulary_size=model.vocabulary_size)
+    grammars = GrammarCompiler(model.vocab_pointer, model.end_tokens, vocabulary_size=model.vocabulary_size)
     template = None
     if options.chat_template is not None:
         try:
             template = options.chat_template.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ModelFileError(f"the chat template {str(options.chat_template)!r} cannot be read: {error}") from error
-    return kernels, model, Prompts(model, template=template, tool_format=options.tool_format), grammars
+    return kernels, model, PromptBuilder(model, template=template, tool_format=options.tool_format), grammars
 
 
 def lanes_wanted(asked: int | None, kernels: Kernels) -> int | None:

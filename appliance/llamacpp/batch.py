@@ -8,7 +8,7 @@ import numpy.typing as npt
 from appliance.llamacpp.binding import lib
 
 
-class Batch:
+class DecodeBatch:
     """A preallocated llama_batch whose arrays are numpy's.
 
     Tokens that belong to several sequences at once point into `fork_ids`, where the ids of one group lie side by side.

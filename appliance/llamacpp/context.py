@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from appliance.llamacpp.batch import Batch
+from appliance.llamacpp.batch import DecodeBatch
 from appliance.llamacpp.binding import lib
 from appliance.llamacpp.kv.memory_release import release_pages
 
@@ -25,10 +25,10 @@ NO_KV_ROOM: Final = 1
 ABORTED: Final = 2
 
 
-class Context:
+class LlamaContext:
     """KV memory by sequence id, and a batch to compute into it. `close` gives the memory back."""
 
-    def __init__(self, context: Any, batch: Batch, vocabulary_size: int) -> None:
+    def __init__(self, context: Any, batch: DecodeBatch, vocabulary_size: int) -> None:
         self.batch, self.vocabulary_size = batch, vocabulary_size
         self._context = context
         self._memory = lib.llama_get_memory(context)

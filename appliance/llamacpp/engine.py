@@ -17,11 +17,18 @@ from typing import Any, Final, Self
 from appliance.errors import ApplianceError, ContextTooLong, EngineBusy, EngineFailed, RequestError
 from appliance.llamacpp.calibrate.first_rates import measure
 from appliance.llamacpp.kv.prefix_cache import as_tokens
-from appliance.llamacpp.labels.jobs import ScoreJob
-from appliance.llamacpp.model import Model
+from appliance.llamacpp.labels.jobs import LabelJob
+from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.scheduler.sequence import Sequence as Running
-from appliance.llamacpp.scheduler.step import STEP_SECONDS, Runner, Told
-from appliance.llamacpp.server.params import Finished, Generate, LabelItem, LabelScores, Load, TokenEvent
+from appliance.llamacpp.scheduler.step import STEP_SECONDS, StepResult, StepRunner
+from appliance.llamacpp.server.params import (
+    EngineLoadReport,
+    LabelItem,
+    LabelScores,
+    SequenceFinished,
+    SequenceRequest,
+    TokenEvent,
+)
 
 _LEAST_RETRY_SECONDS: Final = 1.0
 _RESTART_SECONDS: Final = 5.0
@@ -35,17 +42,17 @@ class _Mailbox:
     """Where a generation's events wait for their reader. The loop's thread only."""
 
     events: list[TokenEvent] = field(default_factory=list)
-    finished: Finished | None = None
+    finished: SequenceFinished | None = None
     waiter: asyncio.Future[None] | None = None
 
-    def put(self, events: list[TokenEvent], finished: Finished | None) -> None:
+    def put(self, events: list[TokenEvent], finished: SequenceFinished | None) -> None:
         self.events.extend(events)
         self.finished = finished
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
 
-class Generation:
+class EngineGeneration:
     """The answer to one request as it comes: an async iterator over lists of events, everything since the last read.
 
     When the iterator ends, `finished` says why. Leaving it early (`async with`, `aclose`, `cancel`, or forgetting it)
@@ -56,7 +63,7 @@ class Generation:
         self._mailbox, self._cancel = mailbox, cancel
 
     @property
-    def finished(self) -> Finished | None:
+    def finished(self) -> SequenceFinished | None:
         """Set once the generation has ended; events may still wait to be read."""
         return self._mailbox.finished
 
@@ -96,12 +103,12 @@ class Generation:
         self.cancel()
 
 
-class Engine:
+class LlamaEngine:
     """Runs one model. `start` and everything else is called on the event loop; `close` does not close the model."""
 
     def __init__(
         self,
-        model: Model,
+        model: LlamaModel,
         *,
         max_queued_requests: int = 256,
         max_queued_tokens: int | None = None,
@@ -116,14 +123,14 @@ class Engine:
         self.failed: ApplianceError | None = None
         """Set when the engine can work no more; the process should say so and end. `until_failed` waits for it."""
         self._max_requests, self._max_tokens, self._calibrates = max_queued_requests, max_queued_tokens, calibrate
-        self._runner = Runner(model, step_seconds=step_seconds)
+        self._runner = StepRunner(model, step_seconds=step_seconds)
         self._numbers = count()
         self._inbox: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._wake = threading.Event()
         self._closing = self._stopping = False
         self._thread = threading.Thread(target=self._work, name="llama.cpp", daemon=True)
         self._mailboxes: dict[Running, _Mailbox] = {}
-        self._answers: dict[ScoreJob, asyncio.Future[None]] = {}
+        self._answers: dict[LabelJob, asyncio.Future[None]] = {}
         self._ready: asyncio.Event = asyncio.Event()
         self._failing: asyncio.Event = asyncio.Event()
         self._idle: asyncio.Event = asyncio.Event()
@@ -151,7 +158,7 @@ class Engine:
         assert self.failed is not None
         return self.failed
 
-    def submit(self, request: Generate) -> Generation:
+    def submit(self, request: SequenceRequest) -> EngineGeneration:
         """Queue one sequence. Raises ContextTooLong, RequestError for impossible tokens, and EngineBusy."""
         self._check(request)
         self._refuse_when_busy(len(request.prompt))
@@ -159,14 +166,14 @@ class Engine:
         mailbox = self._mailboxes[sequence] = _Mailbox()
         self._idle.clear()
         self._send(self._runner.submit, sequence, len(request.prompt), sequence.remaining)
-        return Generation(mailbox, lambda: self._drop(sequence, self._runner.cancel))
+        return EngineGeneration(mailbox, lambda: self._drop(sequence, self._runner.cancel))
 
     async def score(self, items: Sequence[LabelItem]) -> list[LabelScores]:
         """Score the labels of every item; answers come in the items' order, `error` set where one cannot be scored.
 
         Raises EngineBusy. Cancelling the caller drops the work that is left.
         """
-        job = ScoreJob(items)
+        job = LabelJob(items)
         self._refuse_when_busy(job.waiting_tokens)
         answered = self._answers[job] = asyncio.get_running_loop().create_future()
         self._idle.clear()
@@ -179,7 +186,7 @@ class Engine:
                 self._note_idle()
         return [scores for scores in job.results if scores is not None]
 
-    def load(self) -> Load:
+    def load(self) -> EngineLoadReport:
         """The engine's state as of the last step, with what was submitted since counted as queued."""
         load, seen = self._seen
         sent = self._sent
@@ -207,7 +214,7 @@ class Engine:
 
     # The loop's side.
 
-    def _check(self, request: Generate) -> None:
+    def _check(self, request: SequenceRequest) -> None:
         prompt, context = as_tokens(request.prompt), self.model.sequence_context_tokens
         if len(prompt) + 1 > context:
             raise ContextTooLong(
@@ -242,7 +249,7 @@ class Engine:
                 retry_after_seconds=self._retry_after(load),
             )
 
-    def _retry_after(self, load: Load) -> float:
+    def _retry_after(self, load: EngineLoadReport) -> float:
         """About when the next place in the queue comes free: the time for all known work over its requests."""
         seconds = self._runner.rates.seconds_for(
             load.queued_prompt_tokens, load.remaining_output_tokens, load.sequences_capacity
@@ -260,7 +267,7 @@ class Engine:
         self._inbox.append((action, what))
         self._wake.set()
 
-    def _drop(self, what: Running | ScoreJob, action: Callable[[Any], None]) -> None:
+    def _drop(self, what: Running | LabelJob, action: Callable[[Any], None]) -> None:
         """Take note that nobody waits for something; when that was all that is being computed, stop computing it."""
         what.dropped = True
         self._post(action, what)
@@ -268,7 +275,9 @@ class Engine:
         if in_step and all(one.dropped for one in in_step):
             self.model.abort()  # should the thread be in its next step by now, it does that again
 
-    def _deliver(self, news: list[tuple[Running, list[TokenEvent], Finished | None]], jobs: list[ScoreJob]) -> None:
+    def _deliver(
+        self, news: list[tuple[Running, list[TokenEvent], SequenceFinished | None]], jobs: list[LabelJob]
+    ) -> None:
         for sequence, events, finished in news:
             mailbox = self._mailboxes.get(sequence)
             if mailbox is None:
@@ -337,7 +346,7 @@ class Engine:
     def _report(self) -> None:
         self._seen = (self._runner.load(), self._noted)
 
-    def _tell(self, told: Told) -> None:
+    def _tell(self, told: StepResult) -> None:
         news = []
         for sequence in dict.fromkeys(told.sequences):
             events, sequence.events = sequence.events, []

@@ -14,7 +14,7 @@ def log(event: str, **fields: Any) -> None:
     sys.stderr.buffer.flush()
 
 
-class JsonLines(logging.Handler):
+class EngineJsonLog(logging.Handler):
     """Libraries' warnings in the same form."""
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -13,11 +13,11 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from appliance.errors import EngineFailed
-from appliance.llamacpp.batch import Batch
+from appliance.llamacpp.batch import DecodeBatch
 from appliance.llamacpp.binding import lib
-from appliance.llamacpp.context import Attention, Context, context_params
+from appliance.llamacpp.context import Attention, LlamaContext, context_params
 from appliance.llamacpp.kv.memory_release import release_file_pages
-from appliance.llamacpp.kv.per_sequence import Lanes, lane_tokens
+from appliance.llamacpp.kv.per_sequence import PerSequenceKv, lane_tokens
 from appliance.llamacpp.weights import LOG, check_file, load_weights
 
 _F16_BYTES: Final = 2
@@ -30,15 +30,17 @@ _SPARE_SEQUENCES: Final = 112
 per step grows with the square of the number."""
 
 
-class Model(Context):
-    """A loaded model with the context that all sequences share. Made by `Model.load`, given back by `close`."""
+class LlamaModel(LlamaContext):
+    """A loaded model with the context that all sequences share. Made by `LlamaModel.load`, given back by `close`."""
 
-    def __init__(self, path: Path, handle: Any, context: Any, *, threads: int, sequences: int, batch: Batch) -> None:
+    def __init__(
+        self, path: Path, handle: Any, context: Any, *, threads: int, sequences: int, batch: DecodeBatch
+    ) -> None:
         self.path, self.threads, self.sequences = path, threads, sequences
         self._handle, self._abandoned = handle, False
         self.vocab_pointer = lib.llama_model_get_vocab(handle)
         super().__init__(context, batch, lib.llama_vocab_n_tokens(self.vocab_pointer))
-        self.lanes: Lanes | None = None
+        self.lanes: PerSequenceKv | None = None
         self.metadata = _metadata(handle)
         self.architecture = self.metadata.get("general.architecture", "unknown")
         self.name = self.metadata.get("general.name", path.stem)
@@ -82,7 +84,7 @@ class Model(Context):
         attention: Attention = "fast",
         lanes: int | None = None,
         mapped: bool = True,
-    ) -> "Model":
+    ) -> "LlamaModel":
         """Load `path` with a KV budget of `context_tokens` (rounded up to 256) for up to `sequences` at once.
 
         "exact" attention is for comparisons: it computes and stores in float32, so that neither the rest of the batch
@@ -125,13 +127,15 @@ class Model(Context):
         except EngineFailed:
             lib.llama_model_free(handle)
             raise
-        batch = Batch(lib.llama_n_batch(context), rows, ids)
+        batch = DecodeBatch(lib.llama_n_batch(context), rows, ids)
         model = cls(path, handle, context, threads=threads, sequences=sequences, batch=batch)
         model.release_unread_rows()
         # All of the file is in memory now, and most of it twice where kernels keep weights in an order of their own.
         release_file_pages(path)
         if lanes:
-            model.lanes = Lanes.make(handle, model, count=sequences, tokens=lanes, threads=threads, attention=attention)
+            model.lanes = PerSequenceKv.make(
+                handle, model, count=sequences, tokens=lanes, threads=threads, attention=attention
+            )
         return model
 
     def close(self) -> None:

@@ -8,17 +8,17 @@ from urllib.parse import quote
 
 import orjson
 
-from appliance.config import Cascade
+from appliance.config import CascadeRule
 from appliance.errors import Busy, RequestError, Unavailable
 from appliance.quality import rules
-from appliance.quality.models import Labelled, Learnt
-from appliance.quality.store import Store
+from appliance.quality.models import Labelled, LearningState
+from appliance.quality.store import LearningStore
 
 _TEXTS_AT_ONCE: Final = 1_000
 _MOST_NEWS: Final = 20
 
 
-class Told(Protocol):
+class TrainingReport(Protocol):
     @property
     def status(self) -> int: ...
 
@@ -26,26 +26,26 @@ class Told(Protocol):
     def body(self) -> bytes: ...
 
 
-class Encoders(Protocol):
+class TrainingClient(Protocol):
     """The program that trains and keeps classifiers."""
 
-    async def ask(self, method: str, path: str, body: bytes = b"") -> Told: ...
+    async def ask(self, method: str, path: str, body: bytes = b"") -> TrainingReport: ...
 
 
-class Alerts(Protocol):
+class LearningAlerts(Protocol):
     def warn(self, code: str, text: str, about: str = "") -> None: ...
 
     def clear(self, code: str, about: str = "") -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class TrainingSet:
     """A classifier that a route's cascade begins with, and what the route says of it."""
 
     name: str
     """Without `classifier/`."""
     route: str
-    cascade: Cascade
+    cascade: CascadeRule
     keep_texts: bool
 
     @property
@@ -53,10 +53,10 @@ class Lesson:
         return f"classifier/{self.name}"
 
 
-class Program:
+class CandidateProgram:
     """The encoder program's own API, as far as learning needs it. Raises what it refuses as the error that it is."""
 
-    def __init__(self, encoders: Encoders) -> None:
+    def __init__(self, encoders: TrainingClient) -> None:
         self._encoders = encoders
 
     async def show(self, name: str) -> Mapping[str, Any] | None:
@@ -117,10 +117,10 @@ def _good(status: int, told: Any) -> Mapping[str, Any]:
 class Candidates:
     """`tend` looks at one classifier and takes the next step, if there is one to take."""
 
-    def __init__(self, store: Store, program: Program, alerts: Alerts) -> None:
+    def __init__(self, store: LearningStore, program: CandidateProgram, alerts: LearningAlerts) -> None:
         self._store, self._program, self._alerts = store, program, alerts
 
-    async def tend(self, lesson: Lesson, learnt: Learnt) -> Learnt:
+    async def tend(self, lesson: TrainingSet, learnt: LearningState) -> LearningState:
         match learnt.phase:
             case "training":
                 return await self._trained(lesson, learnt)
@@ -131,7 +131,7 @@ class Candidates:
                 due = rules.is_training_due(counts["texts"], learnt.examples_trained, lesson.cascade.learn_after)
                 return await self._begun(lesson, learnt, counts["texts"]) if due else learnt
 
-    async def begin(self, lesson: Lesson, learnt: Learnt) -> Learnt:
+    async def begin(self, lesson: TrainingSet, learnt: LearningState) -> LearningState:
         """Train a candidate now. Raises RequestError for what is missing, and Busy while another training runs."""
         if learnt.phase != "idle":
             raise Busy(f"{lesson.target} is learning already ({learnt.phase})", retry_after_seconds=10)
@@ -140,7 +140,7 @@ class Candidates:
             raise RequestError(_mixed(lesson))
         return await self._train(lesson, learnt, rows)
 
-    async def _begun(self, lesson: Lesson, learnt: Learnt, texts: int) -> Learnt:
+    async def _begun(self, lesson: TrainingSet, learnt: LearningState, texts: int) -> LearningState:
         rows = await self._rows(lesson)
         if rows is None:
             self._alerts.warn("learning_mixed_keys", _mixed(lesson), lesson.route)
@@ -154,12 +154,12 @@ class Candidates:
             # Too few of a label, for example: with more examples it may be tried again.
             return _with_news(replace(learnt, examples_trained=texts), f"not trained: {error.message}")
 
-    async def _rows(self, lesson: Lesson) -> Sequence[Labelled] | None:
+    async def _rows(self, lesson: TrainingSet) -> Sequence[Labelled] | None:
         owners = await self._store.owners(lesson.target)
         chosen = rules.owners_to_learn_from(owners, lesson.cascade.learn_from)
         return None if chosen is None else await self._store.texts(lesson.target, chosen)
 
-    async def _train(self, lesson: Lesson, learnt: Learnt, rows: Sequence[Labelled]) -> Learnt:
+    async def _train(self, lesson: TrainingSet, learnt: LearningState, rows: Sequence[Labelled]) -> LearningState:
         serving = await self._program.show(lesson.name)
         labels = None if serving is None else serving["labels"]
         latest = {row.text: row.label for row in rows if row.text is not None}
@@ -173,7 +173,7 @@ class Candidates:
             replace(begun, examples_trained=counts["texts"]), f"training on {len(examples)} texts from traffic"
         )
 
-    async def _trained(self, lesson: Lesson, learnt: Learnt) -> Learnt:
+    async def _trained(self, lesson: TrainingSet, learnt: LearningState) -> LearningState:
         run = await self._program.training(lesson.name)
         if run is not None and run["state"] == "running":
             return learnt
@@ -188,7 +188,7 @@ class Candidates:
         await self._program.shadow(lesson.name, version)
         return _with_news(replace(learnt, phase="shadow", candidate=version), f"version {version} is seen in shadow")
 
-    async def _compared(self, lesson: Lesson, learnt: Learnt) -> Learnt:
+    async def _compared(self, lesson: TrainingSet, learnt: LearningState) -> LearningState:
         assert learnt.candidate is not None
         told = await self._program.show(lesson.name)
         if told is None or learnt.candidate not in told["versions"] or told["serving"] == learnt.candidate:
@@ -204,7 +204,9 @@ class Candidates:
         learnt = replace(learnt, tests=learnt.tests + 1, tested_rows=len(rows))
         return await self._judged(lesson, learnt, match, shadow)
 
-    async def _match(self, lesson: Lesson, rows: Sequence[Labelled], serving: int, candidate: int) -> rules.Match:
+    async def _match(
+        self, lesson: TrainingSet, rows: Sequence[Labelled], serving: int, candidate: int
+    ) -> rules.CandidateComparison:
         texts = [row.text or "" for row in rows]
         return rules.match_of(
             [row.label for row in rows],
@@ -213,7 +215,9 @@ class Candidates:
             [row.audited for row in rows],
         )
 
-    async def _judged(self, lesson: Lesson, learnt: Learnt, match: rules.Match, shadow: Mapping[str, Any]) -> Learnt:
+    async def _judged(
+        self, lesson: TrainingSet, learnt: LearningState, match: rules.CandidateComparison, shadow: Mapping[str, Any]
+    ) -> LearningState:
         version = learnt.candidate
         assert version is not None
         beside = f"{match}; in shadow it differed on {shadow['disagreed']} of {shadow['texts']} texts"
@@ -228,11 +232,11 @@ class Candidates:
         return _with_news(learnt, f"version {version} is not known to be better yet: {beside}")
 
 
-def _with_news(learnt: Learnt, text: str) -> Learnt:
+def _with_news(learnt: LearningState, text: str) -> LearningState:
     return replace(learnt, news=(text, *learnt.news)[:_MOST_NEWS])
 
 
-def _mixed(lesson: Lesson) -> str:
+def _mixed(lesson: TrainingSet) -> str:
     return (
         f"texts of several keys came by route {lesson.route!r}, and nobody said that {lesson.target} may learn from "
         "them together: name the keys in cascade.learn_from"

@@ -14,15 +14,15 @@ from typing import Any, Final
 
 import structlog
 
-from appliance.config import Cascade
-from appliance.config import Learning as LearningRules
+from appliance.config import CascadeRule
+from appliance.config import LearningSettings as LearningRules
 from appliance.errors import ApplianceError, NotFound, RequestError
 from appliance.quality import rules as deciders
-from appliance.quality.candidates import Alerts, Candidates, Encoders, Lesson, Program
-from appliance.quality.models import FEEDBACK, Day, Labelled, Learnt
-from appliance.quality.store import Store
+from appliance.quality.candidates import CandidateProgram, Candidates, LearningAlerts, TrainingClient, TrainingSet
+from appliance.quality.models import FEEDBACK, DailyTraffic, Labelled, LearningState
+from appliance.quality.store import LearningStore
 from appliance.quality.traffic import SECONDS_PER_DAY, date_of, day_of, labelled_of, short, teaches
-from appliance.tasks.classify.cascade import SeenCall, Standing
+from appliance.tasks.classify.cascade import CascadeCall, CascadeThresholds
 
 _PACE_SECONDS: Final = 2.0
 """Between two rounds: an estimate takes some milliseconds, and labels come one by one."""
@@ -43,36 +43,36 @@ _Key = tuple[str, str, float, float, int]
 _log = structlog.get_logger(__name__)
 
 
-class Learning:
+class CascadeLearning:
     """Everything is called on the event loop. `lessons`: the cascades of the policy in force, by classifier."""
 
     def __init__(
         self,
-        store: Store,
-        encoders: Encoders,
-        lessons: Callable[[], Mapping[str, Lesson]],
-        alerts: Alerts,
+        store: LearningStore,
+        encoders: TrainingClient,
+        lessons: Callable[[], Mapping[str, TrainingSet]],
+        alerts: LearningAlerts,
         rules: LearningRules,
         wall: Callable[[], float],
         is_served: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self.store, self._lessons, self._alerts, self._rules, self._wall = store, lessons, alerts, rules, wall
         self._is_served = is_served
-        self._program = Program(encoders)
+        self._program = CandidateProgram(encoders)
         self._candidates = Candidates(store, self._program, alerts)
-        self._standings: dict[_Key, Standing] = {}
+        self._standings: dict[_Key, CascadeThresholds] = {}
         self._stale: set[_Key] = set()
         self._asked: dict[str, str] = {}
         """The version of each classifier that answered last."""
-        self._recent: OrderedDict[str, SeenCall] = OrderedDict()
+        self._recent: OrderedDict[str, CascadeCall] = OrderedDict()
         self._recent_texts = self._recent_characters = 0
         self._rows: list[Labelled] = []
-        self._days: dict[tuple[str, str, int], Day] = {}
-        self._learnt: dict[str, Learnt] = {}
+        self._days: dict[tuple[str, str, int], DailyTraffic] = {}
+        self._learnt: dict[str, LearningState] = {}
         self._wake = asyncio.Event()
         self._changing = asyncio.Lock()
         self._pruned_at = 0.0
-        self.totals: dict[str, Day] = {}
+        self.totals: dict[str, DailyTraffic] = {}
         """Since the start, by classifier."""
 
     async def start(self) -> None:
@@ -99,18 +99,18 @@ class Learning:
 
     # What the pipeline asks and tells.
 
-    def standing(self, cascade: Cascade, classifier: str, version: str | None) -> Standing:
+    def standing(self, cascade: CascadeRule, classifier: str, version: str | None) -> CascadeThresholds:
         if version is None:
-            return Standing(None, "its version is not known")
+            return CascadeThresholds(None, "its version is not known")
         self._asked[classifier] = version
         key = _key(cascade, classifier, version)
         known = self._standings.get(key)
         if known is None:
             self._want(key)
-            return Standing(None, "no threshold was estimated yet")
+            return CascadeThresholds(None, "no threshold was estimated yet")
         return known
 
-    def seen(self, call: SeenCall) -> None:
+    def seen(self, call: CascadeCall) -> None:
         call = replace(call, rows=tuple(map(short, call.rows)))
         day = day_of(call)
         place = (day.classifier, day.route, day.day)
@@ -123,7 +123,7 @@ class Learning:
             self._doubt(call.classifier)
         self._remember(call)
 
-    def _remember(self, call: SeenCall) -> None:
+    def _remember(self, call: CascadeCall) -> None:
         self._recent[call.decision_id] = call
         self._count(call, 1)
         while len(self._recent) > 1 and (
@@ -132,7 +132,7 @@ class Learning:
             _, oldest = self._recent.popitem(last=False)
             self._count(oldest, -1)
 
-    def _count(self, call: SeenCall, times: int) -> None:
+    def _count(self, call: CascadeCall, times: int) -> None:
         self._recent_texts += times * len(call.rows)
         self._recent_characters += times * sum(len(row.text) for row in call.rows)
 
@@ -197,7 +197,7 @@ class Learning:
         return labelled_of(call, call.rows[index])
 
     async def _add(self, row: Labelled, *, kept: str | None) -> None:
-        day = Day(row.classifier, row.route, int(row.at // SECONDS_PER_DAY), feedback=1)
+        day = DailyTraffic(row.classifier, row.route, int(row.at // SECONDS_PER_DAY), feedback=1)
         if row.audited and kept != row.label:
             # The reference was corrected: agreement is with what is right.
             day = replace(day, agreed=(row.own == row.label) - (row.own == kept))
@@ -224,7 +224,7 @@ class Learning:
         await self._flush()
         since = int(self._wall() // SECONDS_PER_DAY) - _SHOWN_DAYS
         days = await self.store.days(lesson.target, since)
-        learnt = self._learnt.get(lesson.target, Learnt())
+        learnt = self._learnt.get(lesson.target, LearningState())
         cascade = lesson.cascade
         return {
             "route": lesson.route,
@@ -249,7 +249,7 @@ class Learning:
             raise NotFound(f"no route begins a cascade with classifier/{name[:80]}: add one to the policy")
         await self._flush()
         async with self._changing:
-            learnt = await self._candidates.begin(lesson, self._learnt.get(lesson.target, Learnt()))
+            learnt = await self._candidates.begin(lesson, self._learnt.get(lesson.target, LearningState()))
             await self._save(lesson.target, learnt)
         return {"name": name, "phase": learnt.phase, "news": list(learnt.news[:1])}
 
@@ -263,7 +263,7 @@ class Learning:
         await self.store.remove(target)
 
     @property
-    def standings(self) -> Mapping[_Key, Standing]:
+    def standings(self) -> Mapping[_Key, CascadeThresholds]:
         return self._standings
 
     # What is done in rounds.
@@ -275,7 +275,7 @@ class Learning:
             try:
                 await self._estimate(lesson)
                 async with self._changing:
-                    before = self._learnt.get(lesson.target, Learnt())
+                    before = self._learnt.get(lesson.target, LearningState())
                     await self._save(lesson.target, await self._candidates.tend(lesson, before))
             except ApplianceError as error:
                 _log.warning("a classifier was not looked after", classifier=lesson.target, reason=error.message)
@@ -285,8 +285,8 @@ class Learning:
             before_at = now - self._rules.retention_days * SECONDS_PER_DAY
             await self.store.prune(list(self._lessons()), before_at, self._rules.max_texts)
 
-    async def _save(self, classifier: str, learnt: Learnt) -> None:
-        before = self._learnt.get(classifier, Learnt())
+    async def _save(self, classifier: str, learnt: LearningState) -> None:
+        before = self._learnt.get(classifier, LearningState())
         if learnt != before:
             self._learnt[classifier] = learnt
             await self.store.save(classifier, learnt)
@@ -306,12 +306,12 @@ class Learning:
                 self._days[place] = self._days[place] + day if place in self._days else day
             raise
 
-    async def _estimate(self, lesson: Lesson) -> None:
+    async def _estimate(self, lesson: TrainingSet) -> None:
         """The thresholds of the serving version and the candidate, where labels came or none is known."""
         if lesson.target not in self._asked and not await self._first_look(lesson):
             return
         stale = {key for key in self._stale if key[0] == lesson.target}
-        learnt = self._learnt.get(lesson.target, Learnt())
+        learnt = self._learnt.get(lesson.target, LearningState())
         if learnt.candidate is not None:
             stale |= {_key(lesson.cascade, lesson.target, str(learnt.candidate))} - set(self._standings)
         for key in stale:
@@ -326,7 +326,7 @@ class Learning:
                 raise
         self._tell(lesson)
 
-    async def _first_look(self, lesson: Lesson) -> bool:
+    async def _first_look(self, lesson: TrainingSet) -> bool:
         """So that the first text need not wait for a threshold. The program is not started only to find nothing."""
         told = await self._program.show(lesson.name) if self._is_served(lesson.target) else None
         if told is None:
@@ -334,7 +334,7 @@ class Learning:
         self.standing(lesson.cascade, lesson.target, str(told["serving"]))
         return True
 
-    async def _standing(self, lesson: Lesson, key: _Key) -> Standing:
+    async def _standing(self, lesson: TrainingSet, key: _Key) -> CascadeThresholds:
         classifier, version, bound, confidence, over_texts = key
         live, complaints = await self.store.scores(classifier, version)
         body = {
@@ -347,7 +347,7 @@ class Learning:
         }
         return deciders.standing_of(await self._program.threshold(lesson.name, body), bound)
 
-    def _tell(self, lesson: Lesson) -> None:
+    def _tell(self, lesson: TrainingSet) -> None:
         found = self._standings.get(_key(lesson.cascade, lesson.target, self._asked[lesson.target]))
         if found is None or found.threshold is not None:
             self._alerts.clear(_UNPROVEN, lesson.route)
@@ -360,5 +360,5 @@ class Learning:
         self._alerts.warn(_UNPROVEN, f"route {lesson.route!r}: {found.reason}; {what}", lesson.route)
 
 
-def _key(cascade: Cascade, classifier: str, version: str) -> _Key:
+def _key(cascade: CascadeRule, classifier: str, version: str) -> _Key:
     return classifier, version, cascade.bound, cascade.confidence, cascade.over_texts

@@ -6,12 +6,12 @@ from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from appliance.quality.learning import Learning
+from appliance.quality.learning import CascadeLearning
 from appliance.quality.models import COUNTS
 
 
-class LearningMeasures(Collector):
-    def __init__(self, learning: Learning, registry: CollectorRegistry) -> None:
+class LearningMetrics(Collector):
+    def __init__(self, learning: CascadeLearning, registry: CollectorRegistry) -> None:
         self._learning = learning
         registry.register(self)
 

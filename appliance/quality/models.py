@@ -35,7 +35,7 @@ class Labelled:
 
 
 @dataclass(frozen=True, slots=True)
-class Day:
+class DailyTraffic:
     """Numbers of texts of one classifier on one route in one UTC day."""
 
     classifier: str
@@ -51,9 +51,9 @@ class Day:
     agreed: int = 0
     feedback: int = 0
 
-    def __add__(self, other: "Day") -> "Day":
+    def __add__(self, other: "DailyTraffic") -> "DailyTraffic":
         sums = {name: getattr(self, name) + getattr(other, name) for name in COUNTS}
-        return Day(self.classifier, self.route, self.day, **sums)
+        return DailyTraffic(self.classifier, self.route, self.day, **sums)
 
     def facts(self) -> Mapping[str, Any]:
         counts: dict[str, Any] = {name: getattr(self, name) for name in COUNTS}
@@ -62,11 +62,11 @@ class Day:
         return counts
 
 
-COUNTS = tuple(field.name for field in fields(Day) if field.name not in ("classifier", "route", "day"))
+COUNTS = tuple(field.name for field in fields(DailyTraffic) if field.name not in ("classifier", "route", "day"))
 
 
 @dataclass(frozen=True, slots=True)
-class Learnt:
+class LearningState:
     """How far the learning of one classifier is."""
 
     phase: Phase = "idle"

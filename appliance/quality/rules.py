@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Final, Literal
 
-from appliance.tasks.classify.cascade import Standing
+from appliance.tasks.classify.cascade import CascadeThresholds
 
 SIGNIFICANCE: Final = 0.05
 MOST_TESTS: Final = 5
@@ -38,7 +38,7 @@ def is_for_testing(text: str) -> bool:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).digest()[0] % _TEST_SHARE == 0
 
 
-def standing_of(told: Mapping[str, Any], bound: float) -> Standing:
+def standing_of(told: Mapping[str, Any], bound: float) -> CascadeThresholds:
     """The threshold that both samples allow: held-out rows of the training, and audited traffic as soon as it suffices.
 
     `told` is the encoder program's answer. Held-out rows alone promise only for traffic like the examples; audited
@@ -47,17 +47,17 @@ def standing_of(told: Mapping[str, Any], bound: float) -> Standing:
     held, live = told["held_out"], told["live"]
     rows = f"{held['rows']} held-out and {live['rows']} audited texts"
     if live["is_enough"] and live["threshold"] is None:
-        return Standing(None, f"no threshold keeps {bound:.0%} on {live['rows']} audited texts")
+        return CascadeThresholds(None, f"no threshold keeps {bound:.0%} on {live['rows']} audited texts")
     found = [one["threshold"] for one in (held, live) if one["is_enough"] and one["threshold"] is not None]
     if not live["is_enough"] and held["threshold"] is None:
         why = "no threshold keeps" if held["is_enough"] else "too few labels to keep"
-        return Standing(None, f"{why} {bound:.0%}: {rows}")
+        return CascadeThresholds(None, f"{why} {bound:.0%}: {rows}")
     threshold = max(found)
-    return Standing(threshold, f"below {threshold:.3f} by {rows}")
+    return CascadeThresholds(threshold, f"below {threshold:.3f} by {rows}")
 
 
 @dataclass(frozen=True, slots=True)
-class Match:
+class CandidateComparison:
     """A candidate against the serving version, on texts that neither has seen."""
 
     rows: int
@@ -84,12 +84,14 @@ def sign_test(won: int, lost: int) -> float:
     return float(Fraction(ways, 2**total))
 
 
-def match_of(truth: Sequence[str], serving: Sequence[str], candidate: Sequence[str], audited: Sequence[bool]) -> Match:
+def match_of(
+    truth: Sequence[str], serving: Sequence[str], candidate: Sequence[str], audited: Sequence[bool]
+) -> CandidateComparison:
     pairs = [
         (ours == right, theirs == right, drawn)
         for right, theirs, ours, drawn in zip(truth, serving, candidate, audited, strict=True)
     ]
-    return Match(
+    return CandidateComparison(
         rows=len(pairs),
         won=sum(ours and not theirs for ours, theirs, _ in pairs),
         lost=sum(theirs and not ours for ours, theirs, _ in pairs),
@@ -102,7 +104,7 @@ def is_test_due(rows: int, tested_rows: int, shadow_texts: int) -> bool:
     return rows >= max(LEAST_TEST_ROWS, _GROWTH * tested_rows) and shadow_texts >= LEAST_SHADOW_TEXTS
 
 
-def verdict(match: Match, tests: int) -> Verdict:
+def verdict(match: CandidateComparison, tests: int) -> Verdict:
     """`tests`: how many there were, this one included. Labels come mostly from texts that the serving version was
     unsure of, so a candidate must not lose among those drawn by chance either."""
     level = SIGNIFICANCE / MOST_TESTS

@@ -10,15 +10,15 @@ from sqlalchemy import URL, Connection, delete, func, select
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from appliance.errors import Unavailable
-from appliance.ledger.sqlite_store import Kept, RoomDatabase
-from appliance.quality.models import COUNTS, FEEDBACK, Day, Labelled, Learnt
+from appliance.ledger.sqlite_store import SqliteStore, StoreSpec
+from appliance.quality.models import COUNTS, FEEDBACK, DailyTraffic, Labelled, LearningState
 from appliance.quality.tables import VERSION, labelled, metadata, states, traffic
 
 _MOST_SCORES: Final = 20_000
 """Audited rows that a threshold is estimated from: the newest. More would only remember older traffic."""
 
 
-KEPT: Final = Kept(
+KEPT: Final = StoreSpec(
     name="learning-store",
     metadata=metadata,
     version=VERSION,
@@ -31,14 +31,14 @@ KEPT: Final = Kept(
 )
 
 
-class Store(RoomDatabase):
+class LearningStore(SqliteStore):
     """`open` it, and `close` it. Raises Unavailable, or StorageFull where the disk has no room, from any method."""
 
     @classmethod
-    async def open(cls, path: Path) -> "Store":
+    async def open(cls, path: Path) -> "LearningStore":
         return await cls._opened(URL.create("sqlite", database=str(path)), KEPT)
 
-    async def add(self, rows: Sequence[Labelled], days: Sequence[Day]) -> None:
+    async def add(self, rows: Sequence[Labelled], days: Sequence[DailyTraffic]) -> None:
         """New labels, the newer one of a text counting, and numbers that are added to their days'."""
 
         def write(connection: Connection) -> None:
@@ -98,10 +98,10 @@ class Store(RoomDatabase):
 
         return await self._do(read)
 
-    async def days(self, classifier: str, since_day: int) -> Sequence[Day]:
+    async def days(self, classifier: str, since_day: int) -> Sequence[DailyTraffic]:
         query = select(traffic).where(traffic.c.classifier == classifier, traffic.c.day >= since_day)
         rows = await self._do(lambda one: one.execute(query.order_by(traffic.c.day)).mappings().all())
-        return [Day(**row) for row in rows]
+        return [DailyTraffic(**row) for row in rows]
 
     async def forget(self, owner: str, classifier: str | None = None) -> int:
         """Remove a key's labels with their texts; how many there were."""
@@ -124,15 +124,15 @@ class Store(RoomDatabase):
 
         await self._do(write)
 
-    async def learnt(self) -> Mapping[str, Learnt]:
+    async def learnt(self) -> Mapping[str, LearningState]:
         rows = await self._do(lambda one: one.execute(select(states)).mappings().all())
         found = {}
         for row in rows:
             document = json.loads(row["document"])
-            found[row["classifier"]] = Learnt(**{**document, "news": tuple(document["news"])})
+            found[row["classifier"]] = LearningState(**{**document, "news": tuple(document["news"])})
         return found
 
-    async def save(self, classifier: str, learnt: Learnt) -> None:
+    async def save(self, classifier: str, learnt: LearningState) -> None:
         values = {"classifier": classifier, "document": json.dumps(asdict(learnt))}
         change = upsert(states).values(values).on_conflict_do_update(index_elements=["classifier"], set_=values)
         await self._do(lambda one: one.execute(change))

@@ -6,34 +6,34 @@ from datetime import UTC, datetime
 from typing import Final
 
 from appliance.config import Policy
-from appliance.quality.candidates import Lesson
-from appliance.quality.models import Day, Labelled
-from appliance.tasks.classify.cascade import Seen, SeenCall
+from appliance.quality.candidates import TrainingSet
+from appliance.quality.models import DailyTraffic, Labelled
+from appliance.tasks.classify.cascade import CascadeCall, CascadeText
 
 SECONDS_PER_DAY: Final = 86_400
 _MOST_TEXT_CHARS: Final = 20_000
 """Longer texts are no examples: training refuses them, and with them all the others."""
 
 
-def lessons_of(policy: Policy) -> Mapping[str, Lesson]:
+def lessons_of(policy: Policy) -> Mapping[str, TrainingSet]:
     """The cascades of a policy by classifier; of several routes that begin with the same one, the first."""
-    found: dict[str, Lesson] = {}
+    found: dict[str, TrainingSet] = {}
     for route in policy.routes:
         if route.cascade is not None:
             name = route.targets[0].partition("/")[2]
-            lesson = Lesson(name, route.name, route.cascade, route.keep_texts)
+            lesson = TrainingSet(name, route.name, route.cascade, route.keep_texts)
             found.setdefault(lesson.target, lesson)
     return found
 
 
-def teaches(call: SeenCall, row: Seen) -> bool:
+def teaches(call: CascadeCall, row: CascadeText) -> bool:
     """Whether somebody better has labelled the text, and there is anything to be learned of it."""
     if row.answer is None or row.answered_by == call.classifier:
         return False
     return row.audited or (call.keep_texts and row.is_sure)
 
 
-def labelled_of(call: SeenCall, row: Seen) -> Labelled:
+def labelled_of(call: CascadeCall, row: CascadeText) -> Labelled:
     return Labelled(
         decision_id=call.decision_id,
         index=row.index,
@@ -52,9 +52,9 @@ def labelled_of(call: SeenCall, row: Seen) -> Labelled:
     )
 
 
-def day_of(call: SeenCall) -> Day:
-    rows: Sequence[Seen] = call.rows
-    return Day(
+def day_of(call: CascadeCall) -> DailyTraffic:
+    rows: Sequence[CascadeText] = call.rows
+    return DailyTraffic(
         classifier=call.classifier,
         route=call.route,
         day=int(call.at // SECONDS_PER_DAY),
@@ -71,6 +71,6 @@ def date_of(day: int) -> str:
     return datetime.fromtimestamp(day * SECONDS_PER_DAY, UTC).date().isoformat()
 
 
-def short(row: Seen) -> Seen:
+def short(row: CascadeText) -> CascadeText:
     """Without its text where that can be no example."""
     return row if len(row.text) <= _MOST_TEXT_CHARS and row.text.strip() else replace(row, text="")

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Protocol
 
-from appliance.config import Key, NodeConfig, Policy
+from appliance.config import KeySettings, NodeConfig, Policy
 from appliance.core import Outcome, Target
-from appliance.ledger.budgets import Cap
+from appliance.ledger.budgets import SpendCap
 from appliance.ledger.store import Ledger
-from appliance.router.deps import Alerts
+from appliance.router.deps import RouterAlerts
 
 _CODE = "budget_nearly_spent"
 
@@ -16,27 +16,27 @@ class OutcomeObserver(Protocol):
     def observe_outcome(self, outcome: Outcome) -> None: ...
 
 
-class Caps:
+class SpendCaps:
     """Who may spend how much in a day: a value that a reload replaces. `keys`: those of the configuration or made by
     command."""
 
-    def __init__(self, config: NodeConfig, policy: Policy, keys: Mapping[str, Key]) -> None:
+    def __init__(self, config: NodeConfig, policy: Policy, keys: Mapping[str, KeySettings]) -> None:
         self.alert_at = config.budget.alert_at
-        self._all = Cap("all", config.budget.daily_usd)
-        self._providers = {one.name: Cap(f"provider:{one.name}", one.daily_usd) for one in config.providers}
-        self._routes = {one.name: Cap(f"route:{one.name}", one.daily_usd) for one in policy.routes}
-        self._keys = {name: Cap(f"key:{name}", key.daily_usd) for name, key in keys.items()}
+        self._all = SpendCap("all", config.budget.daily_usd)
+        self._providers = {one.name: SpendCap(f"provider:{one.name}", one.daily_usd) for one in config.providers}
+        self._routes = {one.name: SpendCap(f"route:{one.name}", one.daily_usd) for one in policy.routes}
+        self._keys = {name: SpendCap(f"key:{name}", key.daily_usd) for name, key in keys.items()}
 
-    def of(self, target: Target, route: str, key_id: str) -> tuple[Cap, ...]:
+    def of(self, target: Target, route: str, key_id: str) -> tuple[SpendCap, ...]:
         """Every scope that a call counts towards."""
         found = (self._providers.get(target.provider or ""), self._routes.get(route), self._keys.get(key_id))
         return (self._all, *(cap for cap in found if cap is not None))
 
 
-class Books:
+class SpendAccounting:
     """The pipeline's side of the ledger."""
 
-    def __init__(self, ledger: Ledger, metrics: OutcomeObserver, alerts: Alerts, caps: Caps) -> None:
+    def __init__(self, ledger: Ledger, metrics: OutcomeObserver, alerts: RouterAlerts, caps: SpendCaps) -> None:
         self._ledger, self._metrics, self._alerts = ledger, metrics, alerts
         self.caps = caps
         self.settle = ledger.settle
@@ -52,7 +52,7 @@ class Books:
         self._metrics.observe_outcome(outcome)
         self._ledger.record(outcome)
 
-    def _watch(self, caps: tuple[Cap, ...]) -> None:
+    def _watch(self, caps: tuple[SpendCap, ...]) -> None:
         """Warn while a cap is nearly spent; a new day, or a higher cap, ends that."""
         for cap in caps:
             if cap.limit_usd is None:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Final
 
-from appliance.config import Cost
-from appliance.core import CostBasis, EngineView, Price, Target, Usage
+from appliance.config import CostSettings
+from appliance.core import CostBasis, EngineStatus, Price, Target, Usage
 from appliance.engines.rates import busy_seconds
 
 ASSUMED_WATTS_PER_BUSY_CORE: Final = 10.0
@@ -30,7 +30,7 @@ def hosted_usd(price: Price, usage: Usage, reserved_usd: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Bill:
+class CostEstimate:
     """What an attempt came to, and how far that is known."""
 
     usd: float
@@ -40,10 +40,12 @@ class Bill:
     energy_basis: CostBasis | None = None
 
 
-def onsite_bill(target: Target, view: EngineView | None, usage: Usage, cost: Cost, cores: int) -> Bill | None:
+def onsite_bill(
+    target: Target, view: EngineStatus | None, usage: Usage, cost: CostSettings, cores: int
+) -> CostEstimate | None:
     """Energy and hardware for the seconds of engine time that `usage` stands for; None where nothing tells the time."""
     if target.price is not None:
-        return Bill(target.price.cost_usd(usage), "price")
+        return CostEstimate(target.price.cost_usd(usage), "price")
     if view is None or view.load is None:
         return None
     fresh = max(0, usage.prompt_tokens - usage.cached_tokens)
@@ -52,15 +54,15 @@ def onsite_bill(target: Target, view: EngineView | None, usage: Usage, cost: Cos
         return None
     watts, energy_basis = busy_watts(view, cost, cores)
     basis: CostBasis = "assumed" if cost.usd_per_kwh is None else energy_basis
-    return Bill(seconds * usd_per_busy_second(view, cost, cores), basis, seconds * watts, energy_basis)
+    return CostEstimate(seconds * usd_per_busy_second(view, cost, cores), basis, seconds * watts, energy_basis)
 
 
-def onsite_usd(target: Target, view: EngineView | None, usage: Usage, cost: Cost, cores: int) -> float | None:
+def onsite_usd(target: Target, view: EngineStatus | None, usage: Usage, cost: CostSettings, cores: int) -> float | None:
     bill = onsite_bill(target, view, usage, cost, cores)
     return None if bill is None else bill.usd
 
 
-def busy_watts(view: EngineView, cost: Cost, cores: int) -> tuple[float, CostBasis]:
+def busy_watts(view: EngineStatus, cost: CostSettings, cores: int) -> tuple[float, CostBasis]:
     """Extra power of an engine at work: metered, else as the operator says, else assumed."""
     if view.watts is not None:
         return view.watts, view.watts_basis
@@ -69,7 +71,7 @@ def busy_watts(view: EngineView, cost: Cost, cores: int) -> tuple[float, CostBas
     return ASSUMED_WATTS_PER_BUSY_CORE * cores, "assumed"
 
 
-def usd_per_busy_second(view: EngineView, cost: Cost, cores: int) -> float:
+def usd_per_busy_second(view: EngineStatus, cost: CostSettings, cores: int) -> float:
     watts, _ = busy_watts(view, cost, cores)
     per_kwh = ASSUMED_USD_PER_KWH if cost.usd_per_kwh is None else cost.usd_per_kwh
     return (watts / 1000 * per_kwh + cost.hardware_usd_per_hour) / 3600

@@ -4,17 +4,17 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from appliance.config import Cascade, Cost
+from appliance.config import CascadeRule, CostSettings
 from appliance.core import Outcome, Target
 from appliance.errors import BudgetExceeded
 from appliance.router.capacity.admission import Admission
 from appliance.router.capacity.breaker import Breakers
-from appliance.router.residency import PermitOffice
-from appliance.router.stats.estimators import Experience
-from appliance.router.stats.windows import OfLate
+from appliance.router.residency import EgressPermitIssuer
+from appliance.router.stats.estimators import Estimators
+from appliance.router.stats.windows import SlidingWindows
 from appliance.state import State
-from appliance.tasks.classify.cascade import SeenCall, Standing
-from appliance.upstream.base import Doors
+from appliance.tasks.classify.cascade import CascadeCall, CascadeThresholds
+from appliance.upstream.base import Transports
 
 
 class SpendLedger(Protocol):
@@ -27,7 +27,7 @@ class SpendLedger(Protocol):
     def record(self, outcome: Outcome) -> None: ...
 
 
-class Alerts(Protocol):
+class RouterAlerts(Protocol):
     """Where named conditions are shown to the operator: the health page and the metrics."""
 
     def warn(self, code: str, text: str, about: str = "") -> None: ...
@@ -35,7 +35,7 @@ class Alerts(Protocol):
     def clear(self, code: str, about: str = "") -> None: ...
 
 
-class NoAlerts:
+class NoRouterAlerts:
     """Where nobody looks."""
 
     def warn(self, code: str, text: str, about: str = "") -> None:
@@ -45,47 +45,47 @@ class NoAlerts:
         pass
 
 
-class Learning(Protocol):
+class FeedbackSink(Protocol):
     """What is known of trained classifiers' answers, and who is told what became of them."""
 
-    def standing(self, cascade: Cascade, classifier: str, version: str | None) -> Standing:
+    def standing(self, cascade: CascadeRule, classifier: str, version: str | None) -> CascadeThresholds:
         """From which confidence on this version's answers may stand."""
 
-    def seen(self, call: SeenCall) -> None: ...
+    def seen(self, call: CascadeCall) -> None: ...
 
 
-class NothingLearned:
+class NoFeedback:
     """Where nobody keeps count: no threshold is known."""
 
-    def standing(self, cascade: Cascade, classifier: str, version: str | None) -> Standing:
-        return Standing(None, "nothing is known of its answers")
+    def standing(self, cascade: CascadeRule, classifier: str, version: str | None) -> CascadeThresholds:
+        return CascadeThresholds(None, "nothing is known of its answers")
 
-    def seen(self, call: SeenCall) -> None:
+    def seen(self, call: CascadeCall) -> None:
         pass
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class RuntimeStats:
     """What requests teach the ones after them. Outlives reloads."""
 
-    experience: Experience = field(default_factory=Experience)
-    of_late: OfLate = field(default_factory=OfLate)
+    experience: Estimators = field(default_factory=Estimators)
+    of_late: SlidingWindows = field(default_factory=SlidingWindows)
 
 
 @dataclass(frozen=True, slots=True)
-class Means:
+class RouterDeps:
     """What attempts work with."""
 
     state: State
     ledger: SpendLedger
     admission: Admission
     breakers: Breakers
-    memory: Memory
-    doors: Doors
-    permits: PermitOffice
-    alerts: Alerts
-    learning: Learning
-    cost: Cost
+    memory: RuntimeStats
+    doors: Transports
+    permits: EgressPermitIssuer
+    alerts: RouterAlerts
+    learning: FeedbackSink
+    cost: CostSettings
     cores: int
     clock: Callable[[], float]
     wall: Callable[[], float]
@@ -95,7 +95,7 @@ class Means:
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class AttemptTimeouts:
     """How long an attempt may take, in seconds from now."""
 
     total_seconds: float
@@ -110,7 +110,7 @@ class Patience:
     """How long whoever comes next is going to need."""
 
 
-class Purse:
+class RequestBudget:
     """What one request may still spend, over all its attempts and calls."""
 
     def __init__(self, ceiling_usd: float | None) -> None:

@@ -17,24 +17,32 @@ from typing import Any
 import orjson
 
 from appliance.config import NodeConfig, Policy
-from appliance.core import Call, Caller, Decision, Facts, Request, Route, Target
+from appliance.core import Caller, Decision, Request, ResponseMetadata, Route, Target, TaskCall
 from appliance.errors import ApplianceError, ClientGone, StreamBroken, UnknownModel
-from appliance.router.attempts.loop import Walk
-from appliance.router.attempts.runner import Trial
+from appliance.router.attempts.loop import AttemptLoop
+from appliance.router.attempts.runner import AttemptRunner
 from appliance.router.capacity.admission import Admission
 from appliance.router.capacity.breaker import Breakers
-from appliance.router.deps import Alerts, Learning, Means, Memory, NoAlerts, NothingLearned, SpendLedger
-from appliance.router.pii.scanner import Detector, Inspector
-from appliance.router.profile import Opinion, check_profiler
-from appliance.router.profile.llm_profiler import Asking
-from appliance.router.provider_batches import Bulk, Sealed
-from appliance.router.residency import PermitOffice
+from appliance.router.deps import (
+    FeedbackSink,
+    NoFeedback,
+    NoRouterAlerts,
+    RouterAlerts,
+    RouterDeps,
+    RuntimeStats,
+    SpendLedger,
+)
+from appliance.router.pii.scanner import PiiDetector, PiiScanner
+from appliance.router.profile import LlmProfile, check_profiler
+from appliance.router.profile.llm_profiler import LlmProfiler
+from appliance.router.provider_batches import PreparedLine, ProviderBatchSubmitter
+from appliance.router.residency import EgressPermitIssuer
 from appliance.router.routing.match import visible_targets
-from appliance.router.routing.router import Decided, Decider
-from appliance.router.token_count import Counted, count_with
+from appliance.router.routing.router import Router, RoutingResult
+from appliance.router.token_count import TokenCount, count_with
 from appliance.state import State
 from appliance.telemetry import traces
-from appliance.upstream.base import Doors
+from appliance.upstream.base import Transports
 
 
 class Pipeline:
@@ -53,19 +61,19 @@ class Pipeline:
         ledger: SpendLedger,
         admission: Admission,
         breakers: Breakers,
-        memory: Memory,
-        doors: Doors,
-        permits: PermitOffice,
-        detector: Detector | None = None,
-        alerts: Alerts | None = None,
-        learning: Learning | None = None,
+        memory: RuntimeStats,
+        doors: Transports,
+        permits: EgressPermitIssuer,
+        detector: PiiDetector | None = None,
+        alerts: RouterAlerts | None = None,
+        learning: FeedbackSink | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         pause: Callable[[float], Awaitable[object]] = asyncio.sleep,
         chance: Callable[[], float] = random.random,
     ) -> None:
         self.policy = policy
-        self._means = Means(
+        self._means = RouterDeps(
             state=state,
             ledger=ledger,
             admission=admission,
@@ -73,8 +81,8 @@ class Pipeline:
             memory=memory,
             doors=doors,
             permits=permits,
-            alerts=alerts or NoAlerts(),
-            learning=learning or NothingLearned(),
+            alerts=alerts or NoRouterAlerts(),
+            learning=learning or NoFeedback(),
             cost=config.cost,
             cores=config.engine.threads or len(os.sched_getaffinity(0)),
             clock=clock,
@@ -83,10 +91,10 @@ class Pipeline:
             chance=chance,
         )
         check_profiler(policy.defaults.profiler)
-        self._decider = Decider(policy, self._means)
-        self._inspector = Inspector(policy.residency, detector, alerts) if policy.searches_content else None
-        self._asking = Asking(policy.defaults.profiler, self._means)
-        self.bulk = Bulk(self._means)
+        self._decider = Router(policy, self._means)
+        self._inspector = PiiScanner(policy.residency, detector, alerts) if policy.searches_content else None
+        self._asking = LlmProfiler(policy.defaults.profiler, self._means)
+        self.bulk = ProviderBatchSubmitter(self._means)
 
     async def searched(self, request: Request) -> Request:
         """The request, its content searched for personal data where the policy wants that. `decide` wants it so."""
@@ -103,7 +111,7 @@ class Pipeline:
             raise decided.refusal
         return decided.decision
 
-    async def answer(self, request: Request, call: Call) -> "Answer":
+    async def answer(self, request: Request, call: TaskCall) -> "Answer":
         """Answer `request`. The caller must `aclose` what it gets. Raises ApplianceError, its `headers` set."""
         request = await self.searched(request)
         opinion = await self._asking.opinion(request)
@@ -121,7 +129,7 @@ class Pipeline:
             return Answer(close(None), payload=payload)
         return Answer(walk.facts_so_far(trial), streaming=_Streaming(trial, walk, close))
 
-    async def answer_many(self, request: Request, calls: Sequence[Call], *, concurrency: int) -> "Many":
+    async def answer_many(self, request: Request, calls: Sequence[TaskCall], *, concurrency: int) -> "BatchAnswer":
         """Answer every call under one decision, at most `concurrency` at once. A call that fails fails alone.
 
         The strictest bound that any part of the request needs holds for all of it.
@@ -149,9 +157,9 @@ class Pipeline:
             raise
         errors = [result for result in results if isinstance(result, ApplianceError)]
         facts = close(errors[0] if len(errors) == len(results) else None)
-        return Many(facts, results)
+        return BatchAnswer(facts, results)
 
-    async def sealed(self, request: Request, call: Call) -> Sealed | None:
+    async def sealed(self, request: Request, call: TaskCall) -> PreparedLine | None:
         """The request, decided and ready to leave in a provider's batch; None where it is better asked alone.
 
         Raises what `decide` does.
@@ -161,7 +169,7 @@ class Pipeline:
         decided = self._decider.decide(request, call.prompt_tokens, call.output_tokens, opinion)
         return self.bulk.prepare(request, call, decided)
 
-    async def count(self, request: Request, call: Call) -> Counted:
+    async def count(self, request: Request, call: TaskCall) -> TokenCount:
         """The tokens of the request's prompt, for the target that would be asked first. Raises what `decide` does."""
         request = await self.searched(request)
         decision = self.decide(request, prompt_tokens=call.prompt_tokens, output_tokens=1)
@@ -170,12 +178,12 @@ class Pipeline:
         own = [one for one in self._means.state.snapshot.targets if one.provider is None and "chat" in one.abilities]
         target = next(iter(targets or own), None)
         if target is None:
-            return Counted(call.prompt_tokens, decision, None, "estimate")
+            return TokenCount(call.prompt_tokens, decision, None, "estimate")
         tokens = await count_with(self._means.doors.local, target, request.body)
         if tokens is not None:
-            return Counted(tokens, decision, target.name, "tokenizer")
+            return TokenCount(tokens, decision, target.name, "tokenizer")
         estimate = self._means.memory.experience.tokens.correct(target.name, call.prompt_tokens)
-        return Counted(estimate, decision, target.name, "estimate")
+        return TokenCount(estimate, decision, target.name, "estimate")
 
     def meant(self, model: str) -> str:
         """What a caller that asks for `model` is given: the policy may know it by another name."""
@@ -186,14 +194,14 @@ class Pipeline:
         return visible_targets(caller, self._means.state.snapshot.targets)
 
     def _begin(
-        self, request: Request, prompt_tokens: int, output_tokens: int | None, opinion: Opinion | str
-    ) -> tuple[Walk, "Callable[[ApplianceError | None], Facts]"]:
+        self, request: Request, prompt_tokens: int, output_tokens: int | None, opinion: LlmProfile | str
+    ) -> tuple[AttemptLoop, "Callable[[ApplianceError | None], ResponseMetadata]"]:
         """Decide, and what is to be called once when the request has ended, however it did."""
         span = traces.begin_request(request.endpoint, request.headers)
         decided = self._decider.decide(request, prompt_tokens, output_tokens, opinion)
         self._means.memory.of_late.took(decided.decision.route.name, self._means.clock())
         self._want(decided.decision.route)
-        walk = Walk(self._means, request, decided, partial(self._again, request), span)
+        walk = AttemptLoop(self._means, request, decided, partial(self._again, request), span)
         return walk, partial(self._close, walk)
 
     def _want(self, route: Route) -> None:
@@ -201,11 +209,11 @@ class Pipeline:
         if route.standby and route.attempts and route.attempts[0].target.location == "hosted":
             self._means.state.want(route.standby[0].target.name)
 
-    def _again(self, request: Request, decided: Decided, prompt_tokens: int, output_tokens: int) -> Decided:
+    def _again(self, request: Request, decided: RoutingResult, prompt_tokens: int, output_tokens: int) -> RoutingResult:
         """The same decision for a request that has been cut down."""
         return self._decider.again(request, decided, prompt_tokens, output_tokens)
 
-    def _close(self, walk: Walk, error: ApplianceError | None) -> Facts:
+    def _close(self, walk: AttemptLoop, error: ApplianceError | None) -> ResponseMetadata:
         """Write the request down and give an error its facts."""
         facts = walk.facts()
         if error is not None:
@@ -224,7 +232,7 @@ class Answer:
     event and then without it) is set.
     """
 
-    def __init__(self, facts: Facts, *, payload: Any = None, streaming: "_Streaming | None" = None) -> None:
+    def __init__(self, facts: ResponseMetadata, *, payload: Any = None, streaming: "_Streaming | None" = None) -> None:
         self.status = 200
         self.facts = facts
         self.payload = payload
@@ -241,17 +249,19 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Many:
+class BatchAnswer:
     """What came of many calls under one decision: in the calls' order, a result or the error in its place."""
 
-    facts: Facts
+    facts: ResponseMetadata
     results: list[Any]
 
 
 class _Streaming:
     """A committed stream. Not a generator: one that never starts would never give anything back."""
 
-    def __init__(self, trial: Trial, walk: Walk, close: Callable[[ApplianceError | None], Facts]) -> None:
+    def __init__(
+        self, trial: AttemptRunner, walk: AttemptLoop, close: Callable[[ApplianceError | None], ResponseMetadata]
+    ) -> None:
         assert trial.stream is not None
         self._trial = trial
         self._walk = walk
@@ -301,14 +311,14 @@ class _Streaming:
         self._close(error)
 
 
-async def _work_all(walk: Walk, calls: Sequence[Call], concurrency: int, results: list[Any]) -> None:
+async def _work_all(walk: AttemptLoop, calls: Sequence[TaskCall], concurrency: int, results: list[Any]) -> None:
     async with asyncio.TaskGroup() as group:
         waiting = iter(enumerate(calls))
         for _ in range(max(1, min(concurrency, len(calls)))):
             group.create_task(_work(walk, waiting, results))
 
 
-async def _work(walk: Walk, waiting: Iterator[tuple[int, Call]], results: list[Any]) -> None:
+async def _work(walk: AttemptLoop, waiting: Iterator[tuple[int, TaskCall]], results: list[Any]) -> None:
     for index, call in waiting:
         try:
             _, results[index] = await walk.run(call)

@@ -15,34 +15,34 @@ from appliance.core import (
     AttemptOutcome,
     AttemptResult,
     BatchApi,
-    Call,
     EgressPermit,
-    Excluded,
+    ExcludedTarget,
     Outcome,
     Price,
     Profile,
     Request,
     Target,
+    TaskCall,
     Usage,
 )
 from appliance.errors import ApplianceError, BackendError, BackendRefused, ResidencyRefused, Unavailable, Unsupported
 from appliance.router.attempts.outcome import detail_of, outcome_of, result_of
 from appliance.router.attempts.verify import read_verified
 from appliance.router.cost import hosted_usd, reserve_usd
-from appliance.router.deps import Means
-from appliance.router.routing.router import Decided
+from appliance.router.deps import RouterDeps
+from appliance.router.routing.router import RoutingResult
 from appliance.router.routing.truncation import shaped
 from appliance.telemetry.redaction import scrub_text
 from appliance.upstream import client
 from appliance.upstream.label_scoring import tokens as token_labels
-from appliance.upstream.provider_batches import APIS, Api, Carrier, Row, Standing
-from appliance.wire.dialect import Letter
+from appliance.upstream.provider_batches import APIS, BatchApiClient, BatchClient, BatchResult, BatchStatus
+from appliance.wire.dialect import WireRequest
 
 _NOT_DONE: Final = "not answered within the batch"
 
 
 @dataclass(frozen=True, slots=True)
-class Sealed:
+class PreparedLine:
     """A request that is ready to leave in a batch."""
 
     target: Target
@@ -62,7 +62,7 @@ class Sealed:
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class ReadLine:
     """What came of a line. Either `payload`, or `error`: then it is to be asked anew."""
 
     decision_id: str
@@ -72,10 +72,10 @@ class Read:
     error: ApplianceError | None = None
 
 
-class Bulk:
+class ProviderBatchSubmitter:
     """The pipeline's side of providers' batches. What is sent, and when, is for the caller to say."""
 
-    def __init__(self, means: Means) -> None:
+    def __init__(self, means: RouterDeps) -> None:
         self._means = means
 
     def target(self, name: str) -> Target:
@@ -91,7 +91,7 @@ class Bulk:
             return False
         return self._means.breakers.blocked_until(target.name, self._means.clock()) is None
 
-    def prepare(self, request: Request, call: Call, decided: Decided) -> Sealed | None:
+    def prepare(self, request: Request, call: TaskCall, decided: RoutingResult) -> PreparedLine | None:
         """None where this request is better asked the usual way. Nothing is reserved or sent yet."""
         route = decided.decision.route
         if decided.refusal is not None or not route.attempts or not self.takes(route.attempts[0].target):
@@ -115,9 +115,9 @@ class Bulk:
             return None
         outcome = outcome_of(request, decided.decision, (), error=None, first_byte_seconds=None, total_seconds=0.0)
         line = _api(target).line(letter, request.id)
-        return Sealed(target, endpoint, line, permit, usd, outcome, attempt.reason)
+        return PreparedLine(target, endpoint, line, permit, usd, outcome, attempt.reason)
 
-    async def reserve(self, sealed: Sealed) -> str:
+    async def reserve(self, sealed: PreparedLine) -> str:
         """Put down what it may cost; returns its ticket. Raises BudgetExceeded, LedgerUnavailable."""
         outcome = sealed.outcome
         reservation = await self._means.ledger.reserve(
@@ -140,11 +140,13 @@ class Bulk:
 
     # The batch as a whole.
 
-    def carrier(self, target: Target, name: str) -> Carrier:
+    def carrier(self, target: Target, name: str) -> BatchClient:
         """Raises ResidencyRefused where no door leads there any more."""
-        return Carrier(self._means.doors.for_batches(target), target, self._means.permits.batch_permit(name, target))
+        return BatchClient(
+            self._means.doors.for_batches(target), target, self._means.permits.batch_permit(name, target)
+        )
 
-    async def send(self, name: str, sealed: Sequence[Sealed], note: Callable[[str], Awaitable[None]]) -> str:
+    async def send(self, name: str, sealed: Sequence[PreparedLine], note: Callable[[str], Awaitable[None]]) -> str:
         """Send them, of one target and endpoint, as the batch `name`; returns its id there. Raises ApplianceError."""
         target, endpoint = sealed[0].target, sealed[0].endpoint
         lines = [(one.permit, one.line) for one in sealed]
@@ -164,23 +166,25 @@ class Bulk:
         """Whether the provider can tell that there is no batch of some name."""
         return _api(target).finds
 
-    async def look(self, target: Target, name: str, batch: str) -> Standing:
+    async def look(self, target: Target, name: str, batch: str) -> BatchStatus:
         return await _api(target).look(self.carrier(target, name), batch)
 
-    def rows(self, target: Target, name: str, batch: str, standing: Standing) -> AsyncIterator[Row]:
+    def rows(self, target: Target, name: str, batch: str, standing: BatchStatus) -> AsyncIterator[BatchResult]:
         return _api(target).rows(self.carrier(target, name), batch, standing)
 
     async def cancel(self, target: Target, name: str, batch: str) -> None:
         await _api(target).cancel(self.carrier(target, name), batch)
 
     async def forget(
-        self, target: Target, name: str, batch: str, uploaded: str | None, standing: Standing | None
+        self, target: Target, name: str, batch: str, uploaded: str | None, standing: BatchStatus | None
     ) -> None:
         await _api(target).forget(self.carrier(target, name), batch, uploaded, standing)
 
     # A line's answer.
 
-    def read(self, request: Request, call: Call, target: Target, ticket: str, batch: str, row: Row) -> Read:
+    def read(
+        self, request: Request, call: TaskCall, target: Target, ticket: str, batch: str, row: BatchResult
+    ) -> ReadLine:
         """Verify and read what came back for it, settle what it cost, and write it down."""
         found = _Ticket.read(ticket)
         usage, payload, error = Usage(), None, None
@@ -199,7 +203,7 @@ class Bulk:
         self._means.ledger.settle(found.reservation, usd=cost_usd)
         if row.status == 200:  # what was not answered costs nothing, and is told by what is done about it
             self._means.ledger.record(self._ended(found, batch, usage, cost_usd, error))
-        return Read(found.outcome.decision_id, usage, cost_usd, payload, error)
+        return ReadLine(found.outcome.decision_id, usage, cost_usd, payload, error)
 
     def _ended(
         self, ticket: "_Ticket", batch: str, usage: Usage, cost_usd: float, error: ApplianceError | None
@@ -245,12 +249,12 @@ class _Ticket:
         fields = orjson.loads(text)
         said = fields["outcome"]
         profile = Profile(**{**said["profile"], "reasons": tuple(said["profile"]["reasons"])})
-        excluded = tuple(Excluded(**one) for one in said["excluded"])
+        excluded = tuple(ExcludedTarget(**one) for one in said["excluded"])
         outcome = Outcome(**{**said, "profile": profile, "excluded": excluded, "attempts": ()})
         return cls(**{**fields, "outcome": outcome, "price": Price(**fields["price"])})
 
 
-def _letter(request: Request, call: Call, target: Target) -> Letter | None:
+def _letter(request: Request, call: TaskCall, target: Target) -> WireRequest | None:
     """The request as it is written for `target`; None where it would become several calls, or a stream.
 
     Raises Unsupported where it cannot be written.
@@ -263,7 +267,7 @@ def _letter(request: Request, call: Call, target: Target) -> Letter | None:
     return None if token_labels.is_asked(letter) else letter
 
 
-def _api(target: Target) -> Api:
+def _api(target: Target) -> BatchApiClient:
     name: BatchApi | None = target.wire.batches
     assert name is not None
     return APIS[name]

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Final
 
-from appliance.core import Asked, Caller, Request, Residency, strictest
+from appliance.core import Caller, ParsedRequest, Request, Residency, strictest
 from appliance.errors import RequestError
 
 RESIDENCY_HEADER: Final = "x-appliance-residency"
@@ -19,7 +19,7 @@ _TAG: Final = re.compile(r"[\w.:/-]{1,64}")
 
 
 def make_request(
-    asked: Asked, *, headers: Mapping[str, str], caller: Caller, request_id: str, now: float, wall: float
+    asked: ParsedRequest, *, headers: Mapping[str, str], caller: Caller, request_id: str, now: float, wall: float
 ) -> Request:
     """`headers` in lower case (or a mapping that does not mind); `now` monotonic, `wall` epoch seconds.
 

@@ -7,9 +7,9 @@ from typing import Final
 from appliance.config import Policy, RouteRule
 from appliance.core import (
     ANYWHERE,
-    Content,
     EgressPermit,
     PersonalKind,
+    PiiScanResult,
     Request,
     Residency,
     Target,
@@ -78,7 +78,7 @@ def bound_by(request: Request, rule: RouteRule, policy: Policy) -> tuple[Residen
     )
 
 
-def _of_content(content: Content | None) -> str:
+def _of_content(content: PiiScanResult | None) -> str:
     """What about the content binds; empty where nothing does. Not to have been searched binds too."""
     if content is None:
         return "its content (not searched)"
@@ -88,7 +88,7 @@ def _of_content(content: Content | None) -> str:
     return f"its content ({', '.join(what)})" if what else ""
 
 
-class PermitOffice:
+class EgressPermitIssuer:
     """Makes permits. Its key is this process's own and is shared with the egress door alone."""
 
     def __init__(self, key: bytes | None = None) -> None:

@@ -14,7 +14,7 @@ import orjson
 
 from appliance.core import Decision, Target
 from appliance.errors import ApplianceError
-from appliance.upstream.base import Door, close_response
+from appliance.upstream.base import Transport, close_response
 
 SECONDS: Final = 5.0
 """A tokenizer needs milliseconds; an engine that does not say so soon is not waited for."""
@@ -23,7 +23,7 @@ _MAX_REPLY_BYTES: Final = 16_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class TokenCount:
     tokens: int
     decision: Decision
     target: str | None
@@ -38,7 +38,7 @@ class Counted:
         }
 
 
-async def count_with(door: Door, target: Target, body: Mapping[str, Any]) -> int | None:
+async def count_with(door: Transport, target: Target, body: Mapping[str, Any]) -> int | None:
     """The engine's own count of a chat; None where it does not tell. Only engines of this node are asked."""
     if target.provider is not None:
         return None

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import uvicorn
 
-from appliance.api.http_protocol import Connection
+from appliance.api.http_protocol import BoundedHttpProtocol
 from appliance.config import NodeConfig
 from appliance.errors import ConfigError, OperatorError
 
 
-class Server(uvicorn.Server):
+class NodeServer(uvicorn.Server):
     """uvicorn, stopped by us: its own signal handling would end the process before the engines are drained."""
 
     @contextlib.contextmanager
@@ -61,7 +61,7 @@ def reloads_on_hangup(reload_all: Callable[[], Awaitable[object]]) -> Iterator[N
         loop.remove_signal_handler(signal.SIGHUP)
 
 
-async def ended(server: Server, serving: "asyncio.Task[None]") -> None:
+async def ended(server: NodeServer, serving: "asyncio.Task[None]") -> None:
     server.should_exit = True
     await asyncio.wait({serving})
 
@@ -115,7 +115,7 @@ def url_of(listener: socket.socket) -> str:
 def uvicorn_config(app: object, config: NodeConfig) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
-        http=Connection,
+        http=BoundedHttpProtocol,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -12,19 +12,19 @@ import structlog
 from appliance.api.auth import Authenticator
 from appliance.errors import ConfigError, LedgerUnavailable
 from appliance.ledger.store import Ledger
-from appliance.node.supervise.status import Signals
-from appliance.quality.learning import Learning
-from appliance.router.accounting import Books, Caps
+from appliance.node.supervise.status import StatusPublisher
+from appliance.quality.learning import CascadeLearning
+from appliance.router.accounting import SpendAccounting, SpendCaps
 from appliance.router.capacity.admission import Admission
 from appliance.router.capacity.breaker import Breakers
-from appliance.router.deps import Memory
+from appliance.router.deps import RuntimeStats
 from appliance.router.pipeline import Pipeline
-from appliance.router.residency import PermitOffice
-from appliance.serve.startup_config import Site
+from appliance.router.residency import EgressPermitIssuer
+from appliance.serve.startup_config import NodeSpec
 from appliance.state import State
-from appliance.upstream.base import Doors
-from appliance.upstream.egress import EgressDoor
-from appliance.upstream.local import LocalDoor
+from appliance.upstream.base import Transports
+from appliance.upstream.egress import EgressTransport
+from appliance.upstream.local import LocalTransport
 
 _KEYS_SECONDS: Final = 2.0
 """How soon a key that is made or revoked by command counts."""
@@ -34,7 +34,7 @@ _FIXED: Final = ("data_dir", "server", "engine", "ledger", "jobs", "learning", "
 _log = structlog.get_logger(__name__)
 
 
-class Node:
+class ReloadableNode:
     """The half of a node that a reload replaces: policy, providers with their prices and keys, API keys.
 
     Engines, ledger, admission, breakers and what was learned of targets go on; requests that have begun keep the
@@ -43,18 +43,18 @@ class Node:
 
     def __init__(
         self,
-        site: Site,
-        reread: Callable[[], Site],
+        site: NodeSpec,
+        reread: Callable[[], NodeSpec],
         state: State,
-        signals: Signals,
-        books: Books,
-        learning: Learning | None = None,
+        signals: StatusPublisher,
+        books: SpendAccounting,
+        learning: CascadeLearning | None = None,
     ) -> None:
         self._site, self._reread, self._learning = site, reread, learning
         self._state, self._signals, self._books = state, signals, books
-        self._office, self._breakers, self._memory = PermitOffice(), Breakers(), Memory()
+        self._office, self._breakers, self._memory = EgressPermitIssuer(), Breakers(), RuntimeStats()
         self._admission = Admission(state, time.monotonic, self._memory.experience)
-        self._retired: list[Doors] = []
+        self._retired: list[Transports] = []
         self._changing = asyncio.Lock()
         """What was read first comes into force first: an older reading never replaces a newer one."""
         self._doors = self._make_doors(site)
@@ -77,7 +77,7 @@ class Node:
                 raise
             return self._replace(site)
 
-    def _replace(self, site: Site) -> Mapping[str, Any]:
+    def _replace(self, site: NodeSpec) -> Mapping[str, Any]:
         if site.stored_keys is None:
             # An unreadable ledger must not take away keys: with them would go what binds their requests.
             site = replace(site, stored_keys=self._site.stored_keys)
@@ -98,10 +98,10 @@ class Node:
         _log.info("reloaded", policy=site.policy.version, needs_restart=waiting)
         return {"policy_version": site.policy.version, "policy": str(site.policy_path), "needs_restart": waiting}
 
-    def _use(self, site: Site) -> None:
+    def _use(self, site: NodeSpec) -> None:
         self._site = site
         self.auth.load(tuple(site.keys.values()))
-        self._books.caps = Caps(site.config, site.policy, site.keys)
+        self._books.caps = SpendCaps(site.config, site.policy, site.keys)
 
     async def follow_keys(self, ledger: Ledger) -> None:
         """Use keys that are made or revoked by command while the node runs. Runs until cancelled."""
@@ -122,18 +122,18 @@ class Node:
             if doors.egress is not None:
                 await doors.egress.aclose()
 
-    def _make_doors(self, site: Site) -> Doors:
+    def _make_doors(self, site: NodeSpec) -> Transports:
         """What leads to targets. Without a hosted provider there is only the local door."""
         config, self._doors_secrets = site.config, site.secrets
         hosted = {one.name: one.address for one in config.providers if one.location == "hosted"}
         onsite_secrets = {name: secret for name, secret in site.secrets.items() if name not in hosted}
-        local = LocalDoor(config.network.onsite, onsite_secrets)
+        local = LocalTransport(config.network.onsite, onsite_secrets)
         if not hosted:
-            return Doors(local)
+            return Transports(local)
         secrets = {name: secret for name, secret in site.secrets.items() if name in hosted}
-        return Doors(local, EgressDoor(hosted, secrets, self._office.key))
+        return Transports(local, EgressTransport(hosted, secrets, self._office.key))
 
-    def _make_pipeline(self, site: Site) -> Pipeline:
+    def _make_pipeline(self, site: NodeSpec) -> Pipeline:
         return Pipeline(
             policy=site.policy,
             config=site.config,

@@ -12,28 +12,28 @@ import structlog
 from appliance.config import Policy
 from appliance.engines.encoder import Encoder
 from appliance.errors import ApplianceError, EngineFailed
-from appliance.jobs.lines.executor import Lines
-from appliance.jobs.manager import Desk
-from appliance.jobs.metrics import JobMeasures
-from appliance.jobs.provider.lines import BulkLines
+from appliance.jobs.lines.executor import LineExecutor
+from appliance.jobs.manager import JobManager
+from appliance.jobs.metrics import JobMetrics
+from appliance.jobs.provider.lines import ProviderLines
 from appliance.node.plan.planner import ENGINES
 from appliance.node.supervise.encoder_host import EncoderHost
 from appliance.node.supervise.launcher import ChildLauncher
-from appliance.node.supervise.status import Signals
+from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor
 from appliance.node.vllm.environments import launchable
-from appliance.quality.learning import Learning
-from appliance.quality.metrics import LearningMeasures
-from appliance.quality.store import Store
+from appliance.quality.learning import CascadeLearning
+from appliance.quality.metrics import LearningMetrics
+from appliance.quality.store import LearningStore
 from appliance.quality.traffic import lessons_of
-from appliance.serve.startup_config import Site
+from appliance.serve.startup_config import NodeSpec
 from appliance.state import State
 from appliance.telemetry.metrics import Metrics
 
 _log = structlog.get_logger(__name__)
 
 
-def supervisor_of(site: Site, signals: Signals) -> Supervisor:
+def supervisor_of(site: NodeSpec, signals: StatusPublisher) -> Supervisor:
     found = launchable(site.config.engine, site.home, os.environ)
     for placement in site.placements:
         if placement.engine == "vllm" and "vllm" not in found:
@@ -51,17 +51,17 @@ def supervisor_of(site: Site, signals: Signals) -> Supervisor:
 
 
 async def open_desk(
-    site: Site,
-    lines: Lines,
-    bulk: BulkLines,
+    site: NodeSpec,
+    lines: LineExecutor,
+    bulk: ProviderLines,
     state: State,
-    signals: Signals,
+    signals: StatusPublisher,
     metrics: Metrics,
     stack: AsyncExitStack,
-) -> Desk | None:
+) -> JobManager | None:
     """Files and batches, what was under way begun again; None, and a warning, where they cannot be kept."""
     try:
-        desk = await Desk.open(
+        desk = await JobManager.open(
             site.config.jobs,
             site.home,
             answering=lines,
@@ -77,23 +77,23 @@ async def open_desk(
         signals.warn("jobs_unavailable", f"files and batches are not served: {error}")
         _log.error("files and batches are not served", reason=str(error))
         return None
-    JobMeasures(desk, metrics.registry)
+    JobMetrics(desk, metrics.registry)
     return desk
 
 
 async def open_learning(
-    site: Site,
+    site: NodeSpec,
     encoders: EncoderHost,
     policy: Callable[[], Policy],
     state: State,
-    signals: Signals,
+    signals: StatusPublisher,
     metrics: Metrics,
     stack: AsyncExitStack,
-) -> Learning | None:
+) -> CascadeLearning | None:
     """What classifiers learn from; None, and a warning, where it cannot be kept: then no answer of theirs stands."""
     try:
-        store = await Store.open(site.home / "learning.sqlite")
-        learning = Learning(
+        store = await LearningStore.open(site.home / "learning.sqlite")
+        learning = CascadeLearning(
             store,
             encoders,
             lambda: lessons_of(policy()),
@@ -108,7 +108,7 @@ async def open_learning(
         signals.warn("learning_unavailable", f"what is known of classifiers' answers cannot be read: {error}")
         _log.error("labels are not kept", reason=str(error))
         return None
-    LearningMeasures(learning, metrics.registry)
+    LearningMetrics(learning, metrics.registry)
     in_background(stack, learning.run(), "learning")
     return learning
 

@@ -17,24 +17,24 @@ from appliance.api.app import create_app
 from appliance.config import NodeConfig
 from appliance.core import Target
 from appliance.errors import EngineFailed
-from appliance.jobs.lines.executor import Lines
-from appliance.jobs.provider.lines import BulkLines
+from appliance.jobs.lines.executor import LineExecutor
+from appliance.jobs.provider.lines import ProviderLines
 from appliance.ledger.store import Ledger
-from appliance.node.energy.sampler import EnergySampler, Meters
+from appliance.node.energy.sampler import EnergyMeters, EnergySampler
 from appliance.node.hardware.gpu_watch import watch_gpus
 from appliance.node.hardware.nvidia import load_nvml
-from appliance.node.plan.swap import Rules, resting_at_first
+from appliance.node.plan.swap import SwapRules, resting_at_first
 from appliance.node.supervise.encoder_host import EncoderHost
-from appliance.node.supervise.status import Signals
+from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor
 from appliance.node.supervise.swapper import Swapper
-from appliance.router.accounting import Books, Caps
-from appliance.serve.http_server import Server, alone, ended, listening, reloads_on_hangup, url_of, uvicorn_config
-from appliance.serve.node import Node
+from appliance.router.accounting import SpendAccounting, SpendCaps
+from appliance.serve.http_server import NodeServer, alone, ended, listening, reloads_on_hangup, url_of, uvicorn_config
+from appliance.serve.node import ReloadableNode
 from appliance.serve.optional_services import in_background, open_desk, open_learning, supervisor_of
-from appliance.serve.startup_config import Site, ledger_url
+from appliance.serve.startup_config import NodeSpec, ledger_url
 from appliance.state import State
-from appliance.tasks.calibration_store import TaskFits
+from appliance.tasks.calibration_store import TaskCalibrationStore
 from appliance.tasks.store import SavedTasks
 from appliance.telemetry.logs import setup_logging
 from appliance.telemetry.metrics import Metrics
@@ -43,7 +43,7 @@ _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class RunningNode:
     """What a node says of itself once it is ready. `hosted` are the names of hosted targets."""
 
     url: str
@@ -54,17 +54,17 @@ class Running:
 
 
 @dataclass(frozen=True, slots=True)
-class Control:
+class NodeControl:
     """The control plane: what measures, starts and watches."""
 
     state: State
     metrics: Metrics
-    signals: Signals
+    signals: StatusPublisher
     supervisor: Supervisor
     encoders: EncoderHost
 
 
-async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Running], None]) -> None:
+async def serve(site: NodeSpec, reread: Callable[[], NodeSpec], announce: Callable[[RunningNode], None]) -> None:
     """Run a node until SIGTERM or SIGINT; calls `announce` once it can answer. SIGHUP reloads what `reread` gives.
 
     Raises LedgerUnavailable, EngineFailed and other OperatorErrors for what keeps it from starting.
@@ -76,7 +76,7 @@ async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Runn
         listener = stack.enter_context(listening(config.server.host, config.server.port))
         control = await _start_control(site, stack)
         node, app = await _start_data(site, reread, control, stack)
-        server = Server(uvicorn_config(app, config))
+        server = NodeServer(uvicorn_config(app, config))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         stack.push_async_callback(ended, server, serving)
         with server.stops_on(signal.SIGTERM, signal.SIGINT), reloads_on_hangup(node.reload):
@@ -90,10 +90,10 @@ async def serve(site: Site, reread: Callable[[], Site], announce: Callable[[Runn
             await serving
 
 
-async def _start_control(site: Site, stack: AsyncExitStack) -> Control:
+async def _start_control(site: NodeSpec, stack: AsyncExitStack) -> NodeControl:
     """Engines first, since they take longest; then what swaps, watches and meters them."""
     engine, state = site.config.engine, State(time.monotonic)
-    signals = Signals(state, time.monotonic, site.configured)
+    signals = StatusPublisher(state, time.monotonic, site.configured)
     signals.set_configured(site.configured)
     supervisor = supervisor_of(site, signals)
     await supervisor.start(resting_at_first(site.placements, site.pools))
@@ -101,32 +101,32 @@ async def _start_control(site: Site, stack: AsyncExitStack) -> Control:
     encoders = EncoderHost(supervisor, signals, site.home, engine.threads or len(os.sched_getaffinity(0)))
     stack.push_async_callback(encoders.aclose)
     await encoders.start_if_needed()
-    rules = Rules(engine.idle_unload_seconds, engine.least_residence_seconds)
+    rules = SwapRules(engine.idle_unload_seconds, engine.least_residence_seconds)
     models = [placement.model for placement in site.placements]
     in_background(stack, Swapper(supervisor, state, time.monotonic, site.pools, rules, models).run(), "swapping")
     nvml = load_nvml()
     if nvml is not None:
         in_background(stack, watch_gpus(signals, nvml), "GPU watch")
-    in_background(stack, EnergySampler(lambda: supervisor.keepers, signals, Meters.open(nvml)).run(), "metering")
-    return Control(state, Metrics(), signals, supervisor, encoders)
+    in_background(stack, EnergySampler(lambda: supervisor.keepers, signals, EnergyMeters.open(nvml)).run(), "metering")
+    return NodeControl(state, Metrics(), signals, supervisor, encoders)
 
 
 async def _start_data(
-    site: Site, reread: Callable[[], Site], control: Control, stack: AsyncExitStack
-) -> tuple[Node, FastAPI]:
+    site: NodeSpec, reread: Callable[[], NodeSpec], control: NodeControl, stack: AsyncExitStack
+) -> tuple[ReloadableNode, FastAPI]:
     """Ledger, pipeline, jobs and the API over them."""
     state, metrics, signals = control.state, control.metrics, control.signals
     ledger = await Ledger.open(ledger_url(site.config, site.home), retention_days=site.config.ledger.retention_days)
     stack.push_async_callback(ledger.close)
-    books = Books(ledger, metrics, signals, Caps(site.config, site.policy, site.keys))
+    books = SpendAccounting(ledger, metrics, signals, SpendCaps(site.config, site.policy, site.keys))
     learning = await open_learning(site, control.encoders, lambda: node.pipeline.policy, state, signals, metrics, stack)
-    node = Node(site, reread, state, signals, books, learning)
+    node = ReloadableNode(site, reread, state, signals, books, learning)
     stack.push_async_callback(node.aclose)
     in_background(stack, node.follow_keys(ledger), "keys")
-    task_fits = TaskFits(site.home / "task_fits.json")
+    task_fits = TaskCalibrationStore(site.home / "task_fits.json")
     saved_tasks = SavedTasks(site.home / "tasks")
-    lines = Lines(pipeline=lambda: node.pipeline, auth=node.auth, fits=task_fits, saved=saved_tasks)
-    desk = await open_desk(site, lines, BulkLines(lines, lambda: node.pipeline), state, signals, metrics, stack)
+    lines = LineExecutor(pipeline=lambda: node.pipeline, auth=node.auth, fits=task_fits, saved=saved_tasks)
+    desk = await open_desk(site, lines, ProviderLines(lines, lambda: node.pipeline), state, signals, metrics, stack)
     app = create_app(
         pipeline=lambda: node.pipeline,
         auth=node.auth,
@@ -154,6 +154,6 @@ async def _wait_ready(supervisor: Supervisor, config: NodeConfig, configured: tu
         _log.error("the engine failed; requests that may leave the site are still answered", reason=str(error))
 
 
-def _running(site: Site, listener: socket.socket) -> Running:
+def _running(site: NodeSpec, listener: socket.socket) -> RunningNode:
     hosted = tuple(target.name for target in site.configured if target.location == "hosted")
-    return Running(url_of(listener), hosted, site.policy.version, site.policy_path, bool(site.keys))
+    return RunningNode(url_of(listener), hosted, site.policy.version, site.policy_path, bool(site.keys))

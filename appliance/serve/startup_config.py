@@ -5,19 +5,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from appliance.api.auth import is_loopback
-from appliance.config import DEFAULT_POLICY_PATH, Key, NodeConfig, Policy, load_policy, provider_targets, read_secret
+from appliance.config import (
+    DEFAULT_POLICY_PATH,
+    KeySettings,
+    NodeConfig,
+    Policy,
+    load_policy,
+    provider_targets,
+    read_secret,
+)
 from appliance.core import Target
 from appliance.engines.base import Placement
 from appliance.errors import ConfigError, LedgerUnavailable
 from appliance.ledger.database import sqlite_url
 from appliance.ledger.keys import list_keys
 from appliance.node.plan.swap import pools_of
-from appliance.router.pii.scanner import Detector, detector_for
+from appliance.router.pii.scanner import PiiDetector, detector_for
 from appliance.router.profile import check_profiler
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class NodeSpec:
     """What a node is started with. `home` is the data directory, `secrets` are the providers' keys by name."""
 
     config: NodeConfig
@@ -27,17 +35,17 @@ class Site:
     policy: Policy
     policy_path: Path
     secrets: Mapping[str, str] = field(repr=False)
-    stored_keys: tuple[Key, ...] | None = ()
+    stored_keys: tuple[KeySettings, ...] | None = ()
     """API keys made by command; those of the configuration are in `config`. None where they could not be read."""
     pools: Mapping[str, int] = field(default_factory=dict)
     """Bytes that all models of a pool of memory may hold together (`swap.pools_of`)."""
-    detector: Detector | None = None
+    detector: PiiDetector | None = None
     """Of personal data, where the policy wants requests searched."""
     has_had_keys: bool = False
     """Whether any key was ever made by command, revoked ones included: then nobody is anonymous."""
 
     @property
-    def keys(self) -> Mapping[str, Key]:
+    def keys(self) -> Mapping[str, KeySettings]:
         """By name; the configuration's win."""
         return {key.name: key for key in (*(self.stored_keys or ()), *self.config.keys)}
 
@@ -49,7 +57,7 @@ def ledger_url(config: NodeConfig, home: Path) -> str:
 
 def prepare(
     config: NodeConfig, home: Path, placements: tuple[Placement, ...], pools: Mapping[str, int] | None = None
-) -> Site:
+) -> NodeSpec:
     """Read everything that a start depends on. `pools`: bytes that models may hold together; None: all fit.
 
     Raises ConfigError for what contradicts itself or is missing.
@@ -74,7 +82,7 @@ def prepare(
     if pools is None:
         whole = sum(one.memory.total_bytes for one in placements)
         pools = {pool: whole for one in placements for pool in pools_of(one)}
-    return Site(
+    return NodeSpec(
         config,
         home,
         placements,
@@ -89,7 +97,7 @@ def prepare(
     )
 
 
-def _stored_keys(config: NodeConfig, home: Path) -> tuple[tuple[Key, ...] | None, bool]:
+def _stored_keys(config: NodeConfig, home: Path) -> tuple[tuple[KeySettings, ...] | None, bool]:
     """API keys made by command, and whether there ever were any. None where there is no ledger yet, or it cannot be
     read (said when it is opened)."""
     try:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from appliance.errors import ConfigError
-from appliance.tasks.decisions.decision_options import Fit, Method, TaskFit
+from appliance.tasks.decisions.decision_options import CalibrationParameters, DecisionMethod, TaskCalibration
 
 _VERSION = 1
 
 
-class TaskFits:
+class TaskCalibrationStore:
     """Fits by task's name. One writer at a time; readers take `tasks`, which is replaced whole.
 
     Without a path they last as long as the program. Raises ConfigError for a file that cannot be read.
@@ -23,9 +23,9 @@ class TaskFits:
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self.tasks: Mapping[str, Sequence[TaskFit]] = {} if path is None else _read(path)
+        self.tasks: Mapping[str, Sequence[TaskCalibration]] = {} if path is None else _read(path)
 
-    def put(self, fit: TaskFit) -> None:
+    def put(self, fit: TaskCalibration) -> None:
         """Remember a fit, in place of the task's former one for the same target and variant. Writes to disk.
 
         A task has one method: rows that were fitted with another go.
@@ -54,14 +54,14 @@ class TaskFits:
             return True
 
 
-def _read(path: Path) -> Mapping[str, Sequence[TaskFit]]:
+def _read(path: Path) -> Mapping[str, Sequence[TaskCalibration]]:
     try:
         text = path.read_text()
     except FileNotFoundError:
         return {}
     try:
         rows = json.loads(text)["fits"]
-        tasks: dict[str, list[TaskFit]] = {}
+        tasks: dict[str, list[TaskCalibration]] = {}
         for row in rows:
             tasks.setdefault(row["task"], []).append(_fit_of(row))
         return tasks
@@ -69,12 +69,15 @@ def _read(path: Path) -> Mapping[str, Sequence[TaskFit]]:
         raise ConfigError(f"cannot be read ({error!r}): mend or remove it", file=str(path)) from error
 
 
-def _fit_of(row: Mapping[str, Any]) -> TaskFit:
-    fits = {key: Fit(float(one["temperature"]), tuple(map(float, one["bias"]))) for key, one in row["fits"].items()}
-    return TaskFit(row["task"], row["target"], row["variant"], Method(**row["method"]), fits)
+def _fit_of(row: Mapping[str, Any]) -> TaskCalibration:
+    fits = {
+        key: CalibrationParameters(float(one["temperature"]), tuple(map(float, one["bias"])))
+        for key, one in row["fits"].items()
+    }
+    return TaskCalibration(row["task"], row["target"], row["variant"], DecisionMethod(**row["method"]), fits)
 
 
-def _write(path: Path, tasks: Mapping[str, Sequence[TaskFit]]) -> None:
+def _write(path: Path, tasks: Mapping[str, Sequence[TaskCalibration]]) -> None:
     """The file is there whole or as it was, whenever the program or the machine stops."""
     rows = [asdict(row) for fits in tasks.values() for row in fits]
     path.parent.mkdir(parents=True, exist_ok=True)

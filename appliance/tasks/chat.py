@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from appliance.core import Ability, Asked, Endpoint, Format, Outgoing, Reply, Target
+from appliance.core import Ability, Endpoint, Format, ParsedRequest, Target, UpstreamCall, UpstreamReply
 from appliance.errors import RequestError, Unsupported
 from appliance.wire.body_fields import (
     missing,
@@ -69,7 +69,7 @@ class ChatCall:
         scores labels) writes no call that verification could reject."""
         return self.stream or (self.stream_where_held and target.provider is None and "labels" in target.abilities)
 
-    def outgoing(self, target: Target) -> Sequence[Outgoing]:
+    def outgoing(self, target: Target) -> Sequence[UpstreamCall]:
         """Raises Unsupported for an engine of this node where a field asks for more than an answer."""
         body = self.body
         if target.provider is None:
@@ -80,9 +80,9 @@ class ChatCall:
             body = {name: value for name, value in body.items() if name != "reasoning_effort"}
         if body.get("stream") and not self.streams(target):
             body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
-        return (Outgoing("/chat/completions", body),)
+        return (UpstreamCall("/chat/completions", body),)
 
-    def read(self, target: Target, replies: Sequence[Reply]) -> Any:
+    def read(self, target: Target, replies: Sequence[UpstreamReply]) -> Any:
         """The target's payload, untouched. Raises BackendGarbage or RejectedReply."""
         payload = replies[0].payload
         for choice in choices_of(payload, "message"):
@@ -93,7 +93,7 @@ class ChatCall:
         return payload
 
 
-def read(body: Mapping[str, Any]) -> tuple[Asked, Sequence[ChatCall]]:
+def read(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[ChatCall]]:
     """Check a chat body. Raises RequestError naming field, value and remedy."""
     messages = check_messages(body)
     check_sampling(body)
@@ -112,7 +112,7 @@ def read(body: Mapping[str, Any]) -> tuple[Asked, Sequence[ChatCall]]:
     needs |= {"reasoning"} if body.get("reasoning_effort") not in (None, "none") else set()
     needs |= {"vision"} if holds_more_than_text(messages) else set()
     text = message_text(messages)
-    asked = Asked(
+    asked = ParsedRequest(
         endpoint="chat",
         model=read_model(body),
         body=body,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from appliance.core import Ability, Asked, Outgoing, Reply, Target
+from appliance.core import Ability, ParsedRequest, Target, UpstreamCall, UpstreamReply
 from appliance.errors import RequestError, Unsupported
 from appliance.tasks.chat import MAX_TOP_LOGPROBS, check_sampling
 from appliance.wire.body_fields import missing, read_bool, read_int, read_list, read_model, wrong
@@ -26,16 +26,16 @@ class CompletionCall:
     def streams(self, target: Target) -> bool:
         return self.stream
 
-    def outgoing(self, target: Target) -> Sequence[Outgoing]:
-        return (Outgoing("/completions", self.body),)
+    def outgoing(self, target: Target) -> Sequence[UpstreamCall]:
+        return (UpstreamCall("/completions", self.body),)
 
-    def read(self, target: Target, replies: Sequence[Reply]) -> Any:
+    def read(self, target: Target, replies: Sequence[UpstreamReply]) -> Any:
         """The target's payload, untouched. Raises BackendGarbage."""
         choices_of(replies[0].payload, "text")
         return replies[0].payload
 
 
-def read(body: Mapping[str, Any]) -> tuple[Asked, Sequence[CompletionCall]]:
+def read(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[CompletionCall]]:
     """Check a completions body. Raises RequestError naming field, value and remedy."""
     prompts = _read_prompts(body)
     check_sampling(body)
@@ -45,7 +45,7 @@ def read(body: Mapping[str, Any]) -> tuple[Asked, Sequence[CompletionCall]]:
     if read_int(body, "logprobs", 0, MAX_TOP_LOGPROBS) is not None:
         needs.add("logprobs")
     text = "\n".join(prompts)
-    asked = Asked(
+    asked = ParsedRequest(
         endpoint="completions",
         model=read_model(body),
         body=body,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from appliance.core import Asked, Outgoing, Reply, Target
+from appliance.core import ParsedRequest, Target, UpstreamCall, UpstreamReply
 from appliance.errors import BackendGarbage, RequestError, Unsupported
 from appliance.wire.body_fields import missing, read_int, read_list, read_model, wrong
 from appliance.wire.token_estimate import estimate_tokens
@@ -30,10 +30,10 @@ class EmbeddingsCall:
     def output_tokens(self) -> int:
         return 0
 
-    def outgoing(self, target: Target) -> Sequence[Outgoing]:
-        return (Outgoing("/embeddings", self.body),)
+    def outgoing(self, target: Target) -> Sequence[UpstreamCall]:
+        return (UpstreamCall("/embeddings", self.body),)
 
-    def read(self, target: Target, replies: Sequence[Reply]) -> Any:
+    def read(self, target: Target, replies: Sequence[UpstreamReply]) -> Any:
         """The target's payload, untouched. Raises BackendGarbage unless every text has its vector."""
         payload = replies[0].payload
         rows = payload.get("data") if isinstance(payload, dict) else None
@@ -45,7 +45,7 @@ class EmbeddingsCall:
         return payload
 
 
-def read(body: Mapping[str, Any]) -> tuple[Asked, Sequence[EmbeddingsCall]]:
+def read(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[EmbeddingsCall]]:
     """Check an embeddings body. Raises RequestError naming field, value and remedy."""
     texts = _read_texts(body)
     model = read_model(body)
@@ -54,7 +54,9 @@ def read(body: Mapping[str, Any]) -> tuple[Asked, Sequence[EmbeddingsCall]]:
     if body.get("encoding_format") not in (None, "float", "base64"):
         raise wrong("encoding_format", body["encoding_format"], "it must be float or base64")
     read_int(body, "dimensions", 1)
-    asked = Asked(endpoint="embeddings", model=model, body=body, text="\n".join(texts), needs=frozenset({"embeddings"}))
+    asked = ParsedRequest(
+        endpoint="embeddings", model=model, body=body, text="\n".join(texts), needs=frozenset({"embeddings"})
+    )
     return asked, (EmbeddingsCall(body, len(texts), max(map(estimate_tokens, texts))),)
 
 

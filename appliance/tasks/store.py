@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from appliance.core import Caller
 from appliance.errors import ConfigError, RequestError, StorageFull
-from appliance.tasks.calibration_store import TaskFits
+from appliance.tasks.calibration_store import TaskCalibrationStore
 from appliance.tasks.saved_tasks import Saved, SavedTask, Shape, expanded
 
 MAX_TASKS: Final = 10_000
@@ -74,7 +74,7 @@ class SavedTasks:
 class KnownTasks:
     """What requests may name: saved tasks and calibrated ones."""
 
-    def __init__(self, fits: TaskFits, saved: SavedTasks) -> None:
+    def __init__(self, fits: TaskCalibrationStore, saved: SavedTasks) -> None:
         self.fits, self.saved = fits, saved
 
     def expanded(self, body: Mapping[str, Any], shape: Shape, caller: Caller) -> Mapping[str, Any]:

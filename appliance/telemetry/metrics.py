@@ -8,7 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from prometheus_client.exposition import generate_latest
 
 from appliance import __version__
-from appliance.core import AttemptOutcome, EngineView, Outcome, Snapshot
+from appliance.core import AttemptOutcome, EngineStatus, Outcome, Snapshot
 
 # From a small model's first token on an idle machine (10 ms) to a long prompt on a busy CPU (minutes).
 FIRST_BYTE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 30.0, 60.0, 120.0, 300.0)
@@ -31,7 +31,7 @@ class LedgerState(Protocol):
     def dropped(self) -> int: ...
 
 
-class Bounded:
+class BoundedLabels:
     """Label values as they come, up to a number of different ones; then `other`.
 
     Names of routes and targets come from the configuration, but a region comes from a request's header, and whoever
@@ -56,7 +56,12 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self._target, self._route, self._residency, self._code = Bounded(), Bounded(), Bounded(), Bounded()
+        self._target, self._route, self._residency, self._code = (
+            BoundedLabels(),
+            BoundedLabels(),
+            BoundedLabels(),
+            BoundedLabels(),
+        )
         self._dropped_before = 0
         ProcessCollector(namespace="appliance", registry=registry)
         Info("appliance_build", "Version of the appliance and of Python.", registry=registry).info(
@@ -215,7 +220,7 @@ def _engine_gauges(registry: CollectorRegistry) -> dict[str, Gauge]:
     return {name: Gauge(_ENGINE + name, text, ("target",), registry=registry) for name, text in _ENGINE_HELP.items()}
 
 
-def _engine_values(view: EngineView) -> dict[str, float]:
+def _engine_values(view: EngineStatus) -> dict[str, float]:
     """What is known of an engine; what is not known has no series rather than a zero."""
     values: dict[str, float] = {"ready": view.state == "ready", "restarts": view.restarts}
     if view.watts is not None:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from appliance.core import Asked, Outgoing, Reply, Request
+from appliance.core import ParsedRequest, Request, UpstreamCall, UpstreamReply
 
 _HIDDEN = "[hidden]"
 
@@ -76,7 +76,7 @@ def _scrub_value(value: Any, depth: int) -> Any:
         return scrub_text(value)
     if isinstance(value, Request):
         return f"<Request {value.id}>"
-    if isinstance(value, Asked | Outgoing | Reply) or depth == 0:
+    if isinstance(value, ParsedRequest | UpstreamCall | UpstreamReply) or depth == 0:
         return f"<{type(value).__name__}>"
     if isinstance(value, Mapping):
         return {str(name): _scrub_field(str(name), item, depth - 1) for name, item in value.items()}

@@ -20,7 +20,7 @@ CLOSE_SECONDS: Final = 1.0
 """Giving a connection back waits for a body still being written; a peer that does not read must not hold us."""
 
 
-class Door(Protocol):
+class Transport(Protocol):
     async def open(
         self,
         target: Target,
@@ -44,7 +44,7 @@ Method = Literal["GET", "POST", "DELETE"]
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class RequestFrame:
     """What stands around and between the lines of a batch, so that they become one body."""
 
     content_type: str
@@ -54,7 +54,7 @@ class Frame:
 
 
 @runtime_checkable
-class BatchDoor(Door, Protocol):
+class BatchTransport(Transport, Protocol):
     """A door through which a provider's own batches go as well."""
 
     async def open_lines(
@@ -62,7 +62,7 @@ class BatchDoor(Door, Protocol):
         target: Target,
         path: str,
         lines: Sequence[tuple[EgressPermit, bytes]],
-        frame: Frame,
+        frame: RequestFrame,
         *,
         headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
@@ -166,13 +166,13 @@ def _words(error: aiohttp.ClientConnectorError) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Doors:
+class Transports:
     """Both doors of a node. `egress` is None where no hosted provider is configured: then there is nothing to open."""
 
-    local: Door
-    egress: Door | None = None
+    local: Transport
+    egress: Transport | None = None
 
-    def to(self, target: Target) -> Door:
+    def to(self, target: Target) -> Transport:
         """Raises ResidencyRefused where no door leads to `target`."""
         if target.location == "onsite":
             return self.local
@@ -180,10 +180,10 @@ class Doors:
             raise ResidencyRefused(f"{target.name} is hosted, and this node has no way off its site")
         return self.egress
 
-    def for_batches(self, target: Target) -> BatchDoor:
+    def for_batches(self, target: Target) -> BatchTransport:
         """Raises ResidencyRefused where none leads to `target`."""
         door = self.to(target)
-        if not isinstance(door, BatchDoor):
+        if not isinstance(door, BatchTransport):
             raise ResidencyRefused(f"no door for batches leads to {target.name}")
         return door
 

@@ -17,14 +17,14 @@ import httpx
 import orjson
 
 from appliance.core import Dialect as DialectName
-from appliance.core import EgressPermit, Outgoing, Reply, Target, Usage
+from appliance.core import EgressPermit, Target, UpstreamCall, UpstreamReply, Usage
 from appliance.errors import ApplianceError, BackendGarbage, BackendTimeout, StreamBroken
-from appliance.upstream.base import Door, close_response, transport_error
+from appliance.upstream.base import Transport, close_response, transport_error
 from appliance.upstream.error_mapping import error_in_success, error_of_status, is_error_payload
 from appliance.upstream.label_scoring import tokens
 from appliance.upstream.rate_limit_headers import rest_seconds
 from appliance.wire.anthropic.outbound import AnthropicDialect
-from appliance.wire.dialect import Dialect, Letter, Passing
+from appliance.wire.dialect import Dialect, StreamTranslator, WireRequest
 from appliance.wire.gemini.outbound import GeminiDialect
 from appliance.wire.media import check_carried
 from appliance.wire.openai.outbound import OpenaiDialect
@@ -37,7 +37,7 @@ DIALECTS: Final[Mapping[DialectName, Dialect]] = {
     "gemini": GeminiDialect(),
 }
 
-_LABELS: Final = tokens.TokenLabels()
+_LABELS: Final = tokens.TokenLabelScorer()
 
 MAX_REPLY_BYTES: Final = 64_000_000
 _MAX_ERROR_BYTES: Final = 64_000
@@ -72,7 +72,7 @@ def salt_of(key_id: str) -> str:
     return hashlib.sha256(key_id.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def write(target: Target, outgoing: Outgoing, *, stream: bool, salt: str) -> Letter:
+def write(target: Target, outgoing: UpstreamCall, *, stream: bool, salt: str) -> WireRequest:
     """What is to be sent to `target`. Nothing is sent yet.
 
     Raises Unsupported naming the field that `target` cannot be given, RequestError where it cannot be written as JSON.
@@ -81,7 +81,7 @@ def write(target: Target, outgoing: Outgoing, *, stream: bool, salt: str) -> Let
     return DIALECTS[target.dialect].write(target, outgoing, stream=stream, salt=salt)
 
 
-async def send(door: Door, letter: Letter, *, permit: EgressPermit | None, seconds: float) -> Reply:
+async def send(door: Transport, letter: WireRequest, *, permit: EgressPermit | None, seconds: float) -> UpstreamReply:
     """Get a whole reply within `seconds`. Raises BackendError's family, ContextTooLong, ResidencyRefused."""
     target = letter.target
     if tokens.is_asked(letter):
@@ -101,10 +101,10 @@ async def send(door: Door, letter: Letter, *, permit: EgressPermit | None, secon
         raise BackendTimeout(f"{target.name} did not answer within {seconds:.1f} s") from error
     payload, usage = _read_reply(letter, _payload(target, raw))
     rest = rest_seconds(response.headers, time.time()) if target.provider is not None else None
-    return Reply(payload, usage, first_byte, time.monotonic() - started, rest)
+    return UpstreamReply(payload, usage, first_byte, time.monotonic() - started, rest)
 
 
-def read_batched(letter: Letter, payload: Any) -> Reply:
+def read_batched(letter: WireRequest, payload: Any) -> UpstreamReply:
     """The reply that came back for one line of a provider's batch. Raises as `send`."""
     target = letter.target
     if is_error_payload(payload):
@@ -112,10 +112,10 @@ def read_batched(letter: Letter, payload: Any) -> Reply:
     if not isinstance(payload, dict):
         raise BackendGarbage(f"{target.name} answered a line of its batch without an object")
     read, usage = _read_reply(letter, payload)
-    return Reply(read, usage, 0.0, 0.0)
+    return UpstreamReply(read, usage, 0.0, 0.0)
 
 
-def _read_reply(letter: Letter, payload: dict[str, Any]) -> tuple[dict[str, Any], Usage]:
+def _read_reply(letter: WireRequest, payload: dict[str, Any]) -> tuple[dict[str, Any], Usage]:
     """Replies are not validated field by field: one of another shape shows when it is read."""
     try:
         return DIALECTS[letter.target.dialect].read(letter, payload)
@@ -138,10 +138,10 @@ def _payload(target: Target, raw: bytes) -> dict[str, Any]:
 class ReplyStream:
     """An open stream whose first event has been seen. `next_block` until it returns b""; `aclose` in any case."""
 
-    def __init__(self, letter: Letter, response: httpx.Response, seconds: float) -> None:
+    def __init__(self, letter: WireRequest, response: httpx.Response, seconds: float) -> None:
         self._target = letter.target
         self._response = response
-        self._passage: Passing = DIALECTS[letter.target.dialect].passage(letter)
+        self._passage: StreamTranslator = DIALECTS[letter.target.dialect].passage(letter)
         choices = letter.outgoing.body.get("n")
         self._choices = choices if isinstance(choices, int) else 1
         self._ends_at = asyncio.get_running_loop().time() + seconds
@@ -261,8 +261,8 @@ class ReplyStream:
 
 
 async def open_stream(
-    door: Door,
-    letter: Letter,
+    door: Transport,
+    letter: WireRequest,
     *,
     permit: EgressPermit | None,
     seconds: float,

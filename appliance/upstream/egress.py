@@ -8,7 +8,7 @@ import httpx
 
 from appliance.core import EgressPermit, Target
 from appliance.errors import BackendAuth, ResidencyRefused
-from appliance.upstream.base import Frame, Method, key_headers, post, send, session_over, transport_over
+from appliance.upstream.base import Method, RequestFrame, key_headers, post, send, session_over, transport_over
 from appliance.upstream.permit_signature import is_for_batch, is_sealed, line_start
 
 _MAX_CONNECTIONS: Final = 1024
@@ -21,7 +21,7 @@ _MAX_FRAME_BYTES: Final = 2_000
 _HEADERS: Final = {"content-type": "application/json", "accept-encoding": "identity", "user-agent": "appliance"}
 
 
-class EgressDoor:
+class EgressTransport:
     """`addresses`: base URL of every hosted provider by name. `secrets`: their keys; a provider may have none.
 
     `key` is the key that permits are sealed with. Must be made inside a running event loop.
@@ -63,7 +63,7 @@ class EgressDoor:
         target: Target,
         path: str,
         lines: Sequence[tuple[EgressPermit, bytes]],
-        frame: Frame,
+        frame: RequestFrame,
         *,
         headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:

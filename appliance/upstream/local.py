@@ -26,7 +26,7 @@ class NotOnSite(OSError):
     """An on-site name led to an address outside the site's networks."""
 
 
-class LocalDoor:
+class LocalTransport:
     """`networks`: the CIDRs that belong to the site besides loopback. `secrets`: keys of on-site providers by name.
 
     The networks are enforced on the address that is about to be connected to, so neither DNS nor a literal leads out.

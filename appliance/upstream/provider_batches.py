@@ -21,10 +21,10 @@ import orjson
 from appliance.core import BatchApi as ApiName
 from appliance.core import EgressPermit, Target
 from appliance.errors import BackendGarbage, BackendTimeout
-from appliance.upstream.base import BatchDoor, Frame, Method, close_response, transport_error
+from appliance.upstream.base import BatchTransport, Method, RequestFrame, close_response, transport_error
 from appliance.upstream.error_mapping import error_of_status
 from appliance.upstream.permit_signature import line_start
-from appliance.wire.dialect import Letter
+from appliance.wire.dialect import WireRequest
 
 MAX_LINES: Final = 5_000
 MAX_BYTES: Final = 16_000_000
@@ -46,7 +46,7 @@ Note = Callable[[str], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class BatchStatus:
     """How a batch at a provider stands."""
 
     is_over: bool
@@ -57,7 +57,7 @@ class Standing:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class BatchResult:
     """What came of one line. `status` 200: `payload` is the reply that the same request alone would have got."""
 
     request_id: str
@@ -66,10 +66,10 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Carrier:
+class BatchClient:
     """Speaks to one provider of one batch."""
 
-    door: BatchDoor
+    door: BatchTransport
     target: Target
     permit: EgressPermit
 
@@ -83,7 +83,7 @@ class Carrier:
             _SECONDS,
         )
 
-    async def send(self, path: str, lines: Lines, frame: Frame) -> dict[str, Any]:
+    async def send(self, path: str, lines: Lines, frame: RequestFrame) -> dict[str, Any]:
         opening = self.door.open_lines(self.target, self._path(path), lines, frame, headers=self._headers)
         return await self._told(opening, _UPLOAD_SECONDS)
 
@@ -167,32 +167,32 @@ class Carrier:
         return path if not query else f"{path}{'&' if '?' in path else '?'}{query}"
 
 
-class Api(Protocol):
+class BatchApiClient(Protocol):
     """One provider's way. Every method but the first two raises BackendError's family."""
 
     finds: bool
     """Whether `find` can tell."""
 
-    def endpoint(self, letter: Letter) -> str | None:
+    def endpoint(self, letter: WireRequest) -> str | None:
         """What a batch of such requests is made for; None: they are not taken in batches."""
 
-    def line(self, letter: Letter, request_id: str) -> bytes: ...
+    def line(self, letter: WireRequest, request_id: str) -> bytes: ...
 
-    async def send(self, to: Carrier, name: str, endpoint: str, lines: Lines, note: Note) -> str:
+    async def send(self, to: BatchClient, name: str, endpoint: str, lines: Lines, note: Note) -> str:
         """The batch's id there. `note` is told of the file that was uploaded for it, where there is one."""
 
-    async def find(self, to: Carrier, name: str) -> str | None:
+    async def find(self, to: BatchClient, name: str) -> str | None:
         """The id of the batch that was sent under our name; None where there is none, or nothing can tell."""
 
-    async def look(self, to: Carrier, batch: str) -> Standing: ...
+    async def look(self, to: BatchClient, batch: str) -> BatchStatus: ...
 
-    def rows(self, to: Carrier, batch: str, standing: Standing) -> AsyncIterator[Row]:
+    def rows(self, to: BatchClient, batch: str, standing: BatchStatus) -> AsyncIterator[BatchResult]:
         """What there is, also of a batch that was cut short; in any order."""
 
-    async def cancel(self, to: Carrier, batch: str) -> None:
+    async def cancel(self, to: BatchClient, batch: str) -> None:
         """Lines that are done by then are paid and can be fetched."""
 
-    async def forget(self, to: Carrier, batch: str, uploaded: str | None, standing: Standing | None) -> None:
+    async def forget(self, to: BatchClient, batch: str, uploaded: str | None, standing: BatchStatus | None) -> None:
         """Have the provider delete what it keeps of it."""
 
 
@@ -210,7 +210,7 @@ class OpenaiBatches:
     _over: frozenset[str] = frozenset({"completed", "failed", "expired", "cancelled"})
     _outputs = ("output_file_id", "error_file_id")
 
-    def endpoint(self, letter: Letter) -> str | None:
+    def endpoint(self, letter: WireRequest) -> str | None:
         wire = letter.target.wire
         path = letter.path.partition("?")[0]
         if wire.deployments:
@@ -219,18 +219,18 @@ class OpenaiBatches:
             return None
         return path if wire.deployments else f"/v1{path}"
 
-    def line(self, letter: Letter, request_id: str) -> bytes:
+    def line(self, letter: WireRequest, request_id: str) -> bytes:
         url = orjson.dumps(self.endpoint(letter))
         return line_start(request_id) + b',"method":"POST","url":' + url + b',"body":' + letter.body + b"}"
 
-    async def send(self, to: Carrier, name: str, endpoint: str, lines: Lines, note: Note) -> str:
+    async def send(self, to: BatchClient, name: str, endpoint: str, lines: Lines, note: Note) -> str:
         head = (
             f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
             f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="{name}.jsonl"\r\n'
             "Content-Type: application/jsonl\r\n\r\n"
         )
         kind = f"multipart/form-data; boundary={_BOUNDARY}"
-        frame = Frame(kind, head.encode(), b"\n", f"\n\r\n--{_BOUNDARY}--\r\n".encode())
+        frame = RequestFrame(kind, head.encode(), b"\n", f"\n\r\n--{_BOUNDARY}--\r\n".encode())
         file = words(await to.send("/files", lines, frame), "id")
         if file is None:
             raise BackendGarbage(f"{to.target.name} took a file and gave it no id")
@@ -244,7 +244,7 @@ class OpenaiBatches:
         metadata = {TAG: name}
         return {"input_file_id": file, "endpoint": endpoint, "completion_window": "24h", "metadata": metadata}
 
-    async def find(self, to: Carrier, name: str) -> str | None:
+    async def find(self, to: BatchClient, name: str) -> str | None:
         after = ""
         for _ in range(_PAGES):
             page = await to.ask("GET", f"{self._jobs}?limit=100{after}")
@@ -259,23 +259,23 @@ class OpenaiBatches:
             after = f"&after={quote(last, safe='')}"
         return None
 
-    async def look(self, to: Carrier, batch: str) -> Standing:
+    async def look(self, to: BatchClient, batch: str) -> BatchStatus:
         found = await to.ask("GET", f"{self._jobs}/{quote(batch, safe='')}")
         status = words(found, "status") or ""
         files = tuple(file for name in self._outputs if (file := words(found, name)))
-        return Standing(status.lower() in self._over, _said(found) if status.lower() == "failed" else "", files)
+        return BatchStatus(status.lower() in self._over, _said(found) if status.lower() == "failed" else "", files)
 
-    async def rows(self, to: Carrier, batch: str, standing: Standing) -> AsyncIterator[Row]:
+    async def rows(self, to: BatchClient, batch: str, standing: BatchStatus) -> AsyncIterator[BatchResult]:
         for file in standing.files:
             async for row in to.rows(f"/files/{quote(file, safe='')}/content"):
                 found = _openai_row(row)
                 if found is not None:
                     yield found
 
-    async def cancel(self, to: Carrier, batch: str) -> None:
+    async def cancel(self, to: BatchClient, batch: str) -> None:
         await to.ask("POST", f"{self._jobs}/{quote(batch, safe='')}/cancel", {})
 
-    async def forget(self, to: Carrier, batch: str, uploaded: str | None, standing: Standing | None) -> None:
+    async def forget(self, to: BatchClient, batch: str, uploaded: str | None, standing: BatchStatus | None) -> None:
         for file in (*((uploaded,) if uploaded else ()), *(standing.files if standing else ())):
             await to.ask("DELETE", f"/files/{quote(file, safe='')}")
 
@@ -288,14 +288,14 @@ class MistralBatches(OpenaiBatches):
     _over = frozenset({"success", "failed", "timeout_exceeded", "cancelled"})
     _outputs = ("output_file", "error_file")
 
-    def line(self, letter: Letter, request_id: str) -> bytes:
+    def line(self, letter: WireRequest, request_id: str) -> bytes:
         return line_start(request_id) + b',"body":' + letter.body + b"}"
 
     def _asked(self, target: Target, name: str, endpoint: str, file: str) -> Mapping[str, Any]:
         window = {"metadata": {TAG: name}, "timeout_hours": 24}
         return {"input_files": [file], "model": target.model, "endpoint": endpoint, **window}
 
-    async def find(self, to: Carrier, name: str) -> str | None:
+    async def find(self, to: BatchClient, name: str) -> str | None:
         for number in range(_PAGES):
             page = await to.ask("GET", f"{self._jobs}?page={number}&page_size=100")
             rows = page.get("data")
@@ -312,44 +312,44 @@ class AnthropicBatches:
 
     finds = False
 
-    def endpoint(self, letter: Letter) -> str | None:
+    def endpoint(self, letter: WireRequest) -> str | None:
         return "/v1/messages" if letter.path.partition("?")[0] == "/messages" else None
 
-    def line(self, letter: Letter, request_id: str) -> bytes:
+    def line(self, letter: WireRequest, request_id: str) -> bytes:
         return line_start(request_id) + b',"params":' + letter.body + b"}"
 
-    async def send(self, to: Carrier, name: str, endpoint: str, lines: Lines, note: Note) -> str:
-        frame = Frame("application/json", b'{"requests":[', b",", b"]}")
+    async def send(self, to: BatchClient, name: str, endpoint: str, lines: Lines, note: Note) -> str:
+        frame = RequestFrame("application/json", b'{"requests":[', b",", b"]}")
         batch = words(await to.send("/messages/batches", lines, frame), "id")
         if batch is None:
             raise BackendGarbage(f"{to.target.name} made a batch and gave it no id")
         return batch
 
-    async def find(self, to: Carrier, name: str) -> str | None:
+    async def find(self, to: BatchClient, name: str) -> str | None:
         return None
 
-    async def look(self, to: Carrier, batch: str) -> Standing:
+    async def look(self, to: BatchClient, batch: str) -> BatchStatus:
         found = await to.ask("GET", f"/messages/batches/{quote(batch, safe='')}")
-        return Standing(words(found, "processing_status") == "ended")
+        return BatchStatus(words(found, "processing_status") == "ended")
 
-    async def rows(self, to: Carrier, batch: str, standing: Standing) -> AsyncIterator[Row]:
+    async def rows(self, to: BatchClient, batch: str, standing: BatchStatus) -> AsyncIterator[BatchResult]:
         async for row in to.rows(f"/messages/batches/{quote(batch, safe='')}/results"):
             name, result = words(row, "custom_id"), row.get("result")
             if name is None:
                 continue
             if words(result, "type") == "succeeded" and isinstance(result, dict):
-                yield Row(name, 200, result.get("message"))
+                yield BatchResult(name, 200, result.get("message"))
             else:
-                yield Row(name, 0, result)
+                yield BatchResult(name, 0, result)
 
-    async def cancel(self, to: Carrier, batch: str) -> None:
+    async def cancel(self, to: BatchClient, batch: str) -> None:
         await to.ask("POST", f"/messages/batches/{quote(batch, safe='')}/cancel", {})
 
-    async def forget(self, to: Carrier, batch: str, uploaded: str | None, standing: Standing | None) -> None:
+    async def forget(self, to: BatchClient, batch: str, uploaded: str | None, standing: BatchStatus | None) -> None:
         await to.ask("DELETE", f"/messages/batches/{quote(batch, safe='')}")
 
 
-APIS: Final[Mapping[ApiName, Api]] = {
+APIS: Final[Mapping[ApiName, BatchApiClient]] = {
     "openai": OpenaiBatches(),
     "mistral": MistralBatches(),
     "anthropic": AnthropicBatches(),
@@ -367,11 +367,11 @@ def _said(found: Mapping[str, Any]) -> str:
     return words(first, "message") or "it failed as a whole"
 
 
-def _openai_row(row: Mapping[str, Any]) -> Row | None:
+def _openai_row(row: Mapping[str, Any]) -> BatchResult | None:
     name, response = words(row, "custom_id"), row.get("response")
     if name is None:
         return None
     if not isinstance(response, dict) or row.get("error"):
-        return Row(name, 0, row.get("error"))
+        return BatchResult(name, 0, row.get("error"))
     status = response.get("status_code")
-    return Row(name, status if isinstance(status, int) else 0, response.get("body"))
+    return BatchResult(name, status if isinstance(status, int) else 0, response.get("body"))

@@ -79,7 +79,7 @@ def body_bytes(target: Target, body: Mapping[str, Any]) -> bytes:
         raise RequestError(f"the request cannot be written as JSON for {target.name}: {error}") from error
 
 
-class Fields:
+class ChatFields:
     """The fields of a chat body. Each is taken once; `finish` refuses those that nobody took."""
 
     def __init__(self, target: Target, body: Mapping[str, Any]) -> None:
@@ -167,7 +167,7 @@ def is_harmless(name: str, value: Any) -> bool:
     return any(value == one and isinstance(value, bool) is isinstance(one, bool) for one in HARMLESS.get(name, ()))
 
 
-class Media(NamedTuple):
+class MediaPart(NamedTuple):
     """What a `data:` URL holds."""
 
     kind: str
@@ -175,7 +175,7 @@ class Media(NamedTuple):
     """base64"""
 
 
-def read_data_url(url: str, param: str) -> Media:
+def read_data_url(url: str, param: str) -> MediaPart:
     """Raises RequestError where it is not base64 of a stated type."""
     match = _DATA_URL.match(url)
     if match is None or match.group(1) is None:
@@ -187,7 +187,7 @@ def read_data_url(url: str, param: str) -> Media:
         base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
         raise RequestError(f"{param} is not valid base64: {error}", param=param) from error
-    return Media(match.group(1).lower(), data)
+    return MediaPart(match.group(1).lower(), data)
 
 
 def image_url_of(part: Mapping[str, Any], param: str) -> str:
@@ -271,7 +271,7 @@ def functions_of(target: Target, tools: Sequence[Any]) -> list[Mapping[str, Any]
     return list(tools)
 
 
-def schema_of(fields: Fields) -> tuple[str, Mapping[str, Any] | None]:
+def schema_of(fields: ChatFields) -> tuple[str, Mapping[str, Any] | None]:
     """(kind, schema) of `response_format`: text, json_object or json_schema."""
     given = fields.take("response_format")
     if not isinstance(given, Mapping):

@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from appliance.core import Asked, Endpoint
+from appliance.core import Endpoint, ParsedRequest
 from appliance.errors import RequestError
 from appliance.tasks import chat
 from appliance.tasks.chat import ChatCall
@@ -24,7 +24,7 @@ Message = dict[str, Any]
 
 def asked_as(
     endpoint: Endpoint, original: Mapping[str, Any], body: Mapping[str, Any]
-) -> tuple[Asked, Sequence[ChatCall]]:
+) -> tuple[ParsedRequest, Sequence[ChatCall]]:
     """The chat `body` that `original`, sent to `endpoint`, was translated to, read as any chat is.
 
     Usage is always asked of streams: other dialects tell it without being asked. How hard to think is a wish in them,

@@ -8,7 +8,7 @@ import orjson
 from appliance.errors import ApplianceError, StreamBroken
 
 
-class Writer(Protocol):
+class DialectStreamWriter(Protocol):
     """Writes one stream of another dialect. Fed in order; each call gives the bytes that may go out now."""
 
     def feed(self, chunk: Mapping[str, Any]) -> bytes:
@@ -21,12 +21,12 @@ class Writer(Protocol):
         """It was not, and nothing follows."""
 
 
-class Translation:
+class StreamRewriter:
     """Blocks of whole OpenAI events in, a writer's events out. Ends once, and never cleanly unless `[DONE]` came."""
 
     __slots__ = ("_writer", "has_failed", "is_over")
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: DialectStreamWriter) -> None:
         self._writer = writer
         self.is_over = False
         self.has_failed = False

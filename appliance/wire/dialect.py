@@ -19,18 +19,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from appliance.core import Outgoing, Target, Usage
+from appliance.core import Target, UpstreamCall, Usage
 
 _WRITING: Final = ("/chat/completions", "/completions")
 _LIMITS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens", "maxOutputTokens")
 
 
 @dataclass(frozen=True, slots=True)
-class Letter:
+class WireRequest:
     """One request as it goes over the wire, with what it was made from."""
 
     target: Target
-    outgoing: Outgoing
+    outgoing: UpstreamCall
     path: str
     """Below the target's address, with its query."""
     body: bytes
@@ -39,7 +39,7 @@ class Letter:
     """The most that the target may write in answer, all choices together; None where nobody knows."""
 
 
-def most_output_tokens(target: Target, outgoing: Outgoing, body: Mapping[str, Any]) -> int | None:
+def most_output_tokens(target: Target, outgoing: UpstreamCall, body: Mapping[str, Any]) -> int | None:
     """By `body` as it was written for `target`, whatever the dialect; where it sets no limit, the one that is known of
     the model."""
     if outgoing.path not in _WRITING:
@@ -52,7 +52,7 @@ def most_output_tokens(target: Target, outgoing: Outgoing, body: Mapping[str, An
     return None if limit is None else limit * (choices if isinstance(choices, int) else 1)
 
 
-class Passing(Protocol):
+class StreamTranslator(Protocol):
     """The bytes of one stream in passing: what comes in is the target's, what goes out are events of OpenAI's."""
 
     usage: Usage | None
@@ -72,10 +72,10 @@ class Passing(Protocol):
 class Dialect(Protocol):
     """Pure, but for the time that replies are stamped with."""
 
-    def write(self, target: Target, outgoing: Outgoing, *, stream: bool, salt: str) -> Letter:
+    def write(self, target: Target, outgoing: UpstreamCall, *, stream: bool, salt: str) -> WireRequest:
         """Raises Unsupported naming the field that cannot be carried over, RequestError where it is no JSON."""
 
-    def read(self, letter: Letter, payload: dict[str, Any]) -> tuple[dict[str, Any], Usage]:
+    def read(self, letter: WireRequest, payload: dict[str, Any]) -> tuple[dict[str, Any], Usage]:
         """A whole reply in OpenAI's shape. Raises BackendGarbage where it is not what the dialect promises."""
 
-    def passage(self, letter: Letter) -> Passing: ...
+    def passage(self, letter: WireRequest) -> StreamTranslator: ...

@@ -25,7 +25,7 @@ class EventTooLong(ValueError):
     pass
 
 
-class Passage:
+class SseReader:
     """Fed with the bytes of one reply, gives back whole events to pass on, and remembers what they said.
 
     `keep_usage`: whether the caller asked for the usage event; else an event that carries nothing else is left out.

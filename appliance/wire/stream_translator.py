@@ -52,7 +52,7 @@ def completion(
     }
 
 
-class Translation(ABC):
+class ChunkTranslator(ABC):
     """The part of a translated stream that all dialects share: events in, chunks out. Subclasses say `_take`."""
 
     def __init__(self, model: str, *, keep_usage: bool) -> None:

@@ -1,7 +1,7 @@
 """Bodies in other dialects than OpenAI's chat: every field is read, accepted as without effect, or refused by name.
 
-A body that is translated cannot carry what its translator does not know, so nothing in it may be overlooked: `Fields`
-remembers what was looked at, and `done` refuses the rest.
+A body that is translated cannot carry what its translator does not know, so nothing in it may be overlooked:
+`StrictFields` remembers what was looked at, and `done` refuses the rest.
 """
 
 import base64
@@ -17,7 +17,7 @@ _MEDIA_TYPE: Final = re.compile(r"[a-z0-9.+-]{1,40}/[a-z0-9.+-]{1,80}")
 TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
-class Fields:
+class StrictFields:
     """One object of a body, at `path` (empty: the body itself). With `snake`, `someName` may be written `some_name`."""
 
     __slots__ = ("_given", "_seen", "_snake", "path")
@@ -79,9 +79,9 @@ class Fields:
             raise self.wrong(name, f"it must be a number from {low:g} to {high:g}")
         return value
 
-    def object(self, name: str) -> "Fields | None":
+    def object(self, name: str) -> "StrictFields | None":
         value = self.get(name)
-        return None if value is None else Fields(value, self.at(name), snake=self._snake)
+        return None if value is None else StrictFields(value, self.at(name), snake=self._snake)
 
     def mapping(self, name: str) -> Mapping[str, Any] | None:
         """An object whose fields are the caller's own (a schema, arguments)."""

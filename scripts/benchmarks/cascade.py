@@ -22,8 +22,8 @@ from typing import Any, Final
 
 import httpx
 
-from appliance.encoders.server import Endpoints, make_app
-from appliance.encoders.service import Desk
+from appliance.encoders.server import EncoderEndpoints, make_app
+from appliance.encoders.service import EncoderService
 from appliance.quality.rules import standing_of
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -109,8 +109,8 @@ async def _split(name: str, seed: int, options: argparse.Namespace) -> Mapping[f
     chance.shuffle(rows)
     known, unseen = rows[: SETS[name]], rows[SETS[name] :]
     with tempfile.TemporaryDirectory() as folder:
-        desk = Desk(data=Path(folder), models=options.data_dir / "models", threads=os.cpu_count() or 1)
-        transport = httpx.ASGITransport(make_app(Endpoints(desk)))
+        desk = EncoderService(data=Path(folder), models=options.data_dir / "models", threads=os.cpu_count() or 1)
+        transport = httpx.ASGITransport(make_app(EncoderEndpoints(desk)))
         async with httpx.AsyncClient(transport=transport, base_url="http://encoders", timeout=600) as client:
             begun = await client.post("/v1/classifiers", json={"name": name, "examples": known, "tier": options.tier})
             begun.raise_for_status()

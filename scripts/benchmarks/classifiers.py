@@ -28,12 +28,12 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
 from appliance.encoders.embedders import Embedded, Embedder
-from appliance.encoders.model_cache import Library
+from appliance.encoders.model_cache import ModelCache
 from appliance.encoders.training.examples import read_examples
 from appliance.encoders.training.metrics import ece
 from appliance.encoders.training.selective_risk import threshold_for
-from appliance.encoders.training.trainer import Bench, Models, train
-from appliance.encoders.two_stage import Answered, Head, Trained
+from appliance.encoders.training.trainer import CandidateModels, Trainer, train
+from appliance.encoders.two_stage import ClassifierHead, StageAnswers, TrainedClassifier
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 SETS: Final = ("banking77", "agnews", "sms_spam")
@@ -58,9 +58,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the figures are written")
     options = parser.parse_args()
     began = time.monotonic()
-    library = Library(options.data_dir / "models", options.threads)
+    library = ModelCache(options.data_dir / "models", options.threads)
     real = next(iter(library.encoders().values()), None)
-    models = Models(library.vectors(), None if real is None else _Remembering(real))
+    models = CandidateModels(library.vectors(), None if real is None else _Remembering(real))
     results = []
     print(
         f"{'set':<10}{'rows':>5} {'how':<6}{'wanted':<7}{'features':<82}{'accuracy':>8}{'ECE':>7}{'asked':>7}"
@@ -94,13 +94,13 @@ def _shown(figure: float | None) -> str:
 
 
 def measured(
-    name: str, how: str, wanted: Sequence[str], models: Models, real: Embedder | None
+    name: str, how: str, wanted: Sequence[str], models: CandidateModels, real: Embedder | None
 ) -> Sequence[Mapping[str, Any]]:
     """A row for each of `wanted`, over all parts together."""
     seen = {one: _Sums() for one in wanted}
     for number, (known, unseen) in enumerate(_parts(name, how)):
         examples = read_examples(list(known), None, None, at_least=2)
-        bench = Bench(examples, models)
+        bench = Trainer(examples, models)
         for one in wanted:
             made = train(
                 examples,
@@ -130,7 +130,7 @@ class _Sums:
         self.used: list[str] = []
         self.over, self.rate, self.trained_on = 0, 0.0, 0
 
-    def add(self, made: Trained, unseen: Sequence[Row], encoder: Embedder | None, seed: int) -> None:
+    def add(self, made: TrainedClassifier, unseen: Sequence[Row], encoder: Embedder | None, seed: int) -> None:
         head = made.head(encoder)
         found = _answers(head, [row["text"] for row in unseen])
         truth = np.array([made.labels.index(row["label"]) for row in unseen])
@@ -158,7 +158,7 @@ class _Sums:
         }
 
 
-def out_of_scope(name: str, models: Models) -> Mapping[str, Any]:
+def out_of_scope(name: str, models: CandidateModels) -> Mapping[str, Any]:
     """The score on texts of other sets, and on texts whose labels were left out of the training."""
     rows, unseen = next(_parts(name, "folds"))
     own = _strange(_words(rows, models), [row["text"] for row in unseen])
@@ -183,14 +183,14 @@ def out_of_scope(name: str, models: Models) -> Mapping[str, Any]:
     }
 
 
-def _words(rows: Sequence[Row], models: Models) -> Trained:
+def _words(rows: Sequence[Row], models: CandidateModels) -> TrainedClassifier:
     examples = read_examples(list(rows), None, None, at_least=2)
     return train(
         examples, models, wanted_accuracy=None, dearest="words", progress=lambda *_: None, clock=time.monotonic
     )
 
 
-def _strange(made: Trained, texts: Sequence[str]) -> Any:
+def _strange(made: TrainedClassifier, texts: Sequence[str]) -> Any:
     return _answers(made.head(None), texts).strangeness - made.strange_from
 
 
@@ -199,16 +199,16 @@ def _auroc(inside: Any, outside: Any) -> float:
     return float(roc_auc_score(truth, np.concatenate([inside, outside])))
 
 
-def _answers(head: Head, texts: Sequence[str]) -> Answered:
+def _answers(head: ClassifierHead, texts: Sequence[str]) -> StageAnswers:
     parts = [head.answer(texts[at : at + BATCH]) for at in range(0, len(texts), BATCH)]
-    return Answered(
+    return StageAnswers(
         np.vstack([part.probabilities for part in parts]),
         np.concatenate([part.strangeness for part in parts]),
         np.concatenate([part.asked for part in parts]),
     )
 
 
-def _rate(head: Head, texts: Sequence[str]) -> float:
+def _rate(head: ClassifierHead, texts: Sequence[str]) -> float:
     """Texts a second of processor time, of texts whose words were seen before."""
     head.answer(texts)
     began, calls = time.process_time(), 0
@@ -234,7 +234,7 @@ class _Remembering:
         return Embedded(np.stack([self._known[text] for text in texts]), [0] * len(texts))
 
 
-def _streams(made: Trained, sure: Any, right: Any, seed: int) -> tuple[float, int]:
+def _streams(made: TrainedClassifier, sure: Any, right: Any, seed: int) -> tuple[float, int]:
     """The share of unseen texts that is answered under the bound, and how many streams exceed it."""
     held = list(zip(made.held_confidences.tolist(), made.held_right.tolist(), strict=True))
     threshold = threshold_for(BOUND, CONFIDENCE, held, next_rows=sure.size // 2).threshold

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from appliance.cli.models.calibrate import first_start
-from appliance.config import Engine
+from appliance.config import EngineSettings
 from appliance.node.hardware.probe import probe
 from appliance.node.models.model_store import ModelStore
 from appliance.node.plan.variant_selection import wanted_file
@@ -56,7 +56,7 @@ def product_choice(source: Path) -> dict[Kind, tuple[str, int]]:
     chosen: dict[Kind, tuple[str, int]] = {}
     kinds: tuple[Kind, ...] = ("prefill", "decode")
     for kind in kinds:
-        config = Engine(workload=kind)
+        config = EngineSettings(workload=kind)
         best = first_start(model, config, home, hardware, store)[0][0]
         # The source's own variant is called after its file.
         variant = best.variant.name if best.variant.name in VARIANTS else SOURCE_VARIANT

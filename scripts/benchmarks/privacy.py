@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple, get_args
 
 from appliance.config.policy import STRUCTURED
 from appliance.core import PersonalKind
-from appliance.router.pii.patterns import PatternDetector, find, plain
+from appliance.router.pii.patterns import PiiPatternDetector, find, plain
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 
@@ -141,7 +141,7 @@ def bound_share(rows: Sequence[Row], kinds: Sequence[PersonalKind]) -> tuple[flo
     return bound / max(1, len(rows)), seen, examples
 
 
-def time_of(detector: PatternDetector, text: str, repeats: int) -> float:
+def time_of(detector: PiiPatternDetector, text: str, repeats: int) -> float:
     """Microseconds of this thread, the middle of `repeats` runs."""
     taken = []
     for _ in range(repeats):
@@ -156,7 +156,7 @@ def prompt_of(characters: int, rows: Sequence[Row]) -> str:
 
 
 def show_times(folder: Path) -> None:
-    detector = PatternDetector(STRUCTURED)
+    detector = PiiPatternDetector(STRUCTURED)
     prose = read(folder / "extraction/xquad_en_a.jsonl")
     cases = {
         "500 tokens of prose": (prompt_of(2_000, prose), 200),

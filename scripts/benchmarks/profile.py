@@ -27,14 +27,14 @@ from rich.table import Table
 from appliance.core import Caller, Profiler, Request, Target
 from appliance.errors import ApplianceError
 from appliance.router.profile import profile
-from appliance.router.profile.estimate import Guess
-from appliance.router.profile.linear_model import FILE, Weights, shipped_weights
+from appliance.router.profile.estimate import ProfileEstimate
+from appliance.router.profile.linear_model import FILE, LinearWeights, shipped_weights
 from appliance.router.profile.linear_model import guess as learned_guess
 from appliance.router.profile.llm_prompt import excerpt, guess_by, question_about, read_opinion
 from appliance.router.profile.rules import guess as rules_guess
 from appliance.router.profile.text_sample import take_sample
 from appliance.upstream import client
-from appliance.upstream.local import LocalDoor
+from appliance.upstream.local import LocalTransport
 from scripts.profile_data import KIN, LICENCES, RIGHT, Row, read_rows
 from scripts.train_profile import WEIGHTS_PATH, made_rows, train, without
 
@@ -45,7 +45,7 @@ _TIMED_CALLS: Final = 1000
 _TIMED: Final[tuple[Profiler, ...]] = ("rules", "learned")
 _MEASURED: Final = ("mmlu", "gsm8k", "llmrouter")
 
-Guesser = Callable[[Row], Guess]
+Guesser = Callable[[Row], ProfileEstimate]
 Apgr = Callable[[Sequence[tuple[float, float, float]]], float]
 
 
@@ -93,16 +93,16 @@ def request_of(row: Row) -> Request:
     )
 
 
-def by_rules(row: Row) -> Guess:
+def by_rules(row: Row) -> ProfileEstimate:
     tokens = len(row.text) // _CHARACTERS_PER_TOKEN
     return rules_guess(request_of(row), take_sample(row.text), prompt_tokens=tokens)
 
 
-def by_length(row: Row) -> Guess:
-    return Guess("chat", float(len(row.text)), ())
+def by_length(row: Row) -> ProfileEstimate:
+    return ProfileEstimate("chat", float(len(row.text)), ())
 
 
-def by_weights(weights: Weights) -> Guesser:
+def by_weights(weights: LinearWeights) -> Guesser:
     return lambda row: learned_guess(request_of(row), take_sample(row.text), weights)
 
 
@@ -111,7 +111,7 @@ def accuracy(guesser: Guesser, rows: Sequence[Row]) -> str:
     return f"{right / len(rows):.3f} ({len(rows)})"
 
 
-def is_right(guess: Guess, row: Row) -> bool:
+def is_right(guess: ProfileEstimate, row: Row) -> bool:
     return guess.task in RIGHT[row.kind] or guess.task == row.task
 
 
@@ -180,7 +180,7 @@ async def engine_table(rows: Sequence[Row], address: str, model: str, most: int)
     mixed = [row for row in rows if row.dataset == "mixed" and not row.has_tools]
     asked = mixed[:: max(1, len(mixed) // most)][:most]
     right, taken, errors = 0, [], []
-    door = LocalDoor()
+    door = LocalTransport()
     try:
         for row in asked:
             started = time.perf_counter()

@@ -24,12 +24,12 @@ from typing import Any, Final
 
 import appliance
 from appliance.catalog import load_catalog
-from appliance.config import Engine, EngineModel
+from appliance.config import EngineModel, EngineSettings
 from appliance.engines.base import Placement
-from appliance.engines.vllm import Installed
-from appliance.engines.vllm_metrics import Metrics
+from appliance.engines.vllm import InstalledVllm
+from appliance.engines.vllm_metrics import VllmMetrics
 from appliance.node.calibrate.gpu_memory_records import measured, remember
-from appliance.node.energy.sampler import Meters
+from appliance.node.energy.sampler import EnergyMeters
 from appliance.node.hardware.nvidia import Gpus, load_nvml, read_gpus
 from appliance.node.hardware.probe import Hardware, probe
 from appliance.node.models.model_store import ModelStore
@@ -167,7 +167,7 @@ def _with_node(check: Check, node: RunningNode, placement: Placement, before: Gp
     direct, through = _doors(node, placement)
     with check.step("memory"):
         report["memory"] = _memory(node, placement, before, direct, remembers=asked.data_dir is not None)
-    meters = Meters.open(load_nvml())
+    meters = EnergyMeters.open(load_nvml())
     try:
         with check.step("idle power"):
             report["idle_watts"] = asyncio.run(_idle(meters))
@@ -204,7 +204,7 @@ def _plain(value: Any) -> Any:
 # --- what is checked
 
 
-def _model(check: Check, vllm: Installed) -> Path | None:
+def _model(check: Check, vllm: InstalledVllm) -> Path | None:
     """The folder of weights to serve, written first where they are to be made; None: a catalogue's."""
     asked = check.asked
     folder = Path(asked.model).expanduser() if asked.model and Path(asked.model).expanduser().is_dir() else None
@@ -222,7 +222,7 @@ def _model(check: Check, vllm: Installed) -> Path | None:
     return target
 
 
-def _in_vllms_python(vllm: Installed, script: str, *arguments: object) -> None:
+def _in_vllms_python(vllm: InstalledVllm, script: str, *arguments: object) -> None:
     done = subprocess.run(
         [vllm.python, script, *map(str, arguments)],
         capture_output=True,
@@ -234,9 +234,9 @@ def _in_vllms_python(vllm: Installed, script: str, *arguments: object) -> None:
         raise RuntimeError(f"{script} ended with {done.returncode}: {done.stderr.strip()[-800:]}")
 
 
-def _engine(asked: argparse.Namespace, vllm: Installed, folder: Path | None) -> Engine:
+def _engine(asked: argparse.Namespace, vllm: InstalledVllm, folder: Path | None) -> EngineSettings:
     name = str(folder) if folder is not None else (asked.model or "smollm2-135m-instruct")
-    return Engine(
+    return EngineSettings(
         model=name,
         variant="bf16-safetensors" if folder is None and not asked.model else None,
         vllm=str(vllm.folder),
@@ -246,7 +246,7 @@ def _engine(asked: argparse.Namespace, vllm: Installed, folder: Path | None) -> 
     )
 
 
-def _config(asked: argparse.Namespace, engine: Engine) -> str:
+def _config(asked: argparse.Namespace, engine: EngineSettings) -> str:
     rows = [
         f"model = {json.dumps(engine.model)}",
         f"vllm = {json.dumps(engine.vllm)}",
@@ -260,7 +260,7 @@ def _config(asked: argparse.Namespace, engine: Engine) -> str:
     return "[server]\ndrain_seconds = 60\n[engine]\n" + "\n".join(rows) + "\n"
 
 
-def _planned(hardware: Hardware, engine: Engine, home: Path, kind: str) -> Placement:
+def _planned(hardware: Hardware, engine: EngineSettings, home: Path, kind: str) -> Placement:
     """As `appliance serve` plans it."""
     catalog, store = load_catalog([home / "model_configs"]), ModelStore(home)
     asked = EngineModel(
@@ -333,11 +333,11 @@ def _held(placement: Placement, before: Gpus, after: Gpus) -> int | None:
 async def _kv_tokens(direct: load.Door, placement: Placement) -> float | None:
     async with direct.session(1) as session, session.get(f"{direct.base_url}/metrics") as response:
         page = await response.text()
-    found = Metrics(placement.shape.sequences, 0).read(page, time.monotonic())
+    found = VllmMetrics(placement.shape.sequences, 0).read(page, time.monotonic())
     return found.kv_capacity_tokens or None
 
 
-async def _idle(meters: Meters) -> Mapping[str, float | None]:
+async def _idle(meters: EnergyMeters) -> Mapping[str, float | None]:
     async with load.metered(meters) as spent:
         await asyncio.sleep(_IDLE_SECONDS)
     return {"gpu": spent.watts("gpu"), "cpu": spent.watts("cpu")}
@@ -383,7 +383,7 @@ async def _throughput(check: Check, direct: load.Door, through: load.Door) -> Ma
     return found
 
 
-async def _energy(check: Check, through: load.Door, meters: Meters, node: RunningNode) -> Mapping[str, Any]:
+async def _energy(check: Check, through: load.Door, meters: EnergyMeters, node: RunningNode) -> Mapping[str, Any]:
     """Joules by our own reading of the meters, against what the node wrote into its ledger for the same requests."""
     asked = check.asked
     await asyncio.sleep(_IDLE_SECONDS)
@@ -417,7 +417,7 @@ async def _energy(check: Check, through: load.Door, meters: Meters, node: Runnin
     }
 
 
-async def _decisions(check: Check, through: load.Door, meters: Meters) -> Mapping[str, Any]:
+async def _decisions(check: Check, through: load.Door, meters: EnergyMeters) -> Mapping[str, Any]:
     asked, found = check.asked, {}
     ways: Mapping[str, Callable[[int], Any]] = {
         "single": lambda seed: load.decisions(through, seed=seed, requests=asked.requests, at_once=asked.sequences),
@@ -461,7 +461,7 @@ def _gpus(hardware: Hardware) -> Gpus:
     return read_gpus(hardware.ram.total_bytes, hardware.ram.usable_bytes, load_nvml())
 
 
-def _versions(vllm: Installed, gpus: Gpus) -> dict[str, Any]:
+def _versions(vllm: InstalledVllm, gpus: Gpus) -> dict[str, Any]:
     asked = (
         "import importlib.metadata as m, json; "
         "print(json.dumps({n: m.version(n) for n in ('torch', 'transformers') if m.distribution(n)}))"

@@ -5,8 +5,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from appliance.config import Engine
-from appliance.engines.vllm import Installed
+from appliance.config import EngineSettings
+from appliance.engines.vllm import InstalledVllm
 from appliance.node.vllm.environments import chosen, engines_folder, found_in, installed
 
 _ASK = """
@@ -16,7 +16,7 @@ print(json.dumps([found.version, str(found.locate_file("")), "%d.%d" % sys.versi
 """
 
 
-def vllm_of(folder: Path | None, python: str | None, *, cpu: bool, scratch: Path) -> Installed | str:
+def vllm_of(folder: Path | None, python: str | None, *, cpu: bool, scratch: Path) -> InstalledVllm | str:
     """The vLLM to check, or a sentence that says what to do. `python`: an interpreter that can import it; PYTHONPATH
     counts, too."""
     if folder is not None:
@@ -26,13 +26,13 @@ def vllm_of(folder: Path | None, python: str | None, *, cpu: bool, scratch: Path
     if cpu:
         here = [one for one in installed(engines_folder(os.environ)) if one.is_cpu]
         return here[0] if here else "no vLLM for CPUs here: `appliance engines install vllm --cpu`, or --vllm FOLDER"
-    found = chosen(Engine(), os.environ)
+    found = chosen(EngineSettings(), os.environ)
     if found is None or found.is_cpu:
         return "no vLLM for GPUs here: `appliance engines install vllm`, --vllm FOLDER, or --vllm-python PYTHON"
     return found
 
 
-def wrapped(python: str, scratch: Path) -> Installed | str:
+def wrapped(python: str, scratch: Path) -> InstalledVllm | str:
     """An environment's folder around an interpreter that can import vLLM, packages on its PYTHONPATH included."""
     asked = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, check=False)
     if asked.returncode:

@@ -12,8 +12,8 @@ from typing import Any, Final
 import aiohttp
 
 from appliance.node.energy.account import joules_between
-from appliance.node.energy.meters import CPU_METER, Reading
-from appliance.node.energy.sampler import Meters
+from appliance.node.energy.meters import CPU_METER, MeterReading
+from appliance.node.energy.sampler import EnergyMeters
 
 _SAMPLE_SECONDS: Final = 1.0
 _WORDS: Final = tuple(
@@ -158,7 +158,7 @@ class Spent:
 
 
 @contextlib.asynccontextmanager
-async def metered(meters: Meters) -> AsyncIterator[Spent]:
+async def metered(meters: EnergyMeters) -> AsyncIterator[Spent]:
     """What the meters count inside the block; read again and again for those that tell their power alone."""
     spent = Spent({})
     at, before = time.monotonic(), {one.meter: one for one in await asyncio.to_thread(meters.read)}
@@ -187,7 +187,7 @@ async def metered(meters: Meters) -> AsyncIterator[Spent]:
         spent.seconds = at - begun
 
 
-def _add(spent: Spent, before: Mapping[str, Reading], now: Mapping[str, Reading], seconds: float) -> None:
+def _add(spent: Spent, before: Mapping[str, MeterReading], now: Mapping[str, MeterReading], seconds: float) -> None:
     for meter, reading in now.items():
         counted = joules_between(before[meter], reading, seconds) if meter in before else None
         known = spent.joules.get(meter, 0.0)

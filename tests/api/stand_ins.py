@@ -12,24 +12,24 @@ from fastapi import FastAPI
 
 from appliance.api.app import create_app
 from appliance.api.auth import Authenticator
-from appliance.config import Key, Server
+from appliance.config import KeySettings, ServerSettings
 from appliance.core import (
     Attempt,
-    Call,
     Caller,
     Decision,
-    EngineView,
-    Facts,
-    Outgoing,
+    EngineStatus,
+    HealthWarning,
     Profile,
-    Reply,
     Request,
     Residency,
+    ResponseMetadata,
     Route,
     Snapshot,
     Target,
+    TaskCall,
+    UpstreamCall,
+    UpstreamReply,
     Usage,
-    Warning_,
 )
 from appliance.errors import ApplianceError, ConfigError
 from appliance.ledger.store import LedgerHealth
@@ -49,8 +49,8 @@ SMALL = Target(
 )
 
 
-def facts(request: Request) -> Facts:
-    return Facts(request.id, "dec_1", SMALL.name, "onsite", "general", "first choice", "sha256:0", 0.0, True)
+def facts(request: Request) -> ResponseMetadata:
+    return ResponseMetadata(request.id, "dec_1", SMALL.name, "onsite", "general", "first choice", "sha256:0", 0.0, True)
 
 
 @dataclass
@@ -80,7 +80,7 @@ class StandInStream:
 
 @dataclass
 class StandInAnswer:
-    facts: Facts
+    facts: ResponseMetadata
     payload: Any = None
     stream: StandInStream | None = None
     status: int = 200
@@ -92,7 +92,7 @@ class StandInAnswer:
 
 @dataclass(frozen=True)
 class StandInMany:
-    facts: Facts
+    facts: ResponseMetadata
     results: Sequence[Any]
 
 
@@ -109,7 +109,7 @@ class StandInPipeline:
     """Answers with `reply(outgoing)` as the target's payload, or with `pieces` where it streams and they are given;
     `error` is raised instead where it is set."""
 
-    reply: Callable[[Outgoing], Any] = lambda outgoing: {}
+    reply: Callable[[UpstreamCall], Any] = lambda outgoing: {}
     pieces: Sequence[bytes] = ()
     error: Exception | None = None
     stream_error: Exception | None = None
@@ -118,7 +118,7 @@ class StandInPipeline:
     late: bool = False
     """Answer in spite of being cancelled."""
     requests: list[Request] = field(default_factory=list)
-    sent: list[Outgoing] = field(default_factory=list)
+    sent: list[UpstreamCall] = field(default_factory=list)
     answers: list[StandInAnswer] = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -135,7 +135,7 @@ class StandInPipeline:
         )
         return Decision("dec_dry", request.id, profile, route)
 
-    async def answer(self, request: Request, call: Call) -> StandInAnswer:
+    async def answer(self, request: Request, call: TaskCall) -> StandInAnswer:
         self.requests.append(request)
         self.started.set()
         if self.hangs:
@@ -159,7 +159,7 @@ class StandInPipeline:
             answer.payload = self._read(call)
         return answer
 
-    async def answer_many(self, request: Request, calls: Sequence[Call], *, concurrency: int) -> StandInMany:
+    async def answer_many(self, request: Request, calls: Sequence[TaskCall], *, concurrency: int) -> StandInMany:
         self.requests.append(request)
         results: list[Any] = []
         for call in calls:
@@ -171,7 +171,7 @@ class StandInPipeline:
                 results.append(error)
         return StandInMany(facts(request), results)
 
-    async def count(self, request: Request, call: Call) -> StandInCounted:
+    async def count(self, request: Request, call: TaskCall) -> StandInCounted:
         self.requests.append(request)
         if self.error is not None:
             raise self.error
@@ -183,10 +183,10 @@ class StandInPipeline:
     def meant(self, model: str) -> str:
         return {"gpt-old": SMALL.name, "claude-old": "auto"}.get(model, model)
 
-    def _read(self, call: Call) -> Any:
+    def _read(self, call: TaskCall) -> Any:
         outgoing = call.outgoing(SMALL)
         self.sent += outgoing
-        return call.read(SMALL, [Reply(self.reply(one), Usage(10, 2, 4), 0.1, 0.2) for one in outgoing])
+        return call.read(SMALL, [UpstreamReply(self.reply(one), Usage(10, 2, 4), 0.1, 0.2) for one in outgoing])
 
 
 @dataclass
@@ -201,15 +201,15 @@ class StandInLedger:
         return self.stories.get(decision_id)
 
 
-def snapshot(*, seen: float = NOW, warnings: Sequence[Warning_] = ()) -> Snapshot:
-    engine = EngineView(SMALL.name, "ready", seen)
+def snapshot(*, seen: float = NOW, warnings: Sequence[HealthWarning] = ()) -> Snapshot:
+    engine = EngineStatus(SMALL.name, "ready", seen)
     return Snapshot(NOW, (SMALL,), {SMALL.name: engine}, tuple(warnings))
 
 
 def make_app(
     pipeline: StandInPipeline,
     *,
-    keys: Sequence[Key] = (),
+    keys: Sequence[KeySettings] = (),
     host: str = "127.0.0.1",
     ledger: StandInLedger | None = None,
     shown: Snapshot | None = None,
@@ -231,7 +231,7 @@ def make_app(
         state=state,
         ledger=ledger or StandInLedger(),
         metrics=Metrics(),
-        server=Server(max_body_bytes=max_body_bytes),
+        server=ServerSettings(max_body_bytes=max_body_bytes),
         reload=reload,
         clock=lambda: NOW,
         wall_clock=lambda: 1_800_000_000.0,

@@ -9,8 +9,8 @@ import pytest
 
 from appliance.api.auth import Authenticator
 from appliance.api.body import MAX_DEPTH
-from appliance.config import Key
-from appliance.core import Snapshot, Warning_
+from appliance.config import KeySettings
+from appliance.core import HealthWarning, Snapshot
 from appliance.errors import Busy, ConfigError, EngineBusy, Unauthorized, Unsupported
 from tests.api.stand_ins import NOW, SMALL, StandInLedger, StandInPipeline, make_app, snapshot
 
@@ -226,8 +226,8 @@ async def test_headers_that_bind_and_tag_a_request_reach_the_pipeline(
     assert wrong.status_code == 400 and "inhouse" in error_of(wrong)["message"]
 
 
-def key(text: str, name: str, *scopes: Any) -> Key:
-    return Key(name=name, sha256=hashlib.sha256(text.encode()).hexdigest(), scopes=scopes or ("client",))
+def key(text: str, name: str, *scopes: Any) -> KeySettings:
+    return KeySettings(name=name, sha256=hashlib.sha256(text.encode()).hexdigest(), scopes=scopes or ("client",))
 
 
 KEYS = (key("sk-client", "shop"), key("sk-admin", "ops", "client", "admin"), key("sk-scrape", "scraper", "admin"))
@@ -358,7 +358,7 @@ async def test_a_decision_is_told_to_its_caller_and_to_admins_alone(pipeline: St
 
 
 async def test_health_says_what_needs_a_person_to_those_with_a_key(pipeline: StandInPipeline) -> None:
-    warned = snapshot(warnings=[Warning_("clock_skew", "set the clock")])
+    warned = snapshot(warnings=[HealthWarning("clock_skew", "set the clock")])
     app = make_app(pipeline, keys=KEYS, ledger=StandInLedger(reason="disk full"), shown=warned)
     async with client(app) as http:
         stranger = await http.get("/healthz")
@@ -436,9 +436,9 @@ async def test_a_large_schema_is_checked_away_from_the_loop(http: httpx.AsyncCli
 
 
 async def test_a_reload_needs_an_admin_key_and_says_what_is_in_force(pipeline: StandInPipeline) -> None:
-    def key(name: str, *scopes: str) -> Key:
+    def key(name: str, *scopes: str) -> KeySettings:
         digest = hashlib.sha256(f"sk-{name}".encode()).hexdigest()
-        return Key.model_validate({"name": name, "sha256": digest, "scopes": scopes})
+        return KeySettings.model_validate({"name": name, "sha256": digest, "scopes": scopes})
 
     app = make_app(pipeline, keys=[key("client", "client"), key("boss", "client", "admin")])
     async with client(app) as http:

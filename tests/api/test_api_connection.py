@@ -10,13 +10,13 @@ import httpx
 import pytest
 
 from appliance.api import body
-from appliance.api.http_protocol import MAX_HEAD_BYTES, Connection
+from appliance.api.http_protocol import MAX_HEAD_BYTES, BoundedHttpProtocol
 from tests.api.stand_ins import StandInPipeline, make_app, served
 
 pytestmark = pytest.mark.anyio
 
 
-class Impatient(Connection):
+class Impatient(BoundedHttpProtocol):
     head_seconds = 0.05
 
 
@@ -76,7 +76,7 @@ async def test_a_slow_answer_outlives_the_time_for_the_head() -> None:
 
 
 async def test_endless_headers_are_refused_as_soon_as_they_are_too_long() -> None:
-    async with served(make_app(StandInPipeline()), http=Connection) as url:
+    async with served(make_app(StandInPipeline()), http=BoundedHttpProtocol) as url:
         # as much as is read before the refusal, for what is never read turns the close into a reset
         head = b"GET /healthz HTTP/1.1\r\nhost: node\r\nx-long: "
         status, error = error_in(await said(url, head + b"a" * (MAX_HEAD_BYTES + 1)))
@@ -86,12 +86,12 @@ async def test_endless_headers_are_refused_as_soon_as_they_are_too_long() -> Non
 
 
 async def test_what_is_no_http_gets_an_error_in_openais_shape() -> None:
-    async with served(make_app(StandInPipeline()), http=Connection) as url:
+    async with served(make_app(StandInPipeline()), http=BoundedHttpProtocol) as url:
         assert error_in(await said(url, b"GARBAGE\r\n\r\n"))[0] == 400
 
 
 async def test_more_connections_than_are_served_get_an_error_in_openais_shape() -> None:
-    async with served(make_app(StandInPipeline()), http=Connection, limit_concurrency=2) as url:
+    async with served(make_app(StandInPipeline()), http=BoundedHttpProtocol, limit_concurrency=2) as url:
         held = [await opened(url) for _ in range(2)]
         answer = await said(url, b"GET /healthz HTTP/1.1\r\nhost: node\r\n\r\n")
         status, error = error_in(answer)
@@ -109,6 +109,6 @@ async def test_a_body_that_does_not_come_ends_in_an_error_and_a_closed_connectio
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(body, "BODY_SECONDS", 0.05)
-    async with served(make_app(StandInPipeline()), http=Connection) as url:
+    async with served(make_app(StandInPipeline()), http=BoundedHttpProtocol) as url:
         head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: node\r\ncontent-length: 1000\r\n\r\n{"
         assert error_in(await said(url, head))[0] == 408

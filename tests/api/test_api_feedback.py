@@ -10,10 +10,10 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from appliance.api.auth import Authenticator
-from appliance.api.endpoints.feedback import Feedback
-from appliance.api.error_middleware import Envelope
-from appliance.api.intake import Rim
-from appliance.config import Key
+from appliance.api.endpoints.feedback import FeedbackEndpoints
+from appliance.api.error_middleware import ErrorMiddleware
+from appliance.api.intake import RequestIntake
+from appliance.config import KeySettings
 from appliance.errors import NotFound
 from tests.api.stand_ins import StandInPipeline
 
@@ -51,21 +51,21 @@ class Learning:
     async def removed(self, name: str) -> None: ...
 
 
-def key(name: str, **more: Any) -> Key:
-    return Key(name=name, sha256=hashlib.sha256(f"sk-{name}".encode()).hexdigest(), **more)
+def key(name: str, **more: Any) -> KeySettings:
+    return KeySettings(name=name, sha256=hashlib.sha256(f"sk-{name}".encode()).hexdigest(), **more)
 
 
 def client(learning: Learning | None) -> httpx.AsyncClient:
     keys = (key("one"), key("two"), key("bound", residency="onsite"), key("boss", scopes=("client", "admin")))
     pipeline = StandInPipeline()
-    rim = Rim(pipeline=lambda: pipeline, auth=Authenticator(keys, host="127.0.0.1"), max_body_bytes=1_000)
-    feedback = Feedback(rim, learning)
+    rim = RequestIntake(pipeline=lambda: pipeline, auth=Authenticator(keys, host="127.0.0.1"), max_body_bytes=1_000)
+    feedback = FeedbackEndpoints(rim, learning)
     routes = [
         Route("/v1/feedback", feedback.give, methods=["POST"]),
         Route("/v1/examples", feedback.forget, methods=["DELETE"]),
     ]
     app = Starlette(routes=routes)
-    app.add_middleware(Envelope)
+    app.add_middleware(ErrorMiddleware)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x")
 
 

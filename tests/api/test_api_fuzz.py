@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from appliance.core import Outgoing
+from appliance.core import UpstreamCall
 from tests.api.stand_ins import StandInPipeline, make_app
 from tests.api.test_api_sdk import completion, scores
 
@@ -166,7 +166,7 @@ def _spoil(draw: st.DrawFn, inside: Any) -> None:
         return
 
 
-def any_reply(outgoing: Outgoing) -> Any:
+def any_reply(outgoing: UpstreamCall) -> Any:
     return (
         scores(outgoing)
         if outgoing.path == "/labels"

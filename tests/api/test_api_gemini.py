@@ -11,8 +11,8 @@ import orjson
 import pydantic
 import pytest
 
-from appliance.api.error_middleware import Envelope
-from appliance.config import Key
+from appliance.api.error_middleware import ErrorMiddleware
+from appliance.config import KeySettings
 from appliance.errors import Busy, RequestError, StreamBroken
 from appliance.wire.gemini.inbound import read
 from tests.api.stand_ins import SMALL, StandInPipeline, make_app, served
@@ -172,7 +172,7 @@ async def test_errors_are_the_sdks_own_classes_with_our_words() -> None:
     assert kinds["RetryInfo"]["retryDelay"] == "1.500s" and kinds["ErrorInfo"]["reason"] == "CAPACITY_EXCEEDED"
 
 
-KEY = Key(name="app", sha256=hashlib.sha256(b"secret").hexdigest())
+KEY = KeySettings(name="app", sha256=hashlib.sha256(b"secret").hexdigest())
 GENERATE = "/v1beta/models/auto:generateContent"
 
 
@@ -208,7 +208,7 @@ async def test_a_key_in_the_address_goes_no_further() -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(Envelope(app)), base_url="http://node") as http:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(ErrorMiddleware(app)), base_url="http://node") as http:
         await http.post(GENERATE + "?alt=sse&key=secret")
     assert seen[0]["query_string"] == b"alt=sse"
     assert (b"x-goog-api-key", b"secret") in seen[0]["headers"]

@@ -6,7 +6,7 @@ import pytest
 
 from appliance.api.auth import Authenticator
 from appliance.api.rate_limits import RateLimits
-from appliance.config import Key
+from appliance.config import KeySettings
 from appliance.core import Caller
 from appliance.errors import RateLimited, Unauthorized
 
@@ -68,7 +68,7 @@ def test_5000_keys_are_told_apart() -> None:
     def digest(number: int) -> str:
         return hashlib.sha256(f"sk-{number}".encode()).hexdigest()
 
-    keys = [Key.model_validate({"name": f"key-{number}", "sha256": digest(number)}) for number in range(5000)]
+    keys = [KeySettings.model_validate({"name": f"key-{number}", "sha256": digest(number)}) for number in range(5000)]
     auth = Authenticator(keys, host="127.0.0.1")
     for number in (0, 2499, 4999):
         assert auth.caller({"authorization": f"Bearer sk-{number}"}).key_id == f"key-{number}"

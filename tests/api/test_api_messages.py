@@ -10,8 +10,8 @@ import httpx
 import orjson
 import pytest
 
-from appliance.config import Key
-from appliance.core import Outgoing
+from appliance.config import KeySettings
+from appliance.core import UpstreamCall
 from appliance.errors import (
     ApplianceError,
     Busy,
@@ -37,7 +37,7 @@ CALL = {"id": "toolu_1", "type": "function", "function": {"name": "weather", "ar
 DONE = b"data: [DONE]\n\n"
 
 
-def calling(outgoing: Outgoing) -> dict[str, Any]:
+def calling(outgoing: UpstreamCall) -> dict[str, Any]:
     """Calls the tool for a user's question, and repeats the result once there is one."""
     last = outgoing.body["messages"][-1]
     if last["role"] != "tool":
@@ -244,7 +244,7 @@ async def test_models_are_listed_in_the_shape_of_who_asks() -> None:
 
 
 GOOD_KEY = {"x-api-key": "secret"}
-KEY = Key(name="app", sha256=hashlib.sha256(b"secret").hexdigest())
+KEY = KeySettings(name="app", sha256=hashlib.sha256(b"secret").hexdigest())
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from appliance.core import Outgoing
+from appliance.core import UpstreamCall
 from tests.api.mutation import GOOD, Sent, is_in_shape, mutations
 from tests.api.stand_ins import StandInPipeline, make_app
 from tests.api.test_api_sdk import PIECES, completion
@@ -17,7 +17,7 @@ COUNT = 600
 SECONDS = 10.0
 
 
-def reply(outgoing: Outgoing) -> Any:
+def reply(outgoing: UpstreamCall) -> Any:
     return completion('{"a": ""}' if "response_format" in outgoing.body else "x")
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from appliance.api import relay
 from appliance.api.relay import StreamResponse, unless_gone
-from appliance.core import Facts
+from appliance.core import ResponseMetadata
 from appliance.errors import ClientGone, StreamBroken
 from tests.api.stand_ins import SMALL, StandInAnswer, StandInPipeline, StandInStream, make_app, served
 
@@ -133,7 +133,7 @@ async def test_a_client_that_left_before_the_stream_began_still_gets_its_answer_
         raise OSError("nobody there")
 
     stream = StandInStream(PIECES, hangs_after=0)
-    facts = Facts("req", "dec", SMALL.name, "onsite", "general", "first choice", "sha256:0", None, False)
+    facts = ResponseMetadata("req", "dec", SMALL.name, "onsite", "general", "first choice", "sha256:0", None, False)
     answer = StandInAnswer(facts, stream=stream)
     await StreamResponse(answer, stream)({"type": "http"}, receive, send)
     assert answer.closed.is_set()
@@ -182,7 +182,9 @@ async def test_waiting_ends_when_the_client_leaves_and_not_before() -> None:
 
 async def test_a_client_that_stops_reading_does_not_hold_what_answers_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay, "STALLED_SECONDS", 0.05)
-    answer = StandInAnswer(Facts("req", "dec", SMALL.name, "onsite", "general", "only one", "sha256:0", 0.0, True))
+    answer = StandInAnswer(
+        ResponseMetadata("req", "dec", SMALL.name, "onsite", "general", "only one", "sha256:0", 0.0, True)
+    )
 
     async def send(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.body":

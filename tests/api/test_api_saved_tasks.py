@@ -12,13 +12,13 @@ import httpx
 import pytest
 
 from appliance.api.auth import Authenticator
-from appliance.config import Key
-from appliance.core import Outgoing
+from appliance.config import KeySettings
+from appliance.core import UpstreamCall
 from appliance.errors import ConfigError, RequestError, StorageFull
-from appliance.jobs.lines.executor import Lines
-from appliance.jobs.models import Line, Terms
+from appliance.jobs.lines.executor import LineExecutor
+from appliance.jobs.models import BatchLine, BatchTerms
 from appliance.router.pii.text_extractor import readable
-from appliance.tasks.calibration_store import TaskFits
+from appliance.tasks.calibration_store import TaskCalibrationStore
 from appliance.tasks.saved_tasks import read_saved
 from appliance.tasks.store import SavedTasks
 from tests.api.stand_ins import StandInPipeline, make_app, served
@@ -39,7 +39,7 @@ SCHEMA = {"type": "object", "properties": {"total": {"type": "number", "x-normal
 RECEIPT: dict[str, Any] = {"name": "receipt", "schema": SCHEMA, "evidence": True, "max_tokens": 80}
 
 
-def answer(outgoing: Outgoing) -> Any:
+def answer(outgoing: UpstreamCall) -> Any:
     if outgoing.path == "/chat/completions":
         return chat_payload('{"total":"1.50"}')
     rows = [{"label": "x", "logprob": math.log(0.6)}, {"label": "y", "logprob": math.log(0.3)}]
@@ -237,19 +237,19 @@ async def test_lines_of_jobs_name_tasks_too(pipeline: StandInPipeline) -> None:
     saved = SavedTasks()
     saved.put(read_saved({**MAIL, "keys": ["somebody"]}, 0, "now"))
     saved.put(read_saved({**RECEIPT, "keys": ["somebody"]}, 0, "now"))
-    keys = [Key(name=name, sha256=hashlib.sha256(name.encode()).hexdigest()) for name in ("somebody", "else")]
+    keys = [KeySettings(name=name, sha256=hashlib.sha256(name.encode()).hexdigest()) for name in ("somebody", "else")]
     auth = Authenticator(keys, host="127.0.0.1")
-    lines = Lines(pipeline=lambda: pipeline, auth=auth, fits=TaskFits(), saved=saved)
+    lines = LineExecutor(pipeline=lambda: pipeline, auth=auth, fits=TaskCalibrationStore(), saved=saved)
     asked = [
         ("/v1/decisions", {"task": "mail", "input": "x"}),
         ("/v1/systemone", {"task": "mail", "state": "x"}),
         ("/v1/extract", {"task": "receipt", "text": "RM 1.50"}),
     ]
     for number, (url, body) in enumerate(asked, 1):
-        line = Line(number, 0, 0, str(number), url, body, b"")
-        (done,) = await lines.ask([line], Terms("batch", "somebody", "any", None, 60.0))
+        line = BatchLine(number, 0, 0, str(number), url, body, b"")
+        (done,) = await lines.ask([line], BatchTerms("batch", "somebody", "any", None, 60.0))
         assert done.status == 200, done.body
-        (refused,) = await lines.ask([line], Terms("batch", "else", "any", None, 60.0))
+        (refused,) = await lines.ask([line], BatchTerms("batch", "else", "any", None, 60.0))
         assert refused.status == 404
     assert done.body["object"] == {"total": 1.5}
 

@@ -8,7 +8,7 @@ import openai
 import orjson
 import pytest
 
-from appliance.core import Outgoing
+from appliance.core import UpstreamCall
 from appliance.errors import Busy
 from tests.api.stand_ins import SMALL, StandInPipeline, make_app, served
 
@@ -105,7 +105,7 @@ async def test_completions() -> None:
     assert done.choices[0].text == " world"
 
 
-def scores(outgoing: Outgoing) -> dict[str, Any]:
+def scores(outgoing: UpstreamCall) -> dict[str, Any]:
     """Every label half as likely as the one before it."""
     sets = outgoing.body["label_sets"]
     rows = [

@@ -9,40 +9,45 @@ from typer.testing import CliRunner
 
 from appliance.cli import app
 from appliance.cli.models import calibrate as module
-from appliance.config import Engine
+from appliance.config import EngineSettings
 from appliance.errors import EngineFailed
 from appliance.node.calibrate.calibration import Calibration
 from appliance.node.calibrate.calibration_store import CalibrationStore
-from appliance.node.calibrate.calibrator import Order, Step, key_of
+from appliance.node.calibrate.calibrator import CalibrationOrder, CalibrationStep, key_of
 from appliance.node.hardware.probe import probe
 from appliance.node.models.model_store import ModelStore
-from appliance.node.plan.planner import Wanted
+from appliance.node.plan.planner import ModelCandidate
 from tests.node.test_calibration import GOOD, calibration, measurement, variant
 from tests.node.test_calibrator import EMBEDDED, put_derived, stored_source
 
 HARDWARE = probe()
 
 
-def figures_for(source: Wanted, store: ModelStore) -> Calibration:
+def figures_for(source: ModelCandidate, store: ModelStore) -> Calibration:
     found = measurement(variant("q4_1", None), variant("bf16", GOOD))
     return calibration(found, key_of(source, HARDWARE, store))
 
 
-def start(source: Wanted, store: ModelStore, home: Path, engine: Engine | None = None) -> list[tuple[str, int | None]]:
-    candidates, _ = module.first_start(source, engine or Engine(), home, HARDWARE, store)
+def start(
+    source: ModelCandidate, store: ModelStore, home: Path, engine: EngineSettings | None = None
+) -> list[tuple[str, int | None]]:
+    candidates, _ = module.first_start(source, engine or EngineSettings(), home, HARDWARE, store)
     return [(one.variant.name, one.threads) for one in candidates]
 
 
 @pytest.fixture
-def orders(monkeypatch: pytest.MonkeyPatch) -> list[Order]:
+def orders(monkeypatch: pytest.MonkeyPatch) -> list[CalibrationOrder]:
     """Calibrations that were begun; each one brings the figures of `figures_for`."""
-    begun: list[Order] = []
+    begun: list[CalibrationOrder] = []
 
     def measure(
-        order: Order, models: ModelStore, calibrations: CalibrationStore, report: Callable[[Step], None]
+        order: CalibrationOrder,
+        models: ModelStore,
+        calibrations: CalibrationStore,
+        report: Callable[[CalibrationStep], None],
     ) -> Calibration:
         begun.append(order)
-        report(Step(0, 1, "bf16: deriving it"))
+        report(CalibrationStep(0, 1, "bf16: deriving it"))
         found = figures_for(order.source, models)
         if order.variants:
             put_derived(models, "bf16", derived_from=order.key.file)
@@ -54,7 +59,7 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> list[Order]:
 
 
 def test_a_first_start_measures_and_a_second_one_remembers(
-    tmp_path: Path, orders: list[Order], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, orders: list[CalibrationOrder], capsys: pytest.CaptureFixture[str]
 ) -> None:
     store, source = stored_source(tmp_path)
     assert start(source, store, tmp_path) == [("bf16", 2), ("q4_1", 2)]
@@ -67,7 +72,7 @@ def test_a_first_start_measures_and_a_second_one_remembers(
 
 
 def test_another_file_under_the_same_name_is_measured_again_and_that_is_said(
-    tmp_path: Path, orders: list[Order], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, orders: list[CalibrationOrder], capsys: pytest.CaptureFixture[str]
 ) -> None:
     store, source = stored_source(tmp_path)
     start(source, store, tmp_path)
@@ -77,22 +82,22 @@ def test_another_file_under_the_same_name_is_measured_again_and_that_is_said(
     assert "measured with another model file" in capsys.readouterr().err
 
 
-def test_without_calibration_the_source_is_served_as_it_is(tmp_path: Path, orders: list[Order]) -> None:
+def test_without_calibration_the_source_is_served_as_it_is(tmp_path: Path, orders: list[CalibrationOrder]) -> None:
     store, source = stored_source(tmp_path)
-    assert start(source, store, tmp_path, Engine(calibrate=False)) == [("q4_1", None)]
+    assert start(source, store, tmp_path, EngineSettings(calibrate=False)) == [("q4_1", None)]
     assert orders == []
     CalibrationStore(tmp_path).write(EMBEDDED.name, figures_for(source, store))
     put_derived(store, "bf16", derived_from=key_of(source, HARDWARE, store).file)
-    assert start(source, store, tmp_path, Engine(calibrate=False)) == [("bf16", 2), ("q4_1", 2)]
+    assert start(source, store, tmp_path, EngineSettings(calibrate=False)) == [("bf16", 2), ("q4_1", 2)]
 
 
-def test_what_is_configured_is_not_measured(tmp_path: Path, orders: list[Order]) -> None:
+def test_what_is_configured_is_not_measured(tmp_path: Path, orders: list[CalibrationOrder]) -> None:
     store, source = stored_source(tmp_path)
-    assert start(source, store, tmp_path, Engine(variant="q4_1", threads=1)) == [("q4_1", None)]
+    assert start(source, store, tmp_path, EngineSettings(variant="q4_1", threads=1)) == [("q4_1", None)]
     assert orders == []
-    start(source, store, tmp_path, Engine(variant="q4_1"))
+    start(source, store, tmp_path, EngineSettings(variant="q4_1"))
     assert orders[-1].variants == ()
-    start(source, store, tmp_path, Engine(threads=1, tolerance=orders[-1].tolerance))
+    start(source, store, tmp_path, EngineSettings(threads=1, tolerance=orders[-1].tolerance))
     assert len(orders) == 1
 
 
@@ -115,7 +120,7 @@ def invoke(home: Path, *arguments: str) -> tuple[int, str, str]:
     return done.exit_code, done.stdout, done.stderr
 
 
-def test_the_command_prints_figures_for_every_workload_as_json(tmp_path: Path, orders: list[Order]) -> None:
+def test_the_command_prints_figures_for_every_workload_as_json(tmp_path: Path, orders: list[CalibrationOrder]) -> None:
     stored_source(tmp_path)
     code, out, _ = invoke(tmp_path, "--json", "--variants", "BF16, q4_0", "--threads", "2,1")
     assert code == 0
@@ -127,7 +132,7 @@ def test_the_command_prints_figures_for_every_workload_as_json(tmp_path: Path, o
     assert told["measurement"]["variants"][1]["quality"]["label_agreement"] == 1.0
 
 
-def test_the_command_prints_a_table_and_why(tmp_path: Path, orders: list[Order]) -> None:
+def test_the_command_prints_a_table_and_why(tmp_path: Path, orders: list[CalibrationOrder]) -> None:
     stored_source(tmp_path)
     code, out, _ = invoke(tmp_path, "--workload", "decode")
     assert code == 0
@@ -147,7 +152,7 @@ def test_the_command_prints_a_table_and_why(tmp_path: Path, orders: list[Order])
     ],
 )
 def test_options_that_mean_nothing_are_refused(
-    arguments: tuple[str, ...], words: str, tmp_path: Path, orders: list[Order]
+    arguments: tuple[str, ...], words: str, tmp_path: Path, orders: list[CalibrationOrder]
 ) -> None:
     stored_source(tmp_path)
     code, _, error = invoke(tmp_path, *arguments)

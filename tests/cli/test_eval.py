@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from appliance.cli import app
-from appliance.core import Outgoing
+from appliance.core import UpstreamCall
 from appliance.errors import BackendOverloaded
 from tests.api.stand_ins import StandInPipeline, make_app, served
 from tests.tasks.rows import chat_payload
@@ -23,7 +23,7 @@ RECEIPTS = [
 ]
 
 
-def answer(outgoing: Outgoing) -> Any:
+def answer(outgoing: UpstreamCall) -> Any:
     """Right, but for texts that end in 3."""
     if outgoing.path == "/chat/completions":
         lines = outgoing.body["messages"][-1]["content"].splitlines()

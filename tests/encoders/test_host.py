@@ -9,12 +9,12 @@ from pathlib import Path
 import orjson
 import pytest
 
-from appliance.config import Engine
+from appliance.config import EngineSettings
 from appliance.core import Target
 from appliance.engines.encoder import Encoder, has_work
 from appliance.node.supervise.encoder_host import EncoderHost
 from appliance.node.supervise.launcher import ChildLauncher
-from appliance.node.supervise.status import Signals
+from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor
 from appliance.router.routing.match import in_order
 from appliance.state import State
@@ -26,12 +26,12 @@ pytestmark = pytest.mark.anyio
 @asynccontextmanager
 async def host(home: Path) -> AsyncIterator[tuple[EncoderHost, State]]:
     state = State(time.monotonic)
-    signals = Signals(state, time.monotonic)
+    signals = StatusPublisher(state, time.monotonic)
     supervisor = Supervisor(
         [],
         launcher=ChildLauncher(home / "logs"),
         signals=signals,
-        config=Engine(),
+        config=EngineSettings(),
         drain_seconds=5.0,
         runtime_folder=home / "run",
         engines={"encoder": Encoder()},

@@ -8,21 +8,29 @@ import numpy as np
 import pytest
 
 from appliance.encoders import versions
-from appliance.encoders.features import Lexicon, words_of
-from appliance.encoders.linear_models import RECIPES, Linear, Scorer, named_blocks, softmax_of, split_weights, stacked
+from appliance.encoders.features import FeatureVocabulary, words_of
+from appliance.encoders.linear_models import (
+    RECIPES,
+    LinearModel,
+    LinearScorer,
+    named_blocks,
+    softmax_of,
+    split_weights,
+    stacked,
+)
 from appliance.encoders.training.examples import read_examples
 from appliance.encoders.training.fitting import fit_calibration, fit_linear, fit_temperature
 from appliance.encoders.training.metrics import ece
-from appliance.encoders.training.trainer import Models, train
-from appliance.encoders.two_stage import Trained
+from appliance.encoders.training.trainer import CandidateModels, train
+from appliance.encoders.two_stage import TrainedClassifier
 from appliance.encoders.versions import Versions
 from appliance.errors import ModelFileError, NotFound, RequestError
 from tests.encoders.samples import labelled
 
-NO_MODELS = Models(None, None)
+NO_MODELS = CandidateModels(None, None)
 
 
-def trained(count: int = 150, unclear: float = 0.0, wanted: float | None = None) -> Trained:
+def trained(count: int = 150, unclear: float = 0.0, wanted: float | None = None) -> TrainedClassifier:
     return train(
         read_examples(labelled(count, unclear=unclear), None, None),
         NO_MODELS,
@@ -33,7 +41,7 @@ def trained(count: int = 150, unclear: float = 0.0, wanted: float | None = None)
     )
 
 
-def saved(store: Versions, made: Trained, name: str = "mail") -> int:
+def saved(store: Versions, made: TrainedClassifier, name: str = "mail") -> int:
     return store.save(name, made, made_at="2026-01-01T00:00:00+00:00", models={})
 
 
@@ -46,11 +54,11 @@ def test_words_are_cut_where_a_script_has_no_spaces() -> None:
 def test_serving_gives_the_scores_that_were_trained_on() -> None:
     rows = labelled(80)
     texts, truth = [row["text"] for row in rows], np.array([ord(row["label"][0]) % 3 for row in rows])
-    lexicon = Lexicon.learn(texts, None)
+    lexicon = FeatureVocabulary.learn(texts, None)
     blocks = named_blocks(lexicon.blocks(texts), None)
     recipe = RECIPES[0]
     weights, bias = fit_linear(stacked(blocks, recipe), truth, 3, 1.0)
-    scorer = Scorer(lexicon, Linear(split_weights(weights, blocks, recipe), bias))
+    scorer = LinearScorer(lexicon, LinearModel(split_weights(weights, blocks, recipe), bias))
     new = [*texts[:20], "never seen words here", "", "parcel parcel parcel"]
     expected = stacked(named_blocks(lexicon.blocks(new), None), recipe) @ weights + bias
     for _ in range(2):  # the second time every word is remembered
@@ -62,10 +70,10 @@ def test_serving_gives_the_scores_that_were_trained_on() -> None:
 def test_what_is_remembered_of_words_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("appliance.encoders.linear_models._TABLE_BYTES", 2_000)
     rows = [row["text"] for row in labelled(40)]
-    lexicon = Lexicon.learn(rows, None)
+    lexicon = FeatureVocabulary.learn(rows, None)
     blocks = named_blocks(lexicon.blocks(rows), None)
     weights, bias = fit_linear(stacked(blocks, RECIPES[0]), np.arange(40) % 3, 3, 1.0)
-    scorer = Scorer(lexicon, Linear(split_weights(weights, blocks, RECIPES[0]), bias))
+    scorer = LinearScorer(lexicon, LinearModel(split_weights(weights, blocks, RECIPES[0]), bias))
     first = scorer.scores(rows[:5])
     for text in rows:
         scorer.scores([text])

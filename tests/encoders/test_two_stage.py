@@ -13,8 +13,8 @@ from appliance.encoders.embedders import _BATCH_TOKENS, _RUN_TOKENS, Embedded, _
 from appliance.encoders.training.examples import read_examples
 from appliance.encoders.training.fitting import fit_calibrations
 from appliance.encoders.training.metrics import ece
-from appliance.encoders.training.trainer import Bench, Models, train
-from appliance.encoders.two_stage import Trained, accuracy_by_share, calibrated, least_asked, margins
+from appliance.encoders.training.trainer import CandidateModels, Trainer, train
+from appliance.encoders.two_stage import TrainedClassifier, accuracy_by_share, calibrated, least_asked, margins
 from appliance.encoders.versions import Versions
 from appliance.errors import ModelFileError
 from tests.encoders.samples import labelled
@@ -42,10 +42,10 @@ class Knowing:
         return Embedded(unit_rows(rows), [1] * len(texts))
 
 
-def trained(encoder: Knowing, wanted: float | None, bench: Bench | None = None) -> Trained:
+def trained(encoder: Knowing, wanted: float | None, bench: Trainer | None = None) -> TrainedClassifier:
     return train(
         read_examples(EXAMPLES, None, None),
-        Models(None, encoder),
+        CandidateModels(None, encoder),
         wanted_accuracy=wanted,
         dearest="encoder",
         progress=lambda step, share: None,
@@ -57,7 +57,7 @@ def trained(encoder: Knowing, wanted: float | None, bench: Bench | None = None) 
 def test_the_encoder_is_asked_about_as_few_texts_as_reach_the_accuracy(tmp_path: Path) -> None:
     fresh = labelled(120, seed=4, unclear=0.4)
     encoder = Knowing([*EXAMPLES, *fresh])
-    bench = Bench(read_examples(EXAMPLES, None, None), Models(None, encoder))
+    bench = Trainer(read_examples(EXAMPLES, None, None), CandidateModels(None, encoder))
     words, some, most = (trained(encoder, wanted, bench) for wanted in (0.5, 0.8, 0.99))
     assert words.second is None and words.report["asked_share"] == 0
     assert some.second is not None and some.report["accuracy"] >= 0.8

@@ -7,7 +7,7 @@ import pytest
 
 from appliance.catalog import load_catalog
 from appliance.core import EngineLoad
-from appliance.engines.base import Placement, Shape, read_load
+from appliance.engines.base import EngineShape, Placement, read_load
 from appliance.engines.llamacpp import LlamaCpp
 from appliance.errors import BackendGarbage
 
@@ -22,7 +22,7 @@ def _placement() -> Placement:
         variant="q4_1",
         engine="llamacpp",
         path=Path("/models/tiny.gguf"),
-        shape=Shape(
+        shape=EngineShape(
             threads=2, context_tokens=8192, sequences=16, sequence_context_tokens=8192, max_queued_requests=256
         ),
         memory=ENGINE.memory(MODEL, MODEL.variants[0], context_tokens=8192, sequences=16),

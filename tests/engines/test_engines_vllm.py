@@ -6,22 +6,22 @@ from pathlib import Path
 import pytest
 
 from appliance.catalog import load_catalog
-from appliance.engines.base import GpuShare, Memory, Placement, Shape
-from appliance.engines.vllm import Installed, Vllm, as_settings
+from appliance.engines.base import EngineMemory, EngineShape, GpuShare, Placement
+from appliance.engines.vllm import InstalledVllm, Vllm, as_settings
 from appliance.engines.vllm_flags import parsers, read_version, understood
 from appliance.engines.vllm_log import last_words, progress
-from appliance.engines.vllm_metrics import Metrics
+from appliance.engines.vllm_metrics import VllmMetrics
 from appliance.errors import BackendGarbage
 
 FOLDER = Path("/opt/vllm")
-ENGINE = Vllm(Installed(FOLDER, "0.32.0"), Path("/var/cache/vllm"), cpus=(2, 3))
+ENGINE = Vllm(InstalledVllm(FOLDER, "0.32.0"), Path("/var/cache/vllm"), cpus=(2, 3))
 CPU = Placement(
     model="m",
     variant="bf16",
     engine="vllm",
     path=Path("/models/m"),
-    shape=Shape(2, 16_384, 32, 8192, 64),
-    memory=Memory(269_000_000, 2 << 30, 0, 0),
+    shape=EngineShape(2, 16_384, 32, 8192, 64),
+    memory=EngineMemory(269_000_000, 2 << 30, 0, 0),
     abilities=frozenset({"chat", "completions"}),
     reasons=(),
 )
@@ -238,7 +238,7 @@ def _page(running: int, prompt: int, cached: int, generated: int, prefill_second
 
 
 def test_its_metrics_are_the_load_of_an_engine_and_rates_are_learned() -> None:
-    metrics = Metrics(8, 1024)
+    metrics = VllmMetrics(8, 1024)
     first = metrics.read(_page(4, 1000, 200, 50, 2.0), 10.0)
     assert (first.running_sequences, first.queued_requests, first.sequences_capacity) == (4, 2, 8)
     assert (first.kv_capacity_tokens, first.kv_used_tokens, first.queued_prompt_tokens) == (40_000, 10_000, 200)
@@ -254,7 +254,7 @@ def test_what_its_warm_up_took_tells_how_fast_it_is() -> None:
     rows = _page(0, 300, 0, 32, 0.5)
     rows += 'vllm:request_decode_time_seconds_sum{engine="0",model_name="m"} 0.4\n'
     rows += 'vllm:request_generation_tokens_sum{engine="0",model_name="m"} 32.0\n'
-    load = Metrics(8, 1024).read(rows, 1.0)
+    load = VllmMetrics(8, 1024).read(rows, 1.0)
     assert load.prefill_tokens_per_second == 600.0
     assert load.decode_tokens_per_second == pytest.approx({1: 80.0})
     work = ENGINE.warm_up(CPU)
@@ -262,14 +262,14 @@ def test_what_its_warm_up_took_tells_how_fast_it_is() -> None:
 
 
 def test_engines_of_one_server_are_summed() -> None:
-    load = Metrics(8, 1024).read(_page(3, 100, 0, 10, 1.0, engines=2), 0.0)
+    load = VllmMetrics(8, 1024).read(_page(3, 100, 0, 10, 1.0, engines=2), 0.0)
     assert (load.running_sequences, load.kv_capacity_tokens, load.kv_used_tokens) == (6, 80_000, 20_000)
 
 
 @pytest.mark.parametrize("page", ["", "<html>", "vllm:num_requests_running{} 1.0\n"])
 def test_another_page_is_not_taken_for_its_metrics(page: str) -> None:
     with pytest.raises(BackendGarbage):
-        Metrics(8, 1024).read(page, 0.0)
+        VllmMetrics(8, 1024).read(page, 0.0)
 
 
 def test_options_are_read_as_a_command_line_has_them() -> None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from appliance.config import Jobs
-from appliance.core import EngineLoad, EngineView, Snapshot, Target, Usage
+from appliance.config import JobsSettings
+from appliance.core import EngineLoad, EngineStatus, Snapshot, Target, Usage
 from appliance.errors import Unauthorized
-from appliance.jobs.manager import Desk, new_batch_id
-from appliance.jobs.models import Batch, Line, LineAnswer, StoredFile, Terms
+from appliance.jobs.manager import JobManager, new_batch_id
+from appliance.jobs.models import Batch, BatchLine, BatchTerms, LineAnswer, StoredFile
 from appliance.jobs.storage.files import new_file_id
 from appliance.state import State
 
@@ -33,7 +33,7 @@ def line(number: int, text: str | None = None, **more: Any) -> str:
     return json.dumps({"custom_id": f"c{number}", "method": "POST", "url": CHAT, "body": body, **more})
 
 
-def answered(one: Line, location: Any = "onsite") -> LineAnswer:
+def answered(one: BatchLine, location: Any = "onsite") -> LineAnswer:
     body = {"echo": one.body["messages"][0]["content"]}
     return LineAnswer(200, body, f"req-{one.number}", location, Usage(10, 2, 4), 0.5)
 
@@ -42,11 +42,11 @@ def answered(one: Line, location: Any = "onsite") -> LineAnswer:
 class Answers:
     """Answers with `reply`, at most as fast as `allow` lets it: None lets everything through."""
 
-    reply: Callable[[Line, Terms], LineAnswer] = lambda one, terms: answered(one)
+    reply: Callable[[BatchLine, BatchTerms], LineAnswer] = lambda one, terms: answered(one)
     allow: asyncio.Semaphore | None = None
     key_is_known: bool = True
     asked: list[tuple[int, ...]] = field(default_factory=list)
-    terms: list[Terms] = field(default_factory=list)
+    terms: list[BatchTerms] = field(default_factory=list)
     under_way: int = 0
     most_under_way: int = 0
     together: bool = False
@@ -55,10 +55,10 @@ class Answers:
     def endpoints(self) -> Sequence[str]:
         return (CHAT,)
 
-    def kin(self, one: Line) -> Hashable | None:
+    def kin(self, one: BatchLine) -> Hashable | None:
         return "all" if self.together else None
 
-    async def ask(self, lines: Sequence[Line], terms: Terms) -> Sequence[LineAnswer]:
+    async def ask(self, lines: Sequence[BatchLine], terms: BatchTerms) -> Sequence[LineAnswer]:
         self.asked.append(tuple(one.number for one in lines))
         self.terms.append(terms)
         self.under_way += 1
@@ -92,7 +92,7 @@ class Office:
 
     home: Path
     answers: Answers = field(default_factory=Answers)
-    config: Jobs = field(default_factory=lambda: Jobs(min_free_bytes=1000))
+    config: JobsSettings = field(default_factory=lambda: JobsSettings(min_free_bytes=1000))
     free: int = 10**12
     free_then: int = 10**12
     """Once a batch's input was uploaded."""
@@ -102,11 +102,13 @@ class Office:
     alerts: Alerts = field(default_factory=Alerts)
 
     @asynccontextmanager
-    async def desk(self) -> AsyncIterator[Desk]:
+    async def desk(self) -> AsyncIterator[JobManager]:
         """Opened and started; closed as a stop of the node would."""
         state = State(lambda: self.clock)
-        state.publish(Snapshot(self.clock, self.targets, {ENGINE.name: EngineView(ENGINE.name, "ready", 0.0, load())}))
-        desk = await Desk.open(
+        state.publish(
+            Snapshot(self.clock, self.targets, {ENGINE.name: EngineStatus(ENGINE.name, "ready", 0.0, load())})
+        )
+        desk = await JobManager.open(
             self.config,
             self.home,
             answering=self.answers,
@@ -122,7 +124,7 @@ class Office:
         finally:
             await desk.aclose()
 
-    async def upload(self, desk: Desk, lines: Iterable[str | bytes], owner: str = "k") -> StoredFile:
+    async def upload(self, desk: JobManager, lines: Iterable[str | bytes], owner: str = "k") -> StoredFile:
         data = b"\n".join(one if isinstance(one, bytes) else one.encode() for one in lines)
         file_id = new_file_id()
         with desk.folder.receiving(file_id) as receiver:
@@ -132,7 +134,9 @@ class Office:
         await desk.store.add_file(file)
         return file
 
-    async def batch(self, desk: Desk, lines: Iterable[str | bytes], seconds: float = 86_400, **more: Any) -> Batch:
+    async def batch(
+        self, desk: JobManager, lines: Iterable[str | bytes], seconds: float = 86_400, **more: Any
+    ) -> Batch:
         file = await self.upload(desk, lines)
         self.free = min(self.free, self.free_then)
         made = Batch(new_batch_id(), "k", CHAT, file.id, "24h", self.wall, self.wall + seconds, **more)
@@ -149,7 +153,7 @@ async def until(true: Callable[[], bool | Awaitable[bool]], seconds: float = 20.
             await asyncio.sleep(0.005)
 
 
-async def ended(desk: Desk, batch: Batch) -> Batch:
+async def ended(desk: JobManager, batch: Batch) -> Batch:
     async def is_over() -> bool:
         found = await desk.store.batch(batch.id)
         return found is not None and found.is_over and desk.progress(batch.id) is None
@@ -160,7 +164,7 @@ async def ended(desk: Desk, batch: Batch) -> Batch:
     return found
 
 
-def rows(desk: Desk, file_id: str | None) -> list[Mapping[str, Any]]:
+def rows(desk: JobManager, file_id: str | None) -> list[Mapping[str, Any]]:
     if file_id is None:
         return []
     return [json.loads(row) for row in desk.folder.path(file_id).read_text().splitlines()]

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from appliance.api.auth import Authenticator
-from appliance.config import Jobs, Key, Provider, ProviderModel
+from appliance.config import JobsSettings, KeySettings, Provider, ProviderModel
 from appliance.config.settings import NodeConfig
 from appliance.config.targets import provider_targets
 from appliance.core import Target
 from appliance.errors import BudgetExceeded
-from appliance.jobs.lines.executor import Lines
-from appliance.jobs.manager import Desk, new_batch_id
+from appliance.jobs.lines.executor import LineExecutor
+from appliance.jobs.manager import JobManager, new_batch_id
 from appliance.jobs.models import Batch, StoredFile
-from appliance.jobs.provider.lines import BulkLines
+from appliance.jobs.provider.lines import ProviderLines
 from appliance.jobs.storage.files import new_file_id
-from appliance.tasks.calibration_store import TaskFits
+from appliance.tasks.calibration_store import TaskCalibrationStore
 from tests.jobs.office import Alerts, Answers
 from tests.router.scene import RecordingLedger, Scene, engine_target
 
@@ -74,7 +74,7 @@ class PostOffice:
     kind: Any = "openai"
     policy: str = HOSTED_FIRST
     discount: float | None = 0.5
-    config: Jobs = field(default_factory=lambda: Jobs(min_free_bytes=1000))
+    config: JobsSettings = field(default_factory=lambda: JobsSettings(min_free_bytes=1000))
     wall: float = 1_800_000_000.0
     clock: float = 100.0
     ledger: Ledger = field(default_factory=Ledger)
@@ -83,17 +83,21 @@ class PostOffice:
     scene: Any = None
     answers: Answers | None = None
     """Instead of the pipeline, for lines that are asked the usual way."""
-    keys: tuple[Key, ...] = (Key(name="k", sha256=hashlib.sha256(b"key").hexdigest()),)
+    keys: tuple[KeySettings, ...] = (KeySettings(name="k", sha256=hashlib.sha256(b"key").hexdigest()),)
 
     @asynccontextmanager
-    async def desk(self) -> AsyncIterator[Desk]:
+    async def desk(self) -> AsyncIterator[JobManager]:
         targets = provider_rows(self.address, self.kind, self.discount, region=self.region)
         scene = Scene(*targets, *((engine_target(),) if self.engine else ()), policy=self.policy)
         scene.ledger = self.ledger
         scene.reload(self.policy)
         self.scene = scene
-        lines = Lines(pipeline=lambda: scene.pipeline, auth=Authenticator(self.keys, host="127.0.0.1"), fits=TaskFits())
-        desk = await Desk.open(
+        lines = LineExecutor(
+            pipeline=lambda: scene.pipeline,
+            auth=Authenticator(self.keys, host="127.0.0.1"),
+            fits=TaskCalibrationStore(),
+        )
+        desk = await JobManager.open(
             self.config,
             self.home,
             answering=self.answers or lines,
@@ -101,7 +105,7 @@ class PostOffice:
             alerts=Alerts(),
             clock=lambda: self.clock,
             wall=lambda: self.wall,
-            posting=BulkLines(lines, lambda: scene.pipeline),
+            posting=ProviderLines(lines, lambda: scene.pipeline),
         )
         await desk.start()
         try:
@@ -110,7 +114,7 @@ class PostOffice:
             await desk.aclose()
             await scene.aclose()
 
-    async def batch(self, desk: Desk, lines: Sequence[str], seconds: float = WEEK, **more: Any) -> Batch:
+    async def batch(self, desk: JobManager, lines: Sequence[str], seconds: float = WEEK, **more: Any) -> Batch:
         data = "\n".join(lines).encode()
         file_id = new_file_id()
         with desk.folder.receiving(file_id) as receiver:

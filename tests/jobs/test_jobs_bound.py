@@ -11,10 +11,10 @@ import pytest
 from starlette.requests import Request as Http
 from starlette.responses import Response
 
-from appliance.core import Call, Request
+from appliance.core import Request, TaskCall
 from appliance.errors import Unavailable
-from appliance.jobs.lines.executor import Lines
-from appliance.jobs.models import Line, Terms
+from appliance.jobs.lines.executor import LineExecutor
+from appliance.jobs.models import BatchLine, BatchTerms
 from tests.jobs.posted import HOSTED_FIRST, LOCAL_FIRST, PostOffice
 from tests.providers.batches_api import BatchesApi
 from tests.router.scene import engine_target, hosted_target
@@ -30,12 +30,12 @@ TEXTS = ("the lamp is broken", f"write to {ADDRESS} at once", "where is my parce
 QUESTIONS = [{"type": "choice", "name": "topic", "instructions": "Which?", "choices": [{"value": "a"}, {"value": "b"}]}]
 
 
-def lines() -> list[Line]:
+def lines() -> list[BatchLine]:
     bodies: Sequence[dict[str, Any]] = [{"model": "auto", "input": text, "questions": QUESTIONS} for text in TEXTS]
-    return [Line(number, 0, 0, f"c{number}", "/v1/decisions", body, b"") for number, body in enumerate(bodies, 1)]
+    return [BatchLine(number, 0, 0, f"c{number}", "/v1/decisions", body, b"") for number, body in enumerate(bodies, 1)]
 
 
-TERMS = Terms("batch_1", "k", "any", None, 1.0)
+TERMS = BatchTerms("batch_1", "k", "any", None, 1.0)
 
 
 @dataclass
@@ -46,14 +46,14 @@ class Seen:
     groups: list[tuple[str, int]] = field(default_factory=list)
 
 
-def watched(lines_: Lines, scene: Any) -> Seen:
+def watched(lines_: LineExecutor, scene: Any) -> Seen:
     seen = Seen()
 
-    async def answer(request: Request, call: Call) -> Any:
+    async def answer(request: Request, call: TaskCall) -> Any:
         seen.texts.append(request.text)
         raise Unavailable("nobody is there")
 
-    async def answer_many(request: Request, calls: Sequence[Call], *, concurrency: int) -> Any:
+    async def answer_many(request: Request, calls: Sequence[TaskCall], *, concurrency: int) -> Any:
         seen.groups.append((request.text, len(calls)))
         raise Unavailable("nobody is there")
 
@@ -65,7 +65,7 @@ async def test_a_line_with_personal_data_is_not_asked_in_one_call_with_others(tm
     office = PostOffice(tmp_path, "http://127.0.0.1:9/v1", policy=LOCAL_FIRST + SEARCHED, engine=True)
     async with office.desk() as desk:
         lines_ = desk._means.answering
-        assert isinstance(lines_, Lines)
+        assert isinstance(lines_, LineExecutor)
         seen = watched(lines_, office.scene)
         answers = await lines_.ask(lines(), TERMS)
     assert len(answers) == 4

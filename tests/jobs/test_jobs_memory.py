@@ -8,7 +8,7 @@ import pytest
 
 from appliance.core import Usage
 from appliance.jobs.manager import new_batch_id
-from appliance.jobs.models import Batch, Line, LineAnswer, StoredFile, Terms
+from appliance.jobs.models import Batch, BatchLine, BatchTerms, LineAnswer, StoredFile
 from appliance.jobs.storage.files import new_file_id
 from tests.jobs.office import CHAT, Answers, Office, line, until
 
@@ -20,7 +20,7 @@ MOST_BYTES = 100_000_000
 """The lines alone, parsed, would take three times as much. What grows are two digests a line."""
 
 
-def short(one: Line, terms: Terms) -> LineAnswer:
+def short(one: BatchLine, terms: BatchTerms) -> LineAnswer:
     return LineAnswer(200, {"of": one.number}, "r", "onsite", Usage(10, 2), 0.0)
 
 

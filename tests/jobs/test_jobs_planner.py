@@ -4,10 +4,10 @@ from datetime import datetime
 
 import pytest
 
-from appliance.core import EngineView, Snapshot
+from appliance.core import EngineStatus, Snapshot
 from appliance.errors import RequestError
-from appliance.jobs.fair_share import Places
-from appliance.jobs.planner import Pace, calls_at_once, forecast, is_open, open_seconds, pace_of, read_window
+from appliance.jobs.fair_share import FairShareSlots
+from appliance.jobs.planner import BatchPace, calls_at_once, forecast, is_open, open_seconds, pace_of, read_window
 from tests.jobs.office import ENGINE, load
 
 
@@ -38,7 +38,7 @@ def test_what_will_be_late_follows_from_the_rate(lines: int, rate: float | None,
 
 
 def test_a_rate_needs_some_lines_and_some_time() -> None:
-    pace = Pace()
+    pace = BatchPace()
     pace.begin(0.0)
     pace.done(8, 1.0)
     assert pace.per_second(1.0) is None
@@ -64,7 +64,7 @@ def test_a_slow_minute_is_forgiven_where_there_is_a_day() -> None:
 
 
 def test_a_rate_is_that_of_the_last_minute() -> None:
-    pace = Pace()
+    pace = BatchPace()
     pace.begin(0.0)
     for second in range(1, 200):
         pace.done(100 if second < 100 else 1, float(second))
@@ -72,8 +72,8 @@ def test_a_rate_is_that_of_the_last_minute() -> None:
 
 
 def test_calls_follow_the_engines_that_are_ready() -> None:
-    ready = EngineView(ENGINE.name, "ready", 0.0, load(16))
-    starting = EngineView("onsite/other", "starting", 0.0, load(16))
+    ready = EngineStatus(ENGINE.name, "ready", 0.0, load(16))
+    starting = EngineStatus("onsite/other", "starting", 0.0, load(16))
     assert calls_at_once(Snapshot(0.0, (), {"a": ready, "b": starting}), None) == 18
     assert calls_at_once(Snapshot(0.0), None) == 8
     assert calls_at_once(Snapshot(0.0, (), {"a": ready}), 3) == 3
@@ -88,7 +88,7 @@ def test_hours_may_pass_midnight() -> None:
 
 
 def test_places_are_shared_by_keys_first_and_the_late_go_before() -> None:
-    places = Places(lambda: 4)
+    places = FairShareSlots(lambda: 4)
     nudged: list[str] = []
     greedy = [places.join("a", lambda: nudged.append("a")) for _ in range(3)]
     other = places.join("b", lambda: nudged.append("b"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from appliance.jobs.manager import Desk
+from appliance.jobs.manager import JobManager
 from appliance.jobs.models import Batch
 from tests.jobs.office import Answers, ended, rows, until
 from tests.jobs.posted import LOCAL_FIRST, WEEK, PostOffice, chat
@@ -32,7 +32,7 @@ def office(tmp_path: Path, provider: BatchesApi) -> PostOffice:
     return PostOffice(tmp_path, provider.address)
 
 
-def said(desk: Desk, batch: Batch) -> dict[str, str]:
+def said(desk: JobManager, batch: Batch) -> dict[str, str]:
     found = rows(desk, batch.output_file_id)
     names = [row["custom_id"] for row in found]
     assert len(set(names)) == len(names), "a line was answered twice"
@@ -43,7 +43,7 @@ def expected(numbers: Sequence[int]) -> dict[str, str]:
     return {f"c{number}": f"re: question {number}" for number in numbers}
 
 
-async def nudged_until_ended(desk: Desk, batch: Batch) -> Batch:
+async def nudged_until_ended(desk: JobManager, batch: Batch) -> Batch:
     async def is_over() -> bool:
         desk.nudge()
         found = await desk.store.batch(batch.id)

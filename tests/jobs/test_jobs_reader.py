@@ -5,12 +5,12 @@ import json
 
 import pytest
 
-from appliance.jobs.lines.reader import Twins, check, read_at, scan
-from appliance.jobs.models import BadLine, Line
+from appliance.jobs.lines.reader import DuplicateTracker, check, read_at, scan
+from appliance.jobs.models import BadLine, BatchLine
 from tests.jobs.office import CHAT, line
 
 
-def checked(data: bytes, most: int = 10_000) -> list[Line | BadLine]:
+def checked(data: bytes, most: int = 10_000) -> list[BatchLine | BadLine]:
     return [check(raw, CHAT) for raw in scan(io.BytesIO(data), most)]
 
 
@@ -26,15 +26,17 @@ def test_a_good_file_gives_its_lines_with_their_places() -> None:
     found = checked(data)
     assert [one.number for one in found] == [1, 4, 5]
     for one in found:
-        assert isinstance(one, Line)
+        assert isinstance(one, BatchLine)
         again = check(read_at(io.BytesIO(data), one.number, one.offset, one.length), CHAT)
         assert again == one
 
 
 def test_a_byte_order_mark_is_no_mistake() -> None:
     (found,) = checked(b"\xef\xbb\xbf" + line(1).encode())
-    assert isinstance(found, Line)
-    assert isinstance(check(read_at(io.BytesIO(b"\xef\xbb\xbf" + line(1).encode()), 1, 0, found.length), CHAT), Line)
+    assert isinstance(found, BatchLine)
+    assert isinstance(
+        check(read_at(io.BytesIO(b"\xef\xbb\xbf" + line(1).encode()), 1, 0, found.length), CHAT), BatchLine
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,7 @@ def test_a_line_that_is_too_long_is_skipped_without_being_held() -> None:
 
     file = Counting(line(1).encode() + b"\n" + b"x" * 50_000_000 + b"\n" + line(3).encode())
     found = [check(raw, CHAT) for raw in scan(file, 1_000)]
-    assert [type(one) for one in found] == [Line, BadLine, Line]
+    assert [type(one) for one in found] == [BatchLine, BadLine, BatchLine]
     assert isinstance(found[1], BadLine)
     assert found[1].problem.code == "line_too_long"
     assert "50000001 bytes" in found[1].problem.message
@@ -81,13 +83,15 @@ def test_a_line_that_is_too_long_is_skipped_without_being_held() -> None:
 def test_a_line_as_long_as_allowed_is_read_whatever_ends_it() -> None:
     text = line(1).encode()
     for ending in (b"", b"\n", b"\r\n"):
-        assert isinstance(checked(text + ending, len(text))[0], Line)
+        assert isinstance(checked(text + ending, len(text))[0], BatchLine)
         assert isinstance(checked(text + ending, len(text) - 1)[0], BadLine)
 
 
 def test_a_custom_id_that_was_used_before_names_both_lines() -> None:
-    twins = Twins()
-    one, two = (found for found in checked(f"{line(1)}\n{line(2, custom_id='c1')}".encode()) if isinstance(found, Line))
+    twins = DuplicateTracker()
+    one, two = (
+        found for found in checked(f"{line(1)}\n{line(2, custom_id='c1')}".encode()) if isinstance(found, BatchLine)
+    )
     assert twins.see(one) is None
     again = twins.see(two)
     assert isinstance(again, BadLine)
@@ -100,6 +104,6 @@ def test_the_same_request_in_another_spelling_is_a_twin() -> None:
     first = json.dumps({"custom_id": "a", "method": "POST", "url": CHAT, "body": {"x": 1, "y": [1, 2]}})
     second = json.dumps({"custom_id": "b", "method": "POST", "url": CHAT, "body": {"y": [1, 2], "x": 1}})
     third = json.dumps({"custom_id": "c", "method": "POST", "url": CHAT, "body": {"y": [2, 1], "x": 1}})
-    twins = Twins()
-    found = [one for one in checked("\n".join((first, second, third)).encode()) if isinstance(one, Line)]
+    twins = DuplicateTracker()
+    found = [one for one in checked("\n".join((first, second, third)).encode()) if isinstance(one, BatchLine)]
     assert [twins.see(one) for one in found] == [None, 1, None]

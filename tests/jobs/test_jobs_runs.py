@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from appliance.errors import StorageFull
-from appliance.jobs.models import Batch, Line, LineAnswer, Terms
+from appliance.jobs.models import Batch, BatchLine, BatchTerms, LineAnswer
 from appliance.jobs.storage.result_files import ResultFile
 from tests.jobs.office import HOSTED, Answers, Office, answered, ended, line, rows, until
 
@@ -94,7 +94,7 @@ async def test_a_refusal_is_copied_too_and_counts_as_failed(office: Office) -> N
 async def test_what_was_busy_is_asked_again_when_its_time_has_come(office: Office) -> None:
     tries: list[int] = []
 
-    def reply(one: Line, terms: Terms) -> LineAnswer:
+    def reply(one: BatchLine, terms: BatchTerms) -> LineAnswer:
         tries.append(one.number)
         busy = one.number == 1 and tries.count(1) < 7
         again = LineAnswer(429, {"error": {"message": "full"}}, "r", retry_after_seconds=5.0)

@@ -16,13 +16,13 @@ from openai.types import Batch
 
 from appliance.api.app import create_app
 from appliance.api.auth import Authenticator
-from appliance.config import Jobs, Key, Server
-from appliance.core import Call, Decision, Outgoing, Request
-from appliance.jobs.lines.executor import Lines
-from appliance.jobs.manager import Desk
-from appliance.jobs.metrics import JobMeasures
+from appliance.config import JobsSettings, KeySettings, ServerSettings
+from appliance.core import Decision, Request, TaskCall, UpstreamCall
+from appliance.jobs.lines.executor import LineExecutor
+from appliance.jobs.manager import JobManager
+from appliance.jobs.metrics import JobMetrics
 from appliance.state import State
-from appliance.tasks.calibration_store import TaskFits
+from appliance.tasks.calibration_store import TaskCalibrationStore
 from appliance.telemetry.metrics import Metrics
 from tests.api.stand_ins import NOW, StandInAnswer, StandInLedger, StandInMany, StandInPipeline, served, snapshot
 from tests.jobs.office import Alerts, until
@@ -35,11 +35,11 @@ QUESTIONS = [
 ]
 
 
-def key(name: str, **more: Any) -> Key:
-    return Key(name=name, sha256=hashlib.sha256(f"key-{name}".encode()).hexdigest(), **more)
+def key(name: str, **more: Any) -> KeySettings:
+    return KeySettings(name=name, sha256=hashlib.sha256(f"key-{name}".encode()).hexdigest(), **more)
 
 
-def reply(outgoing: Outgoing) -> Any:
+def reply(outgoing: UpstreamCall) -> Any:
     """Chats say how long they were; of two labels the first is likelier the longer the text."""
     if outgoing.path == "/labels":
         items = outgoing.body["items"]
@@ -66,12 +66,12 @@ class Pipeline(StandInPipeline):
     """How many inputs each call of decisions had."""
     hold: asyncio.Event | None = None
 
-    async def answer(self, request: Request, call: Call) -> StandInAnswer:
+    async def answer(self, request: Request, call: TaskCall) -> StandInAnswer:
         if self.hold is not None:
             await self.hold.wait()
         return await super().answer(request, call)
 
-    async def answer_many(self, request: Request, calls: Sequence[Call], *, concurrency: int) -> StandInMany:
+    async def answer_many(self, request: Request, calls: Sequence[TaskCall], *, concurrency: int) -> StandInMany:
         self.calls += [len(call.inputs) for call in calls if hasattr(call, "inputs")]
         return await super().answer_many(request, calls, concurrency=concurrency)
 
@@ -84,22 +84,22 @@ class Pipeline(StandInPipeline):
 class Node:
     url: str
     pipeline: Pipeline
-    desk: Desk
+    desk: JobManager
 
     def client(self, name: str = "ann") -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=f"key-{name}", max_retries=0)
 
 
 @asynccontextmanager
-async def node(home: Path, config: Jobs | None = None, free: int = 10**12) -> AsyncIterator[Node]:
-    pipeline, fits, metrics = Pipeline(reply=reply), TaskFits(), Metrics()
+async def node(home: Path, config: JobsSettings | None = None, free: int = 10**12) -> AsyncIterator[Node]:
+    pipeline, fits, metrics = Pipeline(reply=reply), TaskCalibrationStore(), Metrics()
     keys = (key("ann"), key("bob"), key("eu", residency="region:EU"), key("root", scopes=("client", "admin")))
     auth = Authenticator(keys, host="127.0.0.1")
     state = State(lambda: NOW)
     state.publish(snapshot())
-    lines = Lines(pipeline=lambda: pipeline, auth=auth, fits=fits, clock=lambda: NOW, wall_clock=lambda: WALL)
-    desk = await Desk.open(
-        config or Jobs(min_free_bytes=1000),
+    lines = LineExecutor(pipeline=lambda: pipeline, auth=auth, fits=fits, clock=lambda: NOW, wall_clock=lambda: WALL)
+    desk = await JobManager.open(
+        config or JobsSettings(min_free_bytes=1000),
         home,
         answering=lines,
         state=state,
@@ -109,7 +109,7 @@ async def node(home: Path, config: Jobs | None = None, free: int = 10**12) -> As
         free=lambda _: free,
     )
     await desk.start()
-    JobMeasures(desk, metrics.registry)
+    JobMetrics(desk, metrics.registry)
 
     async def reload() -> Mapping[str, Any]:
         return {}
@@ -120,7 +120,7 @@ async def node(home: Path, config: Jobs | None = None, free: int = 10**12) -> As
         state=state,
         ledger=StandInLedger(),
         metrics=metrics,
-        server=Server(),
+        server=ServerSettings(),
         reload=reload,
         desk=desk,
         clock=lambda: NOW,
@@ -364,7 +364,7 @@ async def test_a_limit_that_is_none_is_refused(tmp_path: Path, limit: str) -> No
 
 
 async def test_uploads_that_are_too_long_or_find_no_room_leave_nothing_behind(tmp_path: Path) -> None:
-    async with node(tmp_path, Jobs(min_free_bytes=1000, max_file_bytes=3_000_000)) as running:
+    async with node(tmp_path, JobsSettings(min_free_bytes=1000, max_file_bytes=3_000_000)) as running:
         async with running.client() as client:
             with pytest.raises(openai.APIStatusError) as announced:
                 await client.files.create(file=("a.jsonl", b"x" * 4_000_000), purpose="batch")

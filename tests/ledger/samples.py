@@ -8,7 +8,7 @@ from typing import Any
 
 import anyio
 
-from appliance.core import AttemptOutcome, Excluded, Outcome, Price, Profile, Target, Usage
+from appliance.core import AttemptOutcome, ExcludedTarget, Outcome, Price, Profile, Target, Usage
 from appliance.ledger.database import sqlite_url
 
 NOW_AT = 1_800_000_000.0
@@ -69,7 +69,7 @@ def outcome(decision_id: str = "dec_1", *attempts: AttemptOutcome, **changes: An
         residency_reason="nothing binds it",
         profile=PROFILE,
         attempts=attempts or (onsite_attempt(),),
-        excluded=(Excluded("acme/tiny", "context of 2,048 tokens is too short"),),
+        excluded=(ExcludedTarget("acme/tiny", "context of 2,048 tokens is too short"),),
         status=200,
         error_code=None,
         stream=False,

@@ -3,28 +3,28 @@
 import asyncio
 from collections.abc import Callable, Sequence
 
-from appliance.llamacpp.engine import Engine, Generation
-from appliance.llamacpp.model import Model
-from appliance.llamacpp.server.params import Generate, Sampling, TokenEvent
+from appliance.llamacpp.engine import EngineGeneration, LlamaEngine
+from appliance.llamacpp.model import LlamaModel
+from appliance.llamacpp.server.params import Sampling, SequenceRequest, TokenEvent
 
 GREEDY = Sampling(temperature=0.0)
 STORY = "Once upon a time there was a small dog who lived near the sea. "
 
 
-async def read(generation: Generation) -> list[TokenEvent]:
+async def read(generation: EngineGeneration) -> list[TokenEvent]:
     return [event async for events in generation for event in events]
 
 
-async def tokens(generation: Generation) -> list[int]:
+async def tokens(generation: EngineGeneration) -> list[int]:
     return [event.token for event in await read(generation)]
 
 
-def story(model: Model, length: int) -> list[int]:
+def story(model: LlamaModel, length: int) -> list[int]:
     return model.tokenize(STORY * 80)[:length]
 
 
-def endless(prompt: Sequence[int], max_tokens: int, **more: object) -> Generate:
-    return Generate(prompt, max_tokens, GREEDY, ignore_eos=True, **more)  # type: ignore[arg-type]
+def endless(prompt: Sequence[int], max_tokens: int, **more: object) -> SequenceRequest:
+    return SequenceRequest(prompt, max_tokens, GREEDY, ignore_eos=True, **more)  # type: ignore[arg-type]
 
 
 async def until(reached: Callable[[], object]) -> None:
@@ -34,7 +34,7 @@ async def until(reached: Callable[[], object]) -> None:
             await asyncio.sleep(0.002)
 
 
-async def until_idle(engine: Engine) -> None:
+async def until_idle(engine: LlamaEngine) -> None:
     def idle() -> bool:
         load = engine.load()
         return not (load.running_sequences or load.queued_requests or load.queued_prompt_tokens or load.kv_used_tokens)

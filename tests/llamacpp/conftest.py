@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from appliance.llamacpp.binding import lib
-from appliance.llamacpp.engine import Engine
-from appliance.llamacpp.model import Model
+from appliance.llamacpp.engine import LlamaEngine
+from appliance.llamacpp.model import LlamaModel
 
 
 # Models are closed with their module: half a gigabyte is not held, nor threads kept, while the rest of the suite runs.
 @pytest.fixture(scope="module")
-def model(smollm2_path: Path) -> Iterator[Model]:
+def model(smollm2_path: Path) -> Iterator[LlamaModel]:
     """Small on purpose: 512 KV cells and 4 sequences, so that tests reach the limits quickly."""
-    loaded = Model.load(smollm2_path, threads=1, context_tokens=512, sequences=4, batch_tokens=256)
+    loaded = LlamaModel.load(smollm2_path, threads=1, context_tokens=512, sequences=4, batch_tokens=256)
     yield loaded
     loaded.close()
 
@@ -32,23 +32,23 @@ def f32_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.fixture(scope="module")
-def f32_model(f32_path: Path) -> Iterator[Model]:
-    loaded = Model.load(f32_path, threads=1, context_tokens=512, sequences=4, batch_tokens=256, attention="exact")
+def f32_model(f32_path: Path) -> Iterator[LlamaModel]:
+    loaded = LlamaModel.load(f32_path, threads=1, context_tokens=512, sequences=4, batch_tokens=256, attention="exact")
     yield loaded
     loaded.close()
 
 
 @pytest.fixture
-async def engine(model: Model) -> AsyncIterator[Engine]:
-    started = Engine(model, calibrate=False)
+async def engine(model: LlamaModel) -> AsyncIterator[LlamaEngine]:
+    started = LlamaEngine(model, calibrate=False)
     started.start()
     yield started
     await started.close(0)
 
 
 @pytest.fixture
-async def exact(f32_model: Model) -> AsyncIterator[Engine]:
-    started = Engine(f32_model, calibrate=False)
+async def exact(f32_model: LlamaModel) -> AsyncIterator[LlamaEngine]:
+    started = LlamaEngine(f32_model, calibrate=False)
     started.start()
     yield started
     await started.close(0)

@@ -2,25 +2,25 @@
 
 from collections.abc import Sequence
 
-from appliance.llamacpp.labels.jobs import ScoreJob
-from appliance.llamacpp.model import Model
-from appliance.llamacpp.scheduler.step import Runner
+from appliance.llamacpp.labels.jobs import LabelJob
+from appliance.llamacpp.model import LlamaModel
+from appliance.llamacpp.scheduler.step import StepRunner
 from appliance.llamacpp.server.params import LabelItem, LabelScores
 
 
-def score(model: Model, wanted: Sequence[LabelItem], *, together: bool = True) -> list[LabelScores]:
+def score(model: LlamaModel, wanted: Sequence[LabelItem], *, together: bool = True) -> list[LabelScores]:
     """The scores of all items, asked in one call or (`together` is off) one after the other, by an engine that has
     cached nothing."""
     model.reset()
-    runner = Runner(model)
+    runner = StepRunner(model)
     calls = [wanted] if together else [[item] for item in wanted]
     found = [scores for call in calls for scores in asked(runner, call)]
     assert runner.load().kv_used_tokens == 0
     return found
 
 
-def asked(runner: Runner, call: Sequence[LabelItem]) -> list[LabelScores]:
-    job = ScoreJob(call)
+def asked(runner: StepRunner, call: Sequence[LabelItem]) -> list[LabelScores]:
+    job = LabelJob(call)
     runner.score(job)
     while not runner.idle:
         runner.step()

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from appliance.llamacpp.decode.constraints import Grammars
-from appliance.llamacpp.model import Model
+from appliance.llamacpp.decode.constraints import GrammarCompiler
+from appliance.llamacpp.model import LlamaModel
 from appliance.tasks.extract.decode_schema import decode_schema
 from appliance.tasks.extract.token_budget import most_tokens
 from appliance.wire.json_schema import check_value
@@ -28,8 +28,8 @@ OPEN: Mapping[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def served_model(smollm2_path: Path) -> Iterator[Model]:
-    model = Model.load(smollm2_path, threads=1, context_tokens=512, sequences=1)
+def served_model(smollm2_path: Path) -> Iterator[LlamaModel]:
+    model = LlamaModel.load(smollm2_path, threads=1, context_tokens=512, sequences=1)
     yield model
     model.close()
 
@@ -43,9 +43,9 @@ def letters_first(piece: bytes) -> float:
 
 
 @pytest.mark.parametrize("wanted", [digits_first, letters_first])
-def test_what_runs_away_is_ended_in_time(served_model: Model, wanted: Callable[[bytes], float]) -> None:
+def test_what_runs_away_is_ended_in_time(served_model: LlamaModel, wanted: Callable[[bytes], float]) -> None:
     model, bounded = served_model, decode_schema(OPEN)
-    grammars = Grammars(model.vocab_pointer, model.end_tokens, vocabulary_size=model.vocabulary_size)
+    grammars = GrammarCompiler(model.vocab_pointer, model.end_tokens, vocabulary_size=model.vocabulary_size)
     wish = np.array([wanted(model.piece(token)) for token in range(model.vocabulary_size)], np.float32)
     constraint, text = grammars.compile(bounded), b""
     for _ in range(most_tokens(bounded)):

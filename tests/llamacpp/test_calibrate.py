@@ -9,11 +9,11 @@ import pytest
 
 from appliance.errors import ConfigError, EngineFailed
 from appliance.llamacpp.calibrate import program, variant_quality
-from appliance.llamacpp.calibrate.interference import Lap, Stopwatch
+from appliance.llamacpp.calibrate.interference import InterferenceSample, InterferenceStopwatch
 from appliance.llamacpp.calibrate.quantise import SPARE_BYTES, derive, estimated_bytes
 from appliance.llamacpp.calibrate.speed import measure_decode, measure_prefill
 from appliance.llamacpp.calibrate.variant_quality import compare, read_source, texts
-from appliance.llamacpp.model import Model
+from appliance.llamacpp.model import LlamaModel
 
 PARAMETERS = 134_515_008
 
@@ -42,13 +42,13 @@ def test_the_first_few_texts_are_a_fair_sample() -> None:
 
 
 def test_waiting_is_told_as_a_share_of_the_time_and_unknown_stays_unknown() -> None:
-    assert Lap(2.0, 1.0, 0.5).waited_share == 0.25
-    assert Lap(1.0, 1.0, 3.0).waited_share == 1.0  # three threads that all waited
-    assert Lap(1.0, 1.0, None).waited_share is None
+    assert InterferenceSample(2.0, 1.0, 0.5).waited_share == 0.25
+    assert InterferenceSample(1.0, 1.0, 3.0).waited_share == 1.0  # three threads that all waited
+    assert InterferenceSample(1.0, 1.0, None).waited_share is None
 
 
 def test_a_lap_counts_time_and_cpu_time_since_the_last_one() -> None:
-    stopwatch = Stopwatch()
+    stopwatch = InterferenceStopwatch()
     sum(range(200_000))
     first = stopwatch.lap()
     assert first.cpu_seconds > 0
@@ -106,7 +106,7 @@ def four_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("four_texts")
 def test_a_model_agrees_with_itself_and_a_coarser_one_lies_further_off(
-    model: Model, smollm2_path: Path, tmp_path: Path
+    model: LlamaModel, smollm2_path: Path, tmp_path: Path
 ) -> None:
     source = read_source(model, 4, 60.0)
     same = compare(model, source)
@@ -114,7 +114,7 @@ def test_a_model_agrees_with_itself_and_a_coarser_one_lies_further_off(
     assert same.median_kl < 1e-6
     path = tmp_path / "q4_0.gguf"
     derive(smollm2_path, path, "q4_0", parameters=PARAMETERS, threads=1)
-    coarse = Model.load(path, threads=1, context_tokens=512, sequences=4, batch_tokens=256)
+    coarse = LlamaModel.load(path, threads=1, context_tokens=512, sequences=4, batch_tokens=256)
     try:
         other = compare(coarse, source)
     finally:
@@ -125,7 +125,7 @@ def test_a_model_agrees_with_itself_and_a_coarser_one_lies_further_off(
 
 
 @pytest.mark.slow
-def test_no_time_left_means_the_fewest_texts_that_say_something(model: Model) -> None:
+def test_no_time_left_means_the_fewest_texts_that_say_something(model: LlamaModel) -> None:
     assert len(read_source(model, 61, 0.0).texts) == 8
     model.memory_clear()
 
@@ -134,7 +134,7 @@ def test_no_time_left_means_the_fewest_texts_that_say_something(model: Model) ->
 
 
 @pytest.mark.slow
-def test_figures_name_what_they_were_measured_with(model: Model) -> None:
+def test_figures_name_what_they_were_measured_with(model: LlamaModel) -> None:
     prefill, decode = measure_prefill(model, 0.05), measure_decode(model, 4, 0.05)
     assert (prefill.kind, prefill.threads, prefill.sequences) == ("prefill", 1, 1)
     assert (decode.kind, decode.threads, decode.sequences) == ("decode", 1, 4)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from appliance.errors import RequestError
-from appliance.llamacpp.decode.constraints import JSON_OBJECT, ConstraintBroken, Grammars, JsonConstraint
-from appliance.llamacpp.model import Model
+from appliance.llamacpp.decode.constraints import JSON_OBJECT, ConstraintBroken, GrammarCompiler, JsonConstraint
+from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.server.params import Logits
 
 RECEIPT: Mapping[str, Any] = {
@@ -23,22 +23,24 @@ RECEIPT: Mapping[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def served_model(smollm2_path: Path) -> Iterator[Model]:
-    model = Model.load(smollm2_path, threads=1, context_tokens=512, sequences=1)
+def served_model(smollm2_path: Path) -> Iterator[LlamaModel]:
+    model = LlamaModel.load(smollm2_path, threads=1, context_tokens=512, sequences=1)
     yield model
     model.close()
 
 
 @pytest.fixture(scope="module")
-def grammars(served_model: Model) -> Grammars:
-    return Grammars(served_model.vocab_pointer, served_model.end_tokens, vocabulary_size=served_model.vocabulary_size)
+def grammars(served_model: LlamaModel) -> GrammarCompiler:
+    return GrammarCompiler(
+        served_model.vocab_pointer, served_model.end_tokens, vocabulary_size=served_model.vocabulary_size
+    )
 
 
-def logits(model: Model, seed: int = 0) -> Logits:
+def logits(model: LlamaModel, seed: int = 0) -> Logits:
     return np.random.default_rng(seed).standard_normal(model.vocabulary_size, dtype=np.float32)
 
 
-def decode(model: Model, constraint: JsonConstraint, seed: int, limit: int = 200) -> str:
+def decode(model: LlamaModel, constraint: JsonConstraint, seed: int, limit: int = 200) -> str:
     """A reply of a model that knows nothing: random logits, and the mask alone makes sense of them."""
     text = b""
     for step in range(limit):
@@ -54,7 +56,7 @@ def decode(model: Model, constraint: JsonConstraint, seed: int, limit: int = 200
     return text.decode()
 
 
-def test_even_random_logits_give_an_object_of_the_schema(served_model: Model, grammars: Grammars) -> None:
+def test_even_random_logits_give_an_object_of_the_schema(served_model: LlamaModel, grammars: GrammarCompiler) -> None:
     for seed in range(5):
         value = json.loads(decode(served_model, grammars.compile(RECEIPT), seed))
         assert set(value) == {"shop", "total"}
@@ -62,7 +64,7 @@ def test_even_random_logits_give_an_object_of_the_schema(served_model: Model, gr
 
 
 def test_the_mask_leaves_allowed_logits_as_they_were_and_forbids_all_others(
-    served_model: Model, grammars: Grammars
+    served_model: LlamaModel, grammars: GrammarCompiler
 ) -> None:
     for schema in (RECEIPT, {"type": "string"}):
         constraint = grammars.compile(schema)
@@ -76,19 +78,19 @@ def test_the_mask_leaves_allowed_logits_as_they_were_and_forbids_all_others(
             constraint.accept(int(np.argmax(row)))
 
 
-def test_objects_are_written_without_idle_whitespace(served_model: Model, grammars: Grammars) -> None:
+def test_objects_are_written_without_idle_whitespace(served_model: LlamaModel, grammars: GrammarCompiler) -> None:
     text = decode(served_model, grammars.compile({"const": {"a": [1, 2], "b": "x y"}}), 0)
     assert text == '{"a":[1,2],"b":"x y"}'
 
 
-def test_a_schema_may_ask_for_whitespace_itself(served_model: Model, grammars: Grammars) -> None:
+def test_a_schema_may_ask_for_whitespace_itself(served_model: LlamaModel, grammars: GrammarCompiler) -> None:
     constraint = grammars.compile({"type": "integer", "x-guidance": {"whitespace_flexible": True}})
     row = logits(served_model)
     constraint.apply(row)
     assert np.isfinite(row).any()
 
 
-def test_json_object_means_an_object(served_model: Model, grammars: Grammars) -> None:
+def test_json_object_means_an_object(served_model: LlamaModel, grammars: GrammarCompiler) -> None:
     constraint = grammars.compile(JSON_OBJECT)
     row = logits(served_model)
     constraint.apply(row)
@@ -108,7 +110,7 @@ def test_json_object_means_an_object(served_model: Model, grammars: Grammars) ->
     ],
 )
 def test_a_schema_that_cannot_be_enforced_is_refused_with_the_reason(
-    grammars: Grammars, schema: Mapping[str, Any], reason: str
+    grammars: GrammarCompiler, schema: Mapping[str, Any], reason: str
 ) -> None:
     with pytest.raises(RequestError) as caught:
         grammars.compile(schema)
@@ -117,7 +119,9 @@ def test_a_schema_that_cannot_be_enforced_is_refused_with_the_reason(
     assert "<state>" not in caught.value.message
 
 
-def test_a_token_outside_the_schema_is_an_error_and_not_a_silent_end(served_model: Model, grammars: Grammars) -> None:
+def test_a_token_outside_the_schema_is_an_error_and_not_a_silent_end(
+    served_model: LlamaModel, grammars: GrammarCompiler
+) -> None:
     constraint = grammars.compile(RECEIPT)
     with pytest.raises(ConstraintBroken):
         constraint.accept(served_model.tokenize("hello")[0])
@@ -126,7 +130,7 @@ def test_a_token_outside_the_schema_is_an_error_and_not_a_silent_end(served_mode
         constraint.apply(logits(served_model))
 
 
-def test_sequences_of_one_schema_do_not_share_their_place(served_model: Model, grammars: Grammars) -> None:
+def test_sequences_of_one_schema_do_not_share_their_place(served_model: LlamaModel, grammars: GrammarCompiler) -> None:
     one, other = grammars.compile(RECEIPT), grammars.compile(RECEIPT)
     decode(served_model, one, 3)
     row = logits(served_model)
@@ -134,8 +138,8 @@ def test_sequences_of_one_schema_do_not_share_their_place(served_model: Model, g
     assert {served_model.piece(int(token))[:1] for token in np.flatnonzero(np.isfinite(row))} == {b"{"}
 
 
-def test_the_memory_of_compiled_grammars_is_bounded_and_safe_between_threads(served_model: Model) -> None:
-    grammars = Grammars(
+def test_the_memory_of_compiled_grammars_is_bounded_and_safe_between_threads(served_model: LlamaModel) -> None:
+    grammars = GrammarCompiler(
         served_model.vocab_pointer,
         served_model.end_tokens,
         vocabulary_size=served_model.vocabulary_size,

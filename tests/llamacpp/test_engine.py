@@ -9,18 +9,18 @@ import pytest
 
 from appliance.errors import ContextTooLong, EngineBusy, RequestError
 from appliance.llamacpp.context import ABORTED
-from appliance.llamacpp.engine import Engine
-from appliance.llamacpp.model import Model
-from appliance.llamacpp.server.params import Generate, LabelItem, Logits, Sampling
+from appliance.llamacpp.engine import LlamaEngine
+from appliance.llamacpp.model import LlamaModel
+from appliance.llamacpp.server.params import LabelItem, Logits, Sampling, SequenceRequest
 from tests.llamacpp.asking import GREEDY, endless, read, story, tokens, until, until_idle
 
 pytestmark = pytest.mark.anyio
 
 
-async def test_an_answer_ends_at_the_end_token_which_is_not_delivered(engine: Engine) -> None:
+async def test_an_answer_ends_at_the_end_token_which_is_not_delivered(engine: LlamaEngine) -> None:
     model = engine.model
     prompt = model.tokenize("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n")
-    generation = engine.submit(Generate(prompt, 50, GREEDY))
+    generation = engine.submit(SequenceRequest(prompt, 50, GREEDY))
     found = await tokens(generation)
     assert b"".join(model.piece(token) for token in found) == b"The capital of France is Paris."
     finished = generation.finished
@@ -28,7 +28,7 @@ async def test_an_answer_ends_at_the_end_token_which_is_not_delivered(engine: En
     assert (finished.reason, finished.completion_tokens, finished.prompt_tokens) == ("stop", len(found), len(prompt))
 
 
-async def test_max_tokens_and_the_context_end_an_answer_with_length(engine: Engine) -> None:
+async def test_max_tokens_and_the_context_end_an_answer_with_length(engine: LlamaEngine) -> None:
     short = engine.submit(endless(story(engine.model, 20), 7))
     assert len(await tokens(short)) == 7
     clamped = engine.submit(endless(story(engine.model, 508), 500))
@@ -37,7 +37,9 @@ async def test_max_tokens_and_the_context_end_an_answer_with_length(engine: Engi
     assert (short.finished.reason, clamped.finished.reason) == ("length", "length")
 
 
-async def test_a_prompt_as_long_as_the_context_is_refused_with_both_numbers_and_harms_nobody(engine: Engine) -> None:
+async def test_a_prompt_as_long_as_the_context_is_refused_with_both_numbers_and_harms_nobody(
+    engine: LlamaEngine,
+) -> None:
     running = engine.submit(endless(story(engine.model, 20), 20))
     with pytest.raises(ContextTooLong, match=r"512 tokens and the context holds 512"):
         engine.submit(endless(story(engine.model, 512), 5))
@@ -47,24 +49,24 @@ async def test_a_prompt_as_long_as_the_context_is_refused_with_both_numbers_and_
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        (Generate([], 5), "no tokens"),
-        (Generate([1], 0), "max_tokens is 0"),
-        (Generate([49152], 5), "outside of the vocabulary"),
-        (Generate([-1], 5), "outside of the vocabulary"),
+        (SequenceRequest([], 5), "no tokens"),
+        (SequenceRequest([1], 0), "max_tokens is 0"),
+        (SequenceRequest([49152], 5), "outside of the vocabulary"),
+        (SequenceRequest([-1], 5), "outside of the vocabulary"),
     ],
 )
-async def test_an_impossible_request_is_refused(engine: Engine, request_: Generate, words: str) -> None:
+async def test_an_impossible_request_is_refused(engine: LlamaEngine, request_: SequenceRequest, words: str) -> None:
     with pytest.raises(RequestError, match=words):
         engine.submit(request_)
 
 
-async def test_more_streams_than_sequences_are_all_answered(engine: Engine) -> None:
+async def test_more_streams_than_sequences_are_all_answered(engine: LlamaEngine) -> None:
     prompt = story(engine.model, 30)
     found = await asyncio.gather(*(tokens(engine.submit(endless(prompt, 5 + n))) for n in range(10)))
     assert [len(one) for one in found] == [5 + n for n in range(10)]
 
 
-async def test_choices_of_one_prompt_compute_it_once(engine: Engine) -> None:
+async def test_choices_of_one_prompt_compute_it_once(engine: LlamaEngine) -> None:
     prompt = story(engine.model, 60)
     together = [engine.submit(endless(prompt, 3)) for _ in range(4)]
     for generation in together:
@@ -74,7 +76,7 @@ async def test_choices_of_one_prompt_compute_it_once(engine: Engine) -> None:
     assert engine.load().prefill_tokens_total + engine.load().decode_tokens_total < 60 + 4 * 3 + 4
 
 
-async def test_a_conversation_goes_on_from_what_was_generated(engine: Engine) -> None:
+async def test_a_conversation_goes_on_from_what_was_generated(engine: LlamaEngine) -> None:
     prompt = story(engine.model, 40)
     answer = await tokens(engine.submit(endless(prompt, 10)))
     followed = engine.submit(endless([*prompt, *answer, 100, 101], 2))
@@ -83,7 +85,7 @@ async def test_a_conversation_goes_on_from_what_was_generated(engine: Engine) ->
     assert followed.finished.cached_tokens == 49
 
 
-async def test_tenants_share_no_prefix(engine: Engine) -> None:
+async def test_tenants_share_no_prefix(engine: LlamaEngine) -> None:
     prompt = story(engine.model, 40)
     await tokens(engine.submit(endless(prompt, 2, cache_salt="a")))
     other = engine.submit(endless(prompt, 2, cache_salt="b"))
@@ -92,7 +94,7 @@ async def test_tenants_share_no_prefix(engine: Engine) -> None:
     assert other.finished.cached_tokens == 0
 
 
-async def test_cancelling_frees_the_cells_and_is_told_once(engine: Engine) -> None:
+async def test_cancelling_frees_the_cells_and_is_told_once(engine: LlamaEngine) -> None:
     generation = engine.submit(endless(story(engine.model, 50), 900))
     await anext(generation)
     assert engine.load().kv_used_tokens >= 50
@@ -105,7 +107,7 @@ async def test_cancelling_frees_the_cells_and_is_told_once(engine: Engine) -> No
     assert engine.load().kv_used_tokens == 0
 
 
-async def test_one_still_waiting_can_be_cancelled(engine: Engine) -> None:
+async def test_one_still_waiting_can_be_cancelled(engine: LlamaEngine) -> None:
     running = [engine.submit(endless([5 + n], 300)) for n in range(4)]
     waiting = engine.submit(endless([50], 300))
     waiting.cancel()
@@ -117,7 +119,7 @@ async def test_one_still_waiting_can_be_cancelled(engine: Engine) -> None:
     await until_idle(engine)
 
 
-async def test_leaving_or_forgetting_a_generation_cancels_it(engine: Engine) -> None:
+async def test_leaving_or_forgetting_a_generation_cancels_it(engine: LlamaEngine) -> None:
     async with engine.submit(endless(story(engine.model, 20), 900)) as left:
         await anext(left)
     forgotten = engine.submit(endless(story(engine.model, 30), 900))
@@ -127,16 +129,16 @@ async def test_leaving_or_forgetting_a_generation_cancels_it(engine: Engine) -> 
     await until_idle(engine)
 
 
-async def test_the_same_seed_gives_the_same_text(engine: Engine) -> None:
-    request = Generate(story(engine.model, 20), 12, Sampling(temperature=1.0, seed=3), ignore_eos=True)
+async def test_the_same_seed_gives_the_same_text(engine: LlamaEngine) -> None:
+    request = SequenceRequest(story(engine.model, 20), 12, Sampling(temperature=1.0, seed=3), ignore_eos=True)
     first = await tokens(engine.submit(request))
     again = await tokens(engine.submit(request))
-    other = Generate(story(engine.model, 20), 12, Sampling(temperature=1.0, seed=4), ignore_eos=True)
+    other = SequenceRequest(story(engine.model, 20), 12, Sampling(temperature=1.0, seed=4), ignore_eos=True)
     assert first == again != await tokens(engine.submit(other))
 
 
-async def test_logprobs_come_with_every_token(engine: Engine) -> None:
-    request = Generate(story(engine.model, 20), 4, GREEDY, logprobs=3, ignore_eos=True)
+async def test_logprobs_come_with_every_token(engine: LlamaEngine) -> None:
+    request = SequenceRequest(story(engine.model, 20), 4, GREEDY, logprobs=3, ignore_eos=True)
     for event in await read(engine.submit(request)):
         assert event.logprob is not None
         assert len(event.top) == 3
@@ -162,9 +164,9 @@ class Breaks:
         return False
 
 
-async def test_a_constraint_that_fails_ends_its_own_sequence_only(engine: Engine) -> None:
+async def test_a_constraint_that_fails_ends_its_own_sequence_only(engine: LlamaEngine) -> None:
     good = engine.submit(endless(story(engine.model, 20), 15))
-    bad = engine.submit(Generate(story(engine.model, 25), 15, GREEDY, constraint=Breaks(3)))
+    bad = engine.submit(SequenceRequest(story(engine.model, 25), 15, GREEDY, constraint=Breaks(3)))
     assert len(await tokens(bad)) == 3
     assert bad.finished is not None
     assert bad.finished.reason == "error"
@@ -172,8 +174,8 @@ async def test_a_constraint_that_fails_ends_its_own_sequence_only(engine: Engine
     assert len(await tokens(good)) == 15
 
 
-async def test_a_full_queue_refuses_with_a_hint(model: Model) -> None:
-    engine = Engine(model, max_queued_requests=2, calibrate=False)
+async def test_a_full_queue_refuses_with_a_hint(model: LlamaModel) -> None:
+    engine = LlamaEngine(model, max_queued_requests=2, calibrate=False)
     engine.start()
     accepted = [engine.submit(endless([9 + n], 400)) for n in range(6)]
     with pytest.raises(EngineBusy, match="wait already") as refused:
@@ -188,8 +190,8 @@ async def test_a_full_queue_refuses_with_a_hint(model: Model) -> None:
     await engine.close(0)
 
 
-async def test_queued_tokens_are_bounded_too(model: Model) -> None:
-    engine = Engine(model, max_queued_tokens=100, calibrate=False)
+async def test_queued_tokens_are_bounded_too(model: LlamaModel) -> None:
+    engine = LlamaEngine(model, max_queued_tokens=100, calibrate=False)
     engine.start()
     alone = engine.submit(endless(story(model, 150), 2))  # nothing waits yet: one is always taken
     with pytest.raises(EngineBusy):
@@ -198,7 +200,7 @@ async def test_queued_tokens_are_bounded_too(model: Model) -> None:
     await engine.close(0)
 
 
-async def test_load_counts_what_was_submitted_at_once(engine: Engine) -> None:
+async def test_load_counts_what_was_submitted_at_once(engine: LlamaEngine) -> None:
     generation = engine.submit(endless(story(engine.model, 50), 30))
     load = engine.load()
     assert load.queued_requests + load.running_sequences == 1
@@ -212,7 +214,7 @@ async def test_load_counts_what_was_submitted_at_once(engine: Engine) -> None:
     assert load.decode_tokens_per_second[1] > 0
 
 
-async def test_cancelling_a_score_drops_the_rest(engine: Engine) -> None:
+async def test_cancelling_a_score_drops_the_rest(engine: LlamaEngine) -> None:
     items = [LabelItem(story(engine.model, 100 + n % 7), [[5], [6, 7]]) for n in range(200)]
     task = asyncio.create_task(engine.score(items))
     await until(lambda: engine.load().steps)
@@ -225,7 +227,7 @@ async def test_cancelling_a_score_drops_the_rest(engine: Engine) -> None:
 
 
 async def test_a_prompt_that_nobody_waits_for_is_given_up_in_the_middle_of_its_step(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The decode tells when it begins, and does not go on before the cancellation is in."""
     begun, cancelled, decode, codes = threading.Event(), threading.Event(), engine.model.decode, list[int]()
@@ -249,7 +251,7 @@ async def test_a_prompt_that_nobody_waits_for_is_given_up_in_the_middle_of_its_s
 
 
 async def test_a_step_is_not_given_up_while_somebody_waits_for_a_part_of_it(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, cancelled, decode, codes = threading.Event(), threading.Event(), engine.model.decode, list[int]()
 
@@ -269,7 +271,7 @@ async def test_a_step_is_not_given_up_while_somebody_waits_for_a_part_of_it(
     assert ABORTED not in codes[1:]
 
 
-async def test_an_urgent_label_call_does_not_wait_for_a_long_one(engine: Engine) -> None:
+async def test_an_urgent_label_call_does_not_wait_for_a_long_one(engine: LlamaEngine) -> None:
     long = [LabelItem(story(engine.model, 100)[n % 50 :], [[5], [6, 7]], priority=5) for n in range(200)]
     bulk = asyncio.create_task(engine.score(long))
     await until(lambda: engine.load().steps)
@@ -283,7 +285,7 @@ async def test_an_urgent_label_call_does_not_wait_for_a_long_one(engine: Engine)
     await until_idle(engine)
 
 
-async def test_a_long_label_call_of_one_tenant_does_not_hold_up_another(engine: Engine) -> None:
+async def test_a_long_label_call_of_one_tenant_does_not_hold_up_another(engine: LlamaEngine) -> None:
     long = [LabelItem(story(engine.model, 100)[n % 50 :], [[5], [6, 7]], "bulk") for n in range(200)]
     bulk = asyncio.create_task(engine.score(long))
     await until(lambda: engine.load().steps)
@@ -295,18 +297,18 @@ async def test_a_long_label_call_of_one_tenant_does_not_hold_up_another(engine: 
     await until_idle(engine)
 
 
-async def test_the_load_tells_how_much_of_the_time_is_the_engines_own(engine: Engine) -> None:
+async def test_the_load_tells_how_much_of_the_time_is_the_engines_own(engine: LlamaEngine) -> None:
     await tokens(engine.submit(endless(story(engine.model, 50), 30)))
     await until_idle(engine)
     load = engine.load()
     assert 0 < load.host_seconds_total < 0.5 * load.compute_seconds_total
 
 
-async def test_scoring_nothing_gives_nothing(engine: Engine) -> None:
+async def test_scoring_nothing_gives_nothing(engine: LlamaEngine) -> None:
     assert await engine.score([]) == []
 
 
-async def test_a_long_prompt_does_not_stall_a_stream(engine: Engine) -> None:
+async def test_a_long_prompt_does_not_stall_a_stream(engine: LlamaEngine) -> None:
     stream = engine.submit(endless(story(engine.model, 20), 120))
     await anext(stream)
     long = engine.submit(endless(story(engine.model, 300), 1))
@@ -317,8 +319,8 @@ async def test_a_long_prompt_does_not_stall_a_stream(engine: Engine) -> None:
     stream.cancel()
 
 
-async def test_calibration_fills_the_rates(model: Model) -> None:
-    engine = Engine(model)
+async def test_calibration_fills_the_rates(model: LlamaModel) -> None:
+    engine = LlamaEngine(model)
     engine.start()
     await engine.ready()
     load = engine.load()
@@ -329,7 +331,7 @@ async def test_calibration_fills_the_rates(model: Model) -> None:
 
 
 @pytest.mark.slow
-async def test_a_sequence_put_back_loses_nothing_and_repeats_nothing(engine: Engine) -> None:
+async def test_a_sequence_put_back_loses_nothing_and_repeats_nothing(engine: LlamaEngine) -> None:
     """Four sequences of 20 + 130 tokens do not fit into 512 cells: some must give way and come back."""
     generations = [engine.submit(endless([300 + n] * 20, 130)) for n in range(4)]
     found = await asyncio.gather(*(tokens(generation) for generation in generations))
@@ -339,7 +341,7 @@ async def test_a_sequence_put_back_loses_nothing_and_repeats_nothing(engine: Eng
 
 
 @pytest.mark.slow
-async def test_a_crowded_run_writes_what_an_uncontended_one_does(exact: Engine) -> None:
+async def test_a_crowded_run_writes_what_an_uncontended_one_does(exact: LlamaEngine) -> None:
     prompts = [story(exact.model, 60 + n)[7 * n :] for n in range(4)]
     alone = [await tokens(exact.submit(endless(prompt, 100))) for prompt in prompts[:2]]
     before = exact.load().prefill_tokens_total
@@ -349,7 +351,7 @@ async def test_a_crowded_run_writes_what_an_uncontended_one_does(exact: Engine) 
 
 
 @pytest.mark.slow
-async def test_greedy_text_is_that_of_the_high_level_class_token_by_token(exact: Engine) -> None:
+async def test_greedy_text_is_that_of_the_high_level_class_token_by_token(exact: LlamaEngine) -> None:
     model = exact.model
     prompts = [model.tokenize(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n") for text in QUESTIONS]
     ours = await asyncio.gather(*(tokens(exact.submit(endless(prompt, 32))) for prompt in prompts))

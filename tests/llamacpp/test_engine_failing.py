@@ -6,15 +6,15 @@ import pytest
 
 from appliance.errors import EngineBusy, EngineFailed
 from appliance.llamacpp.context import NO_KV_ROOM
-from appliance.llamacpp.engine import Engine
-from appliance.llamacpp.model import Model
+from appliance.llamacpp.engine import LlamaEngine
+from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.server.params import LabelItem
 from tests.llamacpp.asking import endless, read, story, tokens, until_idle
 
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_step_without_kv_room_is_repaired(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_step_without_kv_room_is_repaired(engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = await tokens(engine.submit(endless(story(engine.model, 30), 8)))
     decode, codes = engine.model.decode, iter([NO_KV_ROOM])
     monkeypatch.setattr(engine.model, "decode", lambda: next(codes, None) or decode())
@@ -22,7 +22,7 @@ async def test_a_step_without_kv_room_is_repaired(engine: Engine, monkeypatch: p
 
 
 async def test_a_failed_step_ends_what_was_in_it_and_the_engine_goes_on(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decode, codes = engine.model.decode, iter([0, 0, -3])
     monkeypatch.setattr(engine.model, "decode", lambda: next(codes, 0) or decode())
@@ -38,14 +38,14 @@ async def test_a_failed_step_ends_what_was_in_it_and_the_engine_goes_on(
     assert engine.failed is None
 
 
-def fails_on(model: Model, token: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def fails_on(model: LlamaModel, token: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every decode fail whose batch holds `token`."""
     decode = model.decode
     monkeypatch.setattr(model, "decode", lambda: -3 if token in model.batch.tokens else decode())
 
 
 async def test_of_a_failed_step_only_the_sequence_ends_that_made_it_fail(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fails_on(engine.model, 4321, monkeypatch)
     good = [engine.submit(endless(story(engine.model, 30 + n)[n:], 20)) for n in range(2)]
@@ -59,7 +59,7 @@ async def test_of_a_failed_step_only_the_sequence_ends_that_made_it_fail(
 
 
 async def test_of_a_failed_step_only_the_label_item_gets_an_error_that_made_it_fail(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fails_on(engine.model, 4321, monkeypatch)
     items = [LabelItem([*story(engine.model, 30 + n), *more], [[5], [6]]) for n, more in enumerate([[], [4321], []])]
@@ -72,7 +72,9 @@ async def test_of_a_failed_step_only_the_label_item_gets_an_error_that_made_it_f
     assert [scores.error is None for scores in await engine.score(items)] == [True, True, True]
 
 
-async def test_a_step_that_fails_once_costs_nobody_anything(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_step_that_fails_once_costs_nobody_anything(
+    engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decode, codes = engine.model.decode, iter([-3])
     monkeypatch.setattr(engine.model, "decode", lambda: next(codes, 0) or decode())
     items = [LabelItem(story(engine.model, 40 + n), [[5], [6]]) for n in range(3)]
@@ -80,9 +82,9 @@ async def test_a_step_that_fails_once_costs_nobody_anything(engine: Engine, monk
 
 
 async def test_an_engine_that_always_fails_says_so_and_ends_everything(
-    model: Model, monkeypatch: pytest.MonkeyPatch
+    model: LlamaModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(model, calibrate=False)
+    engine = LlamaEngine(model, calibrate=False)
     monkeypatch.setattr(model, "decode", lambda: -3)
     engine.start()
     await engine.ready()
@@ -99,8 +101,8 @@ async def test_an_engine_that_always_fails_says_so_and_ends_everything(
     await engine.close(0)
 
 
-async def test_closing_lets_the_running_finish_and_refuses_new_ones(model: Model) -> None:
-    engine = Engine(model, calibrate=False)
+async def test_closing_lets_the_running_finish_and_refuses_new_ones(model: LlamaModel) -> None:
+    engine = LlamaEngine(model, calibrate=False)
     engine.start()
     generation = engine.submit(endless(story(model, 20), 10))
     closing = asyncio.create_task(engine.close(20))
@@ -111,8 +113,8 @@ async def test_closing_lets_the_running_finish_and_refuses_new_ones(model: Model
     await closing
 
 
-async def test_closing_at_once_cancels_what_runs(model: Model) -> None:
-    engine = Engine(model, calibrate=False)
+async def test_closing_at_once_cancels_what_runs(model: LlamaModel) -> None:
+    engine = LlamaEngine(model, calibrate=False)
     engine.start()
     generation = engine.submit(endless(story(model, 450), 50))
     scoring = asyncio.create_task(engine.score([LabelItem(story(model, 450), [[5]])]))

@@ -1,9 +1,9 @@
 """Turns among tenants, as arithmetic."""
 
-from appliance.llamacpp.scheduler.fair_queue import Turns
+from appliance.llamacpp.scheduler.fair_queue import FairQueue
 
 
-def served(turns: Turns, waiting: list[tuple[str, int]]) -> list[str]:
+def served(turns: FairQueue, waiting: list[tuple[str, int]]) -> list[str]:
     """The tenants of `waiting` work in the order in which it is begun."""
     places = [(turns.place(tenant, tokens), number, tenant) for number, (tenant, tokens) in enumerate(waiting)]
     for place, number, _ in sorted(places):
@@ -12,22 +12,22 @@ def served(turns: Turns, waiting: list[tuple[str, int]]) -> list[str]:
 
 
 def test_one_tenant_is_served_in_order_of_arrival() -> None:
-    turns = Turns()
+    turns = FairQueue()
     places = [turns.place("a", 10) for _ in range(5)]
     assert places == sorted(places)
 
 
 def test_a_single_request_does_not_wait_behind_a_thousand_of_another() -> None:
-    assert served(Turns(), [("bulk", 100)] * 1000 + [("quick", 100)]).index("quick") == 1
+    assert served(FairQueue(), [("bulk", 100)] * 1000 + [("quick", 100)]).index("quick") == 1
 
 
 def test_tenants_with_long_requests_get_as_many_tokens_not_as_many_requests() -> None:
-    order = served(Turns(), [("long", 300)] * 10 + [("short", 100)] * 30)
+    order = served(FairQueue(), [("long", 300)] * 10 + [("short", 100)] * 30)
     assert order[:8].count("short") in (5, 6)
 
 
 def test_whoever_was_away_gets_no_credit_for_it() -> None:
-    turns = Turns()
+    turns = FairQueue()
     for _ in range(50):
         turns.begin(turns.place("busy", 100), 100)
     late = [turns.place("new", 100) for _ in range(3)]
@@ -35,7 +35,7 @@ def test_whoever_was_away_gets_no_credit_for_it() -> None:
 
 
 def test_a_stream_of_new_tenants_starves_nobody() -> None:
-    turns = Turns()
+    turns = FairQueue()
     turns.begin(turns.place("old", 100), 100)
     back = turns.place("old", 100)
     others = [turns.place(f"new {number}", 100) for number in range(3)]
@@ -46,7 +46,7 @@ def test_a_stream_of_new_tenants_starves_nobody() -> None:
 
 
 def test_tenants_of_the_past_are_forgotten() -> None:
-    turns = Turns()
+    turns = FairQueue()
     for number in range(5_000):
         turns.begin(turns.place(str(number), 1), 1)
     assert len(turns._ends) < 1_000

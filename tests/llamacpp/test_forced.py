@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from appliance.llamacpp.decode.constraints import Grammars, JsonConstraint
-from appliance.llamacpp.engine import Engine
-from appliance.llamacpp.model import Model
-from appliance.llamacpp.server.params import Generate, Logits, Sampling, TokenEvent
+from appliance.llamacpp.decode.constraints import GrammarCompiler, JsonConstraint
+from appliance.llamacpp.engine import LlamaEngine
+from appliance.llamacpp.model import LlamaModel
+from appliance.llamacpp.server.params import Logits, Sampling, SequenceRequest, TokenEvent
 
 pytestmark = pytest.mark.anyio
 
@@ -39,20 +39,22 @@ class Unhurried:
 
 
 @pytest.fixture(scope="module")
-def grammars(f32_model: Model) -> Grammars:
-    return Grammars(f32_model.vocab_pointer, f32_model.end_tokens, vocabulary_size=f32_model.vocabulary_size)
+def grammars(f32_model: LlamaModel) -> GrammarCompiler:
+    return GrammarCompiler(f32_model.vocab_pointer, f32_model.end_tokens, vocabulary_size=f32_model.vocabulary_size)
 
 
-async def answer(engine: Engine, constraint: Any, **more: Any) -> tuple[list[TokenEvent], int]:
+async def answer(engine: LlamaEngine, constraint: Any, **more: Any) -> tuple[list[TokenEvent], int]:
     """The tokens of an answer, and how many steps they took."""
     prompt = engine.model.tokenize("An order as JSON:\n")
     before = engine.load().steps
-    request = Generate(prompt, more.pop("max_tokens", 120), Sampling(temperature=0.0), constraint=constraint, **more)
+    request = SequenceRequest(
+        prompt, more.pop("max_tokens", 120), Sampling(temperature=0.0), constraint=constraint, **more
+    )
     events = [event async for events in engine.submit(request) for event in events]
     return events, engine.load().steps - before
 
 
-async def test_forced_runs_take_one_step_and_the_object_is_whole(exact: Engine, grammars: Grammars) -> None:
+async def test_forced_runs_take_one_step_and_the_object_is_whole(exact: LlamaEngine, grammars: GrammarCompiler) -> None:
     events, steps = await answer(exact, grammars.compile(SCHEMA), logprobs=1)
     text = b"".join(exact.model.piece(event.token) for event in events).decode()
     assert set(json.loads(text)) == set(NAMES)
@@ -61,7 +63,7 @@ async def test_forced_runs_take_one_step_and_the_object_is_whole(exact: Engine, 
     assert len(forced) >= 6 and all(event.top == ((event.token, 0.0),) for event in forced)
 
 
-async def test_forced_runs_change_nothing_of_the_answer(exact: Engine, grammars: Grammars) -> None:
+async def test_forced_runs_change_nothing_of_the_answer(exact: LlamaEngine, grammars: GrammarCompiler) -> None:
     # Under different salts: what one wrote is not guessed for the other.
     hurried, few = await answer(exact, grammars.compile(SCHEMA), logprobs=0, cache_salt="one")
     unhurried, many = await answer(exact, Unhurried(grammars.compile(SCHEMA)), logprobs=0, cache_salt="other")
@@ -72,13 +74,13 @@ async def test_forced_runs_change_nothing_of_the_answer(exact: Engine, grammars:
         assert one.logprob == pytest.approx(other.logprob, abs=2e-3)
 
 
-async def test_a_forced_run_stops_where_the_budget_ends(exact: Engine, grammars: Grammars) -> None:
+async def test_a_forced_run_stops_where_the_budget_ends(exact: LlamaEngine, grammars: GrammarCompiler) -> None:
     for budget in (1, 2, 3):
         events, _ = await answer(exact, grammars.compile(SCHEMA), max_tokens=budget)
         assert len(events) == budget
 
 
-def test_a_schema_with_a_choice_forces_nothing(f32_model: Model, grammars: Grammars) -> None:
+def test_a_schema_with_a_choice_forces_nothing(f32_model: LlamaModel, grammars: GrammarCompiler) -> None:
     constraint = grammars.compile({"type": "object", "properties": {"a": {"enum": ["long_word_one", "other"]}}})
     assert constraint.forced() == []
     only = grammars.compile({"const": {"a_long_key": 1}})

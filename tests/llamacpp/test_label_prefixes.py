@@ -3,27 +3,27 @@
 import numpy as np
 import pytest
 
-from appliance.llamacpp.labels.jobs import ScoreJob
-from appliance.llamacpp.model import Model
-from appliance.llamacpp.scheduler.step import Runner
+from appliance.llamacpp.labels.jobs import LabelJob
+from appliance.llamacpp.model import LlamaModel
+from appliance.llamacpp.scheduler.step import StepRunner
 from appliance.llamacpp.server.params import LabelItem
 from tests.llamacpp.asking import story
 from tests.llamacpp.label_calls import asked, score
 
 
-def test_a_prefix_longer_than_the_cache_may_be_is_computed_once_for_all_items_of_a_call(model: Model) -> None:
+def test_a_prefix_longer_than_the_cache_may_be_is_computed_once_for_all_items_of_a_call(model: LlamaModel) -> None:
     prefix, labels = story(model, 300), [[5], [6]]
     found = score(model, [LabelItem([*prefix, *model.tokenize(f" {number} apples")], labels) for number in range(24)])
     assert len(prefix) > model.context_tokens // 2
     assert sorted(scores.cached_tokens >= len(prefix) for scores in found) == [False] + [True] * 23
 
 
-def test_calls_that_take_turns_keep_each_a_prefix_of_its_own(model: Model) -> None:
+def test_calls_that_take_turns_keep_each_a_prefix_of_its_own(model: LlamaModel) -> None:
     model.reset()
-    runner = Runner(model)
+    runner = StepRunner(model)
     ends = [model.tokenize(f" {number} apples") for number in range(40)]
     calls = [
-        ScoreJob([LabelItem([*story(model, 150)[first:], *end], [[5], [6]], salt) for end in ends])
+        LabelJob([LabelItem([*story(model, 150)[first:], *end], [[5], [6]], salt) for end in ends])
         for first, salt in ((0, "one"), (1, "other"))
     ]
     for call in calls:
@@ -35,9 +35,9 @@ def test_calls_that_take_turns_keep_each_a_prefix_of_its_own(model: Model) -> No
         assert sorted(tokens >= 149 for tokens in cached) == [False] + [True] * 39
 
 
-def test_what_waiting_items_need_of_the_cache_gives_way_to_what_runs(model: Model) -> None:
+def test_what_waiting_items_need_of_the_cache_gives_way_to_what_runs(model: LlamaModel) -> None:
     model.reset()
-    runner = Runner(model)
+    runner = StepRunner(model)
     prefix = story(model, 300)
     asked(runner, [LabelItem([*prefix, token], [[5], [6]]) for token in (7, 8)])
     assert runner.load().kv_cached_tokens <= model.context_tokens // 2
@@ -45,7 +45,7 @@ def test_what_waiting_items_need_of_the_cache_gives_way_to_what_runs(model: Mode
 
 
 @pytest.mark.slow
-def test_one_text_behind_two_cached_instructions_of_equal_length_is_read_behind_each(f32_model: Model) -> None:
+def test_one_text_behind_two_cached_instructions_of_equal_length_is_read_behind_each(f32_model: LlamaModel) -> None:
     one, other = f32_model.tokenize("The sea is blue. " * 8), f32_model.tokenize("The dog was old. " * 8)
     assert len(one) == len(other)
     text, labels = (
@@ -54,7 +54,7 @@ def test_one_text_behind_two_cached_instructions_of_equal_length_is_read_behind_
     )
     wanted = [LabelItem([*instructions, *text], labels) for instructions in (one, other)]
     f32_model.reset()
-    runner = Runner(f32_model)
+    runner = StepRunner(f32_model)
     for instructions in (one, other):  # a prefix is cached when a second prompt begins with it
         asked(runner, [LabelItem([*instructions, token], labels) for token in (7, 8)])
     together = asked(runner, wanted)

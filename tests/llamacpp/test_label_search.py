@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appliance.llamacpp.labels.search import Thrift, Walk
+from appliance.llamacpp.labels.search import LabelSearch, SearchBudget
 from appliance.llamacpp.labels.trie import LabelTrie, Path
 
 TOKENS = 6
@@ -28,7 +28,7 @@ class Source:
         return logprobs
 
 
-def read(walk: Walk, source: Source, chains: list[Path]) -> None:
+def read(walk: LabelSearch, source: Source, chains: list[Path]) -> None:
     for chain in chains:
         for length, node in enumerate(walk.trie.nodes(chain)):
             if not walk.has_read(node):
@@ -36,7 +36,7 @@ def read(walk: Walk, source: Source, chains: list[Path]) -> None:
 
 
 def walked(trie: LabelTrie, source: Source, tolerance: float) -> npt.NDArray[np.float64]:
-    walk = Walk(trie)
+    walk = LabelSearch(trie)
     chains: list[Path] = [()]
     while chains:
         read(walk, source, chains)
@@ -45,7 +45,7 @@ def walked(trie: LabelTrie, source: Source, tolerance: float) -> npt.NDArray[np.
 
 
 def whole(trie: LabelTrie, source: Source) -> npt.NDArray[np.float64]:
-    walk = Walk(trie)
+    walk = LabelSearch(trie)
     read(walk, source, trie.chains)
     assert not walk.next_chains(0.0)
     return walk.logprobs()
@@ -92,7 +92,7 @@ def test_where_the_model_is_sure_a_small_part_of_a_large_trie_is_computed() -> N
 
 
 def test_impossible_labels_end_a_walk_at_once() -> None:
-    walk = Walk(LabelTrie([(0, 1), (2, 3)]))
+    walk = LabelSearch(LabelTrie([(0, 1), (2, 3)]))
     walk.add(0, np.full(2, -np.inf))
     assert walk.next_chains(1e-3) == []
     assert walk.logprobs().tolist() == [-np.inf, -np.inf]
@@ -100,7 +100,7 @@ def test_impossible_labels_end_a_walk_at_once() -> None:
 
 def test_a_wave_goes_on_to_the_next_choice() -> None:
     trie = LabelTrie([(0, 1, 2, 3), (0, 1, 2, 4), (5, 1)])
-    walk = Walk(trie)
+    walk = LabelSearch(trie)
     walk.add(0, np.log([0.5, 0.5, 0.5])[: len(trie.read_tokens[0])])
     assert walk.next_chains(1e-3) == [(0, 1, 2), (5,)]
 
@@ -115,17 +115,17 @@ LARGE = LabelTrie([(a, b, c) for a in range(6) for b in range(6) for c in (1, 2)
 
 
 def test_small_tries_and_small_calls_are_computed_in_one_pass() -> None:
-    assert Thrift().worth_walking(LARGE, 1000, 1e-3)
-    assert not Thrift().worth_walking(LabelTrie([(1, 2), (3, 4)]), 1000, 1e-3)
-    assert not Thrift().worth_walking(LARGE, 1, 1e-3)
-    assert not Thrift().worth_walking(LARGE, 1000, 0.0)
+    assert SearchBudget().worth_walking(LARGE, 1000, 1e-3)
+    assert not SearchBudget().worth_walking(LabelTrie([(1, 2), (3, 4)]), 1000, 1e-3)
+    assert not SearchBudget().worth_walking(LARGE, 1, 1e-3)
+    assert not SearchBudget().worth_walking(LARGE, 1000, 0.0)
 
 
 def test_where_walks_save_nothing_few_items_walk() -> None:
-    thrift, walks = Thrift(), 0
+    thrift, walks = SearchBudget(), 0
     for seed in range(400):
         if thrift.worth_walking(LARGE, 1000, 1e-3):
-            walk, source = Walk(LARGE), Source(seed, 0.1, 0.0)
+            walk, source = LabelSearch(LARGE), Source(seed, 0.1, 0.0)
             chains: list[Path] = [()]
             while chains:
                 read(walk, source, chains)

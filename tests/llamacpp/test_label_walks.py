@@ -7,11 +7,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from appliance.llamacpp.engine import Engine
-from appliance.llamacpp.labels.jobs import ScoreJob
-from appliance.llamacpp.labels.search import Thrift
-from appliance.llamacpp.model import Model
-from appliance.llamacpp.scheduler.step import Runner
+from appliance.llamacpp.engine import LlamaEngine
+from appliance.llamacpp.labels.jobs import LabelJob
+from appliance.llamacpp.labels.search import SearchBudget
+from appliance.llamacpp.model import LlamaModel
+from appliance.llamacpp.scheduler.step import StepRunner
 from appliance.llamacpp.server import labels_api
 from appliance.llamacpp.server.params import LabelItem, LabelScores
 from tests.llamacpp.asking import endless, story, tokens, until, until_idle
@@ -27,10 +27,10 @@ TEXTS = ["I cannot find my card.", "Where is my parcel?", "The lamp fell off the
 
 @pytest.fixture(autouse=True)
 def always_in_waves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Thrift, "worth_walking", lambda self, trie, items, tolerance: tolerance > 0)
+    monkeypatch.setattr(SearchBudget, "worth_walking", lambda self, trie, items, tolerance: tolerance > 0)
 
 
-def items(model: Model, tolerance: float, texts: list[str] = TEXTS) -> list[LabelItem]:
+def items(model: LlamaModel, tolerance: float, texts: list[str] = TEXTS) -> list[LabelItem]:
     labels = [model.tokenize(label) for label in LABELS]
     prompts = [model.tokenize(f"What happened?\nText: {text}\nAnswer: I") for text in texts]
     return [LabelItem(prompt, labels, tolerance=tolerance) for prompt in prompts]
@@ -41,12 +41,12 @@ def shares(scores: LabelScores) -> npt.NDArray[np.float64]:
 
 
 @pytest.mark.slow
-def test_waves_give_the_shares_of_the_whole_trie_and_compute_less(f32_model: Model) -> None:
+def test_waves_give_the_shares_of_the_whole_trie_and_compute_less(f32_model: LlamaModel) -> None:
     counted = []
     found = []
     for tolerance in (0.0, TOLERANCE, 0.1):
         f32_model.reset()
-        runner, job = Runner(f32_model), ScoreJob(items(f32_model, tolerance))
+        runner, job = StepRunner(f32_model), LabelJob(items(f32_model, tolerance))
         runner.score(job)
         while not runner.idle:
             runner.step()
@@ -63,7 +63,9 @@ def test_waves_give_the_shares_of_the_whole_trie_and_compute_less(f32_model: Mod
 
 
 @pytest.mark.slow
-def test_alone_in_one_call_or_in_pieces_waves_give_the_same(f32_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alone_in_one_call_or_in_pieces_waves_give_the_same(
+    f32_model: LlamaModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wanted = items(f32_model, TOLERANCE, TEXTS[:2])
     together = score(f32_model, wanted)
     for one, alone in zip(together, score(f32_model, wanted, together=False), strict=True):
@@ -75,7 +77,7 @@ def test_alone_in_one_call_or_in_pieces_waves_give_the_same(f32_model: Model, mo
 
 @pytest.mark.slow
 def test_a_step_that_fails_between_two_waves_costs_nothing_but_time(
-    f32_model: Model, monkeypatch: pytest.MonkeyPatch
+    f32_model: LlamaModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = items(f32_model, TOLERANCE, TEXTS[:2])
     expected = score(f32_model, wanted)
@@ -89,11 +91,11 @@ def test_a_step_that_fails_between_two_waves_costs_nothing_but_time(
 
 
 @pytest.mark.slow
-def test_what_takes_the_cells_between_two_waves_costs_nothing_but_time(f32_model: Model) -> None:
+def test_what_takes_the_cells_between_two_waves_costs_nothing_but_time(f32_model: LlamaModel) -> None:
     wanted = items(f32_model, TOLERANCE, TEXTS[:2])
     expected = score(f32_model, wanted)
     f32_model.reset()
-    runner, job = Runner(f32_model), ScoreJob(wanted)
+    runner, job = StepRunner(f32_model), LabelJob(wanted)
     runner.score(job)
     while not runner.idle:
         runner.step()
@@ -104,7 +106,7 @@ def test_what_takes_the_cells_between_two_waves_costs_nothing_but_time(f32_model
 
 
 async def test_of_waves_that_fail_only_the_item_gets_an_error_that_made_them_fail(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = items(engine.model, TOLERANCE)
     odd = replace(wanted[0], labels=[[4321, 5, 6], [4321, 7, 8], [9]], tolerance=1e-9)
@@ -115,7 +117,7 @@ async def test_of_waves_that_fail_only_the_item_gets_an_error_that_made_them_fai
     await until_idle(engine)
 
 
-async def test_a_cancelled_walk_holds_nothing(engine: Engine) -> None:
+async def test_a_cancelled_walk_holds_nothing(engine: LlamaEngine) -> None:
     task = asyncio.create_task(engine.score(items(engine.model, TOLERANCE, [f"Text {n}." for n in range(200)])))
     await until(lambda: engine.load().steps > 1)
     task.cancel()
@@ -124,7 +126,7 @@ async def test_a_cancelled_walk_holds_nothing(engine: Engine) -> None:
     await until_idle(engine)
 
 
-async def test_walks_and_urgent_streams_that_need_all_cells_both_come_to_an_end(engine: Engine) -> None:
+async def test_walks_and_urgent_streams_that_need_all_cells_both_come_to_an_end(engine: LlamaEngine) -> None:
     texts = [f"Text {n}." for n in range(16)]
     bulk = [replace(item, priority=5) for item in items(engine.model, TOLERANCE, texts)]
     task = asyncio.create_task(engine.score(bulk))

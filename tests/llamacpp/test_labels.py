@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from appliance.llamacpp.kv.prefix_cache import as_tokens
-from appliance.llamacpp.labels.jobs import ScoreJob, cut, grow, judge
+from appliance.llamacpp.labels.jobs import LabelJob, cut, grow, judge
 from appliance.llamacpp.labels.trie import LabelTrie
-from appliance.llamacpp.model import Model
+from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.scheduler.sequence import Sequence
-from appliance.llamacpp.scheduler.step import Runner
-from appliance.llamacpp.server.params import Generate, LabelItem, Sampling
+from appliance.llamacpp.scheduler.step import StepRunner
+from appliance.llamacpp.server.params import LabelItem, Sampling, SequenceRequest
 from tests.llamacpp.label_calls import score
 
 INSTRUCTIONS = (
@@ -24,7 +24,7 @@ TEXTS = ["My card was taken in the bus.", "When will I get my money back?", "Whe
 LABELS = [" refund", " refund status", " delivery", " card lost", " card stolen", " other", " completely different"]
 
 
-def items(model: Model, texts: list[str] = TEXTS, labels: list[str] = LABELS) -> list[LabelItem]:
+def items(model: LlamaModel, texts: list[str] = TEXTS, labels: list[str] = LABELS) -> list[LabelItem]:
     tokens = [model.tokenize(label) for label in labels]
     return [LabelItem(model.tokenize(f"{INSTRUCTIONS}Text: {text}\nAnswer:"), tokens) for text in texts]
 
@@ -63,7 +63,7 @@ def test_a_forest_computes_shared_tokens_once_for_all_the_paths_under_them() -> 
 
 def test_an_item_with_many_chains_is_cut_and_every_node_is_read_once() -> None:
     labels = [(1, token, 9) for token in range(10)] + [(2, 9)]
-    job = ScoreJob([LabelItem([5, 6], labels)])
+    job = LabelJob([LabelItem([5, 6], labels)])
     judged = judge(job, 0, 100, 100)
     assert not isinstance(judged, str)
     pieces = cut(judged, judged.trie.chains, 4)
@@ -89,12 +89,12 @@ def test_an_item_with_many_chains_is_cut_and_every_node_is_read_once() -> None:
     ],
 )
 def test_an_impossible_item_is_told_why(item: LabelItem, words: str) -> None:
-    judged = judge(ScoreJob([item]), 0, 10, 100)
+    judged = judge(LabelJob([item]), 0, 10, 100)
     assert isinstance(judged, str)
     assert words in judged
 
 
-def test_one_impossible_item_harms_no_other(model: Model) -> None:
+def test_one_impossible_item_harms_no_other(model: LlamaModel) -> None:
     good = items(model)
     found = score(model, [good[0], LabelItem([1] * 5000, [[5]]), good[1]])
     assert [bool(scores.error) for scores in found] == [False, True, False]
@@ -103,7 +103,7 @@ def test_one_impossible_item_harms_no_other(model: Model) -> None:
     assert "512" in (found[1].error or "")
 
 
-def test_the_shared_part_of_a_call_is_computed_once_and_reported_as_cached(model: Model) -> None:
+def test_the_shared_part_of_a_call_is_computed_once_and_reported_as_cached(model: LlamaModel) -> None:
     wanted = items(model)
     shared = len(model.tokenize(f"{INSTRUCTIONS}Text:"))
     found = score(model, wanted)
@@ -112,12 +112,12 @@ def test_the_shared_part_of_a_call_is_computed_once_and_reported_as_cached(model
     assert all(scores.cached_tokens < scores.prompt_tokens for scores in found)
 
 
-def test_single_calls_with_the_same_instructions_find_them_cached_from_the_third_on(model: Model) -> None:
+def test_single_calls_with_the_same_instructions_find_them_cached_from_the_third_on(model: LlamaModel) -> None:
     found = score(model, items(model), together=False)
     assert [scores.cached_tokens > 20 for scores in found] == [False, False, True, True]
 
 
-def test_another_tenant_finds_nothing_cached(model: Model) -> None:
+def test_another_tenant_finds_nothing_cached(model: LlamaModel) -> None:
     one = items(model)[0]
     other = LabelItem(one.prompt, one.labels, cache_salt="other")
     assert [scores.cached_tokens for scores in score(model, [one, one, other])] == [0, len(one.prompt) - 1, 0] or [
@@ -125,14 +125,14 @@ def test_another_tenant_finds_nothing_cached(model: Model) -> None:
     ] == [0, 0]
 
 
-def test_the_best_label_is_the_sensible_one(model: Model) -> None:
+def test_the_best_label_is_the_sensible_one(model: LlamaModel) -> None:
     found = score(model, items(model))
     best = [LABELS[int(np.argmax(scores.logprobs))] for scores in found]
     assert best[1].startswith(" refund")
     assert all(0 < scores.label_mass <= 1 for scores in found)
 
 
-def test_more_items_than_a_window_holds_are_all_answered_in_order(model: Model) -> None:
+def test_more_items_than_a_window_holds_are_all_answered_in_order(model: LlamaModel) -> None:
     few = items(model)
     many = score(model, few * 10)
     once = score(model, few)
@@ -141,13 +141,15 @@ def test_more_items_than_a_window_holds_are_all_answered_in_order(model: Model) 
         assert scores.prompt_tokens == len(few[index % 4].prompt)
 
 
-def test_labels_and_streams_run_side_by_side(model: Model) -> None:
+def test_labels_and_streams_run_side_by_side(model: LlamaModel) -> None:
     model.reset()
-    runner = Runner(model)
+    runner = StepRunner(model)
     prompt = model.tokenize("Once upon a time")
-    stream = Sequence.of(Generate(prompt, 30, Sampling(temperature=0), ignore_eos=True), 0, 512, model.end_tokens)
+    stream = Sequence.of(
+        SequenceRequest(prompt, 30, Sampling(temperature=0), ignore_eos=True), 0, 512, model.end_tokens
+    )
     runner.submit(stream)
-    job = ScoreJob(items(model) * 12)
+    job = LabelJob(items(model) * 12)
     runner.score(job)
     together = 0
     while not runner.idle:
@@ -171,7 +173,7 @@ def plain(logits: llama_cpp.Llama, prompt: list[int], label: list[int]) -> float
 
 
 @pytest.mark.slow
-def test_every_way_to_score_gives_the_same_to_a_thousandth(f32_model: Model, f32_path: Path) -> None:
+def test_every_way_to_score_gives_the_same_to_a_thousandth(f32_model: LlamaModel, f32_path: Path) -> None:
     wanted = items(f32_model)
     batch = score(f32_model, wanted)
     for one, fresh in zip(batch, score(f32_model, wanted, together=False), strict=True):
@@ -186,7 +188,7 @@ def test_every_way_to_score_gives_the_same_to_a_thousandth(f32_model: Model, f32
 
 
 @pytest.mark.slow
-def test_a_model_that_cannot_fork_scores_the_same(f32_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_fork_scores_the_same(f32_model: LlamaModel, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = items(f32_model, TEXTS[:2])
     forked = score(f32_model, wanted)
     monkeypatch.setattr(f32_model, "forkable", False)
@@ -196,7 +198,7 @@ def test_a_model_that_cannot_fork_scores_the_same(f32_model: Model, monkeypatch:
 
 
 @pytest.mark.slow
-def test_an_item_cut_into_pieces_scores_the_same(f32_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_item_cut_into_pieces_scores_the_same(f32_model: LlamaModel, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = items(f32_model, TEXTS[:1])
     whole = score(f32_model, wanted)
     monkeypatch.setattr("appliance.llamacpp.labels.scorer._CHAINS_AT_ONCE", 1)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from appliance.llamacpp.kv.memory_release import release_code_pages, release_file_pages, release_freed, release_pages
-from appliance.llamacpp.model import Model
+from appliance.llamacpp.model import LlamaModel
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux alone")
 
@@ -87,7 +87,7 @@ def test_a_program_goes_on_after_its_code_and_freed_memory_went() -> None:
     assert np.linalg.norm(np.ones(4)) == 2.0
 
 
-def test_more_rows_than_one_for_each_sequence_are_read_after_the_unread_ones_went(model: Model) -> None:
+def test_more_rows_than_one_for_each_sequence_are_read_after_the_unread_ones_went(model: LlamaModel) -> None:
     model.memory_clear()
     model.batch.clear()
     rows = model.batch.outputs_max

@@ -9,11 +9,11 @@ import pytest
 
 from appliance.errors import EngineFailed, ModelFileError
 from appliance.llamacpp.context import ABORTED
-from appliance.llamacpp.model import Model
+from appliance.llamacpp.model import LlamaModel
 
 
-def load(path: Path, context_tokens: int = 256) -> Model:
-    return Model.load(path, threads=1, context_tokens=context_tokens, sequences=1, batch_tokens=32)
+def load(path: Path, context_tokens: int = 256) -> LlamaModel:
+    return LlamaModel.load(path, threads=1, context_tokens=context_tokens, sequences=1, batch_tokens=32)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_closing_twice_is_harmless(smollm2_path: Path) -> None:
     loaded.close()
 
 
-def test_the_model_tells_what_it_is(model: Model) -> None:
+def test_the_model_tells_what_it_is(model: LlamaModel) -> None:
     assert (model.architecture, model.vocabulary_size, model.context_tokens) == ("llama", 49152, 512)
     assert model.train_context_tokens == 8192
     assert model.sequence_context_tokens == 512
@@ -82,30 +82,30 @@ def test_the_model_tells_what_it_is(model: Model) -> None:
     "text",
     ["", "plain", "a\0b\0", "Grüße, 漢字 und 🦙", "\n\t  spaced  ", "e\u0301", "\U0010ffff", "x" * 5000],
 )
-def test_text_survives_tokens_and_back(model: Model, text: str) -> None:
+def test_text_survives_tokens_and_back(model: LlamaModel, text: str) -> None:
     tokens = model.tokenize(text)
     assert b"".join(model.piece(token) for token in tokens).decode() == text
 
 
-def test_a_lone_surrogate_becomes_the_replacement_character(model: Model) -> None:
+def test_a_lone_surrogate_becomes_the_replacement_character(model: LlamaModel) -> None:
     tokens = model.tokenize("a\ud800b")
     assert b"".join(model.piece(token) for token in tokens).decode() == "a\ufffdb"
 
 
-def test_special_tokens_are_one_token_only_when_asked_for(model: Model) -> None:
+def test_special_tokens_are_one_token_only_when_asked_for(model: LlamaModel) -> None:
     assert len(model.tokenize("<|im_end|>")) == 1
     spelled = model.tokenize("<|im_end|>", special=False)
     assert len(spelled) > 1
     assert not model.end_tokens.intersection(spelled)
 
 
-def test_special_tokens_are_invisible_unless_asked_for(model: Model) -> None:
+def test_special_tokens_are_invisible_unless_asked_for(model: LlamaModel) -> None:
     (end,) = model.tokenize("<|im_end|>")
     assert model.piece(end) == b""
     assert model.piece(end, special=True) == b"<|im_end|>"
 
 
-def test_tokenizing_is_safe_from_many_threads(model: Model) -> None:
+def test_tokenizing_is_safe_from_many_threads(model: LlamaModel) -> None:
     text, found = "The quick brown fox jumps over the lazy dog. " * 50, list[list[int]]()
     threads = [threading.Thread(target=lambda: found.append(model.tokenize(text))) for _ in range(8)]
     for thread in threads:
@@ -116,7 +116,7 @@ def test_tokenizing_is_safe_from_many_threads(model: Model) -> None:
     assert len(found) == 8
 
 
-def test_forks_share_cells_and_continue_alike(model: Model) -> None:
+def test_forks_share_cells_and_continue_alike(model: LlamaModel) -> None:
     model.reset()
     batch, prompt = model.batch, model.tokenize("The capital of France is")
     batch.clear()
@@ -131,7 +131,7 @@ def test_forks_share_cells_and_continue_alike(model: Model) -> None:
     assert model.rows.shape == (2, model.vocabulary_size)
 
 
-def test_a_token_of_several_sequences_is_computed_once_for_all(model: Model) -> None:
+def test_a_token_of_several_sequences_is_computed_once_for_all(model: LlamaModel) -> None:
     model.reset()
     batch, prompt = model.batch, model.tokenize("The capital of France is")
     ids = np.array([3, 7], np.int32)
@@ -146,7 +146,7 @@ def test_a_token_of_several_sequences_is_computed_once_for_all(model: Model) -> 
     assert math.isfinite(float(model.rows[0].max()))
 
 
-def test_a_running_decode_gives_up_when_told(model: Model) -> None:
+def test_a_running_decode_gives_up_when_told(model: LlamaModel) -> None:
     model.reset()
     model.batch.clear()
     model.batch.add([100] * model.batch.capacity_tokens, 0, 0, last_output=True)

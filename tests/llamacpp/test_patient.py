@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from appliance.llamacpp.engine import Engine, Generation
-from appliance.llamacpp.model import Model
+from appliance.llamacpp.engine import EngineGeneration, LlamaEngine
+from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.scheduler.scheduler import (
     NOTHING_URGENT,
     PATIENT_STEP_SECONDS,
@@ -13,7 +13,7 @@ from appliance.llamacpp.scheduler.scheduler import (
     most_urgent,
     step_budget,
 )
-from appliance.llamacpp.server.params import Generate, Sampling
+from appliance.llamacpp.server.params import Sampling, SequenceRequest
 
 
 @pytest.mark.parametrize(
@@ -40,24 +40,24 @@ def test_an_unmeasured_engine_still_computes_something() -> None:
 
 
 @pytest.mark.anyio
-async def test_work_that_can_wait_says_nothing_while_something_urgent_runs(model: Model) -> None:
+async def test_work_that_can_wait_says_nothing_while_something_urgent_runs(model: LlamaModel) -> None:
     """Each token is put down when the engine's thread hands it over."""
-    engine = Engine(model, calibrate=False)
+    engine = LlamaEngine(model, calibrate=False)
     engine.start()
     order: list[str] = []
     begun = asyncio.Event()
 
-    async def read(name: str, generation: Generation) -> None:
+    async def read(name: str, generation: EngineGeneration) -> None:
         async for events in generation:
             order.extend(name for _ in events)
             if name == "patient" and len(order) >= 3:
                 begun.set()
 
     prompt = model.tokenize("Once upon a time there was a small dog who lived near the sea. " * 2)
-    ask = Generate(prompt, 120, Sampling(temperature=0.0), ignore_eos=True, priority=1)
+    ask = SequenceRequest(prompt, 120, Sampling(temperature=0.0), ignore_eos=True, priority=1)
     patient = asyncio.create_task(read("patient", engine.submit(ask)))
     await asyncio.wait_for(begun.wait(), 30)
-    urgent_ask = Generate(prompt[:20], 40, Sampling(temperature=0.0), ignore_eos=True)
+    urgent_ask = SequenceRequest(prompt[:20], 40, Sampling(temperature=0.0), ignore_eos=True)
     await asyncio.wait_for(read("urgent", engine.submit(urgent_ask)), 60)
     await asyncio.wait_for(patient, 60)
     await engine.close(0)

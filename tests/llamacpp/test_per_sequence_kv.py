@@ -9,24 +9,24 @@ import numpy as np
 import pytest
 
 from appliance.llamacpp.kv.per_sequence import lane_tokens
-from appliance.llamacpp.model import Model
+from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.scheduler.sequence import Sequence
-from appliance.llamacpp.scheduler.step import Runner
-from appliance.llamacpp.server.params import Generate, Sampling
+from appliance.llamacpp.scheduler.step import StepRunner
+from appliance.llamacpp.server.params import Sampling, SequenceRequest
 
 LANE = 256
 
 
 @pytest.fixture(scope="module")
-def laned(smollm2_path: Path) -> Iterator[Model]:
-    loaded = Model.load(smollm2_path, threads=1, context_tokens=768 + 4 * LANE, sequences=4, lanes=LANE)
+def laned(smollm2_path: Path) -> Iterator[LlamaModel]:
+    loaded = LlamaModel.load(smollm2_path, threads=1, context_tokens=768 + 4 * LANE, sequences=4, lanes=LANE)
     yield loaded
     loaded.close()
 
 
 @pytest.fixture(scope="module")
-def exact(f32_path: Path) -> Iterator[Model]:
-    loaded = Model.load(
+def exact(f32_path: Path) -> Iterator[LlamaModel]:
+    loaded = LlamaModel.load(
         f32_path, threads=1, context_tokens=768 + 4 * LANE, sequences=4, lanes=LANE, attention="exact", batch_tokens=256
     )
     yield loaded
@@ -34,19 +34,19 @@ def exact(f32_path: Path) -> Iterator[Model]:
 
 
 def sequence(
-    model: Model, number: int, prompt: list[int], max_tokens: int, *, priority: int = 0, streamed: bool = True
+    model: LlamaModel, number: int, prompt: list[int], max_tokens: int, *, priority: int = 0, streamed: bool = True
 ) -> Sequence:
     greedy = Sampling(temperature=0.0)
-    request = Generate(prompt, max_tokens, greedy, ignore_eos=True, priority=priority, streamed=streamed)
+    request = SequenceRequest(prompt, max_tokens, greedy, ignore_eos=True, priority=priority, streamed=streamed)
     return Sequence.of(request, number, model.sequence_context_tokens, model.end_tokens)
 
 
-def prompt(model: Model, number: int, length: int) -> list[int]:
+def prompt(model: LlamaModel, number: int, length: int) -> list[int]:
     text = f"Letter {number} from the lighthouse keeper to his sister in the town, about storms and ships. "
     return model.tokenize(text * 20)[number : number + length]
 
 
-def run(runner: Runner) -> int:
+def run(runner: StepRunner) -> int:
     """Until nothing is left to do; the most sequences that lay in lanes at once."""
     most = 0
     while not runner.idle:
@@ -62,7 +62,7 @@ def written(sequence: Sequence) -> list[int]:
 
 
 def in_shared_memory(
-    model: Model, wanted: list[tuple[list[int], int]], monkeypatch: pytest.MonkeyPatch
+    model: LlamaModel, wanted: list[tuple[list[int], int]], monkeypatch: pytest.MonkeyPatch
 ) -> list[list[int]]:
     """What each writes alone and without lanes."""
     found: list[list[int]] = []
@@ -70,7 +70,7 @@ def in_shared_memory(
         patch.setattr(model, "lanes", None)
         for tokens, length in wanted:
             model.reset()
-            runner, one = Runner(model), sequence(model, 0, tokens, length)
+            runner, one = StepRunner(model), sequence(model, 0, tokens, length)
             runner.submit(one)
             run(runner)
             found.append(written(one))
@@ -95,7 +95,7 @@ def test_lanes_get_what_the_longest_sequence_leaves(cells: int, trained: int, se
     assert lane_tokens(cells, trained, sequences) == each
 
 
-def test_a_sequence_in_a_lane_and_back_has_the_same_logits(laned: Model) -> None:
+def test_a_sequence_in_a_lane_and_back_has_the_same_logits(laned: LlamaModel) -> None:
     laned.reset()
     lanes, batch = laned.lanes, laned.batch
     assert lanes is not None
@@ -122,9 +122,9 @@ def test_a_sequence_in_a_lane_and_back_has_the_same_logits(laned: Model) -> None
     laned.reset()
 
 
-def test_those_that_generate_together_lie_in_lanes_and_one_alone_does_not(laned: Model) -> None:
+def test_those_that_generate_together_lie_in_lanes_and_one_alone_does_not(laned: LlamaModel) -> None:
     laned.reset()
-    runner = Runner(laned)
+    runner = StepRunner(laned)
     runner.submit(sequence(laned, 0, prompt(laned, 0, 30), 12))
     assert run(runner) == 0
     for number in (1, 2, 3):
@@ -135,9 +135,9 @@ def test_those_that_generate_together_lie_in_lanes_and_one_alone_does_not(laned:
     assert load.kv_capacity_tokens == 768 + 4 * LANE
 
 
-def test_what_was_written_in_a_lane_is_cached_like_any_other(laned: Model) -> None:
+def test_what_was_written_in_a_lane_is_cached_like_any_other(laned: LlamaModel) -> None:
     laned.reset()
-    runner = Runner(laned)
+    runner = StepRunner(laned)
     pair = [sequence(laned, number, prompt(laned, number, 30), 20) for number in (1, 2)]
     for one in pair:
         runner.submit(one)
@@ -149,9 +149,9 @@ def test_what_was_written_in_a_lane_is_cached_like_any_other(laned: Model) -> No
     assert followed.finished.cached_tokens == 30 + 20 - 1
 
 
-def test_a_cancelled_sequence_leaves_its_lane_to_the_next(laned: Model) -> None:
+def test_a_cancelled_sequence_leaves_its_lane_to_the_next(laned: LlamaModel) -> None:
     laned.reset()
-    runner = Runner(laned)
+    runner = StepRunner(laned)
     crowd = [sequence(laned, number, prompt(laned, number, 20), 40) for number in range(6)]
     for one in crowd:
         runner.submit(one)
@@ -164,9 +164,9 @@ def test_a_cancelled_sequence_leaves_its_lane_to_the_next(laned: Model) -> None:
     assert runner.load().kv_used_tokens == 0
 
 
-def test_an_urgent_sequence_takes_the_place_of_one_that_is_not_and_that_loses_nothing(laned: Model) -> None:
+def test_an_urgent_sequence_takes_the_place_of_one_that_is_not_and_that_loses_nothing(laned: LlamaModel) -> None:
     laned.reset()
-    runner = Runner(laned)
+    runner = StepRunner(laned)
     slow = [sequence(laned, number, prompt(laned, number, 30), 60, priority=5) for number in range(4)]
     for one in slow:
         runner.submit(one)
@@ -184,9 +184,9 @@ def test_an_urgent_sequence_takes_the_place_of_one_that_is_not_and_that_loses_no
     assert runner.load().prefill_tokens_total - computed < 30 + 20
 
 
-def test_generating_makes_no_garbage(laned: Model) -> None:
+def test_generating_makes_no_garbage(laned: LlamaModel) -> None:
     laned.reset()
-    runner = Runner(laned)
+    runner = StepRunner(laned)
     crowd = [sequence(laned, number, prompt(laned, number, 20), 180) for number in range(4)]
     for one in crowd:
         runner.submit(one)
@@ -217,14 +217,14 @@ def test_generating_makes_no_garbage(laned: Model) -> None:
 
 
 @pytest.mark.slow
-def test_lanes_change_no_text(exact: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lanes_change_no_text(exact: LlamaModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of different lengths, so that lanes close up, and one of them outgrows its lane."""
     wanted = [
         (prompt(exact, number, 30 + 9 * number), length) for number, length in enumerate((40, 15, 60, 30, 20, 25))
     ]
     wanted.append((prompt(exact, 7, 200), 80))
     alone = in_shared_memory(exact, wanted, monkeypatch)
-    runner = Runner(exact)
+    runner = StepRunner(exact)
     together = [sequence(exact, number, tokens, length) for number, (tokens, length) in enumerate(wanted)]
     for one in together:
         runner.submit(one)
@@ -233,9 +233,9 @@ def test_lanes_change_no_text(exact: Model, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.slow
-def test_one_that_outgrows_its_lane_goes_on_in_the_shared_memory(laned: Model) -> None:
+def test_one_that_outgrows_its_lane_goes_on_in_the_shared_memory(laned: LlamaModel) -> None:
     laned.reset()
-    runner = Runner(laned)
+    runner = StepRunner(laned)
     pair = [sequence(laned, number, prompt(laned, number, 150), 160) for number in range(2)]
     for one in pair:
         runner.submit(one)
@@ -248,9 +248,9 @@ def test_one_that_outgrows_its_lane_goes_on_in_the_shared_memory(laned: Model) -
 
 
 @pytest.mark.parametrize(("streamed", "steps"), [(True, 5), (False, 1)])
-def test_a_prompt_comes_in_one_piece_where_nobody_reads_a_stream(laned: Model, streamed: bool, steps: int) -> None:
+def test_a_prompt_comes_in_one_piece_where_nobody_reads_a_stream(laned: LlamaModel, streamed: bool, steps: int) -> None:
     laned.reset()
-    runner = Runner(laned, step_seconds=0.001)
+    runner = StepRunner(laned, step_seconds=0.001)
     writing = [sequence(laned, n, prompt(laned, n, 20), 100, streamed=streamed) for n in range(2)]
     for one in writing:
         runner.submit(one)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appliance.llamacpp.kv.prefix_cache import Node, PrefixTree, Tokens, as_tokens, common_prefix
+from appliance.llamacpp.kv.prefix_cache import PrefixCache, PrefixNode, Tokens, as_tokens, common_prefix
 
 
 @dataclass
@@ -45,9 +45,9 @@ class Kitchen:
 
     def __init__(self, ids: int = 8) -> None:
         self.table, self.free = Table(), list(range(ids))
-        self.tree = PrefixTree(self.table, self.free)
+        self.tree = PrefixCache(self.table, self.free)
 
-    def begin(self, prompt: list[int], salt: str = "") -> tuple[int, int, Node]:
+    def begin(self, prompt: list[int], salt: str = "") -> tuple[int, int, PrefixNode]:
         tokens = as_tokens(prompt)
         match = self.tree.match(tokens, salt, len(tokens) - 1)
         self.tree.pin(match.node)
@@ -57,7 +57,7 @@ class Kitchen:
         self.table.compute(sequence, tokens, match.depth)
         return sequence, match.depth, match.node
 
-    def end(self, prompt: list[int], begun: tuple[int, int, Node], salt: str = "") -> None:
+    def end(self, prompt: list[int], begun: tuple[int, int, PrefixNode], salt: str = "") -> None:
         sequence, shared, node = begun
         self.tree.insert(as_tokens(prompt), salt, sequence, shared)
         self.table.memory_remove(sequence, 0)
@@ -192,7 +192,7 @@ def test_whatever_comes_every_cell_is_counted_once_and_every_leaf_holds_its_path
     steps: list[tuple[list[int], str, int, bool]],
 ) -> None:
     kitchen = Kitchen(ids=9)
-    open_ones: list[tuple[list[int], str, tuple[int, int, Node]]] = []
+    open_ones: list[tuple[list[int], str, tuple[int, int, PrefixNode]]] = []
     for prompt, salt, evict, keep_open in steps:
         if len(open_ones) > 2:
             known, known_salt, begun = open_ones.pop(0)
@@ -212,12 +212,12 @@ def test_whatever_comes_every_cell_is_counted_once_and_every_leaf_holds_its_path
     assert sorted(kitchen.free) == list(range(9))
 
 
-def _check(kitchen: Kitchen, open_ones: list[tuple[list[int], str, tuple[int, int, Node]]]) -> None:
+def _check(kitchen: Kitchen, open_ones: list[tuple[list[int], str, tuple[int, int, PrefixNode]]]) -> None:
     private = sum(len(prompt) - begun[1] for prompt, _, begun in open_ones)
     assert kitchen.table.used == kitchen.tree.tokens + private
     for leaf in kitchen.tree._leaves():
         path: list[int] = []
-        node: Node | None = leaf
+        node: PrefixNode | None = leaf
         while node is not None:
             path = node.tokens.tolist() + path
             node = node.parent

@@ -13,7 +13,7 @@ import pytest
 
 from appliance.errors import EngineFailed
 from appliance.llamacpp import __main__ as program_module
-from appliance.llamacpp.engine import Engine
+from appliance.llamacpp.engine import LlamaEngine
 from appliance.llamacpp.kernels import Kernels
 from appliance.llamacpp.process import bind_socket
 from tests.llamacpp.engine_program import end, eventually, health, start, until
@@ -124,7 +124,7 @@ def test_sigterm_while_loading_ends_the_program_cleanly(smollm2_path: Path, tmp_
 async def test_an_engine_that_fails_ends_the_program_with_4_and_says_why(
     smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    class FailingEngine(Engine):
+    class FailingEngine(LlamaEngine):
         def start(self) -> None:
             super().start()
             asyncio.get_running_loop().call_later(0.2, self._fail)
@@ -132,7 +132,7 @@ async def test_an_engine_that_fails_ends_the_program_with_4_and_says_why(
         def _fail(self) -> None:
             self.failed = EngineFailed("the sky fell")
 
-    monkeypatch.setattr(program_module, "Engine", FailingEngine)
+    monkeypatch.setattr(program_module, "LlamaEngine", FailingEngine)
     options = program_module._arguments(["--model", str(smollm2_path), "--uds", str(tmp_path / "s"), "--threads", "1"])
     sock = bind_socket(options.uds)
     async with asyncio.timeout(30):

@@ -3,23 +3,23 @@
 import numpy as np
 import pytest
 
-from appliance.llamacpp.decode.prompt_lookup import LONGEST, Drafts, Habits, Tenants
-from appliance.llamacpp.decode.speculation import GROWTH, Drafting
+from appliance.llamacpp.decode.prompt_lookup import LONGEST, NgramTable, PerKeyTables, PromptLookup
+from appliance.llamacpp.decode.speculation import GROWTH, SpeculationPlanner
 from appliance.llamacpp.rates import Rates
 from appliance.llamacpp.scheduler.sequence import Sequence
-from appliance.llamacpp.server.params import Generate, Sampling
+from appliance.llamacpp.server.params import Sampling, SequenceRequest
 
 
-def drafts_of(prompt: list[int], output: list[int], habits: Habits | None = None) -> Drafts:
+def drafts_of(prompt: list[int], output: list[int], habits: NgramTable | None = None) -> PromptLookup:
     """What has read a prompt and an output."""
     tokens = np.zeros(len(prompt) + len(output) + 32, np.int32)
     tokens[: len(prompt) + len(output)] = prompt + output
-    made = Drafts(tokens, len(prompt), habits if habits is not None else Habits())
+    made = PromptLookup(tokens, len(prompt), habits if habits is not None else NgramTable())
     made.read(len(prompt) + len(output))
     return made
 
 
-def guessed(drafts: Drafts, most: int, least: float) -> list[int]:
+def guessed(drafts: PromptLookup, most: int, least: float) -> list[int]:
     tokens, probabilities = drafts.guess(most, least)
     assert len(tokens) == len(probabilities) <= most
     assert probabilities == sorted(probabilities, reverse=True)
@@ -56,7 +56,7 @@ def test_guesses_become_shorter_as_they_are_wrong_and_longer_as_they_are_right()
 
 
 def test_what_answers_of_a_tenant_repeat_is_guessed_in_the_next_one() -> None:
-    habits = Habits()
+    habits = NgramTable()
     for number in range(5):
         drafts_of([1, 2, 3], [10, 11, 12, 13, 20 + number, 14], habits)
     assert guessed(drafts_of([1, 2, 3], [], habits), 8, 0.5) == [10, 11, 12, 13]
@@ -66,7 +66,7 @@ def test_what_answers_of_a_tenant_repeat_is_guessed_in_the_next_one() -> None:
 
 
 def test_a_habit_that_changes_is_learned_anew() -> None:
-    habits = Habits()
+    habits = NgramTable()
     for _ in range(200):
         habits.note(7, 1)
     token, probability = habits.guess(7)
@@ -78,7 +78,7 @@ def test_a_habit_that_changes_is_learned_anew() -> None:
 
 
 def test_habits_are_bounded_and_the_ones_in_use_stay() -> None:
-    habits = Habits()
+    habits = NgramTable()
     for key in range(100_000):
         habits.note(key, 3)
         habits.note(-1, 4)
@@ -88,7 +88,7 @@ def test_habits_are_bounded_and_the_ones_in_use_stay() -> None:
 
 
 def test_a_tenant_learns_nothing_of_another_and_the_oldest_is_forgotten() -> None:
-    tenants = Tenants()
+    tenants = PerKeyTables()
     first = tenants.of("a")
     first.note(1, 2)
     assert tenants.of("b").guess(1) == (0, 0.0)
@@ -104,7 +104,7 @@ def test_a_tenant_learns_nothing_of_another_and_the_oldest_is_forgotten() -> Non
 def copying(number: int, *, max_tokens: int = 40, sampling: Sampling | None = None) -> Sequence:
     """A sequence in the middle of copying its prompt."""
     prompt = list(range(100, 160))
-    request = Generate(prompt, max_tokens, sampling or Sampling(temperature=0.0))
+    request = SequenceRequest(prompt, max_tokens, sampling or Sampling(temperature=0.0))
     made = Sequence.of(request, number, 4_096, frozenset())
     for token in prompt[:20]:
         made.tokens[made.length] = token
@@ -112,15 +112,15 @@ def copying(number: int, *, max_tokens: int = 40, sampling: Sampling | None = No
     return made
 
 
-def drafting(row_seconds: float, fixed_seconds: float) -> Drafting:
+def drafting(row_seconds: float, fixed_seconds: float) -> SpeculationPlanner:
     rates = Rates(32)
     rates.observe_prefill(1_000, 1_000 * row_seconds)
     for sequences in rates.buckets:
         rates.observe_decode(sequences, fixed_seconds + sequences * row_seconds)
-    return Drafting(rates)
+    return SpeculationPlanner(rates)
 
 
-def drafted(plan: Drafting, count: int, room: int = 1_000, *, read: bool = True) -> list[int]:
+def drafted(plan: SpeculationPlanner, count: int, room: int = 1_000, *, read: bool = True) -> list[int]:
     crowd = [copying(number) for number in range(count)]
     for _ in range(3):  # the tenant's figures grow with what is read
         plan.plan(crowd, room, read=read)

@@ -3,13 +3,13 @@
 import pytest
 
 from appliance.llamacpp.rates import Rates
-from appliance.llamacpp.scheduler.fair_queue import Turns
+from appliance.llamacpp.scheduler.fair_queue import FairQueue
 from appliance.llamacpp.scheduler.scheduler import (
     FOLLOW_TOKENS,
     OUTPUT_RESERVE_TOKENS,
     SLOW_STEP_TOKENS,
-    Line,
-    Room,
+    BatchCapacity,
+    WaitQueue,
     cache_limit,
     gives_way,
     leads,
@@ -22,20 +22,20 @@ from appliance.llamacpp.scheduler.scheduler import (
     worth_a_lane,
 )
 from appliance.llamacpp.scheduler.sequence import Sequence
-from appliance.llamacpp.server.params import Generate
+from appliance.llamacpp.server.params import SequenceRequest
 
 
 def sequence(
     number: int, prompt: int = 100, *, priority: int = 0, computed: int = 0, max_tokens: int = 1000, salt: str = ""
 ) -> Sequence:
-    request = Generate(list(range(prompt)), max_tokens, priority=priority, cache_salt=salt)
+    request = SequenceRequest(list(range(prompt)), max_tokens, priority=priority, cache_salt=salt)
     made = Sequence.of(request, number, 4096, frozenset())
     made.computed = computed
     return made
 
 
 def test_the_line_goes_by_priority_and_then_by_arrival() -> None:
-    line = Line()
+    line = WaitQueue()
     for number, priority in ((0, 1), (1, 0), (3, 0), (2, 0)):
         line.push(sequence(number, priority=priority))
     assert [waiting.number for waiting in line.in_order()] == [1, 2, 3, 0]
@@ -44,7 +44,7 @@ def test_the_line_goes_by_priority_and_then_by_arrival() -> None:
 
 
 def test_one_that_was_put_back_returns_to_its_old_place() -> None:
-    line = Line()
+    line = WaitQueue()
     early = sequence(0)
     line.push(sequence(5))
     line.push(early)
@@ -55,7 +55,7 @@ def test_one_that_was_put_back_returns_to_its_old_place() -> None:
     ("used", "promised", "tokens", "fits"), [(0, 0, 100, True), (50, 40, 10, True), (50, 40, 11, False)]
 )
 def test_room_counts_what_is_used_and_what_is_promised(used: int, promised: int, tokens: int, fits: bool) -> None:
-    assert Room(100, used, promised).fits(tokens) is fits
+    assert BatchCapacity(100, used, promised).fits(tokens) is fits
 
 
 def test_a_sequence_is_promised_its_prompt_and_the_first_part_of_its_output() -> None:
@@ -122,7 +122,7 @@ def test_prompts_are_computed_in_order_of_rank_and_cut_at_the_budget() -> None:
 
 
 def test_tenants_take_turns_in_the_line_and_one_that_was_put_back_keeps_its_own() -> None:
-    line, turns = Line(), Turns()
+    line, turns = WaitQueue(), FairQueue()
     for number, salt in enumerate(["a", "a", "a", "b", "c", "b"]):
         waiting = sequence(number, salt=salt)
         waiting.place = turns.place(salt, tokens_asked(waiting))

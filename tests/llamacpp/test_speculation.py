@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from appliance.llamacpp.context import ABORTED
-from appliance.llamacpp.decode.constraints import Grammars
-from appliance.llamacpp.decode.generation import Ask, Running
-from appliance.llamacpp.decode.speculation import Drafting
-from appliance.llamacpp.engine import Engine
-from appliance.llamacpp.model import Model
+from appliance.llamacpp.decode.constraints import GrammarCompiler
+from appliance.llamacpp.decode.generation import GenerationRequest, RunningGeneration
+from appliance.llamacpp.decode.speculation import SpeculationPlanner
+from appliance.llamacpp.engine import LlamaEngine
+from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.scheduler.sequence import Sequence
-from appliance.llamacpp.scheduler.step import Runner
-from appliance.llamacpp.server.params import Generate, Sampling
+from appliance.llamacpp.scheduler.step import StepRunner
+from appliance.llamacpp.server.params import Sampling, SequenceRequest
 from tests.llamacpp.asking import until_idle
 
 GREEDY = Sampling(temperature=0.0)
@@ -41,15 +41,15 @@ Guess = Callable[[Sequence, int], list[int]]
 
 
 @pytest.fixture(scope="module")
-def grammars(f32_model: Model) -> Grammars:
-    return Grammars(f32_model.vocab_pointer, f32_model.end_tokens, vocabulary_size=f32_model.vocabulary_size)
+def grammars(f32_model: LlamaModel) -> GrammarCompiler:
+    return GrammarCompiler(f32_model.vocab_pointer, f32_model.end_tokens, vocabulary_size=f32_model.vocabulary_size)
 
 
 @contextmanager
 def drafts(guess: Guess | None) -> Iterator[None]:
     """Draft what `guess` says of a sequence and the most tokens; None: nothing."""
 
-    def planned(self: Drafting, sequences: list[Sequence], room: int, *, read: bool) -> None:
+    def planned(self: SpeculationPlanner, sequences: list[Sequence], room: int, *, read: bool) -> None:
         for sequence in sequences:
             most = min(room, 6, sequence.remaining - 1)
             sequence.guess(guess(sequence, most)[: max(0, most)] if guess is not None else [])
@@ -57,16 +57,18 @@ def drafts(guess: Guess | None) -> Iterator[None]:
             self.drafted_total += len(sequence.draft)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Drafting, "plan", planned)
+        patch.setattr(SpeculationPlanner, "plan", planned)
         yield
 
 
 def play(
-    model: Model, requests: list[Generate], on_step: Callable[[Runner, list[Sequence]], None] | None = None
-) -> tuple[list[Sequence], Runner]:
+    model: LlamaModel,
+    requests: list[SequenceRequest],
+    on_step: Callable[[StepRunner, list[Sequence]], None] | None = None,
+) -> tuple[list[Sequence], StepRunner]:
     """All requests at once, to their end; events stay in the sequences."""
     model.reset()
-    runner = Runner(model)
+    runner = StepRunner(model)
     sequences = [
         Sequence.of(request, number, model.sequence_context_tokens, model.end_tokens)
         for number, request in enumerate(requests)
@@ -99,11 +101,11 @@ def knowing(answers: list[list[int]], wrong_every: int) -> Guess:
     return guess
 
 
-def constrained(grammars: Grammars) -> Any:
+def constrained(grammars: GrammarCompiler) -> Any:
     return grammars.compile(SCHEMA)
 
 
-def nothing(_: Grammars) -> None:
+def nothing(_: GrammarCompiler) -> None:
     return None
 
 
@@ -121,15 +123,15 @@ def nothing(_: Grammars) -> None:
     ids=["wrong", "right", "cut", "logprobs", "biased", "schema", "schema-logprobs"],
 )
 def test_every_token_is_the_one_that_the_slow_path_writes(
-    f32_model: Model,
-    grammars: Grammars,
-    constraint: Callable[[Grammars], Any],
+    f32_model: LlamaModel,
+    grammars: GrammarCompiler,
+    constraint: Callable[[GrammarCompiler], Any],
     wrong_every: int,
     more: dict[str, Any],
 ) -> None:
-    def asked() -> list[Generate]:
+    def asked() -> list[SequenceRequest]:
         fields: dict[str, Any] = {"max_tokens": 20, "sampling": GREEDY} | more
-        return [Generate(f32_model.tokenize(text), constraint=constraint(grammars), **fields) for text in TEXTS]
+        return [SequenceRequest(f32_model.tokenize(text), constraint=constraint(grammars), **fields) for text in TEXTS]
 
     with drafts(None):
         slow, slowly = play(f32_model, asked())
@@ -149,10 +151,10 @@ def test_every_token_is_the_one_that_the_slow_path_writes(
         assert load.accepted_tokens_total > 0
 
 
-def test_its_own_guesses_change_nothing_and_save_steps(f32_model: Model, grammars: Grammars) -> None:
-    def asked() -> list[Generate]:
-        plain = [Generate(f32_model.tokenize(text), 40, GREEDY, ignore_eos=True) for text in TEXTS[:2]]
-        return [*plain, Generate(f32_model.tokenize(TEXTS[0]), 40, GREEDY, constraint=grammars.compile(SCHEMA))]
+def test_its_own_guesses_change_nothing_and_save_steps(f32_model: LlamaModel, grammars: GrammarCompiler) -> None:
+    def asked() -> list[SequenceRequest]:
+        plain = [SequenceRequest(f32_model.tokenize(text), 40, GREEDY, ignore_eos=True) for text in TEXTS[:2]]
+        return [*plain, SequenceRequest(f32_model.tokenize(TEXTS[0]), 40, GREEDY, constraint=grammars.compile(SCHEMA))]
 
     with drafts(None):
         slow, slowly = play(f32_model, asked())
@@ -162,19 +164,19 @@ def test_its_own_guesses_change_nothing_and_save_steps(f32_model: Model, grammar
     assert quickly.load().steps < 0.8 * slowly.load().steps
 
 
-def test_a_sequence_that_is_put_back_writes_the_same_and_drafts_on(f32_model: Model) -> None:
+def test_a_sequence_that_is_put_back_writes_the_same_and_drafts_on(f32_model: LlamaModel) -> None:
     """Four that together need more than the 512 cells."""
 
-    def asked() -> list[Generate]:
+    def asked() -> list[SequenceRequest]:
         prompts = [f32_model.tokenize(f"{n}. {TEXTS[1]}" * 8)[:60] for n in range(4)]
-        return [Generate(prompt, 80, GREEDY, ignore_eos=True) for prompt in prompts]
+        return [SequenceRequest(prompt, 80, GREEDY, ignore_eos=True) for prompt in prompts]
 
     with drafts(None):
         slow, _ = play(f32_model, asked())
     answers = [written(one) for one in slow]
     preempted: set[int] = set()
 
-    def watch(runner: Runner, sequences: list[Sequence]) -> None:
+    def watch(runner: StepRunner, sequences: list[Sequence]) -> None:
         preempted.update(one.number for one in sequences if one.generated and not one.running and not one.finished)
 
     with drafts(knowing(answers, 4)):
@@ -183,14 +185,14 @@ def test_a_sequence_that_is_put_back_writes_the_same_and_drafts_on(f32_model: Mo
     assert [written(one) for one in fast] == answers
 
 
-def test_one_that_is_cancelled_leaves_nothing_behind_and_the_others_as_they_were(f32_model: Model) -> None:
-    def asked() -> list[Generate]:
-        return [Generate(f32_model.tokenize(text), 40, GREEDY, ignore_eos=True) for text in TEXTS]
+def test_one_that_is_cancelled_leaves_nothing_behind_and_the_others_as_they_were(f32_model: LlamaModel) -> None:
+    def asked() -> list[SequenceRequest]:
+        return [SequenceRequest(f32_model.tokenize(text), 40, GREEDY, ignore_eos=True) for text in TEXTS]
 
     with drafts(None):
         slow, _ = play(f32_model, asked())
 
-    def cancel(runner: Runner, sequences: list[Sequence]) -> None:
+    def cancel(runner: StepRunner, sequences: list[Sequence]) -> None:
         if sequences[1].generated > 9:
             runner.cancel(sequences[1])
 
@@ -202,9 +204,9 @@ def test_one_that_is_cancelled_leaves_nothing_behind_and_the_others_as_they_were
     assert written(fast[1]) == answers[1][: fast[1].generated]
 
 
-def test_a_step_that_is_given_up_loses_only_its_drafts(f32_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    def asked() -> list[Generate]:
-        return [Generate(f32_model.tokenize(text), 30, GREEDY, ignore_eos=True) for text in TEXTS[:2]]
+def test_a_step_that_is_given_up_loses_only_its_drafts(f32_model: LlamaModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked() -> list[SequenceRequest]:
+        return [SequenceRequest(f32_model.tokenize(text), 30, GREEDY, ignore_eos=True) for text in TEXTS[:2]]
 
     with drafts(None):
         slow, _ = play(f32_model, asked())
@@ -215,26 +217,26 @@ def test_a_step_that_is_given_up_loses_only_its_drafts(f32_model: Model, monkeyp
     assert [written(one) for one in fast] == answers
 
 
-def test_what_was_written_with_drafts_is_cached_without_them(f32_model: Model) -> None:
+def test_what_was_written_with_drafts_is_cached_without_them(f32_model: LlamaModel) -> None:
     prompt = f32_model.tokenize(TEXTS[0])
     with drafts(None):
-        (slow,), _ = play(f32_model, [Generate(prompt, 20, GREEDY, ignore_eos=True)])
+        (slow,), _ = play(f32_model, [SequenceRequest(prompt, 20, GREEDY, ignore_eos=True)])
     with drafts(knowing([written(slow)], 4)):
-        (first,), runner = play(f32_model, [Generate(prompt, 20, GREEDY, ignore_eos=True)])
+        (first,), runner = play(f32_model, [SequenceRequest(prompt, 20, GREEDY, ignore_eos=True)])
     again = first.tokens[: first.length].tolist()
-    second = Sequence.of(Generate([*again, 100], 4, GREEDY, ignore_eos=True), 1, 512, f32_model.end_tokens)
+    second = Sequence.of(SequenceRequest([*again, 100], 4, GREEDY, ignore_eos=True), 1, 512, f32_model.end_tokens)
     with drafts(None):
         runner.submit(second)
         while not runner.idle:
             runner.step()
-        (fresh,), _ = play(f32_model, [Generate([*again, 100], 4, GREEDY, ignore_eos=True)])
+        (fresh,), _ = play(f32_model, [SequenceRequest([*again, 100], 4, GREEDY, ignore_eos=True)])
     assert second.finished is not None
     assert second.finished.cached_tokens == len(again) - 1
     assert written(second) == written(fresh)
 
 
 def test_rows_for_drafts_are_only_those_that_nobody_else_needs(
-    f32_model: Model, monkeypatch: pytest.MonkeyPatch
+    f32_model: LlamaModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(f32_model.batch, "outputs_max", 5)
     most = 0
@@ -247,20 +249,20 @@ def test_rows_for_drafts_are_only_those_that_nobody_else_needs(
 
     monkeypatch.setattr(f32_model, "decode", watched)
     with drafts(lambda sequence, wanted: [260] * max(0, wanted)):
-        play(f32_model, [Generate(f32_model.tokenize(text), 20, GREEDY, ignore_eos=True) for text in TEXTS])
+        play(f32_model, [SequenceRequest(f32_model.tokenize(text), 20, GREEDY, ignore_eos=True) for text in TEXTS])
     assert most == 5
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("stop", ["Smith. The", "of", "never written"])
 async def test_a_stop_string_inside_a_draft_ends_the_text_and_the_count_where_it_stands(
-    exact: Engine, stop: str
+    exact: LlamaEngine, stop: str
 ) -> None:
     prompt = exact.model.tokenize(TEXTS[0])
 
     async def told() -> tuple[str, str, int]:
-        ask = Ask([prompt], 1, [40], GREEDY, stops=[stop])
-        async with await Running.start(exact, exact.model, None, ask) as running:
+        ask = GenerationRequest([prompt], 1, [40], GREEDY, stops=[stop])
+        async with await RunningGeneration.start(exact, exact.model, None, ask) as running:
             (whole,) = await running.collect()
             usage = running.usage
         await until_idle(exact)
@@ -268,17 +270,17 @@ async def test_a_stop_string_inside_a_draft_ends_the_text_and_the_count_where_it
 
     with drafts(None):
         slow = await told()
-        every = [event async for events in exact.submit(Generate(prompt, 40, GREEDY)) for event in events]
+        every = [event async for events in exact.submit(SequenceRequest(prompt, 40, GREEDY)) for event in events]
         await until_idle(exact)
     answer = [event.token for event in every]
     with drafts(lambda sequence, most: answer[sequence.generated :][: max(0, most)]):
         assert await told() == slow
 
 
-def test_drafting_leaves_no_garbage_behind(f32_model: Model) -> None:
+def test_drafting_leaves_no_garbage_behind(f32_model: LlamaModel) -> None:
     f32_model.reset()
-    runner = Runner(f32_model)
-    request = Generate(f32_model.tokenize(TEXTS[0]), 90, GREEDY, ignore_eos=True)
+    runner = StepRunner(f32_model)
+    request = SequenceRequest(f32_model.tokenize(TEXTS[0]), 90, GREEDY, ignore_eos=True)
     one = Sequence.of(request, 0, f32_model.sequence_context_tokens, f32_model.end_tokens)
     runner.submit(one)
     while one.generated < 20:

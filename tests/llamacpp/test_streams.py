@@ -13,11 +13,18 @@ import pytest
 import uvicorn
 
 from appliance.errors import ApplianceError
-from appliance.llamacpp.chat.prompts import Prompts
-from appliance.llamacpp.decode.constraints import Grammars
-from appliance.llamacpp.model import Model
-from appliance.llamacpp.server.http import Desk, Serving, make_app
-from appliance.llamacpp.server.params import Finished, FinishReason, Generate, LabelScores, Load, TokenEvent
+from appliance.llamacpp.chat.prompts import PromptBuilder
+from appliance.llamacpp.decode.constraints import GrammarCompiler
+from appliance.llamacpp.model import LlamaModel
+from appliance.llamacpp.server.http import EngineGate, ServerContext, make_app
+from appliance.llamacpp.server.params import (
+    EngineLoadReport,
+    FinishReason,
+    LabelScores,
+    SequenceFinished,
+    SequenceRequest,
+    TokenEvent,
+)
 from tests.llamacpp.engine_program import eventually
 
 pytestmark = pytest.mark.anyio
@@ -30,7 +37,7 @@ class ScriptedSequence:
 
     def __init__(self, steps: list[list[TokenEvent] | None], reason: FinishReason, error: str | None) -> None:
         self._steps, self._reason, self._error = steps, reason, error
-        self.finished: Finished | None = None
+        self.finished: SequenceFinished | None = None
         self.cancelled = asyncio.Event()
 
     def __aiter__(self) -> "ScriptedSequence":
@@ -42,7 +49,7 @@ class ScriptedSequence:
             await self.cancelled.wait()
         if step:
             return step
-        self.finished = Finished("cancelled" if self.cancelled.is_set() else self._reason, 3, 0, 1, self._error)
+        self.finished = SequenceFinished("cancelled" if self.cancelled.is_set() else self._reason, 3, 0, 1, self._error)
         raise StopAsyncIteration
 
     def cancel(self) -> None:
@@ -58,30 +65,30 @@ class ScriptedEngine:
     def __init__(self, *sequences: ScriptedSequence) -> None:
         self._sequences = list(sequences)
 
-    def submit(self, request: Generate) -> ScriptedSequence:
+    def submit(self, request: SequenceRequest) -> ScriptedSequence:
         return self._sequences.pop(0)
 
     async def score(self, items: Any) -> list[LabelScores]:
         return [LabelScores([], 0, 3, 0, "the sky fell") for _ in items]
 
-    def load(self) -> Load:
-        return Load(0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0.0, {})
+    def load(self) -> EngineLoadReport:
+        return EngineLoadReport(0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0.0, {})
 
 
 @pytest.fixture(scope="module")
-def vocabulary(smollm2_path: Path) -> Iterator[Model]:
-    model = Model.load(smollm2_path, threads=1, context_tokens=512, sequences=1)
+def vocabulary(smollm2_path: Path) -> Iterator[LlamaModel]:
+    model = LlamaModel.load(smollm2_path, threads=1, context_tokens=512, sequences=1)
     yield model
     model.close()
 
 
 @asynccontextmanager
 async def scripted(
-    model: Model, folder: Path, *sequences: ScriptedSequence
-) -> AsyncIterator[tuple[httpx.AsyncClient, Desk]]:
-    grammars = Grammars(model.vocab_pointer, model.end_tokens, vocabulary_size=model.vocabulary_size)
-    desk = Desk()
-    desk.open(Serving("smol", model, ScriptedEngine(*sequences), Prompts(model), grammars))
+    model: LlamaModel, folder: Path, *sequences: ScriptedSequence
+) -> AsyncIterator[tuple[httpx.AsyncClient, EngineGate]]:
+    grammars = GrammarCompiler(model.vocab_pointer, model.end_tokens, vocabulary_size=model.vocabulary_size)
+    desk = EngineGate()
+    desk.open(ServerContext("smol", model, ScriptedEngine(*sequences), PromptBuilder(model), grammars))
     uds = folder / "scripted.sock"
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(uds))
@@ -95,7 +102,7 @@ async def scripted(
         await task
 
 
-def said(model: Model, text: str) -> list[TokenEvent]:
+def said(model: LlamaModel, text: str) -> list[TokenEvent]:
     return [TokenEvent(token) for token in model.tokenize(text)]
 
 
@@ -104,7 +111,7 @@ def data(text: str) -> list[Mapping[str, Any]]:
 
 
 async def test_a_stream_that_fails_midway_ends_with_an_error_and_never_with_done(
-    vocabulary: Model, tmp_path: Path
+    vocabulary: LlamaModel, tmp_path: Path
 ) -> None:
     broken = ScriptedSequence([said(vocabulary, "Once upon")], "error", "the sky fell")
     async with scripted(vocabulary, tmp_path, broken) as (http, _):
@@ -117,7 +124,9 @@ async def test_a_stream_that_fails_midway_ends_with_an_error_and_never_with_done
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_failure_before_the_first_byte_is_a_status(vocabulary: Model, tmp_path: Path, stream: bool) -> None:
+async def test_a_failure_before_the_first_byte_is_a_status(
+    vocabulary: LlamaModel, tmp_path: Path, stream: bool
+) -> None:
     broken = ScriptedSequence([], "error", "the sky fell")
     async with scripted(vocabulary, tmp_path, broken) as (http, _):
         reply = await http.post("/v1/chat/completions", json={"messages": HI, "stream": stream})
@@ -125,7 +134,7 @@ async def test_a_failure_before_the_first_byte_is_a_status(vocabulary: Model, tm
     assert "the sky fell" in reply.json()["error"]["message"]
 
 
-async def test_one_broken_choice_ends_the_others_too(vocabulary: Model, tmp_path: Path) -> None:
+async def test_one_broken_choice_ends_the_others_too(vocabulary: LlamaModel, tmp_path: Path) -> None:
     broken = ScriptedSequence([said(vocabulary, "Once")], "error", "the sky fell")
     endless = ScriptedSequence([None], "stop", None)
     async with scripted(vocabulary, tmp_path, endless, broken) as (http, _):
@@ -134,7 +143,7 @@ async def test_one_broken_choice_ends_the_others_too(vocabulary: Model, tmp_path
     assert endless.cancelled.is_set()
 
 
-async def test_what_one_step_brought_leaves_as_one_event(vocabulary: Model, tmp_path: Path) -> None:
+async def test_what_one_step_brought_leaves_as_one_event(vocabulary: LlamaModel, tmp_path: Path) -> None:
     steps: list[list[TokenEvent] | None] = [said(vocabulary, "Once upon a time"), said(vocabulary, " there was")]
     async with scripted(vocabulary, tmp_path, ScriptedSequence(steps, "stop", None)) as (http, _):
         reply = await http.post("/v1/chat/completions", json={"messages": HI, "stream": True})
@@ -148,7 +157,9 @@ async def test_what_one_step_brought_leaves_as_one_event(vocabulary: Model, tmp_
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_leaving_before_the_first_token_cancels_at_once(vocabulary: Model, tmp_path: Path, stream: bool) -> None:
+async def test_leaving_before_the_first_token_cancels_at_once(
+    vocabulary: LlamaModel, tmp_path: Path, stream: bool
+) -> None:
     waiting = ScriptedSequence([None], "stop", None)
     async with scripted(vocabulary, tmp_path, waiting) as (http, desk):
         call = asyncio.create_task(http.post("/v1/chat/completions", json={"messages": HI, "stream": stream}))
@@ -164,7 +175,7 @@ async def test_leaving_before_the_first_token_cancels_at_once(vocabulary: Model,
             await desk.idle()
 
 
-async def test_an_item_the_engine_cannot_score_is_an_error_in_its_place(vocabulary: Model, tmp_path: Path) -> None:
+async def test_an_item_the_engine_cannot_score_is_an_error_in_its_place(vocabulary: LlamaModel, tmp_path: Path) -> None:
     async with scripted(vocabulary, tmp_path) as (http, _):
         ask = {"label_sets": {"t": ["a", "b"]}, "items": [{"content": "x", "labels": "t"}]}
         reply = await http.post("/v1/labels", json=ask)
@@ -173,7 +184,7 @@ async def test_an_item_the_engine_cannot_score_is_an_error_in_its_place(vocabula
 
 
 async def test_no_work_is_taken_before_the_model_is_there(tmp_path: Path) -> None:
-    transport = httpx.ASGITransport(make_app(Desk()))
+    transport = httpx.ASGITransport(make_app(EngineGate()))
     async with httpx.AsyncClient(transport=transport, base_url="http://engine") as http:
         waiting = await http.get("/health")
         refused = await http.post("/v1/completions", json={"prompt": "x"})

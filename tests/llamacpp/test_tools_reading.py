@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 
 from appliance.core import ToolFormat
 from appliance.llamacpp.tools.formats import SYNTAXES, reasoning_format_of, tool_format_of
-from appliance.llamacpp.tools.reading import CallBroken, ReadAs
+from appliance.llamacpp.tools.reading import ReplySyntaxes, ToolCallBroken
 from tests.llamacpp.written_calls import ARGUMENTS, SCHEMAS, TWO_CALLS, deepseek, read
 
 FORMATS = sorted(TWO_CALLS)
 BOTH = [["get_weather", ARGUMENTS], ["now", "{}"]]
 
 
-def as_format(format: ToolFormat, **more: Any) -> ReadAs:
-    return ReadAs(tools=format, schemas=SCHEMAS, **more)
+def as_format(format: ToolFormat, **more: Any) -> ReplySyntaxes:
+    return ReplySyntaxes(tools=format, schemas=SCHEMAS, **more)
 
 
 def every_cut(text: str) -> range:
@@ -98,8 +98,8 @@ def test_any_splitting_of_any_text_gives_the_same_message(data: st.DataObject) -
     cut = data.draw(st.booleans())
     try:
         whole = read(text, read_as, cut=cut)
-    except CallBroken:
-        with pytest.raises(CallBroken):
+    except ToolCallBroken:
+        with pytest.raises(ToolCallBroken):
             read(text, read_as, cuts, cut=cut)
         return
     assert read(text, read_as, cuts, cut=cut) == whole
@@ -161,27 +161,27 @@ def test_channels_are_reasoning_comment_call_and_answer() -> None:
         "<|end|><|start|>assistant to=functions.get_weather<|channel|>commentary json<|message|>"
         f"{ARGUMENTS}<|call|>"
     )
-    for read_as in (as_format("harmony"), ReadAs(reasoning="harmony")):
+    for read_as in (as_format("harmony"), ReplySyntaxes(reasoning="harmony")):
         message = read(text, read_as, every_cut(text))
         assert (message.reasoning, message.content) == ("Which city?", "I look.")
         assert message.calls == [["get_weather", ARGUMENTS]]
     final = "<|channel|>analysis<|message|>Easy.<|end|><|start|>assistant<|channel|>final<|message|>Four.<|return|>"
-    assert read(final, ReadAs(reasoning="harmony")).content == "Four."
+    assert read(final, ReplySyntaxes(reasoning="harmony")).content == "Four."
 
 
 def test_a_call_that_ends_before_its_arguments_do_is_an_error_and_no_call() -> None:
-    with pytest.raises(CallBroken, match="ends before"):
+    with pytest.raises(ToolCallBroken, match="ends before"):
         read('<tool_call>\n{"name": "get_weather", "arguments": {"city": "P', as_format("hermes"))
 
 
 def test_without_tools_markup_is_text_and_thoughts_are_still_told_apart() -> None:
     text = f"<think>hm</think>\n{TWO_CALLS['hermes']}"
-    message = read(text, ReadAs(reasoning="think"), every_cut(text))
+    message = read(text, ReplySyntaxes(reasoning="think"), every_cut(text))
     assert (message.reasoning, message.content, message.calls) == ("hm", TWO_CALLS["hermes"], [])
 
 
 def test_a_reply_may_end_inside_its_thoughts() -> None:
-    message = read("half a thou", ReadAs(reasoning="think", thinking_open=True), cut=True)
+    message = read("half a thou", ReplySyntaxes(reasoning="think", thinking_open=True), cut=True)
     assert (message.reasoning, message.content) == ("half a thou", "")
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from appliance.core import ToolFormat
-from appliance.llamacpp.tools.reading import ReadAs, Reading
-from appliance.llamacpp.tools.source import CallArguments, CallOpened, Content, Event, Reasoning
+from appliance.llamacpp.tools.reading import ReplySyntaxes, ToolReplyParser
+from appliance.llamacpp.tools.source import ContentDelta, Event, ReasoningDelta, ToolCallArgumentsDelta, ToolCallStart
 
 TOOLS: list[dict[str, Any]] = [
     {
@@ -86,21 +86,21 @@ class Message:
     def add(self, events: Sequence[Event]) -> None:
         for event in events:
             match event:
-                case Content():
+                case ContentDelta():
                     self.content += event.text
-                case Reasoning():
+                case ReasoningDelta():
                     self.reasoning += event.text
-                case CallOpened():
+                case ToolCallStart():
                     assert event.index == len(self.calls)
                     self.calls.append([event.name, ""])
-                case CallArguments():
+                case ToolCallArgumentsDelta():
                     assert event.index == len(self.calls) - 1
                     self.calls[-1][1] += event.text
 
 
-def read(text: str, read_as: ReadAs, cuts: Sequence[int] = (), *, cut: bool = False) -> Message:
+def read(text: str, read_as: ReplySyntaxes, cuts: Sequence[int] = (), *, cut: bool = False) -> Message:
     """The message that `text` is, arriving in pieces that end at `cuts`."""
-    reading, message = Reading(read_as), Message()
+    reading, message = ToolReplyParser(read_as), Message()
     edge = 0
     for stop in [*cuts, len(text)]:
         message.add(reading.push(text[edge:stop]))

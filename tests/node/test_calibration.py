@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from appliance.catalog import DevicePrior
-from appliance.config import Tolerance, Workload
+from appliance.config import ToleranceSettings, Workload
 from appliance.errors import BackendGarbage
 from appliance.node.calibrate import calibration_store
 from appliance.node.calibrate.calibration import (
     Calibration,
-    Figure,
-    Key,
+    CalibrationKey,
+    MeasuredRate,
     Measurement,
-    Quality,
     VariantFigures,
+    VariantQuality,
     choose,
     merged,
     stale_reason,
@@ -30,8 +30,10 @@ from appliance.node.calibrate.calibration_store import (
 )
 from appliance.node.plan.recommendation import corrected
 
-TOLERANCE = Tolerance()
-GOOD = Quality(questions=122, label_agreement=1.0, same_label=0.97, positions=600, median_kl=0.004, mean_kl=0.006)
+TOLERANCE = ToleranceSettings()
+GOOD = VariantQuality(
+    questions=122, label_agreement=1.0, same_label=0.97, positions=600, median_kl=0.004, mean_kl=0.006
+)
 BAD_LABELS = replace(GOOD, label_agreement=0.85)
 FAR = replace(GOOD, median_kl=0.3)
 
@@ -44,14 +46,14 @@ MEASURED: dict[str, tuple[int, dict[int, tuple[float, float, float, float]]]] = 
 """Variant -> size, and by threads: prefill, and decode at 1, 8 and 32 sequences. With two threads as measured for
 SmolLM2-135M on a 2-core machine; decoding with one is composed."""
 
-KEY = Key(hardware="aaaa", file="sha256:f00", llama_cpp="0.3.36+12345678")
+KEY = CalibrationKey(hardware="aaaa", file="sha256:f00", llama_cpp="0.3.36+12345678")
 
 
 def figure(
     kind: str, threads: int, sequences: int, rate: float, *, disturbed: bool = False, by_cpu: float | None = None
-) -> Figure:
+) -> MeasuredRate:
     assert kind in ("prefill", "decode")
-    return Figure(
+    return MeasuredRate(
         kind="prefill" if kind == "prefill" else "decode",
         threads=threads,
         sequences=sequences,
@@ -63,7 +65,7 @@ def figure(
     )
 
 
-def variant(name: str, quality: Quality | None, threads: tuple[int, ...] = (2, 1)) -> VariantFigures:
+def variant(name: str, quality: VariantQuality | None, threads: tuple[int, ...] = (2, 1)) -> VariantFigures:
     size, rates = MEASURED[name]
     figures = []
     for count in threads:
@@ -91,7 +93,7 @@ EVERYTHING = measurement(
 )
 
 
-def calibration(of: Measurement = EVERYTHING, key: Key = KEY) -> Calibration:
+def calibration(of: Measurement = EVERYTHING, key: CalibrationKey = KEY) -> Calibration:
     return Calibration(key, "short", "2026-11-20T06:00:00+00:00", of)
 
 
@@ -107,13 +109,17 @@ def test_the_quickest_variant_within_the_tolerance_is_chosen(workload: Workload)
 @pytest.mark.parametrize(
     ("tolerance", "chosen", "words"),
     [
-        (Tolerance(), "bf16", "q4_0 would be 1.4 times as quick, but it agreed with q4_1 on 85.0% of 122 labels"),
-        (Tolerance(label_agreement=0.8), "q4_0", "agrees with it on 85.0% of 122 labels"),
-        (Tolerance(median_kl=0.001), "q4_1", "its median KL from q4_1 is 0.0040 (at most 0.001)"),
-        (Tolerance(label_agreement=1.0), "bf16", "agrees with it on 100.0%"),
+        (
+            ToleranceSettings(),
+            "bf16",
+            "q4_0 would be 1.4 times as quick, but it agreed with q4_1 on 85.0% of 122 labels",
+        ),
+        (ToleranceSettings(label_agreement=0.8), "q4_0", "agrees with it on 85.0% of 122 labels"),
+        (ToleranceSettings(median_kl=0.001), "q4_1", "its median KL from q4_1 is 0.0040 (at most 0.001)"),
+        (ToleranceSettings(label_agreement=1.0), "bf16", "agrees with it on 100.0%"),
     ],
 )
-def test_the_tolerance_decides_what_may_be_served(tolerance: Tolerance, chosen: str, words: str) -> None:
+def test_the_tolerance_decides_what_may_be_served(tolerance: ToleranceSettings, chosen: str, words: str) -> None:
     choice = choose(EVERYTHING, "decode", tolerance)
     assert choice is not None
     assert choice.variant == chosen
@@ -136,7 +142,7 @@ def test_one_of_few_questions_may_differ_and_of_many_the_share_that_is_tolerated
 ) -> None:
     quality = replace(GOOD, questions=questions, label_agreement=round(1 - differing / questions, 4))
     found = measurement(variant("q4_1", None), variant("bf16", quality))
-    choice = choose(found, "balanced", Tolerance(label_agreement=tolerance))
+    choice = choose(found, "balanced", ToleranceSettings(label_agreement=tolerance))
     assert choice is not None
     assert choice.variant == served
 
@@ -237,7 +243,7 @@ def test_a_source_without_figures_leaves_nothing_to_choose() -> None:
         (replace(KEY, file="x", llama_cpp="y"), "with another model file and with llama.cpp 0.3.36+12345678"),
     ],
 )
-def test_what_changed_since_figures_were_taken_is_named(now: Key, words: str | None) -> None:
+def test_what_changed_since_figures_were_taken_is_named(now: CalibrationKey, words: str | None) -> None:
     reason = stale_reason(KEY, now)
     assert (reason is None) if words is None else (reason is not None and words in reason)
 

@@ -8,15 +8,22 @@ from pathlib import Path
 import pytest
 
 from appliance.catalog import load_catalog
-from appliance.config import Engine, Tolerance
+from appliance.config import EngineSettings, ToleranceSettings
 from appliance.errors import ApplianceError, EngineFailed, ModelFileError, UnknownModel
 from appliance.node.calibrate import calibrator as module
-from appliance.node.calibrate.calibration import Calibration, Key
+from appliance.node.calibrate.calibration import Calibration, CalibrationKey
 from appliance.node.calibrate.calibration_store import CalibrationStore
-from appliance.node.calibrate.calibrator import Effort, Order, Step, calibrate, key_of, order_of
+from appliance.node.calibrate.calibrator import (
+    CalibrationEffort,
+    CalibrationOrder,
+    CalibrationStep,
+    calibrate,
+    key_of,
+    order_of,
+)
 from appliance.node.hardware.probe import probe
 from appliance.node.models.model_store import ModelStore
-from appliance.node.plan.planner import Wanted, plan
+from appliance.node.plan.planner import ModelCandidate, plan
 from appliance.node.plan.variant_selection import measured, wanted
 from tests.node.gguf_bytes import gguf_bytes
 from tests.node.test_calibration import GOOD, KEY, calibration, measurement, variant
@@ -24,16 +31,16 @@ from tests.node.test_calibration import GOOD, KEY, calibration, measurement, var
 EMBEDDED = load_catalog().embedded
 
 
-def stored_source(home: Path, content: bytes = b"") -> tuple[ModelStore, Wanted]:
+def stored_source(home: Path, content: bytes = b"") -> tuple[ModelStore, ModelCandidate]:
     store = ModelStore(home)
     path = store.path_of(EMBEDDED.name, "q4_1")
     path.parent.mkdir(parents=True)
     path.write_bytes(content or gguf_bytes())
-    return store, Wanted(EMBEDDED, EMBEDDED.variants[0], path)
+    return store, ModelCandidate(EMBEDDED, EMBEDDED.variants[0], path)
 
 
-def order(source: Wanted, key: Key = KEY, variants: tuple[str, ...] = ("bf16",)) -> Order:
-    return Order(source, key, "short", variants, threads=(1,), tolerance=Tolerance(), keep_all=True)
+def order(source: ModelCandidate, key: CalibrationKey = KEY, variants: tuple[str, ...] = ("bf16",)) -> CalibrationOrder:
+    return CalibrationOrder(source, key, "short", variants, threads=(1,), tolerance=ToleranceSettings(), keep_all=True)
 
 
 def put_derived(store: ModelStore, name: str, derived_from: str = KEY.file) -> Path:
@@ -49,7 +56,7 @@ def put_derived(store: ModelStore, name: str, derived_from: str = KEY.file) -> P
 )
 def test_thread_counts_follow_from_the_cores(cores: int, extent: str, counts: tuple[int, ...], tmp_path: Path) -> None:
     _, source = stored_source(tmp_path)
-    made = order_of(source, KEY, "full" if extent == "full" else "short", cores=cores, tolerance=Tolerance())
+    made = order_of(source, KEY, "full" if extent == "full" else "short", cores=cores, tolerance=ToleranceSettings())
     assert made.threads == counts
 
 
@@ -57,9 +64,9 @@ def test_what_the_catalogue_publishes_is_pulled_and_never_derived(tmp_path: Path
     _, source = stored_source(tmp_path)
     published = replace(EMBEDDED, variants=(*EMBEDDED.variants, replace(EMBEDDED.variants[0], name="bf16")))
     other = replace(source, model=published)
-    assert order_of(other, KEY, "short", cores=2, tolerance=Tolerance()).variants == ("q8_0",)
+    assert order_of(other, KEY, "short", cores=2, tolerance=ToleranceSettings()).variants == ("q8_0",)
     with pytest.raises(UnknownModel, match="appliance models pull smollm2-135m-instruct --variant bf16"):
-        order_of(other, KEY, "full", cores=2, tolerance=Tolerance(), variants=["bf16"])
+        order_of(other, KEY, "full", cores=2, tolerance=ToleranceSettings(), variants=["bf16"])
 
 
 def test_a_source_that_cannot_be_loaded_fails_with_the_engines_words_and_leaves_no_draft(tmp_path: Path) -> None:
@@ -108,7 +115,7 @@ FOUND = calibration(measurement(variant("q4_1", None), variant("bf16", GOOD), va
 
 
 def served(
-    store: ModelStore, source: Wanted, engine: Engine, found: Calibration = FOUND
+    store: ModelStore, source: ModelCandidate, engine: EngineSettings, found: Calibration = FOUND
 ) -> list[tuple[str, int | None]]:
     return [(one.variant.name, one.threads) for one in measured(source, found, engine, store)]
 
@@ -116,11 +123,11 @@ def served(
 def test_the_measured_choice_comes_first_and_the_source_after_it(tmp_path: Path) -> None:
     store, source = stored_source(tmp_path)
     path = put_derived(store, "bf16")
-    best, fallback = measured(source, FOUND, Engine(), store)
+    best, fallback = measured(source, FOUND, EngineSettings(), store)
     assert (best.variant.name, best.path, best.threads) == ("bf16", path, 2)
     assert "3.7 times" not in best.reason and "1,995 prompt tokens/s" in best.reason
     assert (fallback.variant.name, fallback.threads) == ("q4_1", 2)
-    (placement,) = plan(probe(), [best, fallback], Engine(context_tokens=2048)).placements
+    (placement,) = plan(probe(), [best, fallback], EngineSettings(context_tokens=2048)).placements
     assert (placement.variant, placement.path, placement.shape.threads) == ("bf16", path, 2)
     assert any("measured to be quickest" in reason for reason in placement.reasons)
 
@@ -130,23 +137,23 @@ def test_a_derived_file_of_another_source_or_a_changed_one_is_not_served(tmp_pat
     put_derived(store, "bf16", derived_from="sha256:another")
     changed = put_derived(store, "q8_0")
     changed.write_bytes(changed.read_bytes() + b"x")
-    assert served(store, source, Engine()) == [("q4_1", 2)]
+    assert served(store, source, EngineSettings()) == [("q4_1", 2)]
 
 
 def test_what_the_operator_fixed_stays(tmp_path: Path) -> None:
     store, source = stored_source(tmp_path)
     put_derived(store, "bf16")
-    assert served(store, source, Engine(threads=7)) == [("bf16", 7), ("q4_1", 7)]
-    assert served(store, source, Engine(variant="q4_1")) == [("q4_1", 2)]
+    assert served(store, source, EngineSettings(threads=7)) == [("bf16", 7), ("q4_1", 7)]
+    assert served(store, source, EngineSettings(variant="q4_1")) == [("q4_1", 2)]
 
 
 def test_a_derived_variant_can_be_named_like_any_other(tmp_path: Path) -> None:
     store, _ = stored_source(tmp_path)
     path = put_derived(store, "bf16")
-    found = wanted(Engine(variant="bf16"), load_catalog(), store)
+    found = wanted(EngineSettings(variant="bf16"), load_catalog(), store)
     assert (found.variant.name, found.path, found.variant.size_bytes) == ("bf16", path, path.stat().st_size)
     with pytest.raises(UnknownModel, match="appliance calibrate smollm2-135m-instruct --variants q8_0"):
-        wanted(Engine(variant="q8_0"), load_catalog(), store)
+        wanted(EngineSettings(variant="q8_0"), load_catalog(), store)
 
 
 # ---- the real program ----
@@ -156,15 +163,15 @@ def test_a_derived_variant_can_be_named_like_any_other(tmp_path: Path) -> None:
 def test_the_real_model_is_measured_its_variant_kept_and_the_figures_remembered(
     tmp_path: Path, smollm2_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny = Effort(variants=("bf16",), sequences=(2,), figure_seconds=0.02, texts=8, seconds=90.0)
+    tiny = CalibrationEffort(variants=("bf16",), sequences=(2,), figure_seconds=0.02, texts=8, seconds=90.0)
     monkeypatch.setattr(module, "SHORT", tiny)
     store = ModelStore(tmp_path)
     path = store.path_of(EMBEDDED.name, "q4_1")
     path.parent.mkdir(parents=True)
     shutil.copyfile(smollm2_path, path)
-    source = Wanted(EMBEDDED, EMBEDDED.variants[0], path)
+    source = ModelCandidate(EMBEDDED, EMBEDDED.variants[0], path)
     key, calibrations = key_of(source, probe(), store), CalibrationStore(tmp_path)
-    steps: list[Step] = []
+    steps: list[CalibrationStep] = []
     found = calibrate(order(source, key), store, calibrations, steps.append)
     assert calibrations.read(EMBEDDED.name, "q4_1", key) == (found, None)
     assert [one.name for one in found.measurement.variants] == ["q4_1", "bf16"]

@@ -10,11 +10,19 @@ from typing import Any
 import pynvml
 import pytest
 
-from appliance.config import Engine, Provider
+from appliance.config import EngineSettings, Provider
 from appliance.ledger.database import sqlite_url
 from appliance.ledger.store import Ledger
 from appliance.node.doctor import facts
-from appliance.node.doctor.checks import EngineBuild, Facts, LedgerFacts, ModelFacts, Place, Secret, examine
+from appliance.node.doctor.checks import (
+    DoctorFacts,
+    EngineBuild,
+    FolderFacts,
+    LedgerFacts,
+    ModelFacts,
+    SecretFacts,
+    examine,
+)
 from appliance.node.doctor.gpu_checks import GpuFacts, VllmFacts, gpu_findings
 from appliance.node.hardware.cgroup import MemoryLimit
 from appliance.node.hardware.cpu import Cpu, Ram
@@ -30,11 +38,11 @@ RAM = Ram(64 * GIB, 60 * GIB, None, 60 * GIB, "60 of 64 GB are available")
 NO_GPU = Gpus((), "none, because the driver's library (libnvidia-ml) is not installed", state="absent")
 BARE = GpuFacts(NO_GPU, 0, 0, False, None)
 BUILD = EngineBuild(frozenset({"AVX2", "AVX512"}))
-WELL = Facts(
+WELL = DoctorFacts(
     cpu=CPU,
     ram=RAM,
     gpus=BARE,
-    place=Place("/data", True, True, True, 0o700, 500 * GIB, None),
+    place=FolderFacts("/data", True, True, True, 0o700, 500 * GIB, None),
     ledger=LedgerFacts("/data/ledger.sqlite", last_at=NOW_AT - 10),
     build=BUILD,
     address="127.0.0.1:8080",
@@ -52,7 +60,7 @@ WELL = Facts(
 )
 
 
-def place(**changes: Any) -> Place:
+def place(**changes: Any) -> FolderFacts:
     return replace(WELL.place, **changes)
 
 
@@ -83,9 +91,15 @@ def test_a_machine_that_is_well_has_nothing_but_ok() -> None:
         ({"address_held": "taken"}, "address", "error", "another program", "ss -ltnp"),
         ({"address_held": "unusable"}, "address", "error", "cannot be listened on", "server.host"),
         ({"is_loopback": False}, "API keys", "error", "no API keys", "appliance keys create"),
-        ({"secrets": (Secret("p", "the environment variable K", "K is empty"),)}, "key of p", "error", "K is", "put"),
-        ({"secrets": (Secret("p", "/k", mode=0o644),)}, "key of p", "warning", "mode 644", "chmod 600 /k"),
-        ({"secrets": (Secret("p", "/k", mode=0o600),)}, "key of p", "ok", "from /k", ""),
+        (
+            {"secrets": (SecretFacts("p", "the environment variable K", "K is empty"),)},
+            "key of p",
+            "error",
+            "K is",
+            "put",
+        ),
+        ({"secrets": (SecretFacts("p", "/k", mode=0o644),)}, "key of p", "warning", "mode 644", "chmod 600 /k"),
+        ({"secrets": (SecretFacts("p", "/k", mode=0o600),)}, "key of p", "ok", "from /k", ""),
         ({"quota_cores": 0.5}, "processor", "warning", "0.5 of a core", "CPUQuota"),
         ({"cpu": replace(CPU, flags=frozenset())}, "processor", "warning", "neither AVX2", "speed"),
         ({"ram": replace(RAM, usable_bytes=10**8)}, "memory", "error", "0.1 GB", "end other programs"),
@@ -321,7 +335,7 @@ def test_gpus_that_the_kernel_sees_and_the_cuda_of_an_environment_are_counted(tm
             "env/lib/python3.12/site-packages/nvidia_cuda_runtime-13.0.96.dist-info/METADATA": "",
         },
     )
-    found = facts.gpu_facts(NO_GPU, Engine(), tmp_path, tmp_path)
+    found = facts.gpu_facts(NO_GPU, EngineSettings(), tmp_path, tmp_path)
     assert (found.pci_devices, found.device_files, found.in_container) == (1, 1, True)
     assert facts.cuda_major(tmp_path / "env") == 13
     assert facts.cuda_major(tmp_path) is None

@@ -10,11 +10,11 @@ import pynvml
 import pytest
 
 from appliance.core import EngineLoad
-from appliance.node.energy.account import EnergyAccount, Work, joules_between
-from appliance.node.energy.meters import CPU_METER, NvmlMeters, RaplMeters, Reading, find_rapl
-from appliance.node.energy.sampler import EnergySampler, Meters
-from appliance.node.supervise.engine_supervisor import Keeper
-from appliance.node.supervise.status import Signals
+from appliance.node.energy.account import EnergyAccount, EngineWork, joules_between
+from appliance.node.energy.meters import CPU_METER, MeterReading, NvmlMeters, RaplMeters, find_rapl
+from appliance.node.energy.sampler import EnergyMeters, EnergySampler
+from appliance.node.supervise.engine_supervisor import EngineSupervisor
+from appliance.node.supervise.status import StatusPublisher
 from appliance.state import State
 from tests.node.machines import H200, Fails, FakeNvml, write_tree
 
@@ -22,12 +22,12 @@ STEP = 2.0
 GPU0, GPU1 = frozenset({"GPU-0", "0"}), frozenset({"GPU-1", "1"})
 
 
-def gpu(joules: float | None, watts: float | None = None, covers: frozenset[str] = GPU0) -> Reading:
-    return Reading(f"gpu {min(covers - {'0', '1'})}", joules, watts, covers=covers, limit_watts=700.0)
+def gpu(joules: float | None, watts: float | None = None, covers: frozenset[str] = GPU0) -> MeterReading:
+    return MeterReading(f"gpu {min(covers - {'0', '1'})}", joules, watts, covers=covers, limit_watts=700.0)
 
 
-def work(target: str = "onsite/a", busy: float = 0.0, cpu: float = 0.0, **changes: Any) -> Work:
-    given = Work(target, frozenset({"GPU-0"}), busy > 0, busy, cpu)
+def work(target: str = "onsite/a", busy: float = 0.0, cpu: float = 0.0, **changes: Any) -> EngineWork:
+    given = EngineWork(target, frozenset({"GPU-0"}), busy > 0, busy, cpu)
     return replace(given, **changes)
 
 
@@ -40,7 +40,7 @@ class Bench:
     def step(
         self,
         watts: float,
-        *works: Work,
+        *works: EngineWork,
         second: float | None = None,
         cpu: float | None = None,
         machine: float = 0.0,
@@ -54,7 +54,7 @@ class Bench:
             readings.append(gpu(self.joules["GPU-1"], covers=GPU1))
         if cpu is not None:
             self.joules["cpu"] += cpu * seconds
-            readings.append(Reading(CPU_METER, self.joules["cpu"]))
+            readings.append(MeterReading(CPU_METER, self.joules["cpu"]))
         return dict(self.account.take(self.at, readings, works, machine))
 
     def idle(self, watts: float = 80.0, times: int = 6, **more: Any) -> None:
@@ -69,7 +69,12 @@ class Bench:
         (gpu(None, 100.0), gpu(None, 300.0), 2.0, 400.0),
         (gpu(None, 100.0), gpu(None, 300.0), 60.0, None),
         (gpu(500.0, 50.0), gpu(10.0, 50.0), 2.0, None),
-        (Reading("cpu", 260_000.0, wraps_joules=262_143.0), Reading("cpu", 57.0, wraps_joules=262_143.0), 20.0, 2200.0),
+        (
+            MeterReading("cpu", 260_000.0, wraps_joules=262_143.0),
+            MeterReading("cpu", 57.0, wraps_joules=262_143.0),
+            20.0,
+            2200.0,
+        ),
         (gpu(0.0), gpu(1e9), 2.0, None),
         (gpu(None), gpu(None), 2.0, None),
         (gpu(100.0), gpu(300.0), 0.0, None),
@@ -77,7 +82,7 @@ class Bench:
     ids=["counter", "power", "power too far apart", "loaded anew", "wraps", "absurd", "tells nothing", "no time"],
 )
 def test_what_a_meter_counted_between_two_readings(
-    before: Reading, now: Reading, seconds: float, joules: float | None
+    before: MeterReading, now: MeterReading, seconds: float, joules: float | None
 ) -> None:
     assert joules_between(before, now, seconds) == (None if joules is None else pytest.approx(joules))
 
@@ -280,18 +285,18 @@ class Scene:
     def __init__(self) -> None:
         self.now, self.millijoules = 0.0, 0
         self.state = State(lambda: self.now)
-        self.signals = Signals(self.state, lambda: self.now)
+        self.signals = StatusPublisher(self.state, lambda: self.now)
         self.device = dict(H200) | {"nvmlDeviceGetUUID": "GPU-0", "nvmlDeviceGetTotalEnergyConsumption": 0}
         placement = SimpleNamespace(gpu=SimpleNamespace(devices=("GPU-0",)))
         self.keeper = SimpleNamespace(
             target=SimpleNamespace(name="onsite/a"), load=LOAD, pid=None, is_busy=False, placement=placement
         )
-        meters = Meters(NvmlMeters(FakeNvml(self.device)), RaplMeters(find_rapl(Path("/nowhere"))))
+        meters = EnergyMeters(NvmlMeters(FakeNvml(self.device)), RaplMeters(find_rapl(Path("/nowhere"))))
         self.sampler = EnergySampler(self.keepers, self.signals, meters, lambda: self.now)
         self.shown: dict[str, Any] = {}
 
-    def keepers(self) -> Sequence[Keeper]:
-        return (cast(Keeper, self.keeper),)
+    def keepers(self) -> Sequence[EngineSupervisor]:
+        return (cast(EngineSupervisor, self.keeper),)
 
     async def step(self, watts: float, written: int = 0) -> tuple[float, str]:
         self.now += STEP

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from appliance.catalog import DevicePrior, ModelSpec, load_catalog
-from appliance.config import Engine, EngineModel
+from appliance.config import EngineModel, EngineSettings
 from appliance.engines.base import Placement
-from appliance.engines.vllm_memory import Overheads, device_memory, splits
+from appliance.engines.vllm_memory import VllmOverheads, device_memory, splits
 from appliance.node.hardware.probe import Hardware, probe
 from appliance.node.plan.hypothetical_hardware import machine_of
-from appliance.node.plan.planner import Plan, Wanted, plan, steadied
+from appliance.node.plan.planner import ModelCandidate, Plan, plan, steadied
 from tests.node.machines import GIB, meminfo, recorded_nvml, topology, write_tree
 
 CATALOG = load_catalog()
@@ -30,15 +30,15 @@ def recorded(tmp_path: Path, name: str, ram: int = 256 * GIB) -> Hardware:
     return probe(write_tree(tmp_path, topology(32) | meminfo(ram, ram - 8 * GIB)), recorded_nvml(name))
 
 
-def wanted(name: str, demand: float = 1.0, variant: str | None = None, **wish: Any) -> list[Wanted]:
+def wanted(name: str, demand: float = 1.0, variant: str | None = None, **wish: Any) -> list[ModelCandidate]:
     model = CATALOG.model(name)
     variants = model.variants if variant is None else (model.variant(variant),)
     own = EngineModel.model_validate({"name": name, **wish})
-    return [Wanted(model, one, Path("/models") / name / one.name, wish=own, demand=demand) for one in variants]
+    return [ModelCandidate(model, one, Path("/models") / name / one.name, wish=own, demand=demand) for one in variants]
 
 
-def placed(hardware: Hardware, *items: Sequence[Wanted], config: Engine | None = None) -> Plan:
-    return plan(hardware, [one for group in items for one in group], config or Engine())
+def placed(hardware: Hardware, *items: Sequence[ModelCandidate], config: EngineSettings | None = None) -> Plan:
+    return plan(hardware, [one for group in items for one in group], config or EngineSettings())
 
 
 def only(outcome: Plan) -> Placement:
@@ -191,7 +191,7 @@ def test_what_the_operator_wishes_is_kept() -> None:
     assert (placement.gpu.tensor_parallel, placement.gpu.data_parallel) == (2, 1)
     assert (placement.shape.sequence_context_tokens, placement.shape.sequences) == (8192, 48)
     assert placement.gpu.memory_utilization == pytest.approx(0.5, abs=0.001)
-    copies = only(placed(machine("h100-sxm", 4), wanted("qwen3-8b"), config=Engine())).gpu
+    copies = only(placed(machine("h100-sxm", 4), wanted("qwen3-8b"), config=EngineSettings())).gpu
     assert copies and copies.data_parallel == 4
     asked = only(placed(machine("h100-sxm", 4), wanted("qwen3-8b", data_parallel=2))).gpu
     assert asked and (asked.data_parallel, len(asked.devices)) == (2, 2)
@@ -261,10 +261,10 @@ def test_what_was_measured_takes_the_place_of_what_is_assumed() -> None:
     hardware = machine("h200")
     items = wanted("qwen3-8b", variant="bf16")
     name = hardware.gpus.devices[0].name
-    records = {("qwen3-8b", "bf16", name, 1): Overheads(weights_bytes=16_400_000_000, other_bytes=2_000_000_000)}
-    placement = only(plan(hardware, items, Engine(), records))
+    records = {("qwen3-8b", "bf16", name, 1): VllmOverheads(weights_bytes=16_400_000_000, other_bytes=2_000_000_000)}
+    placement = only(plan(hardware, items, EngineSettings(), records))
     assert (placement.memory.weights_bytes, placement.memory.buffers_bytes) == (16_400_000_000, 2_000_000_000)
-    assert placement.memory.kv_bytes > only(plan(hardware, items, Engine())).memory.kv_bytes
+    assert placement.memory.kv_bytes > only(plan(hardware, items, EngineSettings())).memory.kv_bytes
 
 
 def test_the_same_number_of_sequences_is_planned_while_free_memory_wavers() -> None:
@@ -279,7 +279,7 @@ def test_the_same_number_of_sequences_is_planned_while_free_memory_wavers() -> N
 
 
 def test_options_of_family_catalogue_and_operator_reach_the_engine() -> None:
-    config = Engine(vllm_options=("--enforce-eager",))
+    config = EngineSettings(vllm_options=("--enforce-eager",))
     placement = only(placed(machine("h200"), wanted("qwen3-8b", options=("--seed", "7")), config=config))
     settings = dict(placement.settings)
     assert settings["--reasoning-parser"] == "qwen3" and settings["--tool-call-parser"] == "hermes"
@@ -292,8 +292,8 @@ def test_options_of_family_catalogue_and_operator_reach_the_engine() -> None:
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_every_model_on_every_device_fits_or_is_refused_in_bytes(device: DevicePrior, model: ModelSpec) -> None:
     hardware = machine_of(device)
-    items = [Wanted(model, one, Path(one.name)) for one in model.for_engine("vllm")]
-    outcome = plan(hardware, items, Engine())
+    items = [ModelCandidate(model, one, Path(one.name)) for one in model.for_engine("vllm")]
+    outcome = plan(hardware, items, EngineSettings())
     total, capability = device.memory_bytes or 0, float(device.compute_capability or 0)
     for placement in outcome.placements:
         gpu, shape, variant = placement.gpu, placement.shape, model.variant(placement.variant)

@@ -4,13 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from appliance.catalog import load_catalog
-from appliance.config import Engine
+from appliance.config import EngineSettings
 from appliance.engines.base import Placement
 from appliance.node.calibrate.gpu_memory_records import measured, read_records, remember
 from appliance.node.hardware.nvidia import Gpus
 from appliance.node.hardware.probe import Hardware
 from appliance.node.plan.hypothetical_hardware import machine_of
-from appliance.node.plan.planner import Wanted, plan
+from appliance.node.plan.planner import ModelCandidate, plan
 
 CATALOG = load_catalog()
 WEIGHTS = 16_300_000_000
@@ -19,7 +19,7 @@ WEIGHTS = 16_300_000_000
 def placed(hardware: Hardware, home: Path) -> Placement:
     model = CATALOG.model("qwen3-8b")
     (placement,) = plan(
-        hardware, [Wanted(model, model.variant("bf16"), Path())], Engine(), read_records(home)
+        hardware, [ModelCandidate(model, model.variant("bf16"), Path())], EngineSettings(), read_records(home)
     ).placements
     return placement
 

@@ -8,7 +8,7 @@ import pytest
 
 from appliance.node.hardware.gpu_watch import troubles, watch_gpus
 from appliance.node.hardware.nvidia import read_gpus
-from appliance.node.supervise.status import Signals
+from appliance.node.supervise.status import StatusPublisher
 from appliance.state import State
 from tests.node.machines import recorded_nvml
 
@@ -47,7 +47,7 @@ async def test_a_warning_comes_with_the_trouble_and_goes_with_it() -> None:
     said: list[tuple[str, str]] = []
     changed = asyncio.Event()
 
-    class Told(Signals):
+    class Told(StatusPublisher):
         def warn(self, code: str, text: str, about: str = "") -> None:
             said.append(("warn", about))
             changed.set()

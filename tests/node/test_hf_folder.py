@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from appliance.catalog import load_catalog
-from appliance.config import Engine
+from appliance.config import EngineSettings
 from appliance.engines.vllm_memory import refusal
 from appliance.errors import ModelFileError
 from appliance.node.models.hf_folder import spec_of_folder
@@ -65,7 +65,7 @@ def test_a_folder_tells_its_dimensions_weights_and_size(tmp_path: Path) -> None:
 
 def test_a_folder_can_be_planned_for(tmp_path: Path) -> None:
     wanted = wanted_folder(folder(tmp_path, PLAIN))
-    (placement,) = plan(machine_of(load_catalog().device("l4")), [wanted], Engine()).placements
+    (placement,) = plan(machine_of(load_catalog().device("l4")), [wanted], EngineSettings()).placements
     assert (placement.model, placement.path) == ("my-model", (tmp_path / "My-Model").resolve())
 
 

@@ -3,13 +3,13 @@
 import pytest
 
 from appliance.node.supervise.lifecycle import (
-    Beat,
+    EngineLifecycle,
     Event,
     Exited,
     Healthy,
-    Life,
-    Limits,
+    LifecycleLimits,
     Phase,
+    ProgressReport,
     Start,
     Stop,
     Tick,
@@ -18,14 +18,14 @@ from appliance.node.supervise.lifecycle import (
     describe_exit,
 )
 
-LIMITS = Limits(start_seconds=100, stall_seconds=60, unhealthy_seconds=20, drain_seconds=30)
+LIMITS = LifecycleLimits(start_seconds=100, stall_seconds=60, unhealthy_seconds=20, drain_seconds=30)
 
 
 class Story:
     """A life under test: feeds events at given times and collects the actions."""
 
     def __init__(self) -> None:
-        self.life = Life()
+        self.life = EngineLifecycle()
         self.actions: list[str] = []
 
     def at(self, now: float, *events: Event) -> "Story":
@@ -111,11 +111,11 @@ def test_a_start_that_takes_too_long_is_killed_and_tried_again() -> None:
 
 
 def test_work_without_steps_is_a_hung_engine() -> None:
-    story = ready().at(6, Beat(10, has_work=True))
+    story = ready().at(6, ProgressReport(10, has_work=True))
     for now in range(7, 66):
-        story.at(now, Beat(10, has_work=True))
+        story.at(now, ProgressReport(10, has_work=True))
     assert story.phase == "ready"
-    story.at(66, Beat(10, has_work=True))
+    story.at(66, ProgressReport(10, has_work=True))
     assert (story.phase, story.actions) == ("killing", ["spawn", "kill"])
     assert story.life.reason == "hung: work waited and no step was done for 60 s"
 
@@ -123,15 +123,15 @@ def test_work_without_steps_is_a_hung_engine() -> None:
 def test_steps_and_idleness_both_clear_the_suspicion() -> None:
     story = ready()
     for now in range(6, 600):
-        story.at(now, Beat(now // 50, has_work=True))
+        story.at(now, ProgressReport(now // 50, has_work=True))
     for now in range(600, 900):
-        story.at(now, Beat(99, has_work=False))
+        story.at(now, ProgressReport(99, has_work=False))
     assert story.phase == "ready"
     assert story.life.stalled_seconds == 0
 
 
 def test_a_machine_that_slept_does_not_make_an_engine_look_hung() -> None:
-    story = ready().at(6, Beat(10, has_work=True)).at(3606, Beat(10, has_work=True))
+    story = ready().at(6, ProgressReport(10, has_work=True)).at(3606, ProgressReport(10, has_work=True))
     assert story.phase == "ready"
     assert ready().at(3606, Unhealthy("timed out")).phase == "ready"
 
@@ -140,7 +140,7 @@ def test_an_engine_that_answers_nothing_is_killed_and_one_that_hiccups_is_not() 
     story = ready()
     for now in (9, 13, 17, 21):
         story.at(now, Unhealthy("ReadTimeout"))
-    story.at(22, Beat(1, has_work=False))
+    story.at(22, ProgressReport(1, has_work=False))
     for now in (26, 30, 34, 38):
         story.at(now, Unhealthy("ReadTimeout"))
     assert story.phase == "ready"
@@ -181,7 +181,7 @@ def test_a_stopped_engine_can_be_started_again() -> None:
 
 
 def test_answers_that_come_late_change_nothing() -> None:
-    for event in (Healthy(), Unhealthy("late"), Beat(1, has_work=True)):
+    for event in (Healthy(), Unhealthy("late"), ProgressReport(1, has_work=True)):
         assert ready().at(6, Exited(1)).at(6.1, event).phase == "waiting"
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from appliance.catalog import Catalog, DevicePrior, ModelSpec, UrlSource, Variant
-from appliance.config import Engine
+from appliance.config import EngineSettings
 from appliance.node.hardware.probe import Hardware, probe
-from appliance.node.plan.planner import Plan, Wanted, plan, usable_bytes
+from appliance.node.plan.planner import ModelCandidate, Plan, plan, usable_bytes
 from appliance.node.plan.recommendation import best_candidate
 from tests.node.machines import GIB, FakeNvml, meminfo, topology, write_tree
 
@@ -74,9 +74,9 @@ def _with_ram(hardware: Hardware, usable: int) -> Hardware:
     return replace(hardware, ram=replace(hardware.ram, usable_bytes=usable))
 
 
-def _plan(hardware: Hardware, *models: ModelSpec, config: Engine | None = None) -> Plan:
-    wanted = [Wanted(model, model.variants[0], Path(f"/models/{model.name}.gguf")) for model in models]
-    return plan(hardware, wanted, config or Engine())
+def _plan(hardware: Hardware, *models: ModelSpec, config: EngineSettings | None = None) -> Plan:
+    wanted = [ModelCandidate(model, model.variants[0], Path(f"/models/{model.name}.gguf")) for model in models]
+    return plan(hardware, wanted, config or EngineSettings())
 
 
 def test_a_model_that_fits_is_placed_with_reasons(machine: Hardware) -> None:
@@ -130,12 +130,12 @@ def test_a_long_context_is_not_given_unasked(machine: Hardware) -> None:
     hardware = _with_ram(machine, 400 * GIB)
     (placement,) = _plan(hardware, LARGE).placements
     assert placement.shape.context_tokens == 32_768 + 31 * 1024
-    (asked,) = _plan(hardware, LARGE, config=Engine(context_tokens=131_072)).placements
+    (asked,) = _plan(hardware, LARGE, config=EngineSettings(context_tokens=131_072)).placements
     assert asked.shape.sequence_context_tokens == 131_072
 
 
 def test_what_the_operator_sets_is_kept(machine: Hardware) -> None:
-    config = Engine(threads=1, context_tokens=4096, sequences=3, max_queued_requests=7)
+    config = EngineSettings(threads=1, context_tokens=4096, sequences=3, max_queued_requests=7)
     (placement,) = _plan(machine, SMALL, config=config).placements
     shape = placement.shape
     assert (shape.threads, shape.context_tokens, shape.sequences, shape.max_queued_requests) == (1, 4096, 3, 7)
@@ -144,12 +144,12 @@ def test_what_the_operator_sets_is_kept(machine: Hardware) -> None:
 
 def test_a_configured_context_that_does_not_fit_is_refused_with_the_largest_that_does(machine: Hardware) -> None:
     hardware = _with_ram(machine, 2_500_000_000)
-    (refusal,) = _plan(hardware, SMALL, config=Engine(context_tokens=1_000_000)).refusals
+    (refusal,) = _plan(hardware, SMALL, config=EngineSettings(context_tokens=1_000_000)).refusals
     found = re.search(r"set engine.context_tokens to ([\d,]+) or less", refusal.reason)
     assert found
     most = int(found[1].replace(",", ""))
-    assert _plan(hardware, SMALL, config=Engine(context_tokens=most)).placements
-    assert _plan(hardware, SMALL, config=Engine(context_tokens=most + 256)).refusals
+    assert _plan(hardware, SMALL, config=EngineSettings(context_tokens=most)).placements
+    assert _plan(hardware, SMALL, config=EngineSettings(context_tokens=most + 256)).refusals
 
 
 def test_models_share_the_memory_in_the_order_they_are_wanted(machine: Hardware) -> None:
@@ -164,7 +164,7 @@ def test_models_share_the_memory_in_the_order_they_are_wanted(machine: Hardware)
 def test_of_several_variants_the_first_that_fits_is_placed(machine: Hardware) -> None:
     big, little = variant("bf16", 90 * GIB), variant("q4_1")
     model = replace(SMALL, variants=(big, little, variant("q8_0")))
-    result = plan(machine, [Wanted(model, each, Path("x")) for each in model.variants], Engine())
+    result = plan(machine, [ModelCandidate(model, each, Path("x")) for each in model.variants], EngineSettings())
     assert [placement.variant for placement in result.placements] == ["q4_1"]
     assert [refusal.variant for refusal in result.refusals] == ["bf16", "q8_0"]
     assert result.refusals[1].reason == "small is already placed as q4_1"

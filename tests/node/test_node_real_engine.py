@@ -12,21 +12,21 @@ import psutil
 import pytest
 
 from appliance.catalog import load_catalog
-from appliance.config import Engine
-from appliance.core import EngineView
+from appliance.config import EngineSettings
+from appliance.core import EngineStatus
 from appliance.engines.base import Placement
 from appliance.errors import EngineFailed
 from appliance.node.hardware.probe import probe
-from appliance.node.plan.planner import Wanted, plan
+from appliance.node.plan.planner import ModelCandidate, plan
 from appliance.node.supervise.launcher import ChildLauncher
-from appliance.node.supervise.status import Signals
+from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor
 from appliance.state import State
 from tests.node.processes import eventually
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
-CONFIG = Engine(threads=1, context_tokens=4096, sequences=8)
+CONFIG = EngineSettings(threads=1, context_tokens=4096, sequences=8)
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Scene:
     home: Path
 
     @property
-    def view(self) -> EngineView:
+    def view(self) -> EngineStatus:
         return self.state.snapshot.engines[self.placement.target]
 
     def engine(self) -> psutil.Process:
@@ -60,12 +60,12 @@ class Scene:
 
 def _scene(home: Path, model: Path) -> Scene:
     embedded = load_catalog().embedded
-    (placement,) = plan(probe(), [Wanted(embedded, embedded.variants[0], model)], CONFIG).placements
+    (placement,) = plan(probe(), [ModelCandidate(embedded, embedded.variants[0], model)], CONFIG).placements
     state = State(time.monotonic)
     supervisor = Supervisor(
         [placement],
         launcher=ChildLauncher(home / "logs"),
-        signals=Signals(state, time.monotonic),
+        signals=StatusPublisher(state, time.monotonic),
         config=CONFIG,
         drain_seconds=5,
         runtime_folder=home / "run",

@@ -13,13 +13,13 @@ import httpx
 import pytest
 
 from appliance.catalog import EngineKind, ModelSpec, Variant
-from appliance.config import Engine as EngineConfig
-from appliance.core import Ability, EngineState, EngineView, Target
-from appliance.engines.base import EngineDefaults, Memory, Placement, Shape
+from appliance.config import EngineSettings as EngineConfig
+from appliance.core import Ability, EngineState, EngineStatus, Target
+from appliance.engines.base import EngineDefaults, EngineMemory, EngineShape, Placement
 from appliance.errors import EngineFailed
 from appliance.node.supervise.launcher import Child, ChildLauncher
 from appliance.node.supervise.sockets import SocketFolder
-from appliance.node.supervise.status import Signals
+from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor
 from appliance.state import State
 from tests.node.processes import eventually, group_members, is_running
@@ -50,8 +50,8 @@ class FakeKind(EngineDefaults):
     ) -> list[str]:
         return [python, str(PROGRAM), "--uds", str(socket), "--leash-fd", str(leash_fd), *self._options]
 
-    def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> Memory:
-        return Memory(0, 0, 0, 0)
+    def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> EngineMemory:
+        return EngineMemory(0, 0, 0, 0)
 
     def abilities(self, model: ModelSpec) -> frozenset[Ability]:
         return frozenset({"chat"})
@@ -86,13 +86,13 @@ class Stage:
             variant="q4_1",
             engine="llamacpp",
             path=Path("fake.gguf"),
-            shape=Shape(2, 1024, 4, 1024, 8),
-            memory=Memory(0, 0, 0, 0),
+            shape=EngineShape(2, 1024, 4, 1024, 8),
+            memory=EngineMemory(0, 0, 0, 0),
             abilities=abilities,
             reasons=(),
         )
         self.state = State(time.monotonic)
-        self.signals = Signals(self.state, time.monotonic)
+        self.signals = StatusPublisher(self.state, time.monotonic)
         self.launcher = NotingLauncher(folder / "logs")
         self.seen: list[EngineState] = []
         self.supervisor = Supervisor(
@@ -107,7 +107,7 @@ class Stage:
         )
 
     @property
-    def view(self) -> EngineView:
+    def view(self) -> EngineStatus:
         return self.state.snapshot.engines[NAME]
 
     @property
@@ -335,13 +335,13 @@ def _target(name: str) -> Target:
     return Target(name, "hosted", "openai", "https://api.invalid/v1", "m", frozenset())
 
 
-def _view(state: EngineState) -> EngineView:
-    return EngineView(NAME, state, 0.0)
+def _view(state: EngineState) -> EngineStatus:
+    return EngineStatus(NAME, state, 0.0)
 
 
 async def test_every_change_is_published_at_once_as_a_whole() -> None:
     state = State(time.monotonic)
-    signals = Signals(state, time.monotonic, [_target("a/m")])
+    signals = StatusPublisher(state, time.monotonic, [_target("a/m")])
     signals.set_engines([_target(NAME)])
     signals.show(_view("starting"))
     before = state.snapshot
@@ -356,7 +356,7 @@ async def test_every_change_is_published_at_once_as_a_whole() -> None:
 
 async def test_an_unchanged_warning_wakes_nobody() -> None:
     state = State(time.monotonic)
-    signals = Signals(state, time.monotonic)
+    signals = StatusPublisher(state, time.monotonic)
     signals.warn("disk", "full")
     published = state.snapshot
     signals.warn("disk", "full")

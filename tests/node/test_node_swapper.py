@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 
 from appliance.api.endpoints.admin import targets_ready
-from appliance.config import Engine as EngineConfig
-from appliance.core import EngineView
-from appliance.engines.base import Memory, Placement, Shape
+from appliance.config import EngineSettings as EngineConfig
+from appliance.core import EngineStatus
+from appliance.engines.base import EngineMemory, EngineShape, Placement
 from appliance.engines.llamacpp import LlamaCpp
 from appliance.engines.vllm import Vllm
-from appliance.node.plan.swap import RAM, Rules, resting_at_first
+from appliance.node.plan.swap import RAM, SwapRules, resting_at_first
 from appliance.node.supervise.launcher import ChildLauncher
-from appliance.node.supervise.status import Signals
+from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor
 from appliance.node.supervise.swapper import Swapper
-from appliance.router.capacity.admission import Admission, Load
+from appliance.router.capacity.admission import Admission, RequestLoad
 from appliance.state import State
 from tests.node.processes import eventually
 from tests.node.vllm_stage import fake_installed, placement
@@ -29,13 +29,13 @@ pytestmark = pytest.mark.anyio
 
 
 class Scene:
-    def __init__(self, folder: Path, placements: list[Placement], room: int, rules: Rules) -> None:
+    def __init__(self, folder: Path, placements: list[Placement], room: int, rules: SwapRules) -> None:
         self.state = State(time.monotonic)
         self.admission = Admission(self.state, time.monotonic)
         self.supervisor = Supervisor(
             placements,
             launcher=ChildLauncher(folder / "logs"),
-            signals=Signals(self.state, time.monotonic),
+            signals=StatusPublisher(self.state, time.monotonic),
             config=EngineConfig(start_seconds=60.0),
             drain_seconds=7.0,
             runtime_folder=folder / "run",
@@ -45,7 +45,7 @@ class Scene:
         models = [placed.model for placed in placements]
         self.swapper = Swapper(self.supervisor, self.state, time.monotonic, {RAM: room}, rules, models)
 
-    def view(self, model: str) -> EngineView:
+    def view(self, model: str) -> EngineStatus:
         return self.state.snapshot.engines[f"onsite/{model}"]
 
     def is_ready(self, model: str) -> bool:
@@ -56,13 +56,13 @@ class Scene:
         target = self.state.snapshot.target(f"onsite/{model}")
         assert target is not None
         started = time.monotonic()
-        slot = await self.admission.enter(target, Load(10, 10), first=False, wait_seconds=seconds)
+        slot = await self.admission.enter(target, RequestLoad(10, 10), first=False, wait_seconds=seconds)
         slot.leave()
         return time.monotonic() - started
 
 
 @asynccontextmanager
-async def scene(folder: Path, placements: list[Placement], room: int, rules: Rules) -> AsyncIterator[Scene]:
+async def scene(folder: Path, placements: list[Placement], room: int, rules: SwapRules) -> AsyncIterator[Scene]:
     made = Scene(folder, placements, room, rules)
     await made.supervisor.start(made.resting)
     swapping = asyncio.create_task(made.swapper.run())
@@ -76,11 +76,11 @@ async def scene(folder: Path, placements: list[Placement], room: int, rules: Rul
 
 
 def _small(model: str) -> Placement:
-    return replace(placement(model=model), memory=Memory(60, 0, 0, 0))
+    return replace(placement(model=model), memory=EngineMemory(60, 0, 0, 0))
 
 
 async def test_demand_swaps_the_unused_model_out_and_the_request_is_let_in(tmp_path: Path) -> None:
-    rules = Rules(least_residence_seconds=0.5, cool_down_seconds=0.5)
+    rules = SwapRules(least_residence_seconds=0.5, cool_down_seconds=0.5)
     async with scene(tmp_path, [_small("m"), _small("n")], 100, rules) as stage:
         assert set(stage.resting) == {"n"}
         await eventually(lambda: stage.is_ready("m"), "the first model")
@@ -94,7 +94,7 @@ async def test_demand_swaps_the_unused_model_out_and_the_request_is_let_in(tmp_p
 
 
 async def test_an_idle_model_gives_its_memory_back_and_is_loaded_when_wanted(tmp_path: Path) -> None:
-    async with scene(tmp_path, [_small("m")], 100, Rules(idle_unload_seconds=0.5)) as stage:
+    async with scene(tmp_path, [_small("m")], 100, SwapRules(idle_unload_seconds=0.5)) as stage:
         await eventually(lambda: stage.view("m").state == "ready", "the model")
         await eventually(lambda: stage.view("m").state == "stopped", "its rest")
         assert stage.view("m").reason.startswith("unloaded: not used for")
@@ -104,7 +104,7 @@ async def test_an_idle_model_gives_its_memory_back_and_is_loaded_when_wanted(tmp
 
 
 async def test_a_resident_that_has_not_stayed_long_is_waited_for(tmp_path: Path) -> None:
-    async with scene(tmp_path, [_small("m"), _small("n")], 100, Rules(least_residence_seconds=3600)) as stage:
+    async with scene(tmp_path, [_small("m"), _small("n")], 100, SwapRules(least_residence_seconds=3600)) as stage:
         await eventually(lambda: stage.is_ready("m"), "the first model")
         with pytest.raises(Exception, match="stopped"):
             await stage.request("n", seconds=1.5)
@@ -114,11 +114,11 @@ async def test_a_resident_that_has_not_stayed_long_is_waited_for(tmp_path: Path)
 @pytest.mark.slow
 async def test_two_real_models_take_turns(tmp_path: Path, smollm2_path: Path) -> None:
     def real(model: str) -> Placement:
-        shape = Shape(1, 2048, 4, 2048, 8)
+        shape = EngineShape(1, 2048, 4, 2048, 8)
         abilities = frozenset({"chat", "completions", "labels"})
-        return Placement(model, "q4_1", "llamacpp", smollm2_path, shape, Memory(60, 0, 0, 0), abilities, ())  # type: ignore[arg-type]
+        return Placement(model, "q4_1", "llamacpp", smollm2_path, shape, EngineMemory(60, 0, 0, 0), abilities, ())  # type: ignore[arg-type]
 
-    rules = Rules(least_residence_seconds=1.0, cool_down_seconds=1.0)
+    rules = SwapRules(least_residence_seconds=1.0, cool_down_seconds=1.0)
     async with scene(tmp_path, [real("one"), real("two")], 100, rules) as stage:
         await eventually(lambda: stage.is_ready("one"), "the first model")
         taken = [await stage.request(model) for model in ("two", "one", "two")]

@@ -14,7 +14,7 @@ import pytest
 from appliance.engines.base import GpuShare
 from appliance.errors import EngineFailed
 from appliance.node.supervise import orphans
-from appliance.upstream.local import LocalDoor
+from appliance.upstream.local import LocalTransport
 from tests.node.processes import eventually, is_running
 from tests.node.vllm_stage import NAME, placement, stage
 
@@ -166,7 +166,7 @@ async def test_13_its_folder_is_private_and_its_key_in_no_command_line(tmp_path:
         assert (await scene.post("/v1/completions", "wrong")).status_code == 401
         target = scene.state.snapshot.target(NAME)
         assert target is not None
-        door = LocalDoor()
+        door = LocalTransport()
         response = await door.open(target, "/completions", b"{}", permit=None)
         assert response.status_code == 200
         await response.aread()

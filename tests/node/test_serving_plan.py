@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from appliance.catalog import Catalog, load_catalog
-from appliance.config import Engine, EngineModel
+from appliance.config import EngineModel, EngineSettings
 from appliance.errors import ModelFileError, UnknownModel
 from appliance.node.models.model_store import ModelStore
 from appliance.node.plan.hypothetical_hardware import machine_of
-from appliance.node.plan.serving_plan import LineUp, line_up
+from appliance.node.plan.serving_plan import ServingPlan, line_up
 from appliance.node.plan.variant_selection import candidates
 from tests.node.gguf_bytes import gguf_bytes
 from tests.node.test_hf_folder import PLAIN, folder
@@ -40,11 +40,11 @@ def put_folder(store: ModelStore, model: str, variant: str) -> None:
     (path / "config.json").write_text("{}")
 
 
-def lined(store: ModelStore, device: str, *wishes: EngineModel, engines: tuple[str, ...] = BOTH) -> LineUp:
+def lined(store: ModelStore, device: str, *wishes: EngineModel, engines: tuple[str, ...] = BOTH) -> ServingPlan:
     hardware = machine_of(CATALOG.device(device))
     has_gpus = device != "avx512-vnni"
     groups = [candidates(wish, CATALOG, store, has_gpus=has_gpus) for wish in wishes]
-    return line_up(hardware, groups, Engine(), engines)  # type: ignore[arg-type]
+    return line_up(hardware, groups, EngineSettings(), engines)  # type: ignore[arg-type]
 
 
 def test_with_gpus_their_variants_come_first_and_without_them_last(store: ModelStore) -> None:
@@ -147,13 +147,13 @@ def test_wishes_of_one_model_do_not_touch_another(store: ModelStore) -> None:
 
 def test_several_models_are_configured_and_the_embedded_one_is_not_among_them_unless_it_is_named() -> None:
     rows = ({"name": "a"}, {"name": "b", "variant": "fp8"})
-    several = Engine.model_validate({"models": rows})
+    several = EngineSettings.model_validate({"models": rows})
     assert [one.name for one in several.wanted_models] == ["a", "b"]
-    assert [one.name for one in Engine().wanted_models] == ["smollm2-135m-instruct"]
-    both = Engine.model_validate({"model": "c", "sequences": 3, "models": rows})
+    assert [one.name for one in EngineSettings().wanted_models] == ["smollm2-135m-instruct"]
+    both = EngineSettings.model_validate({"model": "c", "sequences": 3, "models": rows})
     assert [(one.name, one.sequences) for one in both.wanted_models] == [("c", 3), ("a", None), ("b", None)]
     with pytest.raises(ValueError, match="wanted twice"):
-        Engine.model_validate({"models": (*rows, {"name": "a"})})
+        EngineSettings.model_validate({"models": (*rows, {"name": "a"})})
 
 
 def test_a_plan_for_a_catalogue_of_ones_own_needs_no_other(store: ModelStore) -> None:

@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.engines.base import GpuShare, Memory, Placement, Shape
-from appliance.node.plan.swap import RAM, Move, Resident, Rules, decide, pools_of, resting_at_first
+from appliance.engines.base import EngineMemory, EngineShape, GpuShare, Placement
+from appliance.node.plan.swap import RAM, LoadedModel, SwapMove, SwapRules, decide, pools_of, resting_at_first
 
 POOLS = {RAM: 100}
-RULES = Rules(idle_unload_seconds=300, least_residence_seconds=60, cool_down_seconds=20)
-A = Resident("a", (RAM,), 70, "loaded", since=0, used_at=50)
-B = Resident("b", (RAM,), 70, "resting", since=0, used_at=0)
+RULES = SwapRules(idle_unload_seconds=300, least_residence_seconds=60, cool_down_seconds=20)
+A = LoadedModel("a", (RAM,), 70, "loaded", since=0, used_at=50)
+B = LoadedModel("b", (RAM,), 70, "resting", since=0, used_at=0)
 
 
-def _kinds(moves: tuple[Move, ...]) -> list[tuple[str, str]]:
+def _kinds(moves: tuple[SwapMove, ...]) -> list[tuple[str, str]]:
     return [(move.kind, move.model) for move in moves]
 
 
@@ -53,7 +53,7 @@ def _kinds(moves: tuple[Move, ...]) -> list[tuple[str, str]]:
         "busy is not idle",
     ],
 )
-def test_what_is_moved(now: float, residents: list[Resident], expected: list[tuple[str, str]]) -> None:
+def test_what_is_moved(now: float, residents: list[LoadedModel], expected: list[tuple[str, str]]) -> None:
     assert _kinds(decide(now, residents, POOLS, RULES)) == expected
 
 
@@ -86,7 +86,7 @@ def test_however_they_are_wanted_swaps_are_rare(wishes: list[str]) -> None:
         elif wish:
             wanted[wish] = float(now)
         rows = [
-            Resident(name, (RAM,), 70, state, since, used[name], wanted_at=wanted.get(name))  # type: ignore[arg-type]
+            LoadedModel(name, (RAM,), 70, state, since, used[name], wanted_at=wanted.get(name))  # type: ignore[arg-type]
             for name, (state, since) in residence.items()
         ]
         for move in decide(float(now), rows, POOLS, RULES):
@@ -97,8 +97,8 @@ def test_however_they_are_wanted_swaps_are_rare(wishes: list[str]) -> None:
 
 
 def _placement(model: str, size: int) -> Placement:
-    shape = Shape(1, 1024, 1, 1024, 8)
-    return Placement(model, "q", "llamacpp", Path(model), shape, Memory(size, 0, 0, 0), frozenset(), ())
+    shape = EngineShape(1, 1024, 1, 1024, 8)
+    return Placement(model, "q", "llamacpp", Path(model), shape, EngineMemory(size, 0, 0, 0), frozenset(), ())
 
 
 def test_at_first_those_are_loaded_that_fit_in_their_order() -> None:

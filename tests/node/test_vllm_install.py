@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from appliance.config import Engine
+from appliance.config import EngineSettings
 from appliance.errors import ConfigError, OperatorError, PullError
 from appliance.node.vllm import install as vllm_install
 from appliance.node.vllm.environments import chosen, engines_folder, found_in, installed
@@ -66,24 +66,24 @@ def test_pips_output_tells_how_far_it_is() -> None:
 def test_the_newest_is_used_unless_another_is_named(tmp_path: Path) -> None:
     environment = {"XDG_CACHE_HOME": str(tmp_path)}
     folder = engines_folder(environment)
-    assert chosen(Engine(), environment) is None
+    assert chosen(EngineSettings(), environment) is None
     old = _environment(folder / "vllm-0.32.0", "0.32.0")
     new = _environment(folder / "vllm-0.33.0", "0.33.0")
     half = _environment(folder / "vllm-0.34.0", "0.34.0")
     (half / ".unfinished").touch()
     assert [one.version for one in installed(folder)] == ["0.34.0", "0.33.0", "0.32.0"]
-    used = chosen(Engine(), environment)
+    used = chosen(EngineSettings(), environment)
     assert used is not None and used.folder == new
-    named = chosen(Engine(vllm=str(old)), environment)
+    named = chosen(EngineSettings(vllm=str(old)), environment)
     assert named is not None and named.version == "0.32.0"
     with pytest.raises(ConfigError, match="is no environment with vLLM"):
-        chosen(Engine(vllm=str(tmp_path)), environment)
+        chosen(EngineSettings(vllm=str(tmp_path)), environment)
 
 
 def test_one_on_the_path_is_found(tmp_path: Path) -> None:
     folder = _environment(tmp_path / "opt", "0.32.0+cpu", cpu=True)
     environment = {"XDG_CACHE_HOME": str(tmp_path / "none"), "PATH": str(folder / "bin")}
-    used = chosen(Engine(), environment)
+    used = chosen(EngineSettings(), environment)
     assert used is not None and (used.folder, used.is_cpu) == (folder, True)
 
 

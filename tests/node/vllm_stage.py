@@ -9,13 +9,13 @@ from pathlib import Path
 
 import httpx
 
-from appliance.config import Engine as EngineConfig
-from appliance.core import EngineState, EngineView
-from appliance.engines.base import Memory, Placement, Shape
-from appliance.engines.vllm import Installed, Vllm
+from appliance.config import EngineSettings as EngineConfig
+from appliance.core import EngineState, EngineStatus
+from appliance.engines.base import EngineMemory, EngineShape, Placement
+from appliance.engines.vllm import InstalledVllm, Vllm
 from appliance.node.supervise import orphans
 from appliance.node.supervise.launcher import Child, ChildLauncher
-from appliance.node.supervise.status import Signals
+from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor
 from appliance.state import State
 from tests.node.processes import eventually, group_members
@@ -24,12 +24,12 @@ NAME = "onsite/m"
 PROGRAM = Path(__file__).with_name("fake_vllm.py")
 
 
-def fake_installed(folder: Path) -> Installed:
+def fake_installed(folder: Path) -> InstalledVllm:
     """An environment whose `vllm` is the fake."""
     (folder / "bin").mkdir(parents=True)
     (folder / "bin" / "python").symlink_to(sys.executable)
     (folder / "bin" / "vllm").symlink_to(PROGRAM)
-    return Installed(folder, "0.32.0+cpu", is_cpu=True)
+    return InstalledVllm(folder, "0.32.0+cpu", is_cpu=True)
 
 
 def placement(manner: str = "well", *, model: str = "m", context_tokens: int = 4096) -> Placement:
@@ -38,8 +38,8 @@ def placement(manner: str = "well", *, model: str = "m", context_tokens: int = 4
         variant="bf16",
         engine="vllm",
         path=Path("/models/m"),
-        shape=Shape(2, context_tokens, 4, context_tokens, 8),
-        memory=Memory(0, 1 << 30, 0, 0),
+        shape=EngineShape(2, context_tokens, 4, context_tokens, 8),
+        memory=EngineMemory(0, 1 << 30, 0, 0),
         abilities=frozenset({"chat", "completions", "labels", "token_logprobs"}),
         reasons=(),
         settings=(("--fake", manner),),
@@ -61,7 +61,7 @@ class Stage:
     def __init__(self, folder: Path, placed: Placement, *, stall_seconds: float, drain_seconds: float) -> None:
         self.home = folder / "run"
         self.state = State(time.monotonic)
-        self.signals = Signals(self.state, time.monotonic)
+        self.signals = StatusPublisher(self.state, time.monotonic)
         self.launcher = NotingLauncher(folder / "logs")
         self.supervisor = Supervisor(
             [placed],
@@ -74,7 +74,7 @@ class Stage:
         )
 
     @property
-    def view(self) -> EngineView:
+    def view(self) -> EngineStatus:
         return self.state.snapshot.engines[NAME]
 
     @property

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import orjson
 
 from appliance.config import NodeConfig, provider_targets
-from appliance.core import EgressPermit, Outgoing, Reply, Target
+from appliance.core import EgressPermit, Target, UpstreamCall, UpstreamReply
 from appliance.upstream import client
-from appliance.upstream.egress import EgressDoor
+from appliance.upstream.egress import EgressTransport
 from appliance.upstream.permit_signature import seal
 from tests.providers.anthropic_api import AnthropicApi
 from tests.providers.collected import Collected, collected
@@ -55,20 +55,20 @@ def target_of(row: Mapping[str, Any]) -> Target:
 class Reached:
     api: Served
     target: Target
-    door: EgressDoor
+    door: EgressTransport
 
     @property
     def permit(self) -> EgressPermit:
         return EgressPermit("req-1", self.target.name, seal(KEY, "req-1", self.target))
 
-    async def send(self, body: Mapping[str, Any], path: str = "/chat/completions") -> Reply:
-        letter = client.write(self.target, Outgoing(path, body), stream=False, salt="s")
+    async def send(self, body: Mapping[str, Any], path: str = "/chat/completions") -> UpstreamReply:
+        letter = client.write(self.target, UpstreamCall(path, body), stream=False, salt="s")
         return await client.send(self.door, letter, permit=self.permit, seconds=10)
 
     async def stream(self, body: Mapping[str, Any]) -> tuple[Collected, client.ReplyStream]:
         """Everything that the stream had to say. Raises StreamBroken as it comes."""
         body = {**body, "stream": True, "stream_options": {"include_usage": True}}
-        letter = client.write(self.target, Outgoing("/chat/completions", body), stream=True, salt="s")
+        letter = client.write(self.target, UpstreamCall("/chat/completions", body), stream=True, salt="s")
         opened = await client.open_stream(self.door, letter, permit=self.permit, seconds=10)
         blocks = []
         try:
@@ -84,7 +84,7 @@ async def reached(spoken: Spoken, **fields: Any) -> AsyncIterator[Reached]:
     """A stand-in that is up, and everything that is needed to talk to it."""
     async with api_of(spoken) as api:
         target = target_of(row_of(spoken, api.address, **fields))
-        door = EgressDoor({"cloud": target.address}, {"cloud": "sk-secret"}, KEY)
+        door = EgressTransport({"cloud": target.address}, {"cloud": "sk-secret"}, KEY)
         try:
             yield Reached(api, target, door)
         finally:

@@ -8,10 +8,10 @@ import pytest
 
 from appliance.errors import ConfigError, RequestError
 from appliance.quality.evaluation.adapters import load_adapters
-from appliance.quality.evaluation.client import Asking, Reply
+from appliance.quality.evaluation.client import EvalReply, EvalRequestOptions
 from appliance.quality.evaluation.datasets import Dataset, examples, read_dataset, sample
-from appliance.quality.evaluation.record import Record, identity
-from appliance.quality.evaluation.scoring import Result, compared, score
+from appliance.quality.evaluation.record import AnswerRecord, identity
+from appliance.quality.evaluation.scoring import GradedRow, compared, score
 from appliance.tasks.decisions import openai_shape
 from appliance.tasks.extract import extraction
 from tests.evaldata import evaluation_data
@@ -56,7 +56,7 @@ def test_open_datasets_are_read_and_asked_about(part: str, adapter: str) -> None
     found = read_dataset(evaluation_data(part), load_adapters())
     assert found.adapter.name == adapter and len(found.rows) > 300
     shown = examples(found.rows, found.adapter, 2, seed=1)
-    asking = Asking(found.adapter, "auto", found.labels if adapter == "classification" else (), shown)
+    asking = EvalRequestOptions(found.adapter, "auto", found.labels if adapter == "classification" else (), shown)
     _, body = asking.body(asking.batches(found.rows)[0])
     # What is sent must be what the endpoints take, examples included.
     if adapter == "classification":
@@ -119,7 +119,7 @@ def test_an_adapter_of_ones_own_is_data(tmp_path: Path) -> None:
 def test_decisions_are_scored(tmp_path: Path) -> None:
     found = dataset(tmp_path, TOPICS)
     said = [{"answers": [{"choice": "billing", "confidence": 0.9, "label_mass": 0.5}]}] * 19
-    results = [Result(one, "onsite/x", 0.001, 10, 1) for one in said] + [Result({"error": {"message": "full"}})]
+    results = [GradedRow(one, "onsite/x", 0.001, 10, 1) for one in said] + [GradedRow({"error": {"message": "full"}})]
     scored = score(found.adapter, found.rows, results, 2.0, found.labels)
     told = scored.report
     assert told["accuracy"]["value"] == 0.5 and told["errors"] == 1 and told["commonest_error"] == "full"
@@ -127,7 +127,11 @@ def test_decisions_are_scored(tmp_path: Path) -> None:
     assert (told["answers_per_second"], told["input_tokens"], told["label_mass"]) == (10.0, 190, 0.5)
     assert told["ece"] == pytest.approx(0.9 - 10 / 19)
     best = score(
-        found.adapter, found.rows, [Result({"answers": [{"choice": row["label"]}]}) for row in TOPICS], 1, found.labels
+        found.adapter,
+        found.rows,
+        [GradedRow({"answers": [{"choice": row["label"]}]}) for row in TOPICS],
+        1,
+        found.labels,
     )
     assert best.report["macro_f1"]["value"] == 1.0
     assert compared(best, scored)["verdict"] == "better" and compared(best, best)["verdict"] == "no difference shown"
@@ -135,7 +139,7 @@ def test_decisions_are_scored(tmp_path: Path) -> None:
 
 def graded(tmp_path: Path, row: dict[str, Any], **said: Any) -> Any:
     found = dataset(tmp_path, [row])
-    return score(found.adapter, found.rows, [Result(said)], 1.0, ()).report
+    return score(found.adapter, found.rows, [GradedRow(said)], 1.0, ()).report
 
 
 def test_objects_are_scored_field_by_field(tmp_path: Path) -> None:
@@ -170,21 +174,21 @@ def test_lists_are_scored_by_their_items_and_any_right_answer_counts(tmp_path: P
 
 def test_a_run_that_was_stopped_goes_on_with_its_answers(tmp_path: Path) -> None:
     found = dataset(tmp_path, TOPICS)
-    asking, path = Asking(found.adapter, "onsite/x", found.labels), tmp_path / "answers.jsonl"
-    record = Record(path)
+    asking, path = EvalRequestOptions(found.adapter, "onsite/x", found.labels), tmp_path / "answers.jsonl"
+    record = AnswerRecord(path)
     good, bad = (
-        Result({"answers": [{"choice": "billing"}]}, "onsite/x", 0.1, 5, 1),
-        Result({"error": {"message": "no"}}),
+        GradedRow({"answers": [{"choice": "billing"}]}, "onsite/x", 0.1, 5, 1),
+        GradedRow({"error": {"message": "no"}}),
     )
-    record.add(asking, Reply(found.rows[:2], [good, bad], 1.5))
-    record.add(asking, Reply(found.rows[2:3], [good], 2.5))
+    record.add(asking, EvalReply(found.rows[:2], [good, bad], 1.5))
+    record.add(asking, EvalReply(found.rows[2:3], [good], 2.5))
     with path.open("ab") as file:
         file.write(b'{"key": "cut sh')
-    again = Record(path)
+    again = AnswerRecord(path)
     assert again.known(asking, found.rows) == {0: good, 2: good}, "what failed is asked again"
     assert again.seconds(asking) == 2.5
-    other = Asking(found.adapter, "onsite/y", found.labels)
+    other = EvalRequestOptions(found.adapter, "onsite/y", found.labels)
     assert again.known(other, found.rows) == {} and identity(other) != identity(asking)
     path.write_text("something else\n")
     with pytest.raises(RequestError, match="holds no answers"):
-        Record(path)
+        AnswerRecord(path)

@@ -13,7 +13,7 @@ def test_a_share_of_few_rows_has_a_wide_interval() -> None:
     assert few.low == pytest.approx(0.4902, abs=1e-4) and few.high == pytest.approx(0.9433, abs=1e-4)
     assert many.high - many.low < 0.06
     assert metrics.share(10, 10).high == pytest.approx(1.0) and metrics.share(10, 10).low < 0.75
-    assert metrics.share(0, 0) == metrics.Figure(0.0, 0.0, 1.0)
+    assert metrics.share(0, 0) == metrics.MetricInterval(0.0, 0.0, 1.0)
 
 
 def test_calibration_error_is_the_gap_between_confidence_and_truth() -> None:

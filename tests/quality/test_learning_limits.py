@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from appliance.config import Learning as LearningRules
+from appliance.config import LearningSettings as LearningRules
 from appliance.encoders.training.examples import MAX_TEXT_CHARS
-from appliance.quality.learning import Learning
-from appliance.quality.store import Store
-from appliance.tasks.classify.cascade import Seen, SeenCall
+from appliance.quality.learning import CascadeLearning
+from appliance.quality.store import LearningStore
+from appliance.tasks.classify.cascade import CascadeCall, CascadeText
 
 pytestmark = pytest.mark.anyio
 TARGET = "classifier/mail"
@@ -26,16 +26,18 @@ class Nobody:
     def clear(self, code: str, about: str = "") -> None: ...
 
 
-def call(number: int, text: str) -> SeenCall:
+def call(number: int, text: str) -> CascadeCall:
     row: Mapping[str, Any] = {"own": "a", "own_confidence": 0.5, "answer": "b", "answered_by": "cloud/big"}
-    seen = Seen(index=0, text=text, is_sure=True, went_on=True, audited=False, is_reference=True, capped=False, **row)
-    return SeenCall("r", TARGET, "1", f"dec_{number}", "ann", "any", keep_texts=True, at=1.0, rows=(seen,))
+    seen = CascadeText(
+        index=0, text=text, is_sure=True, went_on=True, audited=False, is_reference=True, capped=False, **row
+    )
+    return CascadeCall("r", TARGET, "1", f"dec_{number}", "ann", "any", keep_texts=True, at=1.0, rows=(seen,))
 
 
-async def learning(folder: Path) -> Learning:
+async def learning(folder: Path) -> CascadeLearning:
     nobody = Nobody()
-    store = await Store.open(folder / "learning.sqlite")
-    return Learning(store, nobody, dict, nobody, LearningRules(), lambda: 1.0)
+    store = await LearningStore.open(folder / "learning.sqlite")
+    return CascadeLearning(store, nobody, dict, nobody, LearningRules(), lambda: 1.0)
 
 
 async def test_texts_that_no_training_takes_are_not_kept(tmp_path: Path) -> None:

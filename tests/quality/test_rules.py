@@ -5,7 +5,7 @@ import random
 import pytest
 
 from appliance.quality import rules
-from appliance.quality.rules import Match, match_of, sign_test, standing_of, trainable, verdict
+from appliance.quality.rules import CandidateComparison, match_of, sign_test, standing_of, trainable, verdict
 
 
 def side(threshold: float | None, *, enough: bool = True, rows: int = 500) -> dict[str, object]:
@@ -41,21 +41,21 @@ def test_the_sign_test_is_the_exact_one() -> None:
 
 def test_only_texts_on_which_two_versions_differ_count() -> None:
     found = match_of("aaab", serving="abba", candidate="abab", audited=[True, False, True, True])
-    assert found == Match(rows=4, won=2, lost=0, audited_won=2, audited_lost=0)
+    assert found == CandidateComparison(rows=4, won=2, lost=0, audited_won=2, audited_lost=0)
 
 
 @pytest.mark.parametrize(
     ("match", "tests", "what"),
     [
-        (Match(60, 12, 1), 1, "promote"),
-        (Match(60, 12, 1, audited_won=0, audited_lost=1), 1, "wait"),
-        (Match(60, 8, 3), 1, "wait"),
-        (Match(60, 8, 3), 5, "reject"),
-        (Match(60, 1, 12), 1, "reject"),
-        (Match(60, 0, 0), 1, "wait"),
+        (CandidateComparison(60, 12, 1), 1, "promote"),
+        (CandidateComparison(60, 12, 1, audited_won=0, audited_lost=1), 1, "wait"),
+        (CandidateComparison(60, 8, 3), 1, "wait"),
+        (CandidateComparison(60, 8, 3), 5, "reject"),
+        (CandidateComparison(60, 1, 12), 1, "reject"),
+        (CandidateComparison(60, 0, 0), 1, "wait"),
     ],
 )
-def test_a_candidate_serves_only_when_it_is_better(match: Match, tests: int, what: str) -> None:
+def test_a_candidate_serves_only_when_it_is_better(match: CandidateComparison, tests: int, what: str) -> None:
     assert verdict(match, tests) == what
 
 
@@ -67,7 +67,7 @@ def test_a_candidate_that_is_no_better_is_hardly_ever_promoted() -> None:
         for tests in range(1, rules.MOST_TESTS + 1):
             for _ in range(20):
                 won, lost = (won + 1, lost) if chance.random() < 0.5 else (won, lost + 1)
-            found = verdict(Match(100, won, lost), tests)
+            found = verdict(CandidateComparison(100, won, lost), tests)
             if found != "wait":
                 promoted += found == "promote"
                 break

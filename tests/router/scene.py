@@ -11,28 +11,28 @@ from appliance.config import NodeConfig, Policy, parse_policy
 from appliance.core import (
     Caller,
     EngineLoad,
-    EngineView,
+    EngineStatus,
     Outcome,
-    Outgoing,
     Price,
-    Reply,
     Request,
     Residency,
     Snapshot,
     Target,
     TimeLimits,
+    UpstreamCall,
+    UpstreamReply,
 )
 from appliance.errors import BudgetExceeded, LedgerUnavailable, RejectedReply
 from appliance.router.capacity.admission import Admission
 from appliance.router.capacity.breaker import Breakers
-from appliance.router.deps import Memory
-from appliance.router.pii.scanner import Detector, detector_for
+from appliance.router.deps import RuntimeStats
+from appliance.router.pii.scanner import PiiDetector, detector_for
 from appliance.router.pipeline import Answer, Pipeline
-from appliance.router.residency import PermitOffice
+from appliance.router.residency import EgressPermitIssuer
 from appliance.state import State
-from appliance.upstream.base import Doors
-from appliance.upstream.egress import EgressDoor
-from appliance.upstream.local import LocalDoor
+from appliance.upstream.base import Transports
+from appliance.upstream.egress import EgressTransport
+from appliance.upstream.local import LocalTransport
 
 ABILITIES = frozenset({"chat", "completions", "labels", "json_schema", "logprobs"})
 PRICE = Price(2.0, 8.0)
@@ -105,9 +105,9 @@ def load_of(**fields: Any) -> EngineLoad:
     return EngineLoad(**{**given, **fields})
 
 
-def view_of(target: str = "onsite/tiny", *, seen: float, **fields: Any) -> EngineView:
+def view_of(target: str = "onsite/tiny", *, seen: float, **fields: Any) -> EngineStatus:
     given: dict[str, Any] = {"state": "ready", "load": load_of()}
-    return EngineView(target=target, seen=seen, **{**given, **fields})
+    return EngineStatus(target=target, seen=seen, **{**given, **fields})
 
 
 def caller_of(**fields: Any) -> Caller:
@@ -146,10 +146,10 @@ class ChatCall:
     def streams(self, target: Target) -> bool:
         return self.stream
 
-    def outgoing(self, target: Target) -> Sequence[Outgoing]:
-        return [Outgoing(self.path, self.body)] * self.calls
+    def outgoing(self, target: Target) -> Sequence[UpstreamCall]:
+        return [UpstreamCall(self.path, self.body)] * self.calls
 
-    def read(self, target: Target, replies: Sequence[Reply]) -> Any:
+    def read(self, target: Target, replies: Sequence[UpstreamReply]) -> Any:
         if target.name in self.rejects:
             raise RejectedReply(f"{target.name} answered nonsense")
         return replies[0].payload if self.calls == 1 else [reply.payload for reply in replies]
@@ -203,19 +203,21 @@ class Scene:
         self.now = time.monotonic
         self.state = State(self.now)
         self.ledger = RecordingLedger()
-        self.memory = Memory()
+        self.memory = RuntimeStats()
         self.admission = Admission(self.state, self.now, self.memory.experience)
         self.breakers = Breakers()
         self.pauses: list[float] = []
         """What was waited before retries; no test waits for it."""
         self.alerts: dict[tuple[str, str], str] = {}
-        self.permits = PermitOffice()
-        self.detector: Detector | None = None
+        self.permits = EgressPermitIssuer()
+        self.detector: PiiDetector | None = None
         """Set before `reload` to search with another one than the policy names."""
         hosted = {target.provider: target.address for target in targets if target.location == "hosted"}
         addresses = {name: address for name, address in hosted.items() if name is not None}
-        egress = EgressDoor(addresses, dict.fromkeys(addresses, "sk-secret"), self.permits.key) if addresses else None
-        self.doors = Doors(LocalDoor(), egress)
+        egress = (
+            EgressTransport(addresses, dict.fromkeys(addresses, "sk-secret"), self.permits.key) if addresses else None
+        )
+        self.doors = Transports(LocalTransport(), egress)
         self.targets = targets
         self.pipeline = self.reload(policy)
         self.publish()

@@ -21,11 +21,11 @@ from appliance.core import EgressPermit, Residency, Snapshot, Target
 from appliance.errors import ApplianceError
 from appliance.router.capacity.admission import Admission
 from appliance.router.capacity.breaker import Breakers
-from appliance.router.deps import Memory
+from appliance.router.deps import RuntimeStats
 from appliance.router.pipeline import Pipeline
-from appliance.router.residency import PermitOffice
+from appliance.router.residency import EgressPermitIssuer
 from appliance.state import State
-from appliance.upstream.base import Doors
+from appliance.upstream.base import Transports
 from tests.router.scene import (
     ChatCall,
     RecordingLedger,
@@ -247,7 +247,7 @@ async def _simulate(
     engine_fields: dict[str, Any], arrivals: Sequence[Arrival], policy: str, to_the_end: bool
 ) -> Result:
     loop = asyncio.get_running_loop()
-    engine, memory, state = SimulatedEngine(**engine_fields), Memory(), State(loop.time)
+    engine, memory, state = SimulatedEngine(**engine_fields), RuntimeStats(), State(loop.time)
     local, hosted = engine_target(context_tokens=None), hosted_target(context_tokens=None)
     egress = SimulatedDoor(None, _HOSTED_FIRST_SECONDS)
     admission = Admission(state, loop.time, memory.experience)
@@ -259,8 +259,8 @@ async def _simulate(
         admission=admission,
         breakers=Breakers(),
         memory=memory,
-        doors=Doors(SimulatedDoor(engine), egress),
-        permits=PermitOffice(),
+        doors=Transports(SimulatedDoor(engine), egress),
+        permits=EgressPermitIssuer(),
         clock=loop.time,
     )
 

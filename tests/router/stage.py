@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 from appliance.core import TimeLimits
-from appliance.router.capacity.admission import Load, Slot
+from appliance.router.capacity.admission import RequestLoad, Slot
 from tests.router.scene import LOCAL_FIRST, Scene, engine_target, hosted_target
 from tests.standin import StandIn
 
@@ -19,7 +19,7 @@ class Stage(Scene):
 
     async def fill_engine(self) -> list[Slot]:
         """Take every place that the engine has, with work for many seconds."""
-        loads = [Load(2000, 4000), *[Load(10, 10)] * 5]
+        loads = [RequestLoad(2000, 4000), *[RequestLoad(10, 10)] * 5]
         return [await self.admission.enter(self.targets[0], load, first=False, wait_seconds=0) for load in loads]
 
 

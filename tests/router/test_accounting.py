@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from appliance.config import Key, NodeConfig, parse_policy
+from appliance.config import KeySettings, NodeConfig, parse_policy
 from appliance.core import Outcome
 from appliance.errors import BudgetExceeded
 from appliance.ledger.store import Ledger
-from appliance.router.accounting import Books, Caps
+from appliance.router.accounting import SpendAccounting, SpendCaps
 from tests.ledger.samples import HOSTED, url_in
 
 pytestmark = pytest.mark.anyio
@@ -42,20 +42,20 @@ def seen() -> Iterator[Seen]:
     yield Seen()
 
 
-def caps(**budget: Any) -> Caps:
+def caps(**budget: Any) -> SpendCaps:
     models = ({"name": "large", "input_usd": 3.0, "output_usd": 15.0},)
     provider = {"name": "acme", "base_url": "https://h/v1", "models": models, "daily_usd": 1.0}
     config = NodeConfig.model_validate({"providers": (provider,), "budget": budget})
-    key = Key.model_validate({"name": "batch", "sha256": "0" * 64, "daily_usd": 0.5})
-    return Caps(config, parse_policy(POLICY, "p.toml"), {"batch": key})
+    key = KeySettings.model_validate({"name": "batch", "sha256": "0" * 64, "daily_usd": 0.5})
+    return SpendCaps(config, parse_policy(POLICY, "p.toml"), {"batch": key})
 
 
-async def books(folder: Path, seen: Seen, **budget: Any) -> tuple[Books, Ledger]:
+async def books(folder: Path, seen: Seen, **budget: Any) -> tuple[SpendAccounting, Ledger]:
     ledger = await Ledger.open(url_in(folder))
-    return Books(ledger, seen, seen, caps(**budget)), ledger
+    return SpendAccounting(ledger, seen, seen, caps(**budget)), ledger
 
 
-async def spend(on: Books, usd: float, key_id: str = "other", route: str = "general") -> str:
+async def spend(on: SpendAccounting, usd: float, key_id: str = "other", route: str = "general") -> str:
     from dataclasses import replace
 
     target = replace(HOSTED, provider="acme")

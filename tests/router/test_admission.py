@@ -7,7 +7,7 @@ import pytest
 
 from appliance.core import Snapshot
 from appliance.errors import Busy, Unavailable
-from appliance.router.capacity.admission import Admission, Load, Slot
+from appliance.router.capacity.admission import Admission, RequestLoad, Slot
 from appliance.router.capacity.predictor import room_beside
 from appliance.state import State
 from tests.router.scene import engine_target, hosted_target, load_of, view_of
@@ -15,7 +15,7 @@ from tests.router.scene import engine_target, hosted_target, load_of, view_of
 pytestmark = pytest.mark.anyio
 
 LOCAL, HOSTED = engine_target(), hosted_target()
-SMALL = Load(10, 20)
+SMALL = RequestLoad(10, 20)
 
 
 class Clock:
@@ -216,7 +216,7 @@ async def test_many_come_and_go_and_the_engine_is_never_overfull(gate: Gate) -> 
     assert most == 6
 
 
-PATIENT = Load(10, 20, can_wait=True)
+PATIENT = RequestLoad(10, 20, can_wait=True)
 
 
 async def test_work_that_can_wait_fills_an_idle_engine_and_others_do_not_see_it(gate: Gate) -> None:
@@ -235,7 +235,7 @@ async def test_work_that_can_wait_is_let_in_last_and_only_when_it_harms_nobody(g
     first = await gate.enter()
     order: list[str] = []
 
-    async def come(name: str, load: Load) -> None:
+    async def come(name: str, load: RequestLoad) -> None:
         slot = await gate.admission.enter(LOCAL, load, first=False, wait_seconds=30.0)
         order.append(name)
         await settled()

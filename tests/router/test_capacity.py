@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 
-from appliance.config import Cost
-from appliance.core import Outgoing, Price, Reply, Usage
+from appliance.config import CostSettings
+from appliance.core import Price, UpstreamCall, UpstreamReply, Usage
 from appliance.engines.rates import decode_rate
 from appliance.errors import BackendGarbage, RejectedReply
 from appliance.router.attempts.verify import read_verified
 from appliance.router.capacity.breaker import CLOSED, Breaker, Breakers, after_failure, after_nothing, after_start
 from appliance.router.capacity.predictor import STALE_SECONDS, InFlight, Prediction, predict
 from appliance.router.cost import hosted_usd, onsite_usd, reserve_usd, usd_per_busy_second
-from appliance.router.stats.estimators import TokenRatios
+from appliance.router.stats.estimators import TokenEstimateCorrection
 from tests.router.scene import PRICE, ChatCall, engine_target, load_of, view_of
 
 NOW = 100.0
@@ -106,7 +106,7 @@ def test_fewer_sequences_than_measured_run_at_the_same_speed_each() -> None:
 
 
 def test_pitfall_11_token_estimates_learn_from_what_targets_report() -> None:
-    ratios = TokenRatios()
+    ratios = TokenEstimateCorrection()
     assert ratios.correct("cloud/big", 1000) == 1200, "careful until something was learned"
     for _ in range(200):
         ratios.learn("cloud/big", 1000, 1300)
@@ -116,7 +116,7 @@ def test_pitfall_11_token_estimates_learn_from_what_targets_report() -> None:
 
 
 def test_odd_reports_teach_little() -> None:
-    ratios = TokenRatios()
+    ratios = TokenEstimateCorrection()
     ratios.learn("a", 5, 500)
     ratios.learn("a", 100, 0)
     assert ratios.correct("a", 100) == 120
@@ -192,23 +192,23 @@ def test_a_reservation_is_the_most_a_call_can_cost() -> None:
 
 def test_local_cost_is_the_energy_of_the_engine_time() -> None:
     view = view_of(seen=NOW)
-    usd = onsite_usd(engine_target(), view, Usage(1000, 100), Cost(), 2)
+    usd = onsite_usd(engine_target(), view, Usage(1000, 100), CostSettings(), 2)
     seconds = 1000 / 1000 + 100 / 100
     assert usd == pytest.approx(seconds * 20 / 1000 * 0.30 / 3600)
-    cached = onsite_usd(engine_target(), view, Usage(1000, 100, cached_tokens=1000), Cost(), 2)
+    cached = onsite_usd(engine_target(), view, Usage(1000, 100, cached_tokens=1000), CostSettings(), 2)
     assert cached is not None and usd is not None and cached < usd
 
 
 def test_a_measured_power_and_the_operators_prices_override_assumptions() -> None:
-    cost = Cost(usd_per_kwh=0.5, watts_per_busy_core=99.0, hardware_usd_per_hour=0.36)
+    cost = CostSettings(usd_per_kwh=0.5, watts_per_busy_core=99.0, hardware_usd_per_hour=0.36)
     per_second = usd_per_busy_second(view_of(seen=NOW, watts=100.0), cost, 2)
     assert per_second == pytest.approx((0.1 * 0.5 + 0.36) / 3600)
 
 
 def test_a_local_cost_that_nothing_tells_is_unknown_and_not_zero() -> None:
-    assert onsite_usd(engine_target(), None, Usage(10, 10), Cost(), 2) is None
+    assert onsite_usd(engine_target(), None, Usage(10, 10), CostSettings(), 2) is None
     priced = engine_target("http://127.0.0.1:1/v1", "lan/big", provider="lan", price=Price(1.0, 1.0))
-    assert onsite_usd(priced, None, Usage(10, 10), Cost(), 2) == pytest.approx(20 / 1e6)
+    assert onsite_usd(priced, None, Usage(10, 10), CostSettings(), 2) == pytest.approx(20 / 1e6)
 
 
 # --- verify
@@ -217,8 +217,8 @@ SCHEMA_BODY = {"response_format": {"type": "json_schema"}}
 
 
 def verified(payload: Any, body: Any = None, path: str = "/chat/completions") -> Any:
-    reply = Reply(payload, Usage(), 0.1, 0.2)
-    return read_verified(ChatCall({}), engine_target(), [Outgoing(path, body or {})], [reply])
+    reply = UpstreamReply(payload, Usage(), 0.1, 0.2)
+    return read_verified(ChatCall({}), engine_target(), [UpstreamCall(path, body or {})], [reply])
 
 
 def test_a_whole_reply_passes() -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from appliance.config import Cascade
+from appliance.config import CascadeRule
 from appliance.core import ONSITE, Request
 from appliance.router.pipeline import Pipeline
-from appliance.tasks.classify.cascade import Seen, SeenCall, Standing
+from appliance.tasks.classify.cascade import CascadeCall, CascadeText, CascadeThresholds
 from appliance.tasks.decisions import openai_shape, systemone
 from tests.router.scene import Scene, engine_target, hosted_target, request_of
 from tests.standin import StandIn
@@ -31,16 +31,16 @@ class Known:
     """What is known of the classifier's answers, and what was told of its texts."""
 
     threshold: float | None = 0.8
-    told: list[SeenCall] = field(default_factory=list)
+    told: list[CascadeCall] = field(default_factory=list)
 
-    def standing(self, cascade: Cascade, classifier: str, version: str | None) -> Standing:
-        return Standing(self.threshold, f"version {version} stands from {self.threshold}")
+    def standing(self, cascade: CascadeRule, classifier: str, version: str | None) -> CascadeThresholds:
+        return CascadeThresholds(self.threshold, f"version {version} stands from {self.threshold}")
 
-    def seen(self, call: SeenCall) -> None:
+    def seen(self, call: CascadeCall) -> None:
         self.told.append(call)
 
     @property
-    def rows(self) -> Sequence[Seen]:
+    def rows(self) -> Sequence[CascadeText]:
         return self.told[-1].rows
 
 

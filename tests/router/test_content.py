@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from appliance.core import ONSITE, Asked, Call, Decision, PersonalKind, Request, Residency
+from appliance.core import ONSITE, Decision, ParsedRequest, PersonalKind, Request, Residency, TaskCall
 from appliance.errors import ConfigError, ResidencyRefused, UnknownModel
 from appliance.router.pii.scanner import SEARCHES_AT_ONCE, detector_for
 from appliance.router.request_builder import make_request
@@ -127,7 +127,7 @@ QUESTIONS: list[dict[str, Any]] = [
     {"type": "choice", "instructions": "which", "choices": [{"value": "a"}, {"value": "b"}]}
 ]
 NOUL = {"q": {"type": "noul", "instructions": "is it"}}
-Reader = Callable[[Mapping[str, Any]], tuple[Asked, Sequence[Call]]]
+Reader = Callable[[Mapping[str, Any]], tuple[ParsedRequest, Sequence[TaskCall]]]
 PLACES: Mapping[str, tuple[Reader, Callable[[str], dict[str, Any]]]] = {
     "a message": (chat.read, lambda s: {"messages": [{"role": "user", "content": s}]}),
     "a system message": (

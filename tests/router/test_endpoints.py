@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from starlette.datastructures import Headers
 
-from appliance.core import ONSITE, Asked, Request
+from appliance.core import ONSITE, ParsedRequest, Request
 from appliance.errors import ApplianceError, ContextTooLong
 from appliance.router.request_builder import make_request
 from appliance.tasks.chat import CHAT_ENDPOINTS, ChatCall
@@ -33,7 +33,7 @@ ENDPOINTS = pytest.mark.parametrize("endpoint", list(READERS))
 
 
 def read(endpoint: str, text: str = "hello there", **headers: str) -> tuple[Request, ChatCall]:
-    asked: Asked
+    asked: ParsedRequest
     asked, (call,) = READERS[endpoint](text)
     request = make_request(asked, headers=Headers(headers), caller=caller_of(), request_id="r", now=0.0, wall=0.0)
     return request, call

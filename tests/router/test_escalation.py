@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from appliance.config import Escalation
+from appliance.config import EscalationRule
 from appliance.core import ONSITE, Usage
 from appliance.errors import ContextTooLong
 from appliance.router.attempts.escalation import confidence_of, doubt, label_mass_of
-from appliance.tasks.decisions.openai_shape import Judgement
-from appliance.tasks.decisions.questions import Judged
+from appliance.tasks.decisions.openai_shape import DecisionResult
+from appliance.tasks.decisions.questions import QuestionResult
 from appliance.tasks.extract.extraction import Extracted
 from tests.router.stage import Stage, attempts
 
@@ -58,8 +58,8 @@ def unsure(stage: Stage) -> Stage:
         ({"answers": [{"type": "refusal"}]}, None),
         (Extracted({"a": 1}, {"/a": 0.6, "/b": 0.9}, "m", Usage()), 0.6),
         (Extracted({"a": 1}, None, "m", Usage()), None),
-        (Judgement("m", ((Judged((0.2, 0.8), 0.3),), (Judged((0.6, 0.4), 0.9),)), Usage()), 0.6),
-        (Judgement("m", (ContextTooLong("long"), (Judged(None),)), Usage()), None),
+        (DecisionResult("m", ((QuestionResult((0.2, 0.8), 0.3),), (QuestionResult((0.6, 0.4), 0.9),)), Usage()), 0.6),
+        (DecisionResult("m", (ContextTooLong("long"), (QuestionResult(None),)), Usage()), None),
         ([], None),
         ("text", None),
         ({"choices": [None, {"logprobs": {"content": ["odd", {"logprob": "odd"}]}}]}, None),
@@ -71,9 +71,9 @@ def test_the_confidence_of_an_answer_is_that_of_its_least_sure_part(payload: Any
 
 
 def test_little_label_mass_makes_an_answer_unsure_where_the_route_says_so() -> None:
-    judged = Judgement("m", ((Judged((0.95, 0.05), 0.1),),), Usage())
-    plain = Escalation(below_confidence=0.7, max_rate=1.0, to=("hosted",))
-    strict = Escalation(below_confidence=0.7, below_label_mass=0.2, max_rate=1.0, to=("hosted",))
+    judged = DecisionResult("m", ((QuestionResult((0.95, 0.05), 0.1),),), Usage())
+    plain = EscalationRule(below_confidence=0.7, max_rate=1.0, to=("hosted",))
+    strict = EscalationRule(below_confidence=0.7, below_label_mass=0.2, max_rate=1.0, to=("hosted",))
     assert label_mass_of(judged) == 0.1 and label_mass_of({"answers": [{"label_mass": 0.4}]}) == 0.4
     assert doubt(judged, plain) is None
     assert doubt(judged, strict) == "label mass 0.10 is below 0.20"

@@ -8,8 +8,8 @@ import pytest
 
 from appliance.core import Snapshot
 from appliance.errors import Busy
-from appliance.router.capacity.admission import Admission, Load
-from appliance.router.stats.estimators import Averages, Experience, Pace
+from appliance.router.capacity.admission import Admission, RequestLoad
+from appliance.router.stats.estimators import Averages, Estimators, LatencyCorrection
 from appliance.state import State
 from tests.router.scene import engine_target, hosted_target, load_of, read_stream, view_of
 from tests.router.stage import Stage, settled
@@ -33,7 +33,7 @@ class Room:
     def __init__(self) -> None:
         self.clock = Clock()
         self.state = State(self.clock)
-        self.experience = Experience()
+        self.experience = Estimators()
         self.admission = Admission(self.state, self.clock, self.experience)
         self.publish()
 
@@ -43,9 +43,9 @@ class Room:
         view = view_of(seen=self.clock(), load=load_of(**fields))
         self.state.publish(Snapshot(self.clock(), (LOCAL,), {LOCAL.name: view}))
 
-    def first_byte(self, load: Load, *, may_leave: bool = False) -> float:
+    def first_byte(self, load: RequestLoad, *, may_leave: bool = False) -> float:
         """As predicted, without the caution of those who have learned nothing yet."""
-        return self.admission.predict(LOCAL, load, may_leave=may_leave).first_byte_seconds / Pace.FIRST
+        return self.admission.predict(LOCAL, load, may_leave=may_leave).first_byte_seconds / LatencyCorrection.FIRST
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_what_callers_make_up_does_not_fill_the_memory() -> None:
 
 
 def test_the_pace_settles_where_few_exceed_it_and_never_beyond_its_bounds() -> None:
-    pace, randomness = Pace(), random.Random(1)
+    pace, randomness = LatencyCorrection(), random.Random(1)
     seen = [randomness.lognormvariate(0.2, 0.3) for _ in range(20_000)]
     for ratio in seen:
         pace.learn("e", 1.0, ratio)
@@ -86,16 +86,18 @@ def test_the_pace_settles_where_few_exceed_it_and_never_beyond_its_bounds() -> N
     assert 0.005 < exceeded < 0.05
     for _ in range(1000):
         pace.learn("slow", 1.0, 100.0)
-    assert pace.ratio("slow") == pytest.approx(Pace.MOST) and pace.ratio("other") == Pace.FIRST
+    assert (
+        pace.ratio("slow") == pytest.approx(LatencyCorrection.MOST) and pace.ratio("other") == LatencyCorrection.FIRST
+    )
     for _ in range(10_000):
         pace.learn("fast", 1.0, 0.001)
-    assert pace.ratio("fast") == pytest.approx(Pace.LEAST)
+    assert pace.ratio("fast") == pytest.approx(LatencyCorrection.LEAST)
     pace.learn("short", 0.01, 5.0)
-    assert pace.ratio("short") == Pace.FIRST, "noise teaches nothing"
+    assert pace.ratio("short") == LatencyCorrection.FIRST, "noise teaches nothing"
 
 
 def test_answers_are_expected_to_be_as_long_as_those_with_about_the_same_limit() -> None:
-    experience = Experience()
+    experience = Estimators()
     assert experience.output_tokens("t", "chat", 4096) == 4096, "careful until something was learned"
     for _ in range(10):
         experience.learn_output("t", "chat", 4096, 200)
@@ -105,7 +107,7 @@ def test_answers_are_expected_to_be_as_long_as_those_with_about_the_same_limit()
 
 
 def test_prompts_that_begin_alike_are_expected_to_be_cached_alike() -> None:
-    experience = Experience()
+    experience = Estimators()
     assert experience.uncached_tokens("t", "p", 1000) == 1000
     experience.learn_cached("t", "p", 1000, 0)
     for _ in range(8):
@@ -120,12 +122,12 @@ def test_prompts_that_begin_alike_are_expected_to_be_cached_alike() -> None:
 
 
 async def test_a_stream_takes_less_and_less_while_it_runs(room: Room) -> None:
-    slots = [await room.admission.enter(LOCAL, Load(10, 500), first=False, wait_seconds=0) for _ in range(4)]
+    slots = [await room.admission.enter(LOCAL, RequestLoad(10, 500), first=False, wait_seconds=0) for _ in range(4)]
     for slot in slots:
         slot.first_token()
-    full = room.first_byte(Load(10, 10))
+    full = room.first_byte(RequestLoad(10, 10))
     slots[0].wrote(450)
-    nearly = room.first_byte(Load(10, 10))
+    nearly = room.first_byte(RequestLoad(10, 10))
     assert full == pytest.approx(10.0, abs=0.2) and nearly == pytest.approx(1.0, abs=0.2)
     assert room.admission.inflight(LOCAL.name).output_tokens == 1550
     for slot in slots:
@@ -133,47 +135,49 @@ async def test_a_stream_takes_less_and_less_while_it_runs(room: Room) -> None:
 
 
 async def test_whole_answers_are_believed_to_advance_with_time(room: Room) -> None:
-    slots = [await room.admission.enter(LOCAL, Load(100, 500), first=False, wait_seconds=0) for _ in range(4)]
-    before = room.first_byte(Load(10, 10))
+    slots = [await room.admission.enter(LOCAL, RequestLoad(100, 500), first=False, wait_seconds=0) for _ in range(4)]
+    before = room.first_byte(RequestLoad(10, 10))
     room.clock.now += 5.0
     room.publish()
-    assert room.first_byte(Load(10, 10)) < before - 4.0
+    assert room.first_byte(RequestLoad(10, 10)) < before - 4.0
     assert room.admission.inflight(LOCAL.name).prompt_tokens == 0, "their prompts are long computed"
     for slot in slots:
         slot.leave()
 
 
 async def test_pitfall_9_a_gauge_that_is_late_does_not_count_again_what_has_left(room: Room) -> None:
-    slots = [await room.admission.enter(LOCAL, Load(1000, 10), first=False, wait_seconds=0) for _ in range(3)]
+    slots = [await room.admission.enter(LOCAL, RequestLoad(1000, 10), first=False, wait_seconds=0) for _ in range(3)]
     room.publish(queued_prompt_tokens=3000, kv_used_tokens=3000)
-    during = room.first_byte(Load(10, 10))
+    during = room.first_byte(RequestLoad(10, 10))
     for slot in slots:
         slot.leave()
-    assert during > 3.0 and room.first_byte(Load(10, 10)) < 0.1
+    assert during > 3.0 and room.first_byte(RequestLoad(10, 10)) < 0.1
 
 
 async def test_pitfall_9_what_a_gauge_shows_beyond_our_ledger_is_somebody_elses(room: Room) -> None:
-    slot = await room.admission.enter(LOCAL, Load(1000, 10), first=False, wait_seconds=0)
+    slot = await room.admission.enter(LOCAL, RequestLoad(1000, 10), first=False, wait_seconds=0)
     room.publish(queued_prompt_tokens=5000)
-    assert room.first_byte(Load(10, 10)) > 5.0
+    assert room.first_byte(RequestLoad(10, 10)) > 5.0
     slot.leave()
-    assert 4.0 < room.first_byte(Load(10, 10)) < 5.0
+    assert 4.0 < room.first_byte(RequestLoad(10, 10)) < 5.0
 
 
 async def test_predictions_are_corrected_by_what_was_observed_for_each_kind_of_work(room: Room) -> None:
-    plain = room.first_byte(Load(500, 10, kind="chat"))
+    plain = room.first_byte(RequestLoad(500, 10, kind="chat"))
     for _ in range(30):
         room.experience.first_byte_pace.learn((LOCAL.name, "chat"), 0.5, 1.0)
-    assert room.first_byte(Load(500, 10, kind="chat")) == pytest.approx(2 / Pace.FIRST * plain, rel=0.15)
-    assert room.first_byte(Load(500, 10, kind="decisions")) == plain
+    assert room.first_byte(RequestLoad(500, 10, kind="chat")) == pytest.approx(
+        2 / LatencyCorrection.FIRST * plain, rel=0.15
+    )
+    assert room.first_byte(RequestLoad(500, 10, kind="decisions")) == plain
 
 
 # --- places for bound requests
 
 
 async def test_places_reserved_for_bound_requests_are_left_free_by_those_who_may_leave(room: Room) -> None:
-    def load() -> Load:
-        return Load(10, 400, leaves_free=0.25)
+    def load() -> RequestLoad:
+        return RequestLoad(10, 400, leaves_free=0.25)
 
     slots = [
         await room.admission.enter(LOCAL, load(), first=False, wait_seconds=0, budget_seconds=1.0) for _ in range(3)
@@ -187,7 +191,7 @@ async def test_places_reserved_for_bound_requests_are_left_free_by_those_who_may
 
 
 async def test_without_anywhere_else_to_go_the_reserved_places_are_not_left_empty(room: Room) -> None:
-    load = Load(10, 400, leaves_free=0.25)
+    load = RequestLoad(10, 400, leaves_free=0.25)
     slots = [await room.admission.enter(LOCAL, load, first=False, wait_seconds=0) for _ in range(4)]
     assert room.admission.inflight(LOCAL.name).sequences == 4
     for slot in slots:
@@ -196,9 +200,9 @@ async def test_without_anywhere_else_to_go_the_reserved_places_are_not_left_empt
 
 async def test_cells_are_reserved_too(room: Room) -> None:
     room.publish(kv_capacity_tokens=1000)
-    unbound = Load(10, 10, kv_tokens=800, leaves_free=0.25)
+    unbound = RequestLoad(10, 10, kv_tokens=800, leaves_free=0.25)
     with pytest.raises(Busy):
-        first = await room.admission.enter(LOCAL, Load(10, 300), first=False, wait_seconds=0)
+        first = await room.admission.enter(LOCAL, RequestLoad(10, 300), first=False, wait_seconds=0)
         try:
             await room.admission.enter(LOCAL, unbound, first=False, wait_seconds=0, budget_seconds=0.05)
         finally:
@@ -207,9 +211,9 @@ async def test_cells_are_reserved_too(room: Room) -> None:
 
 async def test_who_would_come_too_late_is_sent_on_before_its_budget_is_gone(room: Room) -> None:
     """It waits in line; then the engine has more to do than was known, and it is told as soon as a place is free."""
-    slots = [await room.admission.enter(LOCAL, Load(10, 25), first=False, wait_seconds=0) for _ in range(6)]
+    slots = [await room.admission.enter(LOCAL, RequestLoad(10, 25), first=False, wait_seconds=0) for _ in range(6)]
     waiting = asyncio.create_task(
-        room.admission.enter(LOCAL, Load(10, 25), first=False, wait_seconds=60, budget_seconds=2.0)
+        room.admission.enter(LOCAL, RequestLoad(10, 25), first=False, wait_seconds=60, budget_seconds=2.0)
     )
     await settled()
     assert not waiting.done()
@@ -242,7 +246,7 @@ async def test_a_relayed_stream_shrinks_its_own_entry_and_teaches(stage: Stage) 
 
 async def test_a_hosted_target_that_is_slow_to_begin_is_expected_to_be(stage: Stage) -> None:
     hosted = hosted_target()
-    assert stage.admission.predict(hosted, Load(10, 10, stream=True)).first_byte_seconds == 0.0
+    assert stage.admission.predict(hosted, RequestLoad(10, 10, stream=True)).first_byte_seconds == 0.0
     stage.memory.experience.learn_first_byte(hosted.name, True, 3.0)
-    assert stage.admission.predict(hosted, Load(10, 10, stream=True)).first_byte_seconds == 3.0
-    assert stage.admission.predict(hosted, Load(10, 10)).first_byte_seconds == 0.0
+    assert stage.admission.predict(hosted, RequestLoad(10, 10, stream=True)).first_byte_seconds == 3.0
+    assert stage.admission.predict(hosted, RequestLoad(10, 10)).first_byte_seconds == 0.0

@@ -6,7 +6,7 @@ import pytest
 
 from appliance.config.policy import STRUCTURED
 from appliance.core import PersonalKind
-from appliance.router.pii.patterns import PatternDetector, find, plain
+from appliance.router.pii.patterns import PiiPatternDetector, find, plain
 from appliance.router.pii.text_extractor import CHUNK_CHARACTERS, chunks, readable
 
 ALL: tuple[PersonalKind, ...] = (*STRUCTURED, "postal_address", "person_name")
@@ -143,9 +143,9 @@ def test_addresses_and_names_are_looked_for_only_when_asked_for(kind: str, text:
 def test_only_the_kinds_that_were_asked_for_are_told() -> None:
     text = "jane@example.com, 4111 1111 1111 1111, +44 7700 900123"
     wanted: tuple[PersonalKind, ...] = ("phone", "email")
-    assert PatternDetector(wanted).kinds_in(text) == wanted
+    assert PiiPatternDetector(wanted).kinds_in(text) == wanted
     others: tuple[PersonalKind, ...] = ("iban",)
-    assert PatternDetector(others).kinds_in(text) == ()
+    assert PiiPatternDetector(others).kinds_in(text) == ()
 
 
 HOSTILE = (
@@ -178,7 +178,7 @@ HOSTILE = (
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_no_repetition_makes_the_search_slow(piece: str) -> None:
     """Twice the text takes about twice the time; a pattern that tries everything would take four times or more."""
-    detector = PatternDetector(ALL)
+    detector = PiiPatternDetector(ALL)
 
     def seconds(characters: int) -> float:
         text = (piece * characters)[:characters]
@@ -202,7 +202,7 @@ def test_digits_of_another_alphabet_hide_no_number(zero: int) -> None:
 
 def test_chunks_overlap_so_that_nothing_is_cut_in_two() -> None:
     text = ("word " * 4000)[: CHUNK_CHARACTERS - 9] + " 4111 1111 1111 1111 " + "word " * 8000
-    found = [piece for piece in chunks(text) if PatternDetector(STRUCTURED).kinds_in(piece)]
+    found = [piece for piece in chunks(text) if PiiPatternDetector(STRUCTURED).kinds_in(piece)]
     assert found
     assert all(len(piece) <= CHUNK_CHARACTERS for piece in chunks(text))
     assert "".join(chunks("short")) == "short"

@@ -23,9 +23,9 @@ from appliance.errors import (
     Unavailable,
     UnknownModel,
 )
-from appliance.router.attempts.runner import Errand, Trial
-from appliance.router.capacity.admission import Load
-from appliance.router.deps import Patience, Purse
+from appliance.router.attempts.runner import AttemptContext, AttemptRunner
+from appliance.router.capacity.admission import RequestLoad
+from appliance.router.deps import AttemptTimeouts, RequestBudget
 from tests.router.scene import (
     LOCAL_FIRST,
     PRICE,
@@ -187,7 +187,7 @@ async def test_an_engine_that_dies_while_it_answers_is_replaced_and_doubted(stag
     answer = await asking
     assert attempts(stage) == [("onsite/tiny", "failed"), ("cloud/big", "answered")]
     assert answer.facts.target == "cloud/big"
-    assert not stage.admission.predict(stage.targets[0], Load(1, 1)).ready, "until a newer view says so"
+    assert not stage.admission.predict(stage.targets[0], RequestLoad(1, 1)).ready, "until a newer view says so"
 
 
 async def test_a_bound_request_whose_engine_dies_gets_a_clear_error(stage: Stage) -> None:
@@ -377,9 +377,9 @@ async def test_pitfall_2_who_is_turned_away_by_a_breaker_does_not_free_the_probe
     decision = stage.pipeline.decide(request, prompt_tokens=1, output_tokens=1)
     (attempt,) = decision.route.attempts
     stage.breakers.start("cloud/big", stage.now())
-    trial = Trial(stage.pipeline._means, Errand(request, decision, Purse(None), 0), 0, attempt)
+    trial = AttemptRunner(stage.pipeline._means, AttemptContext(request, decision, RequestBudget(None), 0), 0, attempt)
     with pytest.raises(Unavailable, match="keeps failing"):
-        await trial.run(call_of(request), Patience(1.0, 0.0, None, first=False))
+        await trial.run(call_of(request), AttemptTimeouts(1.0, 0.0, None, first=False))
     assert stage.breakers.blocked_until("cloud/big", stage.now()) is not None
     stage.breakers.release("cloud/big")
     assert stage.breakers.blocked_until("cloud/big", stage.now()) is None

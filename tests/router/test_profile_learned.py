@@ -14,7 +14,7 @@ from appliance.router.profile import check_profiler, linear_model, profile
 from appliance.router.profile.features import BUCKETS, MAX_FEATURES, features_of
 from appliance.router.profile.linear_model import (
     COLUMNS,
-    Weights,
+    LinearWeights,
     complexity_of,
     feature_name,
     read_weights,
@@ -83,7 +83,7 @@ def test_the_shipped_weights_name_what_they_were_learned_from_and_nothing_of_it_
     assert all(one["licence"] and one["texts"] > 0 for one in sources.values())
 
 
-def _saved(weights: Weights) -> io.BytesIO:
+def _saved(weights: LinearWeights) -> io.BytesIO:
     file = io.BytesIO()
     write_weights(file, weights)
     file.seek(0)
@@ -197,6 +197,6 @@ def test_training_twice_on_the_same_rows_gives_the_same_file_and_learns_them() -
     assert _first(spoiled, asked) == "chat"
 
 
-def _first(weights: Weights, text: str) -> Task:
+def _first(weights: LinearWeights, text: str) -> Task:
     scores = linear_model.score(text, take_sample(text), weights).tasks
     return linear_model.TASKS[int(np.argmax(scores))]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from appliance.core import ONSITE, Request
-from appliance.router.profile import Opinion, llm_profiler, profile
-from appliance.router.profile.llm_profiler import Asking
+from appliance.router.profile import LlmProfile, llm_profiler, profile
+from appliance.router.profile.llm_profiler import LlmProfiler
 from appliance.router.profile.llm_prompt import HEAD_CHARACTERS, TAIL_CHARACTERS, excerpt, question_about
 from tests.router.scene import Scene, call_of, caller_of, engine_target, hosted_target, request_of
 from tests.router.stage import Stage, settled
@@ -68,7 +68,7 @@ async def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         stage.check_nothing_is_held()
 
 
-def asking_of(stage: Scene) -> Asking:
+def asking_of(stage: Scene) -> LlmProfiler:
     return stage.pipeline._asking
 
 
@@ -142,7 +142,7 @@ async def test_after_its_rest_a_model_is_asked_again(stage: Stage, monkeypatch: 
     monkeypatch.setattr(llm_profiler, "REST_SECONDS", 0.0)
     stage.engine.moods = ["garbage"]
     assert "backend_garbage" in str(await asking_of(stage).opinion(request_of("Make it go faster")))
-    assert isinstance(await asking_of(stage).opinion(request_of("Make it go faster")), Opinion)
+    assert isinstance(await asking_of(stage).opinion(request_of("Make it go faster")), LlmProfile)
 
 
 @pytest.mark.parametrize("mood", ["server_error", "not_an_object", "error_in_200", "half_body", "bad_request"])
@@ -224,7 +224,7 @@ async def test_an_unsure_model_is_not_believed(stage: Stage) -> None:
 
 def test_a_hard_text_is_more_complex_than_an_easy_one_and_labels_never_are() -> None:
     def complexity(task: Any, difficulty: float) -> float:
-        opinion = Opinion("onsite/tiny", task, 0.9, difficulty)
+        opinion = LlmProfile("onsite/tiny", task, 0.9, difficulty)
         asked: Request = request_of("x")
         return profile(asked, prompt_tokens=1, output_tokens=1, profiler="llm", opinion=opinion).complexity
 

@@ -8,7 +8,7 @@ from appliance.core import ANYWHERE, ONSITE, Profile, Request, Residency, Snapsh
 from appliance.errors import ContextTooLong, Forbidden, ResidencyRefused, Unavailable, UnknownModel, Unsupported
 from appliance.router.capacity.predictor import NOT_PREDICTED, Prediction
 from appliance.router.routing.match import visible_targets
-from appliance.router.routing.rank import Outlook, Ranking, rank
+from appliance.router.routing.rank import RankedTargets, TargetEstimate, rank
 from tests.router.scene import LOCAL_FIRST, caller_of, engine_target, hosted_target, policy_of, request_of
 
 LOCAL, HOSTED = engine_target(), hosted_target()
@@ -17,8 +17,8 @@ SLOW = Prediction(3.2, 9.0, fits_kv=True, ready=True, reason="busy")
 STARTING = Prediction(0.0, 0.0, fits_kv=False, ready=False, reason="engine starting", can_enter=False)
 
 
-def outlook(prediction: Prediction = READY, *, tokens: int = 10, blocked: float | None = None) -> Outlook:
-    return Outlook(prediction, tokens, tokens // 2, blocked)
+def outlook(prediction: Prediction = READY, *, tokens: int = 10, blocked: float | None = None) -> TargetEstimate:
+    return TargetEstimate(prediction, tokens, tokens // 2, blocked)
 
 
 def ranked(
@@ -27,8 +27,8 @@ def ranked(
     targets: tuple[Target, ...] = (LOCAL, HOSTED),
     complexity: float = 0.3,
     policy: str = LOCAL_FIRST,
-    **outlooks: Outlook,
-) -> Ranking:
+    **outlooks: TargetEstimate,
+) -> RankedTargets:
     made = Profile("chat", complexity, "text", "interactive", None, 10, 16)
     expected = {target.name: outlook(NOT_PREDICTED if target.provider else READY) for target in targets}
     expected |= {
@@ -37,7 +37,7 @@ def ranked(
     return rank(request or request_of(), made, policy_of(policy), Snapshot(0.0, targets), expected)
 
 
-def order(ranking: Ranking) -> list[str]:
+def order(ranking: RankedTargets) -> list[str]:
     return [attempt.target.name for attempt in ranking.route.attempts]
 
 

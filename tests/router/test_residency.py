@@ -8,10 +8,10 @@ from typing import Any, get_args
 import pytest
 from starlette.datastructures import Headers
 
-from appliance.core import ANYWHERE, ONSITE, Asked, Content, PersonalKind, Residency
+from appliance.core import ANYWHERE, ONSITE, ParsedRequest, PersonalKind, PiiScanResult, Residency
 from appliance.errors import RequestError, ResidencyRefused
 from appliance.router.request_builder import make_request, new_decision_id
-from appliance.router.residency import KIND_NAMES, PermitOffice, bound_of
+from appliance.router.residency import KIND_NAMES, EgressPermitIssuer, bound_of
 from appliance.upstream.permit_signature import is_sealed
 from tests.router.scene import EU, caller_of, engine_target, hosted_target, request_of
 
@@ -45,15 +45,22 @@ def test_the_strictest_bound_wins_and_says_who_set_it(
 @pytest.mark.parametrize(
     ("key", "header", "content", "setting", "expected", "words"),
     [
-        (ANYWHERE, None, Content(("email", "iban")), ONSITE, "onsite", "onsite by its content (e-mail address, IBAN)"),
-        (ANYWHERE, None, Content(("email",)), None, "any", "nothing binds it"),
-        (ANYWHERE, None, Content(), ONSITE, "any", "nothing binds it"),
-        (ANYWHERE, None, Content(("phone",)), EU, "region:EU", "region:EU by its content (telephone number)"),
+        (
+            ANYWHERE,
+            None,
+            PiiScanResult(("email", "iban")),
+            ONSITE,
+            "onsite",
+            "onsite by its content (e-mail address, IBAN)",
+        ),
+        (ANYWHERE, None, PiiScanResult(("email",)), None, "any", "nothing binds it"),
+        (ANYWHERE, None, PiiScanResult(), ONSITE, "any", "nothing binds it"),
+        (ANYWHERE, None, PiiScanResult(("phone",)), EU, "region:EU", "region:EU by its content (telephone number)"),
         (ANYWHERE, None, None, ONSITE, "onsite", "onsite by its content (not searched)"),
         (
             ANYWHERE,
             None,
-            Content((), "it took too long"),
+            PiiScanResult((), "it took too long"),
             ONSITE,
             "onsite",
             "its content (not searched: it took too long)",
@@ -61,20 +68,20 @@ def test_the_strictest_bound_wins_and_says_who_set_it(
         (
             EU,
             None,
-            Content(("phone",)),
+            PiiScanResult(("phone",)),
             ONSITE,
             "onsite",
             "(telephone number); the stricter wins over: key",
         ),
-        (ANYWHERE, ANYWHERE, Content(("phone",)), ONSITE, "onsite", "wins over: the request's header says any"),
+        (ANYWHERE, ANYWHERE, PiiScanResult(("phone",)), ONSITE, "onsite", "wins over: the request's header says any"),
         (ONSITE, None, None, ONSITE, "onsite", "onsite by key 'tester'"),
-        (ONSITE, None, Content(("email",)), ONSITE, "onsite", "by key 'tester' and its content (e-mail address)"),
+        (ONSITE, None, PiiScanResult(("email",)), ONSITE, "onsite", "by key 'tester' and its content (e-mail address)"),
     ],
 )
 def test_personal_data_binds_and_so_does_what_was_not_searched(
     key: Residency,
     header: Residency | None,
-    content: Content | None,
+    content: PiiScanResult | None,
     setting: Residency | None,
     expected: str,
     words: str,
@@ -90,12 +97,12 @@ def test_every_kind_has_a_name_for_reasons() -> None:
 
 
 def test_a_permit_is_for_one_request_and_one_endpoint() -> None:
-    office, request, target = PermitOffice(), request_of(), hosted_target()
+    office, request, target = EgressPermitIssuer(), request_of(), hosted_target()
     permit = office.permit(request, target, ANYWHERE)
     assert is_sealed(office.key, request.id, target, permit.seal)
     assert not is_sealed(office.key, "another", target, permit.seal)
     assert not is_sealed(office.key, request.id, hosted_target("http://elsewhere/v1"), permit.seal)
-    assert not is_sealed(PermitOffice().key, request.id, target, permit.seal)
+    assert not is_sealed(EgressPermitIssuer().key, request.id, target, permit.seal)
 
 
 @pytest.mark.parametrize(
@@ -106,16 +113,16 @@ def test_a_bound_request_gets_no_permit_even_from_a_decision_that_forgot(
     fields: dict[str, Any], bound: Residency
 ) -> None:
     with pytest.raises(ResidencyRefused, match="bound to"):
-        PermitOffice().permit(request_of(**fields), hosted_target(), bound)
+        EgressPermitIssuer().permit(request_of(**fields), hosted_target(), bound)
 
 
 def test_a_permit_inside_the_region_is_given() -> None:
-    assert PermitOffice().permit(request_of(), hosted_target(region="EU"), EU).target == "cloud/big"
+    assert EgressPermitIssuer().permit(request_of(), hosted_target(region="EU"), EU).target == "cloud/big"
     assert ONSITE.allows(engine_target())
 
 
-def asked() -> Asked:
-    return Asked("chat", "auto", {}, "hello")
+def asked() -> ParsedRequest:
+    return ParsedRequest("chat", "auto", {}, "hello")
 
 
 def made(headers: Mapping[str, str]) -> Any:

@@ -11,8 +11,8 @@ from appliance.core import ONSITE, Profile, Request, Snapshot, Target
 from appliance.errors import BudgetExceeded, Forbidden, Unavailable
 from appliance.router.capacity.predictor import NOT_PREDICTED, Prediction
 from appliance.router.routing.match import matches, route_of
-from appliance.router.routing.rank import Outlook, Ranking, rank
-from appliance.router.stats.windows import OfLate, Window
+from appliance.router.routing.rank import RankedTargets, TargetEstimate, rank
+from appliance.router.stats.windows import SlidingWindows, Window
 from tests.router.scene import caller_of, engine_target, hosted_target, policy_of, request_of
 
 LOCAL = engine_target(quality=0.3)
@@ -27,23 +27,23 @@ def seconds(first: float, finish: float | None = None) -> Prediction:
     return Prediction(first, first if finish is None else finish, fits_kv=True, ready=True, reason="busy")
 
 
-def outlooks(**given: Outlook) -> Mapping[str, Outlook]:
+def outlooks(**given: TargetEstimate) -> Mapping[str, TargetEstimate]:
     expected = {
-        LOCAL.name: Outlook(seconds(0.1), 10, 5, usd=0.00001),
-        FAST.name: Outlook(replace(NOT_PREDICTED, first_byte_seconds=0.3), 10, 5, usd=0.001),
-        BEST.name: Outlook(replace(NOT_PREDICTED, first_byte_seconds=0.8), 10, 5, usd=0.02),
+        LOCAL.name: TargetEstimate(seconds(0.1), 10, 5, usd=0.00001),
+        FAST.name: TargetEstimate(replace(NOT_PREDICTED, first_byte_seconds=0.3), 10, 5, usd=0.001),
+        BEST.name: TargetEstimate(replace(NOT_PREDICTED, first_byte_seconds=0.8), 10, 5, usd=0.02),
     }
     names = {"local": LOCAL.name, "fast": FAST.name, "best": BEST.name}
     return expected | {names[name]: outlook for name, outlook in given.items()}
 
 
-def ranked(route: str, request: Request | None = None, rest: str = REST, **given: Outlook) -> Ranking:
+def ranked(route: str, request: Request | None = None, rest: str = REST, **given: TargetEstimate) -> RankedTargets:
     text = f'[[routes]]\nname = "r"\nmatch = {{ tag = ["r"] }}\n{route}\n{rest}'
     request = request or request_of(tag="r")
     return rank(request, PROFILE, policy_of(text), Snapshot(0.0, TARGETS), outlooks(**given))
 
 
-def order(ranking: Ranking) -> list[str]:
+def order(ranking: RankedTargets) -> list[str]:
     return [attempt.target.name for attempt in ranking.route.attempts]
 
 
@@ -151,7 +151,7 @@ def test_a_ceiling_for_each_success_leaves_out_what_failed_too_often() -> None:
 
 
 def test_a_whole_answer_may_have_a_budget_of_its_own() -> None:
-    slow = Outlook(seconds(0.2, 9.0), 10, 5)
+    slow = TargetEstimate(seconds(0.2, 9.0), 10, 5)
     text = 'targets = ["onsite", "hosted"]\nanswer_budget_seconds = 3.0'
     ranking = ranked(text, local=slow)
     assert order(ranking)[0] == "fast/mini"
@@ -201,7 +201,7 @@ def test_escalations_are_those_that_are_allowed_and_able() -> None:
 
 def test_a_quota_is_a_share_of_all_requests_and_passes_the_others_on() -> None:
     policy = policy_of(f'[[routes]]\nname = "some"\ntargets = ["hosted"]\nquota = 0.25\n{REST}')
-    of_late, taken = OfLate(), []
+    of_late, taken = SlidingWindows(), []
     for number in range(40):
         over = of_late.over_quota(policy.routes, float(number))
         rule = route_of(request_of(), PROFILE, policy, over)
@@ -228,7 +228,7 @@ def test_a_window_forgets() -> None:
 
 
 def test_the_cost_of_a_success_counts_failures_and_waits_for_enough_of_them() -> None:
-    of_late = OfLate()
+    of_late = SlidingWindows()
     for number in range(20):
         assert of_late.usd_per_success("r", "t", 1.0) is None
         of_late.spent("r", "t", 0.01, answered=number % 4 == 0, now=1.0)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from appliance.core import Ability, Reply, Target, Usage
+from appliance.core import Ability, Target, UpstreamReply, Usage
 from appliance.errors import RequestError
 
 LOCAL = Target(
@@ -30,8 +30,8 @@ def hosted(*abilities: Ability) -> Target:
     )
 
 
-def reply(payload: Any, usage: Usage | None = None) -> Reply:
-    return Reply(payload, usage or Usage(), 0.1, 0.2)
+def reply(payload: Any, usage: Usage | None = None) -> UpstreamReply:
+    return UpstreamReply(payload, usage or Usage(), 0.1, 0.2)
 
 
 def chat_payload(content: str | None, **more: Any) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
-from appliance.core import Outgoing
+from appliance.core import UpstreamCall
 from appliance.errors import ConfigError
-from appliance.tasks.calibration_store import TaskFits
-from appliance.tasks.decisions.decision_options import Fit, Method, TaskFit
+from appliance.tasks.calibration_store import TaskCalibrationStore
+from appliance.tasks.decisions.decision_options import CalibrationParameters, DecisionMethod, TaskCalibration
 from tests.api.stand_ins import SMALL, StandInPipeline, make_app, served
 from tests.api.test_api_app import KEYS
 
@@ -24,7 +24,7 @@ CALIBRATE: dict[str, Any] = {"task": "mail", "questions": [QUESTION], "examples"
 RNG = random.Random(2)
 
 
-def scores(outgoing: Outgoing) -> Any:
+def scores(outgoing: UpstreamCall) -> Any:
     """Always sure, often wrong."""
     results = []
     for item in outgoing.body["items"]:
@@ -73,23 +73,25 @@ async def test_calibrating_takes_the_scope_admin() -> None:
             assert response.status_code == status, response.text
 
 
-def fit(task: str = "mail", variant: str | None = "q8_0", temperature: float = 2.0, **method: Any) -> TaskFit:
-    return TaskFit(task, "onsite/small", variant, Method(**method), {"k": Fit(temperature, (0.5, -0.5))})
+def fit(task: str = "mail", variant: str | None = "q8_0", temperature: float = 2.0, **method: Any) -> TaskCalibration:
+    return TaskCalibration(
+        task, "onsite/small", variant, DecisionMethod(**method), {"k": CalibrationParameters(temperature, (0.5, -0.5))}
+    )
 
 
 def test_fits_are_there_again_after_a_restart(tmp_path: Path) -> None:
     path = tmp_path / "new" / "task_fits.json"
-    kept = TaskFits(path)
+    kept = TaskCalibrationStore(path)
     for row in (fit(), fit(variant=None), fit("post"), fit(temperature=3.0)):
         kept.put(row)
-    again = TaskFits(path)
+    again = TaskCalibrationStore(path)
     assert {row.variant: row.fits["k"].temperature for row in again.tasks["mail"]} == {"q8_0": 3.0, None: 2.0}
     assert again.tasks["post"][0] == fit("post")
     assert [item.name for item in path.parent.iterdir()] == ["task_fits.json"]
 
 
 def test_a_task_has_one_method(tmp_path: Path) -> None:
-    kept = TaskFits()
+    kept = TaskCalibrationStore()
     kept.put(fit())
     kept.put(fit(variant=None, debias=True))
     assert [row.variant for row in kept.tasks["mail"]] == [None]
@@ -100,4 +102,4 @@ def test_a_damaged_file_stops_the_start_and_is_named(tmp_path: Path, text: str) 
     path = tmp_path / "task_fits.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"task_fits\.json"):
-        TaskFits(path)
+        TaskCalibrationStore(path)

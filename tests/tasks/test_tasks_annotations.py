@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 import pytest
 
-from appliance.config import Escalation
+from appliance.config import EscalationRule
 from appliance.router.attempts.escalation import doubt
 from appliance.tasks.extract import extraction
 from appliance.tasks.extract.evidence import evidence
@@ -103,7 +103,7 @@ def test_an_invented_value_is_marked_and_makes_the_answer_unsure() -> None:
     told = extraction.payload([result], [call])
     assert told["evidence"] == {"/company": None, "/status": None} and told["not_in_text"] == ["/company"]
     assert told["confidence"] == {"/company": 0.0, "/status": pytest.approx(0.9)}
-    rule = Escalation(below_confidence=0.5, max_rate=1.0, to=("hosted",))
+    rule = EscalationRule(below_confidence=0.5, max_rate=1.0, to=("hosted",))
     assert doubt(result, rule) == "confidence 0.00 is below 0.50"
     unknown, _ = answered({"evidence": True}, {"company": "ACME"})
     assert doubt(unknown, rule) is not None  # even of a target that tells no probabilities

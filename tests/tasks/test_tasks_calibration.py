@@ -10,7 +10,7 @@ import pytest
 from appliance.core import Usage
 from appliance.errors import BackendOverloaded, RequestError
 from appliance.tasks.decisions import calibration
-from appliance.tasks.decisions.decision_options import Method, question_key
+from appliance.tasks.decisions.decision_options import DecisionMethod, question_key
 from tests.tasks.rows import LOCAL, refusal, reply
 
 TOPIC: dict[str, Any] = {
@@ -48,7 +48,7 @@ def test_examples_become_calls_and_calls_become_a_fit() -> None:
     rng = random.Random(4)
     learnt = calibration.learn(body(bias=True), calls, [answered(call, rng) for call in calls])
     fit = learnt.fit
-    assert (fit.task, fit.target, fit.variant, fit.method) == ("mail", LOCAL.name, None, Method())
+    assert (fit.task, fit.target, fit.variant, fit.method) == ("mail", LOCAL.name, None, DecisionMethod())
     (row,) = learnt.report["questions"]
     assert row["temperature"] == fit.fits[question_key(calls[0].questions[0])].temperature > 1
     assert row["examples"] == 70 and [one["value"] for one in row["bias"]] == ["billing", True]
@@ -60,7 +60,7 @@ def test_a_method_is_part_of_what_is_learnt() -> None:
     given = body(debias=True, calibrate="content_free")
     _, calls = calibration.read(given)
     learnt = calibration.learn(given, calls, [answered(call, random.Random(1)) for call in calls])
-    assert learnt.fit.method == Method(debias=True, content_free=True)
+    assert learnt.fit.method == DecisionMethod(debias=True, content_free=True)
 
 
 def test_a_call_that_failed_costs_its_examples_and_too_few_are_refused() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from appliance.tasks.decisions.calibration_fit import fit_question, probabilities, quality
 from appliance.tasks.decisions.confidence import calibrated
-from appliance.tasks.decisions.decision_options import Fit
+from appliance.tasks.decisions.decision_options import CalibrationParameters
 
 
 def drawn(count: int, seed: int = 0, options: int = 4) -> tuple[npt.NDArray[np.float64], list[int]]:
@@ -45,7 +45,7 @@ def test_noise_is_not_learnt() -> None:
 
 def test_the_fitted_are_the_probabilities_that_answers_get() -> None:
     odds, _ = drawn(5)
-    fit = Fit(3.0, (0.5, 0.0, -0.5, 0.1))
+    fit = CalibrationParameters(3.0, (0.5, 0.0, -0.5, 0.1))
     for row, shares in zip(odds.tolist(), probabilities(odds, fit), strict=True):
         assert calibrated(row, fit.temperature, fit.bias) == pytest.approx(shares)
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from appliance.tasks.extract.chunks import Part, merge, spans
+from appliance.tasks.extract.chunks import TextChunk, merge, spans
 from appliance.wire.token_estimate import estimate_tokens
 
 PROSE = "\n\n".join(f"Paragraph {n}. " + "Some words of it. " * 12 for n in range(40))
@@ -40,8 +40,8 @@ def test_any_text_is_cut_without_end_or_gap() -> None:
 
 def test_the_most_confident_value_that_is_not_empty_wins() -> None:
     parts = [
-        Part((0, 10), {"a": "", "b": "x", "c": 1}, {"/a": 0.99, "/b": 0.2, "/c": 0.5}),
-        Part((8, 20), {"a": "yes", "b": "y", "c": 2}, {"/a": 0.1, "/b": 0.9, "/c": 0.5}),
+        TextChunk((0, 10), {"a": "", "b": "x", "c": 1}, {"/a": 0.99, "/b": 0.2, "/c": 0.5}),
+        TextChunk((8, 20), {"a": "yes", "b": "y", "c": 2}, {"/a": 0.1, "/b": 0.9, "/c": 0.5}),
     ]
     merged = merge(parts)
     assert merged.object == {"a": "yes", "b": "y", "c": 1}
@@ -50,13 +50,19 @@ def test_the_most_confident_value_that_is_not_empty_wins() -> None:
 
 
 def test_without_confidence_the_first_value_wins_and_none_is_made_up() -> None:
-    merged = merge([Part((0, 5), {"a": None}, None), Part((4, 9), {"a": "x"}, None), Part((8, 12), {"a": "y"}, None)])
+    merged = merge(
+        [
+            TextChunk((0, 5), {"a": None}, None),
+            TextChunk((4, 9), {"a": "x"}, None),
+            TextChunk((8, 12), {"a": "y"}, None),
+        ]
+    )
     assert merged.object == {"a": "x"} and merged.confidence is None
 
 
 def test_lists_are_joined_and_their_items_keep_their_own_confidence() -> None:
-    first = Part((0, 5), {"l": [{"k": 1}]}, {"/l/0/k": 0.5})
-    second = Part(
+    first = TextChunk((0, 5), {"l": [{"k": 1}]}, {"/l/0/k": 0.5})
+    second = TextChunk(
         (4, 9), {"l": [{"k": 1}, {"k": 2}], "a/b": {"c": True}}, {"/l/0/k": 0.9, "/l/1/k": 0.7, "/a~1b/c": 0.4}
     )
     merged = merge([first, second])

@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 import pytest
 
-from appliance.core import Reply, Target, Usage
+from appliance.core import Target, UpstreamReply, Usage
 from appliance.errors import BackendGarbage, RequestError, Unsupported
 from appliance.tasks.decisions import openai_shape, systemone
 
@@ -21,17 +21,17 @@ MAIL = Target(
 SHARES = [[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]]
 
 
-def reply(rows: Any = None, labels: Any = ("a", "b", "c"), strange: float = -0.5) -> Reply:
+def reply(rows: Any = None, labels: Any = ("a", "b", "c"), strange: float = -0.5) -> UpstreamReply:
     rows = SHARES[:1] if rows is None else rows
     payload = {"labels": list(labels), "probabilities": rows, "out_of_scope": [strange] * len(rows), "model": "mail"}
-    return Reply(payload, Usage(5, 0), 0.1, 0.1)
+    return UpstreamReply(payload, Usage(5, 0), 0.1, 0.1)
 
 
 def choice(*values: str, **more: Any) -> dict[str, Any]:
     return {"type": "choice", "instructions": "Which?", "choices": [{"value": value} for value in values], **more}
 
 
-def answered(body: dict[str, Any], given: Reply) -> Any:
+def answered(body: dict[str, Any], given: UpstreamReply) -> Any:
     _, (call,) = openai_shape.read({"model": "classifier/mail", "input": "hello", **body})
     (outgoing,) = call.outgoing(MAIL)
     assert (outgoing.path, outgoing.body) == ("/classify", {"texts": ["hello"]})
@@ -126,4 +126,4 @@ def test_systemone_asks_a_classifier_too() -> None:
 def test_a_broken_reply_is_garbage(payload: Any) -> None:
     _, (call,) = openai_shape.read({"model": "classifier/mail", "input": "x"})
     with pytest.raises(BackendGarbage):
-        call.read(MAIL, [Reply(payload, Usage(), 0.1, 0.1)])
+        call.read(MAIL, [UpstreamReply(payload, Usage(), 0.1, 0.1)])

@@ -10,7 +10,15 @@ import pytest
 from appliance.core import Target
 from appliance.errors import BackendGarbage, NotFound, RequestError
 from appliance.tasks.decisions import label_prompts, openai_shape, systemone
-from appliance.tasks.decisions.decision_options import CONTENT_FREE, Fit, Method, Priors, TaskFit, Tasks, question_key
+from appliance.tasks.decisions.decision_options import (
+    CONTENT_FREE,
+    CalibrationParameters,
+    DecisionMethod,
+    Priors,
+    TaskCalibration,
+    Tasks,
+    question_key,
+)
 from appliance.tasks.decisions.questions import Option, Question
 from tests.tasks.rows import LOCAL, hosted, reply
 
@@ -121,8 +129,8 @@ def test_without_the_scores_for_nothing_there_is_no_answer() -> None:
 
 
 def tasks_with(target: str = LOCAL.name, variant: str | None = None, **more: Any) -> Tasks:
-    fits = {question_key(TOPIC_QUESTION): Fit(2.0, (0.0, 1.0))}
-    return {"mail": [TaskFit("mail", target, variant, Method(**more), fits)]}
+    fits = {question_key(TOPIC_QUESTION): CalibrationParameters(2.0, (0.0, 1.0))}
+    return {"mail": [TaskCalibration("mail", target, variant, DecisionMethod(**more), fits)]}
 
 
 def test_a_named_task_applies_its_fit_and_says_so() -> None:

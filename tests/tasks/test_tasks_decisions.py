@@ -11,7 +11,7 @@ from appliance.core import Usage
 from appliance.errors import ApplianceError, BackendGarbage, BackendOverloaded, ContextTooLong, Unsupported
 from appliance.tasks.decisions import openai_shape, systemone
 from appliance.tasks.decisions.label_prompts import labels_of
-from appliance.tasks.decisions.openai_shape import Judgement, batch_payload
+from appliance.tasks.decisions.openai_shape import DecisionResult, batch_payload
 from appliance.tasks.decisions.questions import Option, Question, read_questions
 from tests.tasks.rows import LOCAL, hosted, refusal, reply
 
@@ -284,7 +284,7 @@ def test_a_batchs_rows_come_in_order_with_the_errors_of_single_inputs() -> None:
     too_long = {"error": {"code": "context_length_exceeded", "message": "9000 tokens do not fit 2048"}}
     results = [scored({"yes": 0.6, "no": 0.4}) for _ in range(31)] + [too_long]
     judged = calls[0].read(LOCAL, [reply({"results": results}, Usage(50, 31))])
-    assert isinstance(judged, Judgement)
+    assert isinstance(judged, DecisionResult)
     payload = batch_payload([judged, BackendOverloaded("full")], calls)
     assert [len(call.inputs) for call in calls] == [32, 2]
     rows = payload["results"]

@@ -22,8 +22,9 @@ from appliance.core import (
     Caller,
     Decision,
     EngineLoad,
-    EngineView,
-    Excluded,
+    EngineStatus,
+    ExcludedTarget,
+    HealthWarning,
     Outcome,
     Profile,
     Request,
@@ -31,7 +32,6 @@ from appliance.core import (
     Snapshot,
     Target,
     Usage,
-    Warning_,
 )
 from appliance.telemetry import traces
 from appliance.telemetry.logs import LineHandler, setup_logging
@@ -303,13 +303,13 @@ LOAD = EngineLoad(
 
 def test_engines_show_what_is_known_and_vanish_when_they_are_gone() -> None:
     metrics = Metrics()
-    ready = EngineView("onsite/small", "ready", seen=1.0, load=LOAD, restarts=2)
-    starting = EngineView("onsite/large", "starting", seen=1.0)
+    ready = EngineStatus("onsite/small", "ready", seen=1.0, load=LOAD, restarts=2)
+    starting = EngineStatus("onsite/large", "starting", seen=1.0)
     metrics.observe_snapshot(
         Snapshot(
             1.0,
             engines={"onsite/small": ready, "onsite/large": starting},
-            warnings=(Warning_("disk_full", "free space"),),
+            warnings=(HealthWarning("disk_full", "free space"),),
         )
     )
 
@@ -408,7 +408,7 @@ def decision() -> Decision:
         residency=ONSITE,
         residency_reason="the key is bound",
         attempts=(Attempt(LOCAL, "first"),),
-        excluded=(Excluded("acme/large", "outside the bound"),),
+        excluded=(ExcludedTarget("acme/large", "outside the bound"),),
         latency_budget_seconds=1.0,
         max_wait_seconds=1.0,
         total_seconds=1.0,

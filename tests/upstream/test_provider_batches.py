@@ -7,16 +7,16 @@ import pytest
 
 from appliance.core import ONSITE, Residency
 from appliance.errors import ResidencyRefused
-from appliance.router.residency import PermitOffice
-from appliance.upstream.base import Frame
-from appliance.upstream.egress import EgressDoor
+from appliance.router.residency import EgressPermitIssuer
+from appliance.upstream.base import RequestFrame
+from appliance.upstream.egress import EgressTransport
 from tests.providers.batches_api import BatchesApi
 from tests.router.scene import hosted_target, request_of
 
 pytestmark = pytest.mark.anyio
 
-FRAME = Frame("application/json", b'{"requests":[', b",", b"]}")
-OFFICE = PermitOffice()
+FRAME = RequestFrame("application/json", b'{"requests":[', b",", b"]}")
+OFFICE = EgressPermitIssuer()
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ async def provider() -> AsyncIterator[BatchesApi]:
 
 
 @pytest.fixture
-async def door(provider: BatchesApi) -> AsyncIterator[EgressDoor]:
-    made = EgressDoor({"cloud": provider.address}, {"cloud": "sk-secret"}, OFFICE.key)
+async def door(provider: BatchesApi) -> AsyncIterator[EgressTransport]:
+    made = EgressTransport({"cloud": provider.address}, {"cloud": "sk-secret"}, OFFICE.key)
     yield made
     await made.aclose()
 
@@ -36,11 +36,13 @@ def line(name: str) -> bytes:
     return b'{"custom_id":"' + name.encode() + b'","params":{}}'
 
 
-async def test_a_batch_goes_out_only_with_a_good_permit_for_every_line(provider: BatchesApi, door: EgressDoor) -> None:
+async def test_a_batch_goes_out_only_with_a_good_permit_for_every_line(
+    provider: BatchesApi, door: EgressTransport
+) -> None:
     target, requests = hosted_target(provider.address), [request_of() for _ in range(3)]
     permits = [OFFICE.permit(one, target, Residency("any")) for one in requests]
     good = [(permit, line(one.id)) for permit, one in zip(permits, requests, strict=True)]
-    strange = PermitOffice().permit(requests[2], target, Residency("any"))
+    strange = EgressPermitIssuer().permit(requests[2], target, Residency("any"))
     elsewhere = OFFICE.permit(requests[2], replace(target, name="cloud/other"), Residency("any"))
     for wrong in (
         [*good[:2], (strange, line(requests[2].id))],
@@ -66,7 +68,7 @@ async def test_a_bound_request_gets_no_permit_for_a_batch_either(provider: Batch
         OFFICE.permit(request_of(residency=ONSITE), hosted_target(provider.address), Residency("any"))
 
 
-async def test_the_permit_for_a_batchs_affairs_carries_no_request(provider: BatchesApi, door: EgressDoor) -> None:
+async def test_the_permit_for_a_batchs_affairs_carries_no_request(provider: BatchesApi, door: EgressTransport) -> None:
     target = hosted_target(provider.address)
     affairs = OFFICE.batch_permit("batch_1", target)
     with pytest.raises(ResidencyRefused):

@@ -16,12 +16,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from appliance.core import Reply, Target
+from appliance.core import Target, UpstreamReply
 from appliance.errors import BackendGarbage, EngineBusy
 from appliance.tasks.decisions import label_prompts, openai_shape
 from appliance.upstream import client
-from appliance.upstream.label_scoring.tree import Scoring, mass, tree
-from appliance.upstream.local import LocalDoor
+from appliance.upstream.label_scoring.tree import LabelTreeScoring, mass, tree
+from appliance.upstream.local import LocalTransport
 from tests.standin import StandIn
 
 END = 999
@@ -50,7 +50,7 @@ LABELS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple)
 @given(LABELS)
 def test_every_label_is_scored_by_what_tells_it_from_the_others(rows: list[Tokens]) -> None:
     language, root = Language(4), tree(rows, END)
-    scoring, reads = Scoring(root, len(rows), worth=0.0), 0
+    scoring, reads = LabelTreeScoring(root, len(rows), worth=0.0), 0
     parting: dict[Tokens, set[int]] = {}
     while scoring.due:
         for place, _ in scoring.due:
@@ -78,7 +78,7 @@ def test_a_label_that_begins_another_is_told_by_the_end_of_the_turn() -> None:
 
 
 def test_places_that_hold_next_to_nothing_are_not_read() -> None:
-    scoring = Scoring(tree([(1, 1), (1, 2), (3,)], END), 3)
+    scoring = LabelTreeScoring(tree([(1, 1), (1, 2), (3,)], END), 3)
     scoring.give([{1: math.log(1e-6), 3: math.log(0.5)}])
     assert scoring.due == []
     assert scoring.scores[0] == scoring.scores[1] == pytest.approx(math.log(5e-7))
@@ -150,11 +150,11 @@ def _target(server: Server) -> Target:
 async def _ask(server: Server, inputs: Sequence[str], choices: Sequence[str], **more: Any) -> Any:
     question = {"type": "choice", "instructions": "About what?", "choices": [{"value": one} for one in choices]}
     _, calls = openai_shape.read_batch({"model": "m", "inputs": list(inputs), "questions": [question], **more})
-    target, door = _target(server), LocalDoor()
+    target, door = _target(server), LocalTransport()
     try:
         (outgoing,) = calls[0].outgoing(target)
         letter = client.write(target, outgoing, stream=False, salt="salt")
-        reply: Reply = await client.send(door, letter, permit=None, seconds=10)
+        reply: UpstreamReply = await client.send(door, letter, permit=None, seconds=10)
         return calls[0].read(target, [reply])
     finally:
         await door.aclose()

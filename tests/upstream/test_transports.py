@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from appliance.core import EgressPermit, Outgoing, Target, TimeLimits
+from appliance.core import EgressPermit, Target, TimeLimits, UpstreamCall
 from appliance.errors import (
     BackendAuth,
     BackendError,
@@ -22,20 +22,20 @@ from appliance.errors import (
     StreamBroken,
 )
 from appliance.upstream import client
-from appliance.upstream.base import Doors
-from appliance.upstream.egress import EgressDoor
+from appliance.upstream.base import Transports
+from appliance.upstream.egress import EgressTransport
 from appliance.upstream.error_mapping import error_of_status
-from appliance.upstream.local import LocalDoor, NotOnSite
+from appliance.upstream.local import LocalTransport, NotOnSite
 from appliance.upstream.permit_signature import seal
 from appliance.upstream.rate_limit_headers import MAX_RETRY_AFTER_SECONDS, parse_retry_after
-from appliance.wire.dialect import Letter
+from appliance.wire.dialect import WireRequest
 from tests.router.scene import engine_target, hosted_target
 from tests.standin import Mood, StandIn
 
 pytestmark = pytest.mark.anyio
 
 KEY = b"k" * 32
-ASK = Outgoing("/chat/completions", {"model": "auto", "messages": [{"role": "user", "content": "hi"}], "x_ours": 1})
+ASK = UpstreamCall("/chat/completions", {"model": "auto", "messages": [{"role": "user", "content": "hi"}], "x_ours": 1})
 
 
 @pytest.fixture
@@ -45,15 +45,15 @@ async def provider() -> AsyncIterator[StandIn]:
 
 
 @pytest.fixture
-async def door(provider: StandIn) -> AsyncIterator[EgressDoor]:
-    made = EgressDoor({"cloud": provider.address}, {"cloud": "sk-secret"}, KEY)
+async def door(provider: StandIn) -> AsyncIterator[EgressTransport]:
+    made = EgressTransport({"cloud": provider.address}, {"cloud": "sk-secret"}, KEY)
     yield made
     await made.aclose()
 
 
 @pytest.fixture
-async def local() -> AsyncIterator[LocalDoor]:
-    made = LocalDoor()
+async def local() -> AsyncIterator[LocalTransport]:
+    made = LocalTransport()
     yield made
     await made.aclose()
 
@@ -62,16 +62,16 @@ def permit_for(target: Target, key: bytes = KEY) -> EgressPermit:
     return EgressPermit("req-1", target.name, seal(key, "req-1", target))
 
 
-def letter_of(target: Target, *, stream: bool = False, salt: str = "s") -> Letter:
+def letter_of(target: Target, *, stream: bool = False, salt: str = "s") -> WireRequest:
     return client.write(target, ASK, stream=stream, salt=salt)
 
 
-async def send(door: EgressDoor, target: Target, seconds: float = 5.0, outgoing: Outgoing = ASK) -> Any:
+async def send(door: EgressTransport, target: Target, seconds: float = 5.0, outgoing: UpstreamCall = ASK) -> Any:
     letter = client.write(target, outgoing, stream=False, salt="s")
     return await client.send(door, letter, permit=permit_for(target), seconds=seconds)
 
 
-async def open_stream(door: EgressDoor, target: Target, outgoing: Outgoing = ASK) -> client.ReplyStream:
+async def open_stream(door: EgressTransport, target: Target, outgoing: UpstreamCall = ASK) -> client.ReplyStream:
     letter = client.write(target, outgoing, stream=True, salt="s")
     return await client.open_stream(door, letter, permit=permit_for(target), seconds=10)
 
@@ -87,7 +87,7 @@ async def read_all(stream: client.ReplyStream) -> bytes:
 # --- the egress door
 
 
-async def test_egress_sends_body_and_key_and_nothing_of_ours(provider: StandIn, door: EgressDoor) -> None:
+async def test_egress_sends_body_and_key_and_nothing_of_ours(provider: StandIn, door: EgressTransport) -> None:
     reply = await send(door, hosted_target(provider.address))
     assert reply.payload["choices"][0]["message"]["content"] == provider.text
     assert reply.usage.completion_tokens == 5 and 0 < reply.first_byte_seconds <= reply.total_seconds
@@ -97,7 +97,7 @@ async def test_egress_sends_body_and_key_and_nothing_of_ours(provider: StandIn, 
     assert "sk-secret" not in repr(door)
 
 
-async def test_egress_opens_to_a_valid_permit_only(provider: StandIn, door: EgressDoor) -> None:
+async def test_egress_opens_to_a_valid_permit_only(provider: StandIn, door: EgressTransport) -> None:
     target = hosted_target(provider.address)
     other = hosted_target(provider.address, "cloud/other")
     forged = [None, permit_for(other), permit_for(target, b"x" * 32), EgressPermit("req-2", target.name, b"")]
@@ -113,7 +113,7 @@ async def test_egress_opens_to_a_valid_permit_only(provider: StandIn, door: Egre
     assert provider.calls == 0
 
 
-async def test_a_redirect_is_never_followed(provider: StandIn, door: EgressDoor) -> None:
+async def test_a_redirect_is_never_followed(provider: StandIn, door: EgressTransport) -> None:
     async with StandIn() as elsewhere:
         provider.mood, provider.location = "redirect", elsewhere.address + "/chat/completions"
         with pytest.raises(BackendError, match="redirect"):
@@ -122,7 +122,7 @@ async def test_a_redirect_is_never_followed(provider: StandIn, door: EgressDoor)
 
 
 async def test_a_proxy_in_the_environment_is_not_asked(
-    provider: StandIn, door: EgressDoor, monkeypatch: pytest.MonkeyPatch
+    provider: StandIn, door: EgressTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with StandIn() as proxy:
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
@@ -131,8 +131,8 @@ async def test_a_proxy_in_the_environment_is_not_asked(
         assert (provider.calls, proxy.calls) == (1, 0)
 
 
-async def test_without_a_provider_there_is_no_door_out(local: LocalDoor) -> None:
-    doors = Doors(local)
+async def test_without_a_provider_there_is_no_door_out(local: LocalTransport) -> None:
+    doors = Transports(local)
     with pytest.raises(ResidencyRefused, match="no way off its site"):
         doors.to(hosted_target())
     assert doors.to(engine_target()) is local
@@ -141,7 +141,7 @@ async def test_without_a_provider_there_is_no_door_out(local: LocalDoor) -> None
 # --- the local door
 
 
-async def test_the_local_door_reaches_an_engine_on_a_unix_socket(tmp_path: Path, local: LocalDoor) -> None:
+async def test_the_local_door_reaches_an_engine_on_a_unix_socket(tmp_path: Path, local: LocalTransport) -> None:
     async with StandIn(uds=str(tmp_path / "e.sock")) as engine:
         target = engine_target(engine.address)
         reply = await client.send(local, letter_of(target, salt="abc"), permit=None, seconds=5)
@@ -154,14 +154,14 @@ def test_two_callers_never_share_a_salt() -> None:
     assert "key-1" not in client.salt_of("key-1")
 
 
-async def test_the_local_door_does_not_lead_to_hosted_targets(local: LocalDoor, provider: StandIn) -> None:
+async def test_the_local_door_does_not_lead_to_hosted_targets(local: LocalTransport, provider: StandIn) -> None:
     with pytest.raises(ResidencyRefused):
         await local.open(hosted_target(provider.address), "/chat/completions", b"{}", permit=None)
     assert provider.calls == 0
 
 
 async def test_an_on_site_server_is_reached_on_loopback_with_its_key(provider: StandIn) -> None:
-    door = LocalDoor(secrets={"lan": "sk-lan"})
+    door = LocalTransport(secrets={"lan": "sk-lan"})
     target = engine_target(provider.address, "lan/big", provider="lan")
     await client.send(door, letter_of(target, salt="s"), permit=None, seconds=5)
     await door.aclose()
@@ -180,7 +180,7 @@ async def test_an_on_site_name_or_address_that_leads_out_is_not_connected_to(
 
     monkeypatch.setattr("aiohttp.resolver.ThreadedResolver.resolve", resolve)
     monkeypatch.setattr("aiohttp.resolver.DefaultResolver.resolve", resolve)
-    door = LocalDoor(networks=["10.0.0.0/8"])
+    door = LocalTransport(networks=["10.0.0.0/8"])
     target = engine_target(f"http://{host}/v1", "lan/big", provider="lan")
     with pytest.raises(BackendUnreachable, match="not on this site"):
         await client.send(door, letter_of(target, salt="s"), permit=None, seconds=5)
@@ -188,7 +188,7 @@ async def test_an_on_site_name_or_address_that_leads_out_is_not_connected_to(
 
 
 async def test_what_counts_as_this_site() -> None:
-    door = LocalDoor(networks=["10.1.0.0/16", "fd00::/8"])
+    door = LocalTransport(networks=["10.1.0.0/16", "fd00::/8"])
     for inside in ("127.0.0.1", "127.9.9.9", "::1", "10.1.2.3", "fd00::5", "::ffff:10.1.0.1"):
         door.check_address(inside)
     for outside in ("10.2.0.1", "8.8.8.8", "::ffff:8.8.8.8", "fe80::1%eth0", "0.0.0.0"):
@@ -196,7 +196,7 @@ async def test_what_counts_as_this_site() -> None:
             door.check_address(outside)
 
 
-async def test_an_engine_that_is_not_there_is_unreachable(tmp_path: Path, local: LocalDoor) -> None:
+async def test_an_engine_that_is_not_there_is_unreachable(tmp_path: Path, local: LocalTransport) -> None:
     target = engine_target(f"unix:{tmp_path}/none.sock")
     with pytest.raises(BackendUnreachable, match="cannot connect to onsite/tiny") as caught:
         await client.send(local, letter_of(target, salt="s"), permit=None, seconds=5)
@@ -223,7 +223,13 @@ MOODS: list[tuple[Mood, type[Exception], int, bool]] = [
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("mood", "kind", "status", "fallback"), MOODS)
 async def test_each_misbehaviour_is_one_error_of_ours(
-    provider: StandIn, door: EgressDoor, mood: Mood, kind: type[Exception], status: int, fallback: bool, stream: bool
+    provider: StandIn,
+    door: EgressTransport,
+    mood: Mood,
+    kind: type[Exception],
+    status: int,
+    fallback: bool,
+    stream: bool,
 ) -> None:
     if stream and mood == "half_body":
         pytest.skip("a stream has no length; see half_stream")
@@ -241,7 +247,7 @@ async def test_each_misbehaviour_is_one_error_of_ours(
     assert "sk-" not in error.message, "upstream messages about keys quote them"
 
 
-async def test_a_refusal_keeps_the_targets_words_and_code(provider: StandIn, door: EgressDoor) -> None:
+async def test_a_refusal_keeps_the_targets_words_and_code(provider: StandIn, door: EgressTransport) -> None:
     provider.mood = "bad_request"
     with pytest.raises(BackendRefused) as caught:
         await send(door, hosted_target(provider.address))
@@ -296,17 +302,19 @@ async def test_retry_after_is_read_and_bounded(headers: dict[str, str], seconds:
     assert parse_retry_after(headers, 60.0) == seconds
 
 
-async def test_a_body_that_cannot_be_json_is_the_callers_mistake(provider: StandIn, door: EgressDoor) -> None:
+async def test_a_body_that_cannot_be_json_is_the_callers_mistake(provider: StandIn, door: EgressTransport) -> None:
     for bad in ("\ud800", 2**80):
         with pytest.raises(RequestError):
-            await send(door, hosted_target(provider.address), outgoing=Outgoing("/chat/completions", {"prompt": bad}))
+            await send(
+                door, hosted_target(provider.address), outgoing=UpstreamCall("/chat/completions", {"prompt": bad})
+            )
     assert provider.calls == 0
 
 
 # --- time limits
 
 
-async def test_pitfall_3_silence_before_the_headers_has_its_own_limit(provider: StandIn, door: EgressDoor) -> None:
+async def test_pitfall_3_silence_before_the_headers_has_its_own_limit(provider: StandIn, door: EgressTransport) -> None:
     provider.mood = "hang"
     target = hosted_target(provider.address, limits=TimeLimits(first_byte_seconds=0.05, between_tokens_seconds=60))
     with pytest.raises(BackendTimeout, match="sent nothing for"):
@@ -314,7 +322,7 @@ async def test_pitfall_3_silence_before_the_headers_has_its_own_limit(provider: 
     await asyncio.wait_for(provider.caller_left.wait(), 5)
 
 
-async def test_pitfall_3_silence_between_tokens_has_its_own_limit(provider: StandIn, door: EgressDoor) -> None:
+async def test_pitfall_3_silence_between_tokens_has_its_own_limit(provider: StandIn, door: EgressTransport) -> None:
     provider.mood = "silent_stream"
     target = hosted_target(provider.address, limits=TimeLimits(first_byte_seconds=60, between_tokens_seconds=0.05))
     stream = await open_stream(door, target)
@@ -324,7 +332,7 @@ async def test_pitfall_3_silence_between_tokens_has_its_own_limit(provider: Stan
     await asyncio.wait_for(provider.caller_left.wait(), 5)
 
 
-async def test_pitfall_3_a_stream_has_a_total_limit_too(provider: StandIn, door: EgressDoor) -> None:
+async def test_pitfall_3_a_stream_has_a_total_limit_too(provider: StandIn, door: EgressTransport) -> None:
     provider.mood = "silent_stream"
     target = hosted_target(provider.address)
     stream = await client.open_stream(door, letter_of(target, stream=True), permit=permit_for(target), seconds=0.1)
@@ -343,7 +351,7 @@ def test_pitfall_3_a_whole_reply_may_be_silent_for_as_long_as_it_is_written() ->
 # --- streams
 
 
-async def test_a_stream_passes_whole_and_tells_its_usage(provider: StandIn, door: EgressDoor) -> None:
+async def test_a_stream_passes_whole_and_tells_its_usage(provider: StandIn, door: EgressTransport) -> None:
     stream = await open_stream(door, hosted_target(provider.address))
     got = await read_all(stream)
     assert got.endswith(b"data: [DONE]\n\n") and b'"usage":{' not in got and b"forty" in got
@@ -351,20 +359,24 @@ async def test_a_stream_passes_whole_and_tells_its_usage(provider: StandIn, door
     assert stream.usage is not None and stream.usage.completion_tokens == 5 and stream.is_whole
 
 
-async def test_usage_is_passed_on_where_it_was_asked_for(provider: StandIn, door: EgressDoor) -> None:
+async def test_usage_is_passed_on_where_it_was_asked_for(provider: StandIn, door: EgressTransport) -> None:
     body = {**ASK.body, "stream_options": {"include_usage": True, "other": 1}}
-    got = await read_all(await open_stream(door, hosted_target(provider.address), Outgoing("/chat/completions", body)))
+    got = await read_all(
+        await open_stream(door, hosted_target(provider.address), UpstreamCall("/chat/completions", body))
+    )
     assert b'"usage":{' in got
     assert provider.bodies[0]["stream_options"] == {"include_usage": True, "other": 1}
 
 
-async def test_a_stream_without_done_but_with_a_reason_is_ended_properly(provider: StandIn, door: EgressDoor) -> None:
+async def test_a_stream_without_done_but_with_a_reason_is_ended_properly(
+    provider: StandIn, door: EgressTransport
+) -> None:
     provider.mood = "stream_without_done"
     assert (await read_all(await open_stream(door, hosted_target(provider.address)))).endswith(b"data: [DONE]\n\n")
 
 
 async def test_pitfall_1_a_truncated_stream_is_an_error_and_never_a_clean_end(
-    provider: StandIn, door: EgressDoor
+    provider: StandIn, door: EgressTransport
 ) -> None:
     provider.seconds_per_token = 0.005
     breaks: list[tuple[Mood, str]] = [("half_stream", "in the middle"), ("error_event_later", "out of memory")]
@@ -379,14 +391,16 @@ async def test_pitfall_1_a_truncated_stream_is_an_error_and_never_a_clean_end(
         await stream.aclose()
 
 
-async def test_pitfall_1_an_error_as_the_first_event_is_a_failed_attempt(provider: StandIn, door: EgressDoor) -> None:
+async def test_pitfall_1_an_error_as_the_first_event_is_a_failed_attempt(
+    provider: StandIn, door: EgressTransport
+) -> None:
     provider.mood = "error_event_first"
     with pytest.raises(BackendError, match="the model is gone") as caught:
         await open_stream(door, hosted_target(provider.address))
     assert caught.value.fallback
 
 
-async def test_closing_a_stream_cancels_the_work_at_the_target(provider: StandIn, door: EgressDoor) -> None:
+async def test_closing_a_stream_cancels_the_work_at_the_target(provider: StandIn, door: EgressTransport) -> None:
     provider.mood = "silent_stream"
     stream = await open_stream(door, hosted_target(provider.address))
     assert await stream.next_block()
@@ -396,7 +410,7 @@ async def test_closing_a_stream_cancels_the_work_at_the_target(provider: StandIn
     assert await stream.next_block() == b"" and not stream.is_whole
 
 
-async def test_an_engine_that_dies_in_mid_stream_breaks_it(tmp_path: Path, local: LocalDoor) -> None:
+async def test_an_engine_that_dies_in_mid_stream_breaks_it(tmp_path: Path, local: LocalTransport) -> None:
     async with StandIn(uds=str(tmp_path / "e.sock"), mood="silent_stream") as engine:
         target = engine_target(engine.address)
         stream = await client.open_stream(local, letter_of(target, stream=True), permit=None, seconds=10)
@@ -409,7 +423,7 @@ async def test_an_engine_that_dies_in_mid_stream_breaks_it(tmp_path: Path, local
         await stream.aclose()
 
 
-async def test_connections_are_used_again(provider: StandIn, door: EgressDoor) -> None:
+async def test_connections_are_used_again(provider: StandIn, door: EgressTransport) -> None:
     target = hosted_target(provider.address)
     for _ in range(3):
         await send(door, target)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from appliance.core import Ability, Outgoing, Target
+from appliance.core import Ability, Target, UpstreamCall
 from appliance.errors import Unsupported
 from appliance.upstream import client
 
@@ -19,7 +19,7 @@ ADDRESS = "https://elsewhere.example/seen?by=secret"
 def written(target: Target, part: Any, path: str = "/chat/completions") -> bytes:
     row = {"role": "user", "content": [{"type": "text", "text": ADDRESS, "cache_control": {"type": "ephemeral"}}, part]}
     body = {"input": [row]} if path == "/decisions" else {"messages": [row]}
-    return client.write(target, Outgoing(path, body), stream=False, salt="s").body
+    return client.write(target, UpstreamCall(path, body), stream=False, salt="s").body
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ import pytest
 
 from appliance.core import Target
 from appliance.errors import BackendGarbage, RejectedReply, RequestError, Unsupported
-from appliance.wire.anthropic.outbound_reply import MessagePassage
+from appliance.wire.anthropic.outbound_reply import AnthropicStreamTranslator
 from appliance.wire.anthropic.outbound_request import message_request
 from appliance.wire.anthropic.output_schema import narrowed
-from appliance.wire.gemini.outbound_reply import ContentPassage, read_content
+from appliance.wire.gemini.outbound_reply import GeminiStreamTranslator, read_content
 from appliance.wire.gemini.outbound_request import content_request
 from appliance.wire.sse import EventTooLong
-from appliance.wire.stream_translator import Translation
+from appliance.wire.stream_translator import ChunkTranslator
 from tests.providers.anthropic_api import AnthropicApi
 from tests.providers.collected import collected
 from tests.providers.gemini_api import GeminiApi
@@ -41,15 +41,15 @@ def gemini_stream(say: Say) -> bytes:
     return b"".join(GeminiApi().events("/models/gem:streamGenerateContent", {}, say))
 
 
-def message_passage() -> Translation:
-    return MessagePassage("c", keep_usage=True, answer_tool=None)
+def message_passage() -> ChunkTranslator:
+    return AnthropicStreamTranslator("c", keep_usage=True, answer_tool=None)
 
 
-def content_passage() -> Translation:
-    return ContentPassage("gem", keep_usage=True, choices=1)
+def content_passage() -> ChunkTranslator:
+    return GeminiStreamTranslator("gem", keep_usage=True, choices=1)
 
 
-STREAMS: list[tuple[Callable[[Say], bytes], Callable[[], Translation]]] = [
+STREAMS: list[tuple[Callable[[Say], bytes], Callable[[], ChunkTranslator]]] = [
     (anthropic_stream, message_passage),
     (gemini_stream, content_passage),
 ]
@@ -64,7 +64,7 @@ def without_time(raw: bytes) -> list[Any]:
 @pytest.mark.parametrize(("stream", "passage"), STREAMS)
 @pytest.mark.parametrize("size", [1, 2, 7, 64])
 def test_a_stream_may_come_in_any_pieces(
-    stream: Callable[[Say], bytes], passage: Callable[[], Translation], say: Say, size: int
+    stream: Callable[[Say], bytes], passage: Callable[[], ChunkTranslator], say: Say, size: int
 ) -> None:
     raw = stream(say)
     at_once, in_pieces = passage(), passage()
@@ -76,7 +76,7 @@ def test_a_stream_may_come_in_any_pieces(
 
 @pytest.mark.parametrize(("stream", "passage"), STREAMS)
 def test_nothing_is_passed_on_after_the_end_or_an_error(
-    stream: Callable[[Say], bytes], passage: Callable[[], Translation]
+    stream: Callable[[Say], bytes], passage: Callable[[], ChunkTranslator]
 ) -> None:
     reading = passage()
     assert reading.feed(b"data: {not json\n\n" + stream(TWO_CALLS)) == b"" and reading.error is not None

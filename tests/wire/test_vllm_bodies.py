@@ -4,19 +4,19 @@ from typing import Any
 
 import pytest
 
-from appliance.core import Outgoing, Target
+from appliance.core import Target, UpstreamCall
 from appliance.errors import EngineBusy, RejectedReply, Unsupported
 from appliance.upstream import client
 from appliance.upstream.error_mapping import error_in_success, error_of_status
 from appliance.wire.openai import vllm
-from appliance.wire.sse import Passage
+from appliance.wire.sse import SseReader
 
 TARGET = Target("onsite/m", "onsite", "openai", "unix:/run/s", "m", frozenset({"chat", "token_logprobs"}))
 MESSAGES = [{"role": "user", "content": "yes or no?"}]
 
 
 def _write(body: dict[str, Any], path: str = "/chat/completions") -> bytes:
-    return client.write(TARGET, Outgoing(path, body), stream=False, salt="s").body
+    return client.write(TARGET, UpstreamCall(path, body), stream=False, salt="s").body
 
 
 @pytest.mark.parametrize("field", ["guided_choice", "guided_json", "temprature", "chat_template", "kv_transfer_params"])
@@ -40,7 +40,7 @@ def test_fields_that_change_no_answer_are_left_out() -> None:
 
 def test_other_targets_get_what_was_written() -> None:
     other = Target("p/m", "onsite", "openai", "http://127.0.0.1:1/v1", "m", frozenset({"chat"}), provider="p")
-    letter = client.write(other, Outgoing("/chat/completions", {"mine": 1}), stream=False, salt="s")
+    letter = client.write(other, UpstreamCall("/chat/completions", {"mine": 1}), stream=False, salt="s")
     assert b"mine" in letter.body
 
 
@@ -72,7 +72,7 @@ def test_what_means_come_back_elsewhere_is_taken_so(status: int, raw: bytes) -> 
 
 
 def test_9_an_error_in_a_stream_that_began_with_200_is_none_of_its_ends() -> None:
-    passage = Passage(keep_usage=False)
+    passage = SseReader(keep_usage=False)
     error = (
         b'{"error":{"message":"EngineCore encountered an issue.","type":"InternalServerError","param":null,"code":500}}'
     )

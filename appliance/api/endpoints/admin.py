@@ -8,9 +8,9 @@ from starlette.requests import Request as Http
 from starlette.responses import Response
 
 from appliance import __version__
-from appliance.api.intake import Rim
+from appliance.api.intake import RequestIntake
 from appliance.api.json_responses import json_response
-from appliance.api.protocols import Ledger, Metrics, Snapshots
+from appliance.api.protocols import LedgerReader, MetricsPage, SnapshotSource
 from appliance.core import Snapshot, Target
 from appliance.errors import ConfigError, RequestError
 from appliance.router.capacity.predictor import STALE_SECONDS
@@ -18,13 +18,13 @@ from appliance.router.capacity.predictor import STALE_SECONDS
 _log = structlog.get_logger(__name__)
 
 
-class Admin:
+class AdminEndpoints:
     def __init__(
         self,
-        rim: Rim,
-        state: Snapshots,
-        ledger: Ledger,
-        metrics: Metrics,
+        rim: RequestIntake,
+        state: SnapshotSource,
+        ledger: LedgerReader,
+        metrics: MetricsPage,
         reload: Callable[[], Awaitable[Mapping[str, Any]]],
     ) -> None:
         self._rim = rim

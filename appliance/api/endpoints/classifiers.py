@@ -16,8 +16,8 @@ from starlette.requests import Request as Http
 from starlette.responses import Response, StreamingResponse
 
 from appliance.api.body import parse_body, read_body
-from appliance.api.endpoints.feedback import Learning
-from appliance.api.intake import Rim
+from appliance.api.endpoints.feedback import FeedbackStore
+from appliance.api.intake import RequestIntake
 from appliance.api.json_responses import json_response
 from appliance.errors import NotFound, Unavailable
 
@@ -25,7 +25,7 @@ _PATH: Final = "/v1/classifiers"
 _PROGRESS_SECONDS: Final = 0.5
 
 
-class Told(Protocol):
+class EncoderReply(Protocol):
     @property
     def status(self) -> int: ...
 
@@ -36,18 +36,22 @@ class Told(Protocol):
     def retry_after(self) -> str | None: ...
 
 
-class Encoders(Protocol):
+class EncoderClient(Protocol):
     """The program that trains and keeps classifiers."""
 
-    async def ask(self, method: str, path: str, body: bytes = b"") -> Told: ...
+    async def ask(self, method: str, path: str, body: bytes = b"") -> EncoderReply: ...
 
 
-class Classifiers:
+class ClassifierEndpoints:
     """`encoders` is None in programs without a control plane: then every call says so. `learning` None: what is shown
     is of trainings alone."""
 
     def __init__(
-        self, rim: Rim, encoders: Encoders | None, max_body_bytes: int, learning: Learning | None = None
+        self,
+        rim: RequestIntake,
+        encoders: EncoderClient | None,
+        max_body_bytes: int,
+        learning: FeedbackStore | None = None,
     ) -> None:
         self._rim, self._encoders, self._max_body_bytes = rim, encoders, max_body_bytes
         self._learning = learning
@@ -102,7 +106,7 @@ class Classifiers:
     async def cancel(self, http: Http) -> Response:
         return await self._changed(http, "DELETE", f"{_path(http)}/training")
 
-    async def _progress(self, path: str, told: Told) -> AsyncIterator[bytes]:
+    async def _progress(self, path: str, told: EncoderReply) -> AsyncIterator[bytes]:
         """An event for each change, the last one when the training has ended."""
         said = b""
         while True:
@@ -128,7 +132,7 @@ class Classifiers:
                 await asyncio.to_thread(parse_body, raw)
         return _response(await self._ask(method, path, raw))
 
-    async def _ask(self, method: str, path: str, body: bytes = b"") -> Told:
+    async def _ask(self, method: str, path: str, body: bytes = b"") -> EncoderReply:
         if self._encoders is None:
             raise Unavailable("this program keeps no classifiers: ask a node that `appliance serve` runs")
         return await self._encoders.ask(method, path, body)
@@ -142,6 +146,6 @@ def _path(http: Http) -> str:
     return f"{_PATH}/{quote(name, safe='')}"
 
 
-def _response(told: Told) -> Response:
+def _response(told: EncoderReply) -> Response:
     headers = {} if told.retry_after is None else {"retry-after": told.retry_after}
     return Response(told.body, told.status, headers=headers, media_type="application/json")

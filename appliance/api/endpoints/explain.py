@@ -8,10 +8,10 @@ from typing import Any
 from starlette.requests import Request as Http
 from starlette.responses import Response
 
-from appliance.api.intake import Reader, Rim
+from appliance.api.intake import Reader, RequestIntake
 from appliance.api.json_responses import json_response
-from appliance.api.protocols import Ledger
-from appliance.core import Asked, Call, Caller, Decision
+from appliance.api.protocols import LedgerReader
+from appliance.core import Caller, Decision, ParsedRequest, TaskCall
 from appliance.errors import NotFound
 from appliance.tasks import chat, completions, embeddings
 from appliance.tasks.decisions import openai_shape, systemone
@@ -46,8 +46,8 @@ _SHAPES: Mapping[str, Shape] = {
 _DECISION_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
-class Explain:
-    def __init__(self, rim: Rim, ledger: Ledger, known: KnownTasks) -> None:
+class ExplainEndpoints:
+    def __init__(self, rim: RequestIntake, ledger: LedgerReader, known: KnownTasks) -> None:
         self._rim = rim
         self._known = known
         self._ledger = ledger
@@ -80,7 +80,7 @@ class Explain:
         return json_response(story)
 
 
-def read_any(body: Mapping[str, Any]) -> tuple[Asked, Sequence[Call]]:
+def read_any(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[TaskCall]]:
     """Read a body that says itself for which endpoint it is meant. Raises RequestError as that endpoint would."""
     named = body.get("endpoint", "chat")
     name = named.removeprefix("/v1/").replace("chat/completions", "chat") if isinstance(named, str) else ""

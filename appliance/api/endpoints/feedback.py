@@ -13,7 +13,7 @@ from starlette.requests import Request as Http
 from starlette.responses import Response
 
 from appliance.api.body import parse_body, read_body
-from appliance.api.intake import Rim
+from appliance.api.intake import RequestIntake
 from appliance.api.json_responses import json_response
 from appliance.core import ANYWHERE, strictest
 from appliance.errors import Forbidden, RequestError, Unavailable
@@ -25,7 +25,7 @@ _MOST_TEXT_CHARS: Final = 20_000
 _MOST_INDEX: Final = 10_000
 
 
-class Learning(Protocol):
+class FeedbackStore(Protocol):
     """What keeps labels and looks after candidates."""
 
     async def feedback(
@@ -43,10 +43,10 @@ class Learning(Protocol):
     async def removed(self, name: str) -> None: ...
 
 
-class Feedback:
+class FeedbackEndpoints:
     """`learning` is None where nothing is kept: then every call says so."""
 
-    def __init__(self, rim: Rim, learning: Learning | None) -> None:
+    def __init__(self, rim: RequestIntake, learning: FeedbackStore | None) -> None:
         self._rim, self._learning = rim, learning
 
     async def give(self, http: Http) -> Response:
@@ -71,7 +71,7 @@ class Feedback:
         return json_response({"key": owner, "removed": gone})
 
     @property
-    def _keeper(self) -> Learning:
+    def _keeper(self) -> FeedbackStore:
         if self._learning is None:
             raise Unavailable("this program keeps no labels: ask a node that `appliance serve` runs, and see /healthz")
         return self._learning

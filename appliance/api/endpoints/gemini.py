@@ -10,19 +10,19 @@ from starlette.types import ASGIApp
 
 from appliance.api.caller_dialect import GEMINI_ACTIONS
 from appliance.api.dialect_response import translated
-from appliance.api.intake import Rim
+from appliance.api.intake import RequestIntake
 from appliance.api.json_responses import json_response
 from appliance.api.model_list import AUTO, found
 from appliance.core import Target
 from appliance.errors import NotFound, RequestError
 from appliance.wire.gemini.inbound import read, read_count
-from appliance.wire.gemini.inbound_reply import ContentWriter, content_of
+from appliance.wire.gemini.inbound_reply import GeminiStreamWriter, content_of
 
 _PREFIX: Final = "models/"
 
 
-class Gemini:
-    def __init__(self, rim: Rim) -> None:
+class GeminiEndpoints:
+    def __init__(self, rim: RequestIntake) -> None:
         self._rim = rim
 
     async def act(self, http: Http) -> ASGIApp:
@@ -55,7 +55,7 @@ class Gemini:
             answer,
             opened,
             whole=lambda payload: content_of(payload, original),
-            writer=lambda: ContentWriter(original, as_events=alt == "sse"),
+            writer=lambda: GeminiStreamWriter(original, as_events=alt == "sse"),
             content_type=None if alt == "sse" else "application/json; charset=utf-8",
         )
 

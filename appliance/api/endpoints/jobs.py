@@ -12,13 +12,13 @@ from starlette.responses import FileResponse, Response
 from starlette.types import ASGIApp
 
 from appliance.api.body import parse_body, read_body
-from appliance.api.intake import Rim
+from appliance.api.intake import RequestIntake
 from appliance.api.json_responses import json_response
-from appliance.api.upload import Form, receive_form
+from appliance.api.upload import UploadForm, receive_form
 from appliance.core import Caller, Residency, Usage, strictest
 from appliance.errors import BodyTooLarge, NotFound, RequestError
-from appliance.jobs.deps import Progress
-from appliance.jobs.manager import Desk, new_batch_id
+from appliance.jobs.deps import JobProgress
+from appliance.jobs.manager import JobManager, new_batch_id
 from appliance.jobs.models import Batch, StoredFile
 from appliance.jobs.planner import read_window
 from appliance.jobs.storage.files import new_file_id
@@ -32,8 +32,8 @@ _MOST_METADATA: Final = 16
 _SHORTEST_SECONDS, _LONGEST_SECONDS = 3_600, 2_592_000
 
 
-class Jobs:
-    def __init__(self, rim: Rim, desk: Desk) -> None:
+class JobEndpoints:
+    def __init__(self, rim: RequestIntake, desk: JobManager) -> None:
         self._rim, self._desk = rim, desk
 
     # Files.
@@ -51,7 +51,7 @@ class Jobs:
         await asyncio.to_thread(desk.folder.check_space, announced)
         file_id = new_file_id()
         with desk.folder.receiving(file_id) as receiver:
-            form = Form(http.headers.get("content-type", ""), receiver.write)
+            form = UploadForm(http.headers.get("content-type", ""), receiver.write)
             await receive_form(http, form)
             purpose, lifetime = _purpose(form.fields), _lifetime(form.fields)
             await asyncio.to_thread(receiver.keep)
@@ -165,7 +165,7 @@ class Jobs:
         return batch_object(batch, self._desk.progress(batch.id), self._rim.wall_clock())
 
 
-def batch_object(batch: Batch, progress: Progress | None, now: float) -> Mapping[str, Any]:
+def batch_object(batch: Batch, progress: JobProgress | None, now: float) -> Mapping[str, Any]:
     """As the official SDK types it, and `appliance` besides."""
     times = {f"{status}_at": _seconds(batch.times.get(status)) for status in _TIMED}
     counts = batch.counts
@@ -195,7 +195,7 @@ _TIMED: Final = (
 )  # fmt: skip
 
 
-def _extension(batch: Batch, progress: Progress | None, now: float) -> Mapping[str, Any]:
+def _extension(batch: Batch, progress: JobProgress | None, now: float) -> Mapping[str, Any]:
     counts = batch.counts
     told: dict[str, Any] = {
         "owner": batch.owner,

@@ -9,17 +9,17 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from appliance.api.dialect_response import translated
-from appliance.api.intake import Rim
+from appliance.api.intake import RequestIntake
 from appliance.api.json_responses import json_response
 from appliance.api.model_list import AUTO, found
 from appliance.core import Target
 from appliance.wire.anthropic.inbound import read, read_count
 from appliance.wire.anthropic.inbound_reply import message_of
-from appliance.wire.anthropic.inbound_stream import MessageWriter
+from appliance.wire.anthropic.inbound_stream import AnthropicStreamWriter
 
 
-class Messages:
-    def __init__(self, rim: Rim) -> None:
+class MessagesEndpoints:
+    def __init__(self, rim: RequestIntake) -> None:
         self._rim = rim
         self._started_at = datetime.fromtimestamp(rim.wall_clock(), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
@@ -31,7 +31,7 @@ class Messages:
             answer,
             opened,
             whole=lambda payload: message_of(payload, original),
-            writer=lambda: MessageWriter(original, opened.prompt_tokens),
+            writer=lambda: AnthropicStreamWriter(original, opened.prompt_tokens),
         )
 
     async def count(self, http: Http) -> Response:

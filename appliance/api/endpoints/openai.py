@@ -7,10 +7,10 @@ from starlette.requests import Request as Http
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from appliance.api.intake import Opened, Rim
+from appliance.api.intake import InboundRequest, RequestIntake
 from appliance.api.json_responses import json_response
 from appliance.api.model_list import AUTO, described, found
-from appliance.api.protocols import Answer
+from appliance.api.protocols import PipelineAnswer
 from appliance.api.relay import StreamResponse, as_stream
 from appliance.core import Target
 from appliance.errors import ApplianceError, Unsupported
@@ -25,8 +25,8 @@ _NO_EMBEDDINGS = (
 )
 
 
-class OpenAI:
-    def __init__(self, rim: Rim) -> None:
+class OpenAIEndpoints:
+    def __init__(self, rim: RequestIntake) -> None:
         self._rim = rim
         self._started_at = int(rim.wall_clock())
 
@@ -55,7 +55,7 @@ class OpenAI:
             raise
         return await whole(answer, answer.payload)
 
-    async def _answered(self, http: Http, opened: Opened[ChatCall] | Opened[CompletionCall]) -> ASGIApp:
+    async def _answered(self, http: Http, opened: InboundRequest[ChatCall] | InboundRequest[CompletionCall]) -> ASGIApp:
         answer = await self._rim.answer(http, opened)
         if answer.stream is not None:
             return StreamResponse(answer, answer.stream)
@@ -88,7 +88,7 @@ class OpenAI:
         }
 
 
-async def whole(answer: Answer, payload: Any) -> Response:
+async def whole(answer: PipelineAnswer, payload: Any) -> Response:
     """A whole answer as a response, and the answer closed."""
     headers = answer.facts.headers()
     try:

@@ -5,15 +5,15 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from appliance.api.dialect_response import translated
-from appliance.api.intake import Rim
+from appliance.api.intake import RequestIntake
 from appliance.api.json_responses import json_response
 from appliance.wire.responses.inbound import read, read_count
 from appliance.wire.responses.inbound_reply import response_of
-from appliance.wire.responses.inbound_stream import ResponseWriter
+from appliance.wire.responses.inbound_stream import ResponsesStreamWriter
 
 
-class Responses:
-    def __init__(self, rim: Rim) -> None:
+class ResponsesEndpoints:
+    def __init__(self, rim: RequestIntake) -> None:
         self._rim = rim
 
     async def create(self, http: Http) -> ASGIApp:
@@ -24,7 +24,7 @@ class Responses:
             answer,
             opened,
             whole=lambda payload: response_of(payload, original),
-            writer=lambda: ResponseWriter(original),
+            writer=lambda: ResponsesStreamWriter(original),
         )
 
     async def count(self, http: Http) -> Response:

@@ -15,7 +15,7 @@ from starlette.requests import Request as Http
 from starlette.responses import Response
 
 from appliance.api.body import parse_body, read_body
-from appliance.api.intake import Rim
+from appliance.api.intake import RequestIntake
 from appliance.api.json_responses import json_response
 from appliance.core import Caller
 from appliance.errors import RequestError
@@ -25,8 +25,8 @@ from appliance.tasks.store import KnownTasks
 _log = structlog.get_logger(__name__)
 
 
-class SavedTasksApi:
-    def __init__(self, rim: Rim, known: KnownTasks, max_body_bytes: int) -> None:
+class SavedTaskEndpoints:
+    def __init__(self, rim: RequestIntake, known: KnownTasks, max_body_bytes: int) -> None:
         self._rim, self._known, self._max_body_bytes = rim, known, max_body_bytes
 
     async def save(self, http: Http) -> Response:

@@ -9,9 +9,9 @@ from starlette.requests import Request as Http
 from starlette.responses import Response
 
 from appliance.api.endpoints.openai import whole
-from appliance.api.intake import Reader, Rim
+from appliance.api.intake import Reader, RequestIntake
 from appliance.api.json_responses import json_response
-from appliance.api.protocols import Many
+from appliance.api.protocols import PipelineBatchAnswer
 from appliance.errors import ApplianceError
 from appliance.tasks.decisions import calibration, openai_shape, systemone
 from appliance.tasks.decisions.decision_options import Priors
@@ -29,8 +29,8 @@ EXTRACT_CALLS_AT_ONCE = 16
 _log = structlog.get_logger(__name__)
 
 
-class Tasks:
-    def __init__(self, rim: Rim, known: KnownTasks) -> None:
+class TaskEndpoints:
+    def __init__(self, rim: RequestIntake, known: KnownTasks) -> None:
         self._rim = rim
         self._known = known
         self._priors = Priors()
@@ -94,7 +94,7 @@ class Tasks:
         return self._known.reading(read, shape, caller, tasks=self._known.fits.tasks, priors=self._priors)
 
 
-def _some(many: Many) -> Sequence[Any]:
+def _some(many: PipelineBatchAnswer) -> Sequence[Any]:
     """The results, unless every call failed: then the request failed, and says so with its status."""
     failed = [result for result in many.results if isinstance(result, ApplianceError)]
     if failed and len(failed) == len(many.results):
@@ -103,5 +103,5 @@ def _some(many: Many) -> Sequence[Any]:
     return many.results
 
 
-def _rows(many: Many, payload: Mapping[str, Any]) -> Response:
+def _rows(many: PipelineBatchAnswer, payload: Mapping[str, Any]) -> Response:
     return json_response(payload, headers=many.facts.headers())

@@ -17,10 +17,10 @@ from appliance.cli.options import ConfigOption, DataDirOption, JsonOption
 from appliance.cli.output import fail, guarded, say, say_json, stderr, stdout
 from appliance.config import load_config
 from appliance.quality.evaluation.adapters import load_adapters
-from appliance.quality.evaluation.client import Asking, NodeClient
-from appliance.quality.evaluation.datasets import Dataset, Row, examples, read_dataset, sample
-from appliance.quality.evaluation.record import Record
-from appliance.quality.evaluation.scoring import Scored, compared, score
+from appliance.quality.evaluation.client import EvalRequestOptions, NodeClient
+from appliance.quality.evaluation.datasets import Dataset, DatasetRow, examples, read_dataset, sample
+from appliance.quality.evaluation.record import AnswerRecord
+from appliance.quality.evaluation.scoring import ScoredModel, compared, score
 
 KEY_VARIABLE = "APPLIANCE_KEY"
 _FEWSHOT_SUFFIX = ("_test", "_fewshot")
@@ -76,15 +76,15 @@ def eval_command(
     dataset = guarded(lambda: read_dataset(path, load_adapters(adapter_path)))
     rows = sample(dataset.rows, limit, seed)
     shown = _shown(dataset, rows, path, few_shot, few_shot_from, seed)
-    record = guarded(lambda: Record(answers_path))
+    record = guarded(lambda: AnswerRecord(answers_path))
     labels = dataset.labels if dataset.adapter.kind == "decision" else ()
     options: dict[str, Any] = {"debias": True} if debias else {}
     options |= {"calibrate": "content_free"} if content_free else {}
     names = list(dict.fromkeys([*([baseline] if baseline else []), *(models or [])])) or ["auto"]
-    scored: dict[str, Scored] = {}
+    scored: dict[str, ScoredModel] = {}
     for name in names:
         of_task = {} if name.startswith("classifier/") else options
-        asking = Asking(
+        asking = EvalRequestOptions(
             dataset.adapter, name, labels, shown, task, of_task if dataset.adapter.kind == "decision" else {}
         )
         with _node(start, url, key, name, config_path, data_dir) as node:
@@ -121,7 +121,7 @@ def _node(
 
 
 def _shown(
-    dataset: Dataset, rows: Sequence[Row], path: Path, count: int, given: Path | None, seed: int
+    dataset: Dataset, rows: Sequence[DatasetRow], path: Path, count: int, given: Path | None, seed: int
 ) -> Sequence[Mapping[str, Any]]:
     """Examples to show. None of them is a row that is asked."""
     if not count:
@@ -143,7 +143,9 @@ def _shown(
     return examples(pool, dataset.adapter, count, seed)
 
 
-def _asked(asking: Asking, node: NodeClient, rows: Sequence[Row], record: Record, concurrency: int) -> Scored:
+def _asked(
+    asking: EvalRequestOptions, node: NodeClient, rows: Sequence[DatasetRow], record: AnswerRecord, concurrency: int
+) -> ScoredModel:
     """Asks what has not been answered yet."""
     known = dict(record.known(asking, rows))
     places = {id(row): place for place, row in enumerate(rows)}
@@ -167,7 +169,11 @@ def _asked(asking: Asking, node: NodeClient, rows: Sequence[Row], record: Record
 
 
 def _report(
-    dataset: Dataset, rows: Sequence[Row], scored: Mapping[str, Scored], baseline: str | None, asked: Mapping[str, Any]
+    dataset: Dataset,
+    rows: Sequence[DatasetRow],
+    scored: Mapping[str, ScoredModel],
+    baseline: str | None,
+    asked: Mapping[str, Any],
 ) -> Mapping[str, Any]:
     found: dict[str, Any] = {
         "dataset": dataset.name,

@@ -14,14 +14,14 @@ from rich.table import Table
 from appliance.cli.models.models import pull_with_progress
 from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, catalog_of, data_dir_of
 from appliance.cli.output import bytes_text, fail, guarded, say, say_json, stderr, stdout
-from appliance.config import Engine, NodeConfig, Tolerance, Workload, load_config
+from appliance.config import EngineSettings, NodeConfig, ToleranceSettings, Workload, load_config
 from appliance.errors import ApplianceError
-from appliance.node.calibrate.calibration import Calibration, Choice, Figure, VariantFigures, choose
+from appliance.node.calibrate.calibration import Calibration, MeasuredRate, VariantChoice, VariantFigures, choose
 from appliance.node.calibrate.calibration_store import CalibrationStore
-from appliance.node.calibrate.calibrator import SHORT, Order, Step, calibrate, key_of, order_of
+from appliance.node.calibrate.calibrator import SHORT, CalibrationOrder, CalibrationStep, calibrate, key_of, order_of
 from appliance.node.hardware.probe import Hardware, probe
 from appliance.node.models.model_store import ModelStore
-from appliance.node.plan.planner import Wanted
+from appliance.node.plan.planner import ModelCandidate
 from appliance.node.plan.variant_selection import measured, wanted
 
 _PLAIN_EVERY_SECONDS = 5.0
@@ -82,8 +82,8 @@ def calibrate_command(
 
 
 def first_start(
-    source: Wanted, engine: Engine, home: Path, hardware: Hardware, store: ModelStore
-) -> tuple[tuple[Wanted, ...], Calibration | None]:
+    source: ModelCandidate, engine: EngineSettings, home: Path, hardware: Hardware, store: ModelStore
+) -> tuple[tuple[ModelCandidate, ...], Calibration | None]:
     """What to plan for, best first: by remembered figures, else by a short measurement, else the source as it is; and
     the figures.
 
@@ -101,7 +101,7 @@ def first_start(
 
 
 def _remembered_or_short(
-    source: Wanted, engine: Engine, home: Path, hardware: Hardware, store: ModelStore
+    source: ModelCandidate, engine: EngineSettings, home: Path, hardware: Hardware, store: ModelStore
 ) -> Calibration | None:
     calibrations = CalibrationStore(home)
     key = key_of(source, hardware, store)
@@ -121,13 +121,13 @@ def _remembered_or_short(
     return _with_progress(order, store, calibrations)
 
 
-def _with_progress(order: Order, store: ModelStore, calibrations: CalibrationStore) -> Calibration:
+def _with_progress(order: CalibrationOrder, store: ModelStore, calibrations: CalibrationStore) -> Calibration:
     with _reporter() as report:
         return calibrate(order, store, calibrations, report)
 
 
 @contextmanager
-def _reporter() -> Iterator[Callable[[Step], None]]:
+def _reporter() -> Iterator[Callable[[CalibrationStep], None]]:
     """A bar on a terminal, a line now and then elsewhere."""
     if not stderr.is_terminal:
         yield _plain_reporter()
@@ -138,10 +138,10 @@ def _reporter() -> Iterator[Callable[[Step], None]]:
         yield lambda step: progress.update(task, description=step.what, completed=step.done, total=step.total)
 
 
-def _plain_reporter() -> Callable[[Step], None]:
+def _plain_reporter() -> Callable[[CalibrationStep], None]:
     said_at = 0.0
 
-    def report(step: Step) -> None:
+    def report(step: CalibrationStep) -> None:
         nonlocal said_at
         if time.monotonic() - said_at >= _PLAIN_EVERY_SECONDS:
             said_at = time.monotonic()
@@ -150,7 +150,9 @@ def _plain_reporter() -> Callable[[Step], None]:
     return report
 
 
-def _print(source: Wanted, calibration: Calibration, choice: Choice | None, engine: Engine) -> None:
+def _print(
+    source: ModelCandidate, calibration: Calibration, choice: VariantChoice | None, engine: EngineSettings
+) -> None:
     measurement = calibration.measurement
     counts = sorted(
         {one.sequences for variant in measurement.variants for one in variant.figures if one.kind == "decode"}
@@ -188,13 +190,13 @@ def _rows(variant: VariantFigures, counts: list[int]) -> Iterator[list[str]]:
         yield [variant.name, bytes_text(variant.size_bytes), str(threads), *map(_cell, cells), *agreement]
 
 
-def _cell(figure: Figure | None) -> str:
+def _cell(figure: MeasuredRate | None) -> str:
     if figure is None:
         return ""
     return f"{figure.undisturbed:,.0f}*" if figure.disturbed else f"{figure.tokens_per_second:,.0f}"
 
 
-def _json(calibration: Calibration, tolerance: Tolerance) -> dict[str, Any]:
+def _json(calibration: Calibration, tolerance: ToleranceSettings) -> dict[str, Any]:
     """Everything that was measured, and what it means for each workload."""
     choices = {one: choose(calibration.measurement, one, tolerance) for one in get_args(Workload)}
     return {

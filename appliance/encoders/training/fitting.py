@@ -10,7 +10,7 @@ from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 
-from appliance.encoders.linear_models import CLIP, Calibration, softmax_of
+from appliance.encoders.linear_models import CLIP, ProbabilityCalibration, softmax_of
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -52,22 +52,24 @@ def fit_temperature(scores: Floats, truth: Ints) -> float:
     return float(np.exp(found.x))
 
 
-def fit_calibration(scores: Floats, truth: Ints) -> Calibration:
+def fit_calibration(scores: Floats, truth: Ints) -> ProbabilityCalibration:
     """From rows that the scores' weights were not fitted on. Too few, or none wrong, tell no curve."""
     temperature = fit_temperature(scores, truth)
     shares = softmax_of(scores, temperature)
     right = shares.argmax(axis=1) == truth
     if min(right.sum(), truth.size - right.sum()) < _LEAST_FOR_A_CURVE:
-        return Calibration(temperature)
+        return ProbabilityCalibration(temperature)
     top = np.clip(shares.max(axis=1).astype(np.float64), CLIP, 1 - CLIP)
     curve = LogisticRegression(C=_CURVE_STRENGTH).fit(np.column_stack([np.log(top), -np.log1p(-top)]), right)
     sure, unsure = (float(one) for one in curve.coef_[0])
     if sure < 0 or unsure < 0:
-        return Calibration(temperature)
-    return Calibration(temperature, sure, unsure, float(curve.intercept_[0]))
+        return ProbabilityCalibration(temperature)
+    return ProbabilityCalibration(temperature, sure, unsure, float(curve.intercept_[0]))
 
 
-def fit_calibrations(first: Floats, second: Floats | None, asked: Flags, truth: Ints) -> Sequence[Calibration]:
+def fit_calibrations(
+    first: Floats, second: Floats | None, asked: Flags, truth: Ints
+) -> Sequence[ProbabilityCalibration]:
     """Of each step on the rows that it answers."""
     found = [_fitted(first, ~asked, truth)]
     if second is not None:
@@ -75,6 +77,6 @@ def fit_calibrations(first: Floats, second: Floats | None, asked: Flags, truth: 
     return found
 
 
-def _fitted(scores: Floats, own: Any, truth: Ints) -> Calibration:
+def _fitted(scores: Floats, own: Any, truth: Ints) -> ProbabilityCalibration:
     enough = own.sum() >= _LEAST_TO_CALIBRATE
     return fit_calibration(scores[own], truth[own]) if enough else fit_calibration(scores, truth)

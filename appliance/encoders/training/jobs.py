@@ -22,7 +22,7 @@ _KEPT_RUNS: Final = 50
 
 
 @dataclass(slots=True)
-class Run:
+class TrainingJob:
     """One training, as far as it has come."""
 
     name: str
@@ -51,36 +51,36 @@ class Run:
         }
 
 
-class Runs:
+class TrainingJobs:
     """`ended` is called on the event loop with each run that has come to its end."""
 
-    def __init__(self, data: Path, models: Path, threads: int, ended: Callable[[Run], None]) -> None:
+    def __init__(self, data: Path, models: Path, threads: int, ended: Callable[[TrainingJob], None]) -> None:
         self._data, self._models, self._threads, self._ended = data, models, threads, ended
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[str, TrainingJob] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
-    def running(self) -> Run | None:
+    def running(self) -> TrainingJob | None:
         return next((run for run in self._runs.values() if run.state == "running"), None)
 
-    def get(self, name: str) -> Run:
+    def get(self, name: str) -> TrainingJob:
         """The last training of that name. Raises NotFound."""
         run = self._runs.get(name)
         if run is None:
             raise NotFound(f"no training of {name!r} since this program started; its report is at the classifier")
         return run
 
-    def find(self, name: str) -> Run | None:
+    def find(self, name: str) -> TrainingJob | None:
         return self._runs.get(name)
 
-    def start(self, name: str, job: Mapping[str, Any]) -> Run:
+    def start(self, name: str, job: Mapping[str, Any]) -> TrainingJob:
         """Raises Busy while another one runs: two would only slow each other down."""
         busy = self.running
         if busy is not None:
             raise Busy(
                 f"{busy.name!r} is being trained ({busy.share:.0%}): wait for it, or cancel it", retry_after_seconds=10
             )
-        run = Run(name, len(job["texts"]), time.time())
+        run = TrainingJob(name, len(job["texts"]), time.time())
         self._runs.pop(name, None)
         while len(self._runs) >= _KEPT_RUNS:
             self._runs.pop(next(iter(self._runs)))
@@ -90,7 +90,7 @@ class Runs:
         task.add_done_callback(self._tasks.discard)
         return run
 
-    def cancel(self, name: str) -> Run:
+    def cancel(self, name: str) -> TrainingJob:
         """What serves stays as it is. A training that has ended stays as it ended."""
         run = self.get(name)
         if run.state == "running":
@@ -110,7 +110,7 @@ class Runs:
                 self.cancel(run.name)
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _train(self, run: Run, job: bytes) -> None:
+    async def _train(self, run: TrainingJob, job: bytes) -> None:
         try:
             await self._work(run, job)
         except OSError as error:
@@ -124,7 +124,7 @@ class Runs:
         log("training_ended", name=run.name, state=run.state, version=run.version, reason=run.error)
         self._ended(run)
 
-    async def _work(self, run: Run, job: bytes) -> None:
+    async def _work(self, run: TrainingJob, job: bytes) -> None:
         words = ["-m", "appliance.encoders.training.worker", "--data", str(self._data), "--models", str(self._models)]
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -161,7 +161,7 @@ async def _feed(stdin: asyncio.StreamWriter, job: bytes) -> None:
         stdin.close()
 
 
-def _note(run: Run, line: bytes) -> None:
+def _note(run: TrainingJob, line: bytes) -> None:
     fact = orjson.loads(line)
     if "version" in fact:
         run.version, run.share, run.step = fact["version"], 1.0, "done"

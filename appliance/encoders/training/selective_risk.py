@@ -27,7 +27,7 @@ CONFIDENCE: Final = 0.95
 
 
 @dataclass(frozen=True, slots=True)
-class Threshold:
+class RiskThreshold:
     """Answers of at least this confidence stand. `threshold` is None where no share of answers keeps the bound."""
 
     bound: float
@@ -53,7 +53,7 @@ def upper_limit(wrong: int, rows: int, confidence: float) -> float:
 
 def threshold_for(
     bound: float, confidence: float, scores: Sequence[tuple[float, bool]], *, next_rows: int | None = None
-) -> Threshold:
+) -> RiskThreshold:
     """`scores`: of each held-out row the confidence of its answer, and whether that answer was right.
 
     `next_rows`: the promise is that of the next so many texts no more than `bound` are answered here and wrong; None:
@@ -69,15 +69,15 @@ def threshold_for(
     wrong = np.cumsum(~right[order])
     allowed = _most_wrong(bound, confidence, rows, next_rows)
     if allowed < 0:
-        return Threshold(bound, confidence, None, 0.0, 0.0, upper_limit(0, rows, confidence), rows)
+        return RiskThreshold(bound, confidence, None, 0.0, 0.0, upper_limit(0, rows, confidence), rows)
     # Equal scores stand or fall together, so a threshold lies only where the next score is lower.
     last_of_equals = np.flatnonzero(np.append(values[1:] < values[:-1], True))
     kept = last_of_equals[wrong[last_of_equals] <= allowed]
     if not kept.size:
-        return Threshold(bound, confidence, None, 0.0, 0.0, upper_limit(0, rows, confidence), rows)
+        return RiskThreshold(bound, confidence, None, 0.0, 0.0, upper_limit(0, rows, confidence), rows)
     place = int(kept[-1])
     count = int(wrong[place])
-    return Threshold(
+    return RiskThreshold(
         bound=bound,
         confidence=confidence,
         threshold=float(values[place]),

@@ -12,12 +12,12 @@ import numpy.typing as npt
 from sklearn.model_selection import StratifiedKFold
 
 from appliance.encoders.embedders import Embedder, StaticEmbedder
-from appliance.encoders.features import MOST_PER_BLOCK, Lexicon
+from appliance.encoders.features import MOST_PER_BLOCK, FeatureVocabulary
 from appliance.encoders.linear_models import (
     RECIPES,
     TIERS,
-    Linear,
-    Recipe,
+    FeatureRecipe,
+    LinearModel,
     Tier,
     named_blocks,
     possible,
@@ -30,7 +30,15 @@ from appliance.encoders.training.examples import Examples
 from appliance.encoders.training.fitting import fit_calibrations, fit_linear
 from appliance.encoders.training.metrics import report
 from appliance.encoders.training.selective_risk import bounds_table
-from appliance.encoders.two_stage import Asking, Fitted, Trained, accuracy_by_share, calibrated, least_asked, margins
+from appliance.encoders.two_stage import (
+    FittedStages,
+    ThresholdChoice,
+    TrainedClassifier,
+    accuracy_by_share,
+    calibrated,
+    least_asked,
+    margins,
+)
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -53,27 +61,27 @@ Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
+class Trial:
     """One recipe on held-out rows: scores of rows that it was not fitted on."""
 
-    recipe: Recipe
+    recipe: FeatureRecipe
     scores: Floats
     accuracy: float
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
-class Models:
+class CandidateModels:
     """What there is to make features of. None: not on this machine."""
 
     vectors: StaticEmbedder | None
     encoder: Embedder | None
 
 
-class Bench:
+class Trainer:
     """Folds, features and fits of one set of examples, each computed once."""
 
-    def __init__(self, examples: Examples, models: Models) -> None:
+    def __init__(self, examples: Examples, models: CandidateModels) -> None:
         self._examples, self._models = examples, models
         self._most = min(MOST_PER_BLOCK, max(1_000, _WEIGHT_NUMBERS // (4 * len(examples.labels))))
         rows = len(examples.texts)
@@ -83,16 +91,16 @@ class Bench:
         self._folds = list(splitter.split(np.zeros(rows), examples.truth))
         self._encoded: Floats | None = None
         self._fold_blocks: list[Mapping[str, Any]] = []
-        self._tried: dict[str, Tried] = {}
-        self._lexicon: Lexicon | None = None
-        self._linears: dict[str, Linear] = {}
+        self._tried: dict[str, Trial] = {}
+        self._lexicon: FeatureVocabulary | None = None
+        self._linears: dict[str, LinearModel] = {}
 
-    def try_out(self, recipe: Recipe, clock: Callable[[], float]) -> Tried:
+    def try_out(self, recipe: FeatureRecipe, clock: Callable[[], float]) -> Trial:
         if recipe.name not in self._tried:
             self._tried[recipe.name] = self._try_out(recipe, clock)
         return self._tried[recipe.name]
 
-    def _try_out(self, recipe: Recipe, clock: Callable[[], float]) -> Tried:
+    def _try_out(self, recipe: FeatureRecipe, clock: Callable[[], float]) -> Trial:
         began = clock()
         truth = self._examples.truth
         scores = np.zeros((truth.size, len(self._examples.labels)), dtype=np.float32)
@@ -101,33 +109,33 @@ class Bench:
             weights, bias = fit_linear(features[seen], truth[seen], scores.shape[1], recipe.closeness)
             scores[held] = features[held] @ weights + bias
         accuracy = float((scores.argmax(axis=1) == truth).mean())
-        return Tried(recipe, scores, accuracy, clock() - began)
+        return Trial(recipe, scores, accuracy, clock() - began)
 
-    def fit_all(self, recipes: Sequence[Recipe]) -> tuple[Lexicon, Sequence[Linear]]:
+    def fit_all(self, recipes: Sequence[FeatureRecipe]) -> tuple[FeatureVocabulary, Sequence[LinearModel]]:
         """On all examples. The recipes share one lexicon."""
         texts, truth = self._examples.texts, self._examples.truth
-        lexicon = self._lexicon = self._lexicon or Lexicon.learn(texts, self._models.vectors, self._most)
+        lexicon = self._lexicon = self._lexicon or FeatureVocabulary.learn(texts, self._models.vectors, self._most)
         new = [recipe for recipe in recipes if recipe.name not in self._linears]
         found = lexicon.blocks(texts) if new else None
         for recipe in new:
             assert found is not None
             blocks = named_blocks(found, self._encode(recipe))
             weights, bias = fit_linear(stacked(blocks, recipe), truth, len(self._examples.labels), recipe.closeness)
-            self._linears[recipe.name] = Linear(split_weights(weights, blocks, recipe), bias)
+            self._linears[recipe.name] = LinearModel(split_weights(weights, blocks, recipe), bias)
         return lexicon, [self._linears[recipe.name] for recipe in recipes]
 
-    def _blocks(self, number: int, recipe: Recipe) -> Mapping[str, Any]:
+    def _blocks(self, number: int, recipe: FeatureRecipe) -> Mapping[str, Any]:
         """The features of all rows, as a lexicon learned from the fold's other rows alone gives them."""
         if number == len(self._fold_blocks):
             texts = self._examples.texts
-            lexicon = Lexicon.learn(
+            lexicon = FeatureVocabulary.learn(
                 [texts[place] for place in self._folds[number][0]], self._models.vectors, self._most
             )
             self._fold_blocks.append(named_blocks(lexicon.blocks(texts), None))
         encoded = self._encode(recipe)
         return self._fold_blocks[number] if encoded is None else {**self._fold_blocks[number], "encoder": encoded}
 
-    def _encode(self, recipe: Recipe) -> Floats | None:
+    def _encode(self, recipe: FeatureRecipe) -> Floats | None:
         if recipe.tier != "encoder" or self._models.encoder is None:
             return None
         if self._encoded is None:
@@ -137,24 +145,24 @@ class Bench:
 
 def train(
     examples: Examples,
-    models: Models,
+    models: CandidateModels,
     *,
     wanted_accuracy: float | None,
     dearest: Tier,
     progress: Progress,
     clock: Callable[[], float],
-    bench: Bench | None = None,
-) -> Trained:
+    bench: Trainer | None = None,
+) -> TrainedClassifier:
     """Fit the cheapest recipe that reaches `wanted_accuracy` on held-out rows, up to the tier `dearest`.
 
     Without a wanted accuracy, the cheapest tier unless a dearer one is better by WORTH_A_TIER. `bench`: of an earlier
     training on the same examples and models.
     """
-    bench = bench or Bench(examples, models)
+    bench = bench or Trainer(examples, models)
     tiers = [tier for tier in TIERS if TIERS.index(tier) <= TIERS.index(dearest)]
     recipes = _worth_trying(tiers, examples, models)
-    tried: list[Tried] = []
-    best: list[Tried] = []
+    tried: list[Trial] = []
+    best: list[Trial] = []
     """Of each tier."""
     for tier in tiers:
         for recipe in (one for one in recipes if one.tier == tier):
@@ -169,7 +177,7 @@ def train(
     return _finished(examples, chosen, tried, lexicon, linears, wanted_accuracy)
 
 
-def _worth_trying(tiers: Sequence[Tier], examples: Examples, models: Models) -> Sequence[Recipe]:
+def _worth_trying(tiers: Sequence[Tier], examples: Examples, models: CandidateModels) -> Sequence[FeatureRecipe]:
     found = [one for one in RECIPES if one.tier in tiers and possible(one, models.vectors, models.encoder)]
     if len(examples.texts) < FEW_PER_LABEL * len(examples.labels):
         return found
@@ -181,12 +189,12 @@ def _worth_trying(tiers: Sequence[Tier], examples: Examples, models: Models) -> 
 class _Chosen:
     """One step, or two and which texts go to the second."""
 
-    first: Tried
-    second: Tried | None = None
-    asking: Asking | None = None
+    first: Trial
+    second: Trial | None = None
+    asking: ThresholdChoice | None = None
 
     @property
-    def steps(self) -> Sequence[Tried]:
+    def steps(self) -> Sequence[Trial]:
         return (self.first,) if self.second is None else (self.first, self.second)
 
     @property
@@ -194,7 +202,7 @@ class _Chosen:
         return "; where unsure ".join(one.recipe.name for one in self.steps)
 
 
-def _choose(best: Sequence[Tried], truth: Ints, wanted: float | None) -> _Chosen:
+def _choose(best: Sequence[Trial], truth: Ints, wanted: float | None) -> _Chosen:
     """`best` has the best of each tier that was tried, the cheapest first."""
     first, dearest = best[0], best[-1]
     if len(best) == 1 or (wanted is None and dearest.accuracy <= first.accuracy + WORTH_A_TIER):
@@ -210,11 +218,11 @@ def _choose(best: Sequence[Tried], truth: Ints, wanted: float | None) -> _Chosen
 def _finished(
     examples: Examples,
     chosen: _Chosen,
-    tried: Sequence[Tried],
-    lexicon: Lexicon,
-    linears: Sequence[Linear],
+    tried: Sequence[Trial],
+    lexicon: FeatureVocabulary,
+    linears: Sequence[LinearModel],
     wanted: float | None,
-) -> Trained:
+) -> TrainedClassifier:
     truth, first = examples.truth, chosen.first.scores
     second = None if chosen.second is None else chosen.second.scores
     ask_below = 0.0 if chosen.asking is None else chosen.asking.below
@@ -239,8 +247,10 @@ def _finished(
     figures |= {"wanted_accuracy": wanted, "reached": wanted is None or figures["accuracy"] >= wanted}
     figures["notes"] = list(examples.notes) + _advice(figures, wanted)
     found = fit_calibrations(first, second, asked, truth)
-    steps = [Fitted(one.recipe, linear, own) for one, linear, own in zip(chosen.steps, linears, found, strict=True)]
-    return Trained(
+    steps = [
+        FittedStages(one.recipe, linear, own) for one, linear, own in zip(chosen.steps, linears, found, strict=True)
+    ]
+    return TrainedClassifier(
         labels=examples.labels,
         lexicon=lexicon,
         first=steps[0],

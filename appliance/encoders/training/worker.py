@@ -19,11 +19,11 @@ import numpy as np
 import orjson
 
 from appliance.encoders.embedders import OnnxEmbedder, StaticEmbedder
-from appliance.encoders.json_log import JsonLines, log
-from appliance.encoders.model_cache import Library
+from appliance.encoders.json_log import EncoderJsonLog, log
+from appliance.encoders.model_cache import ModelCache
 from appliance.encoders.process import end_with_parent
 from appliance.encoders.training.examples import Examples
-from appliance.encoders.training.trainer import Models, train
+from appliance.encoders.training.trainer import CandidateModels, train
 from appliance.encoders.versions import Versions
 from appliance.errors import ApplianceError, OperatorError
 
@@ -31,7 +31,7 @@ _NICENESS = 10
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.WARNING, handlers=[JsonLines()], force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[EncoderJsonLog()], force=True)
     logging.captureWarnings(True)
     parser = argparse.ArgumentParser(prog="python -m appliance.encoders.training.worker")
     parser.add_argument("--data", type=Path, required=True)
@@ -56,7 +56,7 @@ def _learn(job: Mapping[str, Any], options: argparse.Namespace) -> int:
         tuple(job["texts"]), np.array(job["truth"], dtype=np.int64), tuple(job["labels"]), tuple(job["notes"])
     )
     dearest = job["dearest"]
-    models = _models(Library(options.models, options.threads), job.get("encoder"), wants_encoder=dearest != "words")
+    models = _models(ModelCache(options.models, options.threads), job.get("encoder"), wants_encoder=dearest != "words")
     trained = train(
         examples,
         models,
@@ -76,7 +76,7 @@ def _learn(job: Mapping[str, Any], options: argparse.Namespace) -> int:
     return versions.save(job["name"], trained, made_at=made_at, models=built_on, serve=job.get("serve", True))
 
 
-def _models(library: Library, wanted: str | None, *, wants_encoder: bool) -> Models:
+def _models(library: ModelCache, wanted: str | None, *, wants_encoder: bool) -> CandidateModels:
     """The first static model and the wanted encoder, or the first one. What cannot be read is left out, and said."""
     vectors: StaticEmbedder | None = None
     encoder: OnnxEmbedder | None = None
@@ -92,7 +92,7 @@ def _models(library: Library, wanted: str | None, *, wants_encoder: bool) -> Mod
             vectors = vectors or model
         elif isinstance(model, OnnxEmbedder):
             encoder = encoder or model
-    return Models(vectors, encoder)
+    return CandidateModels(vectors, encoder)
 
 
 def _say(fact: Mapping[str, Any]) -> None:

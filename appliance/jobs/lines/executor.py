@@ -17,16 +17,16 @@ import orjson
 from appliance.api.auth import Authenticator
 from appliance.api.body import parse_body
 from appliance.api.intake import IN_A_THREAD_BYTES
-from appliance.api.protocols import Pipeline
-from appliance.core import Asked, Caller, Decision, Facts, Request, Usage
+from appliance.api.protocols import RequestPipeline
+from appliance.core import Caller, Decision, ParsedRequest, Request, ResponseMetadata, Usage
 from appliance.errors import ApplianceError, BackendError, Busy, DeadlineExceeded, RejectedReply, Unavailable
-from appliance.jobs.models import Line, LineAnswer, Terms
+from appliance.jobs.models import BatchLine, BatchTerms, LineAnswer
 from appliance.router.request_builder import RESIDENCY_HEADER, TAG_HEADER, make_request
 from appliance.tasks import chat, completions, embeddings
-from appliance.tasks.calibration_store import TaskFits
+from appliance.tasks.calibration_store import TaskCalibrationStore
 from appliance.tasks.decisions import openai_shape, systemone
 from appliance.tasks.decisions.decision_options import Priors
-from appliance.tasks.decisions.openai_shape import DecisionsCall, Judgement
+from appliance.tasks.decisions.openai_shape import DecisionResult, DecisionsCall
 from appliance.tasks.extract import extraction
 from appliance.tasks.saved_tasks import Shape
 from appliance.tasks.store import KnownTasks, SavedTasks
@@ -48,10 +48,10 @@ Payload = Callable[[Sequence[Any], Sequence[Any]], Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class LineEndpoint:
     """How an endpoint's bodies are read, and how its payload is made of what its calls came to."""
 
-    read: Callable[[Mapping[str, Any]], tuple[Asked, Sequence[Any]]]
+    read: Callable[[Mapping[str, Any]], tuple[ParsedRequest, Sequence[Any]]]
     payload: Payload
     shape: Shape | None = None
     """Of bodies that may name a saved task."""
@@ -74,7 +74,7 @@ def _extracted(results: Sequence[Any], calls: Sequence[Any]) -> Any:
     return extraction.payload(results, calls) if is_single else extraction.texts_payload(results, calls)
 
 
-def readings(fits: TaskFits) -> Mapping[str, Reading]:
+def readings(fits: TaskCalibrationStore) -> Mapping[str, LineEndpoint]:
     """By url. Tasks that are calibrated while the node runs are known from then on."""
     priors = Priors()
 
@@ -82,14 +82,14 @@ def readings(fits: TaskFits) -> Mapping[str, Reading]:
         return read(body, tasks=fits.tasks, priors=priors)
 
     return {
-        "/v1/chat/completions": Reading(chat.read, _only),
-        "/v1/completions": Reading(completions.read, _only),
-        "/v1/embeddings": Reading(embeddings.read, _only),
-        _DECISIONS: Reading(partial(judging, openai_shape.read), _only, "decisions"),
-        "/v1/systemone": Reading(partial(judging, systemone.read), _only, "systemone"),
-        "/v1/extract": Reading(extraction.read, _extracted, "extract"),
-        "/v1/responses": Reading(read_response, _response),
-        "/v1/messages": Reading(read_message, _message),
+        "/v1/chat/completions": LineEndpoint(chat.read, _only),
+        "/v1/completions": LineEndpoint(completions.read, _only),
+        "/v1/embeddings": LineEndpoint(embeddings.read, _only),
+        _DECISIONS: LineEndpoint(partial(judging, openai_shape.read), _only, "decisions"),
+        "/v1/systemone": LineEndpoint(partial(judging, systemone.read), _only, "systemone"),
+        "/v1/extract": LineEndpoint(extraction.read, _extracted, "extract"),
+        "/v1/responses": LineEndpoint(read_response, _response),
+        "/v1/messages": LineEndpoint(read_message, _message),
     }
 
 
@@ -97,7 +97,7 @@ def readings(fits: TaskFits) -> Mapping[str, Reading]:
 class _Decided:
     """A line that may be asked together with others of its kin."""
 
-    line: Line
+    line: BatchLine
     request: Request
     call: DecisionsCall
     decision: Decision
@@ -110,15 +110,15 @@ class _Decided:
         return route.name, route.residency, first
 
 
-class Lines:
+class LineExecutor:
     """Answers lines. `pipeline` is asked for anew for each call: reloads replace it."""
 
     def __init__(
         self,
         *,
-        pipeline: Callable[[], Pipeline],
+        pipeline: Callable[[], RequestPipeline],
         auth: Authenticator,
-        fits: TaskFits,
+        fits: TaskCalibrationStore,
         saved: SavedTasks | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
@@ -132,25 +132,25 @@ class Lines:
     def endpoints(self) -> Sequence[str]:
         return tuple(self.readings)
 
-    def kin(self, line: Line) -> Hashable | None:
+    def kin(self, line: BatchLine) -> Hashable | None:
         """Decisions that ask the same of different texts: an engine computes the question once for all of them."""
         if line.url != _DECISIONS or not isinstance(line.body.get("input"), str):
             return None
         rest = {name: value for name, value in line.body.items() if name != "input"}
         return hashlib.blake2b(orjson.dumps(rest, option=orjson.OPT_SORT_KEYS), digest_size=16).digest()
 
-    async def ask(self, lines: Sequence[Line], terms: Terms) -> Sequence[LineAnswer]:
+    async def ask(self, lines: Sequence[BatchLine], terms: BatchTerms) -> Sequence[LineAnswer]:
         """One answer for each line, in order. Raises Unauthorized where the key is no more."""
         caller = self.caller(terms)
         if len(lines) == 1:
             return [await self._one(lines[0], caller, terms)]
         return await self._together(lines, caller, terms)
 
-    def caller(self, terms: Terms) -> Caller:
+    def caller(self, terms: BatchTerms) -> Caller:
         """Raises Unauthorized where the key is no more."""
         return self._auth.named(terms.owner)
 
-    async def _one(self, line: Line, caller: Caller, terms: Terms) -> LineAnswer:
+    async def _one(self, line: BatchLine, caller: Caller, terms: BatchTerms) -> LineAnswer:
         name = request_id_of(line, terms)
         try:
             asked, calls = await self.read(line, caller)
@@ -161,7 +161,7 @@ class Lines:
             return _refused(error, name)
         return good_answer(payload, name, facts, usage_of(payload), facts.cost_usd)
 
-    async def _results(self, request: Request, calls: Sequence[Any]) -> tuple[Sequence[Any], Facts]:
+    async def _results(self, request: Request, calls: Sequence[Any]) -> tuple[Sequence[Any], ResponseMetadata]:
         """What every call came to. Raises the first error where none succeeded."""
         if len(calls) == 1:
             answer = await self._pipeline().answer(request, calls[0])
@@ -176,7 +176,7 @@ class Lines:
             raise failed[0]
         return many.results, many.facts
 
-    async def read(self, line: Line, caller: Caller) -> tuple[Asked, Sequence[Any]]:
+    async def read(self, line: BatchLine, caller: Caller) -> tuple[ParsedRequest, Sequence[Any]]:
         """By its endpoint's own reader. Raises RequestError and its like."""
         reading = self.readings[line.url]
         reader = reading.read if reading.shape is None else self._known.reading(reading.read, reading.shape, caller)
@@ -185,7 +185,7 @@ class Lines:
             return reader(parse_body(raw))
         return await asyncio.to_thread(lambda: reader(parse_body(raw)))
 
-    def request(self, asked: Asked, name: str, caller: Caller, terms: Terms) -> Request:
+    def request(self, asked: ParsedRequest, name: str, caller: Caller, terms: BatchTerms) -> Request:
         headers = {RESIDENCY_HEADER: terms.residency, **({TAG_HEADER: terms.tag} if terms.tag else {})}
         request = make_request(
             asked, headers=headers, caller=caller, request_id=name, now=self._clock(), wall=self._wall()
@@ -194,7 +194,7 @@ class Lines:
 
     # Decisions that are asked together.
 
-    async def _together(self, lines: Sequence[Line], caller: Caller, terms: Terms) -> Sequence[LineAnswer]:
+    async def _together(self, lines: Sequence[BatchLine], caller: Caller, terms: BatchTerms) -> Sequence[LineAnswer]:
         """Those that would go the same way alone are asked in one call; the others, and what cannot be told, alone."""
         answers: dict[int, LineAnswer] = {}
         ways: defaultdict[Hashable, list[_Decided]] = defaultdict(list)
@@ -212,7 +212,7 @@ class Lines:
                 answers[line.number] = answer
         return [answers[line.number] for line in lines]
 
-    async def _decided(self, line: Line, caller: Caller, terms: Terms) -> _Decided | LineAnswer:
+    async def _decided(self, line: BatchLine, caller: Caller, terms: BatchTerms) -> _Decided | LineAnswer:
         name, pipeline = request_id_of(line, terms), self._pipeline()
         try:
             asked, calls = await self.read(line, caller)
@@ -223,7 +223,7 @@ class Lines:
             return _refused(error, name)
         return _Decided(line, request, call, decision)
 
-    async def _one_way(self, group: Sequence[_Decided], caller: Caller, terms: Terms) -> Sequence[LineAnswer]:
+    async def _one_way(self, group: Sequence[_Decided], caller: Caller, terms: BatchTerms) -> Sequence[LineAnswer]:
         merged = await self._merged(group, caller, terms)
         if merged is None:
             return await asyncio.gather(*(self._one(one.line, caller, terms) for one in group))
@@ -239,7 +239,7 @@ class Lines:
         ]
 
     async def _merged(
-        self, group: Sequence[_Decided], caller: Caller, terms: Terms
+        self, group: Sequence[_Decided], caller: Caller, terms: BatchTerms
     ) -> tuple[Request, DecisionsCall] | None:
         """One request for all, where it goes the way that each of them goes; None where they are better asked alone.
 
@@ -263,7 +263,9 @@ class Lines:
         together = replace(first, request=request, decision=decision)
         return (request, whole) if together.way == first.way else None
 
-    def _of_row(self, row: Any, usage: Usage, one: _Decided, terms: Terms, facts: Facts, lines: int) -> LineAnswer:
+    def _of_row(
+        self, row: Any, usage: Usage, one: _Decided, terms: BatchTerms, facts: ResponseMetadata, lines: int
+    ) -> LineAnswer:
         name = request_id_of(one.line, terms)
         if isinstance(row, ApplianceError):
             row.headers = row.headers or facts.headers()
@@ -273,9 +275,11 @@ class Lines:
         return good_answer(payload, name, facts, usage, cost)
 
 
-def _rows(results: Sequence[Any], calls: Sequence[DecisionsCall]) -> Sequence[tuple[Judgement | ApplianceError, Usage]]:
+def _rows(
+    results: Sequence[Any], calls: Sequence[DecisionsCall]
+) -> Sequence[tuple[DecisionResult | ApplianceError, Usage]]:
     """For each input its judgement, with its share of the call's tokens, or its error."""
-    found: list[tuple[Judgement | ApplianceError, Usage]] = []
+    found: list[tuple[DecisionResult | ApplianceError, Usage]] = []
     for result, call in zip(results, calls, strict=True):
         if isinstance(result, ApplianceError):
             found += [(result, Usage())] * len(call.inputs)
@@ -311,12 +315,12 @@ def _shares(usage: Usage, weights: Sequence[int]) -> Sequence[Usage]:
     return shares
 
 
-def request_id_of(line: Line, terms: Terms) -> str:
+def request_id_of(line: BatchLine, terms: BatchTerms) -> str:
     """The same however often the line is asked: what is sent twice can be told to be the same."""
     return f"{terms.batch_id}-{line.number}"
 
 
-def good_answer(payload: Any, name: str, facts: Facts, usage: Usage, cost_usd: float | None) -> LineAnswer:
+def good_answer(payload: Any, name: str, facts: ResponseMetadata, usage: Usage, cost_usd: float | None) -> LineAnswer:
     return LineAnswer(200, payload, name, facts.location, usage, cost_usd, None, facts.decision_id)
 
 

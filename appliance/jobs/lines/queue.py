@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from appliance.jobs.deps import Means, Stopped, grouped
-from appliance.jobs.models import Line, LineAnswer
-from appliance.jobs.storage.batch_state import Keeper
+from appliance.jobs.deps import JobDeps, JobStopped, grouped
+from appliance.jobs.models import BatchLine, LineAnswer
+from appliance.jobs.storage.batch_state import BatchState
 
 _FETCHED_LINES: Final = 128
 _FETCHED_BYTES: Final = 4_000_000
@@ -17,22 +17,22 @@ _MOST_AGAIN: Final = 256
 _MOST_TRIES: Final = 4
 """Of a line whose target failed; one that was only busy is tried until the deadline."""
 
-Sift = Callable[[list[Line]], Awaitable[list[Line]]]
+Sift = Callable[[list[BatchLine]], Awaitable[list[BatchLine]]]
 
 
 @dataclass(slots=True)
 class _Again:
-    line: Line
+    line: BatchLine
     ready: float
 
 
-class Queue:
+class LineQueue:
     """Lines are fetched in order, and again from where some came back to. None is handed out twice at a time."""
 
-    def __init__(self, means: Means) -> None:
+    def __init__(self, means: JobDeps) -> None:
         self._means = means
         self._fetched_to = 0
-        self._groups: deque[list[Line]] = deque()
+        self._groups: deque[list[BatchLine]] = deque()
         self._again: list[_Again] = []
         self._tries: dict[int, int] = {}
         self._in_hand: set[int] = set()
@@ -57,17 +57,17 @@ class Queue:
             self._in_hand.difference_update(numbers)
             self._fetched_to = min(self._fetched_to, min(numbers) - 1)
 
-    def ready(self, group: Sequence[Line]) -> Sequence[Line]:
+    def ready(self, group: Sequence[BatchLine]) -> Sequence[BatchLine]:
         """`group`, and what was fetched after it."""
         return [*group, *(line for one in self._groups for line in one)]
 
-    def put_back(self, group: Sequence[Line]) -> None:
+    def put_back(self, group: Sequence[BatchLine]) -> None:
         """All that is ready is fetched anew: there may be another way for it now."""
         numbers = [line.number for line in self.ready(group)]
         self._groups.clear()
         self.back(numbers)
 
-    def again(self, line: Line, answer: LineAnswer) -> bool:
+    def again(self, line: BatchLine, answer: LineAnswer) -> bool:
         """Whether the line is to be asked once more, which it will be when its time has come."""
         tries = self._tries.pop(line.number, 0) + 1
         is_busy = answer.status in (429, 503)
@@ -78,7 +78,7 @@ class Queue:
         self._again.append(_Again(line, self._means.clock() + pause))
         return True
 
-    async def next_group(self, keeper: Keeper, sift: Sift) -> list[Line] | None:
+    async def next_group(self, keeper: BatchState, sift: Sift) -> list[BatchLine] | None:
         """Lines to be asked in one call; empty where none is ready now, None where `sift` took all that was fetched,
         and there may be more.
 
@@ -97,7 +97,7 @@ class Queue:
             self._groups += grouped(lines, self._means.answering.kin)
         return self._groups.popleft() if self._groups else []
 
-    async def _fetch(self, keeper: Keeper) -> list[Line]:
+    async def _fetch(self, keeper: BatchState) -> list[BatchLine]:
         """The next lines that wait and that nobody has in hand."""
         while True:
             more = partial(self._means.store.to_ask, keeper.batch.id, self._fetched_to, _FETCHED_LINES)
@@ -114,6 +114,6 @@ class Queue:
         try:
             lines = list(await keeper.results.read(free))
         except FileNotFoundError as error:
-            raise Stopped("failed", "input_lost", f"the batch's input cannot be read any more: {error}") from error
+            raise JobStopped("failed", "input_lost", f"the batch's input cannot be read any more: {error}") from error
         self._in_hand.update(line.number for line in lines)
         return lines

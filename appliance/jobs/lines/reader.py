@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Final
 
 import orjson
 
-from appliance.jobs.models import BadLine, Line, Problem
+from appliance.jobs.models import BadLine, BatchLine, BatchProblem
 
 MAX_CUSTOM_ID_CHARS: Final = 512
 _PIECE_BYTES: Final = 1_048_576
@@ -50,7 +50,7 @@ def read_at(file: BinaryIO, number: int, offset: int, length: int) -> RawLine:
     return RawLine(number, offset, length, file.read(length).removeprefix(_BOM).strip(b" \t\r\n"))
 
 
-def check(raw: RawLine, endpoint: str) -> Line | BadLine:
+def check(raw: RawLine, endpoint: str) -> BatchLine | BadLine:
     """The request in a line. Whether its body is a good one shows when it is asked."""
     if raw.data is None:
         return _bad(raw, None, "line_too_long", f"the line has {raw.length} bytes, more than a line may have here")
@@ -67,7 +67,7 @@ def check(raw: RawLine, endpoint: str) -> Line | BadLine:
     return _check_request(raw, value, endpoint)
 
 
-def _check_request(raw: RawLine, value: dict[str, Any], endpoint: str) -> Line | BadLine:
+def _check_request(raw: RawLine, value: dict[str, Any], endpoint: str) -> BatchLine | BadLine:
     custom_id, method, url, body = (value.get(name) for name in ("custom_id", "method", "url", "body"))
     if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_CUSTOM_ID_CHARS:
         told = "is missing" if custom_id is None else f"is {str(custom_id)[:80]!r}"
@@ -91,7 +91,7 @@ def _check_request(raw: RawLine, value: dict[str, Any], endpoint: str) -> Line |
     except orjson.JSONEncodeError:  # what is read may be nested deeper than what is written
         text = "the body is nested too deeply: flatten it"
         return _bad(raw, custom_id, "invalid_json_line", text, "body")
-    return Line(raw.number, raw.offset, raw.length, custom_id, url, body, digest)
+    return BatchLine(raw.number, raw.offset, raw.length, custom_id, url, body, digest)
 
 
 def _digest(url: str, body: dict[str, Any]) -> bytes:
@@ -101,23 +101,23 @@ def _digest(url: str, body: dict[str, Any]) -> bytes:
 
 
 def _bad(raw: RawLine, custom_id: str | None, code: str, message: str, param: str | None = None) -> BadLine:
-    return BadLine(raw.number, raw.offset, raw.length, custom_id, Problem(code, message, raw.number, param))
+    return BadLine(raw.number, raw.offset, raw.length, custom_id, BatchProblem(code, message, raw.number, param))
 
 
-class Twins:
+class DuplicateTracker:
     """Sees every line of a file once, and knows the ones it has seen before."""
 
     def __init__(self) -> None:
         self._names: dict[bytes, int] = {}
         self._first: dict[bytes, int] = {}
 
-    def see(self, line: Line) -> BadLine | int | None:
+    def see(self, line: BatchLine) -> BadLine | int | None:
         """A mistake where the line's custom_id was used before, the first line that asks the same, or None."""
         name = hashlib.blake2b(line.custom_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         earlier = self._names.setdefault(name, line.number)
         if earlier != line.number:
             text = f"custom_id {line.custom_id[:80]!r} is that of line {earlier} too: give every line its own"
-            problem = Problem("duplicate_custom_id", text, line.number, "custom_id")
+            problem = BatchProblem("duplicate_custom_id", text, line.number, "custom_id")
             return BadLine(line.number, line.offset, line.length, line.custom_id, problem)
         first = self._first.setdefault(line.digest, line.number)
         return None if first == line.number else first

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from appliance.jobs.lines.reader import Twins, check, scan
-from appliance.jobs.models import BadLine, Batch, Counts, Line, Problem
-from appliance.jobs.storage.files import Folder
-from appliance.jobs.storage.results import Results
-from appliance.jobs.storage.store import Store
+from appliance.jobs.lines.reader import DuplicateTracker, check, scan
+from appliance.jobs.models import BadLine, Batch, BatchLine, BatchProblem, LineCounts
+from appliance.jobs.storage.files import JobFolder
+from appliance.jobs.storage.results import BatchResults
+from appliance.jobs.storage.store import JobStore
 
 TOLD_PROBLEMS: Final = 100
 """So many are listed in the batch itself; the error file has them all."""
@@ -22,17 +22,17 @@ _BYTES_AT_ONCE: Final = 2_000_000
 """Looked at in one go, in a thread: the event loop gets its turn in between."""
 
 
-class Unusable(Exception):
+class UnusableLine(Exception):
     """The file as a whole cannot be worked with."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: BatchProblem) -> None:
         super().__init__(problem.message)
         self.problem = problem
 
 
 @dataclass(slots=True)
 class _Seen:
-    good: list[tuple[Line, int | None]] = field(default_factory=list)
+    good: list[tuple[BatchLine, int | None]] = field(default_factory=list)
     bad: list[BadLine] = field(default_factory=list)
     models: set[str] = field(default_factory=set)
 
@@ -42,7 +42,7 @@ class _Seen:
 
 
 async def validate(
-    batch: Batch, results: Results, folder: Folder, store: Store, *, max_lines: int, max_line_bytes: int
+    batch: Batch, results: BatchResults, folder: JobFolder, store: JobStore, *, max_lines: int, max_line_bytes: int
 ) -> Batch:
     """The batch with its counts and problems; its lines wait in the store. Starts from the beginning however often.
 
@@ -52,29 +52,29 @@ async def validate(
         await asyncio.to_thread(folder.take, batch.input_file_id, batch.id)
     except FileNotFoundError as error:
         text = f"file {batch.input_file_id} is not there any more: upload it again"
-        raise Unusable(Problem("file_not_found", text)) from error
+        raise UnusableLine(BatchProblem("file_not_found", text)) from error
     await store.begin_lines(batch.id)
-    total, failed, problems, models = 0, 0, list[Problem](), set[str]()
+    total, failed, problems, models = 0, 0, list[BatchProblem](), set[str]()
     chunks = _chunks(folder.input_of(batch.id), batch.endpoint, max_line_bytes)
     while (seen := await asyncio.to_thread(next, chunks, None)) is not None:
         total, failed = total + seen.lines, failed + len(seen.bad)
         if total > max_lines:
             text = f"the file has more than {max_lines} lines (jobs.max_lines): split it"
-            raise Unusable(Problem("too_many_lines", text))
+            raise UnusableLine(BatchProblem("too_many_lines", text))
         problems += [bad.problem for bad in seen.bad[: TOLD_PROBLEMS - len(problems)]]
         models |= seen.models if len(models) < _MODELS_TOLD_APART else set()
         await results.put_bad(seen.bad)
         await store.add_lines(batch.id, seen.good)
     if not total:
-        raise Unusable(Problem("empty_file", "the file has no lines: write one request a line, as JSON"))
+        raise UnusableLine(BatchProblem("empty_file", "the file has no lines: write one request a line, as JSON"))
     model = models.pop() if len(models) == 1 else None
-    made = replace(batch, counts=Counts(total=total, failed=failed), problems=tuple(problems), model=model)
+    made = replace(batch, counts=LineCounts(total=total, failed=failed), problems=tuple(problems), model=model)
     return results.with_sizes(made)
 
 
 def _chunks(path: Path, endpoint: str, max_line_bytes: int) -> Iterator[_Seen]:
     with path.open("rb") as file:
-        twins, seen, size = Twins(), _Seen(), 0
+        twins, seen, size = DuplicateTracker(), _Seen(), 0
         for raw in scan(file, max_line_bytes):
             _look(check(raw, endpoint), twins, seen)
             size += 0 if raw.data is None else raw.length
@@ -85,8 +85,8 @@ def _chunks(path: Path, endpoint: str, max_line_bytes: int) -> Iterator[_Seen]:
             yield seen
 
 
-def _look(found: Line | BadLine, twins: Twins, seen: _Seen) -> None:
-    if isinstance(found, Line):
+def _look(found: BatchLine | BadLine, twins: DuplicateTracker, seen: _Seen) -> None:
+    if isinstance(found, BatchLine):
         twin = twins.see(found)
         if not isinstance(twin, BadLine):
             seen.good.append((replace(found, body={}), twin))
@@ -98,7 +98,7 @@ def _look(found: Line | BadLine, twins: Twins, seen: _Seen) -> None:
     seen.bad.append(found)
 
 
-def told(problems: Sequence[Problem]) -> str:
+def told(problems: Sequence[BatchProblem]) -> str:
     """The first of them, in a sentence."""
     first = problems[0]
     return first.message if first.line is None else f"line {first.line}: {first.message}"

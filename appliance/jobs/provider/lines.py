@@ -4,37 +4,36 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Protocol, cast
 
-from appliance.core import Call, Facts, Request, Target
+from appliance.core import Request, ResponseMetadata, Target, TaskCall
 from appliance.errors import ApplianceError
-from appliance.jobs.lines.executor import Lines, good_answer, request_id_of, usage_of
-from appliance.jobs.models import Line, LineAnswer, Terms
-from appliance.jobs.provider.models import Parcel
-from appliance.jobs.provider.models import Sealed as SealedLine
-from appliance.router.provider_batches import Bulk, Sealed
-from appliance.upstream.provider_batches import Row, Standing
+from appliance.jobs.lines.executor import LineExecutor, good_answer, request_id_of, usage_of
+from appliance.jobs.models import BatchLine, BatchTerms, LineAnswer
+from appliance.jobs.provider.models import ProviderBatch, SealedLine
+from appliance.router.provider_batches import PreparedLine, ProviderBatchSubmitter
+from appliance.upstream.provider_batches import BatchResult, BatchStatus
 
 
-class BulkPipeline(Protocol):
+class ProviderBatchPipeline(Protocol):
     @property
-    def bulk(self) -> Bulk: ...
+    def bulk(self) -> ProviderBatchSubmitter: ...
 
-    async def sealed(self, request: Request, call: Call) -> Sealed | None: ...
+    async def sealed(self, request: Request, call: TaskCall) -> PreparedLine | None: ...
 
 
-class BulkLines:
+class ProviderLines:
     """`pipeline` is asked for anew for each step: reloads replace it."""
 
-    def __init__(self, lines: Lines, pipeline: Callable[[], BulkPipeline]) -> None:
+    def __init__(self, lines: LineExecutor, pipeline: Callable[[], ProviderBatchPipeline]) -> None:
         self._lines, self._pipeline = lines, pipeline
 
     def takes(self, target: Target) -> bool:
         return self._pipeline().bulk.takes(target)
 
-    async def made_ready(self, lines: Sequence[Line], terms: Terms) -> Sequence[SealedLine | None]:
+    async def made_ready(self, lines: Sequence[BatchLine], terms: BatchTerms) -> Sequence[SealedLine | None]:
         self._lines.caller(terms)
         return [await self._seal(line, terms) for line in lines]
 
-    async def _seal(self, line: Line, terms: Terms) -> Sealed | None:
+    async def _seal(self, line: BatchLine, terms: BatchTerms) -> PreparedLine | None:
         await asyncio.sleep(0)  # a decision takes a fraction of a millisecond: others are not to wait for all
         try:
             request, call = await self._made(line, terms)
@@ -43,36 +42,40 @@ class BulkLines:
             return None  # asked the usual way it is told what is the matter
 
     async def reserve(self, sealed: SealedLine) -> str:
-        return await self._pipeline().bulk.reserve(cast(Sealed, sealed))
+        return await self._pipeline().bulk.reserve(cast(PreparedLine, sealed))
 
     def release(self, ticket: str) -> None:
         self._pipeline().bulk.release(ticket)
 
-    async def send(self, parcel: Parcel, sealed: Sequence[SealedLine], note: Callable[[str], Awaitable[None]]) -> str:
-        return await self._pipeline().bulk.send(parcel.name, cast(Sequence[Sealed], sealed), note)
+    async def send(
+        self, parcel: ProviderBatch, sealed: Sequence[SealedLine], note: Callable[[str], Awaitable[None]]
+    ) -> str:
+        return await self._pipeline().bulk.send(parcel.name, cast(Sequence[PreparedLine], sealed), note)
 
-    async def find(self, parcel: Parcel) -> str | None:
+    async def find(self, parcel: ProviderBatch) -> str | None:
         bulk = self._pipeline().bulk
         return await bulk.find(bulk.target(parcel.target), parcel.name)
 
-    def finds(self, parcel: Parcel) -> bool:
+    def finds(self, parcel: ProviderBatch) -> bool:
         bulk = self._pipeline().bulk
         return bulk.finds(bulk.target(parcel.target))
 
-    async def look(self, parcel: Parcel) -> Standing:
+    async def look(self, parcel: ProviderBatch) -> BatchStatus:
         bulk = self._pipeline().bulk
         return await bulk.look(bulk.target(parcel.target), parcel.name, parcel.remote_id or "")
 
-    def rows(self, parcel: Parcel, standing: Standing) -> AsyncIterator[Row]:
+    def rows(self, parcel: ProviderBatch, standing: BatchStatus) -> AsyncIterator[BatchResult]:
         bulk = self._pipeline().bulk
         return bulk.rows(bulk.target(parcel.target), parcel.name, parcel.remote_id or "", standing)
 
     async def read(
-        self, rows: Sequence[tuple[Line, str, Row]], terms: Terms, parcel: Parcel
+        self, rows: Sequence[tuple[BatchLine, str, BatchResult]], terms: BatchTerms, parcel: ProviderBatch
     ) -> Sequence[LineAnswer | None]:
         return [await self._answer(line, ticket, row, terms, parcel) for line, ticket, row in rows]
 
-    async def _answer(self, line: Line, ticket: str, row: Row, terms: Terms, parcel: Parcel) -> LineAnswer | None:
+    async def _answer(
+        self, line: BatchLine, ticket: str, row: BatchResult, terms: BatchTerms, parcel: ProviderBatch
+    ) -> LineAnswer | None:
         await asyncio.sleep(0)
         request, call = await self._made(line, terms)
         bulk = self._pipeline().bulk
@@ -83,18 +86,18 @@ class BulkLines:
             return None
         payload = self._lines.readings[line.url].payload([found.payload], [call])
         name = request_id_of(line, terms)
-        facts = Facts(name, found.decision_id, parcel.target, "hosted", "", "", "", found.cost_usd, True)
+        facts = ResponseMetadata(name, found.decision_id, parcel.target, "hosted", "", "", "", found.cost_usd, True)
         return good_answer(payload, name, facts, usage_of(payload), found.cost_usd)
 
-    async def cancel(self, parcel: Parcel) -> None:
+    async def cancel(self, parcel: ProviderBatch) -> None:
         bulk = self._pipeline().bulk
         await bulk.cancel(bulk.target(parcel.target), parcel.name, parcel.remote_id or "")
 
-    async def forget(self, parcel: Parcel, standing: Standing | None) -> None:
+    async def forget(self, parcel: ProviderBatch, standing: BatchStatus | None) -> None:
         bulk = self._pipeline().bulk
         await bulk.forget(bulk.target(parcel.target), parcel.name, parcel.remote_id or "", parcel.uploaded, standing)
 
-    async def _made(self, line: Line, terms: Terms) -> tuple[Request, Call | None]:
+    async def _made(self, line: BatchLine, terms: BatchTerms) -> tuple[Request, TaskCall | None]:
         """The request, and its call where it is a single one."""
         caller = self._lines.caller(terms)
         asked, calls = await self._lines.read(line, caller)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from appliance.core import Target
-from appliance.jobs.models import Line, LineAnswer, Terms
-from appliance.upstream.provider_batches import Row, Standing
+from appliance.jobs.models import BatchLine, BatchTerms, LineAnswer
+from appliance.upstream.provider_batches import BatchResult, BatchStatus
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class ProviderBatch:
     """`name` is ours, and stands in the provider's metadata; it is on disk before anything is sent."""
 
     name: str
@@ -23,7 +23,7 @@ class Parcel:
     """The provider's id of its batch, once it is known."""
 
 
-class Sealed(Protocol):
+class SealedLine(Protocol):
     """A line that is decided, permitted and written for its target."""
 
     @property
@@ -36,42 +36,44 @@ class Sealed(Protocol):
     def size_bytes(self) -> int: ...
 
 
-class Posting(Protocol):
+class ProviderBatchLines(Protocol):
     """How lines are sent in providers' batches, and read when they come back. Raises ApplianceError."""
 
     def takes(self, target: Target) -> bool:
         """Whether lines may be sent to it so: it takes batches, is known to be cheaper, and is well."""
 
-    async def made_ready(self, lines: Sequence[Line], terms: Terms) -> Sequence[Sealed | None]:
+    async def made_ready(self, lines: Sequence[BatchLine], terms: BatchTerms) -> Sequence[SealedLine | None]:
         """Each line ready to leave; None where it is to be asked the usual way. Raises Unauthorized."""
 
-    async def reserve(self, sealed: Sealed) -> str:
+    async def reserve(self, sealed: SealedLine) -> str:
         """Money for it is put aside when this returns its ticket. Raises BudgetExceeded, LedgerUnavailable."""
 
     def release(self, ticket: str) -> None:
         """It was not asked, and is not billed."""
 
-    async def send(self, parcel: Parcel, sealed: Sequence[Sealed], note: Callable[[str], Awaitable[None]]) -> str:
+    async def send(
+        self, parcel: ProviderBatch, sealed: Sequence[SealedLine], note: Callable[[str], Awaitable[None]]
+    ) -> str:
         """The provider's id of the batch; `note` is told of its file before."""
 
-    async def find(self, parcel: Parcel) -> str | None:
+    async def find(self, parcel: ProviderBatch) -> str | None:
         """The provider's id of what was sent under the parcel's name; None where there is none, or none can be told."""
 
-    def finds(self, parcel: Parcel) -> bool:
+    def finds(self, parcel: ProviderBatch) -> bool:
         """Whether `find` can tell that there is none."""
 
-    async def look(self, parcel: Parcel) -> Standing: ...
+    async def look(self, parcel: ProviderBatch) -> BatchStatus: ...
 
-    def rows(self, parcel: Parcel, standing: Standing) -> AsyncIterator[Row]: ...
+    def rows(self, parcel: ProviderBatch, standing: BatchStatus) -> AsyncIterator[BatchResult]: ...
 
     async def read(
-        self, rows: Sequence[tuple[Line, str, Row]], terms: Terms, parcel: Parcel
+        self, rows: Sequence[tuple[BatchLine, str, BatchResult]], terms: BatchTerms, parcel: ProviderBatch
     ) -> Sequence[LineAnswer | None]:
         """For a line, its ticket and its row: the answer, settled and written down; None: to be asked anew."""
 
-    async def cancel(self, parcel: Parcel) -> None: ...
+    async def cancel(self, parcel: ProviderBatch) -> None: ...
 
-    async def forget(self, parcel: Parcel, standing: Standing | None) -> None:
+    async def forget(self, parcel: ProviderBatch, standing: BatchStatus | None) -> None:
         """Have the provider delete what it keeps of it."""
 
 

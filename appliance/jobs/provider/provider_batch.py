@@ -25,12 +25,12 @@ from appliance.errors import (
     Unauthorized,
     Unavailable,
 )
-from appliance.jobs.deps import Means
-from appliance.jobs.lines.queue import Queue
-from appliance.jobs.models import Line, LineAnswer, Terms
-from appliance.jobs.provider.models import Parcel, Posting, Sealed, line_number
-from appliance.jobs.storage.batch_state import Keeper
-from appliance.upstream.provider_batches import MAX_BYTES, MAX_LINES, Row, Standing
+from appliance.jobs.deps import JobDeps
+from appliance.jobs.lines.queue import LineQueue
+from appliance.jobs.models import BatchLine, BatchTerms, LineAnswer
+from appliance.jobs.provider.models import ProviderBatch, ProviderBatchLines, SealedLine, line_number
+from appliance.jobs.storage.batch_state import BatchState
+from appliance.upstream.provider_batches import MAX_BYTES, MAX_LINES, BatchResult, BatchStatus
 
 _SPARE_SHARE: Final = 0.1
 """Of the time a provider may take: what is left for asking singly whatever it did not answer."""
@@ -57,17 +57,19 @@ class _Gathering:
     """Lines that are going to leave together."""
 
     begun: float
-    sealed: dict[int, Sealed] = field(default_factory=dict)
+    sealed: dict[int, SealedLine] = field(default_factory=dict)
     size_bytes: int = 0
 
-    def takes(self, one: Sealed) -> bool:
+    def takes(self, one: SealedLine) -> bool:
         return len(self.sealed) < MAX_LINES and self.size_bytes + one.size_bytes <= MAX_BYTES
 
 
-class Upstream:
+class ProviderBatchRunner:
     """One run's. `sift` what is fetched; `close` what was gathered once no more comes; `wind_up` when it has to end."""
 
-    def __init__(self, means: Means, keeper: Keeper, queue: Queue, terms: Callable[[bool], Terms]) -> None:
+    def __init__(
+        self, means: JobDeps, keeper: BatchState, queue: LineQueue, terms: Callable[[bool], BatchTerms]
+    ) -> None:
         """`terms` of now, for lines that would be late or not."""
         self._means, self._keeper, self._queue, self._terms = means, keeper, queue, terms
         self._gatherings: dict[tuple[str, str], _Gathering] = {}
@@ -103,7 +105,7 @@ class Upstream:
         targets = means.state.snapshot.targets
         return any(means.posting.takes(target) and bound.allows(target) for target in targets)
 
-    def wants(self, lines: Sequence[Line], late: int) -> bool:
+    def wants(self, lines: Sequence[BatchLine], late: int) -> bool:
         """Whether lines that are ready to be asked the usual way had better be sifted anew: they will be late."""
         is_worth_it = late >= _FEWEST_LATE and any(line.number not in self._alone for line in lines)
         return is_worth_it and self._is_open()
@@ -120,7 +122,7 @@ class Upstream:
             self.lines += await self._keeper.patiently(partial(self._means.store.posted, parcel))
             self._spawn(self._carry(parcel, resumed=True))
 
-    async def sift(self, lines: list[Line], late: int) -> list[Line]:
+    async def sift(self, lines: list[BatchLine], late: int) -> list[BatchLine]:
         """What is to be asked the usual way. `late`: so many more lines should leave the site than are on their way."""
         posting = self._means.posting
         if posting is None or not lines or not self._is_open():
@@ -128,7 +130,7 @@ class Upstream:
             return lines
         leaving = late if late >= _FEWEST_LATE or self.has_gathered else 0
         willing = [line for line in lines if line.number not in self._alone]
-        sealed: dict[int, Sealed] = {}
+        sealed: dict[int, SealedLine] = {}
         for part, is_late in ((willing[:leaving], True), (willing[leaving:], False)):
             found = await posting.made_ready(part, self._terms(is_late)) if part else ()
             sealed |= {line.number: one for line, one in zip(part, found, strict=True) if one is not None}
@@ -162,7 +164,7 @@ class Upstream:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _gather(self, number: int, one: Sealed) -> None:
+    def _gather(self, number: int, one: SealedLine) -> None:
         key = one.target.name, one.endpoint
         gathering = self._gatherings.get(key)
         if gathering is not None and not gathering.takes(one):
@@ -177,12 +179,12 @@ class Upstream:
     def _post(self, key: tuple[str, str]) -> None:
         gathering = self._gatherings.pop(key)
         name = f"{self._keeper.batch.id}-{secrets.token_hex(6)}"
-        parcel = Parcel(name, self._keeper.batch.id, key[0], self._means.wall())
+        parcel = ProviderBatch(name, self._keeper.batch.id, key[0], self._means.wall())
         self._spawn(self._begin(parcel, gathering.sealed))
 
     # One parcel.
 
-    async def _begin(self, parcel: Parcel, sealed: dict[int, Sealed]) -> None:
+    async def _begin(self, parcel: ProviderBatch, sealed: dict[int, SealedLine]) -> None:
         """Money first, then the intent on disk, then the provider."""
         tickets = dict[int, str]()
         try:
@@ -200,7 +202,7 @@ class Upstream:
             self._queue.done(tickets)
             await self._send(parcel, [one for number, one in sealed.items() if number in tickets])
 
-    async def _send(self, parcel: Parcel, sealed: Sequence[Sealed]) -> None:
+    async def _send(self, parcel: ProviderBatch, sealed: Sequence[SealedLine]) -> None:
         _log.info("lines leave in a provider's batch", parcel=parcel.name, target=parcel.target, lines=len(sealed))
 
         async def note(uploaded: str) -> None:
@@ -221,7 +223,7 @@ class Upstream:
                 return
         await self._carry(parcel)
 
-    async def _carry(self, parcel: Parcel, *, resumed: bool = False) -> None:
+    async def _carry(self, parcel: ProviderBatch, *, resumed: bool = False) -> None:
         """From wherever it stands to its end. `resumed`: a restart may have kept it from being sent."""
         if parcel.remote_id is None:
             found = await self._persist(partial(self._posting.find, parcel))
@@ -240,25 +242,25 @@ class Upstream:
             await self._forget(parcel, standing)
         await self._end(parcel, bills_nothing=is_read and self.error is None)
 
-    async def _known_as(self, parcel: Parcel, remote_id: str) -> Parcel:
+    async def _known_as(self, parcel: ProviderBatch, remote_id: str) -> ProviderBatch:
         known = replace(parcel, remote_id=remote_id)
         await self._keeper.patiently(partial(self._means.store.save_parcel, known))
         return known
 
-    async def _forget(self, parcel: Parcel, standing: Standing | None) -> None:
+    async def _forget(self, parcel: ProviderBatch, standing: BatchStatus | None) -> None:
         """Have what the provider keeps of it deleted, where that works."""
         if parcel.remote_id is None and parcel.uploaded is None:
             return
         with contextlib.suppress(ApplianceError):
             await self._posting.forget(parcel, standing)
 
-    async def _looked_at(self, parcel: Parcel) -> Standing | None:
+    async def _looked_at(self, parcel: ProviderBatch) -> BatchStatus | None:
         try:
             return await self._posting.look(parcel)
         except ApplianceError:
             return None
 
-    async def _watched(self, parcel: Parcel) -> Standing | None:
+    async def _watched(self, parcel: ProviderBatch) -> BatchStatus | None:
         """How it stood when it was over; None where the provider did not say so in time."""
         pause, cancelled_at = _FIRST_LOOK_SECONDS, None
         give_up = self._keeper.batch.expires_at - _SPARE_SHARE * self._means.config.provider_batch_seconds
@@ -284,9 +286,9 @@ class Upstream:
             await self._rest(pause)
             pause = min(_LAST_LOOK_SECONDS, pause * 1.5)
 
-    async def _collect(self, parcel: Parcel, standing: Standing) -> None:
+    async def _collect(self, parcel: ProviderBatch, standing: BatchStatus) -> None:
         """Its rows as answers. Those that were committed before a crash are passed over."""
-        rows: dict[int, Row] = {}
+        rows: dict[int, BatchResult] = {}
         async for row in self._posting.rows(parcel, standing):
             number = line_number(row.request_id)
             if number is not None and row.status == 200:
@@ -296,7 +298,7 @@ class Upstream:
                 rows = {}
         await self._read(parcel, rows)
 
-    async def _read(self, parcel: Parcel, rows: dict[int, Row]) -> None:
+    async def _read(self, parcel: ProviderBatch, rows: dict[int, BatchResult]) -> None:
         if not rows:
             return
         known = await self._keeper.patiently(partial(self._means.store.tickets, parcel, tuple(rows)))
@@ -307,7 +309,7 @@ class Upstream:
         except Unauthorized as error:  # nobody is there any more whom they could be given to
             self.error = error
             return
-        good: list[tuple[Line, LineAnswer]] = [
+        good: list[tuple[BatchLine, LineAnswer]] = [
             (line, answer) for (line, _, _), answer in zip(asked, answers, strict=True) if answer is not None
         ]
         if good:
@@ -315,7 +317,7 @@ class Upstream:
             self.lines -= len(good)
             self._keeper.nudge()
 
-    async def _end(self, parcel: Parcel, *, bills_nothing: bool, alone: bool = True) -> None:
+    async def _end(self, parcel: ProviderBatch, *, bills_nothing: bool, alone: bool = True) -> None:
         """What is left of it waits again, to be asked alone or not. What may have been billed stays put aside."""
         tickets = await self._keeper.patiently(partial(self._means.store.end_parcel, parcel))
         if bills_nothing:
@@ -334,7 +336,7 @@ class Upstream:
         self._queue.back(numbers)
         self._keeper.nudge()
 
-    async def _reserve(self, sealed: Mapping[int, Sealed], tickets: dict[int, str]) -> None:
+    async def _reserve(self, sealed: Mapping[int, SealedLine], tickets: dict[int, str]) -> None:
         """Tickets for those lines that there is money for."""
         numbers = list(sealed)
         for at in range(0, len(numbers), _RESERVED_AT_ONCE):
@@ -372,7 +374,7 @@ class Upstream:
         self._woken.clear()
 
     @property
-    def _posting(self) -> Posting:
+    def _posting(self) -> ProviderBatchLines:
         assert self._means.posting is not None
         return self._means.posting
 

@@ -9,9 +9,9 @@ from typing import Final, TypeVar
 import structlog
 
 from appliance.errors import JobsUnavailable, StorageFull
-from appliance.jobs.deps import Means, RunState
-from appliance.jobs.models import Batch, Line, LineAnswer, Status
-from appliance.jobs.storage.results import Results
+from appliance.jobs.deps import JobDeps, RunState
+from appliance.jobs.models import Batch, BatchLine, LineAnswer, Status
+from appliance.jobs.storage.results import BatchResults
 
 LOOK_SECONDS: Final = 1.0
 """How often deadline, disk and hours are looked at while nothing else happens."""
@@ -24,18 +24,18 @@ Result = TypeVar("Result")
 _log = structlog.stdlib.get_logger(__name__)
 
 
-class Keeper:
+class BatchState:
     """Answers wait here until they are committed together. `lock` is held by whoever changes the batch."""
 
-    def __init__(self, batch: Batch, means: Means, committed: Callable[[Sequence[int]], None]) -> None:
+    def __init__(self, batch: Batch, means: JobDeps, committed: Callable[[Sequence[int]], None]) -> None:
         """`committed` is told the numbers of lines that are done."""
         self._means, self._committed = means, committed
-        self.results = Results(batch, means.folder, means.store)
+        self.results = BatchResults(batch, means.folder, means.store)
         self.lock = asyncio.Lock()
         self.state: RunState = "validating"
         self.reason = ""
         self._woken = asyncio.Event()
-        self._answered: list[tuple[Line, LineAnswer]] = []
+        self._answered: list[tuple[BatchLine, LineAnswer]] = []
         self._answered_since = 0.0
 
     @property
@@ -51,7 +51,7 @@ class Keeper:
         """When the oldest answer wants to be committed; infinite where there is none."""
         return self._answered_since + _COMMIT_SECONDS if self._answered else float("inf")
 
-    def answered(self, line: Line, answer: LineAnswer) -> None:
+    def answered(self, line: BatchLine, answer: LineAnswer) -> None:
         if not self._answered:
             self._answered_since = self._means.clock()
         self._answered.append((line, answer))
@@ -69,7 +69,7 @@ class Keeper:
                 self._answered_since = self._means.clock()
                 self._committed([line.number for line, _ in answered])
 
-    async def put(self, answered: Sequence[tuple[Line, LineAnswer]]) -> None:
+    async def put(self, answered: Sequence[tuple[BatchLine, LineAnswer]]) -> None:
         """Commit these at once."""
         async with self.lock:
             await self.results.put(answered)

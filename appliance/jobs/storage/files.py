@@ -23,7 +23,7 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-class Folder:
+class JobFolder:
     """Blocking: called from threads. Nothing but ids made here becomes a path.
 
     `files/` holds what owners see; `work/` holds what jobs read and write, each under its batch's id.
@@ -57,11 +57,11 @@ class Folder:
             raise StorageFull(f"{text}: free some space", retry_after_seconds=30.0)
 
     @contextlib.contextmanager
-    def receiving(self, file_id: str) -> "Iterator[Receiver]":
+    def receiving(self, file_id: str) -> "Iterator[UploadReceiver]":
         """A file in the making. It is there once `keep` was called; whatever ends before leaves nothing behind."""
         part = self.path(file_id).with_suffix(".part")
         file = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "wb")
-        receiver = Receiver(file, part, self.path(file_id), self._max_file_bytes, self.check_space)
+        receiver = UploadReceiver(file, part, self.path(file_id), self._max_file_bytes, self.check_space)
         try:
             yield receiver
         finally:
@@ -114,7 +114,7 @@ class Folder:
         return len(found)
 
 
-class Receiver:
+class UploadReceiver:
     """Takes a file's bytes as they come. Raises BodyTooLarge, and StorageFull as soon as the disk is nearly full."""
 
     def __init__(self, file: BinaryIO, part: Path, path: Path, max_bytes: int, check_space: Callable[[], None]) -> None:

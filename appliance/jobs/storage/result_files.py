@@ -13,14 +13,14 @@ from typing import Any, BinaryIO, Final
 import orjson
 
 from appliance.errors import StorageFull
-from appliance.jobs.models import BadLine, LineAnswer, Problem
+from appliance.jobs.models import BadLine, BatchProblem, LineAnswer
 
 _NO_SPACE: Final = (28, 122)
 """ENOSPC and EDQUOT."""
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WrittenRow:
     """Where a row lies in its file."""
 
     offset: int
@@ -35,14 +35,14 @@ class ResultFile:
         self.size = committed_bytes
         self._file: BinaryIO | None = None
 
-    def append(self, rows: Iterable[bytes]) -> Sequence[Written]:
+    def append(self, rows: Iterable[bytes]) -> Sequence[WrittenRow]:
         """Write rows and see them on the disk. Raises StorageFull, and then the file is as it was."""
         before, written = self.size, []
         try:
             file = self._opened()
             for row in rows:
                 file.write(row)
-                written.append(Written(self.size, len(row)))
+                written.append(WrittenRow(self.size, len(row)))
                 self.size += len(row)
             file.flush()
             os.fsync(file.fileno())
@@ -97,7 +97,7 @@ def answer_row(batch_id: str, number: int, custom_id: str, answer: LineAnswer) -
     return _row(batch_id, number, custom_id, response, None)
 
 
-def problem_row(batch_id: str, number: int, custom_id: str | None, problem: Problem) -> bytes:
+def problem_row(batch_id: str, number: int, custom_id: str | None, problem: BatchProblem) -> bytes:
     """A line that was never asked, and why."""
     return _row(batch_id, number, custom_id, None, problem.to_json())
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from appliance.jobs.lines.reader import check, read_at
-from appliance.jobs.models import BadLine, Batch, Counts, Line, LineAnswer, Problem
-from appliance.jobs.storage.files import Folder
-from appliance.jobs.storage.result_files import ResultFile, Written, answer_row, bad_row, copied_row, problem_row
-from appliance.jobs.storage.store import Copy, Done, Place, Store
+from appliance.jobs.models import BadLine, Batch, BatchLine, BatchProblem, LineAnswer, LineCounts
+from appliance.jobs.storage.files import JobFolder
+from appliance.jobs.storage.result_files import ResultFile, WrittenRow, answer_row, bad_row, copied_row, problem_row
+from appliance.jobs.storage.store import CopiedLine, FinishedLine, JobStore, ResultPosition
 from appliance.jobs.storage.tables import ANSWERED, FAILED
 
 _COPIES_AT_ONCE = 256
@@ -22,13 +22,13 @@ class _Row:
     data: bytes
 
 
-class Results:
+class BatchResults:
     """One batch's. `batch` is always what is committed; every method either commits or changes nothing.
 
     Raises StorageFull where there is no room: then the same can be tried again.
     """
 
-    def __init__(self, batch: Batch, folder: Folder, store: Store) -> None:
+    def __init__(self, batch: Batch, folder: JobFolder, store: JobStore) -> None:
         self.batch = batch
         self._folder, self._store = folder, store
         self._output = ResultFile(folder.output_of(batch.id), batch.output_bytes)
@@ -46,7 +46,7 @@ class Results:
     def with_sizes(self, batch: Batch) -> Batch:
         return replace(batch, output_bytes=self._output.size, error_bytes=self._errors.size)
 
-    async def put(self, answered: Sequence[tuple[Line, LineAnswer]]) -> None:
+    async def put(self, answered: Sequence[tuple[BatchLine, LineAnswer]]) -> None:
         """Answers, in the order they came. The lines are done when this returns."""
         rows = [
             _Row(
@@ -58,14 +58,14 @@ class Results:
         ]
         await self._commit(rows, _counted(self.batch, [answer for _, answer in answered]))
 
-    async def put_undone(self, places: Sequence[Place], code: str, message: str) -> None:
+    async def put_undone(self, places: Sequence[ResultPosition], code: str, message: str) -> None:
         """Lines that are not going to be asked any more."""
         names = await asyncio.to_thread(self._custom_ids, places)
         rows = [
             _Row(
                 place.number,
                 FAILED,
-                problem_row(self.batch.id, place.number, name, Problem(code, message, place.number)),
+                problem_row(self.batch.id, place.number, name, BatchProblem(code, message, place.number)),
             )
             for place, name in zip(places, names, strict=True)
         ]
@@ -89,7 +89,7 @@ class Results:
         await self._commit(rows, replace(self.batch, counts=counts))
         return True
 
-    async def read(self, places: Sequence[Place]) -> Sequence[Line]:
+    async def read(self, places: Sequence[ResultPosition]) -> Sequence[BatchLine]:
         """Lines as they were when they were validated. Raises FileNotFoundError where the input is gone."""
         return await asyncio.to_thread(self._read, places)
 
@@ -114,7 +114,7 @@ class Results:
         try:
             written = await asyncio.to_thread(self._write, good, bad)
             done = [
-                Done(row.number, row.state, place.offset, place.length)
+                FinishedLine(row.number, row.state, place.offset, place.length)
                 for row, place in zip((*good, *bad), written, strict=True)
             ]
             batch = self.with_sizes(batch)
@@ -125,11 +125,11 @@ class Results:
             raise
         self.batch = batch
 
-    def _write(self, good: Sequence[_Row], bad: Sequence[_Row]) -> Sequence[Written]:
+    def _write(self, good: Sequence[_Row], bad: Sequence[_Row]) -> Sequence[WrittenRow]:
         written = [*self._output.append([row.data for row in good])] if good else []
         return [*written, *self._errors.append([row.data for row in bad])] if bad else written
 
-    def _copied(self, copies: Sequence[Copy]) -> Sequence[_Row]:
+    def _copied(self, copies: Sequence[CopiedLine]) -> Sequence[_Row]:
         rows, names = [], self._custom_ids([copy.place for copy in copies])
         for copy, name in zip(copies, names, strict=True):
             source = self._output if copy.state == ANSWERED else self._errors
@@ -138,19 +138,19 @@ class Results:
             rows.append(_Row(copy.place.number, copy.state, data))
         return rows
 
-    def _custom_ids(self, places: Sequence[Place]) -> Sequence[str | None]:
+    def _custom_ids(self, places: Sequence[ResultPosition]) -> Sequence[str | None]:
         """None for all where the input is gone."""
         try:
             return [line.custom_id for line in self._read(places)]
         except FileNotFoundError:
             return [None] * len(places)
 
-    def _read(self, places: Sequence[Place]) -> Sequence[Line]:
+    def _read(self, places: Sequence[ResultPosition]) -> Sequence[BatchLine]:
         with self._folder.input_of(self.batch.id).open("rb") as file:
             return [_line(file, place, self.batch.endpoint) for place in places]
 
 
-def _line(file: BinaryIO, place: Place, endpoint: str) -> Line:
+def _line(file: BinaryIO, place: ResultPosition, endpoint: str) -> BatchLine:
     found = check(read_at(file, place.number, place.offset, place.length), endpoint)
     if isinstance(found, BadLine):
         raise FileNotFoundError(f"line {place.number} is not what it was: the input was changed")
@@ -162,7 +162,7 @@ def _counted(batch: Batch, answers: Sequence[LineAnswer]) -> Batch:
     hosted = sum(answer.location == "hosted" for answer in answers)
     onsite = sum(answer.location == "onsite" for answer in answers)
     old = batch.counts
-    counts = Counts(
+    counts = LineCounts(
         total=old.total,
         completed=old.completed + good,
         failed=old.failed + len(answers) - good,

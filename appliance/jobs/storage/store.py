@@ -21,8 +21,8 @@ from sqlalchemy import (
 
 from appliance.core import Usage
 from appliance.errors import JobsUnavailable
-from appliance.jobs.models import ENDED, Batch, Counts, Line, Problem, StoredFile
-from appliance.jobs.provider.models import Parcel
+from appliance.jobs.models import ENDED, Batch, BatchLine, BatchProblem, LineCounts, StoredFile
+from appliance.jobs.provider.models import ProviderBatch
 from appliance.jobs.storage.tables import (
     ADDS_TO,
     ANSWERED,
@@ -37,11 +37,11 @@ from appliance.jobs.storage.tables import (
     parcels,
     tickets,
 )
-from appliance.ledger.sqlite_store import Kept, RoomDatabase
+from appliance.ledger.sqlite_store import SqliteStore, StoreSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ResultPosition:
     """Where in its batch's input a line is."""
 
     number: int
@@ -50,17 +50,17 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class CopiedLine:
     """A line that waits for nothing but to be given the answer of an identical one."""
 
-    place: Place
+    place: ResultPosition
     state: int
     result_offset: int
     result_length: int
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class FinishedLine:
     """A line's end: its state, and where its result lies if others are to copy it."""
 
     number: int
@@ -69,7 +69,7 @@ class Done:
     result_length: int | None = None
 
 
-KEPT: Final = Kept(
+KEPT: Final = StoreSpec(
     name="jobs-store",
     metadata=metadata,
     version=VERSION,
@@ -83,11 +83,11 @@ KEPT: Final = Kept(
 )
 
 
-class Store(RoomDatabase):
+class JobStore(SqliteStore):
     """`open` it, and `close` it. Raises JobsUnavailable, or StorageFull where the disk has no room, from any method."""
 
     @classmethod
-    async def open(cls, url: str) -> "Store":
+    async def open(cls, url: str) -> "JobStore":
         """Open or make the database at `url`, an SQLAlchemy address."""
         return await cls._opened(url, KEPT)
 
@@ -163,7 +163,7 @@ class Store(RoomDatabase):
         """Forget what an earlier validation, that did not come to its end, put down."""
         await self._do(lambda one: one.execute(delete(lines).where(lines.c.batch_id == batch_id)))
 
-    async def add_lines(self, batch_id: str, found: Sequence[tuple[Line, int | None]]) -> None:
+    async def add_lines(self, batch_id: str, found: Sequence[tuple[BatchLine, int | None]]) -> None:
         """Lines that wait, each with the first line that asks the same, if there is one."""
         rows = [
             {
@@ -180,13 +180,13 @@ class Store(RoomDatabase):
         if rows:
             await self._do(lambda connection: connection.execute(insert(lines), rows))
 
-    async def to_ask(self, batch_id: str, after: int, limit: int) -> Sequence[Place]:
+    async def to_ask(self, batch_id: str, after: int, limit: int) -> Sequence[ResultPosition]:
         """Waiting lines beyond number `after`, without those that wait for an identical one."""
         mine = and_(lines.c.batch_id == batch_id, lines.c.state == WAITING, lines.c.number > after)
         query = select(lines.c.number, lines.c.offset, lines.c.length).where(mine, lines.c.twin_of.is_(None))
-        return [Place(**row) for row in await self._rows(query.order_by(lines.c.number).limit(limit))]
+        return [ResultPosition(**row) for row in await self._rows(query.order_by(lines.c.number).limit(limit))]
 
-    async def to_copy(self, batch_id: str, limit: int) -> Sequence[Copy]:
+    async def to_copy(self, batch_id: str, limit: int) -> Sequence[CopiedLine]:
         """Waiting lines whose identical first one has ended."""
         first = lines.alias()
         query = (
@@ -201,8 +201,8 @@ class Store(RoomDatabase):
             .limit(limit)
         )  # fmt: skip
         return [
-            Copy(
-                Place(row["number"], row["offset"], row["length"]),
+            CopiedLine(
+                ResultPosition(row["number"], row["offset"], row["length"]),
                 row["state"],
                 row["result_offset"],
                 row["result_length"],
@@ -210,18 +210,18 @@ class Store(RoomDatabase):
             for row in await self._rows(query)
         ]
 
-    async def waiting(self, batch_id: str, after: int, limit: int) -> Sequence[Place]:
+    async def waiting(self, batch_id: str, after: int, limit: int) -> Sequence[ResultPosition]:
         """Every line that has not ended, identical ones included."""
         open_ones = lines.c.state.in_((WAITING, POSTED))
         mine = and_(lines.c.batch_id == batch_id, open_ones, lines.c.number > after)
         query = select(lines.c.number, lines.c.offset, lines.c.length).where(mine)
-        return [Place(**row) for row in await self._rows(query.order_by(lines.c.number).limit(limit))]
+        return [ResultPosition(**row) for row in await self._rows(query.order_by(lines.c.number).limit(limit))]
 
     async def has_twins(self, batch_id: str) -> bool:
         query = select(lines.c.number).where(lines.c.batch_id == batch_id, lines.c.twin_of.is_not(None)).limit(1)
         return bool(await self._rows(query))
 
-    async def commit(self, batch: Batch, done: Sequence[Done]) -> None:
+    async def commit(self, batch: Batch, done: Sequence[FinishedLine]) -> None:
         """Lines that have ended, together with the batch's counts and the sizes of its results."""
         rows = [{"n": one.number, "s": one.state, "o": one.result_offset, "l": one.result_length} for one in done]
         change = (
@@ -242,7 +242,7 @@ class Store(RoomDatabase):
 
     # Parcels: lines that lie in a provider's batch.
 
-    async def add_parcel(self, parcel: Parcel, given: Mapping[int, str]) -> None:
+    async def add_parcel(self, parcel: ProviderBatch, given: Mapping[int, str]) -> None:
         """It is going to be sent, with the tickets of its lines: from now on they do not wait any more."""
         mark = (update(lines).where(lines.c.batch_id == parcel.batch_id, lines.c.number == bindparam("n"))).values(
             state=POSTED
@@ -259,20 +259,20 @@ class Store(RoomDatabase):
 
         await self._do(write)
 
-    async def save_parcel(self, parcel: Parcel) -> None:
+    async def save_parcel(self, parcel: ProviderBatch) -> None:
         await self._do(
             lambda one: one.execute(update(parcels).where(parcels.c.name == parcel.name).values(**asdict(parcel)))
         )
 
-    async def parcels(self, batch_id: str) -> Sequence[Parcel]:
-        return [Parcel(**row) for row in await self._rows(select(parcels).where(parcels.c.batch_id == batch_id))]
+    async def parcels(self, batch_id: str) -> Sequence[ProviderBatch]:
+        return [ProviderBatch(**row) for row in await self._rows(select(parcels).where(parcels.c.batch_id == batch_id))]
 
-    async def posted(self, parcel: Parcel) -> int:
+    async def posted(self, parcel: ProviderBatch) -> int:
         """How many of its lines have not ended."""
         query = select(func.count()).select_from(tickets).where(tickets.c.parcel == parcel.name)
         return await self._do(lambda one: one.execute(query).scalar_one())
 
-    async def tickets(self, parcel: Parcel, numbers: Sequence[int]) -> Sequence[tuple[Place, str]]:
+    async def tickets(self, parcel: ProviderBatch, numbers: Sequence[int]) -> Sequence[tuple[ResultPosition, str]]:
         """Of those of the lines that have not ended."""
         here = and_(lines.c.batch_id == tickets.c.batch_id, lines.c.number == tickets.c.number)
         query = (
@@ -280,9 +280,12 @@ class Store(RoomDatabase):
             .join(tickets, here)
             .where(tickets.c.parcel == parcel.name, tickets.c.number.in_(numbers))
         )
-        return [(Place(row["number"], row["offset"], row["length"]), row["ticket"]) for row in await self._rows(query)]
+        return [
+            (ResultPosition(row["number"], row["offset"], row["length"]), row["ticket"])
+            for row in await self._rows(query)
+        ]
 
-    async def end_parcel(self, parcel: Parcel) -> Mapping[int, str]:
+    async def end_parcel(self, parcel: ProviderBatch) -> Mapping[int, str]:
         """Forget it. Those of its lines that have not ended wait again; returns their tickets."""
         mine = tickets.c.parcel == parcel.name
         numbers = select(tickets.c.number).where(mine)
@@ -330,5 +333,5 @@ def _batch_row(batch: Batch) -> Mapping[str, Any]:
 def _batch_of(row: RowMapping) -> Batch:
     document = json.loads(row["document"])
     made = Batch(**{**document, **{name: row[name] for name in ("id", "owner", "status", "created_at")}})
-    problems = tuple(Problem(**one) for one in document["problems"])
-    return replace(made, counts=Counts(**document["counts"]), usage=Usage(**document["usage"]), problems=problems)
+    problems = tuple(BatchProblem(**one) for one in document["problems"])
+    return replace(made, counts=LineCounts(**document["counts"]), usage=Usage(**document["usage"]), problems=problems)

@@ -4,8 +4,8 @@ import time
 from typing import Final
 
 from appliance.errors import EngineFailed
-from appliance.llamacpp.context import Context
-from appliance.llamacpp.model import Model
+from appliance.llamacpp.context import LlamaContext
+from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.rates import Rates
 
 _PROBE_TOKENS: Final = 16
@@ -18,7 +18,7 @@ _ALL_SECONDS: Final = 0.4
 """When so much is used up, what is left to measure is left to the first requests."""
 
 
-def measure(model: Model, rates: Rates) -> None:
+def measure(model: LlamaModel, rates: Rates) -> None:
     """Fill `rates` in less than half a second, or in five steps where a model takes longer than that for these.
 
     Prefill on up to 256 tokens, decoding at 1, 4, 8 and 32 sequences. Leaves the model's memory empty.
@@ -35,7 +35,7 @@ def measure(model: Model, rates: Rates) -> None:
     model.memory_clear()
 
 
-def _prefill(model: Model, tokens: int) -> float:
+def _prefill(model: LlamaModel, tokens: int) -> float:
     model.batch.clear()
     model.batch.add([position % model.vocabulary_size for position in range(tokens)], 0, 0, last_output=True)
     seconds = _run(model, model)
@@ -43,7 +43,7 @@ def _prefill(model: Model, tokens: int) -> float:
     return seconds
 
 
-def _decode(model: Model, sequences: int) -> float:
+def _decode(model: LlamaModel, sequences: int) -> float:
     """Seconds of one step, the quickest of a few: what disturbs a measurement only ever makes it longer."""
     where = model.lanes if model.lanes is not None and sequences > 1 else model
     times: list[float] = []
@@ -55,7 +55,7 @@ def _decode(model: Model, sequences: int) -> float:
     return min(times)
 
 
-def _run(model: Model, context: Context) -> float:
+def _run(model: LlamaModel, context: LlamaContext) -> float:
     began = time.perf_counter()
     code = context.decode()
     if code:

@@ -19,7 +19,7 @@ _STEAL_FIELD: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Lap:
+class InterferenceSample:
     seconds: float
     cpu_seconds: float
     """Of all threads of this process together."""
@@ -32,7 +32,7 @@ class Lap:
         return None if self.waited_seconds is None else min(1.0, self.waited_seconds / max(self.seconds, 1e-9))
 
 
-class Stopwatch:
+class InterferenceStopwatch:
     """Times pieces of work and the waiting in them."""
 
     def __init__(self) -> None:
@@ -43,12 +43,12 @@ class Stopwatch:
         self._waited = self._waited_seconds()
         self._began, self._cpu = time.perf_counter(), time.process_time()
 
-    def lap(self) -> Lap:
+    def lap(self) -> InterferenceSample:
         """The time since `start` or the last lap."""
         now, cpu = time.perf_counter(), time.process_time()
         waited = self._waited_seconds()
         known = None if waited is None or self._waited is None else max(0.0, waited - self._waited)
-        lap = Lap(now - self._began, cpu - self._cpu, known)
+        lap = InterferenceSample(now - self._began, cpu - self._cpu, known)
         self._waited = waited
         self._began, self._cpu = time.perf_counter(), time.process_time()
         return lap

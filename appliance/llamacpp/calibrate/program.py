@@ -32,14 +32,14 @@ from appliance.llamacpp.calibrate.speed import (
     CONTEXT_TOKENS,
     MOST_SEQUENCES,
     SEQUENCES,
-    Figure,
+    SpeedSample,
     measure_decode,
     measure_prefill,
 )
-from appliance.llamacpp.calibrate.variant_quality import Quality, Reading, compare, read_source, texts
+from appliance.llamacpp.calibrate.variant_quality import ModelReadings, QualityComparison, compare, read_source, texts
 from appliance.llamacpp.json_log import log
 from appliance.llamacpp.kernels import PLAIN, install
-from appliance.llamacpp.model import Model
+from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.process import EXIT_ARGUMENTS, EXIT_CLEAN, EXIT_ENGINE, EXIT_MODEL_FILE, tie_to_parent
 
 _SOURCE_SHARE: Final = 0.25
@@ -55,7 +55,7 @@ Speed = tuple[int, int | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class CalibrationJob:
     """What is to be measured. `variants`: name and file, the source first."""
 
     variants: tuple[tuple[str, Path], ...]
@@ -77,13 +77,13 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class LeftOut:
+class UnmeasuredVariant:
     what: str
     reason: str
 
 
 @dataclass(slots=True)
-class Measured:
+class MeasuredVariant:
     """One variant as far as it got."""
 
     name: str
@@ -93,9 +93,9 @@ class Measured:
     """Memory for weights, the KV cells of a small context, and buffers."""
     derived_seconds: float | None = None
     """None: the file was there."""
-    quality: Quality | None = None
+    quality: QualityComparison | None = None
     """None for the source, and where it was not measured."""
-    figures: list[Figure] = field(default_factory=list)
+    figures: list[SpeedSample] = field(default_factory=list)
 
     def told(self) -> dict[str, Any]:
         table = dataclasses.asdict(self)
@@ -103,13 +103,13 @@ class Measured:
         return table
 
 
-class Progress:
+class CalibrationProgress:
     """Counts the pieces of work and tells of each; knows when there is no time for another one."""
 
     def __init__(self, total: int, seconds: float) -> None:
         self._done, self._total = 0, total
         self._ends = time.monotonic() + seconds
-        self.left_out: list[LeftOut] = []
+        self.left_out: list[UnmeasuredVariant] = []
 
     @property
     def seconds_left(self) -> float:
@@ -119,7 +119,7 @@ class Progress:
         """Tell of the next piece of work; False where it must be left out for want of time."""
         self._done += 1
         if self.seconds_left < needed_seconds:
-            self.left_out.append(LeftOut(what, "no time was left for it"))
+            self.left_out.append(UnmeasuredVariant(what, "no time was left for it"))
             return False
         _tell({"event": "progress", "done": self._done - 1, "total": self._total, "what": what})
         return True
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_CLEAN
 
 
-def calibrate(job: Job) -> dict[str, Any]:
+def calibrate(job: CalibrationJob) -> dict[str, Any]:
     """Measure all variants, the source first. Raises what the source's own measurement raises.
 
     What decides between variants comes first for all of them; other thread counts and numbers of sequences follow.
@@ -151,9 +151,9 @@ def calibrate(job: Job) -> dict[str, Any]:
     kernels = PLAIN if job.plain_kernels else install()
     began, load, stolen = time.monotonic(), load_average(), stolen_seconds()
     first, rest = job.speeds[:2], job.speeds[2:]
-    progress = Progress(len(job.variants) * (len(job.speeds) + 2) - 1, job.seconds)
+    progress = CalibrationProgress(len(job.variants) * (len(job.speeds) + 2) - 1, job.seconds)
     (source_name, source_path), *others = job.variants
-    source = Measured(source_name, source_path)
+    source = MeasuredVariant(source_name, source_path)
     found = [source]
     with _loaded(source, job) as model:
         parameters = model.n_params
@@ -161,13 +161,13 @@ def calibrate(job: Job) -> dict[str, Any]:
         reading = read_source(model, job.most_texts, job.seconds * _SOURCE_SHARE) if others else None
         _measure_speed(source, model, first, job, progress, 0.0)
     for name, path in others:
-        variant = Measured(name, path)
+        variant = MeasuredVariant(name, path)
         try:
             if reading is not None and _derived(variant, source_path, parameters, job, progress):
                 _measure_variant(variant, reading, first, job, progress)
                 found.append(variant)
         except ApplianceError as error:
-            progress.left_out.append(LeftOut(name, error.message))
+            progress.left_out.append(UnmeasuredVariant(name, error.message))
     for variant in found:
         _measure_rest(variant, rest, job, progress)
     return {
@@ -184,7 +184,9 @@ def calibrate(job: Job) -> dict[str, Any]:
     }
 
 
-def _derived(variant: Measured, source: Path, parameters: int, job: Job, progress: Progress) -> bool:
+def _derived(
+    variant: MeasuredVariant, source: Path, parameters: int, job: CalibrationJob, progress: CalibrationProgress
+) -> bool:
     """Have the variant's file there; False where there is no time to make it."""
     is_there = variant.path.exists()
     expected = 0.0 if is_there else estimated_bytes(parameters, variant.name) / _DERIVED_BYTES_PER_SECOND
@@ -198,7 +200,11 @@ def _derived(variant: Measured, source: Path, parameters: int, job: Job, progres
 
 
 def _measure_variant(
-    variant: Measured, reading: Reading, speeds: Sequence[Speed], job: Job, progress: Progress
+    variant: MeasuredVariant,
+    reading: ModelReadings,
+    speeds: Sequence[Speed],
+    job: CalibrationJob,
+    progress: CalibrationProgress,
 ) -> None:
     with _loaded(variant, job) as model:
         if progress.begin(f"{variant.name}: comparing its answers with the source's"):
@@ -206,18 +212,27 @@ def _measure_variant(
         _measure_speed(variant, model, speeds, job, progress, 0.0)
 
 
-def _measure_rest(variant: Measured, speeds: Sequence[Speed], job: Job, progress: Progress) -> None:
+def _measure_rest(
+    variant: MeasuredVariant, speeds: Sequence[Speed], job: CalibrationJob, progress: CalibrationProgress
+) -> None:
     if not speeds:
         return
     if progress.seconds_left <= job.seconds * _REST_SHARE:
-        progress.left_out.append(LeftOut(f"{variant.name}: other threads and sequences", "no time was left for them"))
+        progress.left_out.append(
+            UnmeasuredVariant(f"{variant.name}: other threads and sequences", "no time was left for them")
+        )
         return
     with _loaded(variant, job) as model:
         _measure_speed(variant, model, speeds, job, progress, job.seconds * _REST_SHARE)
 
 
 def _measure_speed(
-    variant: Measured, model: Model, speeds: Sequence[Speed], job: Job, progress: Progress, spared_seconds: float
+    variant: MeasuredVariant,
+    model: LlamaModel,
+    speeds: Sequence[Speed],
+    job: CalibrationJob,
+    progress: CalibrationProgress,
+    spared_seconds: float,
 ) -> None:
     """Measure `speeds` one by one while more than `spared_seconds` are left."""
     for threads, sequences in speeds:
@@ -230,9 +245,11 @@ def _measure_speed(
 
 
 @contextmanager
-def _loaded(variant: Measured, job: Job) -> Iterator[Model]:
+def _loaded(variant: MeasuredVariant, job: CalibrationJob) -> Iterator[LlamaModel]:
     process = psutil.Process()
-    model = Model.load(variant.path, threads=job.threads[0], context_tokens=CONTEXT_TOKENS, sequences=MOST_SEQUENCES)
+    model = LlamaModel.load(
+        variant.path, threads=job.threads[0], context_tokens=CONTEXT_TOKENS, sequences=MOST_SEQUENCES
+    )
     try:
         yield model
         variant.size_bytes = variant.path.stat().st_size
@@ -252,7 +269,7 @@ def _tell(message: dict[str, Any]) -> None:
     sys.stdout.buffer.flush()
 
 
-def _arguments(argv: Sequence[str] | None) -> tuple[Job, int | None]:
+def _arguments(argv: Sequence[str] | None) -> tuple[CalibrationJob, int | None]:
     """The job, and the leash. Raises ConfigError for what contradicts itself; argparse ends the program with 2."""
     parser = argparse.ArgumentParser(
         prog="python -m appliance.llamacpp.calibrate.program", description="Measure a GGUF model and variants of it."
@@ -275,7 +292,7 @@ def _arguments(argv: Sequence[str] | None) -> tuple[Job, int | None]:
     if max(options.sequences) > MOST_SEQUENCES:
         raise ConfigError(f"--sequences {max(options.sequences)}: at most {MOST_SEQUENCES} are measured")
     threads = tuple(sorted(set(options.threads), reverse=True))
-    job = Job(
+    job = CalibrationJob(
         variants=variants,
         threads=threads,
         sequences=options.sequences,

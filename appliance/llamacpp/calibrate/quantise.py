@@ -17,26 +17,26 @@ from appliance.llamacpp.binding import lib
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class QuantisedForm:
     """One form of weights: llama.cpp's number of it, and bits a weight, the scales of its blocks included."""
 
     file_type: int
     bits: float
 
 
-FORMS: Final[Mapping[str, Form]] = MappingProxyType(
+FORMS: Final[Mapping[str, QuantisedForm]] = MappingProxyType(
     {
-        "f32": Form(lib.LLAMA_FTYPE_ALL_F32, 32.0),
-        "f16": Form(lib.LLAMA_FTYPE_MOSTLY_F16, 16.0),
-        "bf16": Form(lib.LLAMA_FTYPE_MOSTLY_BF16, 16.0),
-        "q8_0": Form(lib.LLAMA_FTYPE_MOSTLY_Q8_0, 8.5),
-        "q6_k": Form(lib.LLAMA_FTYPE_MOSTLY_Q6_K, 6.5625),
-        "q5_1": Form(lib.LLAMA_FTYPE_MOSTLY_Q5_1, 6.0),
-        "q5_0": Form(lib.LLAMA_FTYPE_MOSTLY_Q5_0, 5.5),
-        "q5_k_m": Form(lib.LLAMA_FTYPE_MOSTLY_Q5_K_M, 5.7),
-        "q4_1": Form(lib.LLAMA_FTYPE_MOSTLY_Q4_1, 5.0),
-        "q4_0": Form(lib.LLAMA_FTYPE_MOSTLY_Q4_0, 4.5),
-        "q4_k_m": Form(lib.LLAMA_FTYPE_MOSTLY_Q4_K_M, 4.9),
+        "f32": QuantisedForm(lib.LLAMA_FTYPE_ALL_F32, 32.0),
+        "f16": QuantisedForm(lib.LLAMA_FTYPE_MOSTLY_F16, 16.0),
+        "bf16": QuantisedForm(lib.LLAMA_FTYPE_MOSTLY_BF16, 16.0),
+        "q8_0": QuantisedForm(lib.LLAMA_FTYPE_MOSTLY_Q8_0, 8.5),
+        "q6_k": QuantisedForm(lib.LLAMA_FTYPE_MOSTLY_Q6_K, 6.5625),
+        "q5_1": QuantisedForm(lib.LLAMA_FTYPE_MOSTLY_Q5_1, 6.0),
+        "q5_0": QuantisedForm(lib.LLAMA_FTYPE_MOSTLY_Q5_0, 5.5),
+        "q5_k_m": QuantisedForm(lib.LLAMA_FTYPE_MOSTLY_Q5_K_M, 5.7),
+        "q4_1": QuantisedForm(lib.LLAMA_FTYPE_MOSTLY_Q4_1, 5.0),
+        "q4_0": QuantisedForm(lib.LLAMA_FTYPE_MOSTLY_Q4_0, 4.5),
+        "q4_k_m": QuantisedForm(lib.LLAMA_FTYPE_MOSTLY_Q4_K_M, 4.9),
     }
 )
 """What can be derived."""
@@ -86,7 +86,7 @@ def derive(source: Path, target: Path, variant: str, *, parameters: int, threads
         part.unlink(missing_ok=True)
 
 
-def _form(variant: str) -> Form:
+def _form(variant: str) -> QuantisedForm:
     form = FORMS.get(variant)
     if form is None:
         raise ConfigError(f"no form of weights is called {variant!r}; there are {', '.join(FORMS)}")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from appliance.errors import EngineFailed
-from appliance.llamacpp.calibrate.interference import Lap, Stopwatch
-from appliance.llamacpp.model import Model
+from appliance.llamacpp.calibrate.interference import InterferenceSample, InterferenceStopwatch
+from appliance.llamacpp.model import LlamaModel
 
 SEQUENCES: Final = (8, 1, 4, 16, 32)
 MOST_SEQUENCES: Final = max(SEQUENCES)
@@ -29,7 +29,7 @@ _DISTURBED_SHARE: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class SpeedSample:
     kind: Literal["prefill", "decode"]
     threads: int
     sequences: int
@@ -44,10 +44,10 @@ class Figure:
     """Median share of a repeat in which our threads were ready and waited for a core; None: not known here."""
 
 
-def measure_prefill(model: Model, seconds: float) -> Figure:
+def measure_prefill(model: LlamaModel, seconds: float) -> SpeedSample:
     """Read a prompt of up to 512 tokens, fewer where three times that would take longer than `seconds`."""
     _prefill(model, _PROBE_TOKENS)  # touches the weights for the first time: not measured
-    stopwatch = Stopwatch()
+    stopwatch = InterferenceStopwatch()
     _prefill(model, _PROBE_TOKENS)
     affordable = int(seconds / _FEWEST_REPEATS / stopwatch.lap().seconds * _PROBE_TOKENS)
     tokens = max(_PROBE_TOKENS, min(PREFILL_TOKENS, affordable, model.batch.capacity_tokens))
@@ -55,7 +55,7 @@ def measure_prefill(model: Model, seconds: float) -> Figure:
     return _figure("prefill", model.threads, 1, tokens, laps)
 
 
-def measure_decode(model: Model, sequences: int, seconds: float) -> Figure:
+def measure_decode(model: LlamaModel, sequences: int, seconds: float) -> SpeedSample:
     """Generate with `sequences` at once, each one token a step, after a shared prefix."""
     start = _fork_prefix(model, sequences)
     room = (model.context_tokens - start) // sequences
@@ -71,7 +71,7 @@ def measure_decode(model: Model, sequences: int, seconds: float) -> Figure:
     return _figure("decode", model.threads, sequences, sequences, laps)
 
 
-def _fork_prefix(model: Model, sequences: int) -> int:
+def _fork_prefix(model: LlamaModel, sequences: int) -> int:
     """Compute a prefix for all sequences; its length. Models whose memory cannot be shared do without."""
     model.memory_clear()
     if not model.forkable:
@@ -82,28 +82,28 @@ def _fork_prefix(model: Model, sequences: int) -> int:
     return _PREFIX_TOKENS
 
 
-def _prefill(model: Model, tokens: int) -> None:
+def _prefill(model: LlamaModel, tokens: int) -> None:
     model.memory_clear()
     _fill(model, tokens)
 
 
-def _fill(model: Model, tokens: int) -> None:
+def _fill(model: LlamaModel, tokens: int) -> None:
     model.batch.clear()
     model.batch.add([position % model.vocabulary_size for position in range(tokens)], 0, 0, last_output=True)
     _run(model)
 
 
-def _run(model: Model) -> None:
+def _run(model: LlamaModel) -> None:
     code = model.decode()
     if code:
         raise EngineFailed(f"a decode failed with {code} while measuring: {model.last_words()}")
     _ = model.rows  # waits for the result
 
 
-def _repeat(work: Callable[[int], None], seconds: float, most: int) -> list[Lap]:
+def _repeat(work: Callable[[int], None], seconds: float, most: int) -> list[InterferenceSample]:
     """Laps of `work(0)`, `work(1)` ... until `seconds` are over, at least three and at most `most`."""
-    laps: list[Lap] = []
-    stopwatch = Stopwatch()
+    laps: list[InterferenceSample] = []
+    stopwatch = InterferenceStopwatch()
     while len(laps) < most and (len(laps) < _FEWEST_REPEATS or sum(lap.seconds for lap in laps) < seconds):
         stopwatch.start()
         work(len(laps))
@@ -111,12 +111,14 @@ def _repeat(work: Callable[[int], None], seconds: float, most: int) -> list[Lap]
     return laps
 
 
-def _figure(kind: Literal["prefill", "decode"], threads: int, sequences: int, tokens: int, laps: list[Lap]) -> Figure:
+def _figure(
+    kind: Literal["prefill", "decode"], threads: int, sequences: int, tokens: int, laps: list[InterferenceSample]
+) -> SpeedSample:
     known = [lap.waited_share for lap in laps if lap.waited_share is not None]
     quiet = [lap for lap in laps if lap.waited_share is None or lap.waited_share <= _DISTURBED_SHARE]
     disturbed = len(quiet) < _FEWEST_REPEATS
     used = laps if disturbed else quiet
-    return Figure(
+    return SpeedSample(
         kind=kind,
         threads=threads,
         sequences=sequences,

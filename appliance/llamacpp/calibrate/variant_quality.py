@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from appliance.errors import EngineFailed
-from appliance.llamacpp.chat.prompts import Prompts
+from appliance.llamacpp.chat.prompts import PromptBuilder
 from appliance.llamacpp.decode.sampling import log_normalizer
-from appliance.llamacpp.labels.jobs import ScoreJob
-from appliance.llamacpp.model import Model
-from appliance.llamacpp.scheduler.step import Runner
+from appliance.llamacpp.labels.jobs import LabelJob
+from appliance.llamacpp.model import LlamaModel
+from appliance.llamacpp.scheduler.step import StepRunner
 from appliance.llamacpp.server.labels_api import label_ask
 from appliance.llamacpp.server.request_models import LabelItemIn, LabelsIn, MessageIn
 
@@ -42,20 +42,20 @@ divergence is far below what two runs of one variant differ by."""
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class QualityQuestion:
     ask: str
     labels: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class QualityText:
     language: str
     text: str
-    questions: tuple[Question, ...]
+    questions: tuple[QualityQuestion, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Distribution:
+class TokenDistribution:
     """A source's next-token distribution: its likeliest tokens, their log probabilities, and the rest's together."""
 
     tokens: npt.NDArray[np.intp]
@@ -63,17 +63,17 @@ class Distribution:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ModelReadings:
     """How the source read the texts: what variants are compared with."""
 
-    texts: tuple[Text, ...]
+    texts: tuple[QualityText, ...]
     scores: tuple[Sequence[float], ...]
     """Of every text's every question: the log probability of each label."""
-    distributions: tuple[Distribution, ...]
+    distributions: tuple[TokenDistribution, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Quality:
+class QualityComparison:
     """A variant against its source."""
 
     questions: int
@@ -88,17 +88,17 @@ class Quality:
 
 
 @cache
-def texts() -> tuple[Text, ...]:
+def texts() -> tuple[QualityText, ...]:
     """All texts; fields and languages take turns, so that the first few are a fair sample."""
     table = json.loads(_TEXTS_FILE.read_text("utf-8"))
-    questions = {name: Question(one["ask"], tuple(one["labels"])) for name, one in table["questions"].items()}
+    questions = {name: QualityQuestion(one["ask"], tuple(one["labels"])) for name, one in table["questions"].items()}
     return tuple(
-        Text(row["language"], row["text"], tuple(questions[name] for name in table["domains"][row["domain"]]))
+        QualityText(row["language"], row["text"], tuple(questions[name] for name in table["domains"][row["domain"]]))
         for row in table["texts"]
     )
 
 
-def read_source(model: Model, most_texts: int, seconds: float) -> Reading:
+def read_source(model: LlamaModel, most_texts: int, seconds: float) -> ModelReadings:
     """Read up to `most_texts` of the texts; fewer, but at least eight, where `seconds` are over before."""
     ends = time.monotonic() + seconds
     scores: list[Sequence[float]] = []
@@ -112,10 +112,10 @@ def read_source(model: Model, most_texts: int, seconds: float) -> Reading:
     model.memory_clear()
     used = chosen[:read]
     distributions = [_top(row) for text in used for row in _rows(model, scorer.prompts, text)]
-    return Reading(tuple(used), tuple(scores), tuple(distributions))
+    return ModelReadings(tuple(used), tuple(scores), tuple(distributions))
 
 
-def compare(model: Model, source: Reading) -> Quality:
+def compare(model: LlamaModel, source: ModelReadings) -> QualityComparison:
     """How `model` differs from what was read with its source."""
     scorer = _Scorer(model)
     scores = scorer.scores(source.texts)
@@ -123,7 +123,7 @@ def compare(model: Model, source: Reading) -> Quality:
     rows = (row for text in source.texts for row in _rows(model, scorer.prompts, text))
     divergences = [_divergence(known, row) for known, row in zip(source.distributions, rows, strict=True)]
     margins = [_margin(theirs, mine) for theirs, mine in zip(source.scores, scores, strict=True)]
-    return Quality(
+    return QualityComparison(
         questions=len(margins),
         label_agreement=round(sum(margin <= _TIE_NATS for margin in margins) / len(margins), 4),
         same_label=round(sum(margin == 0 for margin in margins) / len(margins), 4),
@@ -141,18 +141,18 @@ def _margin(source: Sequence[float], variant: Sequence[float]) -> float:
 class _Scorer:
     """Label scores as the engine itself gives them."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: LlamaModel) -> None:
         model.memory_clear()
-        self.prompts = Prompts(model)
-        self._model, self._runner = model, Runner(model)
+        self.prompts = PromptBuilder(model)
+        self._model, self._runner = model, StepRunner(model)
 
-    def scores(self, some: Sequence[Text]) -> list[Sequence[float]]:
+    def scores(self, some: Sequence[QualityText]) -> list[Sequence[float]]:
         """The labels' log probabilities, for every question of every text."""
         call = _call(some, has_template=self.prompts.template is not None)
         ask = label_ask(call, self.prompts, self._model)
         if ask.errors:
             raise EngineFailed(f"the model cannot be asked for labels: {next(iter(ask.errors.values()))}")
-        job = ScoreJob([ask.items[position] for position in range(len(call.items))])
+        job = LabelJob([ask.items[position] for position in range(len(call.items))])
         self._runner.score(job)
         while job.open:
             self._runner.step()
@@ -163,7 +163,7 @@ class _Scorer:
         return [result.logprobs for result in results]
 
 
-def _call(some: Sequence[Text], *, has_template: bool) -> LabelsIn:
+def _call(some: Sequence[QualityText], *, has_template: bool) -> LabelsIn:
     """The instructions come first, so that texts which are asked the same share them."""
     sets: Mapping[str, list[str]] = {one.ask: list(one.labels) for text in some for one in text.questions}
     items = []
@@ -179,7 +179,7 @@ def _call(some: Sequence[Text], *, has_template: bool) -> LabelsIn:
     return LabelsIn(label_sets=dict(sets), items=items)
 
 
-def _rows(model: Model, prompts: Prompts, text: Text) -> list[npt.NDArray[np.float32]]:
+def _rows(model: LlamaModel, prompts: PromptBuilder, text: QualityText) -> list[npt.NDArray[np.float32]]:
     """Logits after some of the text's tokens, spread evenly over it. Views: valid until the next text is read."""
     model.memory_clear()
     tokens = prompts.raw(text.text)[: model.batch.capacity_tokens]
@@ -197,13 +197,13 @@ def _rows(model: Model, prompts: Prompts, text: Text) -> list[npt.NDArray[np.flo
     return list(model.rows)
 
 
-def _top(row: npt.NDArray[np.float32]) -> Distribution:
+def _top(row: npt.NDArray[np.float32]) -> TokenDistribution:
     count = min(_TOP_TOKENS, len(row) - 1)
     tokens = np.argpartition(row, -count)[-count:]
-    return Distribution(tokens, _with_rest(row, tokens))
+    return TokenDistribution(tokens, _with_rest(row, tokens))
 
 
-def _divergence(known: Distribution, row: npt.NDArray[np.float32]) -> float:
+def _divergence(known: TokenDistribution, row: npt.NDArray[np.float32]) -> float:
     p, q = known.logprobs, _with_rest(row, known.tokens)
     return max(0.0, float(np.sum(np.exp(p) * (p - q))))
 

@@ -5,20 +5,20 @@ from dataclasses import replace
 from typing import Any, Final
 
 from appliance.errors import Unsupported
-from appliance.llamacpp.chat.prompts import Prompts
-from appliance.llamacpp.chat.reply_format import ReplyStyle
-from appliance.llamacpp.decode.generation import Ask
+from appliance.llamacpp.chat.prompts import PromptBuilder
+from appliance.llamacpp.chat.reply_format import ReplyFormat
+from appliance.llamacpp.decode.generation import GenerationRequest
 from appliance.llamacpp.server.request_models import ChatIn
 from appliance.llamacpp.tools.formats import THINKING
-from appliance.llamacpp.tools.grammar import Rules
-from appliance.llamacpp.tools.offered import Offered
-from appliance.llamacpp.tools.reading import ReadAs
+from appliance.llamacpp.tools.grammar import ReplyGrammarSpec
+from appliance.llamacpp.tools.offered import OfferedTools
+from appliance.llamacpp.tools.reading import ReplySyntaxes
 
 _SWITCH: Final = "enable_thinking"
 _OWN_VARIABLES: Final = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
 
 
-def check_can_call(prompts: Prompts) -> None:
+def check_can_call(prompts: PromptBuilder) -> None:
     """Raises Unsupported where the model was not taught to call tools in a way that can be read."""
     if prompts.style.tools is not None:
         return
@@ -30,7 +30,7 @@ def check_can_call(prompts: Prompts) -> None:
     raise Unsupported(f"tools: {why}; leave them out, or ask a model with the ability tools", param="tools")
 
 
-def variables_of(call: ChatIn, prompts: Prompts) -> Mapping[str, Any]:
+def variables_of(call: ChatIn, prompts: PromptBuilder) -> Mapping[str, Any]:
     """What the template is told besides the messages. Raises Unsupported where it would not listen."""
     variables: dict[str, Any] = {}
     effort, template, style = call.reasoning_effort, prompts.template, prompts.style
@@ -61,7 +61,9 @@ def wants_json(call: ChatIn) -> bool:
     return call.response_format is not None and call.response_format.type != "text"
 
 
-def as_message(ask: Ask, style: ReplyStyle, offered: Offered | None, prompt: str, *, thinks: bool) -> Ask:
+def as_message(
+    ask: GenerationRequest, style: ReplyFormat, offered: OfferedTools | None, prompt: str, *, thinks: bool
+) -> GenerationRequest:
     """The call with what its replies are held to and read by; unchanged where they can be text alone.
 
     `thinks`: the caller wants thoughts, also before JSON.
@@ -72,8 +74,8 @@ def as_message(ask: Ask, style: ReplyStyle, offered: Offered | None, prompt: str
     tools = style.tools if offered is not None else None
     rules = None
     if offered is not None or (ask.schema is not None and (opened or thinks or style.reasoning == "harmony")):
-        rules = Rules(offered, tools, ask.schema, style.reasoning, opened, style.specials)
-    read_as = ReadAs(
+        rules = ReplyGrammarSpec(offered, tools, ask.schema, style.reasoning, opened, style.specials)
+    read_as = ReplySyntaxes(
         tools=tools,
         reasoning=style.reasoning,
         thinking_open=opened,
@@ -83,7 +85,7 @@ def as_message(ask: Ask, style: ReplyStyle, offered: Offered | None, prompt: str
     return replace(ask, rules=rules, read_as=read_as)
 
 
-def _thinking_open(style: ReplyStyle, prompt: str) -> bool:
+def _thinking_open(style: ReplyFormat, prompt: str) -> bool:
     """Some templates write the opening marker themselves."""
     if style.reasoning is None or style.reasoning == "harmony":
         return False

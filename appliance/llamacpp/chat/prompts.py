@@ -42,7 +42,7 @@ class LabelTail:
     labels: tuple[tuple[int, ...], ...]
 
 
-class Prompts:
+class PromptBuilder:
     """One model's prompts. Stateless but for memory of fragments, so it may be used from several threads."""
 
     def __init__(

@@ -14,7 +14,7 @@ _ANY_MODEL: Final[frozenset[Ability]] = frozenset({"completions", "labels", "jso
 
 
 @dataclass(frozen=True, slots=True)
-class ReplyStyle:
+class ReplyFormat:
     tools: ToolFormat | None
     """None where the template shows the model no tools, or teaches it a way to call them that we cannot read."""
     reasoning: ReasoningFormat | None
@@ -37,7 +37,7 @@ class ReplyStyle:
         return frozenset(found)
 
 
-def style_of(model: Vocabulary, template: ChatTemplate | None, tool_format: ToolFormat | None) -> ReplyStyle:
+def style_of(model: Vocabulary, template: ChatTemplate | None, tool_format: ToolFormat | None) -> ReplyFormat:
     source = template.source if template is not None else ""
     taught = template is not None and template.abilities.tools
     tools = (tool_format or tool_format_of(source)) if taught else None
@@ -45,7 +45,7 @@ def style_of(model: Vocabulary, template: ChatTemplate | None, tool_format: Tool
     specials, shown = _tokens_in(model, markers_of(tools, reasoning))
     if tools is not None and SYNTAXES[tools].kind == "harmony":
         reasoning = "harmony"
-    return ReplyStyle(tools, reasoning, specials, shown, chat=template is not None)
+    return ReplyFormat(tools, reasoning, specials, shown, chat=template is not None)
 
 
 def _tokens_in(model: Vocabulary, markers: frozenset[str]) -> tuple[Mapping[str, int], frozenset[int]]:

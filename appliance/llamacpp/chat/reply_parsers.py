@@ -5,31 +5,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from appliance.llamacpp.decode.text import Placed, ReplyText, StopFinder
+from appliance.llamacpp.decode.text import PlacedToken, ReplyText, StopFinder
 from appliance.llamacpp.server.params import TokenEvent
-from appliance.llamacpp.tools.reading import ReadAs, Reading
-from appliance.llamacpp.tools.source import Content, Event, Reasoning
+from appliance.llamacpp.tools.reading import ReplySyntaxes, ToolReplyParser
+from appliance.llamacpp.tools.source import ContentDelta, Event, ReasoningDelta
 
 
-class Pieces(Protocol):
+class ReplyPieces(Protocol):
     """What is needed of `Model` to turn tokens into bytes."""
 
     def piece(self, token: int, *, special: bool = False) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class MessagePart:
     """What one step of a choice brought. `events` only where a reader is at work, and then no `text`."""
 
     text: str = ""
-    tokens: Sequence[Placed[TokenEvent]] = ()
+    tokens: Sequence[PlacedToken[TokenEvent]] = ()
     events: Sequence[Event] = ()
 
     def __bool__(self) -> bool:
         return bool(self.text or self.tokens or self.events)
 
 
-class Reader(Protocol):
+class ReplyParser(Protocol):
     """One choice's way from tokens to what its caller gets."""
 
     completion_tokens: int
@@ -47,19 +47,19 @@ class Reader(Protocol):
     def called(self) -> bool:
         """A tool was called."""
 
-    def take(self, events: Sequence[TokenEvent]) -> Part: ...
+    def take(self, events: Sequence[TokenEvent]) -> MessagePart: ...
 
-    def close(self, *, cut: bool) -> Part:
+    def close(self, *, cut: bool) -> MessagePart:
         """The rest; `cut` where the reply was ended by its length."""
 
 
-class PlainReader:
+class PlainReplyParser:
     """Text is text."""
 
     called = False
     reasoning_tokens = 0
 
-    def __init__(self, pieces: Pieces, stops: Sequence[str]) -> None:
+    def __init__(self, pieces: ReplyPieces, stops: Sequence[str]) -> None:
         self._pieces = pieces
         self._text: ReplyText[TokenEvent] = ReplyText(stops)
         self.completion_tokens = 0
@@ -72,9 +72,9 @@ class PlainReader:
     def stopped_by(self) -> str | None:
         return self._text.stopped_by
 
-    def take(self, events: Sequence[TokenEvent]) -> Part:
+    def take(self, events: Sequence[TokenEvent]) -> MessagePart:
         text: list[str] = []
-        tokens: list[Placed[TokenEvent]] = []
+        tokens: list[PlacedToken[TokenEvent]] = []
         for event in events:
             self.completion_tokens += 1
             step = self._text.push(self._pieces.piece(event.token), event if event.logprob is not None else None)
@@ -82,23 +82,23 @@ class PlainReader:
             tokens.extend(step.notes)
             if self._text.stopped:
                 break
-        return Part("".join(text), tokens)
+        return MessagePart("".join(text), tokens)
 
-    def close(self, *, cut: bool) -> Part:
+    def close(self, *, cut: bool) -> MessagePart:
         rest = self._text.close()
-        return Part(rest.text, rest.notes)
+        return MessagePart(rest.text, rest.notes)
 
 
-class MessageReader:
+class MessageReplyParser:
     """Text is reasoning, content and calls. Stop strings and log probabilities are those of the content alone."""
 
-    def __init__(self, pieces: Pieces, stops: Sequence[str], read_as: ReadAs) -> None:
+    def __init__(self, pieces: ReplyPieces, stops: Sequence[str], read_as: ReplySyntaxes) -> None:
         self._pieces, self._shown = pieces, read_as.shown
         self._text: ReplyText[TokenEvent] = ReplyText()
         self._stop = StopFinder(stops)
         self._held_chars = 0
-        self._reading = Reading(read_as)
-        self._waiting: deque[Placed[TokenEvent]] = deque()
+        self._reading = ToolReplyParser(read_as)
+        self._waiting: deque[PlacedToken[TokenEvent]] = deque()
         self.completion_tokens = 0
         self.reasoning_tokens = 0
 
@@ -114,7 +114,7 @@ class MessageReader:
     def called(self) -> bool:
         return self._reading.calls > 0
 
-    def take(self, events: Sequence[TokenEvent]) -> Part:
+    def take(self, events: Sequence[TokenEvent]) -> MessagePart:
         step = _Step()
         for event in events:
             self.completion_tokens += 1
@@ -123,13 +123,13 @@ class MessageReader:
             self._waiting.extend(delta.notes)
             thinking = self._reading.thinking
             found = self._reading.push(delta.text)
-            self.reasoning_tokens += thinking or any(isinstance(one, Reasoning) for one in found)
+            self.reasoning_tokens += thinking or any(isinstance(one, ReasoningDelta) for one in found)
             self._sort(found, step)
             if self.stopped:
                 break
         return step.part()
 
-    def close(self, *, cut: bool) -> Part:
+    def close(self, *, cut: bool) -> MessagePart:
         step = _Step()
         delta = self._text.close()
         self._waiting.extend(delta.notes)
@@ -142,7 +142,7 @@ class MessageReader:
         for event in events:
             if self.stopped:
                 return
-            if not isinstance(event, Content):
+            if not isinstance(event, ContentDelta):
                 self._release(step)
                 step.add(event)
                 continue
@@ -150,7 +150,7 @@ class MessageReader:
             out = self._stop.push(event.text)
             self._held_chars += len(event.text) - len(out)
             if out:
-                step.add(Content(out, begin))
+                step.add(ContentDelta(out, begin))
             self._place(begin, begin + len(out), step)
 
     def _release(self, step: "_Step") -> None:
@@ -158,7 +158,7 @@ class MessageReader:
         rest = self._stop.close()
         self._held_chars = 0
         if rest:
-            step.add(Content(rest, 0))
+            step.add(ContentDelta(rest, 0))
 
     def _place(self, begin: int, end: int, step: "_Step") -> None:
         """Notes of tokens within the content go with it, those before it stood in markup."""
@@ -171,16 +171,16 @@ class MessageReader:
 @dataclass(slots=True)
 class _Step:
     events: list[Event] = field(default_factory=list)
-    tokens: list[Placed[TokenEvent]] = field(default_factory=list)
+    tokens: list[PlacedToken[TokenEvent]] = field(default_factory=list)
 
     def add(self, event: Event) -> None:
         last = self.events[-1] if self.events else None
-        if isinstance(event, Content) and isinstance(last, Content):
-            self.events[-1] = Content(last.text + event.text, last.start)
-        elif isinstance(event, Reasoning) and isinstance(last, Reasoning):
-            self.events[-1] = Reasoning(last.text + event.text)
+        if isinstance(event, ContentDelta) and isinstance(last, ContentDelta):
+            self.events[-1] = ContentDelta(last.text + event.text, last.start)
+        elif isinstance(event, ReasoningDelta) and isinstance(last, ReasoningDelta):
+            self.events[-1] = ReasoningDelta(last.text + event.text)
         else:
             self.events.append(event)
 
-    def part(self) -> Part:
-        return Part("", self.tokens, self.events)
+    def part(self) -> MessagePart:
+        return MessagePart("", self.tokens, self.events)

@@ -58,7 +58,7 @@ def _compile(source: str) -> jinja2.Template:
 
 
 @dataclass(frozen=True, slots=True)
-class Abilities:
+class TemplateAbilities:
     """What a template makes of a message, found by rendering probes."""
 
     system: bool
@@ -84,7 +84,7 @@ class ChatTemplate:
             self._template = _compile(source)
         except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
             raise RequestError(f"the model's chat template cannot be read: {error}") from error
-        self.abilities = Abilities(
+        self.abilities = TemplateAbilities(
             system=self._shows({"role": "system", "content": _PROBE}, {"role": "user", "content": "hi"}),
             developer="developer" in source,
             tools="tools" in source and self._shows_tools(),

@@ -16,7 +16,7 @@ from appliance.errors import ApplianceError, EngineBusy, RequestError
 from appliance.llamacpp.binding import lib
 from appliance.llamacpp.kv.memory_release import release_freed
 from appliance.llamacpp.server.params import Logits
-from appliance.llamacpp.tools.grammar import Rules, lark_of
+from appliance.llamacpp.tools.grammar import ReplyGrammarSpec, lark_of
 
 JSON_OBJECT: Mapping[str, Any] = {"type": "object"}
 
@@ -107,7 +107,7 @@ class JsonConstraint:
         return _first_line(self._matcher.get_error())
 
 
-class Grammars:
+class GrammarCompiler:
     """Compiles schemas against one vocabulary and remembers the latest. Safe to call from several threads.
 
     The tokenizer's own tables take 0.2 s and 12 MB for 49,000 tokens. They are built once, when the first schema comes.
@@ -138,7 +138,7 @@ class Grammars:
         written = orjson.dumps(schema, option=orjson.OPT_NON_STR_KEYS)
         return self._remembered(written, lambda: self._build(schema, param))
 
-    def compile_reply(self, rules: Rules) -> JsonConstraint:
+    def compile_reply(self, rules: ReplyGrammarSpec) -> JsonConstraint:
         """A fresh constraint for one reply with tool calls or reasoning in it. As slow as `compile`.
 
         A tool whose schema uses what cannot be enforced gets arguments that are some JSON object, unless it is strict.
@@ -176,7 +176,7 @@ class Grammars:
                     self._compiled.popitem(last=False)
         return JsonConstraint(matcher.deep_copy(), self._vocabulary_size)
 
-    def _enforceable(self, rules: Rules, name: str, schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _enforceable(self, rules: ReplyGrammarSpec, name: str, schema: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
             self.compile(schema, param=f"tools: the parameters of {name}")
         except RequestError as error:

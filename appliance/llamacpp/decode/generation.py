@@ -7,22 +7,36 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
 from appliance.errors import ApplianceError, EngineFailed, Unavailable
-from appliance.llamacpp.chat.reply_parsers import MessageReader, Part, Pieces, PlainReader, Reader
-from appliance.llamacpp.decode.constraints import Grammars
-from appliance.llamacpp.decode.text import Placed
-from appliance.llamacpp.server.params import Finished, Generate, LabelItem, LabelScores, Load, Sampling, TokenEvent
-from appliance.llamacpp.tools.grammar import Rules
-from appliance.llamacpp.tools.reading import ReadAs
-from appliance.llamacpp.tools.source import CallArguments, CallOpened, Content, Reasoning
+from appliance.llamacpp.chat.reply_parsers import (
+    MessagePart,
+    MessageReplyParser,
+    PlainReplyParser,
+    ReplyParser,
+    ReplyPieces,
+)
+from appliance.llamacpp.decode.constraints import GrammarCompiler
+from appliance.llamacpp.decode.text import PlacedToken
+from appliance.llamacpp.server.params import (
+    EngineLoadReport,
+    LabelItem,
+    LabelScores,
+    Sampling,
+    SequenceFinished,
+    SequenceRequest,
+    TokenEvent,
+)
+from appliance.llamacpp.tools.grammar import ReplyGrammarSpec
+from appliance.llamacpp.tools.reading import ReplySyntaxes
+from appliance.llamacpp.tools.source import ContentDelta, ReasoningDelta, ToolCallArgumentsDelta, ToolCallStart
 
 End = Literal["stop", "length", "tool_calls"]
 
 
-class Generation(Protocol):
+class SequenceStream(Protocol):
     """One sequence in the engine: iterate for tokens as they come, then read `finished`."""
 
     @property
-    def finished(self) -> Finished | None: ...
+    def finished(self) -> SequenceFinished | None: ...
 
     def __aiter__(self) -> AsyncIterator[list[TokenEvent]]: ...
 
@@ -31,20 +45,20 @@ class Generation(Protocol):
     async def aclose(self) -> None: ...
 
 
-class Engine(Protocol):
+class SequenceEngine(Protocol):
     """The scheduler, as the dialect sees it."""
 
     failed: ApplianceError | None
 
-    def submit(self, request: Generate) -> Generation: ...
+    def submit(self, request: SequenceRequest) -> SequenceStream: ...
 
     async def score(self, items: Sequence[LabelItem]) -> list[LabelScores]: ...
 
-    def load(self) -> Load: ...
+    def load(self) -> EngineLoadReport: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class GenerationRequest:
     """One checked call: `n` choices for each of `prompts`, in OpenAI's order (all of the first prompt's, then ...)."""
 
     prompts: Sequence[Sequence[int]]
@@ -55,9 +69,9 @@ class Ask:
     stops: Sequence[str] = ()
     logprobs: int | None = None
     schema: Mapping[str, Any] | None = None
-    rules: Rules | None = None
+    rules: ReplyGrammarSpec | None = None
     """Where the reply may hold calls, or reasoning before JSON; then `schema` is part of them."""
-    read_as: ReadAs | None = None
+    read_as: ReplySyntaxes | None = None
     """None: the reply is text and nothing else."""
     ignore_eos: bool = False
     priority: int = 0
@@ -66,18 +80,18 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Delta:
+class GenerationDelta:
     """A step of one choice. `end` is set in its last delta and only there."""
 
     index: int
-    part: Part
+    part: MessagePart
     end: End | None = None
     stopped_by: str | None = None
     """The stop string that was the end, where one was."""
 
 
 @dataclass(slots=True)
-class Usage:
+class TokenUsage:
     """Tokens of the whole call. A prompt counts once, however many choices it got."""
 
     prompt_tokens: int = 0
@@ -88,29 +102,29 @@ class Usage:
 
 
 @dataclass(slots=True)
-class Whole:
+class WholeReply:
     """A choice, finished once it has an end."""
 
     text: str = ""
-    tokens: list[Placed[TokenEvent]] = field(default_factory=list)
+    tokens: list[PlacedToken[TokenEvent]] = field(default_factory=list)
     end: End = "length"
     stopped_by: str | None = None
     reasoning: str = ""
     calls: list[tuple[str, str]] = field(default_factory=list)
     """Name and arguments, as JSON text."""
 
-    def add(self, part: Part) -> None:
+    def add(self, part: MessagePart) -> None:
         self.text += part.text
         self.tokens += part.tokens
         for event in part.events:
             match event:
-                case Content():
+                case ContentDelta():
                     self.text += event.text
-                case Reasoning():
+                case ReasoningDelta():
                     self.reasoning += event.text
-                case CallOpened():
+                case ToolCallStart():
                     self.calls.append((event.name, ""))
-                case CallArguments():
+                case ToolCallArgumentsDelta():
                     name, written = self.calls[-1]
                     self.calls[-1] = name, written + event.text
 
@@ -119,38 +133,42 @@ class Whole:
 class _Choice:
     index: int
     first_of_prompt: bool
-    sequence: Generation
-    reader: Reader
+    sequence: SequenceStream
+    reader: ReplyParser
 
 
-class Running:
+class RunningGeneration:
     """The sequences of one call. Whoever makes it closes it, whatever happens: closing frees them in the engine."""
 
     def __init__(
         self,
-        engine: Engine,
-        pieces: Pieces,
-        requests: Sequence[Generate],
+        engine: SequenceEngine,
+        pieces: ReplyPieces,
+        requests: Sequence[SequenceRequest],
         stops: Sequence[str],
         n: int,
-        read_as: ReadAs | None = None,
+        read_as: ReplySyntaxes | None = None,
     ) -> None:
         self._engine = engine
         self._choices: list[_Choice] = []
-        self.usage = Usage(reasoning_tokens=0 if read_as is not None and read_as.reasoning is not None else None)
+        self.usage = TokenUsage(reasoning_tokens=0 if read_as is not None and read_as.reasoning is not None else None)
         try:
             for index, request in enumerate(requests):
                 sequence = engine.submit(request)
-                reader = PlainReader(pieces, stops) if read_as is None else MessageReader(pieces, stops, read_as)
+                reader = (
+                    PlainReplyParser(pieces, stops) if read_as is None else MessageReplyParser(pieces, stops, read_as)
+                )
                 self._choices.append(_Choice(index, index % n == 0, sequence, reader))
         except BaseException:
             self.cancel()
             raise
 
     @classmethod
-    async def start(cls, engine: Engine, pieces: Pieces, grammars: Grammars | None, ask: Ask) -> Self:
+    async def start(
+        cls, engine: SequenceEngine, pieces: ReplyPieces, grammars: GrammarCompiler | None, ask: GenerationRequest
+    ) -> Self:
         """Queue all sequences of the call, or none: EngineBusy, ContextTooLong, RequestError (bad schema)."""
-        requests: list[Generate] = []
+        requests: list[SequenceRequest] = []
         for prompt, max_tokens in zip(ask.prompts, ask.max_tokens, strict=True):
             for number in range(ask.n):
                 constraint = None
@@ -159,7 +177,7 @@ class Running:
                 elif ask.schema is not None and grammars is not None:
                     constraint = await asyncio.to_thread(grammars.compile, ask.schema)
                 requests.append(
-                    Generate(
+                    SequenceRequest(
                         prompt=prompt,
                         max_tokens=max_tokens,
                         sampling=_seeded(ask.sampling, len(requests) if number else 0),
@@ -189,13 +207,13 @@ class Running:
         for choice in self._choices:
             await choice.sequence.aclose()
 
-    async def deltas(self) -> AsyncGenerator[Delta]:
+    async def deltas(self) -> AsyncGenerator[GenerationDelta]:
         """All choices' steps as they come; what one engine step brought for a choice is one delta."""
         if len(self._choices) == 1:
             async for delta in self._steps(self._choices[0]):
                 yield delta
             return
-        arrived: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
+        arrived: asyncio.Queue[GenerationDelta | BaseException | None] = asyncio.Queue()
         pumps = [asyncio.create_task(self._pump(choice, arrived)) for choice in self._choices]
         try:
             open_choices = len(pumps)
@@ -212,9 +230,9 @@ class Running:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
 
-    async def collect(self) -> list[Whole]:
+    async def collect(self) -> list[WholeReply]:
         """All choices, finished, in order."""
-        choices = [Whole() for _ in self._choices]
+        choices = [WholeReply() for _ in self._choices]
         async for delta in self.deltas():
             choices[delta.index].add(delta.part)
             if delta.end is not None:
@@ -222,7 +240,7 @@ class Running:
                 choices[delta.index].stopped_by = delta.stopped_by
         return choices
 
-    async def _pump(self, choice: _Choice, arrived: "asyncio.Queue[Delta | BaseException | None]") -> None:
+    async def _pump(self, choice: _Choice, arrived: "asyncio.Queue[GenerationDelta | BaseException | None]") -> None:
         try:
             async for delta in self._steps(choice):
                 arrived.put_nowait(delta)
@@ -231,7 +249,7 @@ class Running:
         else:
             arrived.put_nowait(None)
 
-    async def _steps(self, choice: _Choice) -> AsyncIterator[Delta]:
+    async def _steps(self, choice: _Choice) -> AsyncIterator[GenerationDelta]:
         reader = choice.reader
         async for events in choice.sequence:
             part = reader.take(events)
@@ -241,19 +259,19 @@ class Running:
                 async for _ in choice.sequence:
                     pass
                 self._count(choice)
-                yield Delta(choice.index, part, "stop", reader.stopped_by)
+                yield GenerationDelta(choice.index, part, "stop", reader.stopped_by)
                 return
             if part:
-                yield Delta(choice.index, part)
+                yield GenerationDelta(choice.index, part)
         end = self._end(self._count(choice))
         part = reader.close(cut=end == "length")
         if reader.stopped:
             end = "stop"
         elif reader.called and end == "stop":
             end = "tool_calls"
-        yield Delta(choice.index, part, end, reader.stopped_by)
+        yield GenerationDelta(choice.index, part, end, reader.stopped_by)
 
-    def _end(self, finished: Finished) -> End:
+    def _end(self, finished: SequenceFinished) -> End:
         if finished.reason in ("stop", "length"):
             return finished.reason
         if finished.reason == "cancelled":
@@ -262,7 +280,7 @@ class Running:
             raise EngineFailed(f"the engine failed: {self._engine.failed.message}; it is being restarted")
         raise ApplianceError(f"the reply could not be finished: {finished.error or 'no reason known'}")
 
-    def _count(self, choice: _Choice) -> Finished:
+    def _count(self, choice: _Choice) -> SequenceFinished:
         finished = choice.sequence.finished
         assert finished is not None, "a sequence's iterator ends with its end"
         self.usage.completion_tokens += choice.reader.completion_tokens

@@ -33,7 +33,7 @@ _HABITS: Final = 8_192
 _TENANTS: Final = 16
 
 
-class Habits:
+class NgramTable:
     """What followed each three tokens in one tenant's answers. The engine's thread only.
 
     A value is one integer: the token that follows, how often it did and how often another one did. Integers make no
@@ -82,17 +82,17 @@ class Habits:
         return value & _TOKEN_MASK, (again + self.once) / (again + misses + 1)
 
 
-class Tenants:
+class PerKeyTables:
     """The habits of the tenants seen last. Timing tells what was guessed, so nobody's answers are guessed from
     another's."""
 
     def __init__(self) -> None:
-        self._habits: OrderedDict[str, Habits] = OrderedDict()
+        self._habits: OrderedDict[str, NgramTable] = OrderedDict()
 
-    def of(self, salt: str) -> Habits:
+    def of(self, salt: str) -> NgramTable:
         habits = self._habits.get(salt)
         if habits is None:
-            habits = self._habits[salt] = Habits()
+            habits = self._habits[salt] = NgramTable()
             if len(self._habits) > _TENANTS:
                 self._habits.popitem(last=False)
         else:
@@ -100,12 +100,12 @@ class Tenants:
         return habits
 
 
-class Drafts:
+class PromptLookup:
     """Guesses for one sequence. `tokens` is its array, of which the first `prompt_length` are the prompt."""
 
     __slots__ = ("_after", "_copies", "_copying", "_habits", "_key", "_known", "_tokens")
 
-    def __init__(self, tokens: Tokens, prompt_length: int, habits: Habits) -> None:
+    def __init__(self, tokens: Tokens, prompt_length: int, habits: NgramTable) -> None:
         self._tokens, self._habits = tokens, habits
         self._copying = habits.copying.copy()
         self._copies = 0

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from appliance.llamacpp.server.params import Constraint, Forcing, Logits, Sampling, TokenEvent
+from appliance.llamacpp.server.params import Constraint, ForcedTool, Logits, Sampling, TokenEvent
 
 _GREEDY_TEMPERATURE: Final = 1e-5
 """At or below, the distribution is a single token in float32 anyway."""
@@ -79,7 +79,7 @@ class Sampler:
     ) -> None:
         """`forbidden` tokens are never drawn; the log probabilities are those of the model with them all the same."""
         self._sampling, self._logprobs, self._constraint = sampling, logprobs, constraint
-        self._forcing = constraint if isinstance(constraint, Forcing) else None
+        self._forcing = constraint if isinstance(constraint, ForcedTool) else None
         self._greedy = sampling.temperature <= _GREEDY_TEMPERATURE or sampling.top_k == 1
         self._random = None if self._greedy else np.random.default_rng(_seed(sampling.seed))
         self._counts: dict[int, int] = {}

@@ -6,7 +6,7 @@ A row more costs what the step grows by. A draft that comes true saves its seque
 from collections.abc import Sequence as Ordered
 from typing import Final
 
-from appliance.llamacpp.decode.prompt_lookup import LONGEST, Drafts, Tenants
+from appliance.llamacpp.decode.prompt_lookup import LONGEST, PerKeyTables, PromptLookup
 from appliance.llamacpp.rates import Rates
 from appliance.llamacpp.scheduler.sequence import Sequence
 
@@ -15,11 +15,11 @@ GROWTH: Final = 1.0
 _UNMEASURED_LEAST: Final = 0.5
 
 
-class Drafting:
+class SpeculationPlanner:
     """Gives sequences their drafts and counts how many come true. The engine's thread only."""
 
     def __init__(self, rates: Rates) -> None:
-        self._rates, self._tenants = rates, Tenants()
+        self._rates, self._tenants = rates, PerKeyTables()
         self.drafted_total = self.accepted_total = 0
 
     def plan(self, sequences: Ordered[Sequence], room: int, *, read: bool) -> None:
@@ -45,7 +45,7 @@ class Drafting:
         drafts = sequence.drafts
         if drafts is None:
             habits = self._tenants.of(sequence.request.cache_salt)
-            drafts = sequence.drafts = Drafts(sequence.tokens, sequence.prompt_length, habits)
+            drafts = sequence.drafts = PromptLookup(sequence.tokens, sequence.prompt_length, habits)
         drafts.read(sequence.length)
         return drafts.guess(min(LONGEST, sequence.remaining - 1), least)
 

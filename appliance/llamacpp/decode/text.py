@@ -69,7 +69,7 @@ class StopFinder:
 
 
 @dataclass(frozen=True, slots=True)
-class Placed(Generic[Note]):
+class PlacedToken(Generic[Note]):
     """A token's note and where its text begins in the reply, in characters."""
 
     offset: int
@@ -81,7 +81,7 @@ class TextDelta(Generic[Note]):
     """Text that may go out, and the notes of the tokens whose text has begun to go out."""
 
     text: str
-    notes: Sequence[Placed[Note]]
+    notes: Sequence[PlacedToken[Note]]
 
 
 class ReplyText(Generic[Note]):
@@ -95,7 +95,7 @@ class ReplyText(Generic[Note]):
         self._stop = StopFinder(stops)
         self._decoded_chars = 0
         self._sent_chars = 0
-        self._waiting: deque[Placed[Note]] = deque()
+        self._waiting: deque[PlacedToken[Note]] = deque()
 
     @property
     def stopped(self) -> bool:
@@ -109,7 +109,7 @@ class ReplyText(Generic[Note]):
         if self.stopped:
             return TextDelta("", ())
         if note is not None:
-            self._waiting.append(Placed(self._decoded_chars, note))
+            self._waiting.append(PlacedToken(self._decoded_chars, note))
         text = self._utf8.push(piece)
         self._decoded_chars += len(text)
         return self._sent(self._stop.push(text))

@@ -7,12 +7,12 @@ is written: a row counts only where the tokens before it are those it was comput
 from collections.abc import Sequence as Ordered
 
 from appliance.llamacpp.context import Rows
-from appliance.llamacpp.model import Model
+from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.scheduler.sequence import Sequence
 from appliance.llamacpp.server.params import Logits, TokenEvent
 
 
-def write(sequence: Sequence, rows: Rows, best: Ordered[int], model: Model) -> int:
+def write(sequence: Sequence, rows: Rows, best: Ordered[int], model: LlamaModel) -> int:
     """Choose the token after the last one and after each of the draft, until the draft says something else or the
     sequence ends; give how many of the draft's tokens came to be. Memory behind them is given back.
 
@@ -50,7 +50,7 @@ def _agreement(written: list[int], drafted: list[int]) -> int:
     return count
 
 
-def _choose(sequence: Sequence, row: Logits, model: Model) -> None:
+def _choose(sequence: Sequence, row: Logits, model: LlamaModel) -> None:
     try:
         event = sequence.sampler.choose(row)
     except Exception as error:  # a constraint's fault harms its own sequence only
@@ -59,7 +59,7 @@ def _choose(sequence: Sequence, row: Logits, model: Model) -> None:
     _take(sequence, event, model)
 
 
-def _take(sequence: Sequence, event: TokenEvent, model: Model) -> None:
+def _take(sequence: Sequence, event: TokenEvent, model: LlamaModel) -> None:
     if event.token in model.end_tokens and not sequence.request.ignore_eos:
         sequence.finish("stop")
         return

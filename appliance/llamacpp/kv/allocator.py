@@ -1,15 +1,15 @@
 """Where the keys and values of every sequence lie: forked from the prefix tree, in a lane, cached, or given back."""
 
 from appliance.errors import EngineFailed
-from appliance.llamacpp.kv.prefix_cache import PrefixTree
-from appliance.llamacpp.model import Model
+from appliance.llamacpp.kv.prefix_cache import PrefixCache
+from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.scheduler.sequence import Sequence
 
 
-class Cells:
+class KvAllocator:
     """Moves sequences between waiting, the shared memory and the lanes. The engine's thread only."""
 
-    def __init__(self, model: Model, tree: PrefixTree, free_ids: list[int]) -> None:
+    def __init__(self, model: LlamaModel, tree: PrefixCache, free_ids: list[int]) -> None:
         self._model, self._tree, self._free_ids = model, tree, free_ids
         self._lanes = model.lanes
         self.in_lanes: list[Sequence] = []

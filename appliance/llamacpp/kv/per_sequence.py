@@ -14,9 +14,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from appliance.llamacpp.batch import Batch
+from appliance.llamacpp.batch import DecodeBatch
 from appliance.llamacpp.binding import lib
-from appliance.llamacpp.context import Attention, Context, context_params
+from appliance.llamacpp.context import Attention, LlamaContext, context_params
 
 _ROUNDING_TOKENS: Final = 256
 _LEAST_LANE_TOKENS: Final = 512
@@ -39,20 +39,20 @@ def lane_tokens(cells: int, trained_tokens: int, sequences: int) -> int:
     return each if sequences > 1 and each >= _LEAST_LANE_TOKENS else 0
 
 
-class Lanes(Context):
+class PerSequenceKv(LlamaContext):
     """`count` lanes of `tokens` cells each; a lane is one sequence id of this context. Lanes in use lie side by side
     from 0 on, as llama.cpp computes only neighbours together."""
 
-    def __init__(self, context: Any, main: Context, count: int, vocabulary_size: int) -> None:
-        super().__init__(context, Batch(count, count, count), vocabulary_size)
+    def __init__(self, context: Any, main: LlamaContext, count: int, vocabulary_size: int) -> None:
+        super().__init__(context, DecodeBatch(count, count, count), vocabulary_size)
         self._main = main
         self.count = count
         self.tokens = int(lib.llama_n_ctx_seq(context))
 
     @classmethod
     def make(
-        cls, handle: Any, main: Context, *, count: int, tokens: int, threads: int, attention: Attention
-    ) -> "Lanes | None":
+        cls, handle: Any, main: LlamaContext, *, count: int, tokens: int, threads: int, attention: Attention
+    ) -> "PerSequenceKv | None":
         """Lanes beside `main` for the same weights; None where this llama.cpp or this kind of memory cannot move a
         sequence between the two."""
         params = context_params(
@@ -93,7 +93,7 @@ class Lanes(Context):
         self.memory_remove(source, 0)
         return _restore(self, target, saved)
 
-    def _save(self, context: Context, sequence: int, *, room_words: int) -> npt.NDArray[np.uint8]:
+    def _save(self, context: LlamaContext, sequence: int, *, room_words: int) -> npt.NDArray[np.uint8]:
         """The bytes of a sequence; into the shared memory's go `room_words` - 1 more streams, without cells."""
         size = lib.llama_state_seq_get_size(context._context, sequence)
         more = max(0, room_words - 1) * _WORD_BYTES
@@ -116,6 +116,6 @@ class Lanes(Context):
         return worked
 
 
-def _restore(context: Context, sequence: int, saved: npt.NDArray[np.uint8]) -> bool:
+def _restore(context: LlamaContext, sequence: int, saved: npt.NDArray[np.uint8]) -> bool:
     source = saved.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
     return bool(lib.llama_state_seq_set_data(context._context, source, len(saved), sequence))

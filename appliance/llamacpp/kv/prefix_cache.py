@@ -15,7 +15,7 @@ import numpy.typing as npt
 Tokens = npt.NDArray[np.int32]
 
 
-class Memory(Protocol):
+class SequenceMemory(Protocol):
     """KV memory by sequence id: sharing cells and letting go of them. llama.cpp's, or a table in tests."""
 
     def memory_copy(self, source: int, target: int, start: int, stop: int) -> None: ...
@@ -24,13 +24,13 @@ class Memory(Protocol):
 
 
 @dataclass(eq=False, slots=True)
-class Node:
+class PrefixNode:
     """An edge of the tree and the point where it ends, `depth` tokens from the start."""
 
     tokens: Tokens
     depth: int
-    parent: "Node | None"
-    children: dict[int, "Node"] = field(default_factory=dict)
+    parent: "PrefixNode | None"
+    children: dict[int, "PrefixNode"] = field(default_factory=dict)
     sequence: int = -1
     """Leaves only: the id whose cells hold the path."""
     pins: int = 0
@@ -40,7 +40,7 @@ class Node:
     """Roots only."""
 
     @property
-    def leaf(self) -> "Node":
+    def leaf(self) -> "PrefixNode":
         """Some leaf at or under this node."""
         node = self
         while node.children:
@@ -49,19 +49,19 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
-class Match:
+class PrefixMatch:
     """The longest cached prefix of some tokens: `node` ends exactly there."""
 
-    node: Node
+    node: PrefixNode
     depth: int
 
 
-class PrefixTree:
+class PrefixCache:
     """Cached prefixes of all tenants: one tree for each salt. One thread only."""
 
-    def __init__(self, memory: Memory, free_ids: list[int]) -> None:
+    def __init__(self, memory: SequenceMemory, free_ids: list[int]) -> None:
         self._memory, self._free_ids = memory, free_ids
-        self._roots: dict[str, Node] = {}
+        self._roots: dict[str, PrefixNode] = {}
         self._clock = count(1)
         self.tokens = 0
         """Cells held by the tree, pinned or not."""
@@ -71,19 +71,19 @@ class PrefixTree:
     def evictable_tokens(self) -> int:
         return self.tokens - self.pinned_tokens
 
-    def match(self, tokens: Tokens, salt: str, limit: int) -> Match:
+    def match(self, tokens: Tokens, salt: str, limit: int) -> PrefixMatch:
         """The longest cached prefix of `tokens[:limit]`. Splits an edge where the match ends inside one."""
         node, now = self._root(salt), next(self._clock)
         while True:
             node.used = now
             child = node.children.get(int(tokens[node.depth])) if node.depth < limit else None
             if child is None:
-                return Match(node, node.depth)
+                return PrefixMatch(node, node.depth)
             shared = common_prefix(child.tokens, tokens[node.depth : limit])
             if shared < len(child.tokens):
                 child = self._split(child, shared)
                 child.used = now
-                return Match(child, child.depth)
+                return PrefixMatch(child, child.depth)
             node = child
 
     def depth(self, tokens: Tokens, salt: str) -> int:
@@ -99,12 +99,12 @@ class PrefixTree:
             node = child
         return node.depth
 
-    def share(self, node: Node, target: int, start: int, stop: int) -> None:
+    def share(self, node: PrefixNode, target: int, start: int, stop: int) -> None:
         """Let sequence `target` share the cells at positions [start, stop) of the path to `node`."""
         if stop > start:
             self._memory.memory_copy(node.leaf.sequence, target, start, stop)
 
-    def insert(self, tokens: Tokens, salt: str, source: int, shared: int) -> Node | None:
+    def insert(self, tokens: Tokens, salt: str, source: int, shared: int) -> PrefixNode | None:
         """Cache `tokens`, whose cells sequence `source` holds; None when no sequence id can be had for it.
 
         The first `shared` cells of `source` are the tree's already. Where more is cached by now, `source` lets go of
@@ -120,7 +120,7 @@ class PrefixTree:
             self._dedupe(node, source, shared, known)
             self._memory.memory_copy(source, sequence, known if extends_leaf else 0, len(tokens))
             node.sequence = -1
-            child = Node(tokens[known:].copy(), len(tokens), node, sequence=sequence, used=next(self._clock))
+            child = PrefixNode(tokens[known:].copy(), len(tokens), node, sequence=sequence, used=next(self._clock))
             node.children[int(tokens[known])] = child
             if node.parent is None:
                 self._roots[salt] = node
@@ -129,22 +129,22 @@ class PrefixTree:
         self._dedupe(node, source, shared, known)
         return node
 
-    def _dedupe(self, node: Node, source: int, start: int, stop: int) -> None:
+    def _dedupe(self, node: PrefixNode, source: int, start: int, stop: int) -> None:
         if stop > start:
             self._memory.memory_remove(source, start, stop)
             self.share(node, source, start, stop)
 
-    def pin(self, node: Node) -> None:
+    def pin(self, node: PrefixNode) -> None:
         """Keep the path to `node` until it is unpinned as often."""
-        walker: Node | None = node
+        walker: PrefixNode | None = node
         while walker is not None:
             if walker.pins == 0:
                 self.pinned_tokens += len(walker.tokens)
             walker.pins += 1
             walker = walker.parent
 
-    def unpin(self, node: Node) -> None:
-        walker: Node | None = node
+    def unpin(self, node: PrefixNode) -> None:
+        walker: PrefixNode | None = node
         while walker is not None:
             walker.pins -= 1
             if walker.pins == 0:
@@ -183,27 +183,27 @@ class PrefixTree:
         self._roots.clear()
         self.tokens = self.pinned_tokens = 0
 
-    def _take_id(self, keep: Node) -> int | None:
+    def _take_id(self, keep: PrefixNode) -> int | None:
         self.pin(keep)
         found = self._free_ids.pop() if self.free_up_ids(1) else None
         self.unpin(keep)
         return found
 
-    def _root(self, salt: str) -> Node:
+    def _root(self, salt: str) -> PrefixNode:
         """The tree of one salt; remembered once something is put into it, so that lookups leave no trace."""
-        return self._roots.get(salt) or Node(np.empty(0, np.int32), 0, None, salt=salt)
+        return self._roots.get(salt) or PrefixNode(np.empty(0, np.int32), 0, None, salt=salt)
 
-    def _split(self, node: Node, length: int) -> Node:
+    def _split(self, node: PrefixNode, length: int) -> PrefixNode:
         """Cut an edge after `length` tokens; give the new upper node."""
         parent = node.parent
         assert parent is not None
-        upper = Node(node.tokens[:length].copy(), parent.depth + length, parent, pins=node.pins, used=node.used)
+        upper = PrefixNode(node.tokens[:length].copy(), parent.depth + length, parent, pins=node.pins, used=node.used)
         parent.children[int(node.tokens[0])] = upper
         node.tokens, node.parent = node.tokens[length:].copy(), upper
         upper.children[int(node.tokens[0])] = node
         return upper
 
-    def _drop(self, leaf: Node) -> int:
+    def _drop(self, leaf: PrefixNode) -> int:
         """Remove a leaf; its id stays with the parent where that becomes a leaf itself."""
         parent = leaf.parent
         assert parent is not None and not leaf.children and not leaf.pins
@@ -219,10 +219,10 @@ class PrefixTree:
         self.tokens -= len(leaf.tokens)
         return len(leaf.tokens)
 
-    def _coldest(self) -> Node | None:
+    def _coldest(self) -> PrefixNode | None:
         return min((leaf for leaf in self._leaves() if not leaf.pins), key=lambda leaf: leaf.used, default=None)
 
-    def _leaves(self) -> Iterator[Node]:
+    def _leaves(self) -> Iterator[PrefixNode]:
         stack = [node for root in self._roots.values() for node in root.children.values()]
         while stack:
             node = stack.pop()

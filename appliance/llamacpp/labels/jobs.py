@@ -15,15 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from appliance.llamacpp.decode.sampling import log_normalizer
-from appliance.llamacpp.kv.prefix_cache import Node, Tokens, as_tokens, common_prefix
-from appliance.llamacpp.labels.search import Walk
+from appliance.llamacpp.kv.prefix_cache import PrefixNode, Tokens, as_tokens, common_prefix
+from appliance.llamacpp.labels.search import LabelSearch
 from appliance.llamacpp.labels.trie import LabelTrie, Path, shared_length
 from appliance.llamacpp.server.params import LabelItem, LabelScores, Logits
 
 Ints = npt.NDArray[np.int32]
 
 
-class ScoreJob:
+class LabelJob:
     """One call: items in order, of which `cursor` are taken. Results arrive in any order."""
 
     def __init__(self, items: Sequence[LabelItem]) -> None:
@@ -41,7 +41,7 @@ class ScoreJob:
         self.dropped = False
         """Nobody waits for it any more. Set by the event loop's thread before the engine's takes note."""
         self.cancelled = False
-        self.pieces: list[Piece] = []
+        self.pieces: list[PromptPiece] = []
         """Pieces that are not taken yet, of the item before the cursor and of items between two waves."""
         self._tries: dict[int, tuple[object, LabelTrie]] = {}
 
@@ -76,12 +76,12 @@ class ScoreJob:
 
 
 @dataclass(eq=False, slots=True)
-class Judged:
+class LabelResult:
     """An item in work: what is known of its labels so far, and how many pieces are still out."""
 
-    job: ScoreJob
+    job: LabelJob
     index: int
-    walk: Walk
+    walk: LabelSearch
     prompt: Tokens
     pieces_open: int = 0
     cached_tokens: int = -1
@@ -108,14 +108,14 @@ class Judged:
 
 
 @dataclass(eq=False, slots=True)
-class Piece:
+class PromptPiece:
     """Some chains of an item that are computed together, and the nodes to be read along them."""
 
-    item: Judged
+    item: LabelResult
     chains: list[Path]
     fresh: list[int]
     """Of every chain: how many of its nodes, counted from the prompt's end, are read already or by an earlier chain."""
-    node: Node | None = None
+    node: PrefixNode | None = None
     """Where it leaves the prefix tree, pinned while it is in work."""
     depth: int = 0
 
@@ -136,7 +136,7 @@ class Piece:
         return len(self.item.prompt) - self.depth + sum(map(len, self.chains)) - repeated
 
 
-def common(before: Piece, piece: Piece) -> int:
+def common(before: PromptPiece, piece: PromptPiece) -> int:
     """Tokens of what is left of its prompt that a piece has in common with the one before it: both must leave the
     prefix tree at the same point, for equal tokens behind different ones are not the same."""
     if before.depth != piece.depth or before.item.salt != piece.item.salt:
@@ -150,7 +150,7 @@ def failed(prompt_tokens: int, error: str) -> LabelScores:
     return LabelScores((), 0.0, prompt_tokens, 0, error)
 
 
-def judge(job: ScoreJob, index: int, context_tokens: int, vocabulary: int) -> Judged | str:
+def judge(job: LabelJob, index: int, context_tokens: int, vocabulary: int) -> LabelResult | str:
     """Check an item and make it ready; the text of what is wrong with it otherwise."""
     item = job.items[index]
     if not item.prompt:
@@ -164,17 +164,17 @@ def judge(job: ScoreJob, index: int, context_tokens: int, vocabulary: int) -> Ju
     prompt = as_tokens(item.prompt)
     if min(trie.lowest, int(prompt.min())) < 0 or max(trie.highest, int(prompt.max())) >= vocabulary:
         return f"a token id is outside of the vocabulary of {vocabulary}"
-    return Judged(job, index, Walk(trie), prompt)
+    return LabelResult(job, index, LabelSearch(trie), prompt)
 
 
-def cut(item: Judged, chains: Sequence[Path], chains_at_once: int) -> list[Piece]:
+def cut(item: LabelResult, chains: Sequence[Path], chains_at_once: int) -> list[PromptPiece]:
     """Pieces of at most so many of the chains, which are sorted and none a prefix of another; nodes that two pieces
     pass are read in the first only."""
-    pieces: list[Piece] = []
+    pieces: list[PromptPiece] = []
     before: Path | None = None
     for number, chain in enumerate(chains):
         if number % chains_at_once == 0:
-            pieces.append(Piece(item, [], []))
+            pieces.append(PromptPiece(item, [], []))
         read = next((step for step, node in enumerate(item.trie.nodes(chain)) if not item.walk.has_read(node)), 0)
         pieces[-1].chains.append(chain)
         pieces[-1].fresh.append(read if before is None else max(read, shared_length(before, chain) + 1))
@@ -184,7 +184,7 @@ def cut(item: Judged, chains: Sequence[Path], chains_at_once: int) -> list[Piece
 
 
 @dataclass(frozen=True, slots=True)
-class Forest:
+class LabelForest:
     """Paths laid side by side for computing. Entry i is one token of the `sizes[i]` paths from `starts[i]` on.
 
     Entries of one path come in the order of its tokens, so the list may be cut anywhere into several batches.
@@ -205,7 +205,7 @@ class Forest:
         return self.first[path] + offset - self.shared[path]
 
 
-def grow(paths: Sequence[Tokens], depths: Sequence[int], shared: Sequence[int]) -> Forest:
+def grow(paths: Sequence[Tokens], depths: Sequence[int], shared: Sequence[int]) -> LabelForest:
     """Lay out paths. Number i begins at position `depths[i]` and has its first `shared[i]` tokens in common with path
     i - 1 (0 for the first)."""
     starts: list[int] = []
@@ -231,7 +231,7 @@ def grow(paths: Sequence[Tokens], depths: Sequence[int], shared: Sequence[int]) 
         np.arange(depth + skip, depth + len(path), dtype=np.int32)
         for path, depth, skip in zip(paths, depths, shared, strict=True)
     ]
-    return Forest(
+    return LabelForest(
         np.concatenate(own_tokens),
         np.concatenate(positions),
         np.array(starts, np.int32),
@@ -242,21 +242,21 @@ def grow(paths: Sequence[Tokens], depths: Sequence[int], shared: Sequence[int]) 
 
 
 @dataclass(eq=False, slots=True)
-class Window:
+class LabelWindow:
     """Pieces being computed together: a forest, the sequence ids of its paths, and what is read where."""
 
-    pieces: list[Piece]
-    forest: Forest
+    pieces: list[PromptPiece]
+    forest: LabelForest
     ids: Ints
     wanted: npt.NDArray[np.int8]
-    reads: dict[int, list[tuple[Judged, int]]]
+    reads: dict[int, list[tuple[LabelResult, int]]]
     """By entry: whose node it is."""
     paths_of: list[int]
     """The first path of every piece."""
     cursor: int = 0
     """Entries computed so far."""
     wanted_before: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
-    found: list[tuple[Judged, int, npt.NDArray[np.float64]]] = field(default_factory=list)
+    found: list[tuple[LabelResult, int, npt.NDArray[np.float64]]] = field(default_factory=list)
     """What was read so far. It counts once the whole window is computed, so that one that fails leaves no trace."""
 
     @property
@@ -290,14 +290,14 @@ class Window:
         self.found.clear()
 
 
-def open_window(pieces: Sequence[Piece], ids: Sequence[int], *, merge: bool) -> Window:
+def open_window(pieces: Sequence[PromptPiece], ids: Sequence[int], *, merge: bool) -> LabelWindow:
     """Lay out pieces (attached to the prefix tree already). `merge` is off for models whose memory cannot be forked."""
     ordered = sorted(pieces, key=lambda piece: (piece.item.salt, piece.item.prompt.tolist()))
     paths: list[Tokens] = []
     depths: list[int] = []
     shared: list[int] = []
     paths_of: list[int] = []
-    before: Piece | None = None
+    before: PromptPiece | None = None
     for piece in ordered:
         paths_of.append(len(paths))
         suffix = piece.item.prompt[piece.depth :]
@@ -310,7 +310,7 @@ def open_window(pieces: Sequence[Piece], ids: Sequence[int], *, merge: bool) -> 
             shared.append(in_common)
         before = piece
     forest = grow(paths, depths, shared)
-    reads: dict[int, list[tuple[Judged, int]]] = {}
+    reads: dict[int, list[tuple[LabelResult, int]]] = {}
     for piece, path in zip(ordered, paths_of, strict=True):
         _note_reads(piece, path, forest, reads)
         if piece.item.cached_tokens < 0:
@@ -318,10 +318,14 @@ def open_window(pieces: Sequence[Piece], ids: Sequence[int], *, merge: bool) -> 
     wanted = np.zeros(len(forest.tokens), np.int8)
     wanted[list(reads)] = 1
     before_counts = np.concatenate([[0], np.cumsum(wanted, dtype=np.int64)])
-    return Window(ordered, forest, np.array(ids[: len(paths)], np.int32), wanted, reads, paths_of, 0, before_counts)
+    return LabelWindow(
+        ordered, forest, np.array(ids[: len(paths)], np.int32), wanted, reads, paths_of, 0, before_counts
+    )
 
 
-def _note_reads(piece: Piece, path: int, forest: Forest, reads: dict[int, list[tuple[Judged, int]]]) -> None:
+def _note_reads(
+    piece: PromptPiece, path: int, forest: LabelForest, reads: dict[int, list[tuple[LabelResult, int]]]
+) -> None:
     end = len(piece.item.prompt) - piece.depth - 1
     for number, (chain, known) in enumerate(zip(piece.chains, piece.fresh, strict=True)):
         for step, node in enumerate(piece.item.trie.nodes(chain)):

@@ -12,12 +12,22 @@ from itertools import count
 from operator import attrgetter
 from typing import Final
 
-from appliance.llamacpp.kv.prefix_cache import Node, PrefixTree, Tokens, as_tokens, common_prefix
-from appliance.llamacpp.labels.jobs import Judged, Piece, ScoreJob, Window, common, cut, failed, judge, open_window
-from appliance.llamacpp.labels.search import Thrift
-from appliance.llamacpp.model import Model
-from appliance.llamacpp.scheduler.fair_queue import Turns
-from appliance.llamacpp.scheduler.scheduler import Room
+from appliance.llamacpp.kv.prefix_cache import PrefixCache, PrefixNode, Tokens, as_tokens, common_prefix
+from appliance.llamacpp.labels.jobs import (
+    LabelJob,
+    LabelResult,
+    LabelWindow,
+    PromptPiece,
+    common,
+    cut,
+    failed,
+    judge,
+    open_window,
+)
+from appliance.llamacpp.labels.search import SearchBudget
+from appliance.llamacpp.model import LlamaModel
+from appliance.llamacpp.scheduler.fair_queue import FairQueue
+from appliance.llamacpp.scheduler.scheduler import BatchCapacity
 
 _PATHS: Final = 96
 """Sequence ids a window may take; the others are left to running sequences and to cached prefixes."""
@@ -32,24 +42,29 @@ _CALLS_KEPT_WARM: Final = 8
 """Calls take turns, so that what several of them fork is kept: of so many, those that are next."""
 
 
-class Scorer:
+class LabelScorer:
     """The label side of a runner; its thread only. `room` tells the KV cells in use and promised."""
 
     def __init__(
-        self, model: Model, tree: PrefixTree, free_ids: list[int], turns: Turns, room: Callable[[], Room]
+        self,
+        model: LlamaModel,
+        tree: PrefixCache,
+        free_ids: list[int],
+        turns: FairQueue,
+        room: Callable[[], BatchCapacity],
     ) -> None:
         self._model, self._batch, self._tree, self._free_ids, self._room = model, model.batch, tree, free_ids, room
-        self._turns, self._thrift = turns, Thrift()
+        self._turns, self._thrift = turns, SearchBudget()
         self._paths = _PATHS if model.forkable else 1
-        self._jobs: list[ScoreJob] = []
+        self._jobs: list[LabelJob] = []
         """Calls with items that are not taken yet."""
         self._numbers = count()
         self._suspects = 0
         """So many items in a row are computed alone: one of them made a step fail."""
-        self._open: list[ScoreJob] = []
+        self._open: list[LabelJob] = []
         """Calls not answered yet, those with all items taken included."""
-        self._answered: list[ScoreJob] = []
-        self._window: Window | None = None
+        self._answered: list[LabelJob] = []
+        self._window: LabelWindow | None = None
         self._stop = 0
         """Where the part of the window ends that is in the batch; 0: none is."""
         self._recent: deque[tuple[str, Tokens]] = deque(maxlen=_RECENT_PROMPTS)
@@ -84,7 +99,7 @@ class Scorer:
         return min(waiting, default=None)
 
     @property
-    def in_step(self) -> set[ScoreJob]:
+    def in_step(self) -> set[LabelJob]:
         """The calls whose items are in the batch."""
         return {piece.item.job for piece in self._window.pieces} if self._window is not None and self._stop else set()
 
@@ -95,9 +110,9 @@ class Scorer:
 
     def keep_warm(self) -> int:
         """Mark the prefixes that the next items fork as used, so that they are the last to go; give their cells."""
-        warm: set[Node] = set()
+        warm: set[PrefixNode] = set()
         for prompt, salt in self._expected():
-            node: Node | None = self._tree.match(prompt, salt, len(prompt)).node
+            node: PrefixNode | None = self._tree.match(prompt, salt, len(prompt)).node
             while node is not None and node not in warm:
                 warm.add(node)
                 node = node.parent
@@ -113,7 +128,7 @@ class Scorer:
             if job.following is not None:
                 yield as_tokens(job.following.prompt), job.following.cache_salt
 
-    def add(self, job: ScoreJob) -> None:
+    def add(self, job: LabelJob) -> None:
         self._open.append(job)
         job.number = next(self._numbers)
         if job.items:
@@ -122,7 +137,7 @@ class Scorer:
         else:
             self._answered.append(job)
 
-    def cancel(self, job: ScoreJob) -> None:
+    def cancel(self, job: LabelJob) -> None:
         """Drop a call. A window in work goes on when it holds items of others too."""
         job.cancelled = True
         if job in self._open:
@@ -132,7 +147,7 @@ class Scorer:
         if self._window is not None and all(piece.item.job.cancelled for piece in self._window.pieces):
             self._close(keep_prefixes=False)
 
-    def take_answered(self) -> list[ScoreJob]:
+    def take_answered(self) -> list[LabelJob]:
         """The calls whose last item was answered since the last time."""
         done = [job for job in self._open if not job.open]
         if done:
@@ -205,7 +220,7 @@ class Scorer:
     # Windows.
 
     def _open_window(self, tokens: int, alone: bool) -> None:
-        pieces: list[Piece] = []
+        pieces: list[PromptPiece] = []
         total = paths = walks = 0
         while total < tokens and self._jobs and not (self._suspects and pieces):
             if pieces and min(self._jobs, key=attrgetter("rank")).priority > pieces[0].item.job.priority:
@@ -235,13 +250,13 @@ class Scorer:
                 for path in range(first, first + len(piece.chains)):
                     self._tree.share(piece.node, int(window.ids[path]), 0, piece.depth)
 
-    def _queue(self, job: ScoreJob) -> None:
+    def _queue(self, job: LabelJob) -> None:
         """Give the next item of a call its turn."""
         if job.cursor < len(job.items):
             item = job.items[job.cursor]
             job.place = self._turns.place(item.cache_salt, len(item.prompt))
 
-    def _next_piece(self) -> Piece | None:
+    def _next_piece(self) -> PromptPiece | None:
         """The next piece of the call whose turn it is; calls of one tenant take turns item by item."""
         job = min(self._jobs, key=attrgetter("rank"))
         if not job.pieces:
@@ -258,14 +273,14 @@ class Scorer:
             self._jobs.remove(job)
         return piece
 
-    def _first_pieces(self, item: Judged) -> list[Piece]:
+    def _first_pieces(self, item: LabelResult) -> list[PromptPiece]:
         """The whole trie, or the prompt alone where the rest depends on what is read at its end."""
         if not self._model.forkable:
             return cut(item, item.trie.chains, 1)
         walks = self._thrift.worth_walking(item.trie, len(item.job.items), item.job.items[item.index].tolerance)
         return cut(item, [()] if walks else item.trie.chains, _CHAINS_AT_ONCE)
 
-    def _give_back(self, piece: Piece, *, impossible: bool) -> None:
+    def _give_back(self, piece: PromptPiece, *, impossible: bool) -> None:
         """A piece that does not fit now comes first next time, or is refused where it could never fit."""
         self._detach(piece)
         if impossible:
@@ -277,34 +292,34 @@ class Scorer:
         else:
             self._return(piece)
 
-    def _return(self, piece: Piece) -> None:
+    def _return(self, piece: PromptPiece) -> None:
         job = piece.item.job
         job.pieces.insert(0, piece)
         if job not in self._jobs:
             self._jobs.append(job)
 
-    def _drop_pieces(self, item: Judged) -> None:
+    def _drop_pieces(self, item: LabelResult) -> None:
         job = item.job
         job.pieces = [other for other in job.pieces if other.item is not item]
         if job in self._jobs and not job.untaken:
             self._jobs.remove(job)
 
-    def _attach(self, piece: Piece) -> None:
+    def _attach(self, piece: PromptPiece) -> None:
         if self._model.forkable:
             match = self._tree.match(piece.item.prompt, piece.item.salt, len(piece.item.prompt) - piece.reads_prompt)
             self._tree.pin(match.node)
             piece.node, piece.depth = match.node, match.depth
 
-    def _detach(self, piece: Piece) -> None:
+    def _detach(self, piece: PromptPiece) -> None:
         self._unpin(piece)
         piece.depth = 0
 
-    def _unpin(self, piece: Piece) -> None:
+    def _unpin(self, piece: PromptPiece) -> None:
         if piece.node is not None:
             self._tree.unpin(piece.node)
         piece.node = None
 
-    def _needed(self, piece: Piece, pieces: list[Piece]) -> int:
+    def _needed(self, piece: PromptPiece, pieces: list[PromptPiece]) -> int:
         """Cells a piece adds to a window; what it shares with the piece before it is computed once."""
         if not pieces or not self._model.forkable:
             return piece.tokens
@@ -323,7 +338,7 @@ class Scorer:
         window, self._window, self._stop = self._window, None, 0
         assert window is not None
         over = self._settle(window) if keep_prefixes else set()
-        seen: set[Judged] = set()
+        seen: set[LabelResult] = set()
         for piece, path in zip(window.pieces, window.paths_of, strict=True):
             sequence, first = int(window.ids[path]), piece.item not in seen
             seen.add(piece.item)
@@ -334,13 +349,13 @@ class Scorer:
             self._model.memory_remove(sequence, 0)
             self._free_ids.append(sequence)
 
-    def _settle(self, window: Window) -> set[Judged]:
+    def _settle(self, window: LabelWindow) -> set[LabelResult]:
         """Let what was read count: answer the items that are done, and queue the next wave of those that are not.
 
         Gives the items of which nothing follows.
         """
         window.settle()
-        over: set[Judged] = set()
+        over: set[LabelResult] = set()
         for item in (piece.item for piece in window.pieces):
             item.pieces_open -= 1
             if item.job.cancelled:
@@ -357,7 +372,7 @@ class Scorer:
         self._suspects = max(0, self._suspects - len(over))
         return over
 
-    def _keep_prefix(self, piece: Piece, sequence: int, *, over: bool) -> None:
+    def _keep_prefix(self, piece: PromptPiece, sequence: int, *, over: bool) -> None:
         """Cache what the prompt shares with a recent one or with the call's next item; all of it where more of the same
         item follows."""
         prompt, salt, following = piece.item.prompt, piece.item.salt, piece.item.job.following

@@ -37,7 +37,7 @@ _OBSERVED: Final = 0.1
 _FORGOTTEN: Final = 0.01
 
 
-class Thrift:
+class SearchBudget:
     """Whether walking pays, from what it has cost of late as a share of computing whole tries.
 
     Where a model is sure of its answers a walk ends after a small part. Where it is not, nearly all has to be computed,
@@ -58,13 +58,13 @@ class Thrift:
         self._share += _FORGOTTEN * (_EXPECTED - self._share)
         return False
 
-    def observe(self, walk: "Walk") -> None:
+    def observe(self, walk: "LabelSearch") -> None:
         """Take note of a walk that is over."""
         whole = (len(walk.trie) - 1) * (1 + _ROW_TOKENS)
         self._share += _OBSERVED * (walk.spent_tokens / whole - self._share)
 
 
-class Walk:
+class LabelSearch:
     """What is known of the labels of one item."""
 
     def __init__(self, trie: LabelTrie) -> None:

@@ -11,7 +11,7 @@ _TENANTS_REMEMBERED: Final = 256
 """Beyond so many, those whose work is over are forgotten; they would be treated as new anyway."""
 
 
-class Turns:
+class FairQueue:
     """Virtual time, in tokens, and where each tenant's work ends on it."""
 
     def __init__(self) -> None:

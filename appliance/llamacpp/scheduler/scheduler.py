@@ -36,7 +36,7 @@ LANE_MARGIN_TOKENS: Final = 64
 LANE_LEAST_OUTPUT_TOKENS: Final = 8
 
 
-class Line:
+class WaitQueue:
     """Waiting sequences: lower priority value first, then the tenants in turn, each in order of arrival."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ def _rank(sequence: Sequence) -> tuple[int, float, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class BatchCapacity:
     """KV cells: `capacity`, those in use by somebody running, and those promised but not yet used."""
 
     capacity: int

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from appliance.llamacpp.decode.prompt_lookup import Drafts
+from appliance.llamacpp.decode.prompt_lookup import PromptLookup
 from appliance.llamacpp.decode.sampling import Sampler
-from appliance.llamacpp.kv.prefix_cache import Node, Tokens, as_tokens
-from appliance.llamacpp.server.params import Finished, FinishReason, Generate, TokenEvent
+from appliance.llamacpp.kv.prefix_cache import PrefixNode, Tokens, as_tokens
+from appliance.llamacpp.server.params import FinishReason, SequenceFinished, SequenceRequest, TokenEvent
 
 
 @dataclass(eq=False, slots=True)
@@ -18,7 +18,7 @@ class Sequence:
     It lies in the shared memory under `id`, or in a `lane`, or, while it waits, nowhere (both -1).
     """
 
-    request: Generate
+    request: SequenceRequest
     number: int
     """Order of arrival; unique."""
     sampler: Sampler
@@ -32,8 +32,8 @@ class Sequence:
     lane: int = -1
     computed: int = 0
     shared: int = 0
-    node: Node | None = None
-    drafts: Drafts | None = None
+    node: PrefixNode | None = None
+    drafts: PromptLookup | None = None
     """Guesses of what comes next; made when it first may draft."""
     draft: list[int] = field(default_factory=list)
     """What the current step computes after its last token. `tokens` holds it too, behind `length`."""
@@ -41,12 +41,12 @@ class Sequence:
     """Set when the sequence is first admitted."""
     events: list[TokenEvent] = field(default_factory=list)
     """Not delivered yet."""
-    finished: Finished | None = None
+    finished: SequenceFinished | None = None
     dropped: bool = False
     """Nobody waits for it any more. Set by the event loop's thread before the engine's takes note."""
 
     @classmethod
-    def of(cls, request: Generate, number: int, context_tokens: int, end_tokens: frozenset[int]) -> "Sequence":
+    def of(cls, request: SequenceRequest, number: int, context_tokens: int, end_tokens: frozenset[int]) -> "Sequence":
         prompt = as_tokens(request.prompt)
         limit = min(len(prompt) + request.max_tokens, context_tokens)
         tokens = np.empty(limit, np.int32)
@@ -98,4 +98,4 @@ class Sequence:
         self.tokens[self.length : self.length + len(tokens)] = tokens
 
     def finish(self, reason: FinishReason, error: str | None = None) -> None:
-        self.finished = Finished(reason, self.prompt_length, self.cached_tokens or 0, self.generated, error)
+        self.finished = SequenceFinished(reason, self.prompt_length, self.cached_tokens or 0, self.generated, error)

@@ -5,15 +5,15 @@ Decisions lie in `scheduler`, where a sequence's cells lie in `cells`. Owned by 
 
 from collections import deque
 
-from appliance.llamacpp.kv.allocator import Cells
-from appliance.llamacpp.kv.prefix_cache import PrefixTree
-from appliance.llamacpp.labels.scorer import Scorer
-from appliance.llamacpp.model import Model
-from appliance.llamacpp.scheduler.fair_queue import Turns
+from appliance.llamacpp.kv.allocator import KvAllocator
+from appliance.llamacpp.kv.prefix_cache import PrefixCache
+from appliance.llamacpp.labels.scorer import LabelScorer
+from appliance.llamacpp.model import LlamaModel
+from appliance.llamacpp.scheduler.fair_queue import FairQueue
 from appliance.llamacpp.scheduler.scheduler import (
     NOTHING_URGENT,
-    Line,
-    Room,
+    BatchCapacity,
+    WaitQueue,
     gives_way,
     leads,
     promised_tokens,
@@ -27,22 +27,22 @@ Chunk = tuple[Sequence, int]
 """A sequence and how many tokens of its prompt the step computes."""
 
 
-class Roster:
+class SequenceManager:
     """The sequences of one model, waiting and running, beside its label calls."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: LlamaModel) -> None:
         self.model = model
         free_ids = list(range(model.sequence_ids))
-        self.tree = PrefixTree(model, free_ids)
-        self.cells = Cells(model, self.tree, free_ids)
-        self.turns = Turns()
-        self.line = Line()
+        self.tree = PrefixCache(model, free_ids)
+        self.cells = KvAllocator(model, self.tree, free_ids)
+        self.turns = FairQueue()
+        self.line = WaitQueue()
         self.running: list[Sequence] = []
         self.urgent = NOTHING_URGENT
         """Priority of the most urgent of what is running."""
         self.suspects: deque[Sequence] = deque()
         """Sequences of a step that failed. Each runs alone until it has computed what it had, or has failed again."""
-        self.scorer = Scorer(model, self.tree, free_ids, self.turns, self.room)
+        self.scorer = LabelScorer(model, self.tree, free_ids, self.turns, self.room)
 
     def submit(self, sequence: Sequence) -> None:
         sequence.place = self.turns.place(sequence.request.cache_salt, tokens_asked(sequence))
@@ -122,11 +122,11 @@ class Roster:
             if sequence.lane < 0 and worth_a_lane(sequence, self.cells.lane_tokens, len(self.running)):
                 self.cells.to_lane(sequence)
 
-    def room(self) -> Room:
+    def room(self) -> BatchCapacity:
         used = sum(sequence.private for sequence in self.running)
         promised = sum(promised_tokens(sequence) for sequence in self.running)
         used += self.tree.pinned_tokens + self.scorer.window_tokens
-        return Room(self.model.context_tokens, used, promised)
+        return BatchCapacity(self.model.context_tokens, used, promised)
 
     def make_room(self, decoding: list[Sequence], chunks: list[Chunk]) -> list[Chunk]:
         """Free the cells this step needs: first cached prefixes, then whole sequences, youngest first.

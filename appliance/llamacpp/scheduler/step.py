@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from appliance.errors import EngineFailed
-from appliance.llamacpp.batch import Batch
-from appliance.llamacpp.context import ABORTED, NO_KV_ROOM, Context, Rows
+from appliance.llamacpp.batch import DecodeBatch
+from appliance.llamacpp.context import ABORTED, NO_KV_ROOM, LlamaContext, Rows
 from appliance.llamacpp.decode.sampling import argmax_rows
-from appliance.llamacpp.decode.speculation import Drafting
+from appliance.llamacpp.decode.speculation import SpeculationPlanner
 from appliance.llamacpp.decode.token_commit import write
-from appliance.llamacpp.labels.jobs import ScoreJob
-from appliance.llamacpp.model import Model
+from appliance.llamacpp.labels.jobs import LabelJob
+from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.rates import Rates
 from appliance.llamacpp.scheduler.scheduler import (
     NOTHING_URGENT,
@@ -29,9 +29,9 @@ from appliance.llamacpp.scheduler.scheduler import (
     step_budget,
 )
 from appliance.llamacpp.scheduler.sequence import Sequence
-from appliance.llamacpp.scheduler.sequence_manager import Chunk, Roster
-from appliance.llamacpp.scheduler.thread_governor import Pace
-from appliance.llamacpp.server.params import Load
+from appliance.llamacpp.scheduler.sequence_manager import Chunk, SequenceManager
+from appliance.llamacpp.scheduler.thread_governor import ThreadGovernor
+from appliance.llamacpp.server.params import EngineLoadReport
 
 STEP_SECONDS: Final = 0.2
 """About what prompts and labels may take of a step while somebody reads a stream. Shorter steps compute prompts in
@@ -46,19 +46,19 @@ _RUN_TOKENS: Final = 16
 
 
 @dataclass(slots=True)
-class Told:
+class StepResult:
     """What one step has to tell: sequences with new events or an end, and calls that are answered."""
 
     sequences: list[Sequence] = field(default_factory=list)
-    jobs: list[ScoreJob] = field(default_factory=list)
+    jobs: list[LabelJob] = field(default_factory=list)
 
 
-class Runner:
+class StepRunner:
     """All work of one model: sequences that generate, and label calls."""
 
     def __init__(
         self,
-        model: Model,
+        model: LlamaModel,
         *,
         step_seconds: float = STEP_SECONDS,
         batch_tokens: int | None = None,
@@ -66,19 +66,19 @@ class Runner:
     ) -> None:
         self.model, self.batch = model, model.batch
         self.rates = Rates(model.sequences)
-        self._drafting = Drafting(self.rates)
-        self._pace = Pace(model.threads)
+        self._drafting = SpeculationPlanner(self.rates)
+        self._pace = ThreadGovernor(model.threads)
         self._clock, self._step_seconds = clock, step_seconds
         self._was_urgent = float("-inf")
         """When something that cannot wait ran last."""
         self._run_tokens = min(_RUN_TOKENS, model.batch.capacity_tokens // (2 * model.sequences))
         self._batch_tokens = min(batch_tokens or model.batch.capacity_tokens, model.batch.capacity_tokens)
-        self._roster = Roster(model)
+        self._roster = SequenceManager(model)
         self._tree, self._cells, self._line = self._roster.tree, self._roster.cells, self._roster.line
         self._running, self._suspects, self._scorer = self._roster.running, self._roster.suspects, self._roster.scorer
-        self._told = Told()
+        self._told = StepResult()
         self._failures = 0
-        self.in_step: frozenset[Sequence | ScoreJob] = frozenset()
+        self.in_step: frozenset[Sequence | LabelJob] = frozenset()
         """Whose prompts and labels are being computed. Read by the event loop's thread, to abort what nobody wants."""
         self.steps = self.prefill_tokens_total = self.decode_tokens_total = 0
         self._compute_seconds = self._compute_cpu_seconds = 0.0
@@ -100,10 +100,10 @@ class Runner:
             self._line.remove(sequence)
             self._told.sequences.append(sequence)
 
-    def score(self, job: ScoreJob) -> None:
+    def score(self, job: LabelJob) -> None:
         self._scorer.add(job)
 
-    def cancel_score(self, job: ScoreJob) -> None:
+    def cancel_score(self, job: LabelJob) -> None:
         """Drop what is left of a call."""
         self._scorer.cancel(job)
 
@@ -113,7 +113,7 @@ class Runner:
 
     # One step.
 
-    def step(self) -> Told:
+    def step(self) -> StepResult:
         """Do one step's work; give everything that changed since the last one."""
         if self._cpu_at_start is None:
             self._cpu_at_start = time.thread_time()
@@ -127,7 +127,7 @@ class Runner:
         kept = max(cache_limit(self.model.context_tokens, crowded), self._scorer.keep_warm())
         self._tree.evict(self._tree.evictable_tokens - kept)
         self._told.jobs = self._scorer.take_answered()
-        told, self._told = self._told, Told()
+        told, self._told = self._told, StepResult()
         return told
 
     def _look_for_urgent(self) -> None:
@@ -220,7 +220,7 @@ class Runner:
         read = any(sequence.request.streamed for sequence in (*writing, *self._cells.in_lanes))
         self._drafting.plan(writing, room if self.model.forkable and not self._suspects else 0, read=read)
 
-    def _decode(self, context: Context) -> tuple[int, float]:
+    def _decode(self, context: LlamaContext) -> tuple[int, float]:
         """llama.cpp's code and the seconds it took."""
         began, cpu, all_cpu = self._clock(), time.thread_time(), time.process_time()
         code = context.decode()
@@ -326,13 +326,13 @@ class Runner:
             return 0.0
         return max(0.0, time.thread_time() - self._cpu_at_start - self._compute_cpu_seconds)
 
-    def load(self) -> Load:
+    def load(self) -> EngineLoadReport:
         """The state as of now, between two steps."""
         line, running = self._line.in_order(), self._running
         prompts = sum(sequence.length for sequence in line)
         prompts += sum(sequence.pending for sequence in running if sequence.pending > 1)
         private = sum(sequence.private for sequence in running)
-        return Load(
+        return EngineLoadReport(
             queued_requests=len(line) + self._scorer.untouched_jobs,
             running_sequences=len(running),
             sequences_capacity=self.model.sequences,
@@ -355,7 +355,7 @@ class Runner:
         )
 
 
-def _add_next_tokens(batch: Batch, sequences: list[Sequence]) -> None:
+def _add_next_tokens(batch: DecodeBatch, sequences: list[Sequence]) -> None:
     """What each still has to compute, and its draft. Most have a single token, and those go in all at once."""
     if any(sequence.draft or sequence.pending > 1 for sequence in sequences):
         for sequence in sequences:
@@ -368,7 +368,7 @@ def _add_next_tokens(batch: Batch, sequences: list[Sequence]) -> None:
         )
 
 
-def _add_run(batch: Batch, sequence: Sequence, tokens: int) -> None:
+def _add_run(batch: DecodeBatch, sequence: Sequence, tokens: int) -> None:
     """The next `tokens` of a sequence, and its draft where they are its last."""
     start, stop = sequence.computed, sequence.computed + tokens
     last = stop == sequence.length

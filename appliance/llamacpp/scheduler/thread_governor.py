@@ -15,7 +15,7 @@ FIRST_REST_SECONDS: Final = 1.0
 LONGEST_REST_SECONDS: Final = 16.0
 
 
-class Pace:
+class ThreadGovernor:
     """Goes down to the threads that got through, and tries all of them again after a rest that grows each time the
     trial fails. Pure: times come in, a number of threads comes out."""
 

@@ -17,9 +17,9 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from appliance.errors import ApplianceError, BodyTooLarge, ClientGone, EngineFailed, NotFound, RequestError, Unavailable
-from appliance.llamacpp.chat.prompts import Prompts
-from appliance.llamacpp.decode.constraints import Grammars
-from appliance.llamacpp.decode.generation import Ask, Engine, Running
+from appliance.llamacpp.chat.prompts import PromptBuilder
+from appliance.llamacpp.decode.constraints import GrammarCompiler
+from appliance.llamacpp.decode.generation import GenerationRequest, RunningGeneration, SequenceEngine
 from appliance.llamacpp.json_log import log
 from appliance.llamacpp.kernels import Kernels
 from appliance.llamacpp.server.labels_api import label_ask, label_reply
@@ -54,31 +54,31 @@ class ServedModel(Vocabulary, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Serving:
+class ServerContext:
     """All that exists once the model is loaded."""
 
     alias: str
     model: ServedModel
-    engine: Engine
-    prompts: Prompts
-    grammars: Grammars
+    engine: SequenceEngine
+    prompts: PromptBuilder
+    grammars: GrammarCompiler
 
 
-class Desk:
+class EngineGate:
     """Takes requests while it is open. Written by the program's life cycle alone, read by every request."""
 
     def __init__(self, *, max_body_bytes: int = MAX_BODY_BYTES) -> None:
         self.max_body_bytes = max_body_bytes
         self.phase: Phase = "loading"
         self.reason = "the model is being loaded"
-        self.serving: Serving | None = None
+        self.serving: ServerContext | None = None
         self.kernels = Kernels(reason="the model is being loaded")
         self.started = time.monotonic()
         self.active = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def open(self, serving: Serving) -> None:
+    def open(self, serving: ServerContext) -> None:
         self.serving = serving
         self.phase, self.reason = "ok", ""
 
@@ -91,7 +91,7 @@ class Desk:
         while self.active:  # a stream follows its handler without a pause, but not without a gap
             await self._idle.wait()
 
-    def ready(self) -> Serving:
+    def ready(self) -> ServerContext:
         """Raises Unavailable, with the reason, while no work is taken."""
         if self.phase != "ok" or self.serving is None:
             if self.phase == "failed":
@@ -119,7 +119,9 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, desk: Desk, running: Running, events: AsyncGenerator[bytes], first: bytes) -> None:
+    def __init__(
+        self, desk: EngineGate, running: RunningGeneration, events: AsyncGenerator[bytes], first: bytes
+    ) -> None:
         super().__init__(headers={"cache-control": "no-store", "content-type": "text/event-stream; charset=utf-8"})
         del self.headers["content-length"]
         self._desk, self._running, self._events, self._first = desk, running, events, first
@@ -151,10 +153,10 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
-class Dialect:
+class RequestTranslator:
     """The endpoints. One instance for one desk."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: EngineGate) -> None:
         self.desk = desk
 
     async def health(self, request: Request) -> Response:
@@ -238,13 +240,15 @@ class Dialect:
         with self.desk.at_work():
             return _raw_json(await _unless_gone(request.receive, reply()))
 
-    async def _generate(self, request: Request, serving: Serving, kind: Kind, call: SampledIn, ask: Ask) -> Response:
+    async def _generate(
+        self, request: Request, serving: ServerContext, kind: Kind, call: SampledIn, ask: GenerationRequest
+    ) -> Response:
         usage_wanted = call.stream_options is not None and call.stream_options.include_usage
         writer = ReplyWriter.new(
             kind, serving.alias, serving.model, logprobs=ask.logprobs is not None, include_usage=usage_wanted
         )
         with self.desk.at_work():
-            running = await Running.start(serving.engine, serving.model, serving.grammars, ask)
+            running = await RunningGeneration.start(serving.engine, serving.model, serving.grammars, ask)
             try:
                 if call.stream:
                     events = _events(running, writer)
@@ -259,7 +263,7 @@ class Dialect:
             await running.aclose()
             return _json(writer.whole(choices, running.usage))
 
-    def _loaded(self) -> Serving:
+    def _loaded(self) -> ServerContext:
         """For reading only, so also while draining."""
         return self.desk.serving or self.desk.ready()
 
@@ -282,8 +286,8 @@ class Dialect:
         return b"".join(chunks)
 
 
-def make_app(desk: Desk) -> Starlette:
-    dialect = Dialect(desk)
+def make_app(desk: EngineGate) -> Starlette:
+    dialect = RequestTranslator(desk)
     return Starlette(
         routes=[
             Route("/health", dialect.health, methods=["GET"]),
@@ -298,7 +302,7 @@ def make_app(desk: Desk) -> Starlette:
     )
 
 
-async def _events(running: Running, writer: ReplyWriter) -> AsyncGenerator[bytes]:
+async def _events(running: RunningGeneration, writer: ReplyWriter) -> AsyncGenerator[bytes]:
     """The call's events. Those of one step leave as one piece; the opening waits for the first step."""
     opened: set[int] = set()
     async with aclosing(running.deltas()) as deltas:

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from appliance.errors import ApplianceError, RequestError, Unsupported
-from appliance.llamacpp.chat.prompts import LabelTail, Prompts
-from appliance.llamacpp.decode.generation import Usage
+from appliance.llamacpp.chat.prompts import LabelTail, PromptBuilder
+from appliance.llamacpp.decode.generation import TokenUsage
 from appliance.llamacpp.server.openai_replies import IMPOSSIBLE_LOGPROB, usage_json
-from appliance.llamacpp.server.openai_requests import Limits, check_length, salt
+from appliance.llamacpp.server.openai_requests import ModelLimits, check_length, salt
 from appliance.llamacpp.server.params import LabelItem, LabelScores
 from appliance.llamacpp.server.request_models import LabelItemIn, LabelsIn, MessageIn
 
@@ -33,7 +33,7 @@ MAX_LABELS = 1_024
 
 
 @dataclass(frozen=True, slots=True)
-class LabelAsk:
+class LabelRequest:
     """A checked call: what the engine is to score, and by position what cannot be."""
 
     items: Mapping[int, LabelItem]
@@ -42,7 +42,7 @@ class LabelAsk:
     """The labels of every item, in the caller's words."""
 
 
-def label_ask(call: LabelsIn, prompts: Prompts, limits: Limits) -> LabelAsk:
+def label_ask(call: LabelsIn, prompts: PromptBuilder, limits: ModelLimits) -> LabelRequest:
     """Tokenises everything: 10,000 texts take about a second, so this belongs in a thread.
 
     Raises RequestError when the call as a whole is wrong. What is wrong with one item only stands in its place.
@@ -60,12 +60,12 @@ def label_ask(call: LabelsIn, prompts: Prompts, limits: Limits) -> LabelAsk:
             if error.param is not None and error.param.startswith("label_sets"):
                 raise
             errors[position] = error
-    return LabelAsk(items, errors, [call.label_sets[item.labels] for item in call.items])
+    return LabelRequest(items, errors, [call.label_sets[item.labels] for item in call.items])
 
 
-def label_reply(ask: LabelAsk, scores: Sequence[LabelScores], model: str) -> dict[str, Any]:
+def label_reply(ask: LabelRequest, scores: Sequence[LabelScores], model: str) -> dict[str, Any]:
     """The reply's body. `scores` are those of `ask.items`, in order."""
-    usage = Usage()
+    usage = TokenUsage()
     results: list[dict[str, Any]] = []
     found = dict(zip(ask.items, scores, strict=True))
     for position, names in enumerate(ask.names):
@@ -119,7 +119,7 @@ def _check_set(name: str, labels: Sequence[str]) -> None:
         raise RequestError(f"{field}: {twice[0]!r:.80} stands in it more than once; keep one", param=field)
 
 
-def _check_item(position: int, item: LabelItemIn, call: LabelsIn, prompts: Prompts) -> None:
+def _check_item(position: int, item: LabelItemIn, call: LabelsIn, prompts: PromptBuilder) -> None:
     field = f"items[{position}]"
     if item.labels not in call.label_sets:
         known = ", ".join(map(repr, list(call.label_sets)[:8]))
@@ -139,8 +139,8 @@ def _item(
     position: int,
     item: LabelItemIn,
     call: LabelsIn,
-    prompts: Prompts,
-    limits: Limits,
+    prompts: PromptBuilder,
+    limits: ModelLimits,
     tails: dict[tuple[str, str], LabelTail],
 ) -> LabelItem:
     field = f"items[{position}]"

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from appliance.llamacpp.chat.reply_parsers import Part, Pieces
-from appliance.llamacpp.decode.generation import Delta, Usage, Whole
-from appliance.llamacpp.decode.text import Placed
+from appliance.llamacpp.chat.reply_parsers import MessagePart, ReplyPieces
+from appliance.llamacpp.decode.generation import GenerationDelta, TokenUsage, WholeReply
+from appliance.llamacpp.decode.text import PlacedToken
 from appliance.llamacpp.server.params import TokenEvent
-from appliance.llamacpp.tools.source import CallArguments, CallOpened, Content, Event, Reasoning
+from appliance.llamacpp.tools.source import ContentDelta, Event, ReasoningDelta, ToolCallArgumentsDelta, ToolCallStart
 
 Json = dict[str, Any]
 Kind = Literal["chat", "completion"]
@@ -19,7 +19,7 @@ IMPOSSIBLE_LOGPROB = -9999.0
 """OpenAI's figure for "minus infinity", which JSON cannot hold."""
 
 
-def usage_json(usage: Usage) -> Json:
+def usage_json(usage: TokenUsage) -> Json:
     written: Json = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -39,16 +39,16 @@ class ReplyWriter:
     id: str
     created: int
     model: str
-    pieces: Pieces
+    pieces: ReplyPieces
     logprobs: bool
     include_usage: bool = False
 
     @classmethod
-    def new(cls, kind: Kind, model: str, pieces: Pieces, *, logprobs: bool, include_usage: bool) -> "ReplyWriter":
+    def new(cls, kind: Kind, model: str, pieces: ReplyPieces, *, logprobs: bool, include_usage: bool) -> "ReplyWriter":
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
         return cls(kind, f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model, pieces, logprobs, include_usage)
 
-    def whole(self, choices: Sequence[Whole], usage: Usage) -> Json:
+    def whole(self, choices: Sequence[WholeReply], usage: TokenUsage) -> Json:
         written = self._chat_choice if self.kind == "chat" else self._text_choice
         return {
             **self._head("chat.completion" if self.kind == "chat" else "text_completion"),
@@ -62,7 +62,7 @@ class ReplyWriter:
             return None
         return self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}, **_NO_END})
 
-    def chunks(self, delta: Delta) -> list[Json]:
+    def chunks(self, delta: GenerationDelta) -> list[Json]:
         """A step's chunks: its text, then, in one of its own, its end."""
         written = []
         part = delta.part
@@ -81,34 +81,34 @@ class ReplyWriter:
             written.append(self._chunk({"index": delta.index, **empty, **end}))
         return written
 
-    def closing(self, usage: Usage) -> Json | None:
+    def closing(self, usage: TokenUsage) -> Json | None:
         """The chunk with the usage, where it was asked for."""
         if not self.include_usage:
             return None
         return {**self._head(self._chunk_object), "choices": [], "usage": usage_json(usage)}
 
-    def _event_chunks(self, index: int, part: Part) -> list[Json]:
+    def _event_chunks(self, index: int, part: MessagePart) -> list[Json]:
         """One chunk for each event; the log probabilities of the content go with the first of its chunks."""
         chunks = []
         tokens = part.tokens
         for event in part.events:
-            here = tokens if isinstance(event, Content) else ()
-            tokens = () if isinstance(event, Content) else tokens
+            here = tokens if isinstance(event, ContentDelta) else ()
+            tokens = () if isinstance(event, ContentDelta) else tokens
             choice = {"index": index, "delta": self._delta(event), "logprobs": self._logprobs(here)}
             chunks.append(self._chunk({**choice, "finish_reason": None}))
         return chunks
 
     def _delta(self, event: Event) -> Json:
         match event:
-            case Content():
+            case ContentDelta():
                 return {"content": event.text}
-            case Reasoning():
+            case ReasoningDelta():
                 return {"reasoning_content": event.text}
-            case CallOpened():
+            case ToolCallStart():
                 function = {"name": event.name, "arguments": ""}
                 call = {"index": event.index, "id": new_call_id(), "type": "function", "function": function}
                 return {"tool_calls": [call]}
-            case CallArguments():
+            case ToolCallArgumentsDelta():
                 return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
 
     @property
@@ -124,7 +124,7 @@ class ReplyWriter:
             chunk["usage"] = None
         return chunk
 
-    def _chat_choice(self, index: int, choice: Whole) -> Json:
+    def _chat_choice(self, index: int, choice: WholeReply) -> Json:
         message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
         if choice.reasoning:
             message["reasoning_content"] = choice.reasoning
@@ -142,12 +142,12 @@ class ReplyWriter:
             **_stop(choice.stopped_by),
         }
 
-    def _text_choice(self, index: int, choice: Whole) -> Json:
+    def _text_choice(self, index: int, choice: WholeReply) -> Json:
         logprobs = self._logprobs(choice.tokens)
         end = {"finish_reason": choice.end, **_stop(choice.stopped_by)}
         return {"index": index, "text": choice.text, "logprobs": logprobs, **end}
 
-    def _logprobs(self, tokens: Sequence[Placed[TokenEvent]]) -> Json | None:
+    def _logprobs(self, tokens: Sequence[PlacedToken[TokenEvent]]) -> Json | None:
         if not self.logprobs:
             return None
         if self.kind == "chat":

@@ -5,9 +5,9 @@ from typing import Any, Protocol
 
 from appliance.errors import ContextTooLong, RequestError, UnknownModel, Unsupported
 from appliance.llamacpp.chat.chat_request import as_message, check_can_call, variables_of
-from appliance.llamacpp.chat.prompts import Prompts
+from appliance.llamacpp.chat.prompts import PromptBuilder
 from appliance.llamacpp.decode.constraints import JSON_OBJECT
-from appliance.llamacpp.decode.generation import Ask
+from appliance.llamacpp.decode.generation import GenerationRequest
 from appliance.llamacpp.server.params import Sampling
 from appliance.llamacpp.server.request_models import ChatIn, CompletionIn, ResponseFormatIn, SampledIn
 from appliance.llamacpp.tools.offered import offered_tools
@@ -20,7 +20,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 MAX_SEQUENCES_PER_CALL = 256
 
 
-class Limits(Protocol):
+class ModelLimits(Protocol):
     """What is needed of `Model` to judge a request."""
 
     vocabulary_size: int
@@ -35,7 +35,7 @@ def check_model(asked: str | None, served: str) -> None:
         raise UnknownModel(f"model: {asked!r} is not served here; ask for {served!r} or leave model out", param="model")
 
 
-def chat_ask(call: ChatIn, prompts: Prompts, limits: Limits) -> Ask:
+def chat_ask(call: ChatIn, prompts: PromptBuilder, limits: ModelLimits) -> GenerationRequest:
     """Raises RequestError, Unsupported or ContextTooLong. Tokenises, so a long call belongs in a thread."""
     if call.top_logprobs is not None and not call.logprobs:
         raise RequestError(
@@ -52,7 +52,7 @@ def chat_ask(call: ChatIn, prompts: Prompts, limits: Limits) -> Ask:
     return as_message(ask, prompts.style, offered, text, thinks=thinks)
 
 
-def completion_ask(call: CompletionIn, prompts: Prompts, limits: Limits) -> Ask:
+def completion_ask(call: CompletionIn, prompts: PromptBuilder, limits: ModelLimits) -> GenerationRequest:
     """Raises RequestError, Unsupported or ContextTooLong. Tokenises, so a long call belongs in a thread."""
     if call.echo:
         raise Unsupported("echo: true is not supported; put prompt and reply together yourself", param="echo")
@@ -69,7 +69,7 @@ def salt(cache_salt: str | None, prompt_cache_key: str | None) -> str:
     return f"{cache_salt or ''}\0{prompt_cache_key or ''}" if cache_salt or prompt_cache_key else ""
 
 
-def check_length(tokens: int, limits: Limits, param: str) -> int:
+def check_length(tokens: int, limits: ModelLimits, param: str) -> int:
     """How many tokens may follow a prompt. Raises ContextTooLong with both numbers where none may."""
     room = limits.sequence_context_tokens - tokens
     if room < 1:
@@ -82,8 +82,13 @@ def check_length(tokens: int, limits: Limits, param: str) -> int:
 
 
 def _ask(
-    call: SampledIn, prompts: Sequence[Sequence[int]], tokens: int, logprobs: int | None, limits: Limits, param: str
-) -> Ask:
+    call: SampledIn,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    logprobs: int | None,
+    limits: ModelLimits,
+    param: str,
+) -> GenerationRequest:
     n = call.n or 1
     if len(prompts) * n > MAX_SEQUENCES_PER_CALL:
         raise RequestError(
@@ -93,7 +98,7 @@ def _ask(
         )
     stops = [call.stop] if isinstance(call.stop, str) else call.stop or []
     # A reply that would not fit is cut at the context's end and says so by finish_reason "length".
-    return Ask(
+    return GenerationRequest(
         prompts=prompts,
         n=n,
         max_tokens=[min(tokens, check_length(len(prompt), limits, param)) for prompt in prompts],
@@ -151,7 +156,7 @@ def _schema(wanted: ResponseFormatIn | None) -> Mapping[str, Any] | None:
 
 
 def _prompt_tokens(
-    given: str | list[str] | list[int] | list[list[int]], prompts: Prompts, vocabulary_size: int
+    given: str | list[str] | list[int] | list[list[int]], prompts: PromptBuilder, vocabulary_size: int
 ) -> list[list[int]]:
     several: list[Any] = given if isinstance(given, list) and not _is_ids(given) else [given]
     if not several:

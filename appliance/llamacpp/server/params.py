@@ -27,7 +27,7 @@ class Constraint(Protocol):
 
 
 @runtime_checkable
-class Forcing(Protocol):
+class ForcedTool(Protocol):
     """A constraint that can tell when it leaves no choice."""
 
     def forced(self) -> list[int]:
@@ -53,7 +53,7 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class Generate:
+class SequenceRequest:
     """One sequence to generate. `n` choices are n of these; they share the prompt by prefix."""
 
     prompt: Sequence[int]
@@ -84,7 +84,7 @@ class TokenEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class SequenceFinished:
     """The end of one sequence; always the last event, also after an error or a cancellation."""
 
     reason: FinishReason
@@ -126,7 +126,7 @@ class LabelScores:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class EngineLoadReport:
     """The engine's own view of its work, consistent as of one step."""
 
     queued_requests: int

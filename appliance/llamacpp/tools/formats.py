@@ -13,7 +13,7 @@ Kind = Literal["json", "named", "tagged", "pythonic", "harmony"]
 
 
 @dataclass(frozen=True, slots=True)
-class Syntax:
+class ToolSyntax:
     """One way to write calls: `section_open list_open (call_open ARGUMENTS call_close) between ... list_close
     section_close`.
 
@@ -61,8 +61,8 @@ _SEPARATOR: Final = "<\uff5ctool\u2581sep\uff5c>"
 
 _HERMES_CALL: Final = '{"name": "{name}", "arguments": '
 
-SYNTAXES: Final[Mapping[ToolFormat, Syntax]] = {
-    "hermes": Syntax(
+SYNTAXES: Final[Mapping[ToolFormat, ToolSyntax]] = {
+    "hermes": ToolSyntax(
         "json",
         call_open="<tool_call>\n" + _HERMES_CALL,
         call_close="}\n</tool_call>",
@@ -70,7 +70,7 @@ SYNTAXES: Final[Mapping[ToolFormat, Syntax]] = {
         markers=("</tool_call>",),
         loose=True,
     ),
-    "hermes_list": Syntax(
+    "hermes_list": ToolSyntax(
         "json",
         section_open="<tool_call>",
         call_open=_HERMES_CALL,
@@ -81,7 +81,7 @@ SYNTAXES: Final[Mapping[ToolFormat, Syntax]] = {
         list_close="]",
         loose=True,
     ),
-    "granite": Syntax(
+    "granite": ToolSyntax(
         "json",
         section_open="<|tool_call|>",
         call_open=_HERMES_CALL,
@@ -90,7 +90,7 @@ SYNTAXES: Final[Mapping[ToolFormat, Syntax]] = {
         list_open="[",
         list_close="]",
     ),
-    "phi4": Syntax(
+    "phi4": ToolSyntax(
         "json",
         section_open="<|tool_call|>",
         call_open=_HERMES_CALL,
@@ -101,7 +101,7 @@ SYNTAXES: Final[Mapping[ToolFormat, Syntax]] = {
         list_close="]",
         also_opens=("functools[",),
     ),
-    "mistral": Syntax(
+    "mistral": ToolSyntax(
         "json",
         section_open="[TOOL_CALLS]",
         call_open=_HERMES_CALL,
@@ -110,7 +110,7 @@ SYNTAXES: Final[Mapping[ToolFormat, Syntax]] = {
         list_open="[",
         list_close="]",
     ),
-    "llama3": Syntax(
+    "llama3": ToolSyntax(
         "json",
         call_open='{"name": "{name}", "parameters": ',
         call_close="}",
@@ -118,8 +118,8 @@ SYNTAXES: Final[Mapping[ToolFormat, Syntax]] = {
         also_opens=("<|python_tag|>",),
         bare="{",
     ),
-    "mistral_named": Syntax("named", call_open="[TOOL_CALLS]{name}[ARGS]", markers=("[CALL_ID]",)),
-    "deepseek_v3": Syntax(
+    "mistral_named": ToolSyntax("named", call_open="[TOOL_CALLS]{name}[ARGS]", markers=("[CALL_ID]",)),
+    "deepseek_v3": ToolSyntax(
         "named",
         section_open=_CALLS_BEGIN,
         call_open=_CALL_BEGIN + "function" + _SEPARATOR + "{name}\n```json\n",
@@ -127,14 +127,14 @@ SYNTAXES: Final[Mapping[ToolFormat, Syntax]] = {
         between="\n",
         section_close=_CALLS_END,
     ),
-    "deepseek_v31": Syntax(
+    "deepseek_v31": ToolSyntax(
         "named",
         section_open=_CALLS_BEGIN,
         call_open=_CALL_BEGIN + "{name}" + _SEPARATOR,
         call_close=DEEPSEEK_CALL_END,
         section_close=_CALLS_END,
     ),
-    "qwen3_coder": Syntax(
+    "qwen3_coder": ToolSyntax(
         "tagged",
         call_open="<tool_call>\n<function={name}>\n",
         call_close="</function>\n</tool_call>",
@@ -143,7 +143,7 @@ SYNTAXES: Final[Mapping[ToolFormat, Syntax]] = {
         markers=("</tool_call>",),
         parameter=("<parameter=", ">\n", "\n</parameter>\n"),
     ),
-    "glm": Syntax(
+    "glm": ToolSyntax(
         "tagged",
         call_open="<tool_call>{name}\n",
         call_close="</tool_call>",
@@ -151,10 +151,10 @@ SYNTAXES: Final[Mapping[ToolFormat, Syntax]] = {
         markers=("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
         parameter=("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n"),
     ),
-    "pythonic": Syntax(
+    "pythonic": ToolSyntax(
         "pythonic", call_open="{name}(", call_close=")", between=", ", list_open="[", list_close="]", bare="["
     ),
-    "lfm2": Syntax(
+    "lfm2": ToolSyntax(
         "pythonic",
         section_open="<|tool_call_start|>",
         call_open="{name}(",
@@ -164,7 +164,7 @@ SYNTAXES: Final[Mapping[ToolFormat, Syntax]] = {
         list_open="[",
         list_close="]",
     ),
-    "harmony": Syntax(
+    "harmony": ToolSyntax(
         "harmony",
         call_open="<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>",
         markers=("<|start|>", "<|end|>", "<|call|>", "<|return|>"),

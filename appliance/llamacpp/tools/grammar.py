@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from appliance.core import ReasoningFormat, ToolFormat
-from appliance.llamacpp.tools.formats import SYNTAXES, THINKING, Syntax
-from appliance.llamacpp.tools.offered import Offered
+from appliance.llamacpp.tools.formats import SYNTAXES, THINKING, ToolSyntax
+from appliance.llamacpp.tools.offered import OfferedTools
 
 _GUIDANCE: Final[Mapping[str, Any]] = {
     "whitespace_flexible": False,
@@ -28,10 +28,10 @@ Enforceable = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class ReplyGrammarSpec:
     """What one call's replies are held to. At least one of tools and schema is given."""
 
-    offered: Offered | None
+    offered: OfferedTools | None
     tools: ToolFormat | None
     schema: Mapping[str, Any] | None = None
     """Of the content, where JSON was asked for."""
@@ -41,13 +41,13 @@ class Rules:
     """Texts of control tokens and their ids; whatever else stands in a marker is letters."""
 
 
-def lark_of(rules: Rules, enforceable: Enforceable) -> str:
+def lark_of(rules: ReplyGrammarSpec, enforceable: Enforceable) -> str:
     """The grammar of a reply, beginning where the prompt ends."""
     return _Writer(rules, enforceable).grammar()
 
 
 class _Writer:
-    def __init__(self, rules: Rules, enforceable: Enforceable) -> None:
+    def __init__(self, rules: ReplyGrammarSpec, enforceable: Enforceable) -> None:
         self._rules = rules
         self._specials = rules.specials
         texts = sorted(map(re.escape, self._specials), key=len, reverse=True)
@@ -91,11 +91,11 @@ class _Writer:
     def _content(self) -> str:
         return "TXT" if self._rules.schema is None else _json_rule(self._rules.schema)
 
-    def _plain_words(self, syntax: Syntax) -> str:
+    def _plain_words(self, syntax: ToolSyntax) -> str:
         """Text that cannot be taken for a call."""
         return self._rule("PLAIN", rf"/(\s*[^\s{re.escape(syntax.bare)}](.|\n)*)?/")
 
-    def _bare_openings(self, syntax: Syntax) -> str:
+    def _bare_openings(self, syntax: ToolSyntax) -> str:
         tokens = [f"<[{self._specials[one]}]>" for one in syntax.also_opens if one in self._specials]
         return f"({' | '.join(tokens)})?" if tokens else ""
 
@@ -115,7 +115,7 @@ class _Writer:
 
     # Calls
 
-    def _calls(self, syntax: Syntax) -> str:
+    def _calls(self, syntax: ToolSyntax) -> str:
         """What follows the opening marker: one call or, where that is allowed, several."""
         assert self._rules.offered is not None
         inside = "" if syntax.section_open or syntax.bare else syntax.opening
@@ -143,7 +143,7 @@ class _Writer:
         one = f"({' | '.join(choices)})"
         return f"{one}+ TXT" if self._rules.offered.parallel else one
 
-    def _call(self, syntax: Syntax, name: str, written: str) -> str:
+    def _call(self, syntax: ToolSyntax, name: str, written: str) -> str:
         """One call as a rule, without the part of it that is `written` already."""
         number = list(self._schemas).index(name)
         head = syntax.call_open.replace("{name}", name)[len(written) :]
@@ -151,7 +151,7 @@ class _Writer:
         arguments = self._arguments(syntax, number, self._schemas[name])
         return self._rule(rule, f"{self._literal(head)} {arguments} {self._literal(syntax.call_close)}")
 
-    def _arguments(self, syntax: Syntax, number: int, schema: Mapping[str, Any]) -> str:
+    def _arguments(self, syntax: ToolSyntax, number: int, schema: Mapping[str, Any]) -> str:
         rule = f"args_{number}"
         if syntax.kind not in ("tagged", "pythonic"):
             return self._rule(rule, _json_rule(schema))
@@ -168,7 +168,7 @@ class _Writer:
             parts.append((part, isinstance(required, list) and key in required))
         return self._rule(rule, _joined(parts, '", "' if syntax.kind == "pythonic" else ""))
 
-    def _tagged(self, syntax: Syntax, rule: str, key: str, schema: Mapping[str, Any]) -> str:
+    def _tagged(self, syntax: ToolSyntax, rule: str, key: str, schema: Mapping[str, Any]) -> str:
         before, middle, after = syntax.parameter
         head = f"{self._literal(before + key + middle)}"
         if schema.get("type") == "string" and not isinstance(schema.get("enum"), list):
@@ -180,7 +180,7 @@ class _Writer:
             return f"{head} ({values}) {self._literal(after)}"
         return f"{head} {_json_rule(schema)} {self._literal(after)}"
 
-    def _keyword(self, syntax: Syntax, rule: str, key: str, schema: Mapping[str, Any]) -> str:
+    def _keyword(self, syntax: ToolSyntax, rule: str, key: str, schema: Mapping[str, Any]) -> str:
         value = '("True" | "False")' if schema.get("type") == "boolean" else _json_rule(schema)
         return f"{_quoted(key + '=')} {value}"
 

@@ -4,14 +4,14 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-from appliance.llamacpp.tools.source import Source, Step
+from appliance.llamacpp.tools.source import ReplyCursor, Step
 
 _RECIPIENT: Final = re.compile(r"to=functions\.([\w.-]+)")
 _CHANNEL: Final = re.compile(r"<\|channel\|>\s*(\w+)")
 _HARMONY_ENDS: Final = ("<|end|>", "<|call|>", "<|return|>", "<|start|>", "<|channel|>")
 
 
-def read_harmony(source: Source) -> Step[None]:
+def read_harmony(source: ReplyCursor) -> Step[None]:
     """A whole reply in channels: analysis is reasoning, a recipient makes a call, all else is content."""
     header = ""
     begun = False
@@ -34,13 +34,13 @@ def read_harmony(source: Source) -> Step[None]:
         header = "<|channel|>" if source.text.endswith("<|channel|>", 0, source.position) else ""
 
 
-def _text_before(source: Source, markers: Sequence[str]) -> Step[tuple[str, str]]:
+def _text_before(source: ReplyCursor, markers: Sequence[str]) -> Step[tuple[str, str]]:
     parts: list[str] = []
     marker = yield from source.until(markers, lambda start, stop: parts.append(source.text[start:stop]))
     return "".join(parts), marker
 
 
-def _message(source: Source, channel: str, recipient: re.Match[str] | None) -> Step[bool]:
+def _message(source: ReplyCursor, channel: str, recipient: re.Match[str] | None) -> Step[bool]:
     """One message; false where the reply ends with it."""
     if recipient is not None:
         source.open_call(recipient.group(1))

@@ -13,7 +13,7 @@ _NO_PARAMETERS: Final[Mapping[str, Any]] = {"type": "object", "properties": {}, 
 
 
 @dataclass(frozen=True, slots=True)
-class Offered:
+class OfferedTools:
     tools: Sequence[Mapping[str, Any]]
     """As the caller wrote them; the template shows them to the model."""
     schemas: Mapping[str, Mapping[str, Any]]
@@ -25,7 +25,7 @@ class Offered:
     """Several calls in one reply. A tool that is asked for by name is called once."""
 
 
-def offered_tools(tools: Sequence[Any] | None, choice: Any, parallel: bool | None) -> Offered | None:
+def offered_tools(tools: Sequence[Any] | None, choice: Any, parallel: bool | None) -> OfferedTools | None:
     """None where the model may call nothing. Raises RequestError or Unsupported, naming the field."""
     if not tools:
         if choice == "required" or isinstance(choice, Mapping):
@@ -46,7 +46,7 @@ def offered_tools(tools: Sequence[Any] | None, choice: Any, parallel: bool | Non
         return None
     names, required = _chosen(choice, schemas)
     one = isinstance(choice, Mapping) and choice.get("type") == "function"
-    return Offered(
+    return OfferedTools(
         tools=tools,
         schemas={name: schemas[name] for name in names},
         strict=frozenset(strict),

@@ -7,22 +7,22 @@ from typing import Any, Final
 
 from appliance.core import ReasoningFormat, ToolFormat
 from appliance.errors import ApplianceError
-from appliance.llamacpp.tools.formats import SYNTAXES, THINKING, WRAPPERS, Syntax
+from appliance.llamacpp.tools.formats import SYNTAXES, THINKING, WRAPPERS, ToolSyntax
 from appliance.llamacpp.tools.harmony import read_harmony
-from appliance.llamacpp.tools.source import Cut, Event, Malformed, Source, Step
+from appliance.llamacpp.tools.source import Event, MalformedReply, ReplyCursor, Step, TruncatedReply
 from appliance.llamacpp.tools.syntaxes import read_loose, read_loose_end, read_section
 
 _WHITE: Final = " \t\r\n"
 
 
-class CallBroken(ApplianceError):
+class ToolCallBroken(ApplianceError):
     """The model wrote a call whose arguments are no JSON, after its name had been passed on."""
 
     code = "tool_call_broken"
 
 
 @dataclass(frozen=True, slots=True)
-class ReadAs:
+class ReplySyntaxes:
     """How the replies of one call are to be read."""
 
     tools: ToolFormat | None = None
@@ -36,11 +36,11 @@ class ReadAs:
     """Control tokens whose text the reader must see."""
 
 
-class Reading:
+class ToolReplyParser:
     """One reply. The events of all its pieces together are the same however it was cut."""
 
-    def __init__(self, read_as: ReadAs) -> None:
-        self._source = Source()
+    def __init__(self, read_as: ReplySyntaxes) -> None:
+        self._source = ReplyCursor()
         self._as = read_as
         self._reasoned = False
         self._unread = -1
@@ -79,7 +79,7 @@ class Reading:
         if not self._done:
             try:
                 self._done = next(self._steps, self) is self
-            except Malformed as problem:
+            except MalformedReply as problem:
                 raise _broken(str(problem)) from problem
         if self._done and self._unread < 0 and source.position < len(source.text):
             source.content(source.position, len(source.text))
@@ -93,7 +93,7 @@ class Reading:
     def _reply(self) -> Step[None]:
         source = self._source
         if "harmony" in (self._as.reasoning, self._as.tools):
-            with suppress(Cut):
+            with suppress(TruncatedReply):
                 yield from read_harmony(source)
             source.position = len(source.text)
             return
@@ -108,7 +108,7 @@ class Reading:
             start = source.position
             yield from source.skip()
             begins = False
-            with suppress(Cut):
+            with suppress(TruncatedReply):
                 begins = yield from source.starts(opens)
             if not begins:
                 source.position = start
@@ -132,7 +132,7 @@ class Reading:
         self.thinking = False
         yield from source.skip()
 
-    def _with_calls(self, syntax: Syntax) -> Step[None]:
+    def _with_calls(self, syntax: ToolSyntax) -> Step[None]:
         source = self._source
         if syntax.bare:
             start = source.position
@@ -156,19 +156,19 @@ class Reading:
         behind = source.position
         try:
             yield from read_loose(source, wrapper, self._as.schemas)
-        except Malformed:
+        except MalformedReply:
             if source.call_open:
                 raise
             source.position = behind
             source.content(start, behind)
-        except Cut:
+        except TruncatedReply:
             self._unread = start
             source.position = len(source.text)
         else:
-            with suppress(Cut):
+            with suppress(TruncatedReply):
                 yield from read_loose_end(source)
 
-    def _section(self, syntax: Syntax, marker: str, start: int) -> Step[None]:
+    def _section(self, syntax: ToolSyntax, marker: str, start: int) -> Step[None]:
         """Calls, or, where it turns out that there are none, the text as it stands."""
         source = self._source
         before = source.calls
@@ -176,17 +176,17 @@ class Reading:
             source.position -= 1
         try:
             yield from read_section(source, syntax, marker, self._as.schemas)
-        except Malformed:
+        except MalformedReply:
             if source.call_open:
                 raise
             if source.calls == before:
                 source.position = max(source.position, start + len(marker))
                 source.content(start, source.position)
-        except Cut:
+        except TruncatedReply:
             self._unread = start if source.calls == before else source.position
             self._marked = bool(marker)
             source.position = len(source.text)
 
 
-def _broken(reason: str) -> CallBroken:
-    return CallBroken(f"the model wrote a tool call that cannot be read: {reason}; ask again", status=502)
+def _broken(reason: str) -> ToolCallBroken:
+    return ToolCallBroken(f"the model wrote a tool call that cannot be read: {reason}; ask again", status=502)

@@ -21,16 +21,16 @@ _INSIDE: Final = re.compile(r'[^"\\]+|["\\]')
 _SCALAR_ENDS: Final = frozenset(",}]<;)" + _SPACE)
 
 
-class Malformed(Exception):
+class MalformedReply(Exception):
     """What stands here is no call in the expected form."""
 
 
-class Cut(Exception):
+class TruncatedReply(Exception):
     """The reply ended inside a call."""
 
 
 @dataclass(frozen=True, slots=True)
-class Content:
+class ContentDelta:
     """Text for the user. `start` is where it stands in the reply, in characters."""
 
     text: str
@@ -38,28 +38,28 @@ class Content:
 
 
 @dataclass(frozen=True, slots=True)
-class Reasoning:
+class ReasoningDelta:
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class CallOpened:
+class ToolCallStart:
     index: int
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class CallArguments:
+class ToolCallArgumentsDelta:
     """A piece of the JSON text of a call's arguments."""
 
     index: int
     text: str
 
 
-Event = Content | Reasoning | CallOpened | CallArguments
+Event = ContentDelta | ReasoningDelta | ToolCallStart | ToolCallArgumentsDelta
 
 
-class Source:
+class ReplyCursor:
     """The reply so far, how far it has been read, and what was found in it. Replies are bounded by the context."""
 
     def __init__(self) -> None:
@@ -84,13 +84,13 @@ class Source:
                 self._space_from = begin
             return
         end = start + len(kept)
-        self._add(Content(self.text[begin:end], begin))
+        self._add(ContentDelta(self.text[begin:end], begin))
         self._space_from = end if end < stop else -1
 
     def flush_space(self) -> None:
         """The white space that waited is content after all."""
         if self._space_from >= 0:
-            self._add(Content(self.text[self._space_from : self.position], self._space_from))
+            self._add(ContentDelta(self.text[self._space_from : self.position], self._space_from))
         self._space_from = -1
 
     def drop_space(self) -> None:
@@ -98,19 +98,19 @@ class Source:
 
     def reasoning(self, text: str) -> None:
         if text:
-            self._add(Reasoning(text))
+            self._add(ReasoningDelta(text))
 
     def open_call(self, name: str) -> None:
         if not name:
-            raise Malformed("a call without a name")
+            raise MalformedReply("a call without a name")
         self.drop_space()
-        self._add(CallOpened(self.calls, name))
+        self._add(ToolCallStart(self.calls, name))
         self.call_open, self._arguments = True, []
 
     def arguments(self, text: str) -> None:
         if text:
             self._arguments.append(text)
-            self._add(CallArguments(self.calls, text))
+            self._add(ToolCallArgumentsDelta(self.calls, text))
 
     def close_call(self) -> None:
         """Raises Malformed unless the arguments are a JSON object."""
@@ -118,7 +118,7 @@ class Source:
         if not written.strip():
             self.arguments("{}")
         elif not isinstance(parsed(written), dict):
-            raise Malformed(f"arguments that are no JSON object: {written:.80}")
+            raise MalformedReply(f"arguments that are no JSON object: {written:.80}")
         self.calls += 1
         self.call_open = False
 
@@ -130,7 +130,7 @@ class Source:
     def more(self) -> Step[None]:
         """Wait for more text. Raises Cut where none can come."""
         if self.ended:
-            raise Cut
+            raise TruncatedReply
         yield
 
     def peek(self) -> Step[str]:
@@ -162,7 +162,7 @@ class Source:
 
     def take(self, literal: str) -> Step[None]:
         if not (yield from self.starts(literal)):
-            raise Malformed(f"{literal!r} is missing") if (yield from self.peek()) else Cut
+            raise MalformedReply(f"{literal!r} is missing") if (yield from self.peek()) else TruncatedReply
 
     def until(self, markers: Sequence[str], give: Callable[[int, int], None], *, inside: bool = False) -> Step[str]:
         """Pass all text before the first of `markers` to `give` (as start and stop) and take the marker.
@@ -192,14 +192,14 @@ class Source:
         parts: list[str] = []
         marker = yield from self.until(markers, lambda start, stop: parts.append(self.text[start:stop]))
         if not marker:
-            raise Cut
+            raise TruncatedReply
         return "".join(parts), marker
 
     def json(self, sink: Sink) -> Step[None]:
         """Pass one JSON value to `sink` as it comes."""
         first = yield from self.skip()
         if not first:
-            raise Cut
+            raise TruncatedReply
         if first in "{[":
             yield from self._nested(sink)
         elif first == '"':
@@ -213,7 +213,7 @@ class Source:
         yield from self.json(parts.append)
         value = parsed("".join(parts))
         if value is _NOTHING:
-            raise Malformed("no JSON")
+            raise MalformedReply("no JSON")
         return value
 
     def _nested(self, sink: Sink) -> Step[None]:
@@ -235,7 +235,7 @@ class Source:
                 elif not inside and token in "{}[]" and len(token) == 1:
                     depth += 1 if token in "{[" else -1
                     if depth > MAX_NESTING:
-                        raise Malformed("nested too deeply")
+                        raise MalformedReply("nested too deeply")
                     if depth == 0:
                         sink(self.text[start : self.position])
                         return
@@ -258,7 +258,7 @@ class Source:
         while (sign := (yield from self.peek())) and sign not in _SCALAR_ENDS:
             self.position += 1
         if not sign:
-            raise Cut
+            raise TruncatedReply
         sink(self.text[start : self.position])
 
 

@@ -5,8 +5,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from appliance.llamacpp.tools.formats import DEEPSEEK_CALL_END, WRAPPERS, Syntax
-from appliance.llamacpp.tools.source import Cut, Malformed, Source, Step, is_value, parsed
+from appliance.llamacpp.tools.formats import DEEPSEEK_CALL_END, WRAPPERS, ToolSyntax
+from appliance.llamacpp.tools.source import MalformedReply, ReplyCursor, Step, TruncatedReply, is_value, parsed
 
 Schemas = Mapping[str, Mapping[str, Any]]
 """The parameters' JSON schema of every tool that was offered, by name."""
@@ -17,7 +17,7 @@ _SPACE: Final = " \t\r\n"
 _MAX_NAME: Final = 256
 
 
-def read_section(source: Source, syntax: Syntax, opened_by: str, schemas: Schemas) -> Step[None]:
+def read_section(source: ReplyCursor, syntax: ToolSyntax, opened_by: str, schemas: Schemas) -> Step[None]:
     """All calls of one section. Raises Malformed or Cut; `source.call_open` tells whether a call was under way."""
     match syntax.kind:
         case "json":
@@ -33,7 +33,7 @@ def read_section(source: Source, syntax: Syntax, opened_by: str, schemas: Schema
 # {"name": ..., "arguments": ...}, alone or in a list
 
 
-def _json_calls(source: Source, syntax: Syntax) -> Step[None]:
+def _json_calls(source: ReplyCursor, syntax: ToolSyntax) -> Step[None]:
     closing = syntax.section_close or syntax.call_close.lstrip("}").strip()
     listed = False
     before = source.calls
@@ -49,17 +49,17 @@ def _json_calls(source: Source, syntax: Syntax) -> Step[None]:
         elif called and not listed:
             break
         else:
-            raise Malformed("a call was expected") if sign else Cut
+            raise MalformedReply("a call was expected") if sign else TruncatedReply
     if listed:
         yield from source.take("]")
         yield from source.skip()
     elif source.calls == before:
-        raise Malformed("a call was expected")
+        raise MalformedReply("a call was expected")
     if closing:
         yield from source.starts(closing)
 
 
-def read_loose(source: Source, wrapper: str, schemas: Schemas) -> Step[None]:
+def read_loose(source: ReplyCursor, wrapper: str, schemas: Schemas) -> Step[None]:
     """A call's JSON that may follow a wrapper or a brace. Raises Malformed where it is another text."""
     if wrapper != "{":
         yield from source.skip()
@@ -68,19 +68,19 @@ def read_loose(source: Source, wrapper: str, schemas: Schemas) -> Step[None]:
     yield from _keyword(source, '"name"')
     name = yield from source.collect_json()
     if not isinstance(name, str) or name not in schemas:
-        raise Malformed("no tool of that name")
+        raise MalformedReply("no tool of that name")
     yield from source.skip()
     yield from source.take(",")
     yield from source.skip()
     yield from _keyword(source, '"arguments"', '"parameters"')
     if (yield from source.skip()) != "{":
-        raise Malformed("no arguments")
+        raise MalformedReply("no arguments")
     source.open_call(name)
     yield from source.json(source.arguments)
     source.close_call()
 
 
-def read_loose_end(source: Source) -> Step[None]:
+def read_loose_end(source: ReplyCursor) -> Step[None]:
     """What may stand behind such a call: braces, commas and the end of its wrapper."""
     while (sign := (yield from source.skip(_SPACE + "},]"))) in ("`", "<"):
         start = source.position
@@ -97,14 +97,14 @@ def read_loose_end(source: Source) -> Step[None]:
         return
 
 
-def _keyword(source: Source, *words: str) -> Step[None]:
+def _keyword(source: ReplyCursor, *words: str) -> Step[None]:
     key = yield from _key(source)
     if f'"{key}"' not in words:
-        raise Malformed("another key")
+        raise MalformedReply("another key")
     yield from source.skip()
 
 
-def _optional(source: Source, closing: str) -> Step[None]:
+def _optional(source: ReplyCursor, closing: str) -> Step[None]:
     """The closing marker, with white space before it, if it stands there."""
     start = source.position
     yield from source.skip()
@@ -112,17 +112,17 @@ def _optional(source: Source, closing: str) -> Step[None]:
         source.position = start
 
 
-def _json_call(source: Source) -> Step[None]:
+def _json_call(source: ReplyCursor) -> Step[None]:
     start = source.position
     try:
         yield from _json_object(source)
-    except (Malformed, Cut):
+    except (MalformedReply, TruncatedReply):
         if not source.call_open:
             source.position = start
         raise
 
 
-def _json_object(source: Source) -> Step[None]:
+def _json_object(source: ReplyCursor) -> Step[None]:
     source.position += 1
     name = held = ""
     while (sign := (yield from source.skip())) != "}":
@@ -133,7 +133,7 @@ def _json_object(source: Source) -> Step[None]:
         if key in _NAME_KEYS and not name:
             value = yield from source.collect_json()
             if not isinstance(value, str) or not value:
-                raise Malformed("a name that is no text")
+                raise MalformedReply("a name that is no text")
             name = value
             source.open_call(name)
             source.arguments(held)
@@ -143,24 +143,24 @@ def _json_object(source: Source) -> Step[None]:
             yield from source.json(_ignored)
     source.position += 1
     if not name:
-        raise Malformed("a call without a name")
+        raise MalformedReply("a call without a name")
     source.close_call()
 
 
-def _key(source: Source) -> Step[str]:
+def _key(source: ReplyCursor) -> Step[str]:
     sign = yield from source.peek()
     if not sign:
-        raise Cut
+        raise TruncatedReply
     if sign != '"':
-        raise Malformed("a key was expected")
+        raise MalformedReply("a key was expected")
     key = yield from source.collect_json()
     if (yield from source.skip()) != ":":
-        raise Malformed("a colon is missing") if (yield from source.peek()) else Cut
+        raise MalformedReply("a colon is missing") if (yield from source.peek()) else TruncatedReply
     source.position += 1
     return str(key)
 
 
-def _arguments(source: Source, *, streamed: bool) -> Step[str]:
+def _arguments(source: ReplyCursor, *, streamed: bool) -> Step[str]:
     """Arguments, passed on at once where the name is known; a string is taken for the JSON that it holds."""
     sign = yield from source.skip()
     if sign == "{" and streamed:
@@ -187,7 +187,7 @@ def _ignored(text: str) -> None:
 # NAME<separator>{...}
 
 
-def _named_calls(source: Source, syntax: Syntax) -> Step[None]:
+def _named_calls(source: ReplyCursor, syntax: ToolSyntax) -> Step[None]:
     if not syntax.section_open:
         if (yield from source.skip()) == "[":
             yield from _json_calls(source, syntax)  # models of the family that still write a list
@@ -204,7 +204,7 @@ def _named_calls(source: Source, syntax: Syntax) -> Step[None]:
         if not (yield from source.starts(opening)):
             if source.ended and source.calls:
                 return
-            raise Malformed("a call was expected") if (yield from source.peek()) else Cut
+            raise MalformedReply("a call was expected") if (yield from source.peek()) else TruncatedReply
         if fenced:
             yield from source.take(before.removeprefix(opening))
             yield from _named_call(source, "\n```json\n")
@@ -216,14 +216,14 @@ def _named_calls(source: Source, syntax: Syntax) -> Step[None]:
         yield from source.starts(DEEPSEEK_CALL_END)
 
 
-def _named_call(source: Source, *separators: str) -> Step[None]:
+def _named_call(source: ReplyCursor, *separators: str) -> Step[None]:
     name, separator = yield from source.collect_until((*separators, "{"))
     if separator == "[CALL_ID]":
         _, separator = yield from source.collect_until(("[ARGS]", "{"))
     if separator == "{":
         source.position -= 1
     if len(name) > _MAX_NAME:
-        raise Malformed("too long a name")
+        raise MalformedReply("too long a name")
     source.open_call(name.strip().partition("\n")[0])
     yield from source.json(source.arguments)
     source.close_call()
@@ -232,7 +232,7 @@ def _named_call(source: Source, *separators: str) -> Step[None]:
 # <parameter=KEY>VALUE</parameter>
 
 
-def _tagged_call(source: Source, syntax: Syntax, opened_by: str, schemas: Schemas) -> Step[None]:
+def _tagged_call(source: ReplyCursor, syntax: ToolSyntax, opened_by: str, schemas: Schemas) -> Step[None]:
     ends: tuple[str, ...] = ("</arg_value>",)
     if "<function=" in syntax.call_open:
         if opened_by != "<function=":
@@ -247,7 +247,7 @@ def _tagged_call(source: Source, syntax: Syntax, opened_by: str, schemas: Schema
         key_opens, key_shuts, value_opens, closes = "<arg_key>", "</arg_key>", "<arg_value>", "</tool_call>"
     name = name.strip()
     if len(name) > _MAX_NAME:
-        raise Malformed("too long a name")
+        raise MalformedReply("too long a name")
     source.open_call(name)
     properties = schemas.get(name, {}).get("properties")
     first = True
@@ -272,14 +272,14 @@ def _tagged_call(source: Source, syntax: Syntax, opened_by: str, schemas: Schema
         yield from _optional(source, "</tool_call>")
 
 
-def _tagged_value(source: Source, schema: Any, ends: tuple[str, ...]) -> Step[None]:
+def _tagged_value(source: ReplyCursor, schema: Any, ends: tuple[str, ...]) -> Step[None]:
     if _types(schema) == {"string"}:
         source.arguments('"')
         marker = yield from source.until(
             ends, lambda start, stop: source.arguments(_json(source.text[start:stop])[1:-1]), inside=True
         )
         if not marker:
-            raise Cut
+            raise TruncatedReply
         source.arguments('"')
         return
     text, _ = yield from source.collect_until(ends)
@@ -328,7 +328,7 @@ def _json(value: Any) -> str:
 # name(key=value, ...)
 
 
-def _pythonic_calls(source: Source, syntax: Syntax) -> Step[None]:
+def _pythonic_calls(source: ReplyCursor, syntax: ToolSyntax) -> Step[None]:
     if not syntax.bare:
         yield from source.skip()
         yield from source.take("[")
@@ -346,10 +346,10 @@ def _pythonic_calls(source: Source, syntax: Syntax) -> Step[None]:
         yield from _optional(source, syntax.section_close)
 
 
-def _pythonic_call(source: Source) -> Step[None]:
+def _pythonic_call(source: ReplyCursor) -> Step[None]:
     name = yield from _word(source, ".-")
     if (yield from source.peek()) != "(":
-        raise Malformed("no call") if (yield from source.peek()) else Cut
+        raise MalformedReply("no call") if (yield from source.peek()) else TruncatedReply
     source.position += 1
     source.open_call(name)
     first = True
@@ -368,19 +368,19 @@ def _pythonic_call(source: Source) -> Step[None]:
     source.close_call()
 
 
-def _word(source: Source, more: str = "") -> Step[str]:
+def _word(source: ReplyCursor, more: str = "") -> Step[str]:
     start = source.position
     while (sign := (yield from source.peek())) and (sign.isalnum() or sign == "_" or sign in more):
         source.position += 1
     word = source.text[start : source.position]
     if not sign:
-        raise Cut
+        raise TruncatedReply
     if not word or len(word) > _MAX_NAME or not (word[0].isalpha() or word[0] == "_"):
-        raise Malformed("a name was expected")
+        raise MalformedReply("a name was expected")
     return word
 
 
-def _literal(source: Source) -> Step[str]:
+def _literal(source: ReplyCursor) -> Step[str]:
     """A Python or JSON literal up to the comma or bracket that ends it, as JSON."""
     yield from source.skip()
     start, depth, quote = source.position, 0, ""
@@ -389,7 +389,7 @@ def _literal(source: Source) -> Step[str]:
             if sign == "\\":
                 source.position += 1
                 if not (yield from source.peek()):
-                    raise Cut
+                    raise TruncatedReply
             elif sign == quote:
                 quote = ""
         elif sign in "'\"":
@@ -401,7 +401,7 @@ def _literal(source: Source) -> Step[str]:
         elif sign in "]})":
             depth -= 1
         source.position += 1
-    raise Cut
+    raise TruncatedReply
 
 
 def _as_json(text: str) -> str:
@@ -410,4 +410,4 @@ def _as_json(text: str) -> str:
     try:
         return json.dumps(ast.literal_eval(text), ensure_ascii=False, allow_nan=False)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
-        raise Malformed(f"no literal: {text:.80}") from error
+        raise MalformedReply(f"no literal: {text:.80}") from error

@@ -1,6 +1,7 @@
 """What was measured of a model on this machine, when that still holds, and which variant and thread count follow. Pure.
 
-The figures come from `python -m appliance.llamacpp.calibrate.program`; `calibrator` runs it, `calibration_store` keeps them.
+The figures come from `python -m appliance.llamacpp.calibrate.program`. `calibrator` runs it; `calibration_store` keeps
+them.
 """
 
 import math
@@ -8,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from appliance.config import Tolerance, Workload
+from appliance.config import ToleranceSettings, Workload
 
 Extent = Literal["short", "full"]
 
@@ -17,7 +18,7 @@ _AS_GOOD_SHARE: Final = 0.03
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class MeasuredRate:
     """One measured speed, in tokens a second over all sequences together."""
 
     kind: Literal["prefill", "decode"]
@@ -41,7 +42,7 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
-class Quality:
+class VariantQuality:
     """A variant's answers beside its source's."""
 
     questions: int
@@ -63,13 +64,13 @@ class VariantFigures:
     """Memory it took with a context of 2,048 tokens."""
     derived_seconds: float | None
     """None: the file was there already."""
-    quality: Quality | None
+    quality: VariantQuality | None
     """None for the source, and where it was not measured."""
-    figures: tuple[Figure, ...]
+    figures: tuple[MeasuredRate, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class LeftOut:
+class SkippedVariant:
     what: str
     reason: str
 
@@ -81,7 +82,7 @@ class Measurement:
     source: str
     parameters: int
     variants: tuple[VariantFigures, ...]
-    left_out: tuple[LeftOut, ...]
+    left_out: tuple[SkippedVariant, ...]
     llama_cpp: str
     system: str
     """What llama.cpp says it was built for."""
@@ -94,7 +95,7 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class CalibrationKey:
     """What figures rest on. Another value of any of these, and they are measured again."""
 
     hardware: str
@@ -104,7 +105,7 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    key: Key
+    key: CalibrationKey
     extent: Extent
     measured_at: str
     """ISO 8601, UTC."""
@@ -117,7 +118,7 @@ class Calibration:
         return 2 * sum(figure.disturbed for figure in figures) > len(figures)
 
 
-def stale_reason(known: Key, now: Key) -> str | None:
+def stale_reason(known: CalibrationKey, now: CalibrationKey) -> str | None:
     """Why figures of `known` do not hold any more; None where they do."""
     reasons = []
     if known.hardware != now.hardware:
@@ -148,7 +149,7 @@ def _merged_variant(old: VariantFigures, new: VariantFigures | None) -> VariantF
 
 
 @dataclass(frozen=True, slots=True)
-class Mix:
+class WorkloadMix:
     """What a workload asks of an engine: one request's tokens, and how many run at once."""
 
     words: str
@@ -157,16 +158,16 @@ class Mix:
     sequences: int
 
 
-MIXES: Final[Mapping[Workload, Mix]] = {
-    "prefill": Mix("decisions and extraction", prompt_tokens=256, output_tokens=2, sequences=8),
-    "balanced": Mix("a mix of reading and writing", prompt_tokens=300, output_tokens=100, sequences=8),
-    "decode": Mix("writing", prompt_tokens=100, output_tokens=400, sequences=8),
+MIXES: Final[Mapping[Workload, WorkloadMix]] = {
+    "prefill": WorkloadMix("decisions and extraction", prompt_tokens=256, output_tokens=2, sequences=8),
+    "balanced": WorkloadMix("a mix of reading and writing", prompt_tokens=300, output_tokens=100, sequences=8),
+    "decode": WorkloadMix("writing", prompt_tokens=100, output_tokens=400, sequences=8),
 }
 """Assumptions, good enough to tell variants apart; the order of the variants hardly depends on the exact numbers."""
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class VariantChoice:
     variant: str
     threads: int
     reason: str
@@ -192,11 +193,11 @@ class _Option:
 def choose(
     measurement: Measurement,
     workload: Workload,
-    tolerance: Tolerance,
+    tolerance: ToleranceSettings,
     *,
     threads: int | None = None,
     available: Collection[str] | None = None,
-) -> Choice | None:
+) -> VariantChoice | None:
     """The variant and thread count that do the most of `workload`, among variants that answer as their source does.
 
     `threads`: fixed by the operator; then the nearest measured count speaks for it. `available`: variants whose files
@@ -222,10 +223,10 @@ def choose(
     sentences += _why_not_others(chosen, options, refused, gone)
     if not by_clock:
         sentences.append("Other programs held the cores meanwhile, so these are reckoned from CPU time.")
-    return Choice(chosen.variant.name, threads or chosen.threads, " ".join(sentences))
+    return VariantChoice(chosen.variant.name, threads or chosen.threads, " ".join(sentences))
 
 
-def _options(variant: VariantFigures, mix: Mix, fixed_threads: int | None, by_clock: bool) -> list[_Option]:
+def _options(variant: VariantFigures, mix: WorkloadMix, fixed_threads: int | None, by_clock: bool) -> list[_Option]:
     """One for each thread count. Where other programs held the cores, only the most threads are thought of: who was
     busy then may be gone tomorrow, and a choice of fewer threads would stay."""
     measured = sorted({figure.threads for figure in variant.figures})
@@ -235,7 +236,7 @@ def _options(variant: VariantFigures, mix: Mix, fixed_threads: int | None, by_cl
     return options if by_clock else options[-1:]
 
 
-def _option(variant: VariantFigures, threads: int, mix: Mix, by_clock: bool) -> _Option | None:
+def _option(variant: VariantFigures, threads: int, mix: WorkloadMix, by_clock: bool) -> _Option | None:
     rates = [
         (figure.kind, figure.sequences, figure.tokens_per_second if by_clock else figure.undisturbed)
         for figure in variant.figures
@@ -274,7 +275,7 @@ def _best(options: Sequence[_Option], source: str) -> _Option | None:
     return min(good, key=lambda option: (option.variant.name != source, option.variant.size_bytes, option.threads))
 
 
-def _refusal(variant: VariantFigures, measurement: Measurement, tolerance: Tolerance) -> str | None:
+def _refusal(variant: VariantFigures, measurement: Measurement, tolerance: ToleranceSettings) -> str | None:
     """Why a variant's answers are not taken for its source's; None where they are."""
     if variant.name == measurement.source:
         return None
@@ -292,14 +293,14 @@ def _refusal(variant: VariantFigures, measurement: Measurement, tolerance: Toler
     return None
 
 
-def _may_differ(questions: int, tolerance: Tolerance) -> int:
+def _may_differ(questions: int, tolerance: ToleranceSettings) -> int:
     """How many labels. One always, unless all are asked for: of a short form's few questions one is more than the
     tolerance, and says nothing. What spoils a model shows in the divergence as well."""
     share = 1 - tolerance.label_agreement
     return 0 if share == 0 else max(1, math.floor(share * questions))
 
 
-def _first_sentence(chosen: _Option, source: _Option, rivals: int, mix: Mix, workload: Workload) -> str:
+def _first_sentence(chosen: _Option, source: _Option, rivals: int, mix: WorkloadMix, workload: Workload) -> str:
     threads = f"{chosen.threads} thread{'s' if chosen.threads > 1 else ''}"
     start = f"{chosen.variant.name} with {threads} does {chosen.words} at {mix.sequences} sequences"
     if chosen.variant.name == source.variant.name:

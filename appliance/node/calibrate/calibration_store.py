@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from appliance.errors import ApplianceError, BackendGarbage
 from appliance.llamacpp.kernels.library import identity
-from appliance.node.calibrate.calibration import Calibration, Key, Measurement, stale_reason
+from appliance.node.calibrate.calibration import Calibration, CalibrationKey, Measurement, stale_reason
 
 _DISTRIBUTION: Final = "llama-cpp-python"
 _FORMAT: Final = 1
@@ -30,7 +30,7 @@ class CalibrationStore:
     def __init__(self, data_dir: Path) -> None:
         self.folder = data_dir / "calibration"
 
-    def read(self, model: str, source: str, key: Key) -> tuple[Calibration | None, str | None]:
+    def read(self, model: str, source: str, key: CalibrationKey) -> tuple[Calibration | None, str | None]:
         """The calibration that holds for `key`; else None, and why an older one does not, if there is one."""
         reason = None
         # This machine's own first: what it says is the nearest reason.

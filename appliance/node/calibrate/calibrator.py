@@ -15,10 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Final
 
-from appliance.config import Tolerance
+from appliance.config import ToleranceSettings
 from appliance.engines.llamacpp import ENVIRONMENT, LlamaCpp
 from appliance.errors import ApplianceError, EngineFailed, OperatorError, UnknownModel
-from appliance.node.calibrate.calibration import MIXES, Calibration, Extent, Key, Measurement, choose, merged
+from appliance.node.calibrate.calibration import MIXES, Calibration, CalibrationKey, Extent, Measurement, choose, merged
 from appliance.node.calibrate.calibration_store import (
     CalibrationStore,
     file_identity,
@@ -27,7 +27,7 @@ from appliance.node.calibrate.calibration_store import (
 )
 from appliance.node.hardware.probe import Hardware
 from appliance.node.models.model_store import ModelStore
-from appliance.node.plan.planner import Wanted
+from appliance.node.plan.planner import ModelCandidate
 from appliance.node.supervise.launcher import minimal_environment
 
 _OVERTIME_SECONDS: Final = 30.0
@@ -35,7 +35,7 @@ _OVERTIME_SECONDS: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Effort:
+class CalibrationEffort:
     """How much is measured."""
 
     variants: tuple[str, ...]
@@ -46,30 +46,32 @@ class Effort:
     seconds: float
 
 
-SHORT: Final = Effort(variants=("bf16", "q8_0"), sequences=(8, 1, 32), figure_seconds=0.2, texts=16, seconds=28.0)
+SHORT: Final = CalibrationEffort(
+    variants=("bf16", "q8_0"), sequences=(8, 1, 32), figure_seconds=0.2, texts=16, seconds=28.0
+)
 """For a first start: the two forms that keep the most of a source's quality. On two idle cores it takes two thirds of
 the time for a model of 135 million parameters; where others use the cores too it leaves out what decides least."""
-FULL: Final = Effort(
+FULL: Final = CalibrationEffort(
     variants=("bf16", "q8_0", "q4_0"), sequences=(8, 1, 4, 16, 32), figure_seconds=1.0, texts=1000, seconds=1800.0
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class CalibrationOrder:
     """What is to be measured of `source`, and how thoroughly."""
 
-    source: Wanted
-    key: Key
+    source: ModelCandidate
+    key: CalibrationKey
     extent: Extent
     variants: tuple[str, ...]
     threads: tuple[int, ...]
-    tolerance: Tolerance
+    tolerance: ToleranceSettings
     keep_all: bool = False
     """Whether derived files are kept that no workload would choose: the operator asked for them by name."""
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class CalibrationStep:
     """A piece of work that begins."""
 
     done: int
@@ -77,23 +79,23 @@ class Step:
     what: str
 
 
-def key_of(source: Wanted, hardware: Hardware, store: ModelStore) -> Key:
+def key_of(source: ModelCandidate, hardware: Hardware, store: ModelStore) -> CalibrationKey:
     """What figures of `source` on this machine rest on. Its file must be there."""
     stored = store.find(source.model.name, source.variant.name)
     proven = stored.sha256 if stored is not None and stored.unchanged and stored.path == source.path else None
-    return Key(hardware.fingerprint, file_identity(source.path, proven), llama_cpp_identity())
+    return CalibrationKey(hardware.fingerprint, file_identity(source.path, proven), llama_cpp_identity())
 
 
 def order_of(
-    source: Wanted,
-    key: Key,
+    source: ModelCandidate,
+    key: CalibrationKey,
     extent: Extent,
     *,
     cores: int,
-    tolerance: Tolerance,
+    tolerance: ToleranceSettings,
     variants: Sequence[str] | None = None,
     threads: Sequence[int] | None = None,
-) -> Order:
+) -> CalibrationOrder:
     """An order with what was not named filled in.
 
     A name that the catalogue has for a published file is never derived; UnknownModel where it was asked for.
@@ -106,7 +108,7 @@ def order_of(
                 f"appliance models pull {source.model.name} --variant {name}"
             )
     names = _effort(extent).variants if variants is None else variants
-    return Order(
+    return CalibrationOrder(
         source=source,
         key=key,
         extent=extent,
@@ -125,12 +127,15 @@ def _thread_counts(cores: int, extent: Extent) -> tuple[int, ...]:
     return tuple(sorted(counts, reverse=True))
 
 
-def _effort(extent: Extent) -> Effort:
+def _effort(extent: Extent) -> CalibrationEffort:
     return FULL if extent == "full" else SHORT
 
 
 def calibrate(
-    order: Order, models: ModelStore, calibrations: CalibrationStore, report: Callable[[Step], None]
+    order: CalibrationOrder,
+    models: ModelStore,
+    calibrations: CalibrationStore,
+    report: Callable[[CalibrationStep], None],
 ) -> Calibration:
     """Measure, keep the derived files that are of use, and remember the figures.
 
@@ -153,14 +158,14 @@ def calibrate(
     return calibration
 
 
-def _check_enough(order: Order, measurement: Measurement) -> None:
+def _check_enough(order: CalibrationOrder, measurement: Measurement) -> None:
     """A short form that had no time for any variant says nothing that is worth remembering."""
     if order.extent == "short" and order.variants and len(measurement.variants) == 1:
         why = "; ".join(f"{left.what}: {left.reason}" for left in measurement.left_out)
         raise ApplianceError(f"no variant beside {measurement.source} could be measured ({why})")
 
 
-def _file_of(order: Order, variant: str, models: ModelStore) -> Path:
+def _file_of(order: CalibrationOrder, variant: str, models: ModelStore) -> Path:
     """The variant's file where it was made from this source; else where it is to be made."""
     stored = models.find(order.source.model.name, variant)
     if stored is not None and stored.unchanged and stored.derived_from == order.key.file:
@@ -169,7 +174,7 @@ def _file_of(order: Order, variant: str, models: ModelStore) -> Path:
     return models.draft_of(order.source.model.name, variant)
 
 
-def _keep(order: Order, measurement: Measurement, files: dict[str, Path], models: ModelStore) -> None:
+def _keep(order: CalibrationOrder, measurement: Measurement, files: dict[str, Path], models: ModelStore) -> None:
     """Take over what was derived and some workload would choose; the rest would only fill the disk."""
     model, source = order.source.model.name, order.source.variant.name
     choices = [choose(measurement, workload, order.tolerance) for workload in MIXES]
@@ -181,7 +186,7 @@ def _keep(order: Order, measurement: Measurement, files: dict[str, Path], models
             models.adopt(model, variant.name, source=source, derived_from=order.key.file)
 
 
-def _run(order: Order, files: dict[str, Path], report: Callable[[Step], None]) -> Measurement:
+def _run(order: CalibrationOrder, files: dict[str, Path], report: Callable[[CalibrationStep], None]) -> Measurement:
     """The program's result. Its process is gone when this returns or raises."""
     effort = _effort(order.extent)
     leash_read, leash_write = os.pipe()
@@ -217,7 +222,7 @@ def _run(order: Order, files: dict[str, Path], report: Callable[[Step], None]) -
     return read_measurement(result)
 
 
-def _options(order: Order, files: dict[str, Path], effort: Effort) -> list[str]:
+def _options(order: CalibrationOrder, files: dict[str, Path], effort: CalibrationEffort) -> list[str]:
     words = ["--source", f"{order.source.variant.name}={order.source.path}"]
     for name, path in files.items():
         words += ["--variant", f"{name}={path}"]
@@ -226,7 +231,7 @@ def _options(order: Order, files: dict[str, Path], effort: Effort) -> list[str]:
     return [*words, "--seconds", str(effort.seconds)]
 
 
-def _listen(process: "subprocess.Popen[bytes]", report: Callable[[Step], None]) -> Any:
+def _listen(process: "subprocess.Popen[bytes]", report: Callable[[CalibrationStep], None]) -> Any:
     """The result among the program's lines; None where it ended without one."""
     assert process.stdout is not None
     result = None
@@ -237,7 +242,7 @@ def _listen(process: "subprocess.Popen[bytes]", report: Callable[[Step], None]) 
             except ValueError:
                 continue
             if message.get("event") == "progress":
-                report(Step(int(message["done"]), int(message["total"]), str(message["what"])))
+                report(CalibrationStep(int(message["done"]), int(message["total"]), str(message["what"])))
             elif message.get("event") == "result":
                 result = message.get("result")
     return result
@@ -252,7 +257,7 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
             return
 
 
-def _last_words(code: int, errors: IO[bytes], effort: Effort) -> str:
+def _last_words(code: int, errors: IO[bytes], effort: CalibrationEffort) -> str:
     errors.seek(0)
     said = LlamaCpp().last_words(errors.read().decode("utf-8", "replace").splitlines())
     if code == -signal.SIGKILL and not said:

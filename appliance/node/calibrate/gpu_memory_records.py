@@ -14,7 +14,7 @@ from typing import Annotated, Final
 from pydantic import Field, TypeAdapter, ValidationError
 
 from appliance.engines.base import Placement
-from appliance.engines.vllm_memory import Overheads
+from appliance.engines.vllm_memory import VllmOverheads
 from appliance.node.hardware.nvidia import Gpus
 from appliance.node.plan.gpu_fit import RecordKey
 
@@ -36,7 +36,9 @@ class _Row:
 _ROWS: TypeAdapter[list[_Row]] = TypeAdapter(list[_Row])
 
 
-def measured(placement: Placement, weights_bytes: int, before: Gpus, after: Gpus) -> tuple[RecordKey, Overheads] | None:
+def measured(
+    placement: Placement, weights_bytes: int, before: Gpus, after: Gpus
+) -> tuple[RecordKey, VllmOverheads] | None:
     """What `placement` holds on each of its devices, from readings before its start and once it was ready.
 
     `weights_bytes`: on each device, as its log says. None where a device did not tell its memory or others came and
@@ -56,22 +58,22 @@ def measured(placement: Placement, weights_bytes: int, before: Gpus, after: Gpus
         return None
     names = {one.uuid or str(one.index): one.name for one in before.devices}
     kind, split = names[placement.gpu.devices[0]], placement.gpu.tensor_parallel
-    return (placement.model, placement.variant, kind, split), Overheads(weights_bytes, other)
+    return (placement.model, placement.variant, kind, split), VllmOverheads(weights_bytes, other)
 
 
-def read_records(home: Path) -> dict[RecordKey, Overheads]:
+def read_records(home: Path) -> dict[RecordKey, VllmOverheads]:
     """What was measured so far; nothing where the file is missing or cannot be understood: then it is measured anew."""
     try:
         rows = _ROWS.validate_json((home / "gpu_records.json").read_bytes())
     except (OSError, ValidationError):
         return {}
     return {
-        (row.model, row.variant, row.device, row.tensor_parallel): Overheads(row.weights_bytes, row.other_bytes)
+        (row.model, row.variant, row.device, row.tensor_parallel): VllmOverheads(row.weights_bytes, row.other_bytes)
         for row in rows
     }
 
 
-def remember(home: Path, found: Iterable[tuple[RecordKey, Overheads]]) -> None:
+def remember(home: Path, found: Iterable[tuple[RecordKey, VllmOverheads]]) -> None:
     """Add to what was measured; the newest figure of each key counts. Raises OSError where the folder is not ours."""
     records = {**read_records(home), **dict(found)}
     rows = [asdict(_Row(*key, one.weights_bytes, one.other_bytes)) for key, one in sorted(records.items())]

@@ -37,7 +37,7 @@ _FASTER: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class FolderFacts:
     """The data directory, or the nearest folder above it that exists."""
 
     path: str
@@ -87,7 +87,7 @@ class EngineBuild:
 
 
 @dataclass(frozen=True, slots=True)
-class Secret:
+class SecretFacts:
     """A provider's key or an own API key's place: whether it is there, and who may read it."""
 
     provider: str
@@ -98,13 +98,13 @@ class Secret:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class DoctorFacts:
     """Everything that the checks look at."""
 
     cpu: Cpu
     ram: Ram
     gpus: GpuFacts
-    place: Place
+    place: FolderFacts
     ledger: LedgerFacts
     build: EngineBuild
     address: str
@@ -121,7 +121,7 @@ class Facts:
     cpu_meter: str
     """Why energy of processors is or is not metered."""
     has_cpu_meter: bool
-    secrets: tuple[Secret, ...] = ()
+    secrets: tuple[SecretFacts, ...] = ()
     models: tuple[ModelFacts, ...] = ()
     packages: tuple[str, ...] = ()
     """What is missing or of another version than it ought to be, one sentence each."""
@@ -134,7 +134,7 @@ class Facts:
     """Variables that steer threads, those that are set."""
 
 
-def examine(facts: Facts) -> tuple[Finding, ...]:
+def examine(facts: DoctorFacts) -> tuple[Finding, ...]:
     """All checks, in the order in which somebody would mend what they find."""
     checks = (
         _config,
@@ -157,7 +157,7 @@ def examine(facts: Facts) -> tuple[Finding, ...]:
     return (*found, *gpu_findings(facts.gpus))
 
 
-def _config(facts: Facts) -> Iterator[Finding]:
+def _config(facts: DoctorFacts) -> Iterator[Finding]:
     if facts.config_problem is not None:
         yield Finding(
             "configuration", "error", facts.config_problem, "correct the file; everything below is by defaults"
@@ -173,7 +173,7 @@ def _config(facts: Facts) -> Iterator[Finding]:
         yield Finding("configuration", "ok", facts.config_path or "none: everything is by its default")
 
 
-def _place(facts: Facts) -> Iterator[Finding]:
+def _place(facts: DoctorFacts) -> Iterator[Finding]:
     place = facts.place
     if not place.is_writable:
         text = f"{place.path} cannot be written by this user"
@@ -191,7 +191,7 @@ def _place(facts: Facts) -> Iterator[Finding]:
         yield Finding("data directory", "ok", place.path if place.exists else f"to be made in {place.path}")
 
 
-def _disk(facts: Facts) -> Iterator[Finding]:
+def _disk(facts: DoctorFacts) -> Iterator[Finding]:
     place = facts.place
     text = f"{place.free_bytes / 1e9:.1f} GB are free at {place.path}"
     if place.free_bytes < _LEAST_FREE_BYTES:
@@ -205,7 +205,7 @@ def _disk(facts: Facts) -> Iterator[Finding]:
         yield Finding("disk", "ok", text)
 
 
-def _ledger(facts: Facts) -> Iterator[Finding]:
+def _ledger(facts: DoctorFacts) -> Iterator[Finding]:
     ledger = facts.ledger
     if ledger.problem is not None:
         what, _, remedy = ledger.problem.rpartition("; ")
@@ -216,7 +216,7 @@ def _ledger(facts: Facts) -> Iterator[Finding]:
         yield Finding("ledger", "ok", f"{ledger.place} is sound")
 
 
-def _clock(facts: Facts) -> Iterator[Finding]:
+def _clock(facts: DoctorFacts) -> Iterator[Finding]:
     last = facts.ledger.last_at
     remedy = "set it, and keep it so: timedatectl set-ntp true"
     if facts.clock_steps_back:
@@ -233,7 +233,7 @@ def _clock(facts: Facts) -> Iterator[Finding]:
         yield Finding("clock", "ok", "not behind the ledger, and steady")
 
 
-def _address(facts: Facts) -> Iterator[Finding]:
+def _address(facts: DoctorFacts) -> Iterator[Finding]:
     match facts.address_held:
         case "free":
             yield Finding("address", "ok", f"{facts.address} is free")
@@ -252,7 +252,7 @@ def _address(facts: Facts) -> Iterator[Finding]:
         yield Finding("API keys", "error", text, "appliance keys create NAME, or listen on 127.0.0.1")
 
 
-def _secrets(facts: Facts) -> Iterator[Finding]:
+def _secrets(facts: DoctorFacts) -> Iterator[Finding]:
     for secret in facts.secrets:
         name = f"key of {secret.provider}"
         if secret.problem is not None:
@@ -264,7 +264,7 @@ def _secrets(facts: Facts) -> Iterator[Finding]:
             yield Finding(name, "ok", f"from {secret.source}")
 
 
-def _processor(facts: Facts) -> Iterator[Finding]:
+def _processor(facts: DoctorFacts) -> Iterator[Finding]:
     cpu, text = facts.cpu, f"{facts.cpu.usable_cores} usable cores: {facts.cpu.usable_reason}"
     if facts.quota_cores is not None and facts.quota_cores < 1:
         yield Finding(
@@ -281,7 +281,7 @@ def _processor(facts: Facts) -> Iterator[Finding]:
         yield Finding("processor", "ok", text)
 
 
-def _memory(facts: Facts) -> Iterator[Finding]:
+def _memory(facts: DoctorFacts) -> Iterator[Finding]:
     usable = facts.ram.usable_bytes
     text = f"{usable / 1e9:.1f} GB usable: {facts.ram.usable_reason}"
     limited = facts.ram.limit is not None and facts.ram.limit.left_bytes <= usable
@@ -294,7 +294,7 @@ def _memory(facts: Facts) -> Iterator[Finding]:
         yield Finding("memory", "ok", text)
 
 
-def _build(facts: Facts) -> Iterator[Finding]:
+def _build(facts: DoctorFacts) -> Iterator[Finding]:
     build = facts.build
     remedy = "rm -rf .venv ~/.cache/appliance/wheels && scripts/setup builds it for this processor"
     if build.exit_code == -4:
@@ -319,7 +319,7 @@ def _build(facts: Facts) -> Iterator[Finding]:
         yield Finding("kernels", "ok", build.kernels or f"llama.cpp's own: {build.kernels_missing}")
 
 
-def _threads(facts: Facts) -> Iterator[Finding]:
+def _threads(facts: DoctorFacts) -> Iterator[Finding]:
     set_here, cores = facts.environment, facts.cpu.usable_cores
     wanted = set_here.get("OMP_NUM_THREADS", "")
     if wanted.isdigit() and int(wanted) > cores:
@@ -335,7 +335,7 @@ def _threads(facts: Facts) -> Iterator[Finding]:
         yield Finding("threads", "ok", "nothing in the environment steers them")
 
 
-def _files(facts: Facts) -> Iterator[Finding]:
+def _files(facts: DoctorFacts) -> Iterator[Finding]:
     needed = facts.max_connections * _FILES_A_CONNECTION + _FILES_BESIDES
     text = f"{facts.files_limit:,} open files are allowed, {needed:,} may be needed"
     if facts.files_limit < needed:
@@ -346,14 +346,14 @@ def _files(facts: Facts) -> Iterator[Finding]:
         yield Finding("open files", "ok", text)
 
 
-def _packages(facts: Facts) -> Iterator[Finding]:
+def _packages(facts: DoctorFacts) -> Iterator[Finding]:
     for sentence in facts.packages:
         yield Finding("packages", "error", sentence, "scripts/setup")
     if not facts.packages:
         yield Finding("packages", "ok", f"{facts.packages_seen} are as pinned")
 
 
-def _models(facts: Facts) -> Iterator[Finding]:
+def _models(facts: DoctorFacts) -> Iterator[Finding]:
     for model in facts.models:
         if model.problem is not None:
             remedy = f"appliance models remove {model.name.split()[0]}, then pull it again"
@@ -367,7 +367,7 @@ def _models(facts: Facts) -> Iterator[Finding]:
         yield Finding("model", "ok", f"{sound} lie here and are what was pulled" if sound else "none here yet")
 
 
-def _meter(facts: Facts) -> Iterator[Finding]:
+def _meter(facts: DoctorFacts) -> Iterator[Finding]:
     if facts.has_cpu_meter:
         yield Finding("energy meter", "ok", f"processors are metered: {facts.cpu_meter}")
     else:

@@ -21,12 +21,20 @@ from typing import Final
 from sqlalchemy import func, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from appliance.config import Engine, NodeConfig, Provider
+from appliance.config import EngineSettings, NodeConfig, Provider
 from appliance.config.loader import read_secret
 from appliance.errors import ApplianceError, ConfigError, LedgerUnavailable
 from appliance.ledger.database import explained, open_reader, place_of
 from appliance.ledger.tables import decisions
-from appliance.node.doctor.checks import EngineBuild, Facts, Held, LedgerFacts, ModelFacts, Place, Secret
+from appliance.node.doctor.checks import (
+    DoctorFacts,
+    EngineBuild,
+    FolderFacts,
+    Held,
+    LedgerFacts,
+    ModelFacts,
+    SecretFacts,
+)
 from appliance.node.doctor.gpu_checks import GpuFacts, VllmFacts
 from appliance.node.energy.meters import find_rapl
 from appliance.node.hardware.cgroup import read_quota
@@ -81,13 +89,13 @@ def gather(
     config_path: Path | None,
     config_problem: str | None,
     full: bool,
-) -> Facts:
+) -> DoctorFacts:
     """Read everything. Seconds: models up to 1 GB are read, all of them with `full`."""
     hardware = probe()
     rapl, quota = find_rapl(), read_quota(Path("/"))
     missing, seen = _packages()
     server = config.server
-    return Facts(
+    return DoctorFacts(
         cpu=hardware.cpu,
         ram=hardware.ram,
         gpus=gpu_facts(hardware.gpus, config.engine, home),
@@ -117,11 +125,11 @@ def gather(
     )
 
 
-def place(home: Path) -> Place:
+def place(home: Path) -> FolderFacts:
     """The data directory, or what is there of its path."""
     found = next((folder for folder in (home, *home.parents) if folder.exists()), Path("/"))
     state, room = found.stat(), os.statvfs(found)
-    return Place(
+    return FolderFacts(
         path=str(found),
         exists=found == home,
         is_writable=os.access(found, os.W_OK | os.X_OK),
@@ -175,13 +183,13 @@ def held(host: str, port: int, home: Path) -> Held:
     return "free"
 
 
-def secret(provider: Provider) -> Secret:
+def secret(provider: Provider) -> SecretFacts:
     source = f"the environment variable {provider.key_env}" if provider.key_env else str(provider.key_file)
     try:
         read_secret(provider)
     except ConfigError as error:
-        return Secret(provider.name, source, str(error))
-    return Secret(provider.name, source, mode=None if provider.key_env else _mode(Path(source).expanduser()))
+        return SecretFacts(provider.name, source, str(error))
+    return SecretFacts(provider.name, source, mode=None if provider.key_env else _mode(Path(source).expanduser()))
 
 
 def model_facts(model: StoredModel, *, full: bool) -> ModelFacts:
@@ -205,7 +213,7 @@ def model_facts(model: StoredModel, *, full: bool) -> ModelFacts:
     return ModelFacts(name, problem)
 
 
-def gpu_facts(gpus: Gpus, engine: Engine, home: Path, root: Path = Path("/")) -> GpuFacts:
+def gpu_facts(gpus: Gpus, engine: EngineSettings, home: Path, root: Path = Path("/")) -> GpuFacts:
     vllm, problem = None, None
     try:
         found = chosen(engine, os.environ)

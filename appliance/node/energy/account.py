@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from appliance.node.energy.meters import CPU_METER, Reading
+from appliance.node.energy.meters import CPU_METER, MeterReading
 
 _MOST_WATTS: Final = 20_000.0
 """More than any one meter's device takes: the counter did not run on, it was another's, or began anew."""
@@ -26,7 +26,7 @@ _LEAST_BUSY_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class EngineWork:
     """What one engine did since the last sample."""
 
     target: str
@@ -42,7 +42,7 @@ class Work:
     """False while it loads: that takes power, and no request is charged with it."""
 
 
-def joules_between(before: Reading, now: Reading, seconds: float) -> float | None:
+def joules_between(before: MeterReading, now: MeterReading, seconds: float) -> float | None:
     """What one meter counted; None where the two readings do not tell: the driver was loaded anew, or they are too far
     apart for a meter without a counter."""
     if seconds <= 0:
@@ -111,12 +111,12 @@ class EnergyAccount:
 
     def __init__(self) -> None:
         self._at: float | None = None
-        self._before: dict[str, Reading] = {}
+        self._before: dict[str, MeterReading] = {}
         self._meters: dict[str, _Meter] = {}
         self._sums: dict[str, _Sum] = {}
 
     def take(
-        self, at: float, readings: Sequence[Reading], works: Sequence[Work], machine_cpu_seconds: float
+        self, at: float, readings: Sequence[MeterReading], works: Sequence[EngineWork], machine_cpu_seconds: float
     ) -> Mapping[str, float]:
         """Target -> extra watts while busy, for every engine of which enough was metered by now.
 
@@ -154,7 +154,7 @@ class EnergyAccount:
         return {name: watts for name, meter in self._meters.items() if (watts := meter.idle_watts) is not None}
 
     def _split(
-        self, name: str, joules: float | None, seconds: float, using: Sequence[Work], machine_cpu_seconds: float
+        self, name: str, joules: float | None, seconds: float, using: Sequence[EngineWork], machine_cpu_seconds: float
     ) -> Mapping[str, float] | None:
         """Of one meter and interval: joules for each target; None where it cannot be told."""
         meter = self._meters.setdefault(name, _Meter())
@@ -172,7 +172,7 @@ class EnergyAccount:
         whole = max(machine_cpu_seconds, sum(shares.values())) if of_cpu else sum(shares.values())
         return {target: extra * share / whole for target, share in shares.items()} if whole > 0 else None
 
-    def _book(self, work: Work, shares: Sequence[Mapping[str, float] | None]) -> None:
+    def _book(self, work: EngineWork, shares: Sequence[Mapping[str, float] | None]) -> None:
         """Joules and the engine time they were used in belong together: either both are counted or neither."""
         if not (work.is_active and work.is_ready and shares) or any(one is None for one in shares):
             return
@@ -180,7 +180,7 @@ class EnergyAccount:
         self._sums.setdefault(work.target, _Sum()).add(joules, work.busy_seconds)
 
 
-def _meters_of(work: Work, readings: Sequence[Reading]) -> frozenset[str]:
+def _meters_of(work: EngineWork, readings: Sequence[MeterReading]) -> frozenset[str]:
     """Those that count what it does; empty where one of its devices has none, since a part is not the whole."""
     cpu = frozenset(reading.meter for reading in readings if reading.meter == CPU_METER)
     if work.devices is None:

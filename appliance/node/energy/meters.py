@@ -13,7 +13,7 @@ CPU_METER: Final = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class MeterReading:
     """One meter at one moment. A meter without a counter tells its power alone."""
 
     meter: str
@@ -33,7 +33,7 @@ class NvmlMeters:
     def __init__(self, nvml: Any | None) -> None:
         self._nvml, self._is_open = nvml, False
 
-    def read(self) -> Sequence[Reading]:
+    def read(self) -> Sequence[MeterReading]:
         """Microseconds a device. Not for several threads at once."""
         nvml = self._nvml
         if nvml is None:
@@ -63,13 +63,13 @@ class NvmlMeters:
                 self._nvml.nvmlShutdown()
 
 
-def _gpu_reading(nvml: Any, index: int) -> Reading:
+def _gpu_reading(nvml: Any, index: int) -> MeterReading:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     uuid = word(ask(nvml, "nvmlDeviceGetUUID", handle)) or str(index)
     millijoules = ask(nvml, "nvmlDeviceGetTotalEnergyConsumption", handle)
     milliwatts = ask(nvml, "nvmlDeviceGetPowerUsage", handle)
     limit = ask(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle)
-    return Reading(
+    return MeterReading(
         meter=f"gpu {uuid}",
         joules=None if millijoules is None else millijoules / 1000,
         watts=None if milliwatts is None else milliwatts / 1000,
@@ -97,7 +97,7 @@ def _parts(nvml: Any, handle: Any) -> Sequence[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Zone:
+class RaplZone:
     """One RAPL counter."""
 
     name: str
@@ -106,14 +106,14 @@ class Zone:
 
 
 @dataclass(frozen=True, slots=True)
-class Rapl:
+class RaplZones:
     """The processors' counters, or why there are none that can be read."""
 
-    zones: tuple[Zone, ...]
+    zones: tuple[RaplZone, ...]
     reason: str
 
 
-def find_rapl(root: Path = Path("/")) -> Rapl:
+def find_rapl(root: Path = Path("/")) -> RaplZones:
     """Packages, and memory where it is metered apart (it is not in its package's counter). Intel's and AMD's processors
     both stand under the name intel-rapl; psys and cores are left out, since they would be counted twice.
 
@@ -122,33 +122,37 @@ def find_rapl(root: Path = Path("/")) -> Rapl:
     folder = root / "sys/class/powercap"
     found = [zone for path in sorted(folder.glob("intel-rapl:*")) if (zone := _zone(path)) is not None]
     if not found:
-        return Rapl((), "the kernel shows no power meter of the processor (/sys/class/powercap is empty or not there)")
+        return RaplZones(
+            (), "the kernel shows no power meter of the processor (/sys/class/powercap is empty or not there)"
+        )
     for zone in found:
         try:
             (zone.folder / "energy_uj").read_bytes()
         except OSError as error:
             path = "/" + str((zone.folder / "energy_uj").relative_to(root))
-            return Rapl((), f"{path} cannot be read ({error.strerror}): root alone may, unless others are allowed to")
-    return Rapl(tuple(found), f"{len(found)} counters: {', '.join(zone.name for zone in found)}")
+            return RaplZones(
+                (), f"{path} cannot be read ({error.strerror}): root alone may, unless others are allowed to"
+            )
+    return RaplZones(tuple(found), f"{len(found)} counters: {', '.join(zone.name for zone in found)}")
 
 
-def _zone(folder: Path) -> Zone | None:
+def _zone(folder: Path) -> RaplZone | None:
     name = _text(folder / "name")
     if not name.startswith("package") and name != "dram":
         return None
     span = _text(folder / "max_energy_range_uj")
-    return Zone(name, folder, int(span) / 1e6 if span.isdigit() else None)
+    return RaplZone(name, folder, int(span) / 1e6 if span.isdigit() else None)
 
 
 class RaplMeters:
     """The processors as one meter: readings that a counter's new beginning does not disturb."""
 
-    def __init__(self, rapl: Rapl) -> None:
+    def __init__(self, rapl: RaplZones) -> None:
         self._zones = rapl.zones
         self._before: dict[str, float] = {}
         self._joules = 0.0
 
-    def read(self) -> Sequence[Reading]:
+    def read(self) -> Sequence[MeterReading]:
         """One reading for all zones, or none where one of them could not be read."""
         now: dict[str, float] = {}
         for zone in self._zones:
@@ -164,7 +168,7 @@ class RaplMeters:
             grown = now[name] - self._before.get(name, now[name])
             self._joules += grown if grown >= 0 else grown + (zone.wraps_joules or -grown)
         self._before = now
-        return (Reading(CPU_METER, self._joules),)
+        return (MeterReading(CPU_METER, self._joules),)
 
 
 def _text(path: Path) -> str:

@@ -16,10 +16,10 @@ import structlog
 
 from appliance.core import CostBasis, EngineLoad
 from appliance.engines.rates import busy_seconds
-from appliance.node.energy.account import EnergyAccount, Work
-from appliance.node.energy.meters import NvmlMeters, RaplMeters, Reading, find_rapl
-from appliance.node.supervise.engine_supervisor import Keeper
-from appliance.node.supervise.status import Signals
+from appliance.node.energy.account import EnergyAccount, EngineWork
+from appliance.node.energy.meters import MeterReading, NvmlMeters, RaplMeters, find_rapl
+from appliance.node.supervise.engine_supervisor import EngineSupervisor
+from appliance.node.supervise.status import StatusPublisher
 
 SAMPLE_SECONDS: Final = 2.0
 _LOOK_AGAIN_SECONDS: Final = 30.0
@@ -29,19 +29,19 @@ _log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
-class Meters:
+class EnergyMeters:
     """Every meter that this machine has and this program may read. Blocking; not for several threads at once."""
 
     gpus: NvmlMeters
     cpu: RaplMeters
 
     @classmethod
-    def open(cls, nvml: Any | None, root: Path = Path("/")) -> "Meters":
+    def open(cls, nvml: Any | None, root: Path = Path("/")) -> "EnergyMeters":
         rapl = find_rapl(root)
         _log.info("power meters", cpu=rapl.reason, gpus="NVML" if nvml is not None else "no driver")
         return cls(NvmlMeters(nvml), RaplMeters(rapl))
 
-    def read(self) -> Sequence[Reading]:
+    def read(self) -> Sequence[MeterReading]:
         return (*self.gpus.read(), *self.cpu.read())
 
     def close(self) -> None:
@@ -64,9 +64,9 @@ class EnergySampler:
 
     def __init__(
         self,
-        keepers: Callable[[], Sequence[Keeper]],
-        signals: Signals,
-        meters: Meters,
+        keepers: Callable[[], Sequence[EngineSupervisor]],
+        signals: StatusPublisher,
+        meters: EnergyMeters,
         clock: Callable[[], float] = time.monotonic,
         machine_cpu_seconds: Callable[[], float] | None = None,
     ) -> None:
@@ -109,7 +109,7 @@ class EnergySampler:
             watts[target] = round(metered, 3), "measured"
         self._signals.set_watts(watts)
 
-    def _work(self, keeper: Keeper, cpu_seconds: float) -> Work:
+    def _work(self, keeper: EngineSupervisor, cpu_seconds: float) -> EngineWork:
         name, load, gpu = keeper.target.name, keeper.load, keeper.placement.gpu
         known = self._known.setdefault(name, _Known())
         before, known.load = known.load, load
@@ -121,7 +121,7 @@ class EnergySampler:
             moved = load.steps != before.steps
             if prefilled >= 0 and written >= 0:  # else it has been started anew
                 seconds = busy_seconds(load, prefilled, written) or 0.0
-        return Work(
+        return EngineWork(
             target=name,
             devices=None if gpu is None else frozenset(gpu.devices),
             is_active=is_starting or keeper.is_busy or moved,
@@ -130,7 +130,9 @@ class EnergySampler:
             is_ready=load is not None and before is not None,
         )
 
-    def _read(self, engines: Sequence[tuple[str, int | None]]) -> tuple[Sequence[Reading], Mapping[str, float], float]:
+    def _read(
+        self, engines: Sequence[tuple[str, int | None]]
+    ) -> tuple[Sequence[MeterReading], Mapping[str, float], float]:
         readings = self._meters.read()
         has_cpu_meter = any(not one.covers for one in readings)
         machine, before = self._machine_cpu_seconds() if has_cpu_meter else 0.0, self._cpu_before

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from appliance.node.hardware.nvidia import GpuReader, Gpus
-from appliance.node.supervise.status import Signals
+from appliance.node.supervise.status import StatusPublisher
 
 _SECONDS: Final = 10.0
 _HOT_REASONS: Final = frozenset({"hardware slowdown", "hardware thermal slowdown", "power brake"})
@@ -35,7 +35,7 @@ def troubles(gpus: Gpus, seen: Gpus) -> Mapping[str, str]:
     return found
 
 
-async def watch_gpus(signals: Signals, nvml: Any, seconds: float = _SECONDS) -> None:
+async def watch_gpus(signals: StatusPublisher, nvml: Any, seconds: float = _SECONDS) -> None:
     """Warn of what is wrong and take the warning back once it is over. Runs until cancelled."""
     reader = GpuReader(nvml)
     said: set[str] = set()

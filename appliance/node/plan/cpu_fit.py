@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Final
 
-from appliance.config import Engine as EngineConfig
-from appliance.engines.base import Engine, Memory, Placement, Shape
+from appliance.config import EngineSettings as EngineConfig
+from appliance.engines.base import EngineAdapter, EngineMemory, EngineShape, Placement
 from appliance.node.hardware.probe import Hardware
-from appliance.node.plan.models import Wanted, settings_of
+from appliance.node.plan.models import ModelCandidate, settings_of
 
 _RESERVE_BYTES: Final = 300_000_000
 """For the router and its ledger; 5 % of the memory is kept where that is more."""
@@ -22,7 +22,7 @@ _MOST_SEQUENCES: Final = 32
 """On two cores 32 sequences generate 1.2 to 2.2 times what 8 do together."""
 _ROUNDING_TOKENS: Final = 256
 
-_MemoryOf = Callable[[int], Memory]
+_MemoryOf = Callable[[int], EngineMemory]
 """Cells -> what the engine then holds."""
 _FOR_GPUS: Final = frozenset({"FP8", "MXFP4", "NVFP4"})
 """Precisions of safetensors that no processor here computes with."""
@@ -37,7 +37,7 @@ def usable_bytes(hardware: Hardware) -> tuple[int, str]:
 
 
 def place_on_cpu(
-    hardware: Hardware, engine: Engine, item: Wanted, config: EngineConfig, left_bytes: int
+    hardware: Hardware, engine: EngineAdapter, item: ModelCandidate, config: EngineConfig, left_bytes: int
 ) -> Placement | str:
     """The placement, or why there is none."""
     if engine.kind == "vllm" and item.variant.quantisation in _FOR_GPUS:
@@ -56,7 +56,7 @@ def place_on_cpu(
         sequences = max(1, context // _CELLS_PER_SEQUENCE)
         sequences_reason = f"{sequences} sequences, so that each has {_CELLS_PER_SEQUENCE} tokens of context"
     memory = engine.memory(item.model, item.variant, context_tokens=context, sequences=sequences)
-    shape = Shape(
+    shape = EngineShape(
         threads=threads,
         context_tokens=context,
         sequences=sequences,
@@ -78,7 +78,7 @@ def place_on_cpu(
     )
 
 
-def _threads(hardware: Hardware, item: Wanted, config: EngineConfig) -> tuple[int, str]:
+def _threads(hardware: Hardware, item: ModelCandidate, config: EngineConfig) -> tuple[int, str]:
     cores = hardware.cpu.usable_cores
     if config.threads is not None:
         return config.threads, f"{config.threads} threads, as configured ({hardware.cpu.usable_reason})"
@@ -95,13 +95,13 @@ def _sequences(hardware: Hardware, config: EngineConfig) -> tuple[int, str]:
 
 
 def _fit_context(
-    engine: Engine, item: Wanted, config: EngineConfig, sequences: int, left_bytes: int
+    engine: EngineAdapter, item: ModelCandidate, config: EngineConfig, sequences: int, left_bytes: int
 ) -> tuple[int, str] | str:
     """KV cells for all sequences together and the reason, or why not even the least fits."""
     trained = item.model.context_tokens
     least = min(_MIN_CONTEXT_TOKENS, trained) if config.context_tokens is None else config.context_tokens
 
-    def memory(cells: int) -> Memory:
+    def memory(cells: int) -> EngineMemory:
         return engine.memory(item.model, item.variant, context_tokens=cells, sequences=sequences)
 
     if memory(least).total_bytes > left_bytes:
@@ -140,7 +140,7 @@ def _largest_context(memory: _MemoryOf, wish: int, limit_bytes: int) -> int:
     return low * _ROUNDING_TOKENS
 
 
-def _own(item: Wanted, config: EngineConfig) -> EngineConfig:
+def _own(item: ModelCandidate, config: EngineConfig) -> EngineConfig:
     """`config` with what the operator set for this model alone."""
     if item.wish is None:
         return config

@@ -11,16 +11,16 @@ from itertools import groupby
 from typing import Final
 
 from appliance.catalog import ModelSpec
-from appliance.config import Engine as EngineConfig
 from appliance.config import EngineModel
-from appliance.engines.base import Engine, GpuShare, Memory, Placement, Shape
-from appliance.engines.vllm_memory import Overheads, device_memory, refusal, remark, splits
+from appliance.config import EngineSettings as EngineConfig
+from appliance.engines.base import EngineAdapter, EngineMemory, EngineShape, GpuShare, Placement
+from appliance.engines.vllm_memory import VllmOverheads, device_memory, refusal, remark, splits
 from appliance.node.hardware.gpu_devices import Device
-from appliance.node.plan.models import Wanted, settings_of
+from appliance.node.plan.models import ModelCandidate, settings_of
 
 RecordKey = tuple[str, str, str, int]
 """Model, variant, name of the device, devices a copy is split over."""
-Records = Mapping[RecordKey, Overheads]
+Records = Mapping[RecordKey, VllmOverheads]
 
 _MIN_CONTEXT_TOKENS: Final = 2_048
 _FULL_CONTEXT_TOKENS: Final = 16_384
@@ -43,14 +43,14 @@ _ROUNDS: Final = 4
 
 
 @dataclass(slots=True)
-class Claim:
+class GpuRequest:
     """What one model is about to get."""
 
-    item: Wanted
+    item: ModelCandidate
     devices: tuple[Device, ...]
     tensor_parallel: int
     data_parallel: int
-    base: Memory
+    base: EngineMemory
     """On each device, without KV cache."""
     sequences: int
     batch_tokens: int
@@ -64,7 +64,7 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
-class Fitting:
+class GpuFit:
     """Memory that is left on each device, by key, while models are being given devices."""
 
     devices: tuple[Device, ...]
@@ -75,21 +75,23 @@ class Fitting:
     is_alone: bool
     """Nobody else wants these devices: idle ones may carry further copies."""
 
-    def claim(self, items: Sequence[Wanted]) -> Claim | str:
+    def claim(self, items: Sequence[ModelCandidate]) -> GpuRequest | str:
         """Devices for one model in the best of these variants; or why in none, of the one that came nearest."""
         shortfalls: list[tuple[int, str]] = []
         for gentle in (True, False):
             for comfortable in (True, False) if not gentle else (True,):
                 for item, devices in self._options(items, gentle):
                     found = self._try(item, devices, comfortable)
-                    if isinstance(found, Claim):
+                    if isinstance(found, GpuRequest):
                         return found
                     shortfalls.append(found)
         for item in items:  # a split that the operator asked for, or a precision, that no device can do
             shortfalls += [(1 << 62, reason) for reason in self._impossible(item)]
         return min(shortfalls, key=lambda pair: pair[0])[1] if shortfalls else "no GPU can be used"
 
-    def _options(self, items: Sequence[Wanted], gentle: bool) -> Iterator[tuple[Wanted, tuple[Device, ...]]]:
+    def _options(
+        self, items: Sequence[ModelCandidate], gentle: bool
+    ) -> Iterator[tuple[ModelCandidate, tuple[Device, ...]]]:
         """Variants with the devices for one copy: fewest devices first, then in the order of the variants."""
         for size in _SPLITS:
             for item in items:
@@ -98,7 +100,7 @@ class Fitting:
                 for group in self._groups(item, size):
                     yield item, group
 
-    def _groups(self, item: Wanted, size: int) -> Iterator[tuple[Device, ...]]:
+    def _groups(self, item: ModelCandidate, size: int) -> Iterator[tuple[Device, ...]]:
         """Devices of one kind that may hold one copy of `item` split over `size` of them, the best group first."""
         wish = _wish(item)
         if wish.tensor_parallel not in (None, size) or (size > 1 and not splits(item.model, size)):
@@ -115,7 +117,9 @@ class Fitting:
     def _allowed(self, wish: EngineModel) -> list[Device]:
         return [device for device in self.devices if wish.gpus is None or device.index in wish.gpus]
 
-    def _try(self, item: Wanted, devices: tuple[Device, ...], comfortable: bool) -> Claim | tuple[int, str]:
+    def _try(
+        self, item: ModelCandidate, devices: tuple[Device, ...], comfortable: bool
+    ) -> GpuRequest | tuple[int, str]:
         """A claim on these devices; or by how much it does not fit and how to say so."""
         wish, size, smallest = _wish(item), len(devices), min(one.total_bytes for one in devices)
         batch, sequences = _step(smallest, wish, comfortable)
@@ -145,12 +149,12 @@ class Fitting:
             can = f"{len(copies)} of the devices it may use can do it"
             return 1, f"{wish.data_parallel} copies on {size} devices each were asked for; {can}"
         most = min(limit - base.total_bytes, max(kv, cache.useful(sequences)))
-        claim = Claim(item, copies, size, len(copies) // size, base, sequences, batch, kv, most)
+        claim = GpuRequest(item, copies, size, len(copies) // size, base, sequences, batch, kv, most)
         for device in copies:
             self.left[device.key] -= claim.bytes_each
         return claim
 
-    def _copies(self, item: Wanted, devices: tuple[Device, ...], needed: int) -> tuple[Device, ...]:
+    def _copies(self, item: ModelCandidate, devices: tuple[Device, ...], needed: int) -> tuple[Device, ...]:
         """`devices`, and those of further copies: as many as were asked for, or all idle ones where nobody else is."""
         wish, size = _wish(item), len(devices)
         wanted = wish.data_parallel or (len(self.devices) if self.is_alone else 1)
@@ -164,7 +168,7 @@ class Fitting:
         copies = min(wanted, 1 + len(same) // size)
         return (*devices, *same[: (copies - 1) * size])
 
-    def _impossible(self, item: Wanted) -> Iterator[str]:
+    def _impossible(self, item: ModelCandidate) -> Iterator[str]:
         wish = _wish(item)
         allowed = self._allowed(wish)
         if not allowed:
@@ -225,7 +229,7 @@ class _Cache:
         return min(trained, max(low * _ROUNDING_TOKENS, 256))
 
 
-def share_out(claims: Sequence[Claim], left: dict[str, int]) -> None:
+def share_out(claims: Sequence[GpuRequest], left: dict[str, int]) -> None:
     """Give what is left of each device to those on it, by their demand, as far as they can use it.
 
     A copy gets on all its devices what the fullest of them can give.
@@ -245,7 +249,7 @@ def share_out(claims: Sequence[Claim], left: dict[str, int]) -> None:
                 left[device.key] -= offer
 
 
-def placement_of(claim: Claim, engine: Engine, config: EngineConfig) -> Placement:
+def placement_of(claim: GpuRequest, engine: EngineAdapter, config: EngineConfig) -> Placement:
     """The claim as a placement, with the reasons for its figures."""
     item, wish, size = claim.item, _wish(claim.item), claim.tensor_parallel
     cache = _Cache(item.model, wish.kv_dtype, size, claim.batch_tokens)
@@ -272,7 +276,7 @@ def placement_of(claim: Claim, engine: Engine, config: EngineConfig) -> Placemen
         variant=item.variant.name,
         engine=engine.kind,
         path=item.path,
-        shape=Shape(
+        shape=EngineShape(
             threads=1,
             context_tokens=tokens,
             sequences=sequences,
@@ -300,7 +304,7 @@ def placement_of(claim: Claim, engine: Engine, config: EngineConfig) -> Placemen
 _REMEDY: Final = "choose a smaller model or variant, more devices, or free memory"
 
 
-def _wish(item: Wanted) -> EngineModel:
+def _wish(item: ModelCandidate) -> EngineModel:
     return item.wish or EngineModel(name=item.model.name)
 
 

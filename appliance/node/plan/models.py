@@ -6,12 +6,12 @@ from pathlib import Path
 
 from appliance.catalog import ModelSpec, Variant
 from appliance.config import EngineModel
-from appliance.engines.base import Engine, Placement
+from appliance.engines.base import EngineAdapter, Placement
 from appliance.engines.vllm import as_settings
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ModelCandidate:
     """A model that ought to be served, in one variant. `path` is where its file lies, or will lie once pulled."""
 
     model: ModelSpec
@@ -46,7 +46,7 @@ class Plan:
     """Memory that engines may hold together on each device, by the name that CUDA_VISIBLE_DEVICES takes."""
 
 
-def settings_of(engine: Engine, item: Wanted, options: Sequence[str]) -> tuple[tuple[str, str], ...]:
+def settings_of(engine: EngineAdapter, item: ModelCandidate, options: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """Options of the engine for this model: its family's, the catalogue's, the operator's; later ones count."""
     settings = {**dict(engine.settings(item.model)), **item.model.settings.get(engine.kind, {})}
     if engine.kind == "vllm":

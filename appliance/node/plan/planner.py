@@ -11,24 +11,24 @@ from pathlib import Path
 from typing import Final
 
 from appliance.catalog import EngineKind
-from appliance.config import Engine as EngineConfig
-from appliance.engines.base import Engine, Placement
+from appliance.config import EngineSettings as EngineConfig
+from appliance.engines.base import EngineAdapter, Placement
 from appliance.engines.encoder import Encoder
 from appliance.engines.llamacpp import LlamaCpp
-from appliance.engines.vllm import Installed, Vllm
+from appliance.engines.vllm import InstalledVllm, Vllm
 from appliance.engines.vllm_flags import OLDEST
 from appliance.node.hardware.gpu_devices import Device, devices_of
 from appliance.node.hardware.probe import Hardware
 from appliance.node.plan.cpu_fit import place_on_cpu, usable_bytes
-from appliance.node.plan.gpu_fit import Claim, Fitting, Records, placement_of, share_out
-from appliance.node.plan.models import Plan, Refusal, Wanted
+from appliance.node.plan.gpu_fit import GpuFit, GpuRequest, Records, placement_of, share_out
+from appliance.node.plan.models import ModelCandidate, Plan, Refusal
 
-__all__ = ["ENGINES", "Plan", "Refusal", "Wanted", "plan", "steadied", "usable_bytes"]
+__all__ = ["ENGINES", "ModelCandidate", "Plan", "Refusal", "plan", "steadied", "usable_bytes"]
 
-ENGINES: Final[Mapping[EngineKind, Engine]] = {
+ENGINES: Final[Mapping[EngineKind, EngineAdapter]] = {
     "llamacpp": LlamaCpp(),
     "encoder": Encoder(),
-    "vllm": Vllm(Installed(Path("/opt/vllm"), f"{OLDEST[0]}.{OLDEST[1]}.{OLDEST[2]}")),
+    "vllm": Vllm(InstalledVllm(Path("/opt/vllm"), f"{OLDEST[0]}.{OLDEST[1]}.{OLDEST[2]}")),
 }
 """What is planned for. Whether vLLM is installed, and where, shows when it is to be launched."""
 
@@ -36,7 +36,9 @@ _CLEAR_GAIN: Final = 1.25
 """A plan with so much more KV cache is worth restarting an engine for; loading takes minutes."""
 
 
-def plan(hardware: Hardware, wanted: Sequence[Wanted], config: EngineConfig, records: Records | None = None) -> Plan:
+def plan(
+    hardware: Hardware, wanted: Sequence[ModelCandidate], config: EngineConfig, records: Records | None = None
+) -> Plan:
     """Place every wanted model that fits, in the order given; each one leaves less for those after it.
 
     Of several variants of one model the first that fits is placed; on GPUs the first that fits well, and one that
@@ -67,7 +69,7 @@ class _Attempt:
         self._devices, self._records, self._packed = devices, records, packed
         self._usable, self._usable_reason = usable_bytes(hardware)
         self._ram_left = self._usable
-        self._results: dict[str, Placement | Claim] = {}
+        self._results: dict[str, Placement | GpuRequest] = {}
         self._refusals: list[Refusal] = []
         self._names: list[str] = []
 
@@ -76,9 +78,9 @@ class _Attempt:
         """Models that were wanted and have no place."""
         return len(self._names) - len(self._results)
 
-    def run(self, groups: Sequence[Sequence[Wanted]]) -> None:
+    def run(self, groups: Sequence[Sequence[ModelCandidate]]) -> None:
         on_gpus = [group for group in groups if any(self._is_for_gpus(item) for item in group)]
-        self._gpus = Fitting(
+        self._gpus = GpuFit(
             devices=self._devices,
             left={device.key: device.usable_bytes for device in self._devices},
             records=self._records,
@@ -89,44 +91,44 @@ class _Attempt:
             if group[0].model.name not in self._names:
                 self._names.append(group[0].model.name)
             self._place(group)
-        share_out([one for one in self._results.values() if isinstance(one, Claim)], self._gpus.left)
+        share_out([one for one in self._results.values() if isinstance(one, GpuRequest)], self._gpus.left)
 
     def plan(self) -> Plan:
         placements = [
-            placement_of(one, ENGINES["vllm"], self._config) if isinstance(one, Claim) else one
+            placement_of(one, ENGINES["vllm"], self._config) if isinstance(one, GpuRequest) else one
             for one in self._results.values()
         ]
         usable = {device.key: device.usable_bytes for device in self._devices}
         return Plan(tuple(placements), tuple(self._refusals), self._usable, self._usable_reason, usable)
 
-    def _is_for_gpus(self, item: Wanted) -> bool:
+    def _is_for_gpus(self, item: ModelCandidate) -> bool:
         return bool(self._devices) and item.variant.engine == "vllm"
 
-    def _place(self, group: Sequence[Wanted]) -> None:
+    def _place(self, group: Sequence[ModelCandidate]) -> None:
         for_gpus = [item for item in group if self._is_for_gpus(item)]
-        claim: Claim | str | None = None
+        claim: GpuRequest | str | None = None
         if for_gpus and group[0].model.name not in self._results:
             claim = self._gpus.claim(for_gpus)
-            if isinstance(claim, Claim):
+            if isinstance(claim, GpuRequest):
                 self._take(claim)
         for item in group:
             placed = self._results.get(item.model.name)
-            if isinstance(placed, Claim) and placed.item is item:
+            if isinstance(placed, GpuRequest) and placed.item is item:
                 continue
             if placed is not None:
-                variant = placed.item.variant.name if isinstance(placed, Claim) else placed.variant
+                variant = placed.item.variant.name if isinstance(placed, GpuRequest) else placed.variant
                 self._refuse(item, f"{item.model.name} is already placed as {variant}")
             elif item in for_gpus:
                 self._refuse(item, str(claim))
             else:
                 self._place_on_cpu(item)
 
-    def _take(self, claim: Claim) -> None:
+    def _take(self, claim: GpuRequest) -> None:
         self._results[claim.item.model.name] = claim
         if claim.devices[0].unified_memory:
             self._ram_left = max(0, self._ram_left - claim.bytes_each)
 
-    def _place_on_cpu(self, item: Wanted) -> None:
+    def _place_on_cpu(self, item: ModelCandidate) -> None:
         engine = ENGINES.get(item.variant.engine)
         if engine is None:
             launched = ", ".join(ENGINES)
@@ -143,12 +145,12 @@ class _Attempt:
             if device.unified_memory:
                 self._gpus.left[device.key] = max(0, self._gpus.left[device.key] - result.memory.total_bytes)
 
-    def _refuse(self, item: Wanted, reason: str) -> None:
+    def _refuse(self, item: ModelCandidate, reason: str) -> None:
         self._refusals.append(Refusal(item.model.name, item.variant.name, reason))
 
 
 @dataclass(frozen=True, slots=True)
-class Steady:
+class SteadyPlan:
     """The plan to go on with, and why."""
 
     plan: Plan
@@ -156,24 +158,24 @@ class Steady:
     changed: bool
 
 
-def steadied(present: Plan | None, proposed: Plan) -> Steady:
+def steadied(present: Plan | None, proposed: Plan) -> SteadyPlan:
     """`present`, unless it serves less, no longer stands, or the gain of `proposed` is clear.
 
     A little more or less free memory must not restart engines: loading takes minutes, and drops what they cached.
     """
     if present is None:
-        return Steady(proposed, "the first plan", True)
+        return SteadyPlan(proposed, "the first plan", True)
     before = {placement.model: placement for placement in present.placements}
     after = {placement.model: placement for placement in proposed.placements}
     if before.keys() != after.keys():
         lost, won = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
         said = [f"{', '.join(won)} can be served"] * bool(won) + [f"{', '.join(lost)} cannot"] * bool(lost)
-        return Steady(proposed, " and ".join(said), True)
+        return SteadyPlan(proposed, " and ".join(said), True)
     for model, old in before.items():
         reason = _why_change(old, after[model], proposed.gpu_usable_bytes)
         if reason is not None:
-            return Steady(proposed, f"{model}: {reason}", True)
-    return Steady(present, "nothing clearly better", False)
+            return SteadyPlan(proposed, f"{model}: {reason}", True)
+    return SteadyPlan(present, "nothing clearly better", False)
 
 
 def _why_change(old: Placement, new: Placement, devices: Mapping[str, int]) -> str | None:

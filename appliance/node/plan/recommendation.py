@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Final
 
 from appliance.catalog import Catalog, DevicePrior, ModelSpec, Variant
-from appliance.config import Engine as EngineConfig
+from appliance.config import EngineSettings as EngineConfig
 from appliance.engines.base import Placement
 from appliance.node.calibrate.calibration import Measurement
 from appliance.node.hardware.probe import Hardware
-from appliance.node.plan.planner import Wanted, plan
+from appliance.node.plan.planner import ModelCandidate, plan
 
 _USABLE_DECODE_TOKENS_PER_SECOND: Final = 8.0
 """A little faster than people read."""
@@ -23,7 +23,7 @@ _ASSUMED_OPERATIONS_PER_SECOND: Final = 30_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class Recommendation:
     """One model and variant that fits and ought to be quick enough. The rates are for one sequence."""
 
     model: ModelSpec
@@ -36,7 +36,7 @@ class Candidate:
     """Where the rates come from."""
 
 
-def best_candidate(hardware: Hardware, catalog: Catalog, measured: Measurement | None = None) -> Candidate | None:
+def best_candidate(hardware: Hardware, catalog: Catalog, measured: Measurement | None = None) -> Recommendation | None:
     """The largest chat model for a CPU engine that fits and is estimated to be quick enough; None where none is.
 
     What was `measured` of another model on this machine takes the place of the priors.
@@ -72,17 +72,17 @@ def corrected(prior: DevicePrior | None, measured: Measurement) -> DevicePrior |
     )
 
 
-def _candidates(hardware: Hardware, catalog: Catalog, prior: DevicePrior | None) -> Iterator[Candidate]:
+def _candidates(hardware: Hardware, catalog: Catalog, prior: DevicePrior | None) -> Iterator[Recommendation]:
     for model in catalog.models:
         if "chat" not in model.abilities:
             continue
         for variant in model.for_engine("llamacpp"):
-            placements = plan(hardware, [Wanted(model, variant, Path())], EngineConfig()).placements
+            placements = plan(hardware, [ModelCandidate(model, variant, Path())], EngineConfig()).placements
             if placements:
                 yield _estimate(model, variant, placements[0], prior)
 
 
-def _estimate(model: ModelSpec, variant: Variant, placement: Placement, prior: DevicePrior | None) -> Candidate:
+def _estimate(model: ModelSpec, variant: Variant, placement: Placement, prior: DevicePrior | None) -> Recommendation:
     bandwidth, known, origin = _ASSUMED_BANDWIDTH_BYTES_PER_SECOND, dict[str, int](), "assumed"
     if prior is not None:
         bandwidth, origin = prior.memory_bandwidth_bytes_per_second, f"{prior.name}, {prior.basis}"
@@ -91,7 +91,7 @@ def _estimate(model: ModelSpec, variant: Variant, placement: Placement, prior: D
     operations = known.get(variant.quantisation) or min(known.values(), default=_ASSUMED_OPERATIONS_PER_SECOND)
     active = model.active_parameters or model.parameters
     basis = f"estimated from {bandwidth / 1e9:.0f} GB/s and {operations / 1e9:.0f} GFLOP/s a core ({origin})"
-    return Candidate(
+    return Recommendation(
         model=model,
         variant=variant,
         placement=placement,
@@ -102,7 +102,7 @@ def _estimate(model: ModelSpec, variant: Variant, placement: Placement, prior: D
     )
 
 
-def _is_quick(candidate: Candidate) -> bool:
+def _is_quick(candidate: Recommendation) -> bool:
     return (
         candidate.decode_tokens_per_second >= _USABLE_DECODE_TOKENS_PER_SECOND
         and candidate.prefill_tokens_per_second >= _USABLE_PREFILL_TOKENS_PER_SECOND

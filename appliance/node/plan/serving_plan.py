@@ -7,22 +7,22 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from appliance.catalog import EngineKind
-from appliance.config import Engine as EngineConfig
+from appliance.config import EngineSettings as EngineConfig
 from appliance.engines.base import Placement
 from appliance.node.hardware.probe import Hardware
 from appliance.node.plan.gpu_fit import Records
-from appliance.node.plan.models import Plan, Refusal, Wanted
+from appliance.node.plan.models import ModelCandidate, Plan, Refusal
 from appliance.node.plan.planner import plan
 from appliance.node.plan.swap import RAM
 
 
 @dataclass(frozen=True, slots=True)
-class LineUp:
+class ServingPlan:
     loaded: Plan
     """What runs together; its refusals are told for every variant."""
     resting: tuple[Placement, ...]
     """What would fit alone: loaded when it is wanted, in turn with others."""
-    items: Mapping[str, Wanted]
+    items: Mapping[str, ModelCandidate]
     """What was placed, by model: to pull it."""
 
     @property
@@ -48,11 +48,11 @@ class LineUp:
 
 def line_up(
     hardware: Hardware,
-    groups: Sequence[Sequence[Wanted]],
+    groups: Sequence[Sequence[ModelCandidate]],
     config: EngineConfig,
     engines: Collection[EngineKind],
     records: Records | None = None,
-) -> LineUp:
+) -> ServingPlan:
     """Place the models of `groups`, each in the best of its variants that the `engines` at hand can serve.
 
     Variants that lie here come before better ones that would have to be pulled. What does not fit beside the others is
@@ -79,7 +79,7 @@ def line_up(
             resting += _planned(hardware, [group], config, records).placements
     items = {(item.model.name, item.variant.name): item for group in can for item in group}
     taken = {one.model: items[one.model, one.variant] for one in (*outcome.placements, *resting)}
-    return LineUp(replace(outcome, refusals=(*outcome.refusals, *refused)), tuple(resting), taken)
+    return ServingPlan(replace(outcome, refusals=(*outcome.refusals, *refused)), tuple(resting), taken)
 
 
 _NOT_HERE: Mapping[str, str] = {
@@ -88,6 +88,6 @@ _NOT_HERE: Mapping[str, str] = {
 
 
 def _planned(
-    hardware: Hardware, groups: Sequence[Sequence[Wanted]], config: EngineConfig, records: Records | None
+    hardware: Hardware, groups: Sequence[Sequence[ModelCandidate]], config: EngineConfig, records: Records | None
 ) -> Plan:
     return plan(hardware, [item for group in groups for item in group], config, records)

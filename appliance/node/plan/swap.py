@@ -19,7 +19,7 @@ _DEMAND_SECONDS: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class SwapRules:
     idle_unload_seconds: float | None = None
     """A model that nobody has used for so long is unloaded; None: never for that alone."""
     least_residence_seconds: float = 60.0
@@ -29,7 +29,7 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
-class Resident:
+class LoadedModel:
     """One model as it stands."""
 
     model: str
@@ -48,19 +48,21 @@ class Resident:
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class SwapMove:
     kind: Literal["load", "unload"]
     model: str
     reason: str
 
 
-def decide(now: float, residents: Sequence[Resident], pools: Mapping[str, int], rules: Rules) -> tuple[Move, ...]:
+def decide(
+    now: float, residents: Sequence[LoadedModel], pools: Mapping[str, int], rules: SwapRules
+) -> tuple[SwapMove, ...]:
     """The moves to make now; none while there is nothing to do or somebody has to be waited for.
 
     `pools`: bytes that all models of a pool may hold together.
     """
     moves = [
-        Move("unload", one.model, f"unloaded: not used for {now - max(one.used_at, one.since):.0f} s")
+        SwapMove("unload", one.model, f"unloaded: not used for {now - max(one.used_at, one.since):.0f} s")
         for one in residents
         if _is_idle(one, now, rules)
     ]
@@ -72,11 +74,11 @@ def decide(now: float, residents: Sequence[Resident], pools: Mapping[str, int], 
     }
     for one in sorted(wanted, key=lambda one: one.wanted_at or 0.0):
         if all(one.bytes <= free.get(pool, 0) for pool in one.pools):
-            moves.append(Move("load", one.model, "wanted"))
+            moves.append(SwapMove("load", one.model, "wanted"))
             free |= {pool: free[pool] - one.bytes for pool in one.pools}
         elif not _somebody_moves(residents, one.pools) and now - one.since >= rules.cool_down_seconds:
             out = _victims(one, [other for other in residents if other.model not in leaving], free, now, rules)
-            moves += [Move("unload", other.model, f"unloaded: {one.model} is wanted") for other in out]
+            moves += [SwapMove("unload", other.model, f"unloaded: {one.model} is wanted") for other in out]
             leaving |= {other.model for other in out}
             free |= dict.fromkeys(one.pools, 0)  # what they give back is for this one
     return tuple(moves)
@@ -103,30 +105,30 @@ def pools_of(placement: Placement) -> tuple[str, ...]:
     return (*placement.gpu.devices, RAM) if placement.gpu.unified_memory else placement.gpu.devices
 
 
-def _is_idle(one: Resident, now: float, rules: Rules) -> bool:
+def _is_idle(one: LoadedModel, now: float, rules: SwapRules) -> bool:
     if rules.idle_unload_seconds is None or one.residence != "loaded" or one.is_busy:
         return False
     return now - max(one.used_at, one.since) >= rules.idle_unload_seconds
 
 
-def _is_wanted(one: Resident, now: float) -> bool:
+def _is_wanted(one: LoadedModel, now: float) -> bool:
     return one.wanted_at is not None and one.wanted_at > one.used_at and now - one.wanted_at <= _DEMAND_SECONDS
 
 
-def _somebody_moves(residents: Sequence[Resident], pools: Sequence[str]) -> bool:
+def _somebody_moves(residents: Sequence[LoadedModel], pools: Sequence[str]) -> bool:
     return any(one.residence == "moving" and not set(pools).isdisjoint(one.pools) for one in residents)
 
 
 def _victims(
-    wanted: Resident, others: Sequence[Resident], free: Mapping[str, int], now: float, rules: Rules
-) -> Sequence[Resident]:
+    wanted: LoadedModel, others: Sequence[LoadedModel], free: Mapping[str, int], now: float, rules: SwapRules
+) -> Sequence[LoadedModel]:
     """Whom to unload for `wanted`: the longest unused first, as few as it takes; nobody where that is not enough."""
     may_go = [
         one
         for one in others
         if one.residence == "loaded" and not one.is_busy and now - one.since >= rules.least_residence_seconds
     ]
-    chosen: list[Resident] = []
+    chosen: list[LoadedModel] = []
     lacks = {pool: wanted.bytes - free.get(pool, 0) for pool in wanted.pools}
     for one in sorted(may_go, key=lambda one: one.used_at):
         if any(lacks.get(pool, 0) > 0 for pool in one.pools):

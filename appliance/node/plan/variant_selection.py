@@ -6,30 +6,30 @@ from dataclasses import replace
 from pathlib import Path
 
 from appliance.catalog import Catalog, FileSource, ModelSpec, Variant
-from appliance.config import Engine, EngineModel
+from appliance.config import EngineModel, EngineSettings
 from appliance.errors import ModelFileError, UnknownModel
 from appliance.node.calibrate.calibration import Calibration, choose
 from appliance.node.models.gguf_header import read_header, spec_of
 from appliance.node.models.hf_folder import spec_of_folder
 from appliance.node.models.model_store import ModelStore, StoredModel
-from appliance.node.plan.planner import Wanted
+from appliance.node.plan.planner import ModelCandidate
 
 
-def wanted_file(path: Path) -> Wanted:
+def wanted_file(path: Path) -> ModelCandidate:
     """A GGUF that need not be in the catalogue. Raises ModelFileError where it is missing, cut off or damaged."""
     if not path.is_file():
         raise ModelFileError(f"{path} does not exist: name a GGUF file, or a model of `appliance models list`")
     spec = spec_of(read_header(path.resolve()))
-    return Wanted(spec, spec.variants[0], path.resolve())
+    return ModelCandidate(spec, spec.variants[0], path.resolve())
 
 
-def wanted_folder(path: Path) -> Wanted:
+def wanted_folder(path: Path) -> ModelCandidate:
     """A folder of safetensors that need not be in the catalogue. Raises ModelFileError where it is not whole."""
     spec = spec_of_folder(path.resolve())
-    return Wanted(spec, spec.variants[0], path.resolve())
+    return ModelCandidate(spec, spec.variants[0], path.resolve())
 
 
-def candidates(wish: EngineModel, catalog: Catalog, store: ModelStore, *, has_gpus: bool) -> tuple[Wanted, ...]:
+def candidates(wish: EngineModel, catalog: Catalog, store: ModelStore, *, has_gpus: bool) -> tuple[ModelCandidate, ...]:
     """The variants of one model that may be planned for, best first.
 
     With GPUs those for vLLM come first, in the order of the catalogue; those for llama.cpp, which lie here already
@@ -42,7 +42,7 @@ def candidates(wish: EngineModel, catalog: Catalog, store: ModelStore, *, has_gp
     model = catalog.model(wish.name)
     variants: Sequence[Variant] = model.variants
     if wish.variant is not None:
-        variants = (_named_variant(Wanted(model, model.variants[0], Path()), wish.variant, store).variant,)
+        variants = (_named_variant(ModelCandidate(model, model.variants[0], Path()), wish.variant, store).variant,)
     if wish.engine is not None:
         variants = [variant for variant in variants if variant.engine == wish.engine]
         if not variants:
@@ -55,12 +55,12 @@ def candidates(wish: EngineModel, catalog: Catalog, store: ModelStore, *, has_gp
         return variant.engine != first, not is_here
 
     return tuple(
-        Wanted(model, variant, store.path_of(model.name, variant.name, is_folder=variant.is_folder), wish=wish)
+        ModelCandidate(model, variant, store.path_of(model.name, variant.name, is_folder=variant.is_folder), wish=wish)
         for variant in sorted(variants, key=preference)
     )
 
 
-def _own_files(wish: EngineModel) -> Wanted | None:
+def _own_files(wish: EngineModel) -> ModelCandidate | None:
     """What `wish` names by its path, under the name of its file or the one it is given; None for a catalogue name."""
     named = wish.path or wish.name
     path = Path(named).expanduser()
@@ -75,7 +75,7 @@ def _own_files(wish: EngineModel) -> Wanted | None:
     return replace(found, wish=wish)
 
 
-def wanted(engine: Engine, catalog: Catalog, store: ModelStore) -> Wanted:
+def wanted(engine: EngineSettings, catalog: Catalog, store: ModelStore) -> ModelCandidate:
     """What `engine` asks for, in the variant it names; else one that lies here already, else the model's first.
 
     Raises UnknownModel, or ModelFileError for a file. What does not lie here yet has a path that does not exist.
@@ -89,17 +89,17 @@ def wanted(engine: Engine, catalog: Catalog, store: ModelStore) -> Wanted:
         raise UnknownModel(f"model {model.name!r} has no variant for this node's CPU engine; choose another model")
     here = [variant for variant in variants if store.find(model.name, variant.name)]
     chosen = (here or variants)[0]
-    found = Wanted(model, chosen, store.path_of(model.name, chosen.name))
+    found = ModelCandidate(model, chosen, store.path_of(model.name, chosen.name))
     return found if engine.variant is None else _named_variant(found, engine.variant, store)
 
 
-def _named_variant(found: Wanted, name: str, store: ModelStore) -> Wanted:
+def _named_variant(found: ModelCandidate, name: str, store: ModelStore) -> ModelCandidate:
     """The model of `found` in the variant the operator named: as published, or as derived on this machine."""
     model = found.model
     if name == found.variant.name:
         return found
     if any(variant.name == name for variant in model.variants):
-        return Wanted(model, model.variant(name), store.path_of(model.name, name))
+        return ModelCandidate(model, model.variant(name), store.path_of(model.name, name))
     stored = store.find(model.name, name)
     if stored is not None and stored.derived_from is not None:
         return _derived(model, stored)
@@ -110,7 +110,9 @@ def _named_variant(found: Wanted, name: str, store: ModelStore) -> Wanted:
     )
 
 
-def measured(source: Wanted, calibration: Calibration, engine: Engine, store: ModelStore) -> tuple[Wanted, ...]:
+def measured(
+    source: ModelCandidate, calibration: Calibration, engine: EngineSettings, store: ModelStore
+) -> tuple[ModelCandidate, ...]:
     """What to plan for, best first, by what was measured of `source`. The source comes last: it always may be served.
 
     With a variant that the operator named nothing but the thread count is chosen.
@@ -132,7 +134,7 @@ def measured(source: Wanted, calibration: Calibration, engine: Engine, store: Mo
     return (best, fallback)
 
 
-def derived(source: Wanted, calibration: Calibration, store: ModelStore) -> Iterator[StoredModel]:
+def derived(source: ModelCandidate, calibration: Calibration, store: ModelStore) -> Iterator[StoredModel]:
     """The measured variants whose files lie here, unchanged and made from this very source."""
     for variant in calibration.measurement.variants:
         stored = store.find(source.model.name, variant.name)
@@ -140,7 +142,7 @@ def derived(source: Wanted, calibration: Calibration, store: ModelStore) -> Iter
             yield stored
 
 
-def _derived(model: ModelSpec, stored: StoredModel) -> Wanted:
+def _derived(model: ModelSpec, stored: StoredModel) -> ModelCandidate:
     variant = Variant(
         name=stored.variant,
         engine="llamacpp",
@@ -150,4 +152,4 @@ def _derived(model: ModelSpec, stored: StoredModel) -> Wanted:
         sources=(FileSource(kind="file", path=str(stored.path)),),
         sha256=stored.sha256,
     )
-    return Wanted(model, variant, stored.path)
+    return ModelCandidate(model, variant, stored.path)

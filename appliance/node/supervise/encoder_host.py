@@ -15,8 +15,8 @@ from appliance.core import Ability, Target
 from appliance.engines.base import Placement
 from appliance.engines.encoder import encoder_placement, has_work
 from appliance.errors import Unavailable
-from appliance.node.supervise.engine_supervisor import Keeper
-from appliance.node.supervise.status import Signals
+from appliance.node.supervise.engine_supervisor import EngineSupervisor
+from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor
 
 _START_SECONDS: Final = 60.0
@@ -31,7 +31,7 @@ _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class EncoderHostReply:
     """What the program answered: a status and a JSON body, whatever they are."""
 
     status: int
@@ -42,11 +42,11 @@ class Told:
 class EncoderHost:
     """Everything is called on the event loop."""
 
-    def __init__(self, supervisor: Supervisor, signals: Signals, home: Path, threads: int) -> None:
+    def __init__(self, supervisor: Supervisor, signals: StatusPublisher, home: Path, threads: int) -> None:
         self._supervisor, self._signals = supervisor, signals
         self._home = home
         self._placement: Placement = encoder_placement(home, threads)
-        self._keeper: Keeper | None = None
+        self._keeper: EngineSupervisor | None = None
         self._client: httpx.AsyncClient | None = None
         self._watching: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -63,7 +63,7 @@ class EncoderHost:
         if self._client is not None:
             await self._client.aclose()
 
-    async def ask(self, method: str, path: str, body: bytes = b"") -> Told:
+    async def ask(self, method: str, path: str, body: bytes = b"") -> EncoderHostReply:
         """Ask the program, which is started if it is not running. Raises Unavailable where it does not answer."""
         keeper = self._start()
         try:
@@ -84,9 +84,9 @@ class EncoderHost:
         if method != "GET":
             await self._look()
             self._changed.set()
-        return Told(response.status_code, response.content, response.headers.get("retry-after"))
+        return EncoderHostReply(response.status_code, response.content, response.headers.get("retry-after"))
 
-    def _start(self) -> Keeper:
+    def _start(self) -> EngineSupervisor:
         if self._keeper is None:
             self._signals.set_served(self._placement.target, ())
             self._keeper = self._supervisor.add(self._placement)

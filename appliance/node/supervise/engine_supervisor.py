@@ -12,19 +12,19 @@ from typing import Any, Final
 
 import structlog
 
-from appliance.core import EngineLoad, EngineView, Target
-from appliance.engines.base import Engine, Gauges, Placement
+from appliance.core import EngineLoad, EngineStatus, Target
+from appliance.engines.base import EngineAdapter, Gauges, Placement
 from appliance.node.supervise import orphans
 from appliance.node.supervise.launcher import Launcher, Process
 from appliance.node.supervise.lifecycle import (
     Action,
-    Beat,
+    EngineLifecycle,
     Event,
     Exited,
     Healthy,
-    Life,
-    Limits,
+    LifecycleLimits,
     Phase,
+    ProgressReport,
     Start,
     Stop,
     Tick,
@@ -33,7 +33,7 @@ from appliance.node.supervise.lifecycle import (
 )
 from appliance.node.supervise.liveness import Liveness
 from appliance.node.supervise.sockets import SESSION_FILE
-from appliance.node.supervise.status import EngineLine, Signals
+from appliance.node.supervise.status import EngineClient, StatusPublisher
 
 _STARTING_POLL_SECONDS: Final = 0.05
 _LONG_START_POLL_SECONDS: Final = 0.5
@@ -53,11 +53,11 @@ _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class SupervisorDeps:
     """What all keepers of a node share."""
 
     launcher: Launcher
-    signals: Signals
+    signals: StatusPublisher
     clock: Callable[[], float]
     home: Path
     """The data directory: whose engines' processes are known by it."""
@@ -67,17 +67,17 @@ class Surroundings:
     watts_per_busy_core: float | None = None
 
 
-class Keeper:
+class EngineSupervisor:
     """Feeds an engine's life with what happens and does as that says. Everything runs on the event loop."""
 
-    def __init__(self, placement: Placement, engine: Engine, folder: Path, around: Surroundings) -> None:
+    def __init__(self, placement: Placement, engine: EngineAdapter, folder: Path, around: SupervisorDeps) -> None:
         """`folder` is this engine's alone; it is made when the engine starts."""
-        self.placement, self.life = placement, Life()
+        self.placement, self.life = placement, EngineLifecycle()
         self._engine, self._folder, self._around = engine, folder, around
         self._signals, self._clock = around.signals, around.clock
         self._socket = folder / "s"
         self._key = secrets.token_urlsafe(24)
-        self._limits = Limits(
+        self._limits = LifecycleLimits(
             start_seconds=around.start_seconds,
             stall_seconds=around.stall_seconds,
             drain_seconds=around.drain_seconds,
@@ -175,7 +175,7 @@ class Keeper:
         self._show()
         self._inbox.put_nowait(Start())
 
-    async def wait_for(self, is_so: Callable[[Life], bool]) -> None:
+    async def wait_for(self, is_so: Callable[[EngineLifecycle], bool]) -> None:
         while not is_so(self.life):
             await self._phase_changed.wait()
 
@@ -237,7 +237,7 @@ class Keeper:
         if self._resting and (self._is_asleep or state in ("ready", "stopped")):
             state, reason = "stopped", self._resting
         on_demand = bool(self._resting) and state == "stopped"
-        view = EngineView(
+        view = EngineStatus(
             target=self.placement.target,
             state=state,
             seen=self._clock(),
@@ -320,7 +320,7 @@ class Keeper:
     async def _poll(self, process: Process) -> None:
         """As long as `process` lives: ask for its health while it starts, for its load once it is ready."""
         gauges = self._engine.gauges(self.placement)
-        async with aclosing(EngineLine(self._socket, self._key if self._engine.key_variable else "")) as line:
+        async with aclosing(EngineClient(self._socket, self._key if self._engine.key_variable else "")) as line:
             while True:
                 starting = self.life.phase == "starting"
                 event = await (self._ask_health(line, process) if starting else self._ask_load(line, gauges))
@@ -330,7 +330,7 @@ class Keeper:
                     self._inbox.put_nowait(event)
                 await asyncio.sleep(self._pause_seconds(gauges))
 
-    async def _ask_health(self, line: EngineLine, process: Process) -> Event | None:
+    async def _ask_health(self, line: EngineClient, process: Process) -> Event | None:
         if await line.health_problem() is None:
             self._compare(await line.abilities())
             return Healthy()
@@ -357,7 +357,7 @@ class Keeper:
             self._signals.clear("abilities_differ", about=placement.target)
         self._signals.replace_engine(self.target)
 
-    async def _ask_load(self, line: EngineLine, gauges: Gauges) -> Event:
+    async def _ask_load(self, line: EngineClient, gauges: Gauges) -> Event:
         answer = await line.load(gauges, self._clock)
         if isinstance(answer, str):
             return Unhealthy(answer)
@@ -369,7 +369,7 @@ class Keeper:
             self._load = answer
             self._show()
         has_work = answer.queued_requests + answer.running_sequences > 0
-        return Beat(answer.steps, has_work=self._probe(answer.steps) or has_work)
+        return ProgressReport(answer.steps, has_work=self._probe(answer.steps) or has_work)
 
     def _probe(self, steps: int) -> bool:
         """Ask for a token where nothing has moved for a while. Whether a probe waits for its answer."""
@@ -386,7 +386,7 @@ class Keeper:
         probe, process = self._engine.probe(self.placement), self._process
         if probe is None:
             return
-        async with aclosing(EngineLine(self._socket, self._key if self._engine.key_variable else "")) as line:
+        async with aclosing(EngineClient(self._socket, self._key if self._engine.key_variable else "")) as line:
             status = await line.ask(probe, self._limits.stall_seconds)
         if process is not self._process or status is None:
             return
@@ -411,11 +411,11 @@ class Keeper:
     async def _warm_up(self) -> None:
         work = self._engine.warm_up(self.placement)
         if work is not None:
-            async with aclosing(EngineLine(self._socket, self._key if self._engine.key_variable else "")) as line:
+            async with aclosing(EngineClient(self._socket, self._key if self._engine.key_variable else "")) as line:
                 await line.ask(work, self._limits.stall_seconds)
 
     async def _post(self, path: str) -> bool:
-        async with aclosing(EngineLine(self._socket, self._key if self._engine.key_variable else "")) as line:
+        async with aclosing(EngineClient(self._socket, self._key if self._engine.key_variable else "")) as line:
             return await line.post(path, {}, _SLEEP_SECONDS) == 200
 
     def _pause_seconds(self, gauges: Gauges) -> float:

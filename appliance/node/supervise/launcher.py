@@ -96,7 +96,7 @@ class ChildLauncher:
         finally:
             os.close(leash_read)
             os.close(output_write)
-        return Child(process, leash_write, Output(output_read, self._logs_folder / f"{name}.log"))
+        return Child(process, leash_write, EngineOutput(output_read, self._logs_folder / f"{name}.log"))
 
 
 def minimal_environment(own: Mapping[str, str], added: Mapping[str, str]) -> dict[str, str]:
@@ -111,7 +111,7 @@ def minimal_environment(own: Mapping[str, str], added: Mapping[str, str]) -> dic
 class Child:
     """One child process and its group."""
 
-    def __init__(self, process: asyncio.subprocess.Process, leash_write: int, output: "Output") -> None:
+    def __init__(self, process: asyncio.subprocess.Process, leash_write: int, output: "EngineOutput") -> None:
         self._process, self._leash_write, self._output = process, leash_write, output
         self._is_gone = False
 
@@ -149,7 +149,7 @@ class Child:
         return self._output.last_lines()
 
 
-class Output:
+class EngineOutput:
     """What an engine writes: the last lines in memory, all of it in a file that is rotated.
 
     Read by a thread of its own, so that a flood of lines or a slow disk never holds up the event loop.

@@ -25,7 +25,7 @@ _LONGEST_GAP_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class LifecycleLimits:
     start_seconds: float = 300.0
     stall_seconds: float = 60.0
     """Work waits and no step is done for this long: hung."""
@@ -55,7 +55,7 @@ class Unhealthy:
 
 
 @dataclass(frozen=True, slots=True)
-class Beat:
+class ProgressReport:
     """What it said of its work: steps done so far, and whether anything waits or runs."""
 
     steps: int
@@ -80,11 +80,11 @@ class Tick:
     """Time has passed."""
 
 
-Event = Start | Healthy | Unhealthy | Beat | Exited | Stop | Tick
+Event = Start | Healthy | Unhealthy | ProgressReport | Exited | Stop | Tick
 
 
 @dataclass(frozen=True, slots=True)
-class Life:
+class EngineLifecycle:
     phase: Phase = "stopped"
     since: float = 0.0
     """When the phase began."""
@@ -120,10 +120,10 @@ _STATES: Final[dict[Phase, EngineState]] = {
     "failed": "failed",
 }
 
-Step = tuple[Life, tuple[Action, ...]]
+Step = tuple[EngineLifecycle, tuple[Action, ...]]
 
 
-def advance(life: Life, event: Event, now: float, limits: Limits) -> Step:
+def advance(life: EngineLifecycle, event: Event, now: float, limits: LifecycleLimits) -> Step:
     """What becomes of `life` by `event` at `now`, and the actions to take, in order."""
     match event:
         case Start():
@@ -136,13 +136,13 @@ def advance(life: Life, event: Event, now: float, limits: Limits) -> Step:
             return _healthy(life, now)
         case Unhealthy(reason):
             return _unhealthy(life, reason, now, limits)
-        case Beat(steps, has_work):
+        case ProgressReport(steps, has_work):
             return _beat(life, steps, has_work, now, limits)
         case Tick():
             return _tick(life, now, limits)
 
 
-def _start(life: Life, now: float, limits: Limits) -> Step:
+def _start(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Step:
     if life.phase in ("stopped", "failed"):
         return _spawn(replace(life, wanted=True, back_off_seconds=_FIRST_BACK_OFF_SECONDS), now, limits)
     if life.phase == "waiting":
@@ -150,7 +150,7 @@ def _start(life: Life, now: float, limits: Limits) -> Step:
     return replace(life, wanted=True), ()
 
 
-def _spawn(life: Life, now: float, limits: Limits) -> Step:
+def _spawn(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Step:
     fresh = replace(
         life,
         phase="starting",
@@ -165,7 +165,7 @@ def _spawn(life: Life, now: float, limits: Limits) -> Step:
     return fresh, ("spawn",)
 
 
-def _stop(life: Life, now: float, limits: Limits) -> Step:
+def _stop(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Step:
     life = replace(life, wanted=False)
     match life.phase:
         case "starting":
@@ -182,7 +182,7 @@ def _stop(life: Life, now: float, limits: Limits) -> Step:
             return life, ()
 
 
-def _exited(life: Life, code: int | None, last_words: str, now: float, limits: Limits) -> Step:
+def _exited(life: EngineLifecycle, code: int | None, last_words: str, now: float, limits: LifecycleLimits) -> Step:
     if life.phase in ("stopped", "waiting", "failed"):
         return life, ()
     if not life.wanted:
@@ -202,7 +202,7 @@ def _exited(life: Life, code: int | None, last_words: str, now: float, limits: L
     return waiting, ()
 
 
-def _healthy(life: Life, now: float) -> Step:
+def _healthy(life: EngineLifecycle, now: float) -> Step:
     if life.phase == "starting":
         ready = replace(
             life,
@@ -218,7 +218,7 @@ def _healthy(life: Life, now: float) -> Step:
     return replace(life, unhealthy_at=now, unhealthy_seconds=0.0), ()
 
 
-def _unhealthy(life: Life, reason: str, now: float, limits: Limits) -> Step:
+def _unhealthy(life: EngineLifecycle, reason: str, now: float, limits: LifecycleLimits) -> Step:
     if life.phase != "ready":
         return life, ()
     silent = life.unhealthy_seconds + min(now - life.unhealthy_at, _LONGEST_GAP_SECONDS)
@@ -227,7 +227,7 @@ def _unhealthy(life: Life, reason: str, now: float, limits: Limits) -> Step:
     return replace(life, unhealthy_at=now, unhealthy_seconds=silent), ()
 
 
-def _beat(life: Life, steps: int, has_work: bool, now: float, limits: Limits) -> Step:
+def _beat(life: EngineLifecycle, steps: int, has_work: bool, now: float, limits: LifecycleLimits) -> Step:
     if life.phase != "ready":
         return life, ()
     answered = replace(life, unhealthy_at=now, unhealthy_seconds=0.0)
@@ -239,7 +239,7 @@ def _beat(life: Life, steps: int, has_work: bool, now: float, limits: Limits) ->
     return replace(answered, beat_at=now, stalled_seconds=stalled), ()
 
 
-def _tick(life: Life, now: float, limits: Limits) -> Step:
+def _tick(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Step:
     if life.wake_at is None or now < life.wake_at:
         return life, ()
     match life.phase:
@@ -253,14 +253,14 @@ def _tick(life: Life, now: float, limits: Limits) -> Step:
             return replace(life, wake_at=None), ()
 
 
-def _kill(life: Life, reason: str, now: float) -> Step:
+def _kill(life: EngineLifecycle, reason: str, now: float) -> Step:
     killed = replace(
         life, phase="killing", since=now, wake_at=None, reason=reason, back_off_seconds=_back_off_seconds(life, now)
     )
     return killed, ("kill",)
 
 
-def _back_off_seconds(life: Life, now: float) -> float:
+def _back_off_seconds(life: EngineLifecycle, now: float) -> float:
     good = life.phase == "ready" and now - life.since >= _GOOD_RUN_SECONDS
     return _FIRST_BACK_OFF_SECONDS if good else life.back_off_seconds
 

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import httpx
 
-from appliance.core import CostBasis, EngineLoad, EngineView, Snapshot, Target, Warning_
-from appliance.engines.base import Gauges, LoadPage, Probe
+from appliance.core import CostBasis, EngineLoad, EngineStatus, HealthWarning, Snapshot, Target
+from appliance.engines.base import Gauges, LoadPage, LoadProbe
 from appliance.errors import BackendGarbage
 from appliance.state import State
 
@@ -17,7 +17,7 @@ _ANSWER_SECONDS: Final = 5.0
 """An engine computes without holding its interpreter, so even a busy one answers within a step."""
 
 
-class Signals:
+class StatusPublisher:
     """Keeps targets, engine views and warnings, and publishes them together. The only writer of snapshots.
 
     Every change is published at once: a request must not be sent to an engine that is known to be down.
@@ -28,8 +28,8 @@ class Signals:
         self._configured = tuple(configured)
         self._own: tuple[Target, ...] = ()
         self._served: dict[str, tuple[Target, ...]] = {}
-        self._views: dict[str, EngineView] = {}
-        self._warnings: dict[tuple[str, str], Warning_] = {}
+        self._views: dict[str, EngineStatus] = {}
+        self._warnings: dict[tuple[str, str], HealthWarning] = {}
         self._watts: Mapping[str, tuple[float, CostBasis]] = {}
 
     def set_configured(self, targets: Sequence[Target]) -> None:
@@ -55,7 +55,7 @@ class Signals:
         self._own = tuple(target if one.name == target.name else one for one in self._own)
         self._publish()
 
-    def show(self, view: EngineView) -> None:
+    def show(self, view: EngineStatus) -> None:
         self._views[view.target] = view
         self._publish()
 
@@ -67,7 +67,7 @@ class Signals:
 
     def warn(self, code: str, text: str, about: str = "") -> None:
         """Raise a named condition, or reword it. `about` tells several of one code apart."""
-        warning = Warning_(code, text)
+        warning = HealthWarning(code, text)
         if self._warnings.get((code, about)) != warning:
             self._warnings[code, about] = warning
             self._publish()
@@ -92,12 +92,12 @@ class Signals:
         )
         self._state.publish(snapshot)
 
-    def _powered(self, view: EngineView) -> EngineView:
+    def _powered(self, view: EngineStatus) -> EngineStatus:
         known = self._watts.get(view.target)
         return view if known is None else replace(view, watts=known[0], watts_basis=known[1])
 
 
-class EngineLine:
+class EngineClient:
     """Asks one engine how it is, over its unix socket. Answers of anything but HTTP 200 count as no answer."""
 
     def __init__(self, socket: Path, key: str = "") -> None:
@@ -138,7 +138,7 @@ class EngineLine:
             return None
         return frozenset(str(one) for one in found) if isinstance(found, list) else None
 
-    async def ask(self, probe: Probe, timeout_seconds: float) -> int | None:
+    async def ask(self, probe: LoadProbe, timeout_seconds: float) -> int | None:
         """The status that a probe is answered with; None where there is no answer in time."""
         return await self.post(probe.path, probe.body, timeout_seconds)
 

@@ -10,17 +10,17 @@ from typing import Final
 import structlog
 
 from appliance.catalog import EngineKind
-from appliance.config import Engine as EngineConfig
+from appliance.config import EngineSettings as EngineConfig
 from appliance.core import Target
-from appliance.engines.base import Engine, Placement
+from appliance.engines.base import EngineAdapter, Placement
 from appliance.errors import EngineFailed
 from appliance.node.plan.planner import ENGINES
 from appliance.node.supervise import orphans
-from appliance.node.supervise.engine_supervisor import Keeper, Surroundings
+from appliance.node.supervise.engine_supervisor import EngineSupervisor, SupervisorDeps
 from appliance.node.supervise.launcher import Launcher
-from appliance.node.supervise.lifecycle import Life
+from appliance.node.supervise.lifecycle import EngineLifecycle
 from appliance.node.supervise.sockets import SocketFolder
-from appliance.node.supervise.status import Signals
+from appliance.node.supervise.status import StatusPublisher
 
 _STOP_SLACK_SECONDS: Final = 10.0
 _STARTS_THAT_TELL: Final = 3
@@ -37,18 +37,18 @@ class Supervisor:
         placements: Sequence[Placement],
         *,
         launcher: Launcher,
-        signals: Signals,
+        signals: StatusPublisher,
         config: EngineConfig,
         drain_seconds: float,
         runtime_folder: Path,
         watts_per_busy_core: float | None = None,
-        engines: Mapping[EngineKind, Engine] = ENGINES,
+        engines: Mapping[EngineKind, EngineAdapter] = ENGINES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`runtime_folder` is where the sockets are to lie; another one is taken where its path is too long."""
         self._signals, self._drain_seconds, self._engines = signals, drain_seconds, engines
         self._folder = SocketFolder(runtime_folder)
-        self._around = Surroundings(
+        self._around = SupervisorDeps(
             launcher=launcher,
             signals=signals,
             clock=clock,
@@ -67,7 +67,7 @@ class Supervisor:
         return tuple(keeper.target for keeper in self._keepers)
 
     @property
-    def keepers(self) -> Sequence[Keeper]:
+    def keepers(self) -> Sequence[EngineSupervisor]:
         return tuple(self._keepers)
 
     @property
@@ -89,7 +89,7 @@ class Supervisor:
         found = {*orphans.marked(orphans.mark(self._around.home)), *orphans.left_in(self._folder.left_sessions)}
         return orphans.end(sorted(found))
 
-    def add(self, placement: Placement) -> Keeper:
+    def add(self, placement: Placement) -> EngineSupervisor:
         """Keep one more engine from now on. It is started at once; its view in the snapshot tells how it goes.
 
         Raises EngineFailed where the model is served already, or no engine of its kind can be launched here.
@@ -134,7 +134,7 @@ class Supervisor:
         finally:
             self._folder.remove()
 
-    async def _end(self, keepers: Sequence[Keeper]) -> None:
+    async def _end(self, keepers: Sequence[EngineSupervisor]) -> None:
         for keeper in keepers:
             keeper.stop()
         try:
@@ -147,11 +147,11 @@ class Supervisor:
             for keeper in keepers:
                 await keeper.aclose()
 
-    def _keeper(self, placement: Placement) -> Keeper:
+    def _keeper(self, placement: Placement) -> EngineSupervisor:
         folder = self._folder.path / str(self._made)
         self._made += 1
-        return Keeper(placement, self._engines[placement.engine], folder, self._around)
+        return EngineSupervisor(placement, self._engines[placement.engine], folder, self._around)
 
 
-def _is_decided(life: Life) -> bool:
+def _is_decided(life: EngineLifecycle) -> bool:
     return life.phase in ("ready", "failed") or (life.phase == "waiting" and life.restarts >= _STARTS_THAT_TELL - 1)

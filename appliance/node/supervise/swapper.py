@@ -6,8 +6,8 @@ from typing import Final
 
 import structlog
 
-from appliance.node.plan.swap import Move, Residence, Resident, Rules, decide, pools_of
-from appliance.node.supervise.engine_supervisor import Keeper
+from appliance.node.plan.swap import LoadedModel, Residence, SwapMove, SwapRules, decide, pools_of
+from appliance.node.supervise.engine_supervisor import EngineSupervisor
 from appliance.node.supervise.supervisor import Supervisor
 from appliance.state import State
 
@@ -25,7 +25,7 @@ class Swapper:
         state: State,
         clock: Callable[[], float],
         pools: Mapping[str, int],
-        rules: Rules,
+        rules: SwapRules,
         models: Collection[str],
     ) -> None:
         """`models` are those that take turns; engines that somebody else has added come and go by themselves."""
@@ -42,12 +42,12 @@ class Swapper:
                     moving.create_task(self._make(move))
                 await asyncio.sleep(_LOOK_SECONDS)
 
-    def due(self) -> tuple[Move, ...]:
+    def due(self) -> tuple[SwapMove, ...]:
         now = self._clock()
         keepers = [keeper for keeper in self._supervisor.keepers if keeper.placement.model in self._models]
         return decide(now, [self._resident(keeper, now) for keeper in keepers], self._pools, self._rules)
 
-    async def _make(self, move: Move) -> None:
+    async def _make(self, move: SwapMove) -> None:
         keeper = next((one for one in self._supervisor.keepers if one.placement.model == move.model), None)
         if keeper is None:
             return
@@ -61,7 +61,7 @@ class Swapper:
         finally:
             self._unloading.discard(move.model)
 
-    def _resident(self, keeper: Keeper, now: float) -> Resident:
+    def _resident(self, keeper: EngineSupervisor, now: float) -> LoadedModel:
         placement, target = keeper.placement, keeper.placement.target
         residence: Residence = "loaded"
         if placement.model in self._unloading or not (keeper.is_resting or keeper.life.phase == "ready"):
@@ -72,7 +72,7 @@ class Swapper:
         if before != residence:
             since = now
             self._seen[placement.model] = (residence, now)
-        return Resident(
+        return LoadedModel(
             model=placement.model,
             pools=pools_of(placement),
             bytes=placement.memory.total_bytes,

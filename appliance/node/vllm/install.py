@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from appliance.engines.vllm import Installed
+from appliance.engines.vllm import InstalledVllm
 from appliance.errors import OperatorError, PullError
 from appliance.node.vllm.environments import found_in
 
@@ -79,7 +79,7 @@ def folder_name(pins: Pins) -> str:
     return f"{_DISTRIBUTIONS[pins.build]}-{pins.version}"
 
 
-def install(pins: Pins, folder: Path, report: Report) -> Installed:
+def install(pins: Pins, folder: Path, report: Report) -> InstalledVllm:
     """Make `folder`/NAME-VERSION, unless it is there whole; says what it is doing. What is left of an attempt that did
     not finish is replaced.
 
@@ -108,12 +108,12 @@ def install(pins: Pins, folder: Path, report: Report) -> Installed:
     return made
 
 
-def remove(installed: Installed) -> None:
+def remove(installed: InstalledVllm) -> None:
     """Delete the environment."""
     shutil.rmtree(installed.folder)
 
 
-def is_whole(installed: Installed) -> bool:
+def is_whole(installed: InstalledVllm) -> bool:
     return not (installed.folder / _UNFINISHED).exists()
 
 

@@ -11,8 +11,8 @@ import orjson
 
 from appliance.errors import Unavailable
 from appliance.quality.evaluation.adapters import Adapter
-from appliance.quality.evaluation.datasets import Row
-from appliance.quality.evaluation.scoring import Result
+from appliance.quality.evaluation.datasets import DatasetRow
+from appliance.quality.evaluation.scoring import GradedRow
 
 CLASSIFIER: Final = "classifier/"
 _TEXTS: Final[Mapping[str, int]] = {"decision": 32, "extraction": 4}
@@ -24,7 +24,7 @@ _BUSY: Final = frozenset({429, 503, 529})
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
+class EvalRequestOptions:
     """What is put to a model with every row."""
 
     adapter: Adapter
@@ -39,7 +39,7 @@ class Asking:
     def is_classifier(self) -> bool:
         return self.model.startswith(CLASSIFIER)
 
-    def body(self, rows: Sequence[Row]) -> tuple[str, Mapping[str, Any]]:
+    def body(self, rows: Sequence[DatasetRow]) -> tuple[str, Mapping[str, Any]]:
         """Path and body of the request about `rows`."""
         body: dict[str, Any] = {"model": self.model, **self.options}
         texts = [row.text for row in rows]
@@ -62,7 +62,7 @@ class Asking:
         question = {"type": "choice", "name": "label", "instructions": self.adapter.prompt, "choices": choices}
         return {"questions": [question]} | ({"examples": list(self.examples)} if self.examples else {})
 
-    def batches(self, rows: Sequence[Row]) -> Sequence[Sequence[Row]]:
+    def batches(self, rows: Sequence[DatasetRow]) -> Sequence[Sequence[DatasetRow]]:
         most = _CLASSIFIER_TEXTS if self.is_classifier else _TEXTS[self.adapter.kind]
         if self.adapter.own_prompts and self.task is None:
             most = 1
@@ -70,9 +70,9 @@ class Asking:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    rows: Sequence[Row]
-    results: Sequence[Result]
+class EvalReply:
+    rows: Sequence[DatasetRow]
+    results: Sequence[GradedRow]
     elapsed_seconds: float
     """Since the first request was sent."""
 
@@ -95,18 +95,18 @@ class NodeClient:
         except httpx.HTTPError:
             return False
 
-    def answers(self, asking: Asking, rows: Sequence[Row], concurrency: int) -> Iterator[Reply]:
+    def answers(self, asking: EvalRequestOptions, rows: Sequence[DatasetRow], concurrency: int) -> Iterator[EvalReply]:
         """Replies as they come. What a node refuses is a result with an error for each of its rows."""
         started = time.monotonic()
         with ThreadPoolExecutor(concurrency) as pool:
             waiting = {pool.submit(self._asked, asking, batch): batch for batch in asking.batches(rows)}
             try:
                 for done in as_completed(waiting):
-                    yield Reply(waiting[done], done.result(), time.monotonic() - started)
+                    yield EvalReply(waiting[done], done.result(), time.monotonic() - started)
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _asked(self, asking: Asking, rows: Sequence[Row]) -> Sequence[Result]:
+    def _asked(self, asking: EvalRequestOptions, rows: Sequence[DatasetRow]) -> Sequence[GradedRow]:
         path, body = asking.body(rows)
         content = orjson.dumps(body)
         for attempt in range(_TRIES):
@@ -131,20 +131,20 @@ def _pause(reply: httpx.Response, attempt: int) -> float:
     return min(_LONGEST_PAUSE_SECONDS, max(0.1, seconds))
 
 
-def _results(reply: httpx.Response, count: int) -> Sequence[Result]:
+def _results(reply: httpx.Response, count: int) -> Sequence[GradedRow]:
     try:
         told = reply.json()
     except ValueError:
         told = {}
     if reply.status_code != 200 or not isinstance(told.get("results"), list) or len(told["results"]) != count:
         error = told.get("error") or {"message": f"the node answered {reply.status_code}"}
-        return [Result({"error": error})] * count
+        return [GradedRow({"error": error})] * count
     usage = told.get("usage") or {}
     cost = reply.headers.get("x-appliance-cost-usd", "")
     paid = float(cost) if cost.replace(".", "", 1).replace("e-", "", 1).isdecimal() else None
     tokens_in = usage.get("input_tokens", usage.get("prompt_tokens", 0))
     tokens_out = usage.get("output_tokens", usage.get("completion_tokens", 0))
     return [
-        Result(row, told.get("model"), None if paid is None else paid / count, tokens_in / count, tokens_out / count)
+        GradedRow(row, told.get("model"), None if paid is None else paid / count, tokens_in / count, tokens_out / count)
         for row in told["results"]
     ]

@@ -17,7 +17,7 @@ MAX_ROWS: Final = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class DatasetRow:
     text: str
     right: Mapping[str, Sequence[str]]
     asked: str
@@ -30,7 +30,7 @@ class Row:
 class Dataset:
     name: str
     adapter: Adapter
-    rows: Sequence[Row]
+    rows: Sequence[DatasetRow]
 
     @property
     def labels(self) -> Sequence[str]:
@@ -40,7 +40,7 @@ class Dataset:
 
 def read_dataset(path: Path, adapters: Sequence[Adapter]) -> Dataset:
     """The whole file. Raises RequestError naming the line that is wrong."""
-    rows: list[Row] = []
+    rows: list[DatasetRow] = []
     adapter: Adapter | None = None
     for number, given in _lines(path):
         if adapter is None:
@@ -56,13 +56,13 @@ def read_dataset(path: Path, adapters: Sequence[Adapter]) -> Dataset:
     return Dataset(path.stem, adapter, rows)
 
 
-def _row(given: Mapping[str, Any], adapter: Adapter, path: Path, number: int) -> Row:
+def _row(given: Mapping[str, Any], adapter: Adapter, path: Path, number: int) -> DatasetRow:
     if not adapter.suits(given):
         raise RequestError(f"{path}:{number} is not of kind {adapter.name}: it needs {', '.join(adapter.fields)}")
     text = given[adapter.text]
     if not isinstance(text, str) or not text.strip():
         raise RequestError(f"{path}:{number}: {adapter.text} is empty: every row needs a text")
-    return Row(text, adapter.right(given), adapter.asked(given), given, number)
+    return DatasetRow(text, adapter.right(given), adapter.asked(given), given, number)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -93,7 +93,7 @@ def _parsed(raw: bytes, path: Path, number: int) -> Mapping[str, Any]:
     return row
 
 
-def sample(rows: Sequence[Row], limit: int | None, seed: int) -> Sequence[Row]:
+def sample(rows: Sequence[DatasetRow], limit: int | None, seed: int) -> Sequence[DatasetRow]:
     """`limit` rows drawn with `seed`; all of them where there are no more. The order is the file's."""
     if limit is None or limit >= len(rows):
         return rows
@@ -101,7 +101,7 @@ def sample(rows: Sequence[Row], limit: int | None, seed: int) -> Sequence[Row]:
     return [rows[place] for place in drawn]
 
 
-def examples(rows: Sequence[Row], adapter: Adapter, count: int, seed: int) -> Sequence[Mapping[str, Any]]:
+def examples(rows: Sequence[DatasetRow], adapter: Adapter, count: int, seed: int) -> Sequence[Mapping[str, Any]]:
     """Rows to show: `count` for each label of a decision, the labels mixed; `count` in all of an extraction."""
     shuffled = list(rows)
     random.Random(seed).shuffle(shuffled)

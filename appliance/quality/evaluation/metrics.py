@@ -23,7 +23,7 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class MetricInterval:
     value: float
     low: float
     high: float
@@ -32,14 +32,14 @@ class Figure:
         return {"value": self.value, "low": self.low, "high": self.high}
 
 
-def share(hits: int, count: int) -> Figure:
+def share(hits: int, count: int) -> MetricInterval:
     """Wilson's interval: right also for few rows and for shares near 0 and 1."""
     if count == 0:
-        return Figure(0.0, 0.0, 1.0)
+        return MetricInterval(0.0, 0.0, 1.0)
     rate, spread = hits / count, _Z * _Z / count
     middle = (rate + spread / 2) / (1 + spread)
     half = _Z / (1 + spread) * math.sqrt(rate * (1 - rate) / count + spread / (4 * count))
-    return Figure(rate, max(0.0, middle - half), min(1.0, middle + half))
+    return MetricInterval(rate, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def ece(confidence: Sequence[float], hits: Sequence[bool], bins: int = ECE_BINS) -> float | None:
@@ -51,7 +51,7 @@ def ece(confidence: Sequence[float], hits: Sequence[bool], bins: int = ECE_BINS)
     return float(np.abs(np.bincount(place, weights=sure - hit, minlength=bins)).sum() / len(sure))
 
 
-def class_f1(truth: Ints, answered: Ints, classes: int, seed: int = 0) -> Figure:
+def class_f1(truth: Ints, answered: Ints, classes: int, seed: int = 0) -> MetricInterval:
     """Macro F1 over the classes that occur. An answer outside them is -1."""
     value = _macro(truth, answered, classes)
     draws = np.random.default_rng(seed).integers(0, len(truth), (RESAMPLES, len(truth)))
@@ -70,8 +70,8 @@ def _macro(truth: Ints, answered: Ints, classes: int) -> float:
 class Overlap:
     """Micro and macro F1 of what was found against what is there, with precision and recall over all fields."""
 
-    micro: Figure
-    macro: Figure
+    micro: MetricInterval
+    macro: MetricInterval
     precision: float
     recall: float
 
@@ -96,23 +96,23 @@ def _f1s(right: Ints, said: Ints, there: Ints) -> tuple[float, float]:
     return float(micro), float((2 * right[used] / both[used]).mean()) if used.any() else 1.0
 
 
-def mean(values: Sequence[float], seed: int = 0) -> Figure:
+def mean(values: Sequence[float], seed: int = 0) -> MetricInterval:
     rows = np.asarray(values, np.float64)
     draws = np.random.default_rng(seed).integers(0, len(rows), (RESAMPLES, len(rows)))
     return _interval(float(rows.mean()), rows[draws].mean(axis=1))
 
 
-def difference(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Figure:
+def difference(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> MetricInterval:
     """How much better one is than the other on the same rows: the mean difference of their rows' scores."""
     return mean([mine - other for mine, other in zip(ours, theirs, strict=True)], seed)
 
 
-def verdict(gap: Figure) -> str:
+def verdict(gap: MetricInterval) -> str:
     if gap.low > 0:
         return "better"
     return "worse" if gap.high < 0 else "no difference shown"
 
 
-def _interval(value: float, drawn: Floats) -> Figure:
+def _interval(value: float, drawn: Floats) -> MetricInterval:
     low, high = np.quantile(drawn, (0.025, 0.975))
-    return Figure(value, float(low), float(high))
+    return MetricInterval(value, float(low), float(high))

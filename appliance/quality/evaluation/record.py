@@ -10,12 +10,12 @@ from typing import Any
 import orjson
 
 from appliance.errors import RequestError
-from appliance.quality.evaluation.client import Asking, Reply
-from appliance.quality.evaluation.datasets import Row
-from appliance.quality.evaluation.scoring import Result
+from appliance.quality.evaluation.client import EvalReply, EvalRequestOptions
+from appliance.quality.evaluation.datasets import DatasetRow
+from appliance.quality.evaluation.scoring import GradedRow
 
 
-class Record:
+class AnswerRecord:
     """One JSONL file for any number of models; answers to other questions than those asked now are left alone.
 
     Without a path nothing is kept. Raises RequestError for a file that is no record.
@@ -24,23 +24,23 @@ class Record:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._session = os.urandom(4).hex()
-        self._known: dict[str, Result] = {}
+        self._known: dict[str, GradedRow] = {}
         self._seconds: dict[tuple[str, str], float] = {}
         """By asking and session: from its first request to its last answer."""
         if path is not None and path.exists():
             self._load(path)
 
-    def known(self, asking: Asking, rows: Sequence[Row]) -> Mapping[int, Result]:
+    def known(self, asking: EvalRequestOptions, rows: Sequence[DatasetRow]) -> Mapping[int, GradedRow]:
         """Place of a row -> what was said of it before."""
         told = identity(asking)
         found = ((place, self._known.get(_key(told, row))) for place, row in enumerate(rows))
         return {place: result for place, result in found if result is not None}
 
-    def seconds(self, asking: Asking) -> float:
+    def seconds(self, asking: EvalRequestOptions) -> float:
         told = identity(asking)
         return sum(seconds for (one, _), seconds in self._seconds.items() if one == told)
 
-    def add(self, asking: Asking, reply: Reply) -> None:
+    def add(self, asking: EvalRequestOptions, reply: EvalReply) -> None:
         """Failures are not kept, so that they are asked again."""
         told = identity(asking)
         place = (told, self._session)
@@ -59,7 +59,7 @@ class Record:
         for number, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
                 row = orjson.loads(line)
-                self._known[row["key"]] = Result(**row["result"])
+                self._known[row["key"]] = GradedRow(**row["result"])
                 place = (row["asking"], row["session"])
                 self._seconds[place] = max(self._seconds.get(place, 0.0), float(row["elapsed_seconds"]))
             except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
@@ -68,7 +68,7 @@ class Record:
                 continue  # a line that was cut short when the program was killed
 
 
-def identity(asking: Asking) -> str:
+def identity(asking: EvalRequestOptions) -> str:
     """Equal for askings that put the same question to the same model."""
     adapter = asking.adapter
     said: Mapping[str, Any] = {
@@ -83,5 +83,5 @@ def identity(asking: Asking) -> str:
     return hashlib.sha256(orjson.dumps(said, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
-def _key(asking: str, row: Row) -> str:
+def _key(asking: str, row: DatasetRow) -> str:
     return hashlib.sha256(orjson.dumps([asking, row.text, row.asked])).hexdigest()[:24]

@@ -10,13 +10,13 @@ import numpy as np
 
 from appliance.quality.evaluation import metrics
 from appliance.quality.evaluation.adapters import ANSWER, Adapter
-from appliance.quality.evaluation.datasets import Row
+from appliance.quality.evaluation.datasets import DatasetRow
 
 _EDGES: Final = " \t\n.,;:!?'\"()[]"
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class GradedRow:
     """What a model said of one row, and its share of what that took."""
 
     said: Mapping[str, Any]
@@ -34,28 +34,28 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class ScoredModel:
     report: Mapping[str, Any]
     by_row: Sequence[float]
     """From 0 to 1, for comparing models row by row."""
 
 
 def score(
-    adapter: Adapter, rows: Sequence[Row], results: Sequence[Result], seconds: float, labels: Sequence[str]
-) -> Scored:
+    adapter: Adapter, rows: Sequence[DatasetRow], results: Sequence[GradedRow], seconds: float, labels: Sequence[str]
+) -> ScoredModel:
     """`labels`: all that a decision may come to."""
     graded = (
         _decisions(adapter, rows, results, labels) if adapter.kind == "decision" else _objects(adapter, rows, results)
     )
-    return Scored({**_effort(results, seconds), **graded.report}, graded.by_row)
+    return ScoredModel({**_effort(results, seconds), **graded.report}, graded.by_row)
 
 
-def compared(ours: Scored, theirs: Scored) -> Mapping[str, Any]:
+def compared(ours: ScoredModel, theirs: ScoredModel) -> Mapping[str, Any]:
     gap = metrics.difference(ours.by_row, theirs.by_row)
     return {"difference": gap.told(), "verdict": metrics.verdict(gap)}
 
 
-def _effort(results: Sequence[Result], seconds: float) -> Mapping[str, Any]:
+def _effort(results: Sequence[GradedRow], seconds: float) -> Mapping[str, Any]:
     errors = [result.error for result in results if result.error is not None]
     costs = [result.cost_usd for result in results]
     known = [cost for cost in costs if cost is not None]
@@ -72,7 +72,9 @@ def _effort(results: Sequence[Result], seconds: float) -> Mapping[str, Any]:
     }
 
 
-def _decisions(adapter: Adapter, rows: Sequence[Row], results: Sequence[Result], labels: Sequence[str]) -> Scored:
+def _decisions(
+    adapter: Adapter, rows: Sequence[DatasetRow], results: Sequence[GradedRow], labels: Sequence[str]
+) -> ScoredModel:
     places = {label: place for place, label in enumerate(labels)}
     answers: list[Mapping[str, Any]] = [next(iter(result.said.get("answers") or ()), {}) for result in results]
     said = [answer.get("choice") for answer in answers]
@@ -93,10 +95,10 @@ def _decisions(adapter: Adapter, rows: Sequence[Row], results: Sequence[Result],
         "label_mass": statistics.median(masses) if masses else None,
         "unsure": sum(bool(answer.get("unsure")) for answer in answers) / len(answers),
     }
-    return Scored(report, [float(hit) for hit in hits])
+    return ScoredModel(report, [float(hit) for hit in hits])
 
 
-def _objects(adapter: Adapter, rows: Sequence[Row], results: Sequence[Result]) -> Scored:
+def _objects(adapter: Adapter, rows: Sequence[DatasetRow], results: Sequence[GradedRow]) -> ScoredModel:
     names = list((adapter.schema or {}).get("properties", {}))
     graded = [_grade(adapter, names, row, result) for row, result in zip(rows, results, strict=True)]
     counts = np.array([[one.counts[name] for name in names] for one in graded])
@@ -120,7 +122,7 @@ def _objects(adapter: Adapter, rows: Sequence[Row], results: Sequence[Result]) -
     }
     if adapter.form == "answers":
         report["token_f1"] = metrics.mean([one.token_f1 for one in graded]).told()
-    return Scored(report, [statistics.fmean(row) for row in exact])
+    return ScoredModel(report, [statistics.fmean(row) for row in exact])
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,7 @@ class _Grade:
     token_f1: float
 
 
-def _grade(adapter: Adapter, names: Sequence[str], row: Row, result: Result) -> _Grade:
+def _grade(adapter: Adapter, names: Sequence[str], row: DatasetRow, result: GradedRow) -> _Grade:
     found = result.said.get("object") or {}
     confidence = result.said.get("confidence") or {}
     exact, counts, sure = {}, {}, []

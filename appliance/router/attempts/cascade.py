@@ -12,26 +12,26 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
-from appliance.core import Attempt, Call, Facts, Request, Route, Target, Usage
+from appliance.core import Attempt, Request, ResponseMetadata, Route, Target, TaskCall, Usage
 from appliance.errors import ApplianceError, Unavailable
-from appliance.router.attempts.runner import Trial
-from appliance.router.deps import Means
+from appliance.router.attempts.runner import AttemptRunner
+from appliance.router.deps import RouterDeps
 from appliance.router.routing.match import in_order
-from appliance.router.routing.router import Decided
+from appliance.router.routing.router import RoutingResult
 from appliance.tasks.classify import cascade as tasks
-from appliance.tasks.classify.cascade import Given, Seen, SeenCall, Standing
+from appliance.tasks.classify.cascade import CascadeAnswer, CascadeCall, CascadeText, CascadeThresholds
 from appliance.tasks.decisions import openai_shape
-from appliance.tasks.decisions.openai_shape import DecisionsCall, Judgement, Row
+from appliance.tasks.decisions.openai_shape import DecisionResult, DecisionsCall, Row
 
 _CAPPED: Final = "escalation_capped"
 
 
-class Asker(Protocol):
+class StepExecutor(Protocol):
     """The walk that a cascade is part of."""
 
-    async def ask(self, call: Call, route: Route, made: int, *, retries: bool) -> tuple[Trial, Any]: ...
+    async def ask(self, call: TaskCall, route: Route, made: int, *, retries: bool) -> tuple[AttemptRunner, Any]: ...
 
-    def reword(self, trial: Trial, result: Any, detail: str) -> None: ...
+    def reword(self, trial: AttemptRunner, result: Any, detail: str) -> None: ...
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class _Text:
 
     own: Row | None = None
     """What the classifier said."""
-    given: Given | None = None
+    given: CascadeAnswer | None = None
     rank: int = -1
     """The step whose answer that is."""
     error: ApplianceError | None = None
@@ -50,10 +50,12 @@ class _Text:
     """It would have gone on, and there was no room."""
 
 
-class Steps:
+class CascadeRunner:
     """One request's way through a cascade. `run` it once; then `told` puts what it came to into the headers."""
 
-    def __init__(self, asker: Asker, means: Means, request: Request, decided: Decided, at_once: int) -> None:
+    def __init__(
+        self, asker: StepExecutor, means: RouterDeps, request: Request, decided: RoutingResult, at_once: int
+    ) -> None:
         assert decided.rule is not None and decided.rule.cascade is not None
         self._asker, self._means, self._request = asker, means, request
         self._rule, self._cascade, self._route = decided.rule, decided.rule.cascade, decided.decision.route
@@ -61,11 +63,11 @@ class Steps:
         self._ranks = _ranks(decided.rule.targets, means.state.snapshot.targets)
         self._gate = asyncio.Semaphore(max(1, at_once))
         self._texts: list[_Text] = []
-        self._trials: list[tuple[Trial, Sequence[int]]] = []
+        self._trials: list[tuple[AttemptRunner, Sequence[int]]] = []
         self._usage = Usage()
         self._version: str | None = None
 
-    async def run(self, calls: Sequence[DecisionsCall]) -> Judgement:
+    async def run(self, calls: Sequence[DecisionsCall]) -> DecisionResult:
         """Raises what every text failed with, where none was answered."""
         whole = tasks.joined(calls)
         self._texts = [_Text() for _ in whole.inputs]
@@ -82,7 +84,7 @@ class Steps:
         )
         return self._ended(whole)
 
-    def told(self, facts: Facts) -> Facts:
+    def told(self, facts: ResponseMetadata) -> ResponseMetadata:
         """Where several targets answered, all of them; hosted as soon as one text's answer came from there."""
         given = [text.given for text in self._texts if text.given is not None]
         counts = tasks.told(given)
@@ -120,7 +122,7 @@ class Steps:
             self._version = judgement.variant
             for place, row in zip(places, judgement.rows, strict=True):
                 self._texts[place].own = row
-                self._texts[place].given = Given(row, trial.target.name, judgement.model, trial.target.location)
+                self._texts[place].given = CascadeAnswer(row, trial.target.name, judgement.model, trial.target.location)
                 self._texts[place].rank = 0
         return reason
 
@@ -160,7 +162,7 @@ class Steps:
         assert own is not None
         return own
 
-    def _stands(self, row: Row, standing: Standing) -> bool:
+    def _stands(self, row: Row, standing: CascadeThresholds) -> bool:
         threshold = standing.threshold
         if threshold is None and self._cascade.until_known == "below_confidence":
             threshold = self._cascade.below_confidence
@@ -225,14 +227,16 @@ class Steps:
         unsure = []
         for place, row in zip(places, judgement.rows, strict=True):
             sure = is_reference or tasks.stands(row, self._cascade.below_confidence)
-            self._give(place, Given(row, trial.target.name, judgement.model, trial.target.location, not sure), rank)
+            self._give(
+                place, CascadeAnswer(row, trial.target.name, judgement.model, trial.target.location, not sure), rank
+            )
             if not sure:
                 unsure.append(place)
         if self._after(rank):
             reason = f"escalation: {trial.target.name} unsure of {len(unsure)} of {len(places)} texts"
             await self._further(whole, unsure, rank, reason, made + 1)
 
-    def _give(self, place: int, given: Given, rank: int) -> None:
+    def _give(self, place: int, given: CascadeAnswer, rank: int) -> None:
         """An answer replaces the one before; an error only where there is none."""
         text = self._texts[place]
         if isinstance(given.row, ApplianceError):
@@ -247,11 +251,11 @@ class Steps:
 
     # The end.
 
-    def _ended(self, whole: DecisionsCall) -> Judgement:
+    def _ended(self, whole: DecisionsCall) -> DecisionResult:
         given = []
         for text in self._texts:
             error = text.error or Unavailable("nobody answered this text")
-            given.append(text.given or Given(error, "none", "none", "onsite"))
+            given.append(text.given or CascadeAnswer(error, "none", "none", "onsite"))
         self._reword_all()
         self._means.learning.seen(self._seen(whole))
         return tasks.merged(given, self._usage)
@@ -266,9 +270,9 @@ class Steps:
             elif kept < len(places):
                 self._asker.reword(trial, "answered", f"{len(places) - kept} of {len(places)} texts went on")
 
-    def _seen(self, whole: DecisionsCall) -> SeenCall:
+    def _seen(self, whole: DecisionsCall) -> CascadeCall:
         rows = tuple(self._seen_text(whole, place, text) for place, text in enumerate(self._texts))
-        return SeenCall(
+        return CascadeCall(
             route=self._route.name,
             classifier=self._classifier,
             version=self._version,
@@ -280,9 +284,9 @@ class Steps:
             rows=rows if tasks.could_learn(whole.questions) else (),
         )
 
-    def _seen_text(self, whole: DecisionsCall, place: int, text: _Text) -> Seen:
+    def _seen_text(self, whole: DecisionsCall, place: int, text: _Text) -> CascadeText:
         given = text.given
-        return Seen(
+        return CascadeText(
             index=place,
             text=whole.inputs[place].text if self._rule.keep_texts else "",
             own=None if text.own is None else tasks.chosen(text.own, whole.questions),

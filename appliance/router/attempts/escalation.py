@@ -4,12 +4,12 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from appliance.config import Escalation
-from appliance.tasks.decisions.openai_shape import Judgement
+from appliance.config import EscalationRule
+from appliance.tasks.decisions.openai_shape import DecisionResult
 from appliance.tasks.extract.extraction import Extracted
 
 
-def doubt(payload: Any, rule: Escalation) -> str | None:
+def doubt(payload: Any, rule: EscalationRule) -> str | None:
     """Why `payload` counts as unsure, or None. An answer that tells no confidence is never unsure."""
     confidence, mass = confidence_of(payload), label_mass_of(payload)
     if confidence is not None and confidence < rule.below_confidence:
@@ -30,7 +30,7 @@ def label_mass_of(payload: Any) -> float | None:
 
 def _confidences(payload: Any) -> Iterator[float]:
     match payload:
-        case Judgement():
+        case DecisionResult():
             rows = (row for row in payload.rows if isinstance(row, tuple))
             for judged in (judged for row in rows for judged in row):
                 if judged.probabilities is not None:
@@ -72,7 +72,7 @@ def _confidence_of_choice(choice: Any) -> Iterator[float]:
 
 def _masses(payload: Any) -> Iterator[float]:
     match payload:
-        case Judgement():
+        case DecisionResult():
             rows = (row for row in payload.rows if isinstance(row, tuple))
             for judged in (judged for row in rows for judged in row):
                 if judged.label_mass is not None:

@@ -6,8 +6,19 @@ from typing import Any, Final, NamedTuple
 
 from opentelemetry.trace import Span
 
-from appliance.config import Degrade
-from appliance.core import Attempt, AttemptOutcome, Call, Decision, Facts, Outcome, Request, Route, Target, Usage
+from appliance.config import DegradeRule
+from appliance.core import (
+    Attempt,
+    AttemptOutcome,
+    Decision,
+    Outcome,
+    Request,
+    ResponseMetadata,
+    Route,
+    Target,
+    TaskCall,
+    Usage,
+)
 from appliance.errors import (
     ApplianceError,
     BackendAuth,
@@ -20,12 +31,12 @@ from appliance.errors import (
     Unavailable,
     Unsupported,
 )
-from appliance.router.attempts.cascade import Steps
+from appliance.router.attempts.cascade import CascadeRunner
 from appliance.router.attempts.escalation import confidence_of, doubt
 from appliance.router.attempts.outcome import facts_of, outcome_of, total_usd
-from appliance.router.attempts.runner import Errand, Trial
-from appliance.router.deps import Means, Patience, Purse
-from appliance.router.routing.router import Decided
+from appliance.router.attempts.runner import AttemptContext, AttemptRunner
+from appliance.router.deps import AttemptTimeouts, RequestBudget, RouterDeps
+from appliance.router.routing.router import RoutingResult
 from appliance.router.routing.truncation import shape_of_step, shaped, static_answer
 from appliance.tasks.chat import CHAT_ENDPOINTS
 from appliance.tasks.classify.cascade import cut
@@ -41,29 +52,29 @@ _UNKNOWN_ELSEWHERE: Final = 0.25
 _STEPPING: Final = CHAT_ENDPOINTS | {"completions"}
 """Endpoints whose requests can be made smaller."""
 
-Again = Callable[[Decided, int, int], Decided]
+Again = Callable[[RoutingResult, int, int], RoutingResult]
 
 
-class Turn(NamedTuple):
+class NextAttempt(NamedTuple):
     attempt: Attempt
     pause_seconds: float
     following: Target | None
     """Who could be asked after it."""
 
 
-class Walk:
+class AttemptLoop:
     """One request's attempts, over all of its calls."""
 
-    def __init__(self, means: Means, request: Request, decided: Decided, again: Again, span: Span) -> None:
+    def __init__(self, means: RouterDeps, request: Request, decided: RoutingResult, again: Again, span: Span) -> None:
         self._means = means
         self._request = request
         self._decided = decided
         self._again = again
         self._ends = request.received + decided.decision.route.total_seconds
-        self._purse = Purse(decided.decision.route.max_cost_usd)
+        self._purse = RequestBudget(decided.decision.route.max_cost_usd)
         self.span = span
         self.first_byte_seconds: float | None = None
-        self._steps_taken: Steps | None = None
+        self._steps_taken: CascadeRunner | None = None
         self.attempts: list[AttemptOutcome] = []
         """All that have ended, over all calls of the request."""
 
@@ -75,7 +86,7 @@ class Walk:
     def refusal(self) -> ApplianceError | None:
         return self._decided.refusal
 
-    async def run(self, call: Call) -> tuple[Trial | None, Any]:
+    async def run(self, call: TaskCall) -> tuple[AttemptRunner | None, Any]:
         """The trial that answered (None: no model did), and its payload or open stream.
 
         Raises the last error, saying what was tried.
@@ -95,7 +106,7 @@ class Walk:
                 raise
             return await self._step_down(call, steps, error)
 
-    def cascades(self, call: Call) -> bool:
+    def cascades(self, call: TaskCall) -> bool:
         """Whether its texts go from step to step, each as far as it needs."""
         rule = self._decided.rule
         has_steps = rule is not None and rule.cascade is not None and not self.decision.route.pinned
@@ -105,20 +116,20 @@ class Walk:
         """The results of calls that one was cut into. All their texts go through the cascade together."""
         return cut(await self._steps_of(at_once).run(calls), calls)
 
-    def _steps_of(self, at_once: int) -> Steps:
-        self._steps_taken = Steps(self, self._means, self._request, self._decided, at_once)
+    def _steps_of(self, at_once: int) -> CascadeRunner:
+        self._steps_taken = CascadeRunner(self, self._means, self._request, self._decided, at_once)
         return self._steps_taken
 
-    async def ask(self, call: Call, route: Route, made: int, *, retries: bool) -> tuple[Trial, Any]:
+    async def ask(self, call: TaskCall, route: Route, made: int, *, retries: bool) -> tuple[AttemptRunner, Any]:
         """Some of a cascade's texts, put to the attempts that `route` has."""
         decided = replace(self._decided, decision=replace(self.decision, route=route))
         return await self._go(call, decided, made, retries=retries)
 
-    def facts(self) -> Facts:
+    def facts(self) -> ResponseMetadata:
         facts = facts_of(self._request, self.decision, self.attempts)
         return facts if self._steps_taken is None else self._steps_taken.told(facts)
 
-    def facts_so_far(self, trial: Trial) -> Facts:
+    def facts_so_far(self, trial: AttemptRunner) -> ResponseMetadata:
         """For the headers of a stream, which leave before its cost is known: an estimate, and marked as one."""
         before, expected = total_usd(self.attempts), trial.expected_cost_usd()
         return replace(
@@ -148,10 +159,12 @@ class Walk:
             answered = attempt.result == "answered"
             self._means.memory.of_late.spent(rule.name, attempt.target, attempt.cost_usd, answered=answered, now=now)
 
-    async def _go(self, call: Call, decided: Decided, made: int, *, retries: bool) -> tuple[Trial, Any]:
+    async def _go(
+        self, call: TaskCall, decided: RoutingResult, made: int, *, retries: bool
+    ) -> tuple[AttemptRunner, Any]:
         """Attempt after attempt. `made`: how many this call has had before."""
         route = decided.decision.route
-        tried: list[tuple[Trial, ApplianceError]] = []
+        tried: list[tuple[AttemptRunner, ApplianceError]] = []
         while (turn := self._turn(route, tried, made, retries=retries)) is not None:
             if turn.pause_seconds:
                 await self._means.pause(turn.pause_seconds)
@@ -171,13 +184,13 @@ class Walk:
             return await self._or_better(call, decided, trial, payload, made + len(tried) + 1)
         raise _last_of(tried)
 
-    def _trial(self, decided: Decided, index: int, attempt: Attempt) -> Trial:
-        errand = Errand(self._request, decided.decision, self._purse, decided.prefix, decided.leaves_free)
-        return Trial(self._means, errand, index, attempt)
+    def _trial(self, decided: RoutingResult, index: int, attempt: Attempt) -> AttemptRunner:
+        errand = AttemptContext(self._request, decided.decision, self._purse, decided.prefix, decided.leaves_free)
+        return AttemptRunner(self._means, errand, index, attempt)
 
     def _turn(
-        self, route: Route, tried: Sequence[tuple[Trial, ApplianceError]], made: int, *, retries: bool
-    ) -> Turn | None:
+        self, route: Route, tried: Sequence[tuple[AttemptRunner, ApplianceError]], made: int, *, retries: bool
+    ) -> NextAttempt | None:
         """The route's next attempt; after the last one the same target again, where that can help; then who
         stands by."""
         left = route.max_attempts - made
@@ -188,12 +201,12 @@ class Walk:
             if tried:
                 attempt = replace(attempt, reason=_next_reason(*tried[-1]))
             following = route.attempts[len(tried) + 1 : left]
-            return Turn(attempt, 0.0, following[0].target if following else None)
+            return NextAttempt(attempt, 0.0, following[0].target if following else None)
         if not tried:
             return None
         return (self._retry(route, tried) if retries else None) or _standby(route, tried)
 
-    def _retry(self, route: Route, tried: Sequence[tuple[Trial, ApplianceError]]) -> Turn | None:
+    def _retry(self, route: Route, tried: Sequence[tuple[AttemptRunner, ApplianceError]]) -> NextAttempt | None:
         """The first of the route's targets that failed in a way that passes, while there is time for it."""
         now = self._means.clock()
         for attempt in route.attempts:
@@ -205,10 +218,10 @@ class Walk:
             blocked = self._means.breakers.blocked_until(attempt.target.name, now + pause)
             if blocked is None and pause <= route.max_wait_seconds and now + pause < self._ends:
                 reason = f"retry: {attempt.target.name} {failed[-1].code}"
-                return Turn(replace(attempt, reason=reason), pause, None)
+                return NextAttempt(replace(attempt, reason=reason), pause, None)
         return None
 
-    def _patience(self, route: Route, following: Target | None, *, stream: bool) -> Patience:
+    def _patience(self, route: Route, following: Target | None, *, stream: bool) -> AttemptTimeouts:
         """Raises DeadlineExceeded where no time is left."""
         now = self._means.clock()
         left = self._ends - now
@@ -216,12 +229,12 @@ class Walk:
             raise DeadlineExceeded(f"no answer within the {route.total_seconds:.0f} s that route {route.name!r} allows")
         first = route.residency.kind != "any" or route.pinned
         if following is None:
-            return Patience(left, min(route.max_wait_seconds, left), None, first)
+            return AttemptTimeouts(left, min(route.max_wait_seconds, left), None, first)
         budget = max(0.0, self._request.received + route.latency_budget_seconds - now)
         answer = route.answer_budget_seconds
         elsewhere = self._means.memory.experience.first_byte_seconds(following.name, stream)
         elsewhere = budget * _UNKNOWN_ELSEWHERE if elsewhere is None else min(elsewhere, budget * 0.5)
-        return Patience(
+        return AttemptTimeouts(
             left,
             min(max(0.0, budget - elsewhere), left),
             budget,
@@ -231,8 +244,8 @@ class Walk:
         )
 
     async def _or_better(
-        self, call: Call, decided: Decided, trial: Trial, payload: Any, made: int
-    ) -> tuple[Trial, Any]:
+        self, call: TaskCall, decided: RoutingResult, trial: AttemptRunner, payload: Any, made: int
+    ) -> tuple[AttemptRunner, Any]:
         """The answer, or a better target's where it is unsure, the route escalates, and the rate allows it."""
         rule, route = decided.rule.escalation if decided.rule else None, decided.decision.route
         betters = [one for one in route.escalations if one.target.name != trial.target.name]
@@ -258,8 +271,14 @@ class Walk:
         return await self._escalate(call, decided, trial, payload, betters[: route.max_attempts - made], why)
 
     async def _escalate(
-        self, call: Call, decided: Decided, unsure: Trial, payload: Any, betters: Sequence[Attempt], why: str
-    ) -> tuple[Trial, Any]:
+        self,
+        call: TaskCall,
+        decided: RoutingResult,
+        unsure: AttemptRunner,
+        payload: Any,
+        betters: Sequence[Attempt],
+        why: str,
+    ) -> tuple[AttemptRunner, Any]:
         """Ask the better ones in order. What they answer is theirs alone; where none does, the unsure answer stands."""
         for number, attempt in enumerate(betters, unsure.index + 1):
             better = self._trial(decided, number, replace(attempt, reason=f"escalation: {unsure.target.name} {why}"))
@@ -277,21 +296,23 @@ class Walk:
         self.reword(unsure, "answered", f"unsure: {why}; nobody better answered")
         return unsure, payload
 
-    def reword(self, trial: Trial, result: Any, detail: str) -> None:
+    def reword(self, trial: AttemptRunner, result: Any, detail: str) -> None:
         """How an attempt ended, now that more is known of it."""
         before = trial.outcome
         assert before is not None
         trial.outcome = replace(before, result=result, detail=detail)
         self.attempts = [trial.outcome if one is before else one for one in self.attempts]
 
-    def _steps(self) -> Sequence[Degrade]:
+    def _steps(self) -> Sequence[DegradeRule]:
         """The steps down that this request's route declares and its endpoint can take."""
         rule, request = self._decided.rule, self._request
         if rule is None or request.endpoint not in _STEPPING:
             return ()
         return [step for step in rule.degrade if step.step != "static" or request.format == "text"]
 
-    async def _step_down(self, call: Call, steps: Sequence[Degrade], cause: ApplianceError) -> tuple[Trial | None, Any]:
+    async def _step_down(
+        self, call: TaskCall, steps: Sequence[DegradeRule], cause: ApplianceError
+    ) -> tuple[AttemptRunner | None, Any]:
         """The declared steps in their order, until one answers. Raises `cause` where none does."""
         for step in steps:
             if step.step == "static":
@@ -309,7 +330,7 @@ class Walk:
                     raise
         raise cause
 
-    def _static(self, step: Degrade, cause: ApplianceError) -> Any:
+    def _static(self, step: DegradeRule, cause: ApplianceError) -> Any:
         """An answer without a model, written down as one of the site's own that cost nothing."""
         request, means = self._request, self._means
         self.attempts.append(
@@ -335,15 +356,15 @@ class Walk:
             self.first_byte_seconds = self._means.clock() - self._request.received
 
 
-def _standby(route: Route, tried: Sequence[tuple[Trial, ApplianceError]]) -> Turn | None:
+def _standby(route: Route, tried: Sequence[tuple[AttemptRunner, ApplianceError]]) -> NextAttempt | None:
     """An engine that was not up when the request was decided, now that there is nobody else: a hosted target may be
     refused by a budget only after it was chosen."""
     asked = {trial.target.name for trial, _ in tried}
     attempt = next((attempt for attempt in route.standby if attempt.target.name not in asked), None)
-    return None if attempt is None else Turn(replace(attempt, reason=_next_reason(*tried[-1])), 0.0, None)
+    return None if attempt is None else NextAttempt(replace(attempt, reason=_next_reason(*tried[-1])), 0.0, None)
 
 
-def _marked(decided: Decided, step: Degrade, cause: ApplianceError) -> Decided:
+def _marked(decided: RoutingResult, step: DegradeRule, cause: ApplianceError) -> RoutingResult:
     """Every attempt says that it is a lesser one, and why."""
     route = decided.decision.route
     attempts = tuple(
@@ -373,14 +394,14 @@ def _may_step_down(error: ApplianceError) -> bool:
     return goes_on(error) or isinstance(error, ContextTooLong | DeadlineExceeded)
 
 
-def _next_reason(trial: Trial, error: ApplianceError) -> str:
+def _next_reason(trial: AttemptRunner, error: ApplianceError) -> str:
     assert trial.outcome is not None
     word = {"overflowed": "overflow", "rejected": "rejected"}.get(trial.outcome.result, "fallback")
     detail = trial.outcome.detail
     return f"{word}: {detail if trial.target.name in detail else f'{trial.target.name} {detail}'}"
 
 
-def _last_of(tried: Sequence[tuple[Trial, ApplianceError]]) -> ApplianceError:
+def _last_of(tried: Sequence[tuple[AttemptRunner, ApplianceError]]) -> ApplianceError:
     """The last error; where several targets were tried its message names them all."""
     if not tried:
         return Unavailable("no target is left for this request")

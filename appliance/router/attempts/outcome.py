@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
-from appliance.core import AttemptOutcome, AttemptResult, CostBasis, Decision, Facts, Outcome, Request, Usage
+from appliance.core import AttemptOutcome, AttemptResult, CostBasis, Decision, Outcome, Request, ResponseMetadata, Usage
 from appliance.errors import (
     ApplianceError,
     BackendError,
@@ -31,11 +31,11 @@ _WARNINGS: Final[Mapping[str, str]] = {
 
 def facts_of(
     request: Request, decision: Decision, attempts: Sequence[AttemptOutcome], *, reason: str | None = None
-) -> Facts:
+) -> ResponseMetadata:
     """For an answer or an error: the last attempt that answered is the target, and every attempt's cost counts."""
     answered = [attempt for attempt in attempts if attempt.result == "answered"]
     by = answered[-1] if answered else None
-    return Facts(
+    return ResponseMetadata(
         request_id=request.id,
         decision_id=decision.id,
         target=by.target if by else None,

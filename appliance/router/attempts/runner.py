@@ -6,7 +6,17 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from appliance.core import Attempt, AttemptOutcome, AttemptResult, Call, Decision, EgressPermit, Reply, Request, Usage
+from appliance.core import (
+    Attempt,
+    AttemptOutcome,
+    AttemptResult,
+    Decision,
+    EgressPermit,
+    Request,
+    TaskCall,
+    UpstreamReply,
+    Usage,
+)
 from appliance.errors import (
     ApplianceError,
     BackendError,
@@ -23,31 +33,31 @@ from appliance.router.attempts.verify import read_verified
 from appliance.router.attempts.wire_requests import in_turn, sealed_once
 from appliance.router.capacity.admission import Slot
 from appliance.router.capacity.request_load import load_of
-from appliance.router.cost import Bill, hosted_usd, onsite_bill, onsite_usd, reserve_usd
-from appliance.router.deps import Means, Patience, Purse
+from appliance.router.cost import CostEstimate, hosted_usd, onsite_bill, onsite_usd, reserve_usd
+from appliance.router.deps import AttemptTimeouts, RequestBudget, RouterDeps
 from appliance.telemetry import traces
 from appliance.telemetry.redaction import scrub_text
 from appliance.upstream import client
-from appliance.wire.dialect import Letter
+from appliance.wire.dialect import WireRequest
 
 _CALLS_AT_ONCE: Final = 8
 """One piece of work may become many calls to a hosted target; more at once only meets its rate limit sooner."""
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
+class AttemptContext:
     """What all attempts of one request have in common."""
 
     request: Request
     decision: Decision
-    purse: Purse
+    purse: RequestBudget
     prefix: Hashable
     """What tells prompts that begin alike."""
     leaves_free: float = 0.0
     """Share of an engine that is kept for those who are bound."""
 
 
-class Trial:
+class AttemptRunner:
     """One attempt while it runs. `run` it once; it ends itself unless it returns an open stream: then `end` it."""
 
     __slots__ = (
@@ -72,11 +82,11 @@ class Trial:
         "usage",
     )
 
-    def __init__(self, means: Means, errand: Errand, index: int, attempt: Attempt) -> None:
+    def __init__(self, means: RouterDeps, errand: AttemptContext, index: int, attempt: Attempt) -> None:
         self._means = means
         self._errand = errand
         self._attempt = attempt
-        self._call: Call | None = None
+        self._call: TaskCall | None = None
         self._slot: Slot | None = None
         self._reservation: str | None = None
         self._reserved_usd = 0.0
@@ -93,10 +103,10 @@ class Trial:
         self.first_byte_seconds: float | None = None
         self.outcome: AttemptOutcome | None = None
 
-    async def run(self, call: Call, patience: Patience) -> Any:
+    async def run(self, call: TaskCall, patience: AttemptTimeouts) -> Any:
         """The verified payload, or None with `stream` open. Raises ApplianceError, having ended itself."""
         target, request = self.target, self._errand.request
-        letters: Sequence[Letter] = ()
+        letters: Sequence[WireRequest] = ()
         self._call = call
         try:
             salt = client.salt_of(request.caller.key_id)
@@ -192,12 +202,12 @@ class Trial:
         else:
             self._means.breakers.fail(self.target.name, self._means.clock(), None)
 
-    def bill(self, *, may_have_cost: bool) -> Bill | None:
+    def bill(self, *, may_have_cost: bool) -> CostEstimate | None:
         """By what is known of the usage so far. `may_have_cost`: whether a call without a report counts as reserved."""
         if self.target.location == "hosted" and self.target.price is not None:
             if self.usage == Usage() and not (self._sent and may_have_cost):
-                return Bill(0.0, "price")
-            return Bill(
+                return CostEstimate(0.0, "price")
+            return CostEstimate(
                 max(hosted_usd(self.target.price, self.usage, self._reserved_usd), self._uncounted_usd()), "price"
             )
         view = self._means.state.snapshot.engines.get(self.target.name)
@@ -220,7 +230,7 @@ class Trial:
         view = self._means.state.snapshot.engines.get(self.target.name)
         return onsite_usd(self.target, view, expected, self._means.cost, self._means.cores)
 
-    async def _enter(self, call: Call, patience: Patience) -> None:
+    async def _enter(self, call: TaskCall, patience: AttemptTimeouts) -> None:
         self._slot = await self._means.admission.enter(
             self.target,
             load_of(
@@ -249,7 +259,7 @@ class Trial:
         self._means.breakers.start(self.target.name, now)
         self._is_counted = True
 
-    def _tokens(self, call: Call) -> int:
+    def _tokens(self, call: TaskCall) -> int:
         return self._means.memory.experience.tokens.correct(self.target.name, call.prompt_tokens)
 
     def _permit(self) -> EgressPermit | None:
@@ -259,7 +269,7 @@ class Trial:
         errand = self._errand
         return self._means.permits.permit(errand.request, self.target, errand.decision.route.residency)
 
-    async def _reserve(self, call: Call, letters: Sequence[Letter]) -> None:
+    async def _reserve(self, call: TaskCall, letters: Sequence[WireRequest]) -> None:
         """A call's tokens are those of all that it becomes, so one reservation holds for all of them; what the target
         may write by its letters counts where it is more than is to be expected."""
         price = self.target.price
@@ -277,7 +287,7 @@ class Trial:
             key_id=self._errand.request.caller.key_id,
         )
 
-    async def _open(self, letter: Letter, permit: EgressPermit | None, patience: Patience) -> None:
+    async def _open(self, letter: WireRequest, permit: EgressPermit | None, patience: AttemptTimeouts) -> None:
         """Up to the first event: the commit point lies behind it."""
         target = self.target
         assert self._slot is not None
@@ -301,10 +311,10 @@ class Trial:
         if seconds:
             self._means.breakers.rest(self.target.name, self._means.clock() + seconds)
 
-    def _left(self, patience: Patience) -> float:
+    def _left(self, patience: AttemptTimeouts) -> float:
         return patience.total_seconds - (self._means.clock() - self._started)
 
-    def _given_up(self, budget: float | None, predicted: float, patience: Patience) -> float | None:
+    def _given_up(self, budget: float | None, predicted: float, patience: AttemptTimeouts) -> float | None:
         """How long from now an engine of this node gets before another target is asked; None: as long as it takes.
 
         So early that whoever comes next is still in time, but never before what was predicted, and then at the end of
@@ -323,7 +333,7 @@ class Trial:
         return Busy(f"{self.target.name} had not {done} after {waited:.1f} s", retry_after_seconds=1.0)
 
     async def _whole(
-        self, call: Call, letters: Sequence[Letter], permit: EgressPermit | None, patience: Patience
+        self, call: TaskCall, letters: Sequence[WireRequest], permit: EgressPermit | None, patience: AttemptTimeouts
     ) -> Any:
         assert self._slot is not None
         until = self._given_up(patience.answer_seconds, self._slot.predicted.finish_seconds, patience)
@@ -341,15 +351,15 @@ class Trial:
         return read_verified(call, self.target, [letter.outgoing for letter in letters], replies)
 
     async def _send_all(
-        self, call: Call, letters: Sequence[Letter], permit: EgressPermit | None, seconds: float
-    ) -> Sequence[Reply]:
+        self, call: TaskCall, letters: Sequence[WireRequest], permit: EgressPermit | None, seconds: float
+    ) -> Sequence[UpstreamReply]:
         door = self._means.doors.to(self.target)
         patience = min(seconds, client.whole_reply_seconds(self.target, call.output_tokens))
         if len(letters) == 1:
             return [await client.send(door, letters[0], permit=permit, seconds=patience)]
         gate = asyncio.Semaphore(_CALLS_AT_ONCE)
 
-        async def send_one(one: Letter) -> Reply:
+        async def send_one(one: WireRequest) -> UpstreamReply:
             async with gate:
                 return await client.send(door, one, permit=permit, seconds=patience)
 

@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-from appliance.core import Call, Outgoing, Reply, Target
+from appliance.core import Target, TaskCall, UpstreamCall, UpstreamReply
 from appliance.errors import BackendGarbage, RejectedReply
 
 _MUST_HAVE = {"/chat/completions": "choices", "/completions": "choices", "/decisions": "answers"}
 
 
-def read_verified(call: Call, target: Target, outgoing: Sequence[Outgoing], replies: Sequence[Reply]) -> Any:
+def read_verified(
+    call: TaskCall, target: Target, outgoing: Sequence[UpstreamCall], replies: Sequence[UpstreamReply]
+) -> Any:
     """What the caller gets. Raises BackendGarbage (not what the dialect promises) or RejectedReply (does not pass)."""
     for sent, reply in zip(outgoing, replies, strict=True):
         field = _MUST_HAVE.get(sent.path)
@@ -22,12 +24,12 @@ def read_verified(call: Call, target: Target, outgoing: Sequence[Outgoing], repl
     return call.read(target, replies)
 
 
-def wants_schema(outgoing: Outgoing) -> bool:
+def wants_schema(outgoing: UpstreamCall) -> bool:
     """Whether an answer that stops early is of no use: half of a JSON text is not JSON."""
     given = outgoing.body.get("response_format")
     return isinstance(given, dict) and given.get("type") in ("json_schema", "json_object")
 
 
-def _is_cut_off(reply: Reply) -> bool:
+def _is_cut_off(reply: UpstreamReply) -> bool:
     choices = reply.payload["choices"] if isinstance(reply.payload.get("choices"), list) else []
     return any(isinstance(choice, dict) and choice.get("finish_reason") == "length" for choice in choices)

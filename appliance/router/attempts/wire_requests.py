@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from appliance.core import Outgoing, Request, Target
-from appliance.wire.dialect import Letter
+from appliance.core import Request, Target, UpstreamCall
+from appliance.wire.dialect import WireRequest
 
 IDEMPOTENCY_HEADER: Final = "idempotency-key"
 BATCH_PRIORITY: Final = 1
 """Of work that can wait, at engines; lower values go first, and everything else has 0."""
 
 
-def in_turn(request: Request, target: Target, outgoing: Sequence[Outgoing]) -> Sequence[Outgoing]:
+def in_turn(request: Request, target: Target, outgoing: Sequence[UpstreamCall]) -> Sequence[UpstreamCall]:
     """Work that can wait is marked so for this node's engines, which do everything else before it. Whoever asks may let
     others go first, and cannot go before them."""
     if target.provider is not None:
@@ -23,7 +23,7 @@ def in_turn(request: Request, target: Target, outgoing: Sequence[Outgoing]) -> S
     return [_not_before(one, first) for one in outgoing]
 
 
-def sealed_once(request: Request, letter: Letter) -> Letter:
+def sealed_once(request: Request, letter: WireRequest) -> WireRequest:
     """A line of a job that is sent again after a crash says that it is the same, for providers that look."""
     target = letter.target
     if request.latency_class != "batch" or target.location == "onsite":
@@ -33,7 +33,7 @@ def sealed_once(request: Request, letter: Letter) -> Letter:
     return replace(letter, headers={**letter.headers, IDEMPOTENCY_HEADER: key})
 
 
-def _not_before(outgoing: Outgoing, first: int) -> Outgoing:
+def _not_before(outgoing: UpstreamCall, first: int) -> UpstreamCall:
     given = outgoing.body.get("priority", 0)
     if given == first or (type(given) is int and given > first):
         return outgoing

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from appliance.core import EngineView, Target
+from appliance.core import EngineStatus, Target
 from appliance.engines.rates import decode_rate
 from appliance.errors import Busy, Unavailable
 from appliance.router.capacity.predictor import NOT_PREDICTED, InFlight, Prediction, predict, room_beside
-from appliance.router.stats.estimators import Experience
+from appliance.router.stats.estimators import Estimators
 from appliance.state import State
 
 _RECHECK_SECONDS: Final = 1.0
@@ -25,7 +25,7 @@ _EMPTY: Final = InFlight()
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class RequestLoad:
     """What one call brings to a target."""
 
     prompt_tokens: int
@@ -54,7 +54,9 @@ class Slot:
 
     __slots__ = ("_admission", "_computed", "_left", "entered", "load", "predicted", "target", "written_tokens")
 
-    def __init__(self, admission: "Admission", target: str, load: Load, predicted: Prediction, entered: float) -> None:
+    def __init__(
+        self, admission: "Admission", target: str, load: RequestLoad, predicted: Prediction, entered: float
+    ) -> None:
         self._admission = admission
         self._computed = False
         self._left = False
@@ -111,7 +113,7 @@ class _Place:
         self.at_view = _EMPTY
         """What was in flight then."""
 
-    def count(self, load: Load, sign: int) -> None:
+    def count(self, load: RequestLoad, sign: int) -> None:
         self.sequences += sign * load.share
         if not load.can_wait:
             self.hurried_sequences += sign * load.share
@@ -120,7 +122,7 @@ class _Place:
 @dataclass(slots=True, eq=False)
 class _Waiter:
     target: Target
-    load: Load
+    load: RequestLoad
     entered: "asyncio.Future[Slot]"
     until: float | None
     """When its first token must have come, where it can still go elsewhere."""
@@ -144,7 +146,7 @@ class _Queue:
         """Whether anybody waits who cannot."""
         return bool(self.bound or self.unbound)
 
-    def line(self, load: Load, *, first: bool) -> deque[_Waiter]:
+    def line(self, load: RequestLoad, *, first: bool) -> deque[_Waiter]:
         if load.can_wait:
             return self.patient
         return self.bound if first else self.unbound
@@ -152,7 +154,7 @@ class _Queue:
     def head(self) -> deque[_Waiter]:
         return self.bound or self.unbound or self.patient
 
-    def before(self, load: Load | None, *, first: bool) -> list[Load]:
+    def before(self, load: RequestLoad | None, *, first: bool) -> list[RequestLoad]:
         """What waits before one who comes now; None: before the last of all."""
         lines: tuple[deque[_Waiter], ...] = (self.bound, self.unbound, self.patient)
         if load is not None and not load.can_wait:
@@ -163,10 +165,10 @@ class _Queue:
 class Admission:
     """In-flight ledger and queues of all targets. Outlives reloads: requests must not notice one."""
 
-    def __init__(self, state: State, clock: Callable[[], float], experience: Experience | None = None) -> None:
+    def __init__(self, state: State, clock: Callable[[], float], experience: Estimators | None = None) -> None:
         self._state = state
         self._clock = clock
-        self._experience = experience or Experience()
+        self._experience = experience or Estimators()
         self._places: dict[str, _Place] = {}
         self._doubted: dict[str, float] = {}
         self._pump: asyncio.Task[None] | None = None
@@ -185,7 +187,7 @@ class Admission:
         """The engine did not answer: what was seen of it so far is not believed any more."""
         self._doubted[target] = self._clock()
 
-    def predict(self, target: Target, load: Load, *, may_leave: bool = False, first: bool = False) -> Prediction:
+    def predict(self, target: Target, load: RequestLoad, *, may_leave: bool = False, first: bool = False) -> Prediction:
         """For a call that would come last of its kind. `may_leave`: it could go elsewhere; `first`: it is bound."""
         if target.provider is not None:
             seen = self._experience.first_byte_seconds(target.name, True) if load.stream else None
@@ -195,7 +197,13 @@ class Admission:
         return self._corrected(target.name, load, self._predict(target.name, load, may_leave=may_leave, first=first))
 
     async def enter(
-        self, target: Target, load: Load, *, first: bool, wait_seconds: float, budget_seconds: float | None = None
+        self,
+        target: Target,
+        load: RequestLoad,
+        *,
+        first: bool,
+        wait_seconds: float,
+        budget_seconds: float | None = None,
     ) -> Slot:
         """Take a slot, waiting up to `wait_seconds` where there is none. `first`: before those who are not bound.
 
@@ -255,7 +263,7 @@ class Admission:
             place = self._places[target] = _Place()
         return place
 
-    def _admit(self, target: str, load: Load, predicted: Prediction) -> Slot:
+    def _admit(self, target: str, load: RequestLoad, predicted: Prediction) -> Slot:
         place = self._place(target)
         slot = Slot(self, target, load, predicted, self._clock())
         self._state.use(target)
@@ -295,7 +303,7 @@ class Admission:
             else:
                 waiter.entered.set_result(self._admit(target, waiter.load, plain))
 
-    def _predict(self, target: str, load: Load, *, may_leave: bool, first: bool | None = None) -> Prediction:
+    def _predict(self, target: str, load: RequestLoad, *, may_leave: bool, first: bool | None = None) -> Prediction:
         """`first`: of those who wait only the bound ones are before it; None: nobody is."""
         place = self._places.get(target)
         view, inflight = self._state.snapshot.engines.get(target), _EMPTY
@@ -317,7 +325,7 @@ class Admission:
         is_free = not place.line.hurried and place.sequences < room_beside(view.load, place.hurried_sequences)
         return prediction if is_free else replace(prediction, can_enter=False)
 
-    def _corrected(self, target: str, load: Load, plain: Prediction) -> Prediction:
+    def _corrected(self, target: str, load: RequestLoad, plain: Prediction) -> Prediction:
         """By how much longer things of this kind took here than predicted."""
         if not plain.ready:
             return plain
@@ -327,7 +335,7 @@ class Admission:
         finish = max(first + rest, plain.finish_seconds * self._experience.finish_pace.ratio(key))
         return Prediction(first, finish, plain.fits_kv, plain.ready, plain.reason, plain.can_enter)
 
-    def _tally(self, target: str, place: _Place, line: Sequence[Load], *, with_patient: bool = True) -> InFlight:
+    def _tally(self, target: str, place: _Place, line: Sequence[RequestLoad], *, with_patient: bool = True) -> InFlight:
         """The ledger of one target as it stands now: what has been written since counts no more.
 
         `with_patient` False: as those see it for whom the engine puts back what can wait.
@@ -343,7 +351,7 @@ class Admission:
         return self._sum(view, hurried, line, place.at_view)
 
     def _sum(
-        self, view: EngineView | None, slots: Sequence[Slot], line: Sequence[Load], at_view: InFlight | None
+        self, view: EngineStatus | None, slots: Sequence[Slot], line: Sequence[RequestLoad], at_view: InFlight | None
     ) -> InFlight:
         now, sequences = self._clock(), sum(slot.load.share for slot in slots)
         speed = _tokens_per_second(view, sequences)
@@ -380,7 +388,7 @@ class Admission:
                 self._let_in(target)
 
 
-def _tokens_per_second(view: EngineView | None, sequences: int) -> float:
+def _tokens_per_second(view: EngineStatus | None, sequences: int) -> float:
     """Of each of so many sequences; 0 where nothing is known."""
     if view is None or view.load is None or sequences <= 0:
         return 0.0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from appliance.core import EngineLoad, EngineView
+from appliance.core import EngineLoad, EngineStatus
 from appliance.engines.rates import decode_rate
 
 STALE_SECONDS: Final = 5.0
@@ -66,7 +66,7 @@ NOT_PREDICTED: Final = Prediction(0.0, 0.0, fits_kv=True, ready=True, reason="no
 
 
 def predict(
-    view: EngineView | None,
+    view: EngineStatus | None,
     inflight: InFlight,
     *,
     prompt_tokens: int,
@@ -215,7 +215,7 @@ def _evenly(total: int, count: int) -> tuple[int, ...]:
     return tuple(round(total * 2 * (place + 1) / (count * (count + 1))) for place in range(count))
 
 
-def _not_ready(view: EngineView | None, now: float, not_before: float) -> str:
+def _not_ready(view: EngineStatus | None, now: float, not_before: float) -> str:
     if view is None:
         return "no engine is known for it"
     if view.state != "ready":

@@ -4,8 +4,8 @@ from collections.abc import Hashable
 from typing import Final
 
 from appliance.core import Request
-from appliance.router.capacity.admission import Load
-from appliance.router.stats.estimators import Experience
+from appliance.router.capacity.admission import RequestLoad
+from appliance.router.stats.estimators import Estimators
 
 _PREFIX_CHARACTERS: Final = 256
 """Prompts that begin alike for so long are taken to share what an engine has cached of them."""
@@ -17,7 +17,7 @@ def prefix_of(request: Request) -> Hashable:
 
 
 def load_of(
-    experience: Experience,
+    experience: Estimators,
     request: Request,
     target: str,
     *,
@@ -25,11 +25,11 @@ def load_of(
     prompt_tokens: int,
     output_tokens: int,
     leaves_free: float,
-) -> Load:
+) -> RequestLoad:
     """What a call of so many tokens, by our estimate and by the caller's limit, brings to `target`."""
     tokens = experience.tokens.correct(target, prompt_tokens)
     expected = experience.output_tokens(target, request.endpoint, output_tokens)
-    return Load(
+    return RequestLoad(
         experience.uncached_tokens(target, prefix, tokens),
         expected,
         kv_tokens=tokens + expected,

@@ -42,7 +42,7 @@ _SENTENCE_END: Final = re.compile(r"\n|(?<!\bno)(?<!\bnr)(?<!\bNo)(?<!\bNr)[.!?]
 
 
 @dataclass(frozen=True, slots=True)
-class Label:
+class IdLabel:
     kind: PersonalKind
     gate_words: frozenset[str]
     gate_parts: tuple[str, ...]
@@ -52,12 +52,12 @@ class Label:
     """Given the value in upper case."""
 
 
-def _label(kind: PersonalKind, gates: str, pattern: str, check: Callable[[str], bool]) -> Label:
+def _label(kind: PersonalKind, gates: str, pattern: str, check: Callable[[str], bool]) -> IdLabel:
     """`gates`: words apart by spaces, parts of words or phrases with a * before them, their spaces written as _."""
     marks = gates.split()
     parts = tuple(mark[1:].replace("_", " ") for mark in marks if mark.startswith("*"))
     compiled = re.compile(rf"(?<![^\W\d_])(?:{pattern})(?![^\W\d_])")
-    return Label(kind, frozenset(mark for mark in marks if not mark.startswith("*")), parts, compiled, check)
+    return IdLabel(kind, frozenset(mark for mark in marks if not mark.startswith("*")), parts, compiled, check)
 
 
 def _digits(least: int, most: int) -> Callable[[str], bool]:
@@ -167,7 +167,7 @@ _BIRTH_DATE: Final = re.compile(
 )
 
 
-def labels_in(lowered: str, wanted: Collection[PersonalKind]) -> tuple[Label, ...]:
+def labels_in(lowered: str, wanted: Collection[PersonalKind]) -> tuple[IdLabel, ...]:
     """Those that have any of their words in the text: the others need not be tried on any part of it."""
     vocabulary = frozenset(lowered.translate(_TO_SPACE).split())
     return tuple(
@@ -178,7 +178,7 @@ def labels_in(lowered: str, wanted: Collection[PersonalKind]) -> tuple[Label, ..
     )
 
 
-def find_labelled(text: str, lowered: str, labels: Iterable[Label]) -> Iterator[Span]:
+def find_labelled(text: str, lowered: str, labels: Iterable[IdLabel]) -> Iterator[Span]:
     for label in labels:
         for word in label.pattern.finditer(lowered):
             for start, end in _values(text, word.end()):

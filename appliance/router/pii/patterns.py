@@ -80,7 +80,7 @@ def _in_piece(
     piece: str,
     wanted: frozenset[PersonalKind],
     plans: number_formats.NumberingPlans,
-    named: Sequence[labelled_ids.Label],
+    named: Sequence[labelled_ids.IdLabel],
 ) -> Iterator[Span]:
     if not wanted.isdisjoint(_NUMBERS):
         yield from number_formats.find_numbers(piece, plans)
@@ -106,11 +106,11 @@ def _neighbourhoods(text: str) -> Iterator[tuple[int, int]]:
         yield begin, end
 
 
-def make(kinds: Collection[PersonalKind]) -> "PatternDetector":
-    return PatternDetector(kinds)
+def make(kinds: Collection[PersonalKind]) -> "PiiPatternDetector":
+    return PiiPatternDetector(kinds)
 
 
-class PatternDetector:
+class PiiPatternDetector:
     """The detector that is always there. Holds nothing that changes; may be used by several threads."""
 
     is_quick = True

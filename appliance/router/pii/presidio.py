@@ -13,7 +13,7 @@ from presidio_analyzer.nlp_engine import NlpEngineProvider
 
 from appliance.core import PersonalKind
 from appliance.errors import ConfigError
-from appliance.router.pii.patterns import PatternDetector
+from appliance.router.pii.patterns import PiiPatternDetector
 
 _ENTITIES: Final[Mapping[str, PersonalKind]] = {
     "PERSON": "person_name",
@@ -65,7 +65,7 @@ class PresidioDetector:
     def __init__(self, kinds: Collection[PersonalKind], pipeline: str, language: str | None = None) -> None:
         """`pipeline`: the name of an installed one, or its folder; a name begins with its language."""
         self._kinds = tuple(kinds)
-        self._patterns = PatternDetector(kinds)
+        self._patterns = PiiPatternDetector(kinds)
         self._language = language or pipeline[:2]
         models = [{"lang_code": self._language, "model_name": pipeline}]
         provider = NlpEngineProvider(nlp_configuration={"nlp_engine_name": "spacy", "models": models})

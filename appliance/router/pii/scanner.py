@@ -16,11 +16,11 @@ from typing import Any, Final, Protocol
 
 import structlog
 
-from appliance.config import PersonalData, Policy
-from appliance.core import Content, PersonalKind, Request
+from appliance.config import PersonalDataRule, Policy
+from appliance.core import PersonalKind, PiiScanResult, Request
 from appliance.errors import ConfigError
-from appliance.router.deps import Alerts, NoAlerts
-from appliance.router.pii.text_extractor import Readable, chunks, readable
+from appliance.router.deps import NoRouterAlerts, RouterAlerts
+from appliance.router.pii.text_extractor import TextExtractor, chunks, readable
 
 AT_ONCE_CHARACTERS: Final = 8_192
 AT_ONCE_DIGITS: Final = 512
@@ -41,7 +41,7 @@ _CODE: Final = "content_not_searched"
 _log = structlog.get_logger(__name__)
 
 
-class Detector(Protocol):
+class PiiDetector(Protocol):
     """Tells which kinds of personal data a text holds. Used by several threads at once."""
 
     @property
@@ -51,7 +51,7 @@ class Detector(Protocol):
     def kinds_in(self, text: str) -> tuple[PersonalKind, ...]: ...
 
 
-def detector_for(policy: Policy) -> Detector | None:
+def detector_for(policy: Policy) -> PiiDetector | None:
     """The detector that `policy` wants; None where no route has its requests searched. Takes a while: not on the loop.
 
     Raises ConfigError where it is not installed.
@@ -62,7 +62,7 @@ def detector_for(policy: Policy) -> Detector | None:
     try:
         # Not at the top: the tables of number formats take up to 16 MB, and most nodes do not search.
         module: Any = importlib.import_module(_MODULES[name])
-        made: Detector = module.make(policy.residency.kinds)
+        made: PiiDetector = module.make(policy.residency.kinds)
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"the detector {name!r} is not installed ({error.name} is missing): install the extra, "
@@ -72,13 +72,15 @@ def detector_for(policy: Policy) -> Detector | None:
     return made
 
 
-class Inspector:
+class PiiScanner:
     """Searches requests as one policy has it. One for each policy; all is called on the event loop."""
 
-    def __init__(self, rules: PersonalData, detector: Detector | None, alerts: Alerts | None = None) -> None:
+    def __init__(
+        self, rules: PersonalDataRule, detector: PiiDetector | None, alerts: RouterAlerts | None = None
+    ) -> None:
         self._rules = rules
         self._detector = detector
-        self._alerts = alerts or NoAlerts()
+        self._alerts = alerts or NoRouterAlerts()
         self._in_trouble = True
         """Whether there may be a warning that the next search makes untrue."""
         self._places = asyncio.Semaphore(SEARCHES_AT_ONCE)
@@ -86,20 +88,20 @@ class Inspector:
     async def search(self, request: Request) -> Request:
         """The request with its content filled in. Raises nothing but CancelledError."""
         if self._detector is None:
-            return replace(request, content=Content((), "there is no detector"))
+            return replace(request, content=PiiScanResult((), "there is no detector"))
         try:
             content = self._at_once(request, self._detector) or await self._in_thread(request.body, self._detector)
         except _NotSearched as error:
             reason = str(error)
             self._in_trouble = True
             self._alerts.warn(_CODE, f"requests are bound because their content was not searched: {reason}")
-            return replace(request, content=Content((), reason))
+            return replace(request, content=PiiScanResult((), reason))
         if self._in_trouble:
             self._in_trouble = False
             self._alerts.clear(_CODE)
         return replace(request, content=content)
 
-    def _at_once(self, request: Request, detector: Detector) -> Content | None:
+    def _at_once(self, request: Request, detector: PiiDetector) -> PiiScanResult | None:
         """None where that would keep the loop for too long."""
         if not detector.is_quick or len(request.text) > AT_ONCE_CHARACTERS:
             return None
@@ -109,7 +111,7 @@ class Inspector:
                 return None
             return _content(detector.kinds_in(read.text), read)
 
-    async def _in_thread(self, body: Mapping[str, Any], detector: Detector) -> Content:
+    async def _in_thread(self, body: Mapping[str, Any], detector: PiiDetector) -> PiiScanResult:
         seconds = self._rules.timeout_seconds
         stop = threading.Event()
         try:
@@ -122,7 +124,7 @@ class Inspector:
             stop.set()
 
 
-def _search(body: Mapping[str, Any], detector: Detector, stop: threading.Event) -> Content:
+def _search(body: Mapping[str, Any], detector: PiiDetector, stop: threading.Event) -> PiiScanResult:
     """In a thread. One kind is enough to bind, so the first piece that has any is the last."""
     with _failing_safely():
         read = readable(body)
@@ -135,11 +137,11 @@ def _search(body: Mapping[str, Any], detector: Detector, stop: threading.Event) 
         return _content((), read)
 
 
-def _content(kinds: tuple[PersonalKind, ...], read: Readable) -> Content:
+def _content(kinds: tuple[PersonalKind, ...], read: TextExtractor) -> PiiScanResult:
     if not read.attachments:
-        return Content(kinds)
+        return PiiScanResult(kinds)
     what = "an image, sound or file" if read.attachments == 1 else f"{read.attachments} images, sounds or files"
-    return Content(kinds, what)
+    return PiiScanResult(kinds, what)
 
 
 class _NotSearched(Exception):
@@ -157,25 +159,25 @@ def _failing_safely() -> Iterator[None]:
         raise _NotSearched(f"the detector failed ({name})") from None
 
 
-async def _run(search: Callable[[], Content], done: Callable[[], None]) -> Content:
+async def _run(search: Callable[[], PiiScanResult], done: Callable[[], None]) -> PiiScanResult:
     """`search` in a thread of its own. `done` is called on the loop when it has ended, waited for or not.
 
     The thread is a daemon: one that hangs keeps neither a request waiting nor the node from ending.
     """
     loop = asyncio.get_running_loop()
-    result: asyncio.Future[Content] = loop.create_future()
+    result: asyncio.Future[PiiScanResult] = loop.create_future()
 
-    def end(content: Content | _NotSearched) -> None:
+    def end(content: PiiScanResult | _NotSearched) -> None:
         done()
         if result.done():
             return
-        if isinstance(content, Content):
+        if isinstance(content, PiiScanResult):
             result.set_result(content)
         else:
             result.set_exception(content)
 
     def work() -> None:
-        content: Content | _NotSearched
+        content: PiiScanResult | _NotSearched
         try:
             content = search()
         except _NotSearched as error:

@@ -16,14 +16,14 @@ OVERLAP_CHARACTERS: Final = 320
 
 
 @dataclass(frozen=True, slots=True)
-class Readable:
+class TextExtractor:
     text: str
     """Every string and number of the body, names of fields included: `{"ssn": 123}` reads `ssn: 123`."""
     attachments: int
     """Images, sounds and files: nobody has looked into those."""
 
 
-def readable(body: Mapping[str, Any], *, limit_characters: int | None = None) -> Readable | None:
+def readable(body: Mapping[str, Any], *, limit_characters: int | None = None) -> TextExtractor | None:
     """The whole body, not the parts that we know: fields we do not know travel on too. None beyond the limit."""
     pieces: list[str] = []
     attachments = length = 0
@@ -54,7 +54,7 @@ def readable(body: Mapping[str, Any], *, limit_characters: int | None = None) ->
         length += len(value)
         if limit_characters is not None and length > limit_characters:
             return None
-    return Readable("\n".join(pieces), attachments)
+    return TextExtractor("\n".join(pieces), attachments)
 
 
 def chunks(text: str) -> Iterator[str]:

@@ -8,12 +8,12 @@ from typing import Final
 
 from appliance.core import LatencyClass, Profile, Profiler, Request
 from appliance.router.profile import linear_model, rules
-from appliance.router.profile.estimate import Guess, Opinion
+from appliance.router.profile.estimate import LlmProfile, ProfileEstimate
 from appliance.router.profile.language import guess_language
 from appliance.router.profile.llm_prompt import guess_by
-from appliance.router.profile.text_sample import Sample, take_sample
+from appliance.router.profile.text_sample import TextSample, take_sample
 
-__all__ = ["Opinion", "check_profiler", "profile"]
+__all__ = ["LlmProfile", "check_profiler", "profile"]
 
 DEFAULT_OUTPUT_TOKENS: Final = 256
 PERSONAL_DATA: Final = "personal_data"
@@ -26,7 +26,7 @@ def profile(
     prompt_tokens: int,
     output_tokens: int | None,
     profiler: Profiler = "rules",
-    opinion: Opinion | str = "no local model was asked",
+    opinion: LlmProfile | str = "no local model was asked",
 ) -> Profile:
     """The profile of `request`. Token counts are the caller's estimates; None: the usual length of an answer.
 
@@ -54,7 +54,9 @@ def check_profiler(profiler: Profiler) -> None:
         linear_model.shipped_weights()
 
 
-def _guess(request: Request, sample: Sample, prompt_tokens: int, profiler: Profiler, opinion: Opinion | str) -> Guess:
+def _guess(
+    request: Request, sample: TextSample, prompt_tokens: int, profiler: Profiler, opinion: LlmProfile | str
+) -> ProfileEstimate:
     if profiler == "learned":
         return linear_model.guess(request, sample, linear_model.shipped_weights())
     by_rules = rules.guess(request, sample, prompt_tokens=prompt_tokens)

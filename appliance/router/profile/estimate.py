@@ -26,7 +26,7 @@ SIMPLE_SCALE: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class Guess:
+class ProfileEstimate:
     """`complexity` as in Profile. `reasons`: one for the task, one for the complexity."""
 
     task: Task
@@ -35,7 +35,7 @@ class Guess:
 
 
 @dataclass(frozen=True, slots=True)
-class Opinion:
+class LlmProfile:
     """What a local model said of a text: a task, how sure of it, and how hard from 0 to 1."""
 
     target: str

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from appliance.core import Task
-from appliance.router.profile.text_sample import Sample
+from appliance.router.profile.text_sample import TextSample
 
 
 @dataclass(frozen=True, slots=True)
-class Cue:
+class KeywordFeature:
     task: Task
     name: str
     words: frozenset[str]
@@ -24,7 +24,7 @@ class Cue:
     edges_only: bool = False
     """Whether only the beginning and the end count: in the middle of a passage the same words mean nothing."""
 
-    def is_in(self, sample: Sample) -> bool:
+    def is_in(self, sample: TextSample) -> bool:
         vocabulary = sample.edge_vocabulary if self.edges_only else sample.vocabulary
         if not self.words.isdisjoint(vocabulary):
             return True
@@ -35,9 +35,9 @@ class Cue:
 
 def _cue(
     task: Task, name: str, words: str, gate: str, pattern: str, *, mark: str = "", edges_only: bool = False
-) -> Cue:
+) -> KeywordFeature:
     compiled = re.compile(pattern, re.VERBOSE)
-    return Cue(task, name, frozenset(words.split()), frozenset(gate.split()), compiled, mark, edges_only)
+    return KeywordFeature(task, name, frozenset(words.split()), frozenset(gate.split()), compiled, mark, edges_only)
 
 
 CUES: Final = (
@@ -137,12 +137,12 @@ third quarter twice double triple percent"""
 _NUMBERS: Final = frozenset(_NUMBER_WORDS.split())
 
 
-def has_choices(sample: Sample) -> bool:
+def has_choices(sample: TextSample) -> bool:
     """A question with lettered answers, each on a line of its own: it asks for knowledge, whatever its words."""
     return _CHOICES.search(sample.text) is not None
 
 
-def is_word_problem(sample: Sample) -> bool:
+def is_word_problem(sample: TextSample) -> bool:
     """A short text with several numbers, in digits or words, and a question at its end."""
     if len(sample.words) > _PROBLEM_WORDS or "?" not in sample.text[-80:]:
         return False

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from appliance.core import Request, Task
 from appliance.errors import ConfigError
-from appliance.router.profile.estimate import BASE_COMPLEXITY, SIMPLE, SIMPLE_SCALE, Guess, given_task
+from appliance.router.profile.estimate import BASE_COMPLEXITY, SIMPLE, SIMPLE_SCALE, ProfileEstimate, given_task
 from appliance.router.profile.features import BUCKETS, FEATURE_VERSION, features_of
 from appliance.router.profile.keywords import CUES, has_choices, is_word_problem
-from appliance.router.profile.text_sample import Sample
+from appliance.router.profile.text_sample import TextSample
 
 TASKS: Final[tuple[Task, ...]] = tuple(task for task in get_args(Task) if task != "tool_use")
 COLUMNS: Final = (*TASKS, "difficulty", "rarity")
@@ -41,7 +41,7 @@ code and reasoning stays under the default policy's mark."""
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class LinearWeights:
     table: NDArray[np.float32]
     """[BUCKETS, len(COLUMNS)]; rarity has been multiplied into the other columns."""
     marks: NDArray[np.float32]
@@ -58,34 +58,34 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class LinearScores:
     tasks: NDArray[np.float32]
     """In the order of TASKS."""
     difficulty: float
     """In standard deviations; 0 is usual."""
 
 
-def score(text: str, sample: Sample, weights: Weights) -> Scores:
+def score(text: str, sample: TextSample, weights: LinearWeights) -> LinearScores:
     """`sample` is that of `text`."""
     features = features_of(text)
     tasks = weights.offsets + marks_of(sample) @ weights.marks
     length = weights.length_weight * (features.log_words - weights.length_offset)
     if not len(features.buckets):
-        return Scores(tasks, length / weights.difficulty_scale)
+        return LinearScores(tasks, length / weights.difficulty_scale)
     rows = weights.table[features.buckets]
     sums = rows[:, :-1].sum(axis=0)
     rarity = rows[:, -1]
     sums /= np.sqrt(np.square(rarity).sum() + np.float32(1e-9))
-    return Scores(sums[:-1] + tasks, (float(sums[-1]) + length) / weights.difficulty_scale)
+    return LinearScores(sums[:-1] + tasks, (float(sums[-1]) + length) / weights.difficulty_scale)
 
 
-def marks_of(sample: Sample) -> NDArray[np.float32]:
+def marks_of(sample: TextSample) -> NDArray[np.float32]:
     """1 or 0 for each of MARKS."""
     found = [cue.is_in(sample) for cue in CUES]
     return np.array([*found, is_word_problem(sample), has_choices(sample)], np.float32)
 
 
-def guess(request: Request, sample: Sample, weights: Weights) -> Guess:
+def guess(request: Request, sample: TextSample, weights: LinearWeights) -> ProfileEstimate:
     """A fraction of a millisecond, whatever the length of the text; `sample` is that of the text."""
     scores = score(request.text, sample, weights)
     given = given_task(request)
@@ -97,7 +97,7 @@ def guess(request: Request, sample: Sample, weights: Weights) -> Guess:
         why = f"learned, {scores.tasks[first] - scores.tasks[second]:.2f} before {TASKS[second]}"
     complexity = complexity_of(task, scores.difficulty)
     because = f"{task}, difficulty {scores.difficulty:+.1f} (learned)"
-    return Guess(task, complexity, (f"{task}: {why}", f"complexity {complexity:.2f}: {because}"))
+    return ProfileEstimate(task, complexity, (f"{task}: {why}", f"complexity {complexity:.2f}: {because}"))
 
 
 def complexity_of(task: Task, difficulty: float) -> float:
@@ -108,7 +108,7 @@ def complexity_of(task: Task, difficulty: float) -> float:
 
 
 @lru_cache(maxsize=1)
-def shipped_weights() -> Weights:
+def shipped_weights() -> LinearWeights:
     """Those of the package. Raises ConfigError where the file is not there, damaged or of another version."""
     path = files("appliance.router.profile") / FILE
     try:
@@ -122,7 +122,7 @@ def shipped_weights() -> Weights:
         ) from error
 
 
-def read_weights(file: IO[bytes]) -> Weights:
+def read_weights(file: IO[bytes]) -> LinearWeights:
     """Raises ValueError or KeyError for what does not fit this code, and what zip files raise for what is cut off.
 
     Nothing in the file is ever run.
@@ -138,7 +138,7 @@ def read_weights(file: IO[bytes]) -> Weights:
         raise ValueError(f"their shapes are {table.shape} and {rest.shape}")
     length_weight, length_offset, difficulty_scale = (float(one) for one in rest[-3:])
     by_task = rest[:-3].reshape(len(MARKS) + 1, len(TASKS))
-    return Weights(
+    return LinearWeights(
         table=table.astype(np.float32),
         marks=by_task[:-1],
         offsets=by_task[-1],
@@ -149,7 +149,7 @@ def read_weights(file: IO[bytes]) -> Weights:
     )
 
 
-def write_weights(file: IO[bytes], weights: Weights) -> None:
+def write_weights(file: IO[bytes], weights: LinearWeights) -> None:
     """The same weights always make the same file."""
     table = weights.table.astype(np.float16)
     tail = (weights.length_weight, weights.length_offset, weights.difficulty_scale)

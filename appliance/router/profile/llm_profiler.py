@@ -10,9 +10,9 @@ from typing import Final
 
 from appliance.core import Profiler, Request, Target
 from appliance.errors import ApplianceError, BackendUnreachable
-from appliance.router.capacity.admission import Load
-from appliance.router.deps import Means
-from appliance.router.profile.estimate import Opinion, given_task
+from appliance.router.capacity.admission import RequestLoad
+from appliance.router.deps import RouterDeps
+from appliance.router.profile.estimate import LlmProfile, given_task
 from appliance.router.profile.llm_prompt import SEQUENCES, excerpt, prompt_tokens, question_about, read_opinion
 from appliance.upstream import client
 
@@ -28,16 +28,16 @@ MOST_OPINIONS: Final = 4096
 _KIND: Final = "profile"
 
 
-class Asking:
+class LlmProfiler:
     """Opinions of a local model, where the policy wants them; those of late are kept, by caller and text."""
 
-    def __init__(self, profiler: Profiler, means: Means) -> None:
+    def __init__(self, profiler: Profiler, means: RouterDeps) -> None:
         self._profiler = profiler
         self._means = means
-        self._kept: OrderedDict[bytes, Opinion] = OrderedDict()
+        self._kept: OrderedDict[bytes, LlmProfile] = OrderedDict()
         self._rests_until = float("-inf")
 
-    def known(self, request: Request) -> Opinion | str:
+    def known(self, request: Request) -> LlmProfile | str:
         """Without asking anybody: what an earlier request was told, or why there is nothing."""
         if self._profiler != "llm":
             return "no model is to be asked"
@@ -45,7 +45,7 @@ class Asking:
             return "endpoint or format say the task"
         return self._recall(_key(request)) or "no model was asked about this text yet"
 
-    async def opinion(self, request: Request) -> Opinion | str:
+    async def opinion(self, request: Request) -> LlmProfile | str:
         """What a model of this node says within SECONDS, or why none did. Raises nothing but CancelledError."""
         if self._profiler != "llm" or given_task(request) is not None:
             return self.known(request)
@@ -76,9 +76,9 @@ class Asking:
                 return target
         return None
 
-    async def _ask(self, target: Target, request: Request) -> Opinion:
+    async def _ask(self, target: Target, request: Request) -> LlmProfile:
         means, seen = self._means, excerpt(request.text)
-        load = Load(prompt_tokens(seen), SEQUENCES, share=SEQUENCES, kind=_KIND)
+        load = RequestLoad(prompt_tokens(seen), SEQUENCES, share=SEQUENCES, kind=_KIND)
         # no waiting: whoever cannot be asked at once is not asked
         slot = await means.admission.enter(target, load, first=False, wait_seconds=0.0, budget_seconds=SECONDS)
         try:
@@ -94,13 +94,13 @@ class Asking:
         finally:
             slot.leave()
 
-    def _recall(self, key: bytes) -> Opinion | None:
+    def _recall(self, key: bytes) -> LlmProfile | None:
         kept = self._kept.get(key)
         if kept is not None:
             self._kept.move_to_end(key)
         return kept
 
-    def _keep(self, key: bytes, opinion: Opinion) -> None:
+    def _keep(self, key: bytes, opinion: LlmProfile) -> None:
         self._kept[key] = opinion
         if len(self._kept) > MOST_OPINIONS:
             self._kept.popitem(last=False)

@@ -6,9 +6,9 @@ text; its instructions come first, so an engine computes them once and keeps the
 
 from typing import Final
 
-from appliance.core import Outgoing, Reply, Target, Task
+from appliance.core import Target, Task, UpstreamCall, UpstreamReply
 from appliance.errors import ApplianceError, BackendGarbage
-from appliance.router.profile.estimate import BASE_COMPLEXITY, SIMPLE, SIMPLE_SCALE, Guess, Opinion
+from appliance.router.profile.estimate import BASE_COMPLEXITY, SIMPLE, SIMPLE_SCALE, LlmProfile, ProfileEstimate
 from appliance.tasks.decisions import label_prompts
 from appliance.tasks.decisions.inputs import Input
 from appliance.tasks.decisions.questions import Option, Question
@@ -58,7 +58,7 @@ def excerpt(text: str) -> str:
     return text
 
 
-def question_about(seen: str) -> Outgoing:
+def question_about(seen: str) -> UpstreamCall:
     return label_prompts.outgoing((Input(seen, seen),), _QUESTIONS, question_first=True)
 
 
@@ -67,7 +67,7 @@ def prompt_tokens(seen: str) -> int:
     return SEQUENCES * (estimate_tokens(seen) + MESSAGE_TOKENS)
 
 
-def read_opinion(target: Target, reply: Reply) -> Opinion:
+def read_opinion(target: Target, reply: UpstreamReply) -> LlmProfile:
     """Raises BackendGarbage where the reply is no answer to `question_about`, or the error it holds instead."""
     (row,) = label_prompts.read_scores(reply.payload, 1, _QUESTIONS)
     if isinstance(row, ApplianceError):
@@ -78,19 +78,21 @@ def read_opinion(target: Target, reply: Reply) -> Opinion:
     if chosen not in known:
         raise BackendGarbage(f"{target.name} chose {chosen!r}, which was not among the tasks")
     highest = len(_DIFFICULTY.options) - 1
-    return Opinion(target.name, known[chosen], task.confidence, difficulty.score / highest)
+    return LlmProfile(target.name, known[chosen], task.confidence, difficulty.score / highest)
 
 
-def guess_by(opinion: Opinion | str, by_rules: Guess) -> Guess:
+def guess_by(opinion: LlmProfile | str, by_rules: ProfileEstimate) -> ProfileEstimate:
     """What the model said, or what the rules say and why the model did not."""
     if isinstance(opinion, str):
-        return Guess(by_rules.task, by_rules.complexity, (*by_rules.reasons, f"by rules: {opinion}"))
+        return ProfileEstimate(by_rules.task, by_rules.complexity, (*by_rules.reasons, f"by rules: {opinion}"))
     who = f"{opinion.target}, confidence {opinion.confidence:.2f}"
     if opinion.confidence < SURE:
         why = f"by rules: {who} for {opinion.task} is too little"
-        return Guess(by_rules.task, by_rules.complexity, (*by_rules.reasons, why))
+        return ProfileEstimate(by_rules.task, by_rules.complexity, (*by_rules.reasons, why))
     scale = SIMPLE_SCALE if opinion.task in SIMPLE else 1.0
     moved = BASE_COMPLEXITY[opinion.task] + scale * _REACH * (opinion.difficulty - 0.5)
     complexity = round(min(max(moved, 0.0), 1.0), 4)
     because = f"{opinion.task}, difficulty {opinion.difficulty:.2f} says {opinion.target}"
-    return Guess(opinion.task, complexity, (f"{opinion.task}: {who}", f"complexity {complexity:.2f}: {because}"))
+    return ProfileEstimate(
+        opinion.task, complexity, (f"{opinion.task}: {who}", f"complexity {complexity:.2f}: {because}")
+    )

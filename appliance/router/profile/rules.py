@@ -4,22 +4,22 @@ import math
 from typing import Final
 
 from appliance.core import Request, Task
-from appliance.router.profile.estimate import BASE_COMPLEXITY, SIMPLE, SIMPLE_SCALE, Guess, given_task
+from appliance.router.profile.estimate import BASE_COMPLEXITY, SIMPLE, SIMPLE_SCALE, ProfileEstimate, given_task
 from appliance.router.profile.keywords import CONSTRAINING, CUES, DEMANDING, STEPPING, has_choices, is_word_problem
-from appliance.router.profile.text_sample import Sample
+from appliance.router.profile.text_sample import TextSample
 
 _LONGEST_TOKENS: Final = 8000
 """Beyond this a prompt is no more complex for being longer."""
 
 
-def guess(request: Request, sample: Sample, *, prompt_tokens: int) -> Guess:
+def guess(request: Request, sample: TextSample, *, prompt_tokens: int) -> ProfileEstimate:
     """`sample` is that of the request's text."""
     task, why = _task(request, sample)
     complexity, because = _complexity(task, sample, prompt_tokens)
-    return Guess(task, complexity, (f"{task}: {why}", f"complexity {complexity:.2f}: {because}"))
+    return ProfileEstimate(task, complexity, (f"{task}: {why}", f"complexity {complexity:.2f}: {because}"))
 
 
-def _task(request: Request, sample: Sample) -> tuple[Task, str]:
+def _task(request: Request, sample: TextSample) -> tuple[Task, str]:
     given = given_task(request)
     if given is not None:
         return given
@@ -35,7 +35,7 @@ def _task(request: Request, sample: Sample) -> tuple[Task, str]:
     return "chat", "no cue of another task"
 
 
-def _complexity(task: Task, sample: Sample, prompt_tokens: int) -> tuple[float, str]:
+def _complexity(task: Task, sample: TextSample, prompt_tokens: int) -> tuple[float, str]:
     """A sum of a start by task and of cues, held between 0 and 1.
 
     Length counts by its logarithm and most: of all that was tried on open routing data it is the one sign of difficulty

@@ -16,7 +16,7 @@ _WORD: Final = re.compile(rf"[^\s{re.escape(_SIGNS)}]+")
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class TextSample:
     text: str
     """Lower case."""
     edges: str
@@ -26,16 +26,16 @@ class Sample:
     edge_vocabulary: frozenset[str]
 
 
-def take_sample(text: str) -> Sample:
+def take_sample(text: str) -> TextSample:
     if len(text) > _HEAD_CHARACTERS + _TAIL_CHARACTERS:
         text = f"{text[:_HEAD_CHARACTERS]}\n{text[-_TAIL_CHARACTERS:]}"
     lowered = text.lower()
     words = _words_of(lowered)
     vocabulary = frozenset(words)
     if len(lowered) <= 2 * _EDGE_CHARACTERS:
-        return Sample(lowered, lowered, words, vocabulary, vocabulary)
+        return TextSample(lowered, lowered, words, vocabulary, vocabulary)
     edges = f"{lowered[:_EDGE_CHARACTERS]}\n{lowered[-_EDGE_CHARACTERS:]}"
-    return Sample(lowered, edges, words, vocabulary, frozenset(_words_of(edges)))
+    return TextSample(lowered, edges, words, vocabulary, frozenset(_words_of(edges)))
 
 
 def _words_of(text: str) -> tuple[str, ...]:

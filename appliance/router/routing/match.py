@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Sequence
 
-from appliance.config import Match, Policy, RouteRule
+from appliance.config import Policy, RouteMatch, RouteRule
 from appliance.core import Caller, Profile, Request, Target
 from appliance.errors import BudgetExceeded, Forbidden
 
@@ -39,7 +39,7 @@ def route_of(request: Request, profile: Profile, policy: Policy, over_quota: Col
     )
 
 
-def matches(match: Match, request: Request, profile: Profile) -> bool:
+def matches(match: RouteMatch, request: Request, profile: Profile) -> bool:
     """Whether every field of `match` that is given holds."""
     values = (
         profile.task,

@@ -29,7 +29,7 @@ _PROMPT_FIELDS: Final[Mapping[str, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class RejectedCandidate:
     """One candidate, and what keeps it from answering, if anything does."""
 
     target: Target
@@ -45,9 +45,9 @@ class Judged:
     """Its score in words, where the route chooses by scores."""
 
 
-def refusal_of(request: Request, route: Route, judged: Sequence[Judged]) -> ApplianceError:
+def refusal_of(request: Request, route: Route, judged: Sequence[RejectedCandidate]) -> ApplianceError:
     """What passes by itself first, then what the caller can change, then what nobody can."""
-    by_kind: dict[str, list[Judged]] = {}
+    by_kind: dict[str, list[RejectedCandidate]] = {}
     for one in judged:
         by_kind.setdefault(one.kind, []).append(one)
     bound = "" if "residency" not in by_kind else f" (targets outside {route.residency} are not allowed to answer it)"
@@ -72,7 +72,7 @@ def refusal_of(request: Request, route: Route, judged: Sequence[Judged]) -> Appl
     return _nowhere(request, route, by_kind)
 
 
-def _nowhere(request: Request, route: Route, by_kind: Mapping[str, Sequence[Judged]]) -> ApplianceError:
+def _nowhere(request: Request, route: Route, by_kind: Mapping[str, Sequence[RejectedCandidate]]) -> ApplianceError:
     if poor := by_kind.get("quality"):
         return Unavailable(f"no target reaches the quality floor of route {route.name!r}: {_each(poor)}")
     if by_kind.get("residency"):
@@ -84,7 +84,7 @@ def _nowhere(request: Request, route: Route, by_kind: Mapping[str, Sequence[Judg
     return Unavailable(f"route {route.name!r} has no target on this node: start an engine or configure a provider")
 
 
-def _each(judged: Sequence[Judged]) -> str:
+def _each(judged: Sequence[RejectedCandidate]) -> str:
     return "; ".join(f"{one.target.name} {one.reason}" for one in judged[:5])
 
 

@@ -5,19 +5,19 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from appliance.config import Policy, RouteRule
-from appliance.core import Attempt, Excluded, Profile, Request, Residency, Route, Snapshot, Target
+from appliance.core import Attempt, ExcludedTarget, Profile, Request, Residency, Route, Snapshot, Target
 from appliance.errors import ApplianceError
 from appliance.router.capacity.predictor import Prediction
 from appliance.router.residency import bound_by, bound_of
 from appliance.router.routing.match import bare_name, chain_of, in_order, route_of
-from appliance.router.routing.no_target import Judged, Kind, refusal_of, unknown_model
-from appliance.router.routing.score import Figures, by_score
+from appliance.router.routing.no_target import Kind, RejectedCandidate, refusal_of, unknown_model
+from appliance.router.routing.score import TargetFigures, by_score
 
 AUTO: Final = "auto"
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
+class TargetEstimate:
     """What is to be expected of one target for this request."""
 
     prediction: Prediction
@@ -34,7 +34,7 @@ class Outlook:
 
 
 @dataclass(frozen=True, slots=True)
-class Ranking:
+class RankedTargets:
     route: Route
     refusal: ApplianceError | None
     """What to tell the caller where no attempt is left; None where there is one."""
@@ -48,7 +48,7 @@ class _Case:
     rule: RouteRule
     route: Route
     """Without its attempts."""
-    outlooks: Mapping[str, Outlook]
+    outlooks: Mapping[str, TargetEstimate]
 
 
 def rank(
@@ -56,9 +56,9 @@ def rank(
     profile: Profile,
     policy: Policy,
     snapshot: Snapshot,
-    outlooks: Mapping[str, Outlook],
+    outlooks: Mapping[str, TargetEstimate],
     rule: RouteRule | None = None,
-) -> Ranking:
+) -> RankedTargets:
     """`outlooks` has every target of `snapshot`; `rule` is the route that was chosen, else it is chosen here.
 
     An empty set of attempts stays empty: `refusal` says why. Raises Forbidden or BudgetExceeded as `route_of` does.
@@ -67,13 +67,13 @@ def rank(
     pinned = pinned_targets(policy.meant(request.model), snapshot.targets)
     route = _bare_route(request, rule, policy, pinned=pinned is not None)
     if pinned == ():
-        return Ranking(route, unknown_model(request, AUTO, snapshot.targets))
+        return RankedTargets(route, unknown_model(request, AUTO, snapshot.targets))
     case = _Case(request, rule, route, outlooks)
     judged = _judge_all(case, policy, snapshot.targets) if pinned is None else _judge_in_order(case, pinned)
     attempts, standby, excluded = _arrange(judged, case, profile)
     escalations = () if pinned is not None or rule.escalation is None else _escalations(case, snapshot.targets)
     route = replace(route, attempts=attempts, standby=standby, excluded=excluded, escalations=escalations)
-    return Ranking(route, None if attempts else refusal_of(request, route, judged))
+    return RankedTargets(route, None if attempts else refusal_of(request, route, judged))
 
 
 def _bare_route(request: Request, rule: RouteRule, policy: Policy, *, pinned: bool) -> Route:
@@ -136,9 +136,9 @@ def pinned_targets(model: str, targets: Sequence[Target]) -> tuple[Target, ...] 
     return exact or tuple(target for target in targets if bare_name(target) == model)
 
 
-def _judge_all(case: _Case, policy: Policy, targets: Sequence[Target]) -> list[Judged]:
+def _judge_all(case: _Case, policy: Policy, targets: Sequence[Target]) -> list[RejectedCandidate]:
     """The route's own targets, then those of the routes it falls back on, each once."""
-    judged: list[Judged] = []
+    judged: list[RejectedCandidate] = []
     for rule in chain_of(case.rule, policy):
         known = {one.target.name for one in judged}
         fresh = tuple(target for target in in_order(rule.targets, targets) if target.name not in known)
@@ -151,14 +151,14 @@ def _judge_all(case: _Case, policy: Policy, targets: Sequence[Target]) -> list[J
     return judged
 
 
-def _inside(one: Judged, bound: Residency, route: str) -> Judged:
+def _inside(one: RejectedCandidate, bound: Residency, route: str) -> RejectedCandidate:
     """A fallback route's own bound holds for its targets too."""
     if one.kind == "residency" or bound.allows(one.target):
         return one
     return replace(one, kind="residency", reason=f"outside the residency bound ({bound} by route {route!r})")
 
 
-def _judge_in_order(case: _Case, targets: Sequence[Target], first: int = 1) -> list[Judged]:
+def _judge_in_order(case: _Case, targets: Sequence[Target], first: int = 1) -> list[RejectedCandidate]:
     merits: Sequence[tuple[Target, str]] = [(target, "") for target in targets]
     if case.rule.score is not None and len(targets) > 1:
         figures = {target.name: _figures(target, case.outlooks[target.name]) for target in targets}
@@ -166,17 +166,19 @@ def _judge_in_order(case: _Case, targets: Sequence[Target], first: int = 1) -> l
     return [_judge(case, target, position, merit) for position, (target, merit) in enumerate(merits, first)]
 
 
-def _figures(target: Target, outlook: Outlook) -> Figures:
-    return Figures(outlook.prediction.first_byte_seconds, outlook.usd, target.quality)
+def _figures(target: Target, outlook: TargetEstimate) -> TargetFigures:
+    return TargetFigures(outlook.prediction.first_byte_seconds, outlook.usd, target.quality)
 
 
-def _judge(case: _Case, target: Target, position: int, merit: str) -> Judged:
+def _judge(case: _Case, target: Target, position: int, merit: str) -> RejectedCandidate:
     outlook = case.outlooks[target.name]
     kind, reason = _never(case, target, outlook) or _not_now(case, target, outlook)
-    return Judged(target, position, kind, reason, outlook.prompt_tokens, outlook.blocked_seconds or 0.0, None, merit)
+    return RejectedCandidate(
+        target, position, kind, reason, outlook.prompt_tokens, outlook.blocked_seconds or 0.0, None, merit
+    )
 
 
-def _never(case: _Case, target: Target, outlook: Outlook) -> tuple[Kind, str] | None:
+def _never(case: _Case, target: Target, outlook: TargetEstimate) -> tuple[Kind, str] | None:
     """What no waiting mends."""
     request, rule, route = case.request, case.rule, case.route
     if not route.residency.allows(target):
@@ -198,7 +200,7 @@ def _never(case: _Case, target: Target, outlook: Outlook) -> tuple[Kind, str] | 
     return None
 
 
-def _not_now(case: _Case, target: Target, outlook: Outlook) -> tuple[Kind, str]:
+def _not_now(case: _Case, target: Target, outlook: TargetEstimate) -> tuple[Kind, str]:
     """What may be better in a while."""
     prediction, route, context = outlook.prediction, case.route, target.context_tokens
     if outlook.blocked_seconds is not None:
@@ -218,8 +220,8 @@ def _not_now(case: _Case, target: Target, outlook: Outlook) -> tuple[Kind, str]:
 
 
 def _arrange(
-    judged: Sequence[Judged], case: _Case, profile: Profile
-) -> tuple[tuple[Attempt, ...], tuple[Attempt, ...], tuple[Excluded, ...]]:
+    judged: Sequence[RejectedCandidate], case: _Case, profile: Profile
+) -> tuple[tuple[Attempt, ...], tuple[Attempt, ...], tuple[ExcludedTarget, ...]]:
     """In the route's order: those who can begin in time, then those who cannot; engines that are not up only where
     nothing else is left, for a request can wait for them. Where something is, they stand by."""
     now = [one for one in judged if one.kind == "now"]
@@ -228,11 +230,11 @@ def _arrange(
     usable = [*now, *late] or waiting
     attempts = tuple(Attempt(one.target, _reason(one, judged, case, profile)) for one in usable)
     standby = tuple(Attempt(one.target, _reason(one, judged, case, profile)) for one in waiting if one not in usable)
-    excluded = tuple(Excluded(one.target.name, one.reason) for one in judged if one not in usable)
+    excluded = tuple(ExcludedTarget(one.target.name, one.reason) for one in judged if one not in usable)
     return attempts, standby, excluded
 
 
-def _reason(one: Judged, judged: Sequence[Judged], case: _Case, profile: Profile) -> str:
+def _reason(one: RejectedCandidate, judged: Sequence[RejectedCandidate], case: _Case, profile: Profile) -> str:
     if one.kind == "waiting":
         return f"waits for {one.target.name}: {one.reason}"
     if one.kind == "late":

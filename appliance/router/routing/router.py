@@ -8,22 +8,22 @@ from appliance.core import Decision, Profile, Request, Target, Usage
 from appliance.errors import ApplianceError, BudgetExceeded, Forbidden
 from appliance.router.capacity.request_load import load_of, prefix_of
 from appliance.router.cost import onsite_usd, reserve_usd
-from appliance.router.deps import Means
-from appliance.router.profile import Opinion, profile
+from appliance.router.deps import RouterDeps
+from appliance.router.profile import LlmProfile, profile
 from appliance.router.residency import bound_by
 from appliance.router.routing.match import route_of
-from appliance.router.routing.rank import Outlook, no_route, rank
-from appliance.router.routing.truncation import AS_IT_IS, Shape, shape_of
+from appliance.router.routing.rank import TargetEstimate, no_route, rank
+from appliance.router.routing.truncation import AS_IT_IS, PromptTrim, shape_of
 
 
 @dataclass(frozen=True, slots=True)
-class Decided:
+class RoutingResult:
     """A decision with what the walk needs besides."""
 
     decision: Decision
     rule: RouteRule | None
     """None where the request may use no route."""
-    shape: Shape
+    shape: PromptTrim
     """What its calls are cut down to."""
     refusal: ApplianceError | None
     """What the caller is told where no attempt is left."""
@@ -31,16 +31,16 @@ class Decided:
     leaves_free: float
 
 
-class Decider:
+class Router:
     """One policy, applied. Reads what is known now and changes nothing."""
 
-    def __init__(self, policy: Policy, means: Means) -> None:
+    def __init__(self, policy: Policy, means: RouterDeps) -> None:
         self._policy = policy
         self._means = means
 
     def decide(
-        self, request: Request, prompt_tokens: int, output_tokens: int | None, opinion: Opinion | str
-    ) -> Decided:
+        self, request: Request, prompt_tokens: int, output_tokens: int | None, opinion: LlmProfile | str
+    ) -> RoutingResult:
         """`opinion`: of a local model, or why there is none."""
         made = profile(
             request,
@@ -55,16 +55,18 @@ class Decider:
             rule = route_of(request, made, self._policy, over_quota)
         except (Forbidden, BudgetExceeded) as refusal:
             decision = Decision(request.decision_id, request.id, made, no_route(request, self._policy))
-            return Decided(decision, None, AS_IT_IS, refusal, prefix, leaves_free)
+            return RoutingResult(decision, None, AS_IT_IS, refusal, prefix, leaves_free)
         return self._place(request, made, rule, shape_of(rule), prefix)
 
-    def again(self, request: Request, decided: Decided, prompt_tokens: int, output_tokens: int) -> Decided:
+    def again(self, request: Request, decided: RoutingResult, prompt_tokens: int, output_tokens: int) -> RoutingResult:
         """The same request by the same route, shorter than before."""
         assert decided.rule is not None
         made = replace(decided.decision.profile, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
         return self._place(request, made, decided.rule, decided.shape, decided.prefix)
 
-    def _place(self, request: Request, made: Profile, rule: RouteRule, shape: Shape, prefix: Hashable) -> Decided:
+    def _place(
+        self, request: Request, made: Profile, rule: RouteRule, shape: PromptTrim, prefix: Hashable
+    ) -> RoutingResult:
         snapshot, leaves_free = self._means.state.snapshot, self._policy.capacity.reserved_for_bound
         prompt_tokens, output_tokens = shape.prompt_tokens(made.prompt_tokens), shape.output_tokens(made.output_tokens)
         # Bound in any way, it neither overflows nor leaves places to others.
@@ -75,7 +77,7 @@ class Decider:
         }
         ranking = rank(request, made, self._policy, snapshot, outlooks, rule)
         decision = Decision(request.decision_id, request.id, made, ranking.route)
-        return Decided(decision, rule, shape, ranking.refusal, prefix, leaves_free)
+        return RoutingResult(decision, rule, shape, ranking.refusal, prefix, leaves_free)
 
     def _outlook(
         self,
@@ -86,7 +88,7 @@ class Decider:
         prompt_tokens: int,
         output_tokens: int,
         is_bound: bool,
-    ) -> Outlook:
+    ) -> TargetEstimate:
         means, now = self._means, self._means.clock()
         experience, of_late = means.memory.experience, means.memory.of_late
         load = load_of(
@@ -102,7 +104,7 @@ class Decider:
         until = means.breakers.blocked_until(target.name, now)
         tokens = experience.tokens.correct(target.name, prompt_tokens)
         counts_money = rule.score is not None or rule.max_cost_usd is not None
-        return Outlook(
+        return TargetEstimate(
             prediction,
             tokens,
             experience.tokens.at_least(target.name, prompt_tokens),

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from appliance.config import Score
+from appliance.config import RouteScore
 from appliance.core import Target
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class TargetFigures:
     """What a score is made of, for one target."""
 
     first_byte_seconds: float
@@ -17,7 +17,7 @@ class Figures:
 
 
 def by_score(
-    targets: Sequence[Target], figures: Mapping[str, Figures], weights: Score, budget_seconds: float
+    targets: Sequence[Target], figures: Mapping[str, TargetFigures], weights: RouteScore, budget_seconds: float
 ) -> list[tuple[Target, str]]:
     """The targets, best first, each with its score in words. Equal scores keep their order.
 
@@ -30,13 +30,13 @@ def by_score(
     return [(target, _words(score, figures[target.name])) for score, target in scored]
 
 
-def _score(figures: Figures, weights: Score, budget_seconds: float, dearest_usd: float) -> float:
+def _score(figures: TargetFigures, weights: RouteScore, budget_seconds: float, dearest_usd: float) -> float:
     latency = max(0.0, 1.0 - figures.first_byte_seconds / budget_seconds)
     cost = 1.0 - figures.usd / dearest_usd if dearest_usd > 0 else 1.0
     total = weights.latency * latency + weights.quality * (figures.quality or 0.0) + weights.cost * cost
     return total / (weights.latency + weights.quality + weights.cost)
 
 
-def _words(score: float, figures: Figures) -> str:
+def _words(score: float, figures: TargetFigures) -> str:
     quality = "no quality declared" if figures.quality is None else f"quality {figures.quality:g}"
     return f"score {score:.2f} ({quality}, {figures.first_byte_seconds:.2f} s, {figures.usd:.6f} USD)"

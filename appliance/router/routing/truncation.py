@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from appliance.config import Degrade, RouteRule
-from appliance.core import Call, Outgoing, Reply, Target
+from appliance.config import DegradeRule, RouteRule
+from appliance.core import Target, TaskCall, UpstreamCall, UpstreamReply
 from appliance.tasks.chat import CHAT_ENDPOINTS
 from appliance.wire.openai.messages import message_text
 from appliance.wire.token_estimate import MESSAGE_TOKENS, estimate_tokens
@@ -21,7 +21,7 @@ Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class PromptTrim:
     """What a call is cut down to; None and False leave it as it is."""
 
     max_output_tokens: int | None = None
@@ -36,17 +36,17 @@ class Shape:
         return tokens if self.max_output_tokens is None else min(tokens, self.max_output_tokens)
 
 
-AS_IT_IS: Final = Shape()
+AS_IT_IS: Final = PromptTrim()
 
 
-def shape_of(rule: RouteRule) -> Shape:
+def shape_of(rule: RouteRule) -> PromptTrim:
     keep = rule.prune_context.keep_tokens if rule.prune_context else None
-    return Shape(rule.max_output_tokens, keep)
+    return PromptTrim(rule.max_output_tokens, keep)
 
 
-def shape_of_step(shape: Shape, step: Degrade) -> Shape:
+def shape_of_step(shape: PromptTrim, step: DegradeRule) -> PromptTrim:
     """The route's own shape with a step's limits where those are tighter."""
-    return Shape(
+    return PromptTrim(
         _tighter(shape.max_output_tokens, step.max_output_tokens),
         _tighter(shape.keep_tokens, step.keep_tokens),
         shape.last_only or step.step == "reduced_scope",
@@ -58,11 +58,11 @@ def _tighter(one: int | None, other: int | None) -> int | None:
 
 
 @dataclass(frozen=True, slots=True)
-class ShapedCall:
+class TrimmedCall:
     """A call, cut down on its way out. Its answer is read as the call itself would."""
 
-    call: Call
-    shape: Shape
+    call: TaskCall
+    shape: PromptTrim
     messages: tuple[Message, ...] | None
     """What is left of a chat; None: nothing was cut."""
     prompt_tokens: int
@@ -71,13 +71,13 @@ class ShapedCall:
     def streams(self, target: Target) -> bool:
         return self.call.streams(target)
 
-    def outgoing(self, target: Target) -> Sequence[Outgoing]:
+    def outgoing(self, target: Target) -> Sequence[UpstreamCall]:
         return [self._shaped(one) for one in self.call.outgoing(target)]
 
-    def read(self, target: Target, replies: Sequence[Reply]) -> Any:
+    def read(self, target: Target, replies: Sequence[UpstreamReply]) -> Any:
         return self.call.read(target, replies)
 
-    def _shaped(self, outgoing: Outgoing) -> Outgoing:
+    def _shaped(self, outgoing: UpstreamCall) -> UpstreamCall:
         if outgoing.path not in _LIMITED_PATHS:
             return outgoing
         body = outgoing.body
@@ -88,11 +88,11 @@ class ShapedCall:
         return outgoing if body is outgoing.body else replace(outgoing, body=body)
 
 
-def shaped(call: Call, body: Mapping[str, Any], shape: Shape) -> Call:
+def shaped(call: TaskCall, body: Mapping[str, Any], shape: PromptTrim) -> TaskCall:
     """`call`, whose chat messages `body` holds, cut down to `shape`; the call itself where nothing is to be cut."""
     if shape == AS_IT_IS:
         return call
-    while isinstance(call, ShapedCall):
+    while isinstance(call, TrimmedCall):
         call = call.call
     messages = body.get("messages")
     kept = _kept(messages, call.prompt_tokens, shape) if isinstance(messages, list) else None
@@ -100,7 +100,7 @@ def shaped(call: Call, body: Mapping[str, Any], shape: Shape) -> Call:
     choices = body.get("n")
     limit = None if shape.max_output_tokens is None else shape.max_output_tokens * (choices or 1)
     output_tokens = call.output_tokens if limit is None else min(call.output_tokens, limit)
-    return ShapedCall(call, shape, kept, prompt_tokens, output_tokens)
+    return TrimmedCall(call, shape, kept, prompt_tokens, output_tokens)
 
 
 def _limits(body: Mapping[str, Any], limit: int) -> Mapping[str, int]:
@@ -109,7 +109,7 @@ def _limits(body: Mapping[str, Any], limit: int) -> Mapping[str, int]:
     return {name: min(body[name], limit) for name in given} or {"max_tokens": limit}
 
 
-def _kept(messages: Sequence[Message], prompt_tokens: int, shape: Shape) -> tuple[Message, ...] | None:
+def _kept(messages: Sequence[Message], prompt_tokens: int, shape: PromptTrim) -> tuple[Message, ...] | None:
     """The messages that stay, in their order, or None where all do."""
     instructions = [message for message in messages if message.get("role") in _INSTRUCTING]
     turns = _turns([message for message in messages if message.get("role") not in _INSTRUCTING])
@@ -149,7 +149,7 @@ def _tokens(messages: Sequence[Message]) -> int:
     return estimate_tokens(message_text(messages)) + MESSAGE_TOKENS * len(messages)
 
 
-def static_answer(step: Degrade, request_id: str, endpoint: str, created: int) -> Mapping[str, Any]:
+def static_answer(step: DegradeRule, request_id: str, endpoint: str, created: int) -> Mapping[str, Any]:
     """The payload of a static step, as a target would give it."""
     is_chat = endpoint in CHAT_ENDPOINTS
     content: Mapping[str, Any] = (

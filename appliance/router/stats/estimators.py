@@ -34,7 +34,7 @@ class Averages:
         self._known[key] = (average + (value - average) * weight, seen + 1)
 
 
-class TokenRatios:
+class TokenEstimateCorrection:
     """How far our token estimates are off, per target, learned from the usage that targets report.
 
     No tokenizer of ours counts for a hosted model, so the estimate is corrected by experience instead of trusted.
@@ -62,7 +62,7 @@ class TokenRatios:
             self._ratios.learn(target, min(max(reported_tokens / estimated_tokens, 0.25), 6.0))
 
 
-class Pace:
+class LatencyCorrection:
     """How much longer things take than predicted, by target and kind of work: the ratio that few exceed.
 
     A budget is a promise, so what counts is not the average. Each time the ratio is exceeded it rises by a tenth, each
@@ -95,7 +95,7 @@ class Pace:
         self._logs[key] = min(max(log, math.log(self.LEAST)), math.log(self.MOST))
 
 
-class Experience:
+class Estimators:
     """Everything learned, of all targets."""
 
     _MOST_CACHED: Final = 0.95
@@ -103,9 +103,9 @@ class Experience:
     """Expected answers are this much longer than the average: half of them are longer than that."""
 
     def __init__(self) -> None:
-        self.tokens = TokenRatios()
-        self.first_byte_pace = Pace()
-        self.finish_pace = Pace()
+        self.tokens = TokenEstimateCorrection()
+        self.first_byte_pace = LatencyCorrection()
+        self.finish_pace = LatencyCorrection()
         self._cached = Averages(0.5)
         self._written = Averages(0.1)
         self._first_bytes = Averages(0.1)

@@ -18,7 +18,7 @@ _FEW: Final = 20
 """Attempts that have to be seen before a cost for each success is held against a target."""
 
 
-class Rated(Protocol):
+class EventCounts(Protocol):
     """What limits how often a route asks somebody better."""
 
     @property
@@ -61,7 +61,7 @@ class Window:
             self._second -= second
 
 
-class OfLate:
+class SlidingWindows:
     """All routes' windows."""
 
     def __init__(self) -> None:
@@ -88,29 +88,29 @@ class OfLate:
         window = self._routes.get(route)
         return 0.0 if window is None else window.sums(now)[0]
 
-    def judged(self, route: str, rule: Rated, now: float, answers: int = 1) -> None:
+    def judged(self, route: str, rule: EventCounts, now: float, answers: int = 1) -> None:
         """So many answers of `route` told their confidence."""
         self._escalation(route, rule).add(now, answers)
 
-    def room(self, route: str, rule: Rated, now: float) -> int:
+    def room(self, route: str, rule: EventCounts, now: float) -> int:
         """How many more may escalate inside the rate."""
         judged, escalated = self._escalation(route, rule).sums(now)
         return max(0, int(rule.max_rate * judged - escalated + 1e-9))
 
-    def may_escalate(self, route: str, rule: Rated, now: float) -> bool:
+    def may_escalate(self, route: str, rule: EventCounts, now: float) -> bool:
         """Whether one more stays inside the rate."""
         judged, escalated = self._escalation(route, rule).sums(now)
         return escalated + 1 <= rule.max_rate * judged
 
-    def has_room(self, route: str, rule: Rated, now: float) -> bool:
+    def has_room(self, route: str, rule: EventCounts, now: float) -> bool:
         """Whether the rate is well below its cap: at the cap itself every other answer would say something else."""
         judged, escalated = self._escalation(route, rule).sums(now)
         return escalated <= _ROOM * rule.max_rate * judged
 
-    def escalated(self, route: str, rule: Rated, now: float, answers: int = 1) -> None:
+    def escalated(self, route: str, rule: EventCounts, now: float, answers: int = 1) -> None:
         self._escalation(route, rule).add(now, 0, answers)
 
-    def _escalation(self, route: str, rule: Rated) -> Window:
+    def _escalation(self, route: str, rule: EventCounts) -> Window:
         return self._escalations.setdefault((route, rule.window_seconds), Window(rule.window_seconds))
 
     def spent(self, route: str, target: str, usd: float | None, *, answered: bool, now: float) -> None:

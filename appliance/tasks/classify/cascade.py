@@ -11,12 +11,12 @@ from typing import Any
 from appliance.core import Usage
 from appliance.errors import ApplianceError
 from appliance.tasks.decisions.confidence import UNSURE_LABEL_MASS
-from appliance.tasks.decisions.openai_shape import DecisionsCall, Judgement, Row
-from appliance.tasks.decisions.questions import Judged, Question
+from appliance.tasks.decisions.openai_shape import DecisionResult, DecisionsCall, Row
+from appliance.tasks.decisions.questions import Question, QuestionResult
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class CascadeThresholds:
     """From which confidence on a version's answers stand on one route; None: not known, and `reason` says why."""
 
     threshold: float | None
@@ -24,7 +24,7 @@ class Standing:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class CascadeText:
     """One text that went through a cascade. `own` is what the classifier said, None where it was not asked."""
 
     index: int
@@ -46,7 +46,7 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class SeenCall:
+class CascadeCall:
     """What a request's cascade came to."""
 
     route: str
@@ -58,7 +58,7 @@ class SeenCall:
     keep_texts: bool
     at: float
     """Wall clock, seconds since the epoch."""
-    rows: tuple[Seen, ...]
+    rows: tuple[CascadeText, ...]
 
 
 def could_learn(questions: Sequence[Question]) -> bool:
@@ -109,7 +109,7 @@ def stands(row: Row, below_confidence: float) -> bool:
     return all(_is_sure(judged, below_confidence) for judged in row)
 
 
-def _is_sure(judged: Judged, below_confidence: float) -> bool:
+def _is_sure(judged: QuestionResult, below_confidence: float) -> bool:
     if judged.probabilities is None:
         return False
     has_mass = judged.label_mass is None or judged.label_mass >= UNSURE_LABEL_MASS
@@ -117,7 +117,7 @@ def _is_sure(judged: Judged, below_confidence: float) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class CascadeAnswer:
     """A text's answer so far, and who gave it."""
 
     row: Row
@@ -127,20 +127,20 @@ class Given:
     unsure: bool = False
 
 
-def merged(given: Sequence[Given], usage: Usage) -> Judgement:
+def merged(given: Sequence[CascadeAnswer], usage: Usage) -> DecisionResult:
     """One judgement of rows that came from several targets; every answer says whose it is."""
     models = ", ".join(dict.fromkeys(one.model for one in given))
     targets = ", ".join(dict.fromkeys(one.target for one in given))
-    return Judgement(models, tuple(_signed(one) for one in given), usage, targets)
+    return DecisionResult(models, tuple(_signed(one) for one in given), usage, targets)
 
 
-def _signed(one: Given) -> Row:
+def _signed(one: CascadeAnswer) -> Row:
     if isinstance(one.row, ApplianceError):
         return one.row
     return tuple(replace(judged, answered_by=one.target, unsure=one.unsure or judged.unsure) for judged in one.row)
 
 
-def cut(judgement: Judgement, calls: Sequence[DecisionsCall]) -> list[Any]:
+def cut(judgement: DecisionResult, calls: Sequence[DecisionsCall]) -> list[Any]:
     """The rows given back to the calls they are of; a call whose rows all failed is their error. What was used stands
     with the first."""
     results: list[Any] = []
@@ -157,7 +157,7 @@ def cut(judgement: Judgement, calls: Sequence[DecisionsCall]) -> list[Any]:
     return results
 
 
-def told(given: Sequence[Given]) -> Mapping[str, int]:
+def told(given: Sequence[CascadeAnswer]) -> Mapping[str, int]:
     """How many texts each target answered."""
     counts: dict[str, int] = {}
     for one in given:

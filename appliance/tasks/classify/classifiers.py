@@ -8,10 +8,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from appliance.core import Outgoing, Target
+from appliance.core import Target, UpstreamCall
 from appliance.errors import BackendGarbage, RequestError, Unsupported
 from appliance.tasks.decisions.inputs import Input
-from appliance.tasks.decisions.questions import Judged, Option, Question
+from appliance.tasks.decisions.questions import Option, Question, QuestionResult
 
 PREFIX: Final = "classifier/"
 PATH: Final = "/classify"
@@ -37,14 +37,14 @@ def tokens(inputs: Sequence[Input]) -> int:
     return sum(len(text.text) // 4 + 1 for text in inputs)
 
 
-def outgoing(target: Target, inputs: Sequence[Input], questions: Sequence[Question]) -> Outgoing:
+def outgoing(target: Target, inputs: Sequence[Input], questions: Sequence[Question]) -> UpstreamCall:
     """Raises Unsupported for what a classifier cannot be asked."""
     if len(questions) != 1 or questions[0].kind != "choice":
         raise Unsupported(
             f"{target.name} answers one question, a choice among its labels; ask another model for the others",
             param="questions",
         )
-    return Outgoing(PATH, {"texts": [text.text for text in inputs]})
+    return UpstreamCall(PATH, {"texts": [text.text for text in inputs]})
 
 
 def version(payload: object) -> str | None:
@@ -55,7 +55,7 @@ def version(payload: object) -> str | None:
 
 def read(
     target: Target, payload: object, questions: Sequence[Question], inputs: int, *, every_label: bool = False
-) -> list[tuple[Judged, ...]]:
+) -> list[tuple[QuestionResult, ...]]:
     """A row for each input. Raises BackendGarbage for a broken reply, and Unsupported where a choice is no label, or,
     with `every_label`, where a label is no choice."""
     if not isinstance(payload, dict):
@@ -71,7 +71,8 @@ def read(
     if not question.options:
         options = tuple(Option(label) for label in labels)
         return [
-            (Judged(tuple(row), options=options, strangeness=score),) for row, score in zip(rows, strange, strict=True)
+            (QuestionResult(tuple(row), options=options, strangeness=score),)
+            for row, score in zip(rows, strange, strict=True)
         ]
     places = _places(target, question, labels)
     if every_label and len(places) < len(labels):
@@ -82,12 +83,12 @@ def read(
     return [(_of_some(row, places, score),) for row, score in zip(rows, strange, strict=True)]
 
 
-def _of_some(row: Sequence[float], places: Sequence[int], strangeness: float) -> Judged:
+def _of_some(row: Sequence[float], places: Sequence[int], strangeness: float) -> QuestionResult:
     shares = [row[place] for place in places]
     total = math.fsum(shares)
     if total <= 0:
         shares, total = [1.0] * len(places), float(len(places))
-    return Judged(tuple(share / total for share in shares), strangeness=strangeness)
+    return QuestionResult(tuple(share / total for share in shares), strangeness=strangeness)
 
 
 def _places(target: Target, question: Question, labels: Sequence[str]) -> Sequence[int]:

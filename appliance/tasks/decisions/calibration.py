@@ -14,13 +14,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from appliance.core import Asked, Usage
+from appliance.core import ParsedRequest, Usage
 from appliance.errors import ApplianceError, BackendGarbage, RequestError
-from appliance.tasks.decisions.calibration_fit import MIN_EXAMPLES, Fitted, fit_question
-from appliance.tasks.decisions.decision_options import Judging, Priors, TaskFit, question_key, read_method, read_task
+from appliance.tasks.decisions.calibration_fit import MIN_EXAMPLES, FittedCalibration, fit_question
+from appliance.tasks.decisions.decision_options import (
+    DecisionOptions,
+    Priors,
+    TaskCalibration,
+    question_key,
+    read_method,
+    read_task,
+)
 from appliance.tasks.decisions.examples import truth, with_examples
 from appliance.tasks.decisions.inputs import Input, read_input
-from appliance.tasks.decisions.openai_shape import DecisionsCall, Judgement, make_asked, make_call, split, usage_object
+from appliance.tasks.decisions.openai_shape import (
+    DecisionResult,
+    DecisionsCall,
+    make_asked,
+    make_call,
+    split,
+    usage_object,
+)
 from appliance.tasks.decisions.questions import Question, read_questions
 from appliance.wire.body_fields import missing, read_bool, read_list, read_object, refuse_other_contract
 
@@ -29,14 +43,14 @@ MAX_EXAMPLES = 2_000
 
 
 @dataclass(frozen=True, slots=True)
-class Learnt:
+class CalibrationResult:
     """What to remember, and what to tell."""
 
-    fit: TaskFit
+    fit: TaskCalibration
     report: Mapping[str, Any]
 
 
-def read(body: Mapping[str, Any], priors: Priors | None = None) -> tuple[Asked, Sequence[DecisionsCall]]:
+def read(body: Mapping[str, Any], priors: Priors | None = None) -> tuple[ParsedRequest, Sequence[DecisionsCall]]:
     """Check the body and make the calls that answer its examples. Raises RequestError naming field and value."""
     refuse_other_contract(body, "/v1/decisions/calibrate", "examples", {"input": "/v1/decisions"})
     if read_task(body) is None:
@@ -47,7 +61,7 @@ def read(body: Mapping[str, Any], priors: Priors | None = None) -> tuple[Asked, 
     truths(body, questions)
     inputs = tuple(_input(row, index) for index, row in enumerate(rows))
     whole = make_call(inputs, questions, body["questions"], {})
-    whole = replace(whole, judging=Judging(read_method(body)), priors=priors or whole.priors)
+    whole = replace(whole, judging=DecisionOptions(read_method(body)), priors=priors or whole.priors)
     asked = make_asked(body, whole)
     # Only what is scored here can be fitted: others give probabilities that may be anything.
     return replace(asked, needs=asked.needs | {"labels"}), split(whole)
@@ -73,14 +87,14 @@ def _input(row: Mapping[str, Any], index: int) -> Input:
 
 
 def learn(
-    body: Mapping[str, Any], calls: Sequence[DecisionsCall], results: Sequence[Judgement | ApplianceError]
-) -> Learnt:
+    body: Mapping[str, Any], calls: Sequence[DecisionsCall], results: Sequence[DecisionResult | ApplianceError]
+) -> CalibrationResult:
     """Fit every question on the target that answered most examples. Seconds of CPU: call it in a thread.
 
     Raises the first call's error where none was answered, and RequestError where too few were.
     """
     questions, method = calls[0].questions, calls[0].judging.method
-    done = [result for result in results if isinstance(result, Judgement)]
+    done = [result for result in results if isinstance(result, DecisionResult)]
     (target, variant), _ = Counter((result.target, result.variant) for result in done).most_common(1)[0]
     answered = _answered(calls, results, (target, variant), truths(body, questions))
     with_bias = read_bool(body, "bias")
@@ -97,12 +111,12 @@ def learn(
         "questions": [_told(question, one) for question, one in zip(questions, fitted, strict=True)],
         "usage": usage_object(sum((result.usage for result in done), Usage())),
     }
-    return Learnt(TaskFit(name, target, variant, method, fits), report)
+    return CalibrationResult(TaskCalibration(name, target, variant, method, fits), report)
 
 
 def _answered(
     calls: Sequence[DecisionsCall],
-    results: Sequence[Judgement | ApplianceError],
+    results: Sequence[DecisionResult | ApplianceError],
     place: tuple[str, str | None],
     right: Sequence[Sequence[int]],
 ) -> list[tuple[Any, Sequence[int]]]:
@@ -110,14 +124,14 @@ def _answered(
     answered: list[tuple[Any, Sequence[int]]] = []
     first = 0
     for call, result in zip(calls, results, strict=True):
-        if isinstance(result, Judgement) and (result.target, result.variant) == place:
+        if isinstance(result, DecisionResult) and (result.target, result.variant) == place:
             rows = enumerate(result.rows, first)
             answered += [(row, right[index]) for index, row in rows if not isinstance(row, ApplianceError)]
         first += len(call.inputs)
     return answered
 
 
-def _fit(scores: Sequence[Sequence[float]], right: Sequence[int], *, with_bias: bool) -> Fitted:
+def _fit(scores: Sequence[Sequence[float]], right: Sequence[int], *, with_bias: bool) -> FittedCalibration:
     if not all(scores):
         raise BackendGarbage("the target gave probabilities without the scores they were made of")
     try:
@@ -126,7 +140,7 @@ def _fit(scores: Sequence[Sequence[float]], right: Sequence[int], *, with_bias: 
         raise RequestError(f"examples: {error}; the others could not be answered", param="examples") from error
 
 
-def _told(question: Question, fitted: Fitted) -> Mapping[str, Any]:
+def _told(question: Question, fitted: FittedCalibration) -> Mapping[str, Any]:
     values = [option.value for option in question.options]
     bias = [{"value": value, "bias": shift} for value, shift in zip(values, fitted.fit.bias, strict=False)]
     return {

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from appliance.tasks.decisions.decision_options import Fit
+from appliance.tasks.decisions.decision_options import CalibrationParameters
 
 MIN_EXAMPLES = 20
 """Two folds of ten: fewer say nothing about how far off the probabilities are."""
@@ -27,7 +27,7 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Quality:
+class CalibrationQuality:
     """How good probabilities are: all but accuracy are better when lower."""
 
     accuracy: float
@@ -39,15 +39,15 @@ class Quality:
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
-    fit: Fit
-    before: Quality
-    after: Quality
+class FittedCalibration:
+    fit: CalibrationParameters
+    before: CalibrationQuality
+    after: CalibrationQuality
     """On examples that were not fitted on."""
     examples: int
 
 
-def fit_question(scores: Sequence[Sequence[float]], truth: Sequence[int], *, with_bias: bool) -> Fitted:
+def fit_question(scores: Sequence[Sequence[float]], truth: Sequence[int], *, with_bias: bool) -> FittedCalibration:
     """`scores` of each example's options, and the index of the right one.
 
     Raises ValueError for fewer than MIN_EXAMPLES.
@@ -62,11 +62,11 @@ def fit_question(scores: Sequence[Sequence[float]], truth: Sequence[int], *, wit
     for number in range(FOLDS):
         out = fold == number
         after[out] = probabilities(rows[out], _fit(rows[~out], right[~out], with_bias=with_bias))
-    before = quality(probabilities(rows, Fit(1.0)), right)
-    return Fitted(_fit(rows, right, with_bias=with_bias), before, quality(after, right), len(rows))
+    before = quality(probabilities(rows, CalibrationParameters(1.0)), right)
+    return FittedCalibration(_fit(rows, right, with_bias=with_bias), before, quality(after, right), len(rows))
 
 
-def probabilities(scores: Floats, fit: Fit) -> Floats:
+def probabilities(scores: Floats, fit: CalibrationParameters) -> Floats:
     """Shape (examples, options); the same as `confidence.calibrated` of every row."""
     values = scores / fit.temperature + (np.asarray(fit.bias) if fit.bias else 0.0)
     weights = np.exp(values - values.max(axis=1, keepdims=True))
@@ -74,7 +74,7 @@ def probabilities(scores: Floats, fit: Fit) -> Floats:
     return shares
 
 
-def quality(shares: Floats, truth: npt.NDArray[np.intp]) -> Quality:
+def quality(shares: Floats, truth: npt.NDArray[np.intp]) -> CalibrationQuality:
     """How true `shares` (examples, options) are, `truth` being the indices of the right options."""
     confidence, hit = shares.max(axis=1), shares.argmax(axis=1) == truth
     bins = np.minimum((confidence * BINS).astype(np.intp), BINS - 1)
@@ -82,7 +82,7 @@ def quality(shares: Floats, truth: npt.NDArray[np.intp]) -> Quality:
     right = np.zeros_like(shares)
     right[np.arange(len(truth)), truth] = 1.0
     told = np.maximum(shares[np.arange(len(truth)), truth], 1e-12)
-    return Quality(
+    return CalibrationQuality(
         accuracy=float(hit.mean()),
         ece=sum(gaps) / len(truth),
         brier=float(((shares - right) ** 2).sum(axis=1).mean()),
@@ -90,7 +90,7 @@ def quality(shares: Floats, truth: npt.NDArray[np.intp]) -> Quality:
     )
 
 
-def _fit(scores: Floats, truth: npt.NDArray[np.intp], *, with_bias: bool) -> Fit:
+def _fit(scores: Floats, truth: npt.NDArray[np.intp], *, with_bias: bool) -> CalibrationParameters:
     """Adam on (log temperature, bias); the loss is smooth and has one hollow for each temperature."""
     count, options = scores.shape
     right = np.zeros_like(scores)
@@ -99,7 +99,7 @@ def _fit(scores: Floats, truth: npt.NDArray[np.intp], *, with_bias: bool) -> Fit
     mean, square = np.zeros_like(at), np.zeros_like(at)
     for step in range(1, _STEPS + 1):
         temperature, bias = float(np.exp(at[0])), at[1:]
-        off = probabilities(scores, Fit(temperature, tuple(bias))) - right
+        off = probabilities(scores, CalibrationParameters(temperature, tuple(bias))) - right
         slope = np.concatenate(([-(off * scores).sum() / temperature], off.sum(axis=0) + 2 * _BIAS_STRENGTH * bias))
         slope = slope / count
         if not with_bias:
@@ -108,4 +108,4 @@ def _fit(scores: Floats, truth: npt.NDArray[np.intp], *, with_bias: bool) -> Fit
         rate = _RATE * (1 - step / (_STEPS + 1))  # to rest in the hollow instead of circling it
         at = at - rate * (mean / (1 - 0.9**step)) / (np.sqrt(square / (1 - 0.99**step)) + 1e-9)
         at[0] = np.clip(at[0], np.log(_MIN_TEMPERATURE), np.log(_MAX_TEMPERATURE))
-    return Fit(float(np.exp(at[0])), tuple(float(value) for value in at[1:]) if with_bias else ())
+    return CalibrationParameters(float(np.exp(at[0])), tuple(float(value) for value in at[1:]) if with_bias else ())

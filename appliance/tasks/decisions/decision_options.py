@@ -31,7 +31,7 @@ _PRIOR_USES = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
+class DecisionMethod:
     debias: bool = False
     content_free: bool = False
     short: bool = False
@@ -42,44 +42,44 @@ class Method:
         return 2 if self.debias else 1
 
 
-PLAIN = Method()
+PLAIN = DecisionMethod()
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
+class CalibrationParameters:
     """Of one question: scores / temperature + bias, a bias for each option in order (none: no biases)."""
 
     temperature: float
     bias: tuple[float, ...] = ()
 
 
-UNFITTED = Fit(DEFAULT_TEMPERATURE)
+UNFITTED = CalibrationParameters(DEFAULT_TEMPERATURE)
 
 
 @dataclass(frozen=True, slots=True)
-class TaskFit:
+class TaskCalibration:
     """What was fitted for a task on one target in one variant."""
 
     task: str
     target: str
     variant: str | None
-    method: Method
-    fits: Mapping[str, Fit]
+    method: DecisionMethod
+    fits: Mapping[str, CalibrationParameters]
     """By `question_key`."""
 
 
-Tasks = Mapping[str, Sequence[TaskFit]]
+Tasks = Mapping[str, Sequence[TaskCalibration]]
 """By task's name."""
 
 
 @dataclass(frozen=True, slots=True)
-class Judging:
+class DecisionOptions:
     """The method of one request, and the fits it may be given."""
 
-    method: Method = PLAIN
-    fits: Sequence[TaskFit] = ()
+    method: DecisionMethod = PLAIN
+    fits: Sequence[TaskCalibration] = ()
 
-    def fit(self, target: Target, question: Question) -> tuple[str, Fit] | None:
+    def fit(self, target: Target, question: Question) -> tuple[str, CalibrationParameters] | None:
         """The task's name and its fit for what `target` says to `question`."""
         for row in self.fits:
             if (row.target, row.variant) == (target.name, target.variant):
@@ -88,7 +88,7 @@ class Judging:
         return None
 
 
-PLAINLY = Judging()
+PLAINLY = DecisionOptions()
 
 
 def question_key(question: Question) -> str:
@@ -100,12 +100,12 @@ def question_key(question: Question) -> str:
     return hashlib.sha256(orjson.dumps(said)).hexdigest()[:32]
 
 
-def read_judging(body: Mapping[str, Any], questions: Sequence[Question], tasks: Tasks | None) -> Judging:
+def read_judging(body: Mapping[str, Any], questions: Sequence[Question], tasks: Tasks | None) -> DecisionOptions:
     """The method that a body asks for. `tasks` None: names are not looked up. Raises RequestError or NotFound."""
     method = read_method(body)
     name = read_task(body)
     if name is None or tasks is None:
-        return Judging(method)
+        return DecisionOptions(method)
     fits = tasks.get(name, ())
     if not fits:
         known = ", ".join(map(repr, sorted(tasks)[:8])) or "none yet"
@@ -123,17 +123,17 @@ def read_judging(body: Mapping[str, Any], questions: Sequence[Question], tasks: 
                 "descriptions must be the same; calibrate it again or leave task out",
                 param=f"questions[{index}]",
             )
-    return Judging(fits[0].method, fits)
+    return DecisionOptions(fits[0].method, fits)
 
 
-def read_method(body: Mapping[str, Any]) -> Method:
+def read_method(body: Mapping[str, Any]) -> DecisionMethod:
     calibrate = body.get("calibrate")
     if calibrate not in (None, "none", "content_free"):
         raise wrong("calibrate", calibrate, 'it must be "content_free" or "none"')
     layout = body.get("layout")
     if layout not in (None, "chat", "short"):
         raise wrong("layout", layout, 'it must be "chat" or "short"')
-    return Method(read_bool(body, "debias"), calibrate == "content_free", layout == "short")
+    return DecisionMethod(read_bool(body, "debias"), calibrate == "content_free", layout == "short")
 
 
 def read_task(body: Mapping[str, Any]) -> str | None:

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from appliance.core import Outgoing
+from appliance.core import UpstreamCall
 from appliance.errors import ApplianceError, BackendGarbage, BackendRefused, ContextTooLong
 from appliance.tasks.decisions.confidence import averaged, calibrated, normalised
 from appliance.tasks.decisions.inputs import Input
-from appliance.tasks.decisions.questions import Judged, Option, Question
+from appliance.tasks.decisions.questions import Option, Question, QuestionResult
 from appliance.wire.token_estimate import MESSAGE_TOKENS, estimate_tokens
 
 PATH = "/labels"
@@ -42,7 +42,7 @@ _REVERSED_SCORE = "Rate the text, from the highest level to the lowest:"
 
 
 @dataclass(frozen=True, slots=True)
-class Wording:
+class PromptLayout:
     """A question as it is put to the model: one of several where the order of its options should not count."""
 
     ask: str
@@ -52,26 +52,26 @@ class Wording:
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class ScoredLabels:
     """A question's answer before it is calibrated: a score for each option in order (see `confidence`)."""
 
     scores: tuple[float, ...]
     label_mass: float | None
 
 
-def wordings(question: Question, *, debias: bool) -> tuple[Wording, ...]:
+def wordings(question: Question, *, debias: bool) -> tuple[PromptLayout, ...]:
     """The question with its options in order and, for `debias`, also in reverse."""
     labels = labels_of(question)
     count = len(labels)
-    forward = Wording(_asks(question, labels), labels, tuple(range(count)))
+    forward = PromptLayout(_asks(question, labels), labels, tuple(range(count)))
     if not debias:
         return (forward,)
     if question.kind == "choice" and not _is_spelled(question.options[0], labels[0]):
         # Numbers say where an option stands, so they are given anew; a level's number says how high it is.
         options = tuple(reversed(question.options))
-        return forward, Wording(_asks(question, labels, options), labels, tuple(reversed(range(count))))
+        return forward, PromptLayout(_asks(question, labels, options), labels, tuple(reversed(range(count))))
     turned = _asks(question, labels[::-1], question.options[::-1], _REVERSED_SCORE)
-    return forward, Wording(turned, labels, tuple(range(count)))
+    return forward, PromptLayout(turned, labels, tuple(range(count)))
 
 
 def labels_of(question: Question) -> tuple[str, ...]:
@@ -114,7 +114,7 @@ def outgoing(
     question_first: bool,
     debias: bool = False,
     short: bool = False,
-) -> Outgoing:
+) -> UpstreamCall:
     """One call that scores every wording of every question for every input, inputs outermost.
 
     A question's examples stand between its system message and the text, as turns that have been answered.
@@ -138,10 +138,10 @@ def outgoing(
             {"messages": [*_messages(system, turns), _message("user", user)], "labels": labels}
             for system, user, turns, labels in items
         ]
-    return Outgoing(PATH, body)
+    return UpstreamCall(PATH, body)
 
 
-def _turns(question: Question, wording: Wording, *, short: bool) -> Iterator[tuple[str, str]]:
+def _turns(question: Question, wording: PromptLayout, *, short: bool) -> Iterator[tuple[str, str]]:
     """(role, content) of the examples. In the short layout the answer stands within the text's turn, as there."""
     for example in question.examples:
         label = wording.labels[wording.options.index(example.option)]
@@ -192,7 +192,7 @@ def _shown(value: str | bool) -> str:
 
 def read_scores(
     payload: object, inputs: int, questions: Sequence[Question]
-) -> Sequence[tuple[Judged, ...] | ApplianceError]:
+) -> Sequence[tuple[QuestionResult, ...] | ApplianceError]:
     """Answers to all questions for each input as the model gives them, or why there are none for it.
 
     Raises BackendGarbage.
@@ -203,21 +203,21 @@ def read_scores(
     return [
         row
         if isinstance(row, ApplianceError)
-        else tuple(Judged(calibrated(one.scores), one.label_mass, one.scores) for one in row)
+        else tuple(QuestionResult(calibrated(one.scores), one.label_mass, one.scores) for one in row)
         for row in rows
     ]
 
 
 def read_scored(
     payload: object, questions: Sequence[Question], *, debias: bool = False
-) -> Sequence[tuple[Scored, ...] | ApplianceError]:
+) -> Sequence[tuple[ScoredLabels, ...] | ApplianceError]:
     """The scores of all questions for each input, or why there are none for it. Raises BackendGarbage."""
     results = payload.get("results") if isinstance(payload, dict) else None
     asked = [wordings(question, debias=debias) for question in questions]
     width = sum(map(len, asked))
     if not isinstance(results, list) or len(results) % width:
         raise BackendGarbage("the engine's label scores do not match what was asked")
-    rows: list[tuple[Scored, ...] | ApplianceError] = []
+    rows: list[tuple[ScoredLabels, ...] | ApplianceError] = []
     for start in range(0, len(results), width):
         here = results[start : start + width]
         errors = [result["error"] for result in here if isinstance(result, dict) and result.get("error")]
@@ -229,10 +229,10 @@ def read_scored(
     return rows
 
 
-def _mean(scored: Sequence[Scored]) -> Scored:
+def _mean(scored: Sequence[ScoredLabels]) -> ScoredLabels:
     masses = [one.label_mass for one in scored if one.label_mass is not None]
     mass = sum(masses) / len(masses) if len(masses) == len(scored) else None
-    return Scored(averaged([one.scores for one in scored]), mass)
+    return ScoredLabels(averaged([one.scores for one in scored]), mass)
 
 
 def _error(error: object) -> ApplianceError:
@@ -243,7 +243,7 @@ def _error(error: object) -> ApplianceError:
     return kind(_ITEM.sub("", str(message)), param="input", status=400)
 
 
-def _scored(result: object, wording: Wording) -> Scored:
+def _scored(result: object, wording: PromptLayout) -> ScoredLabels:
     labels = result.get("labels") if isinstance(result, dict) else None
     if not isinstance(result, dict) or not isinstance(labels, list) or len(labels) != len(wording.labels):
         raise BackendGarbage("a label score of the engine does not have one entry for each label")
@@ -252,6 +252,6 @@ def _scored(result: object, wording: Wording) -> Scored:
         scores = normalised(logprobs)
         mass = result.get("label_mass")
         by_option = tuple(scores[wording.options.index(option)] for option in range(len(scores)))
-        return Scored(by_option, None if mass is None else float(mass))
+        return ScoredLabels(by_option, None if mass is None else float(mass))
     except (KeyError, TypeError, ValueError) as error:
         raise BackendGarbage(f"a label score of the engine cannot be read: {error!r}") from error

@@ -6,17 +6,17 @@ from typing import Any
 
 import orjson
 
-from appliance.core import Outgoing
+from appliance.core import UpstreamCall
 from appliance.errors import BackendGarbage
 from appliance.tasks.decisions.inputs import Input
-from appliance.tasks.decisions.questions import Judged, Question
+from appliance.tasks.decisions.questions import Question, QuestionResult
 
 PATH = "/decisions"
 
 
-def outgoing(text: Input, questions: Sequence[Mapping[str, Any]], extras: Mapping[str, Any]) -> Outgoing:
+def outgoing(text: Input, questions: Sequence[Mapping[str, Any]], extras: Mapping[str, Any]) -> UpstreamCall:
     """One request about one input. `questions` are on OpenAI's wire; `extras` are the caller's other fields."""
-    return Outgoing(PATH, {**extras, "input": text.original, "questions": list(questions)})
+    return UpstreamCall(PATH, {**extras, "input": text.original, "questions": list(questions)})
 
 
 def on_the_wire(questions: Sequence[Question]) -> Sequence[Mapping[str, Any]]:
@@ -53,7 +53,7 @@ def _with_examples(question: Question) -> str:
     return "\n".join((question.instructions, *(("Examples:", *rows) if rows else ())))
 
 
-def read_answers(payload: object, questions: Sequence[Question]) -> tuple[Judged, ...]:
+def read_answers(payload: object, questions: Sequence[Question]) -> tuple[QuestionResult, ...]:
     """The answers of one reply, in question order. Raises BackendGarbage where they are not what was asked for."""
     answers = payload.get("answers") if isinstance(payload, dict) else None
     if not isinstance(answers, list) or len(answers) != len(questions):
@@ -61,16 +61,16 @@ def read_answers(payload: object, questions: Sequence[Question]) -> tuple[Judged
     return tuple(_judged(answer, question) for answer, question in zip(answers, questions, strict=True))
 
 
-def _judged(answer: object, question: Question) -> Judged:
+def _judged(answer: object, question: Question) -> QuestionResult:
     if not isinstance(answer, dict) or answer.get("type") not in (question.kind, "refusal"):
         raise BackendGarbage(f"an answer of the target is not of type {question.kind!r}")
     if answer["type"] == "refusal":
-        return Judged(None)
+        return QuestionResult(None)
     mass = answer.get("label_mass")
     label_mass = float(mass) if isinstance(mass, int | float) else None
     if question.kind == "predicate":
         probability = _probability(answer.get("probability"))
-        return Judged((probability, 1.0 - probability), label_mass)
+        return QuestionResult((probability, 1.0 - probability), label_mass)
     key = "value" if question.kind == "choice" else "label"
     rows = answer.get("probabilities")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -81,7 +81,7 @@ def _judged(answer: object, question: Question) -> Judged:
     total = math.fsum(probabilities)
     if total <= 0:
         raise BackendGarbage("the probabilities of the target's answer are not about the options that were asked for")
-    return Judged(tuple(probability / total for probability in probabilities), label_mass)
+    return QuestionResult(tuple(probability / total for probability in probabilities), label_mass)
 
 
 def _probability(value: object) -> float:

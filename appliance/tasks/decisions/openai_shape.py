@@ -18,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from appliance.core import Ability, Asked, Outgoing, Reply, Target, Usage
+from appliance.core import Ability, ParsedRequest, Target, UpstreamCall, UpstreamReply, Usage
 from appliance.errors import ApplianceError, BackendGarbage, Unsupported
 from appliance.tasks.classify import classifiers
 from appliance.tasks.decisions import label_prompts, openai_decisions
@@ -28,7 +28,7 @@ from appliance.tasks.decisions.decision_options import (
     FIELDS,
     PLAINLY,
     UNFITTED,
-    Judging,
+    DecisionOptions,
     Priors,
     Tasks,
     question_key,
@@ -37,7 +37,7 @@ from appliance.tasks.decisions.decision_options import (
 from appliance.tasks.decisions.examples import with_examples
 from appliance.tasks.decisions.inputs import Input, read_input
 from appliance.tasks.decisions.probabilities import WORTH_A_TEMPLATE, ShareWriter
-from appliance.tasks.decisions.questions import Judged, Question, question_text, read_questions
+from appliance.tasks.decisions.questions import Question, QuestionResult, question_text, read_questions
 from appliance.wire.body_fields import missing, read_list, read_model, refuse_other_contract
 from appliance.wire.token_estimate import estimate_tokens
 
@@ -51,11 +51,11 @@ _OTHERS = {"state": "/v1/systemone", "inputs": "/v1/decisions/batch"}
 _OWN_FIELDS = frozenset({"model", "input", "inputs", "questions", "examples", "stream"}) | FIELDS
 _NOTHING = Input(CONTENT_FREE, CONTENT_FREE)
 
-Row = tuple[Judged, ...] | ApplianceError
+Row = tuple[QuestionResult, ...] | ApplianceError
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class DecisionResult:
     """What a decisions call comes to: a row for each input, in order."""
 
     model: str
@@ -78,8 +78,8 @@ class DecisionsCall:
     """The questions on OpenAI's wire."""
     extras: Mapping[str, Any]
     question_first: bool
-    render: Callable[[Judgement, Sequence[Question]], Any] | None = None
-    judging: Judging = PLAINLY
+    render: Callable[[DecisionResult, Sequence[Question]], Any] | None = None
+    judging: DecisionOptions = PLAINLY
     priors: Priors = field(default_factory=Priors)
     """Shared by all calls of a program that keeps one."""
     for_classifier: bool = False
@@ -119,7 +119,7 @@ class DecisionsCall:
     def output_tokens(self) -> int:
         return len(self.inputs) * len(self.questions) * self.judging.method.ways
 
-    def outgoing(self, target: Target) -> Sequence[Outgoing]:
+    def outgoing(self, target: Target) -> Sequence[UpstreamCall]:
         """Label scores where the target can give them, else OpenAI's own endpoint. Raises Unsupported."""
         has_image = any(text.has_image for text in self.inputs)
         if "classify" in target.abilities and not has_image:
@@ -138,7 +138,7 @@ class DecisionsCall:
         what = "look at images" if has_image else "answer decisions"
         raise Unsupported(f"{target.name} cannot {what}", param="input" if has_image else "model")
 
-    def read(self, target: Target, replies: Sequence[Reply]) -> Any:
+    def read(self, target: Target, replies: Sequence[UpstreamReply]) -> Any:
         """The rendered payload. Raises BackendGarbage, or a single input's own error."""
         rows: Sequence[Row]
         if "classify" in target.abilities:
@@ -152,7 +152,7 @@ class DecisionsCall:
         usage = sum((reply.usage for reply in replies), Usage())
         name = target.name if "classify" in target.abilities else target.model
         variant = classifiers.version(replies[0].payload) if "classify" in target.abilities else target.variant
-        judgement = Judgement(name, tuple(rows), usage, target.name, variant)
+        judgement = DecisionResult(name, tuple(rows), usage, target.name, variant)
         return judgement if self.render is None else self.render(judgement, self.questions)
 
     def _read_labels(self, target: Target, payload: object) -> Sequence[Row]:
@@ -165,8 +165,8 @@ class DecisionsCall:
         return [row if isinstance(row, ApplianceError) else self._judged(target, row, priors) for row in rows]
 
     def _judged(
-        self, target: Target, row: Sequence[label_prompts.Scored], priors: Sequence[tuple[float, ...] | None]
-    ) -> tuple[Judged, ...]:
+        self, target: Target, row: Sequence[label_prompts.ScoredLabels], priors: Sequence[tuple[float, ...] | None]
+    ) -> tuple[QuestionResult, ...]:
         answers = []
         for question, scored, prior in zip(self.questions, row, priors, strict=True):
             scores = scored.scores
@@ -176,10 +176,10 @@ class DecisionsCall:
                 scores = without_prior(scores, prior)
             name, fit = self.judging.fit(target, question) or (None, UNFITTED)
             shares = calibrated(scores, fit.temperature, fit.bias)
-            answers.append(Judged(shares, scored.label_mass, scores, name))
+            answers.append(QuestionResult(shares, scored.label_mass, scores, name))
         return tuple(answers)
 
-    def _note_prior(self, target: Target, row: Sequence[label_prompts.Scored] | ApplianceError) -> None:
+    def _note_prior(self, target: Target, row: Sequence[label_prompts.ScoredLabels] | ApplianceError) -> None:
         if not isinstance(row, ApplianceError):
             for key, scored in zip(self._prior_keys(target), row, strict=True):
                 self.priors.note(key, scored.scores)
@@ -191,7 +191,7 @@ class DecisionsCall:
 
 def read(
     body: Mapping[str, Any], tasks: Tasks | None = None, priors: Priors | None = None
-) -> tuple[Asked, Sequence[DecisionsCall]]:
+) -> tuple[ParsedRequest, Sequence[DecisionsCall]]:
     """Check a decisions body. `tasks` None: a task it names is not looked up.
 
     Raises RequestError naming field, value and remedy, and NotFound for an unknown task.
@@ -211,7 +211,7 @@ def read(
 
 def read_batch(
     body: Mapping[str, Any], tasks: Tasks | None = None, priors: Priors | None = None
-) -> tuple[Asked, Sequence[DecisionsCall]]:
+) -> tuple[ParsedRequest, Sequence[DecisionsCall]]:
     """Check a batch body and cut it into calls; `batch_payload` puts their results together again."""
     refuse_other_contract(body, "/v1/decisions/batch", "inputs", {"input": "/v1/decisions", "state": "/v1/systemone"})
     questions = questions_of(body)
@@ -286,17 +286,17 @@ def make_call(
     questions: tuple[Question, ...],
     wired: Sequence[Mapping[str, Any]],
     extras: Mapping[str, Any],
-    render: Callable[[Judgement, Sequence[Question]], Any] | None = None,
+    render: Callable[[DecisionResult, Sequence[Question]], Any] | None = None,
 ) -> DecisionsCall:
     # Examples are the longest part of a prompt, and stand before the text to be computed once.
     question_first = len(inputs) >= len(questions) or any(question.examples for question in questions)
     return DecisionsCall(inputs, questions, wired, extras, question_first, render)
 
 
-def make_asked(body: Mapping[str, Any], call: DecisionsCall) -> Asked:
+def make_asked(body: Mapping[str, Any], call: DecisionsCall) -> ParsedRequest:
     needs: set[Ability] = {"vision"} if any(text.has_image for text in call.inputs) else set()
     texts = [text.text for text in call.inputs]
-    return Asked(
+    return ParsedRequest(
         endpoint="decisions",
         model=read_model(body),
         body=body,
@@ -306,7 +306,7 @@ def make_asked(body: Mapping[str, Any], call: DecisionsCall) -> Asked:
     )
 
 
-def openai_payload(judgement: Judgement, questions: Sequence[Question]) -> Mapping[str, Any]:
+def openai_payload(judgement: DecisionResult, questions: Sequence[Question]) -> Mapping[str, Any]:
     """The response of /v1/decisions. Raises the error of its one input."""
     row = only_row(judgement)
     return {
@@ -316,28 +316,30 @@ def openai_payload(judgement: Judgement, questions: Sequence[Question]) -> Mappi
     }
 
 
-def only_row(judgement: Judgement) -> tuple[Judged, ...]:
+def only_row(judgement: DecisionResult) -> tuple[QuestionResult, ...]:
     (row,) = judgement.rows
     if isinstance(row, ApplianceError):
         raise row
     return row
 
 
-def batch_payload(results: Sequence[Judgement | ApplianceError], calls: Sequence[DecisionsCall]) -> Mapping[str, Any]:
+def batch_payload(
+    results: Sequence[DecisionResult | ApplianceError], calls: Sequence[DecisionsCall]
+) -> Mapping[str, Any]:
     """The response of /v1/decisions/batch, for orjson. A call that failed as a whole gives its error to each of its
     inputs."""
     rows: list[Mapping[str, Any]] = []
     usage, models = Usage(), []
     writer = ShareWriter()
     for result, call in zip(results, calls, strict=True):
-        answered = result.rows if isinstance(result, Judgement) else (result,) * len(call.inputs)
+        answered = result.rows if isinstance(result, DecisionResult) else (result,) * len(call.inputs)
         for row in answered:
             index = {"index": len(rows)}
             if isinstance(row, ApplianceError):
                 rows.append({**index, **row.to_openai()})
             else:
                 rows.append({**index, "answers": _answers(row, call.questions, writer)})
-        if isinstance(result, Judgement):
+        if isinstance(result, DecisionResult):
             usage += result.usage
             models.append(result.model)
     return {
@@ -348,12 +350,12 @@ def batch_payload(results: Sequence[Judgement | ApplianceError], calls: Sequence
 
 
 def _answers(
-    row: Sequence[Judged], questions: Sequence[Question], writer: ShareWriter | None = None
+    row: Sequence[QuestionResult], questions: Sequence[Question], writer: ShareWriter | None = None
 ) -> Sequence[Mapping[str, Any]]:
     return [_answer(judged, question, writer) for judged, question in zip(row, questions, strict=True)]
 
 
-def _answer(judged: Judged, question: Question, writer: ShareWriter | None) -> Mapping[str, Any]:
+def _answer(judged: QuestionResult, question: Question, writer: ShareWriter | None) -> Mapping[str, Any]:
     if judged.probabilities is None:
         return {"type": "refusal", "name": question.name}
     head = {"type": question.kind, "name": question.name}

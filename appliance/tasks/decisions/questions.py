@@ -46,7 +46,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class QuestionResult:
     """A question's answer: a probability for each option in order, or None where the model declined to answer."""
 
     probabilities: tuple[float, ...] | None

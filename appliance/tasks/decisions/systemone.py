@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from appliance.core import Asked
+from appliance.core import ParsedRequest
 from appliance.errors import RequestError
 from appliance.tasks.classify import classifiers
 from appliance.tasks.decisions.decision_options import Priors, Tasks, read_judging
@@ -22,8 +22,8 @@ from appliance.tasks.decisions.examples import with_examples
 from appliance.tasks.decisions.inputs import Input
 from appliance.tasks.decisions.openai_decisions import on_the_wire
 from appliance.tasks.decisions.openai_shape import (
+    DecisionResult,
     DecisionsCall,
-    Judgement,
     make_asked,
     make_call,
     only_row,
@@ -34,9 +34,9 @@ from appliance.tasks.decisions.questions import (
     MAX_LEVELS,
     MAX_QUESTIONS,
     PREDICATE,
-    Judged,
     Option,
     Question,
+    QuestionResult,
     unique_options,
 )
 from appliance.wire.body_fields import missing, read_object, refuse_other_contract, wrong
@@ -44,7 +44,7 @@ from appliance.wire.body_fields import missing, read_object, refuse_other_contra
 
 def read(
     body: Mapping[str, Any], tasks: Tasks | None = None, priors: Priors | None = None
-) -> tuple[Asked, Sequence[DecisionsCall]]:
+) -> tuple[ParsedRequest, Sequence[DecisionsCall]]:
     """Check a System One body, as `decisions.read` does. Raises RequestError naming field, value and remedy."""
     others = {"input": "/v1/decisions", "inputs": "/v1/decisions/batch"}
     refuse_other_contract(body, "/v1/systemone", "state", others)
@@ -140,7 +140,7 @@ def _description(value: object, path: str) -> str | None:
     return None if value is None else _content(value, path)
 
 
-def _payload(judgement: Judgement, questions: Sequence[Question]) -> Mapping[str, Any]:
+def _payload(judgement: DecisionResult, questions: Sequence[Question]) -> Mapping[str, Any]:
     row = only_row(judgement)
     return {
         "model": judgement.model,
@@ -153,7 +153,7 @@ def _payload(judgement: Judgement, questions: Sequence[Question]) -> Mapping[str
     }
 
 
-def _answer(judged: Judged, question: Question) -> Mapping[str, Any]:
+def _answer(judged: QuestionResult, question: Question) -> Mapping[str, Any]:
     shares = judged.probabilities
     assert shares is not None
     tail = judged.remarks

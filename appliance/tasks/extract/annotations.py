@@ -14,18 +14,18 @@ from typing import Any
 
 from appliance.tasks.extract.evidence import Evidence, Piece, evidence, leaves
 from appliance.tasks.extract.normalise.amounts import currency_near
-from appliance.tasks.extract.normalise.field_hints import Hint, Wanted, asked_schema, hint_of, read_wanted
-from appliance.tasks.extract.normalise.normalised_value import Form
+from appliance.tasks.extract.normalise.field_hints import FieldHint, FieldSpec, asked_schema, hint_of, read_wanted
+from appliance.tasks.extract.normalise.normalised_value import NormalisedValue
 from appliance.wire.body_fields import read_bool
 
 
 @dataclass(frozen=True, slots=True)
-class Telling:
+class Annotations:
     """What a request wants told. `schema` is the caller's; `asked` the one that the model is given."""
 
     schema: Mapping[str, Any]
     asked: Mapping[str, Any]
-    wanted: Wanted
+    wanted: FieldSpec
     evidence: bool
 
     @property
@@ -33,10 +33,10 @@ class Telling:
         return self.asked != self.schema
 
 
-def read_telling(body: Mapping[str, Any], schema: Mapping[str, Any]) -> Telling:
+def read_telling(body: Mapping[str, Any], schema: Mapping[str, Any]) -> Annotations:
     """Raises RequestError for `normalise`, `evidence` or a hint that cannot be understood."""
     wanted = read_wanted(body.get("normalise"))
-    return Telling(schema, asked_schema(schema, wanted), wanted, read_bool(body, "evidence"))
+    return Annotations(schema, asked_schema(schema, wanted), wanted, read_bool(body, "evidence"))
 
 
 def unsure(
@@ -48,7 +48,7 @@ def unsure(
 
 
 def told(
-    found: Mapping[str, Any], telling: Telling, piece_of: Callable[[str], Piece]
+    found: Mapping[str, Any], telling: Annotations, piece_of: Callable[[str], Piece]
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """The object with its values in their one form, and the fields of the response that say more of it."""
     if not (telling.evidence or telling.normalises):
@@ -67,7 +67,7 @@ def told(
 
 
 def _normalised(
-    found: Mapping[str, Any], telling: Telling, seen: Evidence, piece_of: Callable[[str], Piece]
+    found: Mapping[str, Any], telling: Annotations, seen: Evidence, piece_of: Callable[[str], Piece]
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     changed = copy.deepcopy(dict(found))
     rows: dict[str, Any] = {}
@@ -86,7 +86,7 @@ def _normalised(
     return changed, rows
 
 
-def _value(form: Form, hint: Hint) -> Any:
+def _value(form: NormalisedValue, hint: FieldHint) -> Any:
     if form.value is None or not hint.as_number:
         return form.value
     number = Decimal(form.value)

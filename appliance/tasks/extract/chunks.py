@@ -18,7 +18,7 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TextChunk:
     """What was found in one piece of a text."""
 
     span: Span
@@ -27,7 +27,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Merged:
+class MergedObject:
     object: Mapping[str, Any]
     confidence: Mapping[str, float] | None
     evidence: Mapping[str, Span]
@@ -59,7 +59,7 @@ def _break_before(text: str, low: int, high: int) -> int:
     return high
 
 
-def merge(parts: Sequence[Part]) -> Merged:
+def merge(parts: Sequence[TextChunk]) -> MergedObject:
     """One object of the pieces' objects, in order of the pieces.
 
     Lists are joined, without what stood in two. Of any other property the most confident value is taken that is not
@@ -79,11 +79,11 @@ def merge(parts: Sequence[Part]) -> Merged:
         merged[name] = best.object[name]
         evidence[pointer] = best.span
         confidence |= _below(best, pointer, pointer)
-    return Merged(merged, confidence if known else None, evidence)
+    return MergedObject(merged, confidence if known else None, evidence)
 
 
 def _join(
-    holders: Sequence[Part], name: str, pointer: str, confidence: dict[str, float], evidence: dict[str, Span]
+    holders: Sequence[TextChunk], name: str, pointer: str, confidence: dict[str, float], evidence: dict[str, Span]
 ) -> list[Any]:
     items: dict[bytes, Any] = {}
     for part in holders:
@@ -101,11 +101,11 @@ def _is_empty(value: Any) -> bool:
     return value is None or value in ("", [], {})
 
 
-def _least(part: Part, pointer: str) -> float:
+def _least(part: TextChunk, pointer: str) -> float:
     return min(_below(part, pointer, pointer).values(), default=0.0)
 
 
-def _below(part: Part, pointer: str, renamed: str) -> dict[str, float]:
+def _below(part: TextChunk, pointer: str, renamed: str) -> dict[str, float]:
     """The confidences at `pointer` and under it, by pointers that begin with `renamed` instead."""
     rows = (part.confidence or {}).items()
     return {

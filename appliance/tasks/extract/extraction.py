@@ -21,11 +21,11 @@ from typing import Any
 
 import orjson
 
-from appliance.core import Asked, Outgoing, Reply, Target, Usage
+from appliance.core import ParsedRequest, Target, UpstreamCall, UpstreamReply, Usage
 from appliance.errors import ApplianceError, RejectedReply, RequestError
 from appliance.tasks.decisions.confidence import field_confidence
 from appliance.tasks.extract import chunks, token_budget
-from appliance.tasks.extract.annotations import Telling, read_telling, told, unsure
+from appliance.tasks.extract.annotations import Annotations, read_telling, told, unsure
 from appliance.tasks.extract.decode_schema import MAX_STRING_CHARS, decode_schema
 from appliance.tasks.extract.value_spans import string_leaves
 from appliance.wire.body_fields import (
@@ -90,7 +90,7 @@ class ExtractCall:
     span: chunks.Span = (0, 0)
     turns: Sequence[Mapping[str, str]] = ()
     """The examples, as messages that have been answered."""
-    telling: Telling | None = None
+    telling: Annotations | None = None
 
     def streams(self, target: Target) -> bool:
         return False
@@ -106,7 +106,7 @@ class ExtractCall:
         """Where the text begins in the whole of which it may be a piece, and what it says."""
         return self.span[0], self.text
 
-    def outgoing(self, target: Target) -> Sequence[Outgoing]:
+    def outgoing(self, target: Target) -> Sequence[UpstreamCall]:
         # Hosted APIs refuse `strict` for schemas with open objects or optional fields; on-site engines always enforce.
         onsite = target.location == "onsite"
         strict, schema = (True, self.bounded) if onsite else (is_strict_subset(self.schema), self.schema)
@@ -126,9 +126,9 @@ class ExtractCall:
             body["temperature"] = 0
         if "logprobs" in target.abilities:
             body["logprobs"] = True
-        return (Outgoing("/chat/completions", body),)
+        return (UpstreamCall("/chat/completions", body),)
 
-    def read(self, target: Target, replies: Sequence[Reply]) -> Extracted:
+    def read(self, target: Target, replies: Sequence[UpstreamReply]) -> Extracted:
         """The object, validated. Raises BackendGarbage, or RejectedReply where it does not match the schema."""
         choice = choices_of(replies[0].payload, "message")[0]
         found = check_json_choice(choice, self.schema)
@@ -143,7 +143,7 @@ class ExtractCall:
         return Extracted(found, confidence, target.model, replies[0].usage, cut)
 
 
-def read(body: Mapping[str, Any]) -> tuple[Asked, Sequence[ExtractCall]]:
+def read(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[ExtractCall]]:
     """Check an extract body; one call for each text, or for each piece of one.
 
     Raises RequestError naming field, value and remedy.
@@ -164,7 +164,7 @@ def read(body: Mapping[str, Any]) -> tuple[Asked, Sequence[ExtractCall]]:
     call = ExtractCall(
         "", task, schema, bounded, likely, given or token_budget.most_tokens(bounded), turns=turns, telling=telling
     )
-    asked = Asked(
+    asked = ParsedRequest(
         endpoint="extract",
         model=read_model(body),
         body=body,
@@ -298,7 +298,7 @@ def _of_text(pairs: Sequence[tuple[ExtractCall, Result]]) -> Result:
     if len(done) == 1:
         call, found = done[0]
         return found if call.telling is None else _with_more(found, call.telling, lambda pointer: call.piece)
-    merged = chunks.merge([chunks.Part(call.span, found.object, found.confidence) for call, found in done])
+    merged = chunks.merge([chunks.TextChunk(call.span, found.object, found.confidence) for call, found in done])
     try:
         check_value(done[0][0].schema, merged.object)
     except RejectedReply as error:
@@ -322,7 +322,7 @@ def _source(evidence: Mapping[str, chunks.Span], pointer: str) -> chunks.Span:
     return evidence[pointer]
 
 
-def _with_more(found: Extracted, telling: Telling, piece_of: Callable[[str], tuple[int, str]]) -> Extracted:
+def _with_more(found: Extracted, telling: Annotations, piece_of: Callable[[str], tuple[int, str]]) -> Extracted:
     changed, more = told(found.object, telling, piece_of)
     return replace(found, object=changed, more=more)
 

@@ -14,12 +14,12 @@ from typing import Any, Final
 
 import orjson
 
-from appliance.core import EgressPermit, Reply, Target, Usage
+from appliance.core import EgressPermit, Target, UpstreamReply, Usage
 from appliance.errors import BackendGarbage, BackendRefused, BackendTimeout, RequestError
-from appliance.upstream.base import Door, close_response
+from appliance.upstream.base import Transport, close_response
 from appliance.upstream.error_mapping import error_of_status
-from appliance.upstream.label_scoring.tree import Branch, Scoring, Tokens, mass, tree
-from appliance.wire.dialect import Letter
+from appliance.upstream.label_scoring.tree import LabelTreeNode, LabelTreeScoring, Tokens, mass, tree
+from appliance.wire.dialect import WireRequest
 
 PATH: Final = "/labels"
 _MOST_TOKEN_IDS: Final = 128
@@ -32,18 +32,20 @@ _TOKENIZE: Final = "/../tokenize"
 """Beside `/v1`, below which the target's address ends."""
 
 
-def is_asked(letter: Letter) -> bool:
+def is_asked(letter: WireRequest) -> bool:
     return letter.outgoing.path == PATH and "token_logprobs" in letter.target.abilities
 
 
-class TokenLabels:
+class TokenLabelScorer:
     """Keeps what labels are in tokens, by server and wording: they seldom change."""
 
     def __init__(self) -> None:
-        self._trees: OrderedDict[tuple[Any, ...], tuple[Tokens, Branch]] = OrderedDict()
+        self._trees: OrderedDict[tuple[Any, ...], tuple[Tokens, LabelTreeNode]] = OrderedDict()
         self._ends: dict[str, int] = {}
 
-    async def send(self, door: Door, letter: Letter, *, permit: EgressPermit | None, seconds: float) -> Reply:
+    async def send(
+        self, door: Transport, letter: WireRequest, *, permit: EgressPermit | None, seconds: float
+    ) -> UpstreamReply:
         """The scores of every item. Raises what a plain exchange with the target raises."""
         started = time.monotonic()
         body = orjson.loads(letter.body)
@@ -56,9 +58,11 @@ class TokenLabels:
             raise BackendTimeout(f"{letter.target.name} did not answer within {seconds:.1f} s") from error
         payload = {"object": "list", "model": letter.target.model, "results": results, "usage": _usage(call.usage)}
         taken = time.monotonic() - started
-        return Reply(payload, call.usage, taken, taken)
+        return UpstreamReply(payload, call.usage, taken, taken)
 
-    async def _tree(self, call: "_Call", body: Mapping[str, Any], labels: Sequence[str]) -> tuple[Tokens, Branch]:
+    async def _tree(
+        self, call: "_Call", body: Mapping[str, Any], labels: Sequence[str]
+    ) -> tuple[Tokens, LabelTreeNode]:
         """What the cue ends with in tokens, and where the labels part after it."""
         cue = str(body.get("cue", ""))
         key = (call.target.name, call.target.variant, call.target.address, cue, tuple(labels))
@@ -94,7 +98,7 @@ class TokenLabels:
 
 
 async def _item(
-    call: "_Call", body: Mapping[str, Any], item: Mapping[str, Any], base: Tokens, root: Branch
+    call: "_Call", body: Mapping[str, Any], item: Mapping[str, Any], base: Tokens, root: LabelTreeNode
 ) -> Mapping[str, Any]:
     """One result as `/labels` gives it; what is wrong with this text alone stands in its place."""
     names = body["label_sets"][item["labels"]]
@@ -102,7 +106,7 @@ async def _item(
     messages = [*(body.get("messages") or ()), *own]
     try:
         prompt = await _prompt(call, messages, str(body.get("cue", "")), base, is_open=bool(body.get("open_turn")))
-        scoring = Scoring(root, len(names))
+        scoring = LabelTreeScoring(root, len(names))
         while scoring.due:
             reads = await _all(call.read((*prompt, *place.prefix), tuple(place.children)) for place, _ in scoring.due)
             scoring.give(reads)
@@ -136,7 +140,7 @@ class _Call:
     """The exchanges that one request for labels comes to."""
 
     def __init__(
-        self, door: Door, target: Target, permit: EgressPermit | None, salt: str, priority: int | None
+        self, door: Transport, target: Target, permit: EgressPermit | None, salt: str, priority: int | None
     ) -> None:
         self._door, self.target, self._permit = door, target, permit
         self._common = {"model": target.model} | ({"priority": priority} if priority is not None else {})

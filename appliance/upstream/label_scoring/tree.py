@@ -13,11 +13,11 @@ Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Branch:
+class LabelTreeNode:
     """A place where labels part. `prefix`: the tokens of a label up to here."""
 
     prefix: Tokens
-    children: Mapping[int, "Branch | int"]
+    children: Mapping[int, "LabelTreeNode | int"]
     """By next token: a further place, or the index of the one label that goes on with it."""
 
     @property
@@ -28,18 +28,18 @@ class Branch:
         return found
 
 
-def tree(labels: Sequence[Tokens], end: int) -> Branch:
+def tree(labels: Sequence[Tokens], end: int) -> LabelTreeNode:
     """The places where `labels` part. `end` is the token that ends a turn: it tells a label from a longer one that
     begins with it. Raises ValueError where two labels are the same tokens."""
     return _branch(labels, list(range(len(labels))), 0, end)
 
 
-def _branch(labels: Sequence[Tokens], indices: Sequence[int], depth: int, end: int) -> Branch:
+def _branch(labels: Sequence[Tokens], indices: Sequence[int], depth: int, end: int) -> LabelTreeNode:
     groups: dict[int, list[int]] = {}
     for index in indices:
         tokens = labels[index]
         groups.setdefault(tokens[depth] if depth < len(tokens) else end, []).append(index)
-    children: dict[int, Branch | int] = {}
+    children: dict[int, LabelTreeNode | int] = {}
     for token, members in groups.items():
         if len(members) == 1:
             children[token] = members[0]
@@ -50,23 +50,23 @@ def _branch(labels: Sequence[Tokens], indices: Sequence[int], depth: int, end: i
         while len({labels[index][below : below + 1] for index in members}) == 1 and len(labels[members[0]]) > below:
             below += 1
         children[token] = _branch(labels, members, below, end)
-    return Branch(labels[indices[0]][:depth], children)
+    return LabelTreeNode(labels[indices[0]][:depth], children)
 
 
-class Scoring:
+class LabelTreeScoring:
     """Of one text: give it the reads it asks for until it asks for none."""
 
-    def __init__(self, root: Branch, count: int, *, worth: float = 0.01) -> None:
+    def __init__(self, root: LabelTreeNode, count: int, *, worth: float = 0.01) -> None:
         """`worth`: places that hold less than this share of what was found so far are not read; what they hold is
         spread over their labels."""
         self._worth = worth
         self.scores = [-math.inf] * count
-        self.due: list[tuple[Branch, float]] = [(root, 0.0)]
+        self.due: list[tuple[LabelTreeNode, float]] = [(root, 0.0)]
         """Places to read, each with the logprob of getting there."""
 
     def give(self, reads: Sequence[Mapping[int, float]]) -> None:
         """The logprobs of the children's tokens at each place of `due`, in order."""
-        ahead: list[tuple[Branch, float]] = []
+        ahead: list[tuple[LabelTreeNode, float]] = []
         for (place, before), read in zip(self.due, reads, strict=True):
             for token, child in place.children.items():
                 logprob = before + read.get(token, -math.inf)

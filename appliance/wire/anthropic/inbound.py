@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from appliance.core import Asked
+from appliance.core import ParsedRequest
 from appliance.errors import RequestError, Unsupported
 from appliance.tasks.chat import MAX_STOPS, ChatCall
 from appliance.wire.anthropic.inbound_blocks import assistant_message, cache_mark, system_message, user_messages
@@ -12,7 +12,7 @@ from appliance.wire.body_fields import missing, read_model, wrong
 from appliance.wire.chat_ir import Message, asked_as, function_tool, json_format, offered
 from appliance.wire.json_schema import check_schema, is_strict_subset
 from appliance.wire.openai.messages import MAX_MESSAGES
-from appliance.wire.strict_fields import Fields, tool_name
+from appliance.wire.strict_fields import StrictFields, tool_name
 
 MIN_BUDGET_TOKENS: Final = 1_024
 _EFFORTS: Final = ("low", "medium", "high", "xhigh", "max")
@@ -26,12 +26,12 @@ _ANY_TOKENS: Final = 10_000_000
 _NO_SERVER_TOOLS: Final = "such tools are not run here; describe a tool of your own by name and input_schema"
 
 
-def read(body: Mapping[str, Any]) -> tuple[Asked, Sequence[ChatCall]]:
+def read(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[ChatCall]]:
     """Check a Messages body and make a chat of it. Raises RequestError naming field, value and remedy."""
-    return asked_as("messages", body, _chat_of(Fields(body), body))
+    return asked_as("messages", body, _chat_of(StrictFields(body), body))
 
 
-def read_count(body: Mapping[str, Any]) -> tuple[Asked, Sequence[ChatCall]]:
+def read_count(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[ChatCall]]:
     """Check a body of `/v1/messages/count_tokens`: as for a message, without what an answer would need."""
     if body.get("stream"):
         raise wrong("stream", body["stream"], "a count is not streamed")
@@ -39,7 +39,7 @@ def read_count(body: Mapping[str, Any]) -> tuple[Asked, Sequence[ChatCall]]:
     return asked, tuple(replace(call, output_tokens=1) for call in calls)
 
 
-def _chat_of(given: Fields, body: Mapping[str, Any]) -> dict[str, Any]:
+def _chat_of(given: StrictFields, body: Mapping[str, Any]) -> dict[str, Any]:
     chat: dict[str, Any] = {"model": read_model(body)}
     given.accept("model")
     _refuse_what_is_not_here(given)
@@ -59,7 +59,7 @@ def _chat_of(given: Fields, body: Mapping[str, Any]) -> dict[str, Any]:
     return chat
 
 
-def _refuse_what_is_not_here(given: Fields) -> None:
+def _refuse_what_is_not_here(given: StrictFields) -> None:
     given.refuse("container", "there are no containers; leave it out")
     given.refuse("mcp_servers", "such servers are not called here; offer their tools yourself", allowed=([],))
     given.refuse("diagnostics", "no earlier message is kept; leave it out")
@@ -71,13 +71,13 @@ def _refuse_what_is_not_here(given: Fields) -> None:
     _context_management(given)
 
 
-def _context_management(given: Fields) -> None:
+def _context_management(given: StrictFields) -> None:
     """Edits that keep everything are none; others would have to be made by who keeps the conversation."""
     management = given.object("context_management")
     if management is None:
         return
     for index, row in enumerate(management.rows("edits", 0, 16, "edits") or ()):
-        edit = Fields(row, f"context_management.edits[{index}]")
+        edit = StrictFields(row, f"context_management.edits[{index}]")
         kind, keep = edit.required_text("type"), edit.get("keep")
         if not kind.startswith("clear_thinking") or keep != "all":
             raise Unsupported(
@@ -87,7 +87,7 @@ def _context_management(given: Fields) -> None:
     management.done()
 
 
-def _messages(given: Fields) -> list[Message]:
+def _messages(given: StrictFields) -> list[Message]:
     rows = given.rows("messages", 0, MAX_MESSAGES, "messages")
     if rows is None:
         raise missing("messages", 'it must be a list such as [{"role": "user", "content": "Hello"}]')
@@ -99,7 +99,7 @@ def _messages(given: Fields) -> list[Message]:
         made.append(system_message(system, "system"))
     called: set[str] = set()
     for index, row in enumerate(rows):
-        made += _turn(Fields(row, f"messages[{index}]"), called)
+        made += _turn(StrictFields(row, f"messages[{index}]"), called)
     if made[-1]["role"] == "assistant":
         place = f"messages[{len(rows) - 1}]"
         raise Unsupported(
@@ -117,7 +117,7 @@ def _is_marked(message: Message) -> bool:
     return "cache_control" in message or any("cache_control" in part for part in parts)
 
 
-def _turn(message: Fields, called: set[str]) -> Sequence[Message]:
+def _turn(message: StrictFields, called: set[str]) -> Sequence[Message]:
     role, content, path = message.get("role"), message.get("content"), message.at("content")
     message.done()
     if content is None:
@@ -131,7 +131,7 @@ def _turn(message: Fields, called: set[str]) -> Sequence[Message]:
     raise message.wrong("role", "it must be user, assistant or system")
 
 
-def _sampling(given: Fields, chat: dict[str, Any]) -> None:
+def _sampling(given: StrictFields, chat: dict[str, Any]) -> None:
     limit = given.whole("max_tokens", 0)
     if limit is None:
         raise missing("max_tokens", "it must be the largest number of tokens to answer with")
@@ -152,9 +152,9 @@ def _sampling(given: Fields, chat: dict[str, Any]) -> None:
         chat["stop"] = stops
 
 
-def _tools(given: Fields, chat: dict[str, Any]) -> None:
+def _tools(given: StrictFields, chat: dict[str, Any]) -> None:
     rows = given.rows("tools", 0, 1024, "tools") or ()
-    tools = [_tool(Fields(row, f"tools[{index}]")) for index, row in enumerate(rows)]
+    tools = [_tool(StrictFields(row, f"tools[{index}]")) for index, row in enumerate(rows)]
     if tools:
         chat["tools"] = tools
     choice = given.object("tool_choice")
@@ -175,7 +175,7 @@ def _tools(given: Fields, chat: dict[str, Any]) -> None:
     choice.done()
 
 
-def _tool(tool: Fields) -> Mapping[str, Any]:
+def _tool(tool: StrictFields) -> Mapping[str, Any]:
     kind = tool.get("type")
     if kind not in (None, "custom"):
         raise Unsupported(f"{tool.at('type')} is {str(kind)[:80]!r}: {_NO_SERVER_TOOLS}", param=tool.at("type"))
@@ -193,7 +193,7 @@ def _tool(tool: Fields) -> Mapping[str, Any]:
     return made if mark is None else {**made, "cache_control": mark}
 
 
-def _output(given: Fields, chat: dict[str, Any]) -> None:
+def _output(given: StrictFields, chat: dict[str, Any]) -> None:
     """Thinking and the form of the answer. `output_format` is the older place of `output_config.format`."""
     effort = _thinking(given, int(chat["max_tokens"]))
     config = given.object("output_config")
@@ -214,7 +214,7 @@ def _output(given: Fields, chat: dict[str, Any]) -> None:
         format.done()
 
 
-def _thinking(given: Fields, max_tokens: int) -> str | None:
+def _thinking(given: StrictFields, max_tokens: int) -> str | None:
     """How hard to think, in words: other dialects know no budgets."""
     thinking = given.object("thinking")
     if thinking is None:

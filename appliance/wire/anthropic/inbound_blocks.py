@@ -7,7 +7,7 @@ from appliance.errors import RequestError, Unsupported
 from appliance.wire.body_fields import missing, wrong
 from appliance.wire.chat_ir import Message, content_of, function_call, image_part, text_part
 from appliance.wire.opaque_state import give_back, unpack
-from appliance.wire.strict_fields import Fields, data_url, tool_name, web_address
+from appliance.wire.strict_fields import StrictFields, data_url, tool_name, web_address
 
 MAX_BLOCKS: Final = 100_000
 _IMAGES: Final = ("image/jpeg", "image/png", "image/gif", "image/webp")
@@ -77,7 +77,7 @@ def system_message(content: object, path: str) -> Message:
     return {"role": "system", "content": content_of(parts)}
 
 
-def cache_mark(block: Fields) -> Mapping[str, Any] | None:
+def cache_mark(block: StrictFields) -> Mapping[str, Any] | None:
     """A checked `cache_control`; targets that keep no such cache leave it be, since it changes no answer."""
     mark = block.object("cache_control")
     if mark is None:
@@ -90,22 +90,22 @@ def cache_mark(block: Fields) -> Mapping[str, Any] | None:
     return block.mapping("cache_control")
 
 
-def _blocks(content: object, path: str) -> Sequence[tuple[Fields, str]]:
+def _blocks(content: object, path: str) -> Sequence[tuple[StrictFields, str]]:
     if not isinstance(content, list):
         raise wrong(path, content, "it must be a string or a list of content blocks")
     if not 1 <= len(content) <= MAX_BLOCKS:
         raise RequestError(f"{path} has {len(content)} blocks: it must have 1 to {MAX_BLOCKS}", param=path)
-    return [(Fields(block, f"{path}[{index}]"), f"{path}[{index}]") for index, block in enumerate(content)]
+    return [(StrictFields(block, f"{path}[{index}]"), f"{path}[{index}]") for index, block in enumerate(content)]
 
 
-def _unknown(block: Fields, known: str) -> RequestError:
+def _unknown(block: StrictFields, known: str) -> RequestError:
     kind = block.get("type")
     if not isinstance(kind, str):
         return block.wrong("type", f"it must be {known}")
     return Unsupported(f"{block.at('type')} is {kind[:80]!r}: only {known} is supported here", param=block.at("type"))
 
 
-def _part(block: Fields, path: str, known: str) -> dict[str, Any]:
+def _part(block: StrictFields, path: str, known: str) -> dict[str, Any]:
     kind = block.get("type")
     if kind == "text":
         part = text_part(block.required_text("text"))
@@ -121,7 +121,7 @@ def _part(block: Fields, path: str, known: str) -> dict[str, Any]:
     return part if mark is None else {**part, "cache_control": mark}
 
 
-def _image(block: Fields) -> dict[str, Any]:
+def _image(block: StrictFields) -> dict[str, Any]:
     source = block.object("source")
     if source is None:
         raise missing(block.at("source"), "it must be a base64 or url source")
@@ -144,7 +144,7 @@ def _image(block: Fields) -> dict[str, Any]:
     return image_part(address)
 
 
-def _document(block: Fields) -> dict[str, Any]:
+def _document(block: StrictFields) -> dict[str, Any]:
     """A document of plain text, its title and context before it."""
     source = block.object("source")
     if source is None:
@@ -180,7 +180,7 @@ def _text_of(content: object, path: str) -> str:
     return "\n".join(texts)
 
 
-def _tool_use(block: Fields, path: str, called: set[str]) -> dict[str, Any]:
+def _tool_use(block: StrictFields, path: str, called: set[str]) -> dict[str, Any]:
     call_id = block.required_text("id")
     name = tool_name(block.get("name"), block.at("name"))
     arguments = block.mapping("input")
@@ -195,14 +195,14 @@ def _tool_use(block: Fields, path: str, called: set[str]) -> dict[str, Any]:
     return call if mark is None else {**call, "cache_control": mark}
 
 
-def _direct_caller(block: Fields) -> None:
+def _direct_caller(block: StrictFields) -> None:
     caller = block.object("caller")
     if caller is not None:
         caller.refuse("type", "tools are called by the model alone", allowed=("direct",))
         caller.done()
 
 
-def _tool_result(block: Fields, path: str, called: set[str]) -> Message:
+def _tool_result(block: StrictFields, path: str, called: set[str]) -> Message:
     call_id = block.required_text("tool_use_id")
     if call_id not in called:
         place = block.at("tool_use_id")
@@ -218,7 +218,7 @@ def _tool_result(block: Fields, path: str, called: set[str]) -> Message:
     return message if mark is None else {**message, "cache_control": mark}
 
 
-def _result_content(block: Fields) -> str | list[Mapping[str, Any]]:
+def _result_content(block: StrictFields) -> str | list[Mapping[str, Any]]:
     content = block.get("content")
     if content is None or content == []:
         return ""
@@ -228,7 +228,7 @@ def _result_content(block: Fields) -> str | list[Mapping[str, Any]]:
     return content_of([_part(inner, place, known) for inner, place in _blocks(content, block.at("content"))])
 
 
-def _thinking(block: Fields, path: str) -> dict[str, Any]:
+def _thinking(block: StrictFields, path: str) -> dict[str, Any]:
     """As it came: its signature is checked by who wrote it."""
     if block.get("type") == "thinking":
         kept = {

@@ -21,7 +21,7 @@ from appliance.wire.opaque_state import foreign_of, pack
 _PING: Final = b'event: ping\ndata: {"type":"ping"}\n\n'
 
 
-class MessageWriter:
+class AnthropicStreamWriter:
     """`original`: the body that asked. `prompt_tokens`: an estimate, told first; the last event has the true count."""
 
     __slots__ = ("_call", "_choice", "_hides", "_index", "_kind", "_opened", "_original", "_refused", "_usage", "calls")

@@ -8,7 +8,7 @@ import orjson
 from appliance.core import Target, Usage
 from appliance.errors import BackendGarbage
 from appliance.wire.sse import token_count
-from appliance.wire.stream_translator import Translation, completion
+from appliance.wire.stream_translator import ChunkTranslator, completion
 
 FINISHES: Final[Mapping[str, str]] = {
     "end_turn": "stop",
@@ -104,7 +104,7 @@ def read_counts(fields: Any) -> Usage | None:
     )
 
 
-class MessagePassage(Translation):
+class AnthropicStreamTranslator(ChunkTranslator):
     """One message's events. Counts in `message_delta` are totals, and complete those of `message_start`."""
 
     def __init__(self, model: str, *, keep_usage: bool, answer_tool: str | None) -> None:

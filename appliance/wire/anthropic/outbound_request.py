@@ -14,7 +14,7 @@ from appliance.wire.anthropic.output_schema import narrowed
 from appliance.wire.chat_fields import (
     DEFAULT_OUTPUT_TOKENS,
     EFFORT_TOKENS,
-    Fields,
+    ChatFields,
     ToolChoice,
     functions_of,
     read_tool_choice,
@@ -42,7 +42,7 @@ _TIERS: Final[Mapping[str, str]] = {"auto": "auto", "default": "standard_only", 
 
 def message_request(target: Target, given: Mapping[str, Any]) -> dict[str, Any]:
     """The body of `/messages`. Raises Unsupported for the first field that cannot be carried over, RequestError."""
-    fields = Fields(target, given)
+    fields = ChatFields(target, given)
     body: dict[str, Any] = {"model": target.model}
     limit = fields.take_first("max_completion_tokens", "max_tokens")
     body |= written_messages(target, fields.take("messages") or ())
@@ -61,7 +61,7 @@ def message_request(target: Target, given: Mapping[str, Any]) -> dict[str, Any]:
     return body
 
 
-def _write_tools(target: Target, fields: Fields, body: dict[str, Any]) -> None:
+def _write_tools(target: Target, fields: ChatFields, body: dict[str, Any]) -> None:
     tools = functions_of(target, fields.take("tools") or ())
     choice = read_tool_choice(target, fields.take("tool_choice"))
     is_parallel = fields.take("parallel_tool_calls")
@@ -100,7 +100,7 @@ def _tool_choice(choice: ToolChoice | None) -> dict[str, Any]:
     return {"type": {"required": "any"}.get(mode, mode)}
 
 
-def _write_thinking(target: Target, fields: Fields, body: dict[str, Any], limit: int | None) -> None:
+def _write_thinking(target: Target, fields: ChatFields, body: dict[str, Any], limit: int | None) -> None:
     """How much is thought, and the limit of the answer, which counts what is thought."""
     body["max_tokens"] = limit or target.wire.max_output_tokens or DEFAULT_OUTPUT_TOKENS
     given, effort = fields.mapping("thinking"), fields.word("reasoning_effort")
@@ -142,7 +142,7 @@ def _write_budget(target: Target, body: dict[str, Any], limit: int | None, token
     body["thinking"] = {"type": "enabled", "budget_tokens": tokens}
 
 
-def _write_format(target: Target, fields: Fields, body: dict[str, Any]) -> None:
+def _write_format(target: Target, fields: ChatFields, body: dict[str, Any]) -> None:
     kind, schema = schema_of(fields)
     if kind == "json_schema":
         format = {"type": "json_schema", "schema": narrowed(schema or {})}
@@ -158,7 +158,7 @@ def _write_format(target: Target, fields: Fields, body: dict[str, Any]) -> None:
         body["tool_choice"] = {"type": "tool", "name": JSON_TOOL, "disable_parallel_tool_use": True}
 
 
-def _write_sampling(target: Target, fields: Fields, body: dict[str, Any]) -> None:
+def _write_sampling(target: Target, fields: ChatFields, body: dict[str, Any]) -> None:
     """Newer versions of the API take none of them, not even with the value that is meant anyway."""
     refused = target.wire.refuses
     for name in SAMPLING:
@@ -170,7 +170,7 @@ def _write_sampling(target: Target, fields: Fields, body: dict[str, Any]) -> Non
         body[name] = value
 
 
-def _write_account(target: Target, fields: Fields, body: dict[str, Any]) -> None:
+def _write_account(target: Target, fields: ChatFields, body: dict[str, Any]) -> None:
     user = fields.word("safety_identifier", "user")
     metadata = fields.mapping("metadata") or {}
     other = next((name for name in metadata if name != "user_id"), None)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from appliance.core import Asked
+from appliance.core import ParsedRequest
 from appliance.errors import RequestError, Unsupported
 from appliance.tasks.chat import MAX_CHOICES, MAX_STOPS, MAX_TOP_LOGPROBS, ChatCall
 from appliance.wire.body_fields import read_model, wrong
@@ -12,7 +12,7 @@ from appliance.wire.chat_ir import asked_as, function_tool, json_format, json_te
 from appliance.wire.gemini.inbound_contents import messages_of
 from appliance.wire.gemini.schema import json_schema_of
 from appliance.wire.json_schema import check_schema
-from appliance.wire.strict_fields import Fields, tool_name
+from appliance.wire.strict_fields import StrictFields, tool_name
 
 _NO_BLOCKING: Final = ("BLOCK_NONE", "OFF", "HARM_BLOCK_THRESHOLD_UNSPECIFIED")
 _LEVELS: Final = ("THINKING_LEVEL_UNSPECIFIED", "MINIMAL", "LOW", "MEDIUM", "HIGH")
@@ -24,21 +24,21 @@ _OF_COUNTS: Final = ("contents", "systemInstruction", "tools", "toolConfig", "ge
 
 def read(
     body: Mapping[str, Any], model: str | None = None, *, stream: bool = False
-) -> tuple[Asked, Sequence[ChatCall]]:
+) -> tuple[ParsedRequest, Sequence[ChatCall]]:
     """Check a body sent for `model` (None: the body names it) and make a chat of it.
 
     Raises RequestError naming field, value and remedy.
     """
-    given = Fields(body, snake=True)
+    given = StrictFields(body, snake=True)
     chat = _chat_of(given, model if model is not None else _named(given))
     if stream:
         chat["stream"] = True
     return asked_as("generate_content", body, chat)
 
 
-def read_count(body: Mapping[str, Any], model: str) -> tuple[Asked, Sequence[ChatCall]]:
+def read_count(body: Mapping[str, Any], model: str) -> tuple[ParsedRequest, Sequence[ChatCall]]:
     """Check a body of `:countTokens`: contents alone, or a whole request as `generateContentRequest`."""
-    given = Fields(body, snake=True)
+    given = StrictFields(body, snake=True)
     inner = given.mapping("generateContentRequest")
     if inner is None:
         inner = {name: given.get(name) for name in _OF_COUNTS if given.get(name) is not None}
@@ -49,17 +49,17 @@ def read_count(body: Mapping[str, Any], model: str) -> tuple[Asked, Sequence[Cha
 
 def wants_thoughts(original: Mapping[str, Any]) -> bool:
     """Whether the caller wants to see what the model thought."""
-    config = Fields(original, snake=True).object("generationConfig")
+    config = StrictFields(original, snake=True).object("generationConfig")
     thinking = None if config is None else config.object("thinkingConfig")
     return thinking is not None and thinking.get("includeThoughts") is True
 
 
-def _named(given: Fields) -> str:
+def _named(given: StrictFields) -> str:
     name = given.text("model")
     return "auto" if name is None else read_model({"model": name.removeprefix("models/")})
 
 
-def _chat_of(given: Fields, model: str) -> dict[str, Any]:
+def _chat_of(given: StrictFields, model: str) -> dict[str, Any]:
     chat: dict[str, Any] = {"model": read_model({"model": model})}
     given.accept("model")
     chat["messages"] = messages_of(given.get("contents"), given.get("systemInstruction"))
@@ -80,10 +80,10 @@ def _chat_of(given: Fields, model: str) -> dict[str, Any]:
     return chat
 
 
-def _safety(given: Fields) -> None:
+def _safety(given: StrictFields) -> None:
     """Nothing is filtered here, so who asks for a filter is told; who asks for none gets that."""
     for index, row in enumerate(given.rows("safetySettings", 0, 64, "settings") or ()):
-        setting = Fields(row, f"safetySettings[{index}]", snake=True)
+        setting = StrictFields(row, f"safetySettings[{index}]", snake=True)
         setting.required_text("category")
         setting.accept("method")
         threshold = setting.text("threshold")
@@ -96,17 +96,17 @@ def _safety(given: Fields) -> None:
         setting.done()
 
 
-def _tools(given: Fields, chat: dict[str, Any]) -> None:
+def _tools(given: StrictFields, chat: dict[str, Any]) -> None:
     tools: list[dict[str, Any]] = []
     for index, row in enumerate(given.rows("tools", 0, 128, "tools") or ()):
-        tool = Fields(row, f"tools[{index}]", snake=True)
+        tool = StrictFields(row, f"tools[{index}]", snake=True)
         declared = tool.rows("functionDeclarations", 0, 1024, "functions")
         for name, value in row.items():
             if value is not None and name not in ("functionDeclarations", "function_declarations"):
                 place = tool.at(str(name)[:80])
                 raise Unsupported(f"{place} is not supported here: {_HOSTED}", param=place)
         for position, one in enumerate(declared or ()):
-            tools.append(_function(Fields(one, f"{tool.at('functionDeclarations')}[{position}]", snake=True)))
+            tools.append(_function(StrictFields(one, f"{tool.at('functionDeclarations')}[{position}]", snake=True)))
     tools, choice = _choice(given, tools)
     if tools:
         chat["tools"] = tools
@@ -114,7 +114,7 @@ def _tools(given: Fields, chat: dict[str, Any]) -> None:
             chat["tool_choice"] = choice
 
 
-def _function(declared: Fields) -> dict[str, Any]:
+def _function(declared: StrictFields) -> dict[str, Any]:
     name = tool_name(declared.get("name"), declared.at("name"))
     plain, open_api = declared.get("parametersJsonSchema"), declared.get("parameters")
     if plain is not None and open_api is not None:
@@ -136,7 +136,7 @@ def _function(declared: Fields) -> dict[str, Any]:
     return function_tool(name, description, schema)
 
 
-def _choice(given: Fields, tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
+def _choice(given: StrictFields, tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
     """The functions that may be called, and whether one must be."""
     config = given.object("toolConfig")
     if config is None:
@@ -162,7 +162,7 @@ def _choice(given: Fields, tools: list[dict[str, Any]]) -> tuple[list[dict[str, 
     return left, {"ANY": "required", "NONE": "none", "AUTO": "auto", "VALIDATED": "auto"}.get(mode)
 
 
-def _sampling(config: Fields, chat: dict[str, Any]) -> None:
+def _sampling(config: StrictFields, chat: dict[str, Any]) -> None:
     wholes = (
         ("maxOutputTokens", "max_completion_tokens", 1, None),
         ("candidateCount", "n", 1, MAX_CHOICES),
@@ -196,7 +196,7 @@ def _sampling(config: Fields, chat: dict[str, Any]) -> None:
         )
 
 
-def _format(config: Fields, chat: dict[str, Any]) -> None:
+def _format(config: StrictFields, chat: dict[str, Any]) -> None:
     kind = config.text("responseMimeType")
     if kind not in (None, "", "text/plain", "application/json"):
         place = config.at("responseMimeType")
@@ -220,7 +220,7 @@ def _format(config: Fields, chat: dict[str, Any]) -> None:
         chat["response_format"] = {"type": "json_object"}
 
 
-def _thinking(config: Fields, chat: dict[str, Any]) -> None:
+def _thinking(config: StrictFields, chat: dict[str, Any]) -> None:
     thinking = config.object("thinkingConfig")
     if thinking is None:
         return
@@ -235,7 +235,7 @@ def _thinking(config: Fields, chat: dict[str, Any]) -> None:
         chat["reasoning_effort"] = effort if budget else "none"
 
 
-def _refuse_other_media(config: Fields) -> None:
+def _refuse_other_media(config: StrictFields) -> None:
     modalities = config.rows("responseModalities", 0, 8, "modalities")
     for index, one in enumerate(modalities or ()):
         if one not in ("TEXT", "MODALITY_UNSPECIFIED"):

@@ -10,7 +10,7 @@ from appliance.wire.body_fields import missing, wrong
 from appliance.wire.chat_ir import Message, content_of, function_call, image_part, json_text, text_part
 from appliance.wire.opaque_state import give_back, unpack
 from appliance.wire.openai.messages import MAX_MESSAGES
-from appliance.wire.strict_fields import Fields, data_url, tool_name, web_address
+from appliance.wire.strict_fields import StrictFields, data_url, tool_name, web_address
 
 _KINDS: Final = ("text", "inlineData", "fileData", "functionCall", "functionResponse")
 _KNOWN: Final = ", ".join(_KINDS)
@@ -29,7 +29,7 @@ def messages_of(given: object, system: object) -> list[Message]:
         raise RequestError(f"contents has {len(given)} contents: it must have 1 to {MAX_MESSAGES}", param="contents")
     calls = _Calls()
     for index, row in enumerate(given):
-        made += _content(Fields(row, f"contents[{index}]", snake=True), calls)
+        made += _content(StrictFields(row, f"contents[{index}]", snake=True), calls)
     if made[-1]["role"] == "assistant":
         place = f"contents[{len(given) - 1}]"
         raise Unsupported(
@@ -65,7 +65,7 @@ class _Calls:
 def _system(given: object) -> str | list[Mapping[str, Any]]:
     if isinstance(given, str):
         return given
-    content = Fields(given, "systemInstruction", snake=True)
+    content = StrictFields(given, "systemInstruction", snake=True)
     content.accept("role")
     parts = []
     for part in _parts(content):
@@ -75,21 +75,21 @@ def _system(given: object) -> str | list[Mapping[str, Any]]:
     return content_of(parts)
 
 
-def _content(content: Fields, calls: _Calls) -> list[Message]:
+def _content(content: StrictFields, calls: _Calls) -> list[Message]:
     role = content.one_of("role", ("user", "model", "function")) or "user"
     parts = _parts(content)
     content.done()
     return [_model_turn(parts, calls)] if role == "model" else _user_turn(parts, calls)
 
 
-def _parts(content: Fields) -> list[Fields]:
+def _parts(content: StrictFields) -> list[StrictFields]:
     rows = content.rows("parts", 1, MAX_MESSAGES, "parts")
     if rows is None:
         raise missing(content.at("parts"), "it must be a list of parts")
-    return [Fields(row, f"{content.at('parts')}[{index}]", snake=True) for index, row in enumerate(rows)]
+    return [StrictFields(row, f"{content.at('parts')}[{index}]", snake=True) for index, row in enumerate(rows)]
 
 
-def _user_turn(parts: list[Fields], calls: _Calls) -> list[Message]:
+def _user_turn(parts: list[StrictFields], calls: _Calls) -> list[Message]:
     """Function responses as messages of their own, right behind the calls, then all else."""
     results: list[Message] = []
     said: list[dict[str, Any]] = []
@@ -109,7 +109,7 @@ def _user_turn(parts: list[Fields], calls: _Calls) -> list[Message]:
     return [*results, {"role": "user", "content": content_of(said)}] if said else results
 
 
-def _model_turn(parts: list[Fields], calls: _Calls) -> Message:
+def _model_turn(parts: list[StrictFields], calls: _Calls) -> Message:
     texts: list[dict[str, Any]] = []
     thoughts: list[str] = []
     made: list[dict[str, Any]] = []
@@ -140,20 +140,20 @@ def _model_turn(parts: list[Fields], calls: _Calls) -> Message:
     return message
 
 
-def _finish(part: Fields) -> None:
+def _finish(part: StrictFields) -> None:
     part.refuse("videoMetadata", "videos are not read here")
     part.refuse("mediaResolution", "images are passed on as they are")
     part.accept("partMetadata")
     part.done()
 
 
-def _unknown(part: Fields) -> RequestError:
+def _unknown(part: StrictFields) -> RequestError:
     return Unsupported(
         f"{part.path} holds nothing that is known here: only {_KNOWN} are supported, one in each part", param=part.path
     )
 
 
-def _signature(part: Fields) -> tuple[Mapping[str, Any] | None, str | None]:
+def _signature(part: StrictFields) -> tuple[Mapping[str, Any] | None, str | None]:
     """A part's thought signature: what another dialect wants back, or Google's own."""
     text = part.text("thoughtSignature")
     if not text:
@@ -168,7 +168,7 @@ def _signature(part: Fields) -> tuple[Mapping[str, Any] | None, str | None]:
     return (foreign, None) if foreign is not None else (None, plain)
 
 
-def _media(part: Fields) -> dict[str, Any]:
+def _media(part: StrictFields) -> dict[str, Any]:
     inline = part.object("inlineData")
     if inline is not None:
         kind, data = inline.get("mimeType"), inline.get("data")
@@ -186,7 +186,7 @@ def _media(part: Fields) -> dict[str, Any]:
     return image_part(address)
 
 
-def _check_image(kind: object, media: Fields) -> None:
+def _check_image(kind: object, media: StrictFields) -> None:
     if not isinstance(kind, str):
         raise media.wrong("mimeType", "it must be a media type such as image/png")
     if not kind.startswith("image/"):
@@ -194,7 +194,7 @@ def _check_image(kind: object, media: Fields) -> None:
         raise Unsupported(f"{place} is {kind[:80]!r}: only text and images are supported here", param=place)
 
 
-def _function_call(call: Fields, calls: _Calls) -> dict[str, Any]:
+def _function_call(call: StrictFields, calls: _Calls) -> dict[str, Any]:
     name = tool_name(call.get("name"), call.at("name"))
     arguments = call.mapping("args") or {}
     call_id = calls.begin(name, call.text("id"))
@@ -204,7 +204,7 @@ def _function_call(call: Fields, calls: _Calls) -> dict[str, Any]:
     return function_call(call_id, name, arguments)
 
 
-def _function_response(response: Fields, calls: _Calls) -> Message:
+def _function_response(response: StrictFields, calls: _Calls) -> Message:
     name = tool_name(response.get("name"), response.at("name"))
     value = response.mapping("response")
     if value is None:

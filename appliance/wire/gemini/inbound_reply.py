@@ -136,7 +136,7 @@ def _token(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"token": row.get("token"), "logProbability": row.get("logprob") or 0.0}
 
 
-class ContentWriter:
+class GeminiStreamWriter:
     """A stream of responses: as events, or as a JSON list that grows. Function calls are given once they are whole."""
 
     def __init__(self, original: Mapping[str, Any], *, as_events: bool) -> None:

@@ -3,11 +3,11 @@
 from typing import Any
 from urllib.parse import quote
 
-from appliance.core import Outgoing, Target, Usage
+from appliance.core import Target, UpstreamCall, Usage
 from appliance.errors import Unsupported
 from appliance.wire.chat_fields import body_bytes
-from appliance.wire.dialect import Letter, Passing, most_output_tokens
-from appliance.wire.gemini.outbound_reply import ContentPassage, read_content
+from appliance.wire.dialect import StreamTranslator, WireRequest, most_output_tokens
+from appliance.wire.gemini.outbound_reply import GeminiStreamTranslator, read_content
 from appliance.wire.gemini.outbound_request import content_request
 from appliance.wire.stream_translator import wants_usage
 
@@ -15,7 +15,7 @@ __all__ = ["GeminiDialect"]
 
 
 class GeminiDialect:
-    def write(self, target: Target, outgoing: Outgoing, *, stream: bool, salt: str) -> Letter:
+    def write(self, target: Target, outgoing: UpstreamCall, *, stream: bool, salt: str) -> WireRequest:
         if outgoing.path != "/chat/completions":
             raise Unsupported(
                 f"{target.name} speaks Gemini's generateContent, which has no {outgoing.path}", param="model"
@@ -27,15 +27,15 @@ class GeminiDialect:
         path = f"/models/{name}:{verb}" + (f"?{query}" if query else "")
         most = most_output_tokens(target, outgoing, body)
         headers = dict(target.wire.headers)
-        return Letter(target, outgoing, path, body_bytes(target, body), headers, most)
+        return WireRequest(target, outgoing, path, body_bytes(target, body), headers, most)
 
-    def read(self, letter: Letter, payload: dict[str, Any]) -> tuple[dict[str, Any], Usage]:
+    def read(self, letter: WireRequest, payload: dict[str, Any]) -> tuple[dict[str, Any], Usage]:
         return read_content(letter.target, payload)
 
-    def passage(self, letter: Letter) -> Passing:
+    def passage(self, letter: WireRequest) -> StreamTranslator:
         body = letter.outgoing.body
         choices = body.get("n")
-        return ContentPassage(
+        return GeminiStreamTranslator(
             letter.target.model,
             keep_usage=wants_usage(body),
             choices=choices if isinstance(choices, int) else 1,

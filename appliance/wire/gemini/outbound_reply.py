@@ -8,7 +8,7 @@ import orjson
 from appliance.core import Target, Usage
 from appliance.errors import BackendGarbage, RejectedReply
 from appliance.wire.sse import token_count
-from appliance.wire.stream_translator import Translation, completion
+from appliance.wire.stream_translator import ChunkTranslator, completion
 
 FINISHES: Final[Mapping[str, str]] = {
     "STOP": "stop",
@@ -59,7 +59,7 @@ def _choice(target: Target, candidate: Mapping[str, Any], position: int, identit
         said = candidate.get("finishMessage") or ""
         raise RejectedReply(f"{target.name} made no answer ({reason}) {said}".rstrip())
     index = candidate.get("index", position)
-    pieces = Pieces(identity, index)
+    pieces = GeminiParts(identity, index)
     delta = pieces.read((candidate.get("content") or {}).get("parts") or ())
     message: dict[str, Any] = {"role": "assistant", "content": None, "refusal": None, **delta}
     if "tool_calls" in message:
@@ -75,7 +75,7 @@ def _choice(target: Target, candidate: Mapping[str, Any], position: int, identit
     }
 
 
-class Pieces:
+class GeminiParts:
     """One candidate's parts as they come, whole or in a stream."""
 
     def __init__(self, identity: str, index: int) -> None:
@@ -154,14 +154,14 @@ def read_counts(fields: Any) -> Usage | None:
     )
 
 
-class ContentPassage(Translation):
+class GeminiStreamTranslator(ChunkTranslator):
     """A stream of responses, each with the parts that are new. The last one of a candidate has its finish reason; the
     stream itself has no event at its end."""
 
     def __init__(self, model: str, *, keep_usage: bool, choices: int) -> None:
         super().__init__(model, keep_usage=keep_usage)
         self._choices = choices
-        self._pieces: dict[int, Pieces] = {}
+        self._pieces: dict[int, GeminiParts] = {}
 
     def _take(self, event: dict[str, Any]) -> Iterator[bytes]:
         if event.get("error"):
@@ -179,7 +179,7 @@ class ContentPassage(Translation):
 
     def _candidate(self, candidate: Mapping[str, Any], index: int) -> Iterator[bytes]:
         is_first = index not in self._pieces
-        pieces = self._pieces.setdefault(index, Pieces(self.identity, index))
+        pieces = self._pieces.setdefault(index, GeminiParts(self.identity, index))
         delta = pieces.read((candidate.get("content") or {}).get("parts") or ())
         more = {"logprobs": logprobs} if (logprobs := read_logprobs(candidate.get("logprobsResult"))) else {}
         if is_first:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from appliance.core import Target
-from appliance.wire.chat_fields import EFFORT_TOKENS, Fields, functions_of, read_tool_choice, schema_of, unsupported
+from appliance.wire.chat_fields import EFFORT_TOKENS, ChatFields, functions_of, read_tool_choice, schema_of, unsupported
 from appliance.wire.gemini.outbound_contents import written_contents
 
 _PLAIN: Final[Mapping[str, str]] = {
@@ -38,7 +38,7 @@ _MODES: Final[Mapping[str, str]] = {"auto": "AUTO", "none": "NONE", "required": 
 
 def content_request(target: Target, given: Mapping[str, Any]) -> dict[str, Any]:
     """The body of `:generateContent`. Raises Unsupported for the first field that cannot be carried over."""
-    fields = Fields(target, given)
+    fields = ChatFields(target, given)
     body: dict[str, Any] = written_contents(target, fields.take("messages") or ())
     _write_tools(target, fields, body)
     settings = _settings(target, fields)
@@ -53,7 +53,7 @@ def content_request(target: Target, given: Mapping[str, Any]) -> dict[str, Any]:
     return body
 
 
-def _settings(target: Target, fields: Fields) -> dict[str, Any]:
+def _settings(target: Target, fields: ChatFields) -> dict[str, Any]:
     settings = {theirs: value for ours, theirs in _PLAIN.items() if (value := fields.take(ours)) is not None}
     if settings.get("seed") is not None and settings["seed"] not in _INT32:
         raise unsupported(target, "seed", "it has 32 bits")
@@ -73,7 +73,7 @@ def _settings(target: Target, fields: Fields) -> dict[str, Any]:
     return settings
 
 
-def _write_tools(target: Target, fields: Fields, body: dict[str, Any]) -> None:
+def _write_tools(target: Target, fields: ChatFields, body: dict[str, Any]) -> None:
     tools = functions_of(target, fields.take("tools") or ())
     choice = read_tool_choice(target, fields.take("tool_choice"))
     is_parallel = fields.take("parallel_tool_calls")
@@ -102,7 +102,7 @@ def _declaration(function: Mapping[str, Any]) -> dict[str, Any]:
     return written
 
 
-def _write_format(fields: Fields, settings: dict[str, Any]) -> None:
+def _write_format(fields: ChatFields, settings: dict[str, Any]) -> None:
     kind, schema = schema_of(fields)
     if kind != "text":
         settings["responseMimeType"] = "application/json"
@@ -110,7 +110,7 @@ def _write_format(fields: Fields, settings: dict[str, Any]) -> None:
         settings["responseJsonSchema"] = {name: value for name, value in schema.items() if name != "$schema"}
 
 
-def _write_thinking(target: Target, fields: Fields, settings: dict[str, Any]) -> None:
+def _write_thinking(target: Target, fields: ChatFields, settings: dict[str, Any]) -> None:
     effort = fields.word("reasoning_effort")
     if effort is None:
         return
@@ -128,7 +128,7 @@ def _write_thinking(target: Target, fields: Fields, settings: dict[str, Any]) ->
     settings["thinkingConfig"] = thinking
 
 
-def _write_google(target: Target, fields: Fields, body: dict[str, Any], settings: dict[str, Any]) -> None:
+def _write_google(target: Target, fields: ChatFields, body: dict[str, Any], settings: dict[str, Any]) -> None:
     """Gemini's own settings, under the name that Google's OpenAI-compatible endpoint has for them."""
     extra = fields.take("extra_body")
     if extra is None:
@@ -159,7 +159,7 @@ def _camel_name(name: str) -> str:
     return first + "".join(part.capitalize() for part in rest)
 
 
-def _write_account(target: Target, fields: Fields, body: dict[str, Any]) -> None:
+def _write_account(target: Target, fields: ChatFields, body: dict[str, Any]) -> None:
     tier = fields.word("service_tier")
     if tier is not None and tier != "auto":
         if tier not in _TIERS:

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import quote
 
-from appliance.core import PLAIN, Outgoing, Target, Usage
+from appliance.core import PLAIN, Target, UpstreamCall, Usage
 from appliance.wire.chat_fields import body_bytes, is_harmless, left_out, unsupported
-from appliance.wire.dialect import Letter, Passing, most_output_tokens
+from appliance.wire.dialect import StreamTranslator, WireRequest, most_output_tokens
 from appliance.wire.openai import vllm
 from appliance.wire.responses import outbound
-from appliance.wire.sse import Passage, read_usage
+from appliance.wire.sse import SseReader, read_usage
 from appliance.wire.stream_translator import wants_usage
 
 _LIMITS: Final = ("max_completion_tokens", "max_tokens")
@@ -18,7 +18,7 @@ _STREAMED: Final = frozenset({_CHAT, "/completions"})
 
 
 class OpenaiDialect:
-    def write(self, target: Target, outgoing: Outgoing, *, stream: bool, salt: str) -> Letter:
+    def write(self, target: Target, outgoing: UpstreamCall, *, stream: bool, salt: str) -> WireRequest:
         wire = target.wire
         if wire.api == "responses" and outgoing.path == _CHAT:
             return outbound.write(target, outgoing, stream=stream)
@@ -36,22 +36,22 @@ class OpenaiDialect:
             body["cache_salt"] = salt
         most = most_output_tokens(target, outgoing, body)
         headers = dict(wire.headers)
-        return Letter(target, outgoing, _path(target, outgoing.path), body_bytes(target, body), headers, most)
+        return WireRequest(target, outgoing, _path(target, outgoing.path), body_bytes(target, body), headers, most)
 
-    def read(self, letter: Letter, payload: dict[str, Any]) -> tuple[dict[str, Any], Usage]:
+    def read(self, letter: WireRequest, payload: dict[str, Any]) -> tuple[dict[str, Any], Usage]:
         if _is_response(letter):
             return outbound.read(letter, payload)
         if vllm.is_vllm(letter.target):
             vllm.check_choices(letter.outgoing.body, payload)
         return payload, read_usage(payload.get("usage")) or Usage()
 
-    def passage(self, letter: Letter) -> Passing:
+    def passage(self, letter: WireRequest) -> StreamTranslator:
         if _is_response(letter):
-            return outbound.ResponsePassage(letter)
-        return Passage(keep_usage=wants_usage(letter.outgoing.body))
+            return outbound.ResponsesStreamTranslator(letter)
+        return SseReader(keep_usage=wants_usage(letter.outgoing.body))
 
 
-def _is_response(letter: Letter) -> bool:
+def _is_response(letter: WireRequest) -> bool:
     return letter.target.wire.api == "responses" and letter.outgoing.path == _CHAT
 
 

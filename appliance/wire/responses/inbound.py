@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from appliance.core import Asked
+from appliance.core import ParsedRequest
 from appliance.errors import RequestError, Unsupported
 from appliance.tasks.chat import MAX_TOP_LOGPROBS, REASONING_EFFORTS, ChatCall
 from appliance.wire.body_fields import missing, read_model
 from appliance.wire.chat_ir import asked_as, function_tool, json_format, offered
 from appliance.wire.json_schema import check_schema
 from appliance.wire.responses.inbound_items import messages_of
-from appliance.wire.strict_fields import Fields, tool_name
+from appliance.wire.strict_fields import StrictFields, tool_name
 
 LOGPROBS: Final = "message.output_text.logprobs"
 ENCRYPTED: Final = "reasoning.encrypted_content"
@@ -21,18 +21,18 @@ _KEPT_NOWHERE: Final = "nothing is kept between requests here; send the whole co
 _HOSTED: Final = "such tools are not run here; describe a function of your own"
 
 
-def read(body: Mapping[str, Any]) -> tuple[Asked, Sequence[ChatCall]]:
+def read(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[ChatCall]]:
     """Check a Responses body and make a chat of it. Raises RequestError naming field, value and remedy."""
-    return asked_as("responses", body, _chat_of(Fields(body), body))
+    return asked_as("responses", body, _chat_of(StrictFields(body), body))
 
 
-def read_count(body: Mapping[str, Any]) -> tuple[Asked, Sequence[ChatCall]]:
+def read_count(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[ChatCall]]:
     """Check a body of `/v1/responses/input_tokens`."""
     asked, calls = read({name: value for name, value in body.items() if name != "stream"})
     return asked, tuple(replace(call, output_tokens=1) for call in calls)
 
 
-def _chat_of(given: Fields, body: Mapping[str, Any]) -> dict[str, Any]:
+def _chat_of(given: StrictFields, body: Mapping[str, Any]) -> dict[str, Any]:
     chat: dict[str, Any] = {"model": read_model(body)}
     given.accept("model")
     _refuse_what_is_not_here(given)
@@ -51,7 +51,7 @@ def _chat_of(given: Fields, body: Mapping[str, Any]) -> dict[str, Any]:
     return chat
 
 
-def _refuse_what_is_not_here(given: Fields) -> None:
+def _refuse_what_is_not_here(given: StrictFields) -> None:
     given.refuse("previous_response_id", _KEPT_NOWHERE)
     given.refuse("conversation", _KEPT_NOWHERE)
     given.refuse("background", "answers are given while the caller waits; leave it out", allowed=(False,))
@@ -72,13 +72,13 @@ def _refuse_what_is_not_here(given: Fields) -> None:
     _check_metadata(given)
 
 
-def _check_metadata(given: Fields) -> None:
+def _check_metadata(given: StrictFields) -> None:
     metadata = given.mapping("metadata") or {}
     if len(metadata) > MAX_METADATA or not all(isinstance(value, str) for value in metadata.values()):
         raise given.wrong("metadata", f"it must hold at most {MAX_METADATA} strings")
 
 
-def _sampling(given: Fields, chat: dict[str, Any]) -> None:
+def _sampling(given: StrictFields, chat: dict[str, Any]) -> None:
     limit = given.whole("max_output_tokens", 1)
     if limit is not None:
         chat["max_completion_tokens"] = limit
@@ -97,9 +97,9 @@ def _sampling(given: Fields, chat: dict[str, Any]) -> None:
         chat["top_logprobs"] = top or 0
 
 
-def _tools(given: Fields, chat: dict[str, Any]) -> None:
+def _tools(given: StrictFields, chat: dict[str, Any]) -> None:
     rows = given.rows("tools", 0, 1024, "tools") or ()
-    tools = [_tool(Fields(row, f"tools[{index}]")) for index, row in enumerate(rows)]
+    tools = [_tool(StrictFields(row, f"tools[{index}]")) for index, row in enumerate(rows)]
     parallel = given.flag("parallel_tool_calls")
     tools, choice = _choice(given, tools)
     if tools:
@@ -110,7 +110,7 @@ def _tools(given: Fields, chat: dict[str, Any]) -> None:
             chat["parallel_tool_calls"] = parallel
 
 
-def _tool(tool: Fields) -> dict[str, Any]:
+def _tool(tool: StrictFields) -> dict[str, Any]:
     kind = tool.get("type")
     if kind != "function":
         if not isinstance(kind, str):
@@ -128,7 +128,7 @@ def _tool(tool: Fields) -> dict[str, Any]:
     return made
 
 
-def _choice(given: Fields, tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
+def _choice(given: StrictFields, tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
     """The tools that may be called, and `tool_choice` in chat's words."""
     value = given.get("tool_choice")
     if value is None or isinstance(value, str):
@@ -136,7 +136,7 @@ def _choice(given: Fields, tools: list[dict[str, Any]]) -> tuple[list[dict[str, 
         if choice == "required" and not tools:
             raise RequestError("tool_choice is 'required' without tools: give tools", param="tool_choice")
         return tools, choice
-    chosen = Fields(value, "tool_choice")
+    chosen = StrictFields(value, "tool_choice")
     kind = chosen.get("type")
     if kind == "function":
         name = offered(chosen.required_text("name"), tools, "tool_choice.name")
@@ -146,7 +146,7 @@ def _choice(given: Fields, tools: list[dict[str, Any]]) -> tuple[list[dict[str, 
         mode = chosen.one_of("mode", ("auto", "required")) or "auto"
         names = set()
         for index, row in enumerate(chosen.rows("tools", 1, 1024, "tools") or ()):
-            tool = Fields(row, f"tool_choice.tools[{index}]")
+            tool = StrictFields(row, f"tool_choice.tools[{index}]")
             tool.one_of("type", ("function",))
             names.add(offered(tool.required_text("name"), tools, tool.at("name")))
             tool.done()
@@ -157,7 +157,7 @@ def _choice(given: Fields, tools: list[dict[str, Any]]) -> tuple[list[dict[str, 
     raise Unsupported(f"tool_choice.type is {kind[:80]!r}: {_HOSTED}", param="tool_choice.type")
 
 
-def _text(given: Fields, chat: dict[str, Any]) -> None:
+def _text(given: StrictFields, chat: dict[str, Any]) -> None:
     text = given.object("text")
     if text is None:
         return
@@ -184,7 +184,7 @@ def _text(given: Fields, chat: dict[str, Any]) -> None:
     format.done()
 
 
-def _reasoning(given: Fields, chat: dict[str, Any]) -> None:
+def _reasoning(given: StrictFields, chat: dict[str, Any]) -> None:
     reasoning = given.object("reasoning")
     if reasoning is None:
         return

@@ -8,7 +8,7 @@ from appliance.wire.body_fields import missing, wrong
 from appliance.wire.chat_ir import Message, content_of, function_call, image_part, text_part
 from appliance.wire.opaque_state import give_back, unpack
 from appliance.wire.openai.messages import MAX_MESSAGES
-from appliance.wire.strict_fields import Fields, tool_name
+from appliance.wire.strict_fields import StrictFields, tool_name
 
 _ROLES: Final = ("user", "assistant", "system", "developer")
 _STATUSES: Final = ("in_progress", "completed", "incomplete")
@@ -29,7 +29,7 @@ def messages_of(given: object, instructions: str | None) -> list[Message]:
         raise RequestError(f"input has {len(given)} items: it must have 1 to {MAX_MESSAGES}", param="input")
     reader = _Reader(made)
     for index, item in enumerate(given):
-        reader.take(Fields(item, f"input[{index}]"))
+        reader.take(StrictFields(item, f"input[{index}]"))
     reader.end_turn()
     if not made:
         raise RequestError("input holds nothing that could be answered: give a message", param="input")
@@ -46,7 +46,7 @@ class _Reader:
         self._reasoning: list[str] = []
         self._carried: list[Mapping[str, Any]] = []
 
-    def take(self, item: Fields) -> None:
+    def take(self, item: StrictFields) -> None:
         kind = item.get("type")
         if kind is None and item.get("role") is None and item.get("id") is not None:
             kind = "item_reference"
@@ -72,7 +72,7 @@ class _Reader:
             self._made.append(turn)
         self._reasoning, self._carried = [], []
 
-    def _message(self, item: Fields) -> None:
+    def _message(self, item: StrictFields) -> None:
         role = item.get("role")
         if not isinstance(role, str) or role not in _ROLES:
             raise item.wrong("role", f"it must be one of {', '.join(_ROLES)}")
@@ -88,7 +88,7 @@ class _Reader:
             self.end_turn()
         self._turn = {"role": "assistant", "content": content}
 
-    def _call(self, item: Fields) -> None:
+    def _call(self, item: StrictFields) -> None:
         call_id = item.required_text("call_id")
         name = tool_name(item.get("name"), item.at("name"))
         arguments = item.required_text("arguments")
@@ -102,7 +102,7 @@ class _Reader:
             self._turn = {"role": "assistant", "content": None}
         self._turn.setdefault("tool_calls", []).append(function_call(call_id, name, arguments or "{}"))
 
-    def _output(self, item: Fields) -> None:
+    def _output(self, item: StrictFields) -> None:
         call_id = item.required_text("call_id")
         if call_id not in self._called:
             place = item.at("call_id")
@@ -121,7 +121,7 @@ class _Reader:
         self.end_turn()
         self._made.append({"role": "tool", "tool_call_id": call_id, "content": _content(output, item.at("output"))})
 
-    def _think(self, item: Fields) -> None:
+    def _think(self, item: StrictFields) -> None:
         """Reasoning as text, or what stood in `encrypted_content` when it left here."""
         content = _reasoning_texts(item, "content", "reasoning_text")
         summary = _reasoning_texts(item, "summary", "summary_text")
@@ -140,7 +140,7 @@ class _Reader:
         self._reasoning += content or summary
 
 
-def _unknown_item(item: Fields, kind: object) -> RequestError:
+def _unknown_item(item: StrictFields, kind: object) -> RequestError:
     place = item.at("type")
     if kind == "item_reference":
         return Unsupported(
@@ -158,11 +158,13 @@ def _content(content: object, path: str) -> str | list[Mapping[str, Any]]:
     if not isinstance(content, list):
         raise wrong(path, content, "it must be a string or a list of parts")
     return (
-        content_of([_part(Fields(part, f"{path}[{index}]")) for index, part in enumerate(content)]) if content else ""
+        content_of([_part(StrictFields(part, f"{path}[{index}]")) for index, part in enumerate(content)])
+        if content
+        else ""
     )
 
 
-def _part(part: Fields) -> dict[str, Any]:
+def _part(part: StrictFields) -> dict[str, Any]:
     kind = part.get("type")
     if kind in _TEXTS:
         made = text_part(part.required_text("text"))
@@ -182,7 +184,7 @@ def _part(part: Fields) -> dict[str, Any]:
     return made
 
 
-def _image(part: Fields) -> dict[str, Any]:
+def _image(part: StrictFields) -> dict[str, Any]:
     part.refuse("file_id", "no files are kept here; send the image in image_url")
     address = part.required_text("image_url")
     if not address.startswith(("data:image/", "https://", "http://")):
@@ -190,10 +192,10 @@ def _image(part: Fields) -> dict[str, Any]:
     return image_part(address, part.one_of("detail", ("auto", "low", "high", "original")))
 
 
-def _reasoning_texts(item: Fields, name: str, kind: str) -> Sequence[str]:
+def _reasoning_texts(item: StrictFields, name: str, kind: str) -> Sequence[str]:
     texts = []
     for index, row in enumerate(item.rows(name, 0, MAX_MESSAGES, "parts") or ()):
-        part = Fields(row, f"{item.at(name)}[{index}]")
+        part = StrictFields(row, f"{item.at(name)}[{index}]")
         part.one_of("type", (kind,))
         texts.append(part.required_text("text"))
         part.done()

@@ -18,7 +18,7 @@ def response_of(payload: Mapping[str, Any], original: Mapping[str, Any]) -> Mapp
     """The Response for a chat `payload`; `original` is the body that asked. Raises BackendGarbage."""
     choice = choices_of(payload, "message")[0]
     head = head_of(payload, original)
-    return ended(head, _items(choice, Names(head["id"]), original), choice, payload.get("usage"))
+    return ended(head, _items(choice, ResponseItemIds(head["id"]), original), choice, payload.get("usage"))
 
 
 def head_of(payload: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def usage_of(usage: Any) -> Mapping[str, Any]:
     }
 
 
-class Names:
+class ResponseItemIds:
     """Ids of one response's items."""
 
     def __init__(self, response_id: str) -> None:
@@ -158,7 +158,7 @@ def foreign_of_any(message: Mapping[str, Any]) -> dict[str, Any]:
     return foreign_of(message, _NO_BLOCKS_OF_OUR_OWN)
 
 
-def _items(choice: Mapping[str, Any], names: Names, original: Mapping[str, Any]) -> list[Item]:
+def _items(choice: Mapping[str, Any], names: ResponseItemIds, original: Mapping[str, Any]) -> list[Item]:
     message = choice["message"]
     items: list[Item] = []
     foreign = foreign_of_any(message)

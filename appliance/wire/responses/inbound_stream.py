@@ -9,7 +9,7 @@ from appliance.errors import ApplianceError
 from appliance.wire.chat_stream import reasoning_of
 from appliance.wire.responses.inbound_reply import (
     Item,
-    Names,
+    ResponseItemIds,
     call_item,
     ended,
     foreign_of_any,
@@ -22,14 +22,14 @@ from appliance.wire.responses.inbound_reply import (
 )
 
 
-class ResponseWriter:
+class ResponsesStreamWriter:
     """`original`: the body that asked. This API repeats each part whole at its end, so its text is kept until then."""
 
     def __init__(self, original: Mapping[str, Any]) -> None:
         self._original = original
         self._is_summary = summary_of(original) is not None
         self._head: dict[str, Any] | None = None
-        self._names = Names("")
+        self._names = ResponseItemIds("")
         self._number = 0
         self._items: list[Item] = []
         self._open: _Reasoning | _Text | _Call | None = None
@@ -83,7 +83,7 @@ class ResponseWriter:
 
     def _begin(self, chunk: Mapping[str, Any]) -> bytes:
         self._head = head_of(chunk, self._original)
-        self._names = Names(self._head["id"])
+        self._names = ResponseItemIds(self._head["id"])
         return self.event("response.created", response=self._head) + self.event(
             "response.in_progress", response=self._head
         )
@@ -150,7 +150,7 @@ class ResponseWriter:
 
 
 class _Reasoning:
-    def __init__(self, writer: ResponseWriter, name: str, is_summary: bool) -> None:
+    def __init__(self, writer: ResponsesStreamWriter, name: str, is_summary: bool) -> None:
         self._writer, self._name, self._is_summary = writer, name, is_summary
         self._texts: list[str] = []
         self._foreign: dict[str, Any] = {}
@@ -193,7 +193,7 @@ class _Reasoning:
 class _Text:
     """A message of one part: text, or a refusal."""
 
-    def __init__(self, writer: ResponseWriter, name: str, kind: str) -> None:
+    def __init__(self, writer: ResponsesStreamWriter, name: str, kind: str) -> None:
         self._writer, self._name, self.kind = writer, name, kind
         self._texts: list[str] = []
         self._logprobs: list[Item] = []
@@ -226,7 +226,7 @@ class _Text:
 
 
 class _Call:
-    def __init__(self, writer: ResponseWriter, name: str, call_id: str, function: str) -> None:
+    def __init__(self, writer: ResponsesStreamWriter, name: str, call_id: str, function: str) -> None:
         self._writer, self._name, self._call_id, self._function = writer, name, call_id, function
         self._texts: list[str] = []
         self._at = {"item_id": name, "output_index": writer.place}

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from appliance.core import Outgoing, Target, Usage
+from appliance.core import Target, UpstreamCall, Usage
 from appliance.errors import BackendGarbage
 from appliance.wire.chat_fields import (
-    Fields,
+    ChatFields,
     body_bytes,
     called_function,
     functions_of,
@@ -20,9 +20,9 @@ from appliance.wire.chat_fields import (
     unsupported,
     word_of,
 )
-from appliance.wire.dialect import Letter, most_output_tokens
+from appliance.wire.dialect import WireRequest, most_output_tokens
 from appliance.wire.sse import read_usage
-from appliance.wire.stream_translator import Translation, completion, wants_usage
+from appliance.wire.stream_translator import ChunkTranslator, completion, wants_usage
 
 _SAME: Final = (
     "temperature",
@@ -37,7 +37,7 @@ _CACHING: Final = ("prompt_cache_key", "prompt_cache_retention", "prompt_cache_o
 _FINISHES: Final[Mapping[str, str]] = {"max_output_tokens": "length", "content_filter": "content_filter"}
 
 
-def write(target: Target, outgoing: Outgoing, *, stream: bool) -> Letter:
+def write(target: Target, outgoing: UpstreamCall, *, stream: bool) -> WireRequest:
     """Raises Unsupported for the first field that cannot be carried over, RequestError."""
     body = response_request(target, outgoing.body)
     if stream:
@@ -45,11 +45,11 @@ def write(target: Target, outgoing: Outgoing, *, stream: bool) -> Letter:
     query = f"?{target.wire.query}" if target.wire.query else ""
     most = most_output_tokens(target, outgoing, body)
     headers = dict(target.wire.headers)
-    return Letter(target, outgoing, f"/responses{query}", body_bytes(target, body), headers, most)
+    return WireRequest(target, outgoing, f"/responses{query}", body_bytes(target, body), headers, most)
 
 
 def response_request(target: Target, given: Mapping[str, Any]) -> dict[str, Any]:
-    fields = Fields(target, given)
+    fields = ChatFields(target, given)
     body: dict[str, Any] = {"model": target.model, "store": False}
     body["input"] = list(_items(target, fields.take("messages") or ()))
     body |= {name: value for name in _SAME if (value := fields.take(name)) is not None}
@@ -76,7 +76,7 @@ def response_request(target: Target, given: Mapping[str, Any]) -> dict[str, Any]
     return body
 
 
-def _write_text(fields: Fields, body: dict[str, Any]) -> None:
+def _write_text(fields: ChatFields, body: dict[str, Any]) -> None:
     text: dict[str, Any] = {}
     format = fields.take("response_format")
     if isinstance(format, Mapping):
@@ -89,7 +89,7 @@ def _write_text(fields: Fields, body: dict[str, Any]) -> None:
         body["text"] = text
 
 
-def _write_tools(target: Target, fields: Fields, body: dict[str, Any]) -> None:
+def _write_tools(target: Target, fields: ChatFields, body: dict[str, Any]) -> None:
     tools = functions_of(target, fields.take("tools") or ())
     choice = read_tool_choice(target, fields.take("tool_choice"))
     if not tools:
@@ -183,7 +183,7 @@ def _input_part(target: Target, part: Mapping[str, Any], where: str) -> dict[str
     return {**written, "prompt_cache_breakpoint": breakpoint_} if breakpoint_ else written
 
 
-def read(letter: Letter, payload: dict[str, Any]) -> tuple[dict[str, Any], Usage]:
+def read(letter: WireRequest, payload: dict[str, Any]) -> tuple[dict[str, Any], Usage]:
     """A whole response as a chat completion. Raises BackendGarbage."""
     output = payload.get("output")
     if not isinstance(output, list) or not all(isinstance(item, dict) for item in output):
@@ -246,10 +246,10 @@ def _finish_of(payload: Mapping[str, Any], has_calls: bool) -> str:
     return "tool_calls" if has_calls else "stop"
 
 
-class ResponsePassage(Translation):
+class ResponsesStreamTranslator(ChunkTranslator):
     """The events of one response. Text, refusal, thought and arguments are passed on as they come."""
 
-    def __init__(self, letter: Letter) -> None:
+    def __init__(self, letter: WireRequest) -> None:
         super().__init__(letter.target.model, keep_usage=wants_usage(letter.outgoing.body))
         self._calls: dict[int, int] = {}
         """Output item -> index of the tool call."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from appliance.llamacpp.model import Model
+from appliance.llamacpp.model import LlamaModel
 
 LogProbs = npt.NDArray[np.float32]
 
@@ -49,11 +49,11 @@ def endings(path: Path, beginning: str, ends: Sequence[str]) -> tuple[LogProbs, 
         return np.concatenate(whole), np.concatenate(cached), forked
 
 
-def _loaded(path: Path) -> Model:
-    return Model.load(path, threads=2, context_tokens=512, sequences=8, batch_tokens=256, lanes=0)
+def _loaded(path: Path) -> LlamaModel:
+    return LlamaModel.load(path, threads=2, context_tokens=512, sequences=8, batch_tokens=256, lanes=0)
 
 
-def _run(model: Model, runs: Sequence[tuple[list[int], int, int]]) -> LogProbs:
+def _run(model: LlamaModel, runs: Sequence[tuple[list[int], int, int]]) -> LogProbs:
     """Compute runs of (tokens, first position, sequence); the log probabilities after each."""
     model.batch.clear()
     for tokens, position, sequence in runs:
@@ -61,7 +61,7 @@ def _run(model: Model, runs: Sequence[tuple[list[int], int, int]]) -> LogProbs:
     return _decoded(model)
 
 
-def _decoded(model: Model) -> LogProbs:
+def _decoded(model: LlamaModel) -> LogProbs:
     assert model.decode() == 0, model.last_words()
     logits = model.rows.astype(np.float64)
     logits -= logits.max(-1, keepdims=True)

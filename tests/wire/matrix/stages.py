@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from appliance.api.app import create_app
 from appliance.api.auth import Authenticator
-from appliance.config import Server
+from appliance.config import ServerSettings
 from appliance.core import Target
 from appliance.telemetry.metrics import Metrics
 from tests.api.stand_ins import StandInLedger, served
@@ -69,7 +69,7 @@ async def node_over(*targets: Target, policy: str = HOSTED) -> AsyncIterator[tup
         state=scene.state,
         ledger=StandInLedger(),
         metrics=Metrics(),
-        server=Server(),
+        server=ServerSettings(),
         reload=_nothing,
         clock=scene.now,
         wall_clock=scene.wall,

@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 from babel.core import get_global
 
-from appliance.tasks.extract.normalise.normalised_value import Customs, Form
+from appliance.tasks.extract.normalise.normalised_value import LocaleRules, NormalisedValue
 from appliance.tasks.extract.normalise.numerals import NUMERAL, readings
 
 _SYMBOLS: Final[Mapping[str, str]] = {
@@ -28,25 +28,25 @@ _NEAR_CHARS: Final = 8
 """As far from a number its currency stands."""
 
 
-def read_amount(raw: str, customs: Customs, kind: Literal["amount", "number"] = "amount") -> Form:
+def read_amount(raw: str, customs: LocaleRules, kind: Literal["amount", "number"] = "amount") -> NormalisedValue:
     found = list(NUMERAL.finditer(raw))
     if len(found) != 1:
         why = "it has no digits" if not found else f"it holds {len(found)} numbers"
-        return Form(kind, raw, reason=why)
+        return NormalisedValue(kind, raw, reason=why)
     before, after = raw[: found[0].start()], raw[found[0].end() :]
     currency, note, rest = _currency(f"{before} {after}")
     if _SIGNS.sub("", rest):
-        return Form(kind, raw, reason=f"{rest.strip()[:40]!r} beside the number is not understood")
+        return NormalisedValue(kind, raw, reason=f"{rest.strip()[:40]!r} beside the number is not understood")
     currency = currency or customs.currency
     numbers = readings(found[0].group(), customs.decimal)
     if len(numbers) != 1:
-        return Form(kind, raw, currency=currency, reason=_why(found[0].group(), numbers))
+        return NormalisedValue(kind, raw, currency=currency, reason=_why(found[0].group(), numbers))
     (number,) = numbers
     negative = (
         bool(re.search(r"[-\u2212\u2013]\s*(?:\D{0,4})$", before)) or ("(" in before and ")" in after) or _trails(after)
     )
     note = None if currency is not None or kind == "number" else note
-    return Form(kind, raw, format(-number if negative else number, "f"), currency, note)
+    return NormalisedValue(kind, raw, format(-number if negative else number, "f"), currency, note)
 
 
 def currency_near(text: str, start: int, end: int) -> str | None:

@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 from babel import Locale
 
-from appliance.tasks.extract.normalise.normalised_value import Customs, DateOrder, Form
+from appliance.tasks.extract.normalise.normalised_value import DateOrder, LocaleRules, NormalisedValue
 
 LANGUAGES: Final = (
     "en", "de", "fr", "es", "it", "pt", "nl", "pl", "sv", "da", "nb", "fi", "cs", "sk", "hu", "ro", "tr", "id", "ms",
@@ -35,26 +35,26 @@ _ORDERS: Final[Mapping[DateOrder, tuple[int, int, int]]] = {"DMY": (2, 1, 0), "M
 """Where year, month and day stand."""
 
 
-def read_date(raw: str, customs: Customs, kind: Literal["date", "datetime"] = "date") -> Form:
+def read_date(raw: str, customs: LocaleRules, kind: Literal["date", "datetime"] = "date") -> NormalisedValue:
     found = next(dates_in(raw, customs), None)
     if found is None:
-        return Form(kind, raw, reason=_why_none(raw))
+        return NormalisedValue(kind, raw, reason=_why_none(raw))
     start, end, days, assumed = found
     if not days:
-        return Form(kind, raw, reason=f"{raw[start:end]!r} is not a day of the calendar")
+        return NormalisedValue(kind, raw, reason=f"{raw[start:end]!r} is not a day of the calendar")
     if len(days) > 1:
         ways = " or ".join(day.isoformat() for day in sorted(days))
-        return Form(kind, raw, reason=f"it may be {ways}: say the order (`date_order`) or give a locale")
+        return NormalisedValue(kind, raw, reason=f"it may be {ways}: say the order (`date_order`) or give a locale")
     (day,) = days
     if kind == "date":
-        return Form(kind, raw, day.isoformat(), reason=assumed)
+        return NormalisedValue(kind, raw, day.isoformat(), reason=assumed)
     clock = _time(raw[:start] + " " + raw[end:])
     if clock is None:
-        return Form(kind, raw, reason="it has no time of day")
-    return Form(kind, raw, f"{day.isoformat()}T{clock.isoformat()}", reason=assumed)
+        return NormalisedValue(kind, raw, reason="it has no time of day")
+    return NormalisedValue(kind, raw, f"{day.isoformat()}T{clock.isoformat()}", reason=assumed)
 
 
-def dates_in(text: str, customs: Customs) -> Iterator[tuple[int, int, frozenset[date], str | None]]:
+def dates_in(text: str, customs: LocaleRules) -> Iterator[tuple[int, int, frozenset[date], str | None]]:
     """(start, end, the days it may mean, what was assumed) of every date with day, month and year."""
     for pattern, read in (
         (_NUMERIC, _numeric),
@@ -74,7 +74,7 @@ def _is_short(match: "re.Match[str]") -> bool:
     return all(len(group) < 4 for group in match.groups() if group and group.isdigit())
 
 
-def _numeric(match: "re.Match[str]", customs: Customs) -> frozenset[date] | None:
+def _numeric(match: "re.Match[str]", customs: LocaleRules) -> frozenset[date] | None:
     first, sign, middle, last = match.groups()
     rows = (first, middle, last)
     if len(first) == 4:
@@ -95,18 +95,18 @@ def _in_order(rows: tuple[str, str, str], order: DateOrder) -> date | None:
     return _day(_year(year), int(month), int(day))
 
 
-def _year_first(match: "re.Match[str]", customs: Customs) -> frozenset[date] | None:
+def _year_first(match: "re.Match[str]", customs: LocaleRules) -> frozenset[date] | None:
     year, month, day = map(int, match.groups())
     found = _day(year, month, day)
     return None if found is None else frozenset({found})
 
 
-def _day_first(match: "re.Match[str]", customs: Customs) -> frozenset[date] | None:
+def _day_first(match: "re.Match[str]", customs: LocaleRules) -> frozenset[date] | None:
     day, month, year = match.groups()
     return _worded(day, month, year)
 
 
-def _month_first(match: "re.Match[str]", customs: Customs) -> frozenset[date] | None:
+def _month_first(match: "re.Match[str]", customs: LocaleRules) -> frozenset[date] | None:
     month, day, year = match.groups()
     return _worded(day, month, year)
 

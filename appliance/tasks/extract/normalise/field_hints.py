@@ -13,7 +13,7 @@ from typing import Any, Final
 from appliance.tasks.extract.normalise.amounts import read_amount
 from appliance.tasks.extract.normalise.dates import read_date
 from appliance.tasks.extract.normalise.locale import CUSTOMS, read_customs
-from appliance.tasks.extract.normalise.normalised_value import ANY, KINDS, Customs, Form, Kind
+from appliance.tasks.extract.normalise.normalised_value import ANY, KINDS, Kind, LocaleRules, NormalisedValue
 from appliance.tasks.extract.normalise.vocabulary import read_term
 from appliance.wire.body_fields import wrong
 
@@ -26,15 +26,15 @@ _LISTS: Final = ("anyOf", "oneOf", "allOf", "prefixItems")
 
 
 @dataclass(frozen=True, slots=True)
-class Hint:
+class FieldHint:
     kind: Kind
-    customs: Customs
+    customs: LocaleRules
     terms: Mapping[str, Sequence[str]]
     as_number: bool
     """Whether the schema wants a JSON number rather than text."""
     may_be_null: bool
 
-    def read(self, raw: str) -> Form:
+    def read(self, raw: str) -> NormalisedValue:
         if self.kind == "date" or self.kind == "datetime":
             return read_date(raw, self.customs, self.kind)
         if self.kind == "amount" or self.kind == "number":
@@ -43,25 +43,25 @@ class Hint:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class FieldSpec:
     """What is to be brought into one form: customs of the whole request, and whether formats count as hints."""
 
-    customs: Customs = ANY
+    customs: LocaleRules = ANY
     by_format: bool = False
 
 
-def read_wanted(value: object) -> Wanted:
+def read_wanted(value: object) -> FieldSpec:
     """A request's `normalise`: true, or an object of customs. Raises RequestError."""
     if value is None or value is False:
-        return Wanted()
+        return FieldSpec()
     if value is True:
-        return Wanted(by_format=True)
+        return FieldSpec(by_format=True)
     if not isinstance(value, dict):
         raise wrong("normalise", value, f"it must be true, false or an object of {', '.join(CUSTOMS)}")
-    return Wanted(read_customs(value, "normalise", ANY), by_format=True)
+    return FieldSpec(read_customs(value, "normalise", ANY), by_format=True)
 
 
-def hint_of(schema: Mapping[str, Any], wanted: Wanted, path: str = "schema") -> Hint | None:
+def hint_of(schema: Mapping[str, Any], wanted: FieldSpec, path: str = "schema") -> FieldHint | None:
     """What a property's schema asks for. Raises RequestError for a hint that cannot be understood."""
     given = schema.get(HINT)
     if given is False or (given is None and not wanted.by_format):
@@ -75,10 +75,10 @@ def hint_of(schema: Mapping[str, Any], wanted: Wanted, path: str = "schema") -> 
     customs = read_customs(hinted, f"{path}.{HINT}", wanted.customs)
     types = schema.get("type")
     kinds = types if isinstance(types, list) else [types]
-    return Hint(kind, customs, terms, bool({"number", "integer"} & set(kinds)), "null" in kinds)
+    return FieldHint(kind, customs, terms, bool({"number", "integer"} & set(kinds)), "null" in kinds)
 
 
-def asked_schema(schema: Mapping[str, Any], wanted: Wanted, path: str = "schema") -> dict[str, Any]:
+def asked_schema(schema: Mapping[str, Any], wanted: FieldSpec, path: str = "schema") -> dict[str, Any]:
     """The schema with every value that is to be brought into one form asked for as text, and without hints."""
     hint = hint_of(schema, wanted, path)
     if hint is not None:
@@ -87,7 +87,7 @@ def asked_schema(schema: Mapping[str, Any], wanted: Wanted, path: str = "schema"
     return _each(schema, lambda inner, place: asked_schema(inner, wanted, f"{path}{place}"))
 
 
-def has_hints(schema: Mapping[str, Any], wanted: Wanted, path: str = "schema") -> bool:
+def has_hints(schema: Mapping[str, Any], wanted: FieldSpec, path: str = "schema") -> bool:
     return asked_schema(schema, wanted, path) != schema
 
 

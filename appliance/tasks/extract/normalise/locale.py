@@ -8,13 +8,13 @@ from babel import Locale, UnknownLocaleError
 
 from appliance.errors import RequestError
 from appliance.tasks.extract.normalise.amounts import is_currency
-from appliance.tasks.extract.normalise.normalised_value import DATE_ORDERS, Customs
+from appliance.tasks.extract.normalise.normalised_value import DATE_ORDERS, LocaleRules
 from appliance.wire.body_fields import wrong
 
 CUSTOMS: Final = ("locale", "date_order", "decimal", "currency")
 
 
-def read_customs(given: Mapping[str, Any], path: str, base: Customs) -> Customs:
+def read_customs(given: Mapping[str, Any], path: str, base: LocaleRules) -> LocaleRules:
     """`base` with what `given` says: a locale first, then what is said besides. Raises RequestError."""
     for name in given:
         if name not in CUSTOMS:
@@ -35,7 +35,7 @@ def read_customs(given: Mapping[str, Any], path: str, base: Customs) -> Customs:
     return replace(base, **said)
 
 
-def customs_of(locale: str) -> Customs:
+def customs_of(locale: str) -> LocaleRules:
     """What is usual in a locale such as `en-GB`. Raises ValueError for one that is not known, or names no country."""
     try:
         found = Locale.parse(locale.replace("-", "_"))
@@ -48,7 +48,7 @@ def customs_of(locale: str) -> Customs:
     places: list[tuple[int, str]] = sorted((pattern.index(letter), letter.upper()) for letter in "dmy")
     order = "".join(letter for _, letter in places)
     sign = found.number_symbols.get("latn", {}).get("decimal")
-    return Customs(
+    return LocaleRules(
         date_order=next((known for known in DATE_ORDERS if known == order), None),
         decimal=sign if sign in (".", ",") else None,
     )

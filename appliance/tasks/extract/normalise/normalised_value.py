@@ -11,7 +11,7 @@ DATE_ORDERS: Final[tuple[DateOrder, ...]] = ("DMY", "MDY", "YMD")
 
 
 @dataclass(frozen=True, slots=True)
-class Customs:
+class LocaleRules:
     """How a text's author writes, as far as somebody says so. None: it is left to the text, or is left open."""
 
     date_order: DateOrder | None = None
@@ -21,11 +21,11 @@ class Customs:
     """ISO 4217; of amounts that name none."""
 
 
-ANY: Final = Customs()
+ANY: Final = LocaleRules()
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class NormalisedValue:
     kind: Kind
     raw: str
     """As written."""
