@@ -1,4 +1,4 @@
-"""Names for JSON that others define: bodies, schemas, provider objects. Our own values are dataclasses or TypedDicts."""
+"""Names for JSON that others define: bodies, schemas, provider objects. Our own values are typed."""
 
 from collections.abc import Mapping
 from typing import Any, TypeAlias
