@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _arguments(argv)
     os.umask(0o077)  # classifiers hold words of the texts that they were trained on
     try:
-        if options.leash_fd is not None:
-            tie_to_parent(options.leash_fd)
+        if options.parent_guard_fd is not None:
+            tie_to_parent(options.parent_guard_fd)
         listener = bind_socket(options.uds)
         options.data.mkdir(parents=True, exist_ok=True)
     except (ConfigError, OSError) as error:
@@ -95,7 +95,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", type=Path, required=True, help="folder of the pulled models")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--drain-seconds", type=float, default=20.0, help="time for running requests after SIGTERM")
-    parser.add_argument("--leash-fd", type=int, help="read end of a pipe the parent holds; end when it is closed")
+    parser.add_argument(
+        "--parent-guard-fd", type=int, help="read end of a pipe the parent holds; end when it is closed"
+    )
     options = parser.parse_args(argv)
     if options.threads < 1 or options.drain_seconds < 0:
         parser.error("--threads must be at least 1 and --drain-seconds not negative")

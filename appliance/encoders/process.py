@@ -40,14 +40,16 @@ def bind_socket(path: Path) -> socket.socket:
     return listener
 
 
-def tie_to_parent(leash_fd: int) -> None:
+def tie_to_parent(parent_guard_fd: int) -> None:
     """End with the parent, which holds the other end of this pipe. Raises ConfigError where it is not open."""
     try:
-        os.fstat(leash_fd)
+        os.fstat(parent_guard_fd)
     except OSError as error:
-        raise ConfigError(f"--leash-fd {leash_fd} is not open ({error.strerror}); pass a pipe's read end") from error
+        raise ConfigError(
+            f"--parent-guard-fd {parent_guard_fd} is not open ({error.strerror}); pass a pipe's read end"
+        ) from error
     end_with_parent()
-    threading.Thread(target=_watch, args=(leash_fd,), name="leash", daemon=True).start()
+    threading.Thread(target=_watch, args=(parent_guard_fd,), name="parent guard", daemon=True).start()
 
 
 def end_with_parent() -> None:
@@ -56,9 +58,9 @@ def end_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _watch(leash_fd: int) -> None:
+def _watch(parent_guard_fd: int) -> None:
     try:
-        while os.read(leash_fd, 4096):
+        while os.read(parent_guard_fd, 4096):
             pass
     finally:
         os._exit(EXIT_CLEAN)

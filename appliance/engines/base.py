@@ -137,9 +137,9 @@ class EngineAdapter(Protocol):
         """Name of the variable that it takes an API key from; empty: it asks for none, its folder is private."""
 
     def argv(
-        self, python: str, placement: Placement, *, socket: Path, leash_fd: int, drain_seconds: float
+        self, python: str, placement: Placement, *, socket: Path, parent_guard_fd: int, drain_seconds: float
     ) -> list[str]:
-        """The command line that serves `placement` on the unix socket, ends when `leash_fd` reaches its end, and
+        """The command line that serves `placement` on the unix socket, ends when `parent_guard_fd` reaches its end, and
         after SIGTERM to its first process ends by itself within `drain_seconds`."""
 
     def environment(self, placement: Placement, folder: Path) -> Mapping[str, str]:

@@ -34,7 +34,7 @@ class Encoder(EngineDefaults):
         return frozenset({2})
 
     def argv(
-        self, python: str, placement: Placement, *, socket: Path, leash_fd: int, drain_seconds: float
+        self, python: str, placement: Placement, *, socket: Path, parent_guard_fd: int, drain_seconds: float
     ) -> list[str]:
         """`placement.path` is the data directory."""
         return command_line(
@@ -45,7 +45,7 @@ class Encoder(EngineDefaults):
                 "--models": placement.path / _MODELS,
                 "--threads": placement.shape.threads,
                 "--drain-seconds": max(0.0, drain_seconds - _FAREWELL_SECONDS),
-                "--leash-fd": leash_fd,
+                "--parent-guard-fd": parent_guard_fd,
             },
         )
 

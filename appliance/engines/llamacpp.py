@@ -58,9 +58,9 @@ class LlamaCpp(EngineDefaults):
         return frozenset({2, 3})
 
     def argv(
-        self, python: str, placement: Placement, *, socket: Path, leash_fd: int, drain_seconds: float
+        self, python: str, placement: Placement, *, socket: Path, parent_guard_fd: int, drain_seconds: float
     ) -> list[str]:
-        """The command line that serves `placement` on the unix socket and ends when `leash_fd` reaches its end.
+        """The command line that serves `placement` on the unix socket and ends when `parent_guard_fd` reaches its end.
 
         After SIGTERM the engine gives running requests up in time to end by itself within `drain_seconds`.
         """
@@ -76,7 +76,7 @@ class LlamaCpp(EngineDefaults):
                 "--sequences": shape.sequences,
                 "--max-queued-requests": shape.max_queued_requests,
                 "--drain-seconds": max(0.0, drain_seconds - _FAREWELL_SECONDS),
-                "--leash-fd": leash_fd,
+                "--parent-guard-fd": parent_guard_fd,
                 **dict(placement.settings),
             },
         )

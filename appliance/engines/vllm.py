@@ -92,14 +92,14 @@ class Vllm(EngineDefaults):
         return "VLLM_API_KEY"  # in the command line everybody could read it
 
     def argv(
-        self, python: str, placement: Placement, *, socket: Path, leash_fd: int, drain_seconds: float
+        self, python: str, placement: Placement, *, socket: Path, parent_guard_fd: int, drain_seconds: float
     ) -> list[str]:
-        leash = [python, "-m", "appliance.node.supervise.parent_guard", "--fd", str(leash_fd)]
+        guard = [python, "-m", "appliance.node.supervise.parent_guard", "--fd", str(parent_guard_fd)]
         # Of our own packages it must see none: it pins other versions of the same ones.
-        leash += ["--without", "PYTHONPATH", "--path", str(self.installed.folder / "bin"), "--"]
+        guard += ["--without", "PYTHONPATH", "--path", str(self.installed.folder / "bin"), "--"]
         serve = [str(self.installed.python), str(self.installed.program), "serve", str(placement.path)]
         settings = self._settings(placement, socket, drain_seconds) | dict(placement.settings)
-        return [*leash, *serve, *vllm_flags.words(vllm_flags.understood(settings, self._version))]
+        return [*guard, *serve, *vllm_flags.words(vllm_flags.understood(settings, self._version))]
 
     def _settings(self, placement: Placement, socket: Path, drain_seconds: float) -> dict[str, str]:
         shape = placement.shape

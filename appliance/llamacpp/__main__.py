@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, handlers=[EngineJsonLog()], force=True)
     options = _arguments(argv)
     try:
-        if options.leash_fd is not None:
-            tie_to_parent(options.leash_fd)
+        if options.parent_guard_fd is not None:
+            tie_to_parent(options.parent_guard_fd)
         sock = bind_socket(options.uds)
     except ConfigError as error:
         log("bad_arguments", reason=str(error))
@@ -254,7 +254,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="how the model writes calls (default: as its template says)",
     )
     parser.add_argument("--plain-kernels", action="store_true", help="compute with llama.cpp's own kernels alone")
-    parser.add_argument("--leash-fd", type=int, help="read end of a pipe the parent holds; end when it is closed")
+    parser.add_argument(
+        "--parent-guard-fd", type=int, help="read end of a pipe the parent holds; end when it is closed"
+    )
     options = parser.parse_args(argv)
     if (
         options.lane_tokens is not None

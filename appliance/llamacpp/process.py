@@ -62,8 +62,8 @@ def _remove_stale(path: Path) -> None:
             raise ConfigError(f"--uds {str(path)!r} is served by another process; stop that one or choose another path")
 
 
-def tie_to_parent(leash_fd: int) -> None:
-    """End this process the moment its parent is gone: the parent holds the other end of the leash, a pipe.
+def tie_to_parent(parent_guard_fd: int) -> None:
+    """End this process the moment its parent is gone: the parent holds the other end of a pipe.
 
     On Linux the kernel is asked for SIGKILL as well, for the case that some other process inherited that other end.
     (That signal follows the parent's *thread*, so a parent must start us from a thread that lives as long as itself.)
@@ -71,21 +71,21 @@ def tie_to_parent(leash_fd: int) -> None:
     Raises ConfigError when the descriptor is not open.
     """
     try:
-        os.fstat(leash_fd)
+        os.fstat(parent_guard_fd)
     except OSError as error:
         raise ConfigError(
-            f"--leash-fd {leash_fd} is not open ({error.strerror}); pass the read end of a pipe"
+            f"--parent-guard-fd {parent_guard_fd} is not open ({error.strerror}); pass the read end of a pipe"
         ) from error
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(target=_watch_leash, args=(leash_fd,), name="leash", daemon=True).start()
+    threading.Thread(target=_watch_parent, args=(parent_guard_fd,), name="parent guard", daemon=True).start()
 
 
-def _watch_leash(leash_fd: int) -> None:
+def _watch_parent(parent_guard_fd: int) -> None:
     try:
-        while os.read(leash_fd, 4096):
+        while os.read(parent_guard_fd, 4096):
             pass
     except OSError as error:
-        log("leash_broken", reason=str(error))
+        log("parent_guard_broken", reason=str(error))
     # Nobody is left to read an exit code or to wait for a clean end; the engine's threads must stop now.
     os._exit(EXIT_CLEAN)

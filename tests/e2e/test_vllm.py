@@ -95,7 +95,7 @@ def _processes(node: RunningNode) -> dict[str, int]:
     found = {}
     for pid in orphans.marked(orphans.mark(node.data_dir / "run")):
         command = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
-        is_api = "vllm\0serve" in command and "leash" not in command
+        is_api = "vllm\0serve" in command and "parent_guard" not in command
         found["api" if is_api else command.partition("\0")[0].strip()] = pid
     return found
 

@@ -152,11 +152,11 @@ async def test_a_body_that_is_no_json_is_refused(client: httpx.AsyncClient) -> N
     assert "not valid JSON" in answer.text
 
 
-async def test_the_program_ends_with_the_one_that_holds_its_leash(tmp_path: Path) -> None:
+async def test_the_program_ends_with_the_one_that_holds_its_pipe(tmp_path: Path) -> None:
     read, write = os.pipe()
     words = ["--uds", str(tmp_path / "s"), "--data", str(tmp_path / "d"), "--models", str(tmp_path)]
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "appliance.encoders", *words, "--leash-fd", str(read), pass_fds=(read,)
+        sys.executable, "-m", "appliance.encoders", *words, "--parent-guard-fd", str(read), pass_fds=(read,)
     )
     os.close(read)
     os.close(write)

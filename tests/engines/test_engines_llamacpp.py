@@ -32,7 +32,7 @@ def _placement() -> Placement:
 
 
 def test_the_command_line_is_one_that_the_engine_understands() -> None:
-    argv = ENGINE.argv("python3", _placement(), socket=Path("/run/0.sock"), leash_fd=7, drain_seconds=30)
+    argv = ENGINE.argv("python3", _placement(), socket=Path("/run/0.sock"), parent_guard_fd=7, drain_seconds=30)
     assert argv[:3] == ["python3", "-m", "appliance.llamacpp"]
     options = dict(zip(argv[3::2], argv[4::2], strict=True))
     assert options == {
@@ -44,7 +44,7 @@ def test_the_command_line_is_one_that_the_engine_understands() -> None:
         "--sequences": "16",
         "--max-queued-requests": "256",
         "--drain-seconds": "27.0",
-        "--leash-fd": "7",
+        "--parent-guard-fd": "7",
     }
 
 

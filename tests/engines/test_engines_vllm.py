@@ -30,7 +30,7 @@ GPU = replace(CPU, gpu=SHARE, settings=(("--enable-sleep-mode", ""), ("--dtype",
 
 
 def _options(engine: Vllm, placement: Placement) -> dict[str, str]:
-    argv = engine.argv("python3", placement, socket=Path("/run/0/s"), leash_fd=7, drain_seconds=30)
+    argv = engine.argv("python3", placement, socket=Path("/run/0/s"), parent_guard_fd=7, drain_seconds=30)
     end = argv.index("--")
     assert argv[: end + 1] == [
         *("python3", "-m", "appliance.node.supervise.parent_guard", "--fd", "7"),

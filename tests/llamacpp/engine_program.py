@@ -19,7 +19,7 @@ import httpx
 class Program:
     process: subprocess.Popen[bytes]
     uds: Path
-    leash: int
+    guard: int
     log: Path
 
     def client(self) -> httpx.AsyncClient:
@@ -38,7 +38,7 @@ def start(folder: Path, model: Path, *more: str) -> Program:
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "appliance.llamacpp", "--model", str(model), "--uds", str(uds)),
-                *("--threads", "1", "--leash-fd", str(read), "--alias", "smol", *more),
+                *("--threads", "1", "--parent-guard-fd", str(read), "--alias", "smol", *more),
             ],
             pass_fds=(read,),
             stderr=stderr,
@@ -48,7 +48,7 @@ def start(folder: Path, model: Path, *more: str) -> Program:
 
 
 def end(program: Program) -> None:
-    os.close(program.leash)
+    os.close(program.guard)
     program.process.wait(10)
 
 

@@ -1,4 +1,4 @@
-"""The program's beginning and its end: sockets, bad files, leash, signals."""
+"""The program's beginning and its end: sockets, bad files, parent guard, signals."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ def test_a_live_socket_is_refused_and_a_stale_file_replaced(smollm2_path: Path, 
         live.listen()
         second = start(tmp_path, smollm2_path)
         assert second.process.wait(20) == 2
-    os.close(second.leash)
+    os.close(second.guard)
     assert "served by another process" in second.log.read_text()
     (tmp_path / "engine.sock").unlink()
     with socket.socket(socket.AF_UNIX) as stale:
@@ -45,21 +45,23 @@ def test_a_bad_model_file_ends_the_program_with_one_clear_line(kind: str, smollm
         model.write_bytes(b"" if kind == "empty" else b"not a model at all")
     program = start(tmp_path, model)
     assert program.process.wait(30) == 3
-    os.close(program.leash)
+    os.close(program.guard)
     told = [event for event in program.events() if event["event"] == "model_file_error"]
     assert len(told) == 1 and str(model) in told[0]["reason"]
     assert not program.uds.exists()
 
 
-@pytest.mark.parametrize("more", [["--threads", "0"], ["--drain-seconds", "-1"], ["--nonsense"], ["--leash-fd", "987"]])
+@pytest.mark.parametrize(
+    "more", [["--threads", "0"], ["--drain-seconds", "-1"], ["--nonsense"], ["--parent-guard-fd", "987"]]
+)
 def test_bad_arguments_end_the_program_with_2(more: list[str], smollm2_path: Path, tmp_path: Path) -> None:
     program = start(tmp_path, smollm2_path, *more)
     assert program.process.wait(20) == 2
-    os.close(program.leash)
+    os.close(program.guard)
     assert program.log.read_text()
 
 
-def test_the_program_ends_at_once_when_its_parent_lets_go_of_the_leash(smollm2_path: Path, tmp_path: Path) -> None:
+def test_the_program_ends_at_once_when_its_parent_closes_the_guard_pipe(smollm2_path: Path, tmp_path: Path) -> None:
     program = start(tmp_path, smollm2_path)
     until(lambda: health(program.uds) != 0, "the socket")
     end(program)
@@ -85,7 +87,7 @@ def test_the_program_dies_with_a_parent_that_is_killed(smollm2_path: Path, tmp_p
             "-c",
             "import os, subprocess, sys, time\n"
             "read, write = os.pipe()\n"
-            "child = subprocess.Popen([*sys.argv[1:], '--leash-fd', str(read)], pass_fds=(read,))\n"
+            "child = subprocess.Popen([*sys.argv[1:], '--parent-guard-fd', str(read)], pass_fds=(read,))\n"
             "print(child.pid, flush=True)\n"
             "time.sleep(60)\n",
             *command,
@@ -116,7 +118,7 @@ def test_sigterm_while_loading_ends_the_program_cleanly(smollm2_path: Path, tmp_
     until(lambda: health(program.uds) != 0, "the socket")
     program.process.send_signal(signal.SIGTERM)
     assert program.process.wait(10) == 0
-    os.close(program.leash)
+    os.close(program.guard)
     assert not program.uds.exists()
 
 
@@ -160,7 +162,7 @@ async def test_sigterm_lets_what_runs_finish_and_refuses_what_is_new(smollm2_pat
         assert refused.json()["error"]["code"] == "unavailable"
         assert [line async for line in lines if line][-1] == "data: [DONE]"
     assert program.process.wait(10) == 0
-    os.close(program.leash)
+    os.close(program.guard)
     assert not program.uds.exists()
 
 

@@ -1,6 +1,6 @@
 """A program that behaves as an engine does towards its supervisor, and misbehaves when told to.
 
-    python fake_engine.py --uds SOCKET [--leash-fd N] [--mode MODE] [--counter FILE]
+    python fake_engine.py --uds SOCKET [--parent-guard-fd N] [--mode MODE] [--counter FILE]
 
 MODE: serve · never-ready · crash-once (only the first start, counted in FILE) · exit:CODE · ignore-sigterm
 POST /do/crash, /do/hang (work waits, no steps), /do/freeze (stops altogether), /do/work (steps go on), /do/fork.
@@ -83,7 +83,7 @@ async def serve(engine: FakeEngine, socket: str) -> None:
         await server.serve_forever()
 
 
-def watch_leash(fd: int) -> None:
+def watch_parent(fd: int) -> None:
     while os.read(fd, 64):
         pass
     os._exit(0)
@@ -92,14 +92,14 @@ def watch_leash(fd: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--uds", required=True)
-    parser.add_argument("--leash-fd", type=int)
+    parser.add_argument("--parent-guard-fd", type=int)
     parser.add_argument("--mode", default="serve")
     parser.add_argument("--counter", type=Path)
     parser.add_argument("--abilities", help="what it says that its model can do; default: nothing at all")
     options = parser.parse_args()
     print(f"fake engine in mode {options.mode}", flush=True)
-    if options.leash_fd is not None:
-        threading.Thread(target=watch_leash, args=(options.leash_fd,), daemon=True).start()
+    if options.parent_guard_fd is not None:
+        threading.Thread(target=watch_parent, args=(options.parent_guard_fd,), daemon=True).start()
     if options.mode.startswith("exit:"):
         print("cannot go on", flush=True)
         sys.exit(int(options.mode.partition(":")[2]))

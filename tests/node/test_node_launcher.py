@@ -106,7 +106,7 @@ def test_it_works_on_uvloop_as_well(tmp_path: Path) -> None:
         assert runner.run(scene()) == -signal.SIGTERM
 
 
-# The leash: whatever dies, nothing stays behind.
+# The parent guard: whatever dies, nothing stays behind.
 
 PARENT = """
 import asyncio, sys
@@ -114,9 +114,9 @@ from pathlib import Path
 from appliance.node.supervise.launcher import ChildLauncher
 
 async def main():
-    leashed = [sys.executable, "-m", "appliance.node.supervise.parent_guard", "--fd"]
+    guarded = [sys.executable, "-m", "appliance.node.supervise.parent_guard", "--fd"]
     program = [sys.executable, "-c", {program!r}]
-    child = await ChildLauncher(Path({logs!r})).launch("a", lambda fd: [*leashed, str(fd), "--", *program], {{}})
+    child = await ChildLauncher(Path({logs!r})).launch("a", lambda fd: [*guarded, str(fd), "--", *program], {{}})
     print(child.pid, flush=True)
     await child.wait()
 
@@ -138,31 +138,31 @@ def _parent(code: str) -> tuple["subprocess.Popen[str]", int]:
         return parent, int(parent.stdout.readline())
 
 
-async def _leashed_family(tmp_path: Path) -> tuple["subprocess.Popen[str]", int]:
-    """A parent like the router, with a program on the leash that ignores SIGTERM and has a child of its own."""
+async def _guarded_family(tmp_path: Path) -> tuple["subprocess.Popen[str]", int]:
+    """A parent like the router, with a program under the guard that ignores SIGTERM and has a child of its own."""
     parent, leader = _parent(PARENT.format(program=STUBBORN, logs=str(tmp_path)))
     log = tmp_path / "a.log"
     await eventually(lambda: log.exists() and "up" in log.read_text(), "the program")
-    await eventually(lambda: len(group_members(leader)) == 3, "leash, program and its child")
+    await eventually(lambda: len(group_members(leader)) == 3, "guard, program and its child")
     return parent, leader
 
 
 async def test_kill_nine_of_the_parent_leaves_nobody_behind(tmp_path: Path) -> None:
-    parent, leader = await _leashed_family(tmp_path)
+    parent, leader = await _guarded_family(tmp_path)
     parent.kill()
     parent.wait()
     await eventually(lambda: group_members(leader) == [], "an empty group")
 
 
-async def test_kill_nine_of_the_leash_itself_leaves_nobody_behind(tmp_path: Path) -> None:
-    parent, leader = await _leashed_family(tmp_path)
+async def test_kill_nine_of_the_guard_itself_leaves_nobody_behind(tmp_path: Path) -> None:
+    parent, leader = await _guarded_family(tmp_path)
     os.kill(leader, signal.SIGKILL)
     await eventually(lambda: group_members(leader) == [], "an empty group")
     parent.wait()
 
 
 async def test_a_stopped_program_dies_with_the_parent_too(tmp_path: Path) -> None:
-    parent, leader = await _leashed_family(tmp_path)
+    parent, leader = await _guarded_family(tmp_path)
     for pid in group_members(leader):
         if pid != leader:
             os.kill(pid, signal.SIGSTOP)
@@ -174,16 +174,16 @@ async def test_a_stopped_program_dies_with_the_parent_too(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("code", "expected"), [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 15)", -15), ("", 0)]
 )
-async def test_the_leash_ends_as_its_program_does(tmp_path: Path, code: str, expected: int) -> None:
-    leash = [sys.executable, "-m", "appliance.node.supervise.parent_guard", "--fd"]
-    child = await ChildLauncher(tmp_path).launch("a", lambda fd: [*leash, str(fd), "--", *_python(code)], {})
+async def test_the_guard_ends_as_its_program_does(tmp_path: Path, code: str, expected: int) -> None:
+    guard = [sys.executable, "-m", "appliance.node.supervise.parent_guard", "--fd"]
+    child = await ChildLauncher(tmp_path).launch("a", lambda fd: [*guard, str(fd), "--", *_python(code)], {})
     assert await child.wait() == expected
 
 
-async def test_sigterm_reaches_the_program_through_the_leash(tmp_path: Path) -> None:
-    leash = [sys.executable, "-m", "appliance.node.supervise.parent_guard", "--fd"]
+async def test_sigterm_reaches_the_program_through_the_guard(tmp_path: Path) -> None:
+    guard = [sys.executable, "-m", "appliance.node.supervise.parent_guard", "--fd"]
     code = "import signal, sys; signal.signal(15, lambda *_: sys.exit(7)); print('up', flush=True); signal.pause()"
-    child = await ChildLauncher(tmp_path).launch("a", lambda fd: [*leash, str(fd), "--", *_python(code)], {})
+    child = await ChildLauncher(tmp_path).launch("a", lambda fd: [*guard, str(fd), "--", *_python(code)], {})
     await eventually(lambda: "up" in child.last_lines(), "the program")
     child.terminate()
     assert await child.wait() == 7
@@ -191,7 +191,7 @@ async def test_sigterm_reaches_the_program_through_the_leash(tmp_path: Path) -> 
 
 
 async def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
-    leash = [sys.executable, "-m", "appliance.node.supervise.parent_guard", "--fd"]
-    child = await ChildLauncher(tmp_path).launch("a", lambda fd: [*leash, str(fd), "--", "/no/such/program"], {})
+    guard = [sys.executable, "-m", "appliance.node.supervise.parent_guard", "--fd"]
+    child = await ChildLauncher(tmp_path).launch("a", lambda fd: [*guard, str(fd), "--", "/no/such/program"], {})
     assert await child.wait() == 127
     assert child.last_lines()[-1] == "/no/such/program: No such file or directory"

@@ -46,9 +46,9 @@ class FakeKind(EngineDefaults):
         return frozenset({2, 3})
 
     def argv(
-        self, python: str, placement: Placement, *, socket: Path, leash_fd: int, drain_seconds: float
+        self, python: str, placement: Placement, *, socket: Path, parent_guard_fd: int, drain_seconds: float
     ) -> list[str]:
-        return [python, str(PROGRAM), "--uds", str(socket), "--leash-fd", str(leash_fd), *self._options]
+        return [python, str(PROGRAM), "--uds", str(socket), "--parent-guard-fd", str(parent_guard_fd), *self._options]
 
     def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> EngineMemory:
         return EngineMemory(0, 0, 0, 0)
@@ -422,7 +422,7 @@ async def test_kill_nine_of_the_router_takes_its_engine_along(tmp_path: Path) ->
     router.kill()
     await router.wait()
     await eventually(lambda: not is_running(engine), "the engine's end")
-    os.kill(grandchild, signal.SIGKILL)  # the fake engine ends alone; the leash program ends whole groups
+    os.kill(grandchild, signal.SIGKILL)  # the fake engine ends alone; the guard program ends whole groups
 
 
 def test_where_the_folder_for_sockets_is_no_folder_another_one_is_taken(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ async def test_6_kill_nine_of_the_front_end_leaves_no_core_behind(tmp_path: Path
         await scene.supervisor.wait_ready(20)
         before = scene.members()
         assert len(before) == 3
-        front_end = next(pid for pid in before if b"--uds" in _command(pid) and b"leash" not in _command(pid))
+        front_end = next(pid for pid in before if b"--uds" in _command(pid) and b"parent_guard" not in _command(pid))
         os.kill(front_end, signal.SIGKILL)
         await scene.until("ready", restarts=1)
         assert not any(is_running(pid) for pid in before)

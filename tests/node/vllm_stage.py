@@ -88,7 +88,7 @@ class Stage:
         return Path(target.address.removeprefix("unix:"))
 
     def members(self) -> list[int]:
-        """The processes of the engine, wherever they are: leash, front end, core."""
+        """The processes of the engine, wherever they are: guard, front end, core."""
         return list(orphans.marked(orphans.mark(self.home)))
 
     async def post(self, path: str, key: str = "") -> httpx.Response:

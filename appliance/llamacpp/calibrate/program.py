@@ -127,9 +127,9 @@ class CalibrationProgress:
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        job, leash_fd = _arguments(argv)
-        if leash_fd is not None:
-            tie_to_parent(leash_fd)
+        job, parent_guard_fd = _arguments(argv)
+        if parent_guard_fd is not None:
+            tie_to_parent(parent_guard_fd)
         _tell({"event": "result", "result": calibrate(job)})
     except ConfigError as error:
         log("bad_arguments", reason=str(error))
@@ -270,7 +270,9 @@ def _tell(message: dict[str, Any]) -> None:
 
 
 def _arguments(argv: Sequence[str] | None) -> tuple[CalibrationJob, int | None]:
-    """The job, and the leash. Raises ConfigError for what contradicts itself; argparse ends the program with 2."""
+    """The job, and the descriptor that ends it with its parent. Raises ConfigError for what contradicts itself.
+
+    argparse ends the program with 2."""
     parser = argparse.ArgumentParser(
         prog="python -m appliance.llamacpp.calibrate.program", description="Measure a GGUF model and variants of it."
     )
@@ -282,7 +284,9 @@ def _arguments(argv: Sequence[str] | None) -> tuple[CalibrationJob, int | None]:
     parser.add_argument("--texts", type=int, default=len(texts()), help="most texts to compare on")
     parser.add_argument("--seconds", type=float, default=600.0, help="time after which nothing new is begun")
     parser.add_argument("--plain-kernels", action="store_true", help="measure llama.cpp's own kernels alone")
-    parser.add_argument("--leash-fd", type=int, help="read end of a pipe the parent holds; end when it is closed")
+    parser.add_argument(
+        "--parent-guard-fd", type=int, help="read end of a pipe the parent holds; end when it is closed"
+    )
     options = parser.parse_args(argv)
     variants = (options.source, *options.variant)
     names = [name for name, _ in variants]
@@ -301,7 +305,7 @@ def _arguments(argv: Sequence[str] | None) -> tuple[CalibrationJob, int | None]:
         seconds=options.seconds,
         plain_kernels=options.plain_kernels,
     )
-    return job, options.leash_fd
+    return job, options.parent_guard_fd
 
 
 def _check_known(variants: Iterable[tuple[str, Path]]) -> None:

@@ -189,24 +189,24 @@ def _keep(order: CalibrationOrder, measurement: Measurement, files: dict[str, Pa
 def _run(order: CalibrationOrder, files: dict[str, Path], report: Callable[[CalibrationStep], None]) -> Measurement:
     """The program's result. Its process is gone when this returns or raises."""
     effort = _effort(order.extent)
-    leash_read, leash_write = os.pipe()
+    guard_read, guard_write = os.pipe()
     argv = [sys.executable, "-m", "appliance.llamacpp.calibrate.program", *_options(order, files, effort)]
     with tempfile.TemporaryFile() as errors:
         try:
             process = subprocess.Popen(
-                [*argv, "--leash-fd", str(leash_read)],
+                [*argv, "--parent-guard-fd", str(guard_read)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 env=minimal_environment(os.environ, ENVIRONMENT),
-                pass_fds=(leash_read,),
+                pass_fds=(guard_read,),
                 start_new_session=True,
             )
         except OSError as error:
-            os.close(leash_write)
+            os.close(guard_write)
             raise EngineFailed(f"the calibration cannot be started: {error}") from error
         finally:
-            os.close(leash_read)
+            os.close(guard_read)
         overtime = threading.Timer(effort.seconds + _OVERTIME_SECONDS, _kill, (process,))
         overtime.start()
         try:
@@ -216,7 +216,7 @@ def _run(order: CalibrationOrder, files: dict[str, Path], report: Callable[[Cali
             overtime.cancel()
             _kill(process)
             process.wait()
-            os.close(leash_write)
+            os.close(guard_write)
         if result is None:
             raise EngineFailed(f"the calibration {_last_words(code, errors, effort)}")
     return read_measurement(result)

@@ -280,12 +280,12 @@ class EngineSupervisor:
             added[self._engine.key_variable] = self._key
         return added | {orphans.MARK: orphans.mark(self._around.home, self.placement.model)}
 
-    def _argv(self, leash_fd: int) -> list[str]:
+    def _argv(self, parent_guard_fd: int) -> list[str]:
         return self._engine.argv(
             sys.executable,
             self.placement,
             socket=self._socket,
-            leash_fd=leash_fd,
+            parent_guard_fd=parent_guard_fd,
             drain_seconds=self._limits.drain_seconds,
         )
 

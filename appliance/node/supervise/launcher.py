@@ -66,37 +66,37 @@ class Launcher(Protocol):
     """Starts a program from a command line: as a child process here, on another machine elsewhere."""
 
     async def launch(self, name: str, argv: Callable[[int], Sequence[str]], environment: Mapping[str, str]) -> Process:
-        """Start `argv(leash_fd)`. Raises OSError when that cannot be done."""
+        """Start `argv(parent_guard_fd)`. Raises OSError when that cannot be done."""
 
 
 class ChildLauncher:
-    """Child processes in sessions of their own, on a leash: a pipe of which only this process holds the write end."""
+    """Child processes in sessions of their own, guarded by a pipe of which only this process holds the write end."""
 
     def __init__(self, logs_folder: Path) -> None:
         self._logs_folder = logs_folder
 
     async def launch(self, name: str, argv: Callable[[int], Sequence[str]], environment: Mapping[str, str]) -> "Child":
-        """Start `argv(leash_fd)`; what it writes goes to `logs_folder/NAME.log`. Raises OSError."""
-        leash_read, leash_write = os.pipe()
+        """Start `argv(parent_guard_fd)`; what it writes goes to `logs_folder/NAME.log`. Raises OSError."""
+        guard_read, guard_write = os.pipe()
         output_read, output_write = os.pipe()
         try:
             process = await asyncio.create_subprocess_exec(
-                *argv(leash_read),
+                *argv(guard_read),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output_write,
                 stderr=output_write,
                 env=minimal_environment(os.environ, environment),
-                pass_fds=(leash_read,),
+                pass_fds=(guard_read,),
                 start_new_session=True,
             )
         except BaseException:
-            os.close(leash_write)
+            os.close(guard_write)
             os.close(output_read)
             raise
         finally:
-            os.close(leash_read)
+            os.close(guard_read)
             os.close(output_write)
-        return Child(process, leash_write, EngineOutput(output_read, self._logs_folder / f"{name}.log"))
+        return Child(process, guard_write, EngineOutput(output_read, self._logs_folder / f"{name}.log"))
 
 
 def minimal_environment(own: Mapping[str, str], added: Mapping[str, str]) -> dict[str, str]:
@@ -111,8 +111,8 @@ def minimal_environment(own: Mapping[str, str], added: Mapping[str, str]) -> dic
 class Child:
     """One child process and its group."""
 
-    def __init__(self, process: asyncio.subprocess.Process, leash_write: int, output: "EngineOutput") -> None:
-        self._process, self._leash_write, self._output = process, leash_write, output
+    def __init__(self, process: asyncio.subprocess.Process, guard_write: int, output: "EngineOutput") -> None:
+        self._process, self._guard_write, self._output = process, guard_write, output
         self._is_gone = False
 
     @property
@@ -125,7 +125,7 @@ class Child:
         if not self._is_gone:
             self.kill()
             self._is_gone = True  # from here on the number may belong to somebody else
-            os.close(self._leash_write)
+            os.close(self._guard_write)
         await self._output.wait_for_end()
         return code
 

@@ -1,4 +1,4 @@
-"""A leash for programs that know none: `python -m appliance.node.supervise.parent_guard --fd N -- PROGRAM ARGUMENT...`
+"""Ends a program when its parent does: `python -m appliance.node.supervise.parent_guard --fd N -- PROGRAM ARGUMENT...`
 
 Whoever starts the program keeps the write end of a pipe and gives its read end as N. When the last write end closes,
 for whatever reason, everything in this process's group is killed. SIGTERM goes on to the program, and to it alone: its
@@ -20,7 +20,7 @@ _NOT_FOUND: Final = 127
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="leash", description="Run a program that ends when a pipe does.")
+    parser = argparse.ArgumentParser(prog="parent_guard", description="Run a program that ends when a pipe does.")
     parser.add_argument("--fd", type=int, required=True, help="read end of the pipe")
     parser.add_argument("program", nargs="+", help="the program and its arguments, after --")
     parser.add_argument("--path", default="", help="a folder that the program is to look into first for programs")
