@@ -3,6 +3,7 @@
 from appliance.core.literals import (
     Ability,
     Api,
+    AttemptCause,
     AttemptResult,
     BatchApi,
     CostBasis,
@@ -46,6 +47,7 @@ __all__ = [
     "Ability",
     "Api",
     "Attempt",
+    "AttemptCause",
     "AttemptOutcome",
     "AttemptResult",
     "BatchApi",

@@ -85,4 +85,9 @@ Stage = Literal["experimental", "managed", "deprecated"]
 """Life cycle of a route."""
 CostBasis = Literal["price", "measured", "configured", "assumed"]
 """How far a cost is known: by a price list, by a meter, by the operator's word, or by nobody."""
+AttemptCause = Literal["first", "overflow", "fallback", "rejected", "retry", "escalation", "degraded", "provider_batch"]
+"""Why a target was asked. `first`: the route's own order put it there. `overflow`: a better one was full or not up.
+`fallback`: another one failed, or its route falls back on this one. `rejected`: another one's answer did not pass.
+`retry`: the same target again. `escalation`: an answer was unsure, or is audited. `degraded`: the request was made
+smaller. `provider_batch`: asked in a batch of its provider."""
 AttemptResult = Literal["answered", "overflowed", "failed", "rejected", "refused", "cancelled"]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from appliance.core.literals import AttemptResult, CostBasis, Endpoint, Location
+from appliance.core.literals import AttemptCause, AttemptResult, CostBasis, Endpoint, Location
 from appliance.core.money import Usage
 from appliance.core.requests import Profile
 from appliance.core.routing import ExcludedTarget
@@ -75,6 +75,9 @@ class AttemptOutcome:
     energy_joules: float | None = None
     """Of an engine of this node, beyond what the machine takes idling."""
     energy_basis: CostBasis | None = None
+    cause: AttemptCause = "first"
+    is_unsure: bool = False
+    """Its answer was below the confidence that the route wants; `result` says whether it stood."""
 
 
 @dataclass(frozen=True, slots=True)

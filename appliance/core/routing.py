@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from appliance.core.literals import Stage
+from appliance.core.literals import AttemptCause, Stage
 from appliance.core.requests import Profile
 from appliance.core.residency import Residency
 from appliance.core.targets import Target
@@ -14,6 +14,8 @@ class Attempt:
 
     target: Target
     reason: str
+    """A sentence for people; what programs read is `cause`."""
+    cause: AttemptCause = "first"
 
 
 @dataclass(frozen=True, slots=True)

@@ -225,6 +225,7 @@ class ProviderBatchSubmitter:
             cost_usd=cost_usd,
             reservation=ticket.reservation,
             cost_basis="price",
+            cause="provider_batch",
         )
         status, code = (200, None) if error is None else (error.status, error.code)
         return replace(outcome, attempts=(attempt,), status=status, error_code=code, total_seconds=took)

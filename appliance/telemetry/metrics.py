@@ -8,13 +8,15 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from prometheus_client.exposition import generate_latest
 
 from appliance import __version__
-from appliance.core import AttemptOutcome, EngineStatus, Outcome, Snapshot
+from appliance.core import AttemptCause, AttemptOutcome, EngineStatus, Outcome, Snapshot
 
 # From a small model's first token on an idle machine (10 ms) to a long prompt on a busy CPU (minutes).
 FIRST_BYTE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 30.0, 60.0, 120.0, 300.0)
 REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 600.0)
 _MOST_VALUES = 200
-_TURNS = frozenset({"overflow", "fallback", "rejected", "retry", "escalation", "degraded"})
+_COUNTED_CAUSES: frozenset[AttemptCause] = frozenset(
+    {"overflow", "fallback", "rejected", "retry", "escalation", "degraded"}
+)
 _ENGINE = "appliance_engine_"
 
 
@@ -160,10 +162,9 @@ class Metrics:
         self._attempts.labels(target, attempt.result).inc()
         if attempt.result == "overflowed":
             self._overflow.labels(target).inc()
-        why = attempt.reason.partition(":")[0].partition(" ")[0]
-        if why in _TURNS:
-            self._turns.labels(target, why).inc()
-        if attempt.detail.startswith("unsure"):
+        if attempt.cause in _COUNTED_CAUSES:
+            self._turns.labels(target, attempt.cause).inc()
+        if attempt.is_unsure:
             self._unsure.labels(target, "kept" if attempt.result == "answered" else "escalated").inc()
         usage = attempt.usage
         for kind, tokens in (

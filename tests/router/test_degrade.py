@@ -43,6 +43,8 @@ async def test_a_failing_target_is_asked_for_less_and_then_a_static_answer_guide
     assert answer.facts.reason == "degraded (static): backend_error"
     assert (answer.facts.target, answer.facts.location, answer.facts.cost_usd) == ("static", "onsite", 0.0)
     assert attempts(stage) == [("onsite/tiny", "failed")] * 3 + [("static", "answered")]
+    causes = [attempt.cause for attempt in stage.ledger.outcomes[0].attempts]
+    assert causes[0] == "first" and set(causes[1:]) == {"degraded"}
     assert stage.ledger.outcomes[0].status == 200
 
 

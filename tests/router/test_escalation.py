@@ -89,7 +89,10 @@ async def test_pitfall_16_an_escalated_answer_is_the_better_targets_alone(unsure
     assert (answer.facts.target, answer.facts.location) == ("cloud/big", "hosted")
     assert answer.facts.reason == "escalation: onsite/tiny confidence 0.40 is below 0.70"
     assert attempts(unsure) == [("onsite/tiny", "rejected"), ("cloud/big", "answered")]
-    assert unsure.ledger.outcomes[0].attempts[0].detail == "unsure: confidence 0.40 is below 0.70"
+    first, second = unsure.ledger.outcomes[0].attempts
+    assert (first.cause, second.cause) == ("first", "escalation")
+    assert first.is_unsure and not second.is_unsure
+    assert first.detail == "unsure: confidence 0.40 is below 0.70"
 
 
 async def test_pitfall_17_both_stages_of_an_escalation_are_on_the_bill(unsure: Stage) -> None:

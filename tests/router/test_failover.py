@@ -35,6 +35,18 @@ async def test_the_only_target_is_asked_again_after_a_failure_that_passes(stage:
     assert stage.pauses == [pytest.approx(0.1)]
 
 
+async def test_every_attempt_says_its_cause_in_one_word(stage: Stage) -> None:
+    stage.engine.moods = ["server_error"]
+    stage.provider.moods = ["server_error"]
+    await stage.ask()
+    slots = await stage.fill_engine()
+    await stage.ask()
+    for slot in slots:
+        slot.leave()
+    causes = [[attempt.cause for attempt in outcome.attempts] for outcome in stage.ledger.outcomes]
+    assert causes == [["first", "fallback", "retry"], ["overflow"]]
+
+
 async def test_pauses_double_and_are_spread(stage: Stage) -> None:
     stage.reload("[defaults]\nmax_attempts = 4\n" + LOCAL_FIRST.partition("[[routes]]")[2].join(["[[routes]]", ""]))
     stage.engine.mood = "server_error"

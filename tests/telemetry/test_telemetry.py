@@ -464,12 +464,12 @@ def test_without_an_sdk_nothing_is_recorded_and_nothing_breaks() -> None:
     assert not span.is_recording()
 
 
-def test_turns_and_unsure_answers_are_counted_by_what_the_attempts_say() -> None:
+def test_turns_and_unsure_answers_are_counted_by_cause_whatever_the_sentences_say() -> None:
     metrics = Metrics()
-    unsure = replace(ANSWERED, result="rejected", detail="unsure: confidence 0.40 is below 0.70")
-    kept = replace(ANSWERED, detail="unsure: confidence 0.40 is below 0.70; not escalated, the rate is used up")
-    better = replace(ANSWERED, target="acme/large", reason="escalation: onsite/small confidence 0.40 is below 0.70")
-    less = replace(ANSWERED, reason="degraded (constrained): backend_error; first choice of route r")
+    unsure = replace(ANSWERED, result="rejected", detail="confidence 0.40 is below 0.70", is_unsure=True)
+    kept = replace(ANSWERED, detail="confidence 0.40 is below 0.70; the rate is used up", is_unsure=True)
+    better = replace(ANSWERED, target="acme/large", reason="a better model was asked", cause="escalation")
+    less = replace(ANSWERED, reason="a shorter request was sent", cause="degraded")
     for attempts in ((unsure, better), (kept,), (less,)):
         metrics.observe_outcome(replace(OUTCOME, attempts=attempts))
 

@@ -12,7 +12,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
-from appliance.core import Attempt, Request, ResponseMetadata, Route, Target, TaskCall, Usage
+from appliance.core import (
+    Attempt,
+    AttemptCause,
+    AttemptResult,
+    Request,
+    ResponseMetadata,
+    Route,
+    Target,
+    TaskCall,
+    Usage,
+)
 from appliance.errors import ApplianceError, Unavailable
 from appliance.router.attempts.runner import AttemptRunner
 from appliance.router.deps import RouterDeps
@@ -31,7 +41,7 @@ class StepExecutor(Protocol):
 
     async def ask(self, call: TaskCall, route: Route, made: int, *, retries: bool) -> tuple[AttemptRunner, Any]: ...
 
-    def reword(self, trial: AttemptRunner, result: Any, detail: str) -> None: ...
+    def reword(self, trial: AttemptRunner, result: AttemptResult, detail: str, *, is_unsure: bool) -> None: ...
 
 
 @dataclass(slots=True)
@@ -78,9 +88,9 @@ class CascadeRunner:
         unsure = [place for place in going if not self._texts[place].is_audited]
         last = len(self._rule.targets) - 1
         await asyncio.gather(
-            self._further(whole, unasked, 0, fallback, 1),
-            self._further(whole, unsure, 0, f"escalation: {self._classifier} {why}", 1),
-            self._further(whole, audited, last - 1, f"escalation: audit of {self._classifier}", 1),
+            self._further(whole, unasked, 0, "fallback", fallback, 1),
+            self._further(whole, unsure, 0, "escalation", f"escalation: {self._classifier} {why}", 1),
+            self._further(whole, audited, last - 1, "escalation", f"escalation: audit of {self._classifier}", 1),
         )
         return self._ended(whole)
 
@@ -194,11 +204,13 @@ class CascadeRunner:
     def _later(self, attempts: Iterable[Attempt], rank: int) -> tuple[Attempt, ...]:
         return tuple(one for one in attempts if self._ranks.get(one.target.name, 0) > rank)
 
-    async def _further(self, whole: DecisionsCall, places: Sequence[int], rank: int, reason: str, made: int) -> None:
+    async def _further(
+        self, whole: DecisionsCall, places: Sequence[int], rank: int, cause: AttemptCause, reason: str, made: int
+    ) -> None:
         """Put some of the texts to whoever comes after `rank`, cut into calls that an engine answers in seconds."""
         if not places:
             return
-        attempts = tuple(replace(one, reason=reason) for one in self._after(rank))
+        attempts = tuple(replace(one, reason=reason, cause=cause) for one in self._after(rank))
         standby = self._later(self._route.standby, rank)
         if not attempts and not standby:
             self._unanswered(places, Unavailable("no target is left for this text"))
@@ -234,7 +246,7 @@ class CascadeRunner:
                 unsure.append(place)
         if self._after(rank):
             reason = f"escalation: {trial.target.name} unsure of {len(unsure)} of {len(places)} texts"
-            await self._further(whole, unsure, rank, reason, made + 1)
+            await self._further(whole, unsure, rank, "escalation", reason, made + 1)
 
     def _give(self, place: int, given: CascadeAnswer, rank: int) -> None:
         """An answer replaces the one before; an error only where there is none."""
@@ -266,9 +278,11 @@ class CascadeRunner:
             finals = Counter(given.target for place in places if (given := self._texts[place].given) is not None)
             kept = finals[trial.target.name]
             if not kept:
-                self._asker.reword(trial, "rejected", "unsure: every text went on")
+                self._asker.reword(trial, "rejected", "unsure: every text went on", is_unsure=True)
             elif kept < len(places):
-                self._asker.reword(trial, "answered", f"{len(places) - kept} of {len(places)} texts went on")
+                self._asker.reword(
+                    trial, "answered", f"{len(places) - kept} of {len(places)} texts went on", is_unsure=False
+                )
 
     def _seen(self, whole: DecisionsCall) -> CascadeCall:
         rows = tuple(self._seen_text(whole, place, text) for place, text in enumerate(self._texts))

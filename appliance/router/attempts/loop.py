@@ -1,6 +1,6 @@
 """The loop over a route's attempts: one deadline, one number of attempts and one purse for the whole request."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
@@ -9,7 +9,9 @@ from opentelemetry.trace import Span
 from appliance.config import DegradeRule
 from appliance.core import (
     Attempt,
+    AttemptCause,
     AttemptOutcome,
+    AttemptResult,
     Decision,
     Outcome,
     Request,
@@ -51,6 +53,8 @@ _UNKNOWN_ELSEWHERE: Final = 0.25
 
 _STEPPING: Final = CHAT_ENDPOINTS | {"completions"}
 """Endpoints whose requests can be made smaller."""
+
+_CAUSES: Final[Mapping[AttemptResult, AttemptCause]] = {"overflowed": "overflow", "rejected": "rejected"}
 
 Again = Callable[[RoutingResult, int, int], RoutingResult]
 
@@ -199,7 +203,7 @@ class AttemptLoop:
         if len(tried) < len(route.attempts):
             attempt = route.attempts[len(tried)]
             if tried:
-                attempt = replace(attempt, reason=_next_reason(*tried[-1]))
+                attempt = _after_failure(attempt, *tried[-1])
             following = route.attempts[len(tried) + 1 : left]
             return NextAttempt(attempt, 0.0, following[0].target if following else None)
         if not tried:
@@ -218,7 +222,7 @@ class AttemptLoop:
             blocked = self._means.breakers.blocked_until(attempt.target.name, now + pause)
             if blocked is None and pause <= route.max_wait_seconds and now + pause < self._ends:
                 reason = f"retry: {attempt.target.name} {failed[-1].code}"
-                return NextAttempt(replace(attempt, reason=reason), pause, None)
+                return NextAttempt(replace(attempt, reason=reason, cause="retry"), pause, None)
         return None
 
     def _patience(self, route: Route, following: Target | None, *, stream: bool) -> AttemptTimeouts:
@@ -263,7 +267,7 @@ class AttemptLoop:
                 f"route {route.name!r} would escalate more than {rule.max_rate:.0%} of its answers; unsure ones stand"
             )
             self._means.alerts.warn("escalation_capped", text, route.name)
-            self.reword(trial, "answered", f"unsure: {why}; not escalated, the rate is used up")
+            self.reword(trial, "answered", f"unsure: {why}; not escalated, the rate is used up", is_unsure=True)
             return trial, payload
         of_late.escalated(route.name, rule, now)
         if of_late.has_room(route.name, rule, now):
@@ -281,26 +285,27 @@ class AttemptLoop:
     ) -> tuple[AttemptRunner, Any]:
         """Ask the better ones in order. What they answer is theirs alone; where none does, the unsure answer stands."""
         for number, attempt in enumerate(betters, unsure.index + 1):
-            better = self._trial(decided, number, replace(attempt, reason=f"escalation: {unsure.target.name} {why}"))
+            reason = f"escalation: {unsure.target.name} {why}"
+            better = self._trial(decided, number, replace(attempt, reason=reason, cause="escalation"))
             try:
                 patience = self._patience(decided.decision.route, None, stream=call.streams(better.target))
                 answer = await better.run(call, patience)
             except ApplianceError:
                 continue
             else:
-                self.reword(unsure, "rejected", f"unsure: {why}")
+                self.reword(unsure, "rejected", f"unsure: {why}", is_unsure=True)
                 return better, answer
             finally:
                 if better.outcome is not None:
                     self.attempts.append(better.outcome)
-        self.reword(unsure, "answered", f"unsure: {why}; nobody better answered")
+        self.reword(unsure, "answered", f"unsure: {why}; nobody better answered", is_unsure=True)
         return unsure, payload
 
-    def reword(self, trial: AttemptRunner, result: Any, detail: str) -> None:
+    def reword(self, trial: AttemptRunner, result: AttemptResult, detail: str, *, is_unsure: bool) -> None:
         """How an attempt ended, now that more is known of it."""
         before = trial.outcome
         assert before is not None
-        trial.outcome = replace(before, result=result, detail=detail)
+        trial.outcome = replace(before, result=result, detail=detail, is_unsure=is_unsure)
         self.attempts = [trial.outcome if one is before else one for one in self.attempts]
 
     def _steps(self) -> Sequence[DegradeRule]:
@@ -346,6 +351,7 @@ class AttemptLoop:
                 total_seconds=0.0,
                 usage=Usage(),
                 cost_usd=0.0,
+                cause="degraded",
             )
         )
         self._note_first_byte()
@@ -361,14 +367,15 @@ def _standby(route: Route, tried: Sequence[tuple[AttemptRunner, ApplianceError]]
     refused by a budget only after it was chosen."""
     asked = {trial.target.name for trial, _ in tried}
     attempt = next((attempt for attempt in route.standby if attempt.target.name not in asked), None)
-    return None if attempt is None else NextAttempt(replace(attempt, reason=_next_reason(*tried[-1])), 0.0, None)
+    return None if attempt is None else NextAttempt(_after_failure(attempt, *tried[-1]), 0.0, None)
 
 
 def _marked(decided: RoutingResult, step: DegradeRule, cause: ApplianceError) -> RoutingResult:
     """Every attempt says that it is a lesser one, and why."""
     route = decided.decision.route
     attempts = tuple(
-        replace(attempt, reason=f"degraded ({step.step}): {cause.code}; {attempt.reason}") for attempt in route.attempts
+        replace(attempt, reason=f"degraded ({step.step}): {cause.code}; {attempt.reason}", cause="degraded")
+        for attempt in route.attempts
     )
     return replace(decided, decision=replace(decided.decision, route=replace(route, attempts=attempts)))
 
@@ -394,11 +401,13 @@ def _may_step_down(error: ApplianceError) -> bool:
     return goes_on(error) or isinstance(error, ContextTooLong | DeadlineExceeded)
 
 
-def _next_reason(trial: AttemptRunner, error: ApplianceError) -> str:
+def _after_failure(attempt: Attempt, trial: AttemptRunner, error: ApplianceError) -> Attempt:
+    """`attempt`, saying that it is made because `trial` came to nothing."""
     assert trial.outcome is not None
-    word = {"overflowed": "overflow", "rejected": "rejected"}.get(trial.outcome.result, "fallback")
+    cause: AttemptCause = _CAUSES.get(trial.outcome.result, "fallback")
     detail = trial.outcome.detail
-    return f"{word}: {detail if trial.target.name in detail else f'{trial.target.name} {detail}'}"
+    reason = f"{cause}: {detail if trial.target.name in detail else f'{trial.target.name} {detail}'}"
+    return replace(attempt, reason=reason, cause=cause)
 
 
 def _last_of(tried: Sequence[tuple[AttemptRunner, ApplianceError]]) -> ApplianceError:

@@ -131,6 +131,7 @@ def _sum(index: int, group: Sequence[AttemptOutcome]) -> AttemptOutcome:
         cost_basis=weakest([attempt.cost_basis for attempt in group]),
         energy_joules=sum(joules) if joules else None,
         energy_basis=weakest([attempt.energy_basis for attempt in group]),
+        is_unsure=False,
     )
 
 

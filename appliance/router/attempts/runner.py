@@ -168,6 +168,7 @@ class AttemptRunner:
             cost_basis=bill.basis if bill is not None and bill.usd > 0 else None,
             energy_joules=None if bill is None else bill.joules,
             energy_basis=None if bill is None else bill.energy_basis,
+            cause=self._attempt.cause,
         )
         traces.end_attempt(self._span, self.outcome)
         return self.outcome

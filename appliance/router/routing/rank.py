@@ -228,27 +228,32 @@ def _arrange(
     late = [one for one in judged if one.kind == "late"]
     waiting = [one for one in judged if one.kind == "waiting"]
     usable = [*now, *late] or waiting
-    attempts = tuple(Attempt(one.target, _reason(one, judged, case, profile)) for one in usable)
-    standby = tuple(Attempt(one.target, _reason(one, judged, case, profile)) for one in waiting if one not in usable)
+    attempts = tuple(_attempt(one, judged, case, profile) for one in usable)
+    standby = tuple(_attempt(one, judged, case, profile) for one in waiting if one not in usable)
     excluded = tuple(ExcludedTarget(one.target.name, one.reason) for one in judged if one not in usable)
     return attempts, standby, excluded
 
 
-def _reason(one: RejectedCandidate, judged: Sequence[RejectedCandidate], case: _Case, profile: Profile) -> str:
+def _attempt(one: RejectedCandidate, judged: Sequence[RejectedCandidate], case: _Case, profile: Profile) -> Attempt:
     if one.kind == "waiting":
-        return f"waits for {one.target.name}: {one.reason}"
+        return Attempt(one.target, f"waits for {one.target.name}: {one.reason}")
     if one.kind == "late":
-        return f"{one.target.name} {one.reason}, and nothing better is left"
+        return Attempt(one.target, f"{one.target.name} {one.reason}, and nothing better is left")
     passed_over = [
         other for other in judged if other.position < one.position and other.kind in ("late", "waiting", "blocked")
     ]
     if passed_over:
         first = passed_over[0]
-        return f"overflow: {first.target.name} {first.reason}"
+        return Attempt(one.target, f"overflow: {first.target.name} {first.reason}", "overflow")
     if case.route.pinned:
-        return "pinned by the request"
+        return Attempt(one.target, "pinned by the request")
     if one.via is not None:
-        return f"fallback route {one.via} of route {case.rule.name}"
+        return Attempt(one.target, f"fallback route {one.via} of route {case.rule.name}", "fallback")
+    return Attempt(one.target, _own_reason(one, case, profile))
+
+
+def _own_reason(one: RejectedCandidate, case: _Case, profile: Profile) -> str:
+    """Why the route itself puts a candidate where it stands."""
     if one.merit:
         return f"{_ordinal(one.position)} of route {case.rule.name} by {one.merit}"
     least = case.rule.match.complexity_at_least
@@ -268,4 +273,4 @@ def _escalations(case: _Case, targets: Sequence[Target]) -> tuple[Attempt, ...]:
     candidates = in_order(case.rule.escalation.to, targets)
     judged = [_judge(case, target, position, "") for position, target in enumerate(candidates, 1)]
     reason = f"escalation: an answer below {case.rule.escalation.below_confidence:g} (route {case.rule.name})"
-    return tuple(Attempt(one.target, reason) for one in judged if one.kind in ("now", "late"))
+    return tuple(Attempt(one.target, reason, "escalation") for one in judged if one.kind in ("now", "late"))
