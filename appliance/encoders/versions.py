@@ -5,7 +5,6 @@ Held-out scores lie in the weights, without the texts they belong to.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from appliance.encoders.features import FeatureVocabulary
 from appliance.encoders.linear_models import LinearModel, ProbabilityCalibration
 from appliance.encoders.two_stage import ClassifierHead, StageModel, TrainedClassifier, make_step
 from appliance.errors import ModelFileError, NotFound, RequestError
+from appliance.files import OWNER_ONLY, replace_file, replacing_file, sync_to_disk
 
 FORMAT: Final = 1
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -100,10 +100,11 @@ class Versions:
         shutil.rmtree(draft, ignore_errors=True)
         try:
             draft.mkdir()
-            _write(draft / "weights.safetensors", lambda path: save_file(_tensors(trained), path))
-            facts = _facts(name, number, trained, made_at, models)
-            _write(draft / "head.json", lambda path: path.write_bytes(orjson.dumps(facts)))
+            with replacing_file(draft / "weights.safetensors") as path:
+                save_file(_tensors(trained), path)
+            replace_file(draft / "head.json", orjson.dumps(_facts(name, number, trained, made_at, models)))
             draft.replace(folder / f"v{number}")
+            sync_to_disk(folder)
             if serve or not (folder / _SERVING).exists():
                 self._point(name, number)
         except BaseException:
@@ -135,10 +136,7 @@ class Versions:
         folder = self.data / check_name(name)
         folder.mkdir(parents=True, exist_ok=True)
         rows = (orjson.dumps({"text": text, "label": label}) for text, label in zip(texts, labels, strict=True))
-        draft = folder / f"{_KEPT}.part"
-        _write(draft, lambda path: path.write_bytes(b"\n".join(rows)))
-        draft.chmod(0o600)
-        draft.replace(folder / _KEPT)
+        replace_file(folder / _KEPT, b"\n".join(rows), mode=OWNER_ONLY)
 
     def kept(self, name: str) -> Sequence[Mapping[str, str]]:
         path = self.data / check_name(name) / _KEPT
@@ -190,16 +188,7 @@ class Versions:
         return facts
 
     def _point(self, name: str, version: int) -> None:
-        path = self.data / name / _SERVING
-        draft = path.with_suffix(".part")
-        _write(draft, lambda place: place.write_text(json.dumps({"version": version})))
-        draft.replace(path)
-
-
-def _write(path: Path, write: Any) -> None:
-    write(path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+        replace_file(self.data / name / _SERVING, json.dumps({"version": version}))
 
 
 def _tensors(trained: TrainedClassifier) -> dict[str, Any]:

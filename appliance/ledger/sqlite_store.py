@@ -13,6 +13,7 @@ from sqlalchemy import URL, Connection, Engine, MetaData, create_engine, event, 
 from sqlalchemy.exc import SQLAlchemyError
 
 from appliance.errors import ApplianceError, StorageFull, Unavailable
+from appliance.files import OWNER_ONLY
 
 Found = TypeVar("Found")
 
@@ -95,7 +96,7 @@ def _make_engine(address: URL, kept: StoreSpec) -> Engine:
         path = Path(address.database or "")
         path.parent.mkdir(parents=True, exist_ok=True)
         # Callers' texts may lie in it: its owner alone may read it.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, OWNER_ONLY))
     engine = create_engine(address, hide_parameters=True, **more)
     if is_sqlite:
 

@@ -1,7 +1,6 @@
 """Where calibrated tasks are remembered: one JSON file in the data directory, read at start and written whole."""
 
 import json
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from appliance.errors import ConfigError
+from appliance.files import raising_storage_full, replace_file
 from appliance.tasks.decisions.decision_options import CalibrationParameters, DecisionMethod, TaskCalibration
 
 _VERSION = 1
@@ -78,12 +78,7 @@ def _fit_of(row: Mapping[str, Any]) -> TaskCalibration:
 
 
 def _write(path: Path, tasks: Mapping[str, Sequence[TaskCalibration]]) -> None:
-    """The file is there whole or as it was, whenever the program or the machine stops."""
     rows = [asdict(row) for fits in tasks.values() for row in fits]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".part")
-    with draft.open("w") as file:
-        json.dump({"version": _VERSION, "fits": rows}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    with raising_storage_full("the calibration cannot be saved, the disk is full: free space"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, json.dumps({"version": _VERSION, "fits": rows}, indent=1))

@@ -1,8 +1,6 @@
 """Where saved tasks are kept: a file for each in the data directory, with all its versions, replaced whole."""
 
-import errno
 import json
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from appliance.core import Caller
-from appliance.errors import ConfigError, RequestError, StorageFull
+from appliance.errors import ConfigError, RequestError
+from appliance.files import OWNER_ONLY, raising_storage_full, replace_file, sync_to_disk
 from appliance.tasks.calibration_store import TaskCalibrationStore
 from appliance.tasks.saved_tasks import Saved, SavedTask, Shape, expanded
 
@@ -45,19 +44,10 @@ class SavedTasks:
                 raise RequestError(f"at most {most} are kept: remove what is not used", param="name")
             kept = replace(task, version=versions[-1].version + 1 if versions else 1)
             if self._folder is not None:
-                self._written(self._folder, (*versions, kept))
+                with raising_storage_full("the task cannot be saved, the disk is full: free space"):
+                    _write(self._folder, (*versions, kept))
             self.tasks = {**self.tasks, task.name: (*versions, kept)}
             return kept
-
-    def _written(self, folder: Path, versions: Sequence[SavedTask]) -> None:
-        try:
-            _write(folder, versions)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise StorageFull(
-                "the task cannot be saved, the disk is full: free space", retry_after_seconds=30
-            ) from error
 
     def remove(self, name: str) -> bool:
         """Whether there was one. Deletes from disk."""
@@ -66,7 +56,7 @@ class SavedTasks:
                 return False
             if self._folder is not None:
                 _path(self._folder, name).unlink(missing_ok=True)
-                _sync(self._folder)
+                sync_to_disk(self._folder)
             self.tasks = {known: versions for known, versions in self.tasks.items() if known != name}
             return True
 
@@ -126,7 +116,6 @@ def _task_of(row: Mapping[str, Any]) -> SavedTask:
 
 
 def _write(folder: Path, versions: Sequence[SavedTask]) -> None:
-    """The file is there whole or as it was, whenever the program or the machine stops."""
     rows = [
         {
             "name": one.name,
@@ -140,20 +129,6 @@ def _write(folder: Path, versions: Sequence[SavedTask]) -> None:
         for one in versions
     ]
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = _path(folder, versions[-1].name)
-    draft = path.with_suffix(".part")
-    # Its owner's alone: examples are texts that people wrote.
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        json.dump({"format": _FORMAT, "versions": rows}, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    _sync(folder)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    content = json.dumps({"format": _FORMAT, "versions": rows}, indent=1, ensure_ascii=False)
+    # Examples are texts that people wrote.
+    replace_file(_path(folder, versions[-1].name), content, mode=OWNER_ONLY)

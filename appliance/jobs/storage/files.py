@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from appliance.errors import BodyTooLarge, StorageFull
+from appliance.files import OWNER_ONLY, replacing_file, sync_to_disk
 
 _ID: Final = re.compile(r"file-[0-9a-f]{32}")
 
@@ -60,7 +61,7 @@ class JobFolder:
     def receiving(self, file_id: str) -> "Iterator[UploadReceiver]":
         """A file in the making. It is there once `keep` was called; whatever ends before leaves nothing behind."""
         part = self.path(file_id).with_suffix(".part")
-        file = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "wb")
+        file = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, OWNER_ONLY), "wb")
         receiver = UploadReceiver(file, part, self.path(file_id), self._max_file_bytes, self.check_space)
         try:
             yield receiver
@@ -82,9 +83,8 @@ class JobFolder:
         try:
             os.link(self.path(file_id), target)
         except PermissionError:  # file systems without hard links
-            part = target.with_suffix(".part")
-            shutil.copyfile(self.path(file_id), part)
-            part.replace(target)
+            with replacing_file(target, mode=OWNER_ONLY) as draft:
+                shutil.copyfile(self.path(file_id), draft)
 
     def input_of(self, batch_id: str) -> Path:
         return self._work / f"{batch_id}.in"
@@ -138,7 +138,8 @@ class UploadReceiver:
         """On disk, then visible."""
         try:
             self._file.flush()
-            os.fsync(self._file.fileno())
+            sync_to_disk(self._part)
+            self._part.replace(self._path)
+            sync_to_disk(self._path.parent)
         except OSError as error:
             raise StorageFull(f"the file cannot be written: {error.strerror}", retry_after_seconds=30.0) from error
-        self._part.replace(self._path)

@@ -8,15 +8,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO
 
 import orjson
 
 from appliance.errors import StorageFull
+from appliance.files import OWNER_ONLY, is_disk_full
 from appliance.jobs.models import BadLine, BatchProblem, LineAnswer
-
-_NO_SPACE: Final = (28, 122)
-"""ENOSPC and EDQUOT."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +47,7 @@ class ResultFile:
         except OSError as error:
             self.size = before
             self._drop()
-            if error.errno in _NO_SPACE:
+            if is_disk_full(error):
                 text = f"no space is left for results in {self._path.parent}: free some, and the job goes on"
                 raise StorageFull(text, retry_after_seconds=30) from error
             raise
@@ -73,7 +71,7 @@ class ResultFile:
     def _opened(self) -> BinaryIO:
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=1_048_576)
+            file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, OWNER_ONLY), "r+b", buffering=1_048_576)
             file.truncate(self.size)
             file.seek(self.size)
             self._file = file

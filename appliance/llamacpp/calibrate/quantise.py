@@ -4,7 +4,6 @@ From a quantised source nothing is won in quality: BF16 and Q8_0 keep what the s
 """
 
 import ctypes
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from types import MappingProxyType
 from typing import Final
 
 from appliance.errors import ConfigError, EngineFailed
+from appliance.files import replacing_file
 from appliance.llamacpp.binding import lib
 
 
@@ -70,20 +70,17 @@ def derive(source: Path, target: Path, variant: str, *, parameters: int, threads
             f"{variant} takes about {needed:,} bytes and {target.parent} has {free:,} free, {SPARE_BYTES:,} of which "
             "stay free: make room, or choose a smaller variant"
         )
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
     params = lib.llama_model_quantize_default_params()
     params.nthread, params.ftype, params.allow_requantize = threads, form.file_type, True
     try:
-        code = lib.llama_model_quantize(str(source).encode(), str(part).encode(), ctypes.byref(params))
-        if code:
-            raise EngineFailed(f"llama.cpp cannot make {variant} from {source.name} (code {code}): choose another form")
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(target)
+        with replacing_file(target) as part:
+            code = lib.llama_model_quantize(str(source).encode(), str(part).encode(), ctypes.byref(params))
+            if code:
+                raise EngineFailed(
+                    f"llama.cpp cannot make {variant} from {source.name} (code {code}): choose another form"
+                )
     except OSError as error:
         raise EngineFailed(f"{target} cannot be written: {error.strerror}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _form(variant: str) -> QuantisedForm:

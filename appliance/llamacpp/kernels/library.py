@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from appliance.errors import OperatorError
+from appliance.files import replacing_file
 
 LLAMA_CPP_PYTHON: Final = "0.3.36"
 """The one release whose ggml `ggml_inside.h` mirrors. Another one may lay its structs out otherwise, so with another
@@ -124,18 +125,14 @@ def build() -> Path:
     problems = []
     for folder in folders():
         path = folder / f"{key()}.so"
-        draft = path.with_suffix(f".{os.getpid()}.draft")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            draft.touch()
+            with replacing_file(path) as draft:
+                draft.touch()  # The compiler's own words about a folder that cannot be written are harder to read.
+                _compile([*compiler, *FLAGS, f"-I{headers}", "-o", str(draft), *map(str, _sources("*.cpp"))])
         except OSError as error:
             problems.append(f"{folder}: {error.strerror}")
             continue
-        try:
-            _compile([*compiler, *FLAGS, f"-I{headers}", "-o", str(draft), *map(str, _sources("*.cpp"))])
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
         return path
     raise KernelsUnavailable(f"no folder for the kernels can be written ({'; '.join(problems)})", "make one writable")
 

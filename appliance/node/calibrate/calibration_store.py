@@ -4,7 +4,6 @@ and machine, and what identifies the llama.cpp that is installed."""
 import hashlib
 import importlib.metadata
 import json
-import os
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Final
 from pydantic import TypeAdapter, ValidationError
 
 from appliance.errors import ApplianceError, BackendGarbage
+from appliance.files import replace_file
 from appliance.llamacpp.kernels.library import identity
 from appliance.node.calibrate.calibration import Calibration, CalibrationKey, Measurement, stale_reason
 
@@ -48,11 +48,9 @@ class CalibrationStore:
     def write(self, model: str, calibration: Calibration) -> None:
         """Remember it. Raises ApplianceError where the disk will not take it."""
         path = self._path(model, calibration.measurement.source, calibration.key.hardware)
-        draft = path.with_suffix(f".{os.getpid()}.draft")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text(json.dumps({"format": _FORMAT, **asdict(calibration)}, indent=1) + "\n", "utf-8")
-            draft.replace(path)
+            replace_file(path, json.dumps({"format": _FORMAT, **asdict(calibration)}, indent=1) + "\n")
         except OSError as error:
             raise ApplianceError(f"the calibration cannot be kept in {path}: {error.strerror}") from error
 

@@ -5,7 +5,6 @@ split over. What stands there takes the place of what is assumed (`engines/vllm_
 """
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from appliance.engines.base import Placement
 from appliance.engines.vllm_memory import VllmOverheads
+from appliance.files import replace_file
 from appliance.node.hardware.nvidia import Gpus
 from appliance.node.plan.gpu_fit import RecordKey
 
@@ -77,7 +77,4 @@ def remember(home: Path, found: Iterable[tuple[RecordKey, VllmOverheads]]) -> No
     """Add to what was measured; the newest figure of each key counts. Raises OSError where the folder is not ours."""
     records = {**read_records(home), **dict(found)}
     rows = [asdict(_Row(*key, one.weights_bytes, one.other_bytes)) for key, one in sorted(records.items())]
-    target = home / "gpu_records.json"
-    draft = target.with_suffix(f".{os.getpid()}.draft")
-    draft.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
-    draft.replace(target)
+    replace_file(home / "gpu_records.json", json.dumps(rows, indent=1) + "\n")

