@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from appliance.core.literals import (
     Ability,
@@ -140,6 +141,26 @@ class HealthWarning:
 
     code: str
     text: str
+
+
+class HealthAlerts(Protocol):
+    """Where named conditions are shown to the operator: the health page and the metrics."""
+
+    def warn(self, code: str, text: str, about: str = "") -> None:
+        """Raise a condition, or reword it. `about` tells several of one code apart."""
+
+    def clear(self, code: str, about: str = "") -> None:
+        """End a condition, if it is there."""
+
+
+class NoAlerts:
+    """Alerts that nobody reads, for programs without a control plane."""
+
+    def warn(self, code: str, text: str, about: str = "") -> None:
+        pass
+
+    def clear(self, code: str, about: str = "") -> None:
+        pass
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,10 @@
 import asyncio
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol
+from typing import Final, Literal
 
 from appliance.config import JobsSettings
+from appliance.core import HealthAlerts
 from appliance.jobs.fair_share import FairShareSlots
 from appliance.jobs.models import BatchLine, Ending, LineAnswering
 from appliance.jobs.provider.models import ProviderBatchLines
@@ -23,12 +24,6 @@ batches of it."""
 RunState = Literal["validating", "running", "paused", "waiting", "ending"]
 
 
-class JobAlerts(Protocol):
-    def warn(self, code: str, text: str, about: str = "") -> None: ...
-
-    def clear(self, code: str, about: str = "") -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class JobDeps:
     """What all runs share."""
@@ -39,7 +34,7 @@ class JobDeps:
     answering: LineAnswering
     places: FairShareSlots
     state: State
-    alerts: JobAlerts
+    alerts: HealthAlerts
     clock: Callable[[], float]
     wall: Callable[[], float]
     posting: ProviderBatchLines | None = None

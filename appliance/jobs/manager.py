@@ -13,8 +13,9 @@ import structlog
 from sqlalchemy import URL
 
 from appliance.config import JobsSettings
+from appliance.core import HealthAlerts
 from appliance.errors import ApplianceError
-from appliance.jobs.deps import JobAlerts, JobDeps, JobProgress
+from appliance.jobs.deps import JobDeps, JobProgress
 from appliance.jobs.fair_share import FairShareSlots
 from appliance.jobs.models import Batch, LineAnswering
 from appliance.jobs.planner import calls_at_once
@@ -55,7 +56,7 @@ class JobManager:
         *,
         answering: LineAnswering,
         state: State,
-        alerts: JobAlerts,
+        alerts: HealthAlerts,
         clock: Callable[[], float],
         wall: Callable[[], float],
         free: Callable[[Path], int] = free_bytes,

@@ -9,6 +9,7 @@ from urllib.parse import quote
 import orjson
 
 from appliance.config import CascadeRule
+from appliance.core import HealthAlerts
 from appliance.errors import Busy, RequestError, Unavailable
 from appliance.quality import rules
 from appliance.quality.models import Labelled, LearningState
@@ -30,12 +31,6 @@ class TrainingClient(Protocol):
     """The program that trains and keeps classifiers."""
 
     async def ask(self, method: str, path: str, body: bytes = b"") -> TrainingReport: ...
-
-
-class LearningAlerts(Protocol):
-    def warn(self, code: str, text: str, about: str = "") -> None: ...
-
-    def clear(self, code: str, about: str = "") -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +112,7 @@ def _good(status: int, told: Any) -> Mapping[str, Any]:
 class Candidates:
     """`tend` looks at one classifier and takes the next step, if there is one to take."""
 
-    def __init__(self, store: LearningStore, program: CandidateProgram, alerts: LearningAlerts) -> None:
+    def __init__(self, store: LearningStore, program: CandidateProgram, alerts: HealthAlerts) -> None:
         self._store, self._program, self._alerts = store, program, alerts
 
     async def tend(self, lesson: TrainingSet, learnt: LearningState) -> LearningState:

@@ -16,9 +16,10 @@ import structlog
 
 from appliance.config import CascadeRule
 from appliance.config import LearningSettings as LearningRules
+from appliance.core import HealthAlerts
 from appliance.errors import ApplianceError, NotFound, RequestError
 from appliance.quality import rules as deciders
-from appliance.quality.candidates import CandidateProgram, Candidates, LearningAlerts, TrainingClient, TrainingSet
+from appliance.quality.candidates import CandidateProgram, Candidates, TrainingClient, TrainingSet
 from appliance.quality.models import FEEDBACK, DailyTraffic, Labelled, LearningState
 from appliance.quality.store import LearningStore
 from appliance.quality.traffic import SECONDS_PER_DAY, date_of, day_of, labelled_of, short, teaches
@@ -51,7 +52,7 @@ class CascadeLearning:
         store: LearningStore,
         encoders: TrainingClient,
         lessons: Callable[[], Mapping[str, TrainingSet]],
-        alerts: LearningAlerts,
+        alerts: HealthAlerts,
         rules: LearningRules,
         wall: Callable[[], float],
         is_served: Callable[[str], bool] = lambda _: False,

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from appliance.config import KeySettings, NodeConfig, Policy
-from appliance.core import Outcome, Target
+from appliance.core import HealthAlerts, Outcome, Target
 from appliance.ledger.budgets import SpendCap
 from appliance.ledger.store import Ledger
-from appliance.router.deps import RouterAlerts
 
 _CODE = "budget_nearly_spent"
 
@@ -36,7 +35,7 @@ class SpendCaps:
 class SpendAccounting:
     """The pipeline's side of the ledger."""
 
-    def __init__(self, ledger: Ledger, metrics: OutcomeObserver, alerts: RouterAlerts, caps: SpendCaps) -> None:
+    def __init__(self, ledger: Ledger, metrics: OutcomeObserver, alerts: HealthAlerts, caps: SpendCaps) -> None:
         self._ledger, self._metrics, self._alerts = ledger, metrics, alerts
         self.caps = caps
         self.settle = ledger.settle

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from appliance.config import CascadeRule, CostSettings
-from appliance.core import Outcome, Target
+from appliance.core import HealthAlerts, Outcome, Target
 from appliance.errors import BudgetExceeded
 from appliance.router.capacity.admission import Admission
 from appliance.router.capacity.breaker import Breakers
@@ -25,24 +25,6 @@ class SpendLedger(Protocol):
     def settle(self, reservation_id: str, *, usd: float) -> None: ...
 
     def record(self, outcome: Outcome) -> None: ...
-
-
-class RouterAlerts(Protocol):
-    """Where named conditions are shown to the operator: the health page and the metrics."""
-
-    def warn(self, code: str, text: str, about: str = "") -> None: ...
-
-    def clear(self, code: str, about: str = "") -> None: ...
-
-
-class NoRouterAlerts:
-    """Where nobody looks."""
-
-    def warn(self, code: str, text: str, about: str = "") -> None:
-        pass
-
-    def clear(self, code: str, about: str = "") -> None:
-        pass
 
 
 class FeedbackSink(Protocol):
@@ -83,7 +65,7 @@ class RouterDeps:
     memory: RuntimeStats
     doors: Transports
     permits: EgressPermitIssuer
-    alerts: RouterAlerts
+    alerts: HealthAlerts
     learning: FeedbackSink
     cost: CostSettings
     cores: int

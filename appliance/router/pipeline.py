@@ -17,7 +17,17 @@ from typing import Any
 import orjson
 
 from appliance.config import NodeConfig, Policy
-from appliance.core import Caller, Decision, Request, ResponseMetadata, Route, Target, TaskCall
+from appliance.core import (
+    Caller,
+    Decision,
+    HealthAlerts,
+    NoAlerts,
+    Request,
+    ResponseMetadata,
+    Route,
+    Target,
+    TaskCall,
+)
 from appliance.errors import ApplianceError, ClientGone, StreamBroken, UnknownModel
 from appliance.router.attempts.loop import AttemptLoop
 from appliance.router.attempts.runner import AttemptRunner
@@ -26,8 +36,6 @@ from appliance.router.capacity.breaker import Breakers
 from appliance.router.deps import (
     FeedbackSink,
     NoFeedback,
-    NoRouterAlerts,
-    RouterAlerts,
     RouterDeps,
     RuntimeStats,
     SpendLedger,
@@ -65,7 +73,7 @@ class Pipeline:
         doors: Transports,
         permits: EgressPermitIssuer,
         detector: PiiDetector | None = None,
-        alerts: RouterAlerts | None = None,
+        alerts: HealthAlerts | None = None,
         learning: FeedbackSink | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
@@ -81,7 +89,7 @@ class Pipeline:
             memory=memory,
             doors=doors,
             permits=permits,
-            alerts=alerts or NoRouterAlerts(),
+            alerts=alerts or NoAlerts(),
             learning=learning or NoFeedback(),
             cost=config.cost,
             cores=config.engine.threads or len(os.sched_getaffinity(0)),

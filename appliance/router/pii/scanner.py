@@ -17,9 +17,8 @@ from typing import Any, Final, Protocol
 import structlog
 
 from appliance.config import PersonalDataRule, Policy
-from appliance.core import PersonalKind, PiiScanResult, Request
+from appliance.core import HealthAlerts, NoAlerts, PersonalKind, PiiScanResult, Request
 from appliance.errors import ConfigError
-from appliance.router.deps import NoRouterAlerts, RouterAlerts
 from appliance.router.pii.text_extractor import TextExtractor, chunks, readable
 
 AT_ONCE_CHARACTERS: Final = 8_192
@@ -76,11 +75,11 @@ class PiiScanner:
     """Searches requests as one policy has it. One for each policy; all is called on the event loop."""
 
     def __init__(
-        self, rules: PersonalDataRule, detector: PiiDetector | None, alerts: RouterAlerts | None = None
+        self, rules: PersonalDataRule, detector: PiiDetector | None, alerts: HealthAlerts | None = None
     ) -> None:
         self._rules = rules
         self._detector = detector
-        self._alerts = alerts or NoRouterAlerts()
+        self._alerts = alerts or NoAlerts()
         self._in_trouble = True
         """Whether there may be a warning that the next search makes untrue."""
         self._places = asyncio.Semaphore(SEARCHES_AT_ONCE)
