@@ -1,7 +1,7 @@
 """Chat completions: the envelope is checked, the body travels on verbatim, whole replies are verified."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -20,6 +20,7 @@ from appliance.wire.body_fields import (
     show,
     wrong,
 )
+from appliance.wire.chat_ir import MAX_CHOICES, MAX_STOPS, MAX_TOP_LOGPROBS, REASONING_EFFORTS, ChatBody
 from appliance.wire.json_schema import check_schema
 from appliance.wire.openai.messages import check_messages, holds_more_than_text, message_text
 from appliance.wire.openai.reply_checks import check_json_choice, check_tool_calls, choices_of
@@ -27,8 +28,6 @@ from appliance.wire.token_estimate import MESSAGE_TOKENS, estimate_tokens
 
 CHAT_ENDPOINTS: frozenset[Endpoint] = frozenset({"chat", "messages", "responses", "generate_content"})
 """Those whose requests are chats, whatever dialect they came in: their bodies hold OpenAI's `messages`."""
-
-REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 ONLY_ELSEWHERE: Mapping[str, tuple[Any, ...]] = {
     "store": (False,),
@@ -39,9 +38,6 @@ ONLY_ELSEWHERE: Mapping[str, tuple[Any, ...]] = {
 }
 """What some providers do besides answering, and no engine of this node does; and the values that ask for nothing."""
 
-MAX_CHOICES = 128
-MAX_TOP_LOGPROBS = 20
-MAX_STOPS = 16
 DEFAULT_OUTPUT_TOKENS = 256
 """What admission reckons with where the caller sets no bound: chat answers are seldom longer, and reckoning with the
 whole context would make every engine look full."""
@@ -133,6 +129,29 @@ def read(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[ChatCall]]:
         stream_where_held=stream and format == "text",
     )
     return asked, (call,)
+
+
+def read_translated_chat(
+    endpoint: Endpoint, original: Mapping[str, Any], chat: ChatBody
+) -> tuple[ParsedRequest, Sequence[ChatCall]]:
+    """Read a chat that was translated from `original`, a body in the dialect of `endpoint`. Raises as `read`.
+
+    Streams always carry usage: other dialects report it without being asked. Reasoning effort is a wish in them, which
+    agents send with every request, so a model that does not reason may answer too.
+    """
+    if chat.get("stream"):
+        chat = {**chat, "stream_options": {"include_usage": True}}
+    asked, calls = read(chat)
+    asked = replace(asked, endpoint=endpoint, needs=asked.needs - {"reasoning"})
+    return asked, tuple(replace(call, original=original) for call in calls)
+
+
+def read_translated_count(
+    endpoint: Endpoint, original: Mapping[str, Any], chat: ChatBody
+) -> tuple[ParsedRequest, Sequence[ChatCall]]:
+    """As `read_translated_chat`, for a request whose prompt is only counted."""
+    asked, calls = read_translated_chat(endpoint, original, chat)
+    return asked, tuple(replace(call, output_tokens=1) for call in calls)
 
 
 def _check_options(body: Mapping[str, Any]) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 
 from appliance.core import Ability, ParsedRequest, Target, UpstreamCall, UpstreamReply
 from appliance.errors import RequestError, Unsupported
-from appliance.tasks.chat import MAX_TOP_LOGPROBS, check_sampling
+from appliance.tasks.chat import check_sampling
 from appliance.wire.body_fields import missing, read_bool, read_int, read_list, read_model, wrong
+from appliance.wire.chat_ir import MAX_TOP_LOGPROBS
 from appliance.wire.openai.reply_checks import choices_of
 from appliance.wire.token_estimate import estimate_tokens
 

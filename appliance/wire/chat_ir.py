@@ -9,32 +9,19 @@ tools, `is_error` on tool messages, `extra_content` on tool calls (signatures of
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
-from appliance.core import Endpoint, ParsedRequest
 from appliance.errors import RequestError
-from appliance.tasks import chat
-from appliance.tasks.chat import ChatCall
+
+MAX_CHOICES: Final = 128
+MAX_TOP_LOGPROBS: Final = 20
+MAX_STOPS: Final = 16
+REASONING_EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 Message = dict[str, Any]
-
-
-def asked_as(
-    endpoint: Endpoint, original: Mapping[str, Any], body: Mapping[str, Any]
-) -> tuple[ParsedRequest, Sequence[ChatCall]]:
-    """The chat `body` that `original`, sent to `endpoint`, was translated to, read as any chat is.
-
-    Usage is always asked of streams: other dialects tell it without being asked. How hard to think is a wish in them,
-    which agents send with every request: a model that does not reason may answer, too.
-    """
-    if body.get("stream"):
-        body = {**body, "stream_options": {"include_usage": True}}
-    asked, calls = chat.read(body)
-    asked = replace(asked, endpoint=endpoint, needs=asked.needs - {"reasoning"})
-    return asked, tuple(replace(call, original=original) for call in calls)
+ChatBody = dict[str, Any]
 
 
 def content_of(parts: Sequence[Mapping[str, Any]]) -> str | list[Mapping[str, Any]]:

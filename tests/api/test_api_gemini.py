@@ -14,11 +14,11 @@ import pytest
 from appliance.api.error_middleware import ErrorMiddleware
 from appliance.config import KeySettings
 from appliance.errors import Busy, RequestError, StreamBroken
-from appliance.wire.gemini.inbound import read
 from tests.api.stand_ins import SMALL, StandInPipeline, make_app, served
 from tests.api.test_api_messages import DONE, usage_chunk
 from tests.api.test_api_sdk import PIECES, chunk, completion
 from tests.google_sdk import AsyncClient, errors, genai, types
+from tests.wire.readers import read_contents as read
 
 pytestmark = [
     pytest.mark.anyio,

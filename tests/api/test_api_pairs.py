@@ -6,13 +6,11 @@ from typing import Any
 import pytest
 
 from appliance.errors import Unsupported
-from appliance.wire.anthropic.inbound import read as read_messages
 from appliance.wire.anthropic.outbound_request import message_request
-from appliance.wire.gemini.inbound import read as read_contents
 from appliance.wire.gemini.outbound_request import content_request
-from appliance.wire.responses.inbound import read as read_responses
 from appliance.wire.responses.outbound import response_request
 from tests.tasks.rows import hosted
+from tests.wire.readers import read_contents, read_messages, read_responses
 
 PIXEL = "iVBORw0KGgo="
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}

@@ -8,10 +8,10 @@ import pydantic
 import pytest
 
 from appliance.errors import RequestError, StreamBroken
-from appliance.wire.responses.inbound import read
 from tests.api.stand_ins import StandInPipeline
 from tests.api.test_api_messages import CALL, DONE, calling, usage_chunk
 from tests.api.test_api_sdk import PIECES, chunk, completion, sdk
+from tests.wire.readers import read_responses as read
 
 pytestmark = pytest.mark.anyio
 

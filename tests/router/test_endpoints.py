@@ -11,11 +11,9 @@ from appliance.core import ONSITE, ParsedRequest, Request
 from appliance.errors import ApplianceError, ContextTooLong
 from appliance.router.request_builder import make_request
 from appliance.tasks.chat import CHAT_ENDPOINTS, ChatCall
-from appliance.wire.anthropic.inbound import read as read_messages
-from appliance.wire.gemini.inbound import read as read_contents
-from appliance.wire.responses.inbound import read as read_responses
 from tests.router.scene import LOCAL_FIRST, caller_of
 from tests.router.stage import Stage, attempts
+from tests.wire.readers import read_contents, read_messages, read_responses
 
 pytestmark = pytest.mark.anyio
 

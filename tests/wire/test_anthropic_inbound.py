@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from appliance.errors import RequestError
-from appliance.wire.anthropic.inbound import read
 from tests.tasks.rows import LOCAL, hosted
+from tests.wire.readers import read_messages as read
 
 HELLO: dict[str, Any] = {"model": "auto", "max_tokens": 50, "messages": [{"role": "user", "content": "Hello"}]}
 TOOL = {"name": "f", "input_schema": {"type": "object"}}

@@ -18,10 +18,10 @@ from appliance.tasks.decisions import openai_shape, systemone
 from appliance.tasks.extract import extraction
 from appliance.tasks.saved_tasks import Shape
 from appliance.tasks.store import KnownTasks
-from appliance.wire.anthropic import inbound as anthropic
+from appliance.wire.anthropic.inbound import read_anthropic_chat
 from appliance.wire.body_fields import wrong
-from appliance.wire.gemini import inbound as gemini
-from appliance.wire.responses import inbound as responses
+from appliance.wire.gemini.inbound import read_gemini_chat
+from appliance.wire.responses.inbound import read_responses_chat
 
 READERS: Mapping[str, Reader[Any]] = {
     "chat": chat.read,
@@ -31,9 +31,9 @@ READERS: Mapping[str, Reader[Any]] = {
     "systemone": systemone.read,
     "extract": extraction.read,
     "embeddings": embeddings.read,
-    "messages": anthropic.read,
-    "responses": responses.read,
-    "generate_content": gemini.read,
+    "messages": lambda body: chat.read_translated_chat("messages", body, read_anthropic_chat(body)),
+    "responses": lambda body: chat.read_translated_chat("responses", body, read_responses_chat(body)),
+    "generate_content": lambda body: chat.read_translated_chat("generate_content", body, read_gemini_chat(body)),
 }
 
 _SHAPES: Mapping[str, Shape] = {

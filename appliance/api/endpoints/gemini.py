@@ -1,7 +1,6 @@
 """Gemini's endpoints: `models/{model}:generateContent` and its relatives, and the list of models."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, Final
 
 from starlette.requests import Request as Http
@@ -15,7 +14,8 @@ from appliance.api.json_responses import json_response
 from appliance.api.model_list import AUTO, found
 from appliance.core import Target
 from appliance.errors import NotFound, RequestError
-from appliance.wire.gemini.inbound import read, read_count
+from appliance.tasks.chat import read_translated_chat, read_translated_count
+from appliance.wire.gemini.inbound import read_gemini_chat, read_gemini_count
 from appliance.wire.gemini.inbound_reply import GeminiStreamWriter, content_of
 
 _PREFIX: Final = "models/"
@@ -48,7 +48,10 @@ class GeminiEndpoints:
         alt = http.query_params.get("alt", "json")
         if alt not in ("json", "sse") or (alt == "sse" and not stream):
             raise RequestError(f"alt is {alt[:40]!r}: it must be json, or sse for a stream", param="alt")
-        opened = await self._rim.open(http, partial(read, model=name, stream=stream))
+        opened = await self._rim.open(
+            http,
+            lambda body: read_translated_chat("generate_content", body, read_gemini_chat(body, name, stream=stream)),
+        )
         original = opened.calls[0].original or {}
         answer = await self._rim.answer(http, opened)
         return await translated(
@@ -60,7 +63,9 @@ class GeminiEndpoints:
         )
 
     async def _count(self, http: Http, name: str) -> Response:
-        opened = await self._rim.open(http, partial(read_count, model=name))
+        opened = await self._rim.open(
+            http, lambda body: read_translated_count("generate_content", body, read_gemini_count(body, name))
+        )
         counted = await self._rim.count(http, opened)
         return json_response({"totalTokens": counted.tokens}, headers=counted.headers())
 

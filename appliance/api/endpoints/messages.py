@@ -13,7 +13,8 @@ from appliance.api.intake import RequestIntake
 from appliance.api.json_responses import json_response
 from appliance.api.model_list import AUTO, found
 from appliance.core import Target
-from appliance.wire.anthropic.inbound import read, read_count
+from appliance.tasks.chat import read_translated_chat, read_translated_count
+from appliance.wire.anthropic.inbound import read_anthropic_chat, read_anthropic_count
 from appliance.wire.anthropic.inbound_reply import message_of
 from appliance.wire.anthropic.inbound_stream import AnthropicStreamWriter
 
@@ -24,7 +25,9 @@ class MessagesEndpoints:
         self._started_at = datetime.fromtimestamp(rim.wall_clock(), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
     async def create(self, http: Http) -> ASGIApp:
-        opened = await self._rim.open(http, read)
+        opened = await self._rim.open(
+            http, lambda body: read_translated_chat("messages", body, read_anthropic_chat(body))
+        )
         original = opened.calls[0].original or {}
         answer = await self._rim.answer(http, opened)
         return await translated(
@@ -35,7 +38,9 @@ class MessagesEndpoints:
         )
 
     async def count(self, http: Http) -> Response:
-        opened = await self._rim.open(http, read_count)
+        opened = await self._rim.open(
+            http, lambda body: read_translated_count("messages", body, read_anthropic_count(body))
+        )
         counted = await self._rim.count(http, opened)
         return json_response({"input_tokens": counted.tokens}, headers=counted.headers())
 

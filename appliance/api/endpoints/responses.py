@@ -7,7 +7,8 @@ from starlette.types import ASGIApp
 from appliance.api.dialect_response import translated
 from appliance.api.intake import RequestIntake
 from appliance.api.json_responses import json_response
-from appliance.wire.responses.inbound import read, read_count
+from appliance.tasks.chat import read_translated_chat, read_translated_count
+from appliance.wire.responses.inbound import read_responses_chat, read_responses_count
 from appliance.wire.responses.inbound_reply import response_of
 from appliance.wire.responses.inbound_stream import ResponsesStreamWriter
 
@@ -17,7 +18,9 @@ class ResponsesEndpoints:
         self._rim = rim
 
     async def create(self, http: Http) -> ASGIApp:
-        opened = await self._rim.open(http, read)
+        opened = await self._rim.open(
+            http, lambda body: read_translated_chat("responses", body, read_responses_chat(body))
+        )
         original = opened.calls[0].original or {}
         answer = await self._rim.answer(http, opened)
         return await translated(
@@ -28,7 +31,9 @@ class ResponsesEndpoints:
         )
 
     async def count(self, http: Http) -> Response:
-        opened = await self._rim.open(http, read_count)
+        opened = await self._rim.open(
+            http, lambda body: read_translated_count("responses", body, read_responses_count(body))
+        )
         counted = await self._rim.count(http, opened)
         payload = {"object": "response.input_tokens", "input_tokens": counted.tokens}
         return json_response(payload, headers=counted.headers())

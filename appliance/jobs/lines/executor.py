@@ -30,9 +30,9 @@ from appliance.tasks.decisions.openai_shape import DecisionResult, DecisionsCall
 from appliance.tasks.extract import extraction
 from appliance.tasks.saved_tasks import Shape
 from appliance.tasks.store import KnownTasks, SavedTasks
-from appliance.wire.anthropic.inbound import read as read_message
+from appliance.wire.anthropic.inbound import read_anthropic_chat
 from appliance.wire.anthropic.inbound_reply import message_of
-from appliance.wire.responses.inbound import read as read_response
+from appliance.wire.responses.inbound import read_responses_chat
 from appliance.wire.responses.inbound_reply import response_of
 from appliance.wire.token_estimate import estimate_tokens
 
@@ -88,8 +88,12 @@ def readings(fits: TaskCalibrationStore) -> Mapping[str, LineEndpoint]:
         _DECISIONS: LineEndpoint(partial(judging, openai_shape.read), _only, "decisions"),
         "/v1/systemone": LineEndpoint(partial(judging, systemone.read), _only, "systemone"),
         "/v1/extract": LineEndpoint(extraction.read, _extracted, "extract"),
-        "/v1/responses": LineEndpoint(read_response, _response),
-        "/v1/messages": LineEndpoint(read_message, _message),
+        "/v1/responses": LineEndpoint(
+            lambda body: chat.read_translated_chat("responses", body, read_responses_chat(body)), _response
+        ),
+        "/v1/messages": LineEndpoint(
+            lambda body: chat.read_translated_chat("messages", body, read_anthropic_chat(body)), _message
+        ),
     }
 
 

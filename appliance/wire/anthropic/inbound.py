@@ -1,15 +1,12 @@
 """`POST /v1/messages`: Anthropic's body, checked field by field, as a chat."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
-from appliance.core import ParsedRequest
 from appliance.errors import RequestError, Unsupported
-from appliance.tasks.chat import MAX_STOPS, ChatCall
 from appliance.wire.anthropic.inbound_blocks import assistant_message, cache_mark, system_message, user_messages
 from appliance.wire.body_fields import missing, read_model, wrong
-from appliance.wire.chat_ir import Message, asked_as, function_tool, json_format, offered
+from appliance.wire.chat_ir import MAX_STOPS, ChatBody, Message, function_tool, json_format, offered
 from appliance.wire.json_schema import check_schema, is_strict_subset
 from appliance.wire.openai.messages import MAX_MESSAGES
 from appliance.wire.strict_fields import StrictFields, tool_name
@@ -26,20 +23,19 @@ _ANY_TOKENS: Final = 10_000_000
 _NO_SERVER_TOOLS: Final = "such tools are not run here; describe a tool of your own by name and input_schema"
 
 
-def read(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[ChatCall]]:
-    """Check a Messages body and make a chat of it. Raises RequestError naming field, value and remedy."""
-    return asked_as("messages", body, _chat_of(StrictFields(body), body))
+def read_anthropic_chat(body: Mapping[str, Any]) -> ChatBody:
+    """Check a Messages body and translate it to a chat. Raises RequestError naming field, value and remedy."""
+    return _read_chat(StrictFields(body), body)
 
 
-def read_count(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[ChatCall]]:
+def read_anthropic_count(body: Mapping[str, Any]) -> ChatBody:
     """Check a body of `/v1/messages/count_tokens`: as for a message, without what an answer would need."""
     if body.get("stream"):
         raise wrong("stream", body["stream"], "a count is not streamed")
-    asked, calls = read({"max_tokens": _ANY_TOKENS, **body})
-    return asked, tuple(replace(call, output_tokens=1) for call in calls)
+    return read_anthropic_chat({"max_tokens": _ANY_TOKENS, **body})
 
 
-def _chat_of(given: StrictFields, body: Mapping[str, Any]) -> dict[str, Any]:
+def _read_chat(given: StrictFields, body: Mapping[str, Any]) -> ChatBody:
     chat: dict[str, Any] = {"model": read_model(body)}
     given.accept("model")
     _refuse_what_is_not_here(given)

@@ -1,14 +1,20 @@
 """`models/{model}:generateContent`: Gemini's body, checked field by field, as a chat."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any, Final
 
-from appliance.core import ParsedRequest
 from appliance.errors import RequestError, Unsupported
-from appliance.tasks.chat import MAX_CHOICES, MAX_STOPS, MAX_TOP_LOGPROBS, ChatCall
 from appliance.wire.body_fields import read_model, wrong
-from appliance.wire.chat_ir import asked_as, function_tool, json_format, json_text, offered
+from appliance.wire.chat_ir import (
+    MAX_CHOICES,
+    MAX_STOPS,
+    MAX_TOP_LOGPROBS,
+    ChatBody,
+    function_tool,
+    json_format,
+    json_text,
+    offered,
+)
 from appliance.wire.gemini.inbound_contents import messages_of
 from appliance.wire.gemini.schema import json_schema_of
 from appliance.wire.json_schema import check_schema
@@ -22,29 +28,26 @@ _HOSTED: Final = "such tools are not run here; describe functions of your own in
 _OF_COUNTS: Final = ("contents", "systemInstruction", "tools", "toolConfig", "generationConfig", "model")
 
 
-def read(
-    body: Mapping[str, Any], model: str | None = None, *, stream: bool = False
-) -> tuple[ParsedRequest, Sequence[ChatCall]]:
-    """Check a body sent for `model` (None: the body names it) and make a chat of it.
+def read_gemini_chat(body: Mapping[str, Any], model: str | None = None, *, stream: bool = False) -> ChatBody:
+    """Check a body sent for `model` (None: the body names it) and translate it to a chat.
 
     Raises RequestError naming field, value and remedy.
     """
     given = StrictFields(body, snake=True)
-    chat = _chat_of(given, model if model is not None else _named(given))
+    chat = _read_chat(given, model if model is not None else _named(given))
     if stream:
         chat["stream"] = True
-    return asked_as("generate_content", body, chat)
+    return chat
 
 
-def read_count(body: Mapping[str, Any], model: str) -> tuple[ParsedRequest, Sequence[ChatCall]]:
+def read_gemini_count(body: Mapping[str, Any], model: str) -> ChatBody:
     """Check a body of `:countTokens`: contents alone, or a whole request as `generateContentRequest`."""
     given = StrictFields(body, snake=True)
     inner = given.mapping("generateContentRequest")
     if inner is None:
         inner = {name: given.get(name) for name in _OF_COUNTS if given.get(name) is not None}
     given.done()
-    asked, calls = read(inner, model)
-    return asked, tuple(replace(call, output_tokens=1) for call in calls)
+    return read_gemini_chat(inner, model)
 
 
 def wants_thoughts(original: Mapping[str, Any]) -> bool:
@@ -59,7 +62,7 @@ def _named(given: StrictFields) -> str:
     return "auto" if name is None else read_model({"model": name.removeprefix("models/")})
 
 
-def _chat_of(given: StrictFields, model: str) -> dict[str, Any]:
+def _read_chat(given: StrictFields, model: str) -> ChatBody:
     chat: dict[str, Any] = {"model": read_model({"model": model})}
     given.accept("model")
     chat["messages"] = messages_of(given.get("contents"), given.get("systemInstruction"))

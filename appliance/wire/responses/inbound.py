@@ -1,14 +1,18 @@
 """`POST /v1/responses`: OpenAI's newer body, checked field by field, as a chat. Nothing is kept between requests."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any, Final
 
-from appliance.core import ParsedRequest
 from appliance.errors import RequestError, Unsupported
-from appliance.tasks.chat import MAX_TOP_LOGPROBS, REASONING_EFFORTS, ChatCall
 from appliance.wire.body_fields import missing, read_model
-from appliance.wire.chat_ir import asked_as, function_tool, json_format, offered
+from appliance.wire.chat_ir import (
+    MAX_TOP_LOGPROBS,
+    REASONING_EFFORTS,
+    ChatBody,
+    function_tool,
+    json_format,
+    offered,
+)
 from appliance.wire.json_schema import check_schema
 from appliance.wire.responses.inbound_items import messages_of
 from appliance.wire.strict_fields import StrictFields, tool_name
@@ -21,18 +25,17 @@ _KEPT_NOWHERE: Final = "nothing is kept between requests here; send the whole co
 _HOSTED: Final = "such tools are not run here; describe a function of your own"
 
 
-def read(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[ChatCall]]:
-    """Check a Responses body and make a chat of it. Raises RequestError naming field, value and remedy."""
-    return asked_as("responses", body, _chat_of(StrictFields(body), body))
+def read_responses_chat(body: Mapping[str, Any]) -> ChatBody:
+    """Check a Responses body and translate it to a chat. Raises RequestError naming field, value and remedy."""
+    return _read_chat(StrictFields(body), body)
 
 
-def read_count(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[ChatCall]]:
+def read_responses_count(body: Mapping[str, Any]) -> ChatBody:
     """Check a body of `/v1/responses/input_tokens`."""
-    asked, calls = read({name: value for name, value in body.items() if name != "stream"})
-    return asked, tuple(replace(call, output_tokens=1) for call in calls)
+    return read_responses_chat({name: value for name, value in body.items() if name != "stream"})
 
 
-def _chat_of(given: StrictFields, body: Mapping[str, Any]) -> dict[str, Any]:
+def _read_chat(given: StrictFields, body: Mapping[str, Any]) -> ChatBody:
     chat: dict[str, Any] = {"model": read_model(body)}
     given.accept("model")
     _refuse_what_is_not_here(given)
