@@ -24,6 +24,7 @@ from appliance.jobs.runner import BatchRun
 from appliance.jobs.storage.files import JobFolder, free_bytes
 from appliance.jobs.storage.store import JobStore
 from appliance.state import State
+from appliance.telemetry.background import GuardedTask
 
 _SWEEP_SECONDS: Final = 600.0
 
@@ -79,7 +80,7 @@ class JobManager:
         await asyncio.to_thread(self.folder.sweep, known | results, frozenset(batch.id for batch in batches))
         for batch in batches:
             self._begin(batch)
-        self._spawn(self._sweep())
+        self._spawn(GuardedTask("sweeping of job files", self._sweep, self._means.alerts).run())
 
     async def aclose(self) -> None:
         for task in self._tasks:

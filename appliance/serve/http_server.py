@@ -12,7 +12,7 @@ import uvicorn
 
 from appliance.api.http_protocol import BoundedHttpProtocol
 from appliance.config import NodeConfig
-from appliance.errors import ConfigError, OperatorError
+from appliance.errors import OperatorError
 
 
 class NodeServer(uvicorn.Server):
@@ -46,7 +46,7 @@ def reloads_on_hangup(reload_all: Callable[[], Awaitable[object]]) -> Iterator[N
     tasks: set[asyncio.Task[None]] = set()
 
     async def reload() -> None:
-        with contextlib.suppress(ConfigError):  # logged, and on the health page
+        with contextlib.suppress(Exception):  # logged, and on the health page, by `reload_all` itself
             await reload_all()
 
     def hangup() -> None:

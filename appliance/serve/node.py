@@ -3,15 +3,15 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import structlog
 
 from appliance.api.auth import Authenticator
+from appliance.config import KeySettings
 from appliance.errors import ConfigError, LedgerUnavailable
-from appliance.ledger.store import Ledger
 from appliance.node.supervise.status import StatusPublisher
 from appliance.quality.learning import CascadeLearning
 from appliance.router.accounting import SpendAccounting, SpendCaps
@@ -22,6 +22,7 @@ from appliance.router.pipeline import Pipeline
 from appliance.router.residency import EgressPermitIssuer
 from appliance.serve.startup_config import NodeSpec
 from appliance.state import State
+from appliance.telemetry.redaction import scrub_text
 from appliance.upstream.base import Transports
 from appliance.upstream.egress import EgressTransport
 from appliance.upstream.local import LocalTransport
@@ -32,6 +33,14 @@ _FIXED: Final = ("data_dir", "server", "engine", "ledger", "jobs", "learning", "
 """Settings that are read at start alone."""
 
 _log = structlog.get_logger(__name__)
+
+
+class KeySource(Protocol):
+    """Where API keys made by command are kept (`Ledger`)."""
+
+    async def keys_mark(self) -> tuple[Any, ...]: ...
+
+    async def keys(self) -> Sequence[KeySettings]: ...
 
 
 class ReloadableNode:
@@ -53,7 +62,7 @@ class ReloadableNode:
         self._site, self._reread, self._learning = site, reread, learning
         self._state, self._signals, self._books = state, signals, books
         self._office, self._breakers, self._memory = EgressPermitIssuer(), Breakers(), RuntimeStats()
-        self._admission = Admission(state, time.monotonic, self._memory.experience)
+        self._admission = Admission(state, time.monotonic, self._memory.experience, signals)
         self._retired: list[Transports] = []
         self._changing = asyncio.Lock()
         """What was read first comes into force first: an older reading never replaces a newer one."""
@@ -71,11 +80,16 @@ class ReloadableNode:
         async with self._changing:
             try:
                 site = await asyncio.to_thread(self._reread)
-            except ConfigError as error:
-                self._signals.warn("reload_failed", f"the old settings stay in force: {error}")
-                _log.error("reload failed; the old settings stay in force", reason=str(error))
+                return self._replace(site)
+            except Exception as error:
+                reason = str(error) if isinstance(error, ConfigError) else repr(error)
+                self._signals.warn("reload_failed", f"the old settings stay in force: {scrub_text(reason)}")
+                _log.error(
+                    "reload failed; the old settings stay in force",
+                    reason=reason,
+                    exc_info=not isinstance(error, ConfigError),
+                )
                 raise
-            return self._replace(site)
 
     def _replace(self, site: NodeSpec) -> Mapping[str, Any]:
         if site.stored_keys is None:
@@ -103,17 +117,20 @@ class ReloadableNode:
         self.auth.load(tuple(site.keys.values()))
         self._books.caps = SpendCaps(site.config, site.policy, site.keys)
 
-    async def follow_keys(self, ledger: Ledger) -> None:
-        """Use keys that are made or revoked by command while the node runs. Runs until cancelled."""
+    async def follow_keys(self, ledger: KeySource, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
+        """Use keys that are made or revoked by command while the node runs. Runs until cancelled.
+
+        The first look reads the keys in any case: one may have been revoked since the start, or since a failure.
+        """
         known: tuple[Any, ...] | None = None
         while True:
             with contextlib.suppress(LedgerUnavailable):  # the health page says so; keys stay as they are
                 async with self._changing:
                     mark = await ledger.keys_mark()
-                    if known is not None and mark != known:
+                    if mark != known:
                         self._use(replace(self._site, stored_keys=tuple(await ledger.keys())))
                     known = mark
-            await asyncio.sleep(_KEYS_SECONDS)
+            await sleep(_KEYS_SECONDS)
 
     async def aclose(self) -> None:
         await self._admission.aclose()

@@ -1,11 +1,9 @@
 """The rooms that a node can lack: what cannot be opened is said on the health page, and the rest is served."""
 
-import asyncio
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import AsyncExitStack
-from typing import Any
 
 import structlog
 
@@ -28,6 +26,7 @@ from appliance.quality.store import LearningStore
 from appliance.quality.traffic import lessons_of
 from appliance.serve.startup_config import NodeSpec
 from appliance.state import State
+from appliance.telemetry.background import start_background_task
 from appliance.telemetry.metrics import Metrics
 
 _log = structlog.get_logger(__name__)
@@ -109,15 +108,5 @@ async def open_learning(
         _log.error("labels are not kept", reason=str(error))
         return None
     LearningMetrics(learning, metrics.registry)
-    in_background(stack, learning.run(), "learning")
+    start_background_task(stack, "learning", learning.run, signals)
     return learning
-
-
-def in_background(stack: AsyncExitStack, work: Coroutine[Any, Any, None], name: str) -> None:
-    """Run `work` until `stack` is left."""
-    stack.push_async_callback(_cancelled, asyncio.create_task(work, name=name))
-
-
-async def _cancelled(task: "asyncio.Task[None]") -> None:
-    task.cancel()
-    await asyncio.wait({task})

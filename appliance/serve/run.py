@@ -31,11 +31,12 @@ from appliance.node.supervise.swapper import Swapper
 from appliance.router.accounting import SpendAccounting, SpendCaps
 from appliance.serve.http_server import NodeServer, alone, ended, listening, reloads_on_hangup, url_of, uvicorn_config
 from appliance.serve.node import ReloadableNode
-from appliance.serve.optional_services import in_background, open_desk, open_learning, supervisor_of
+from appliance.serve.optional_services import open_desk, open_learning, supervisor_of
 from appliance.serve.startup_config import NodeSpec, ledger_url
 from appliance.state import State
 from appliance.tasks.calibration_store import TaskCalibrationStore
 from appliance.tasks.store import SavedTasks
+from appliance.telemetry.background import start_background_task
 from appliance.telemetry.logs import setup_logging
 from appliance.telemetry.metrics import Metrics
 
@@ -103,11 +104,15 @@ async def _start_control(site: NodeSpec, stack: AsyncExitStack) -> NodeControl:
     await encoders.start_if_needed()
     rules = SwapRules(engine.idle_unload_seconds, engine.least_residence_seconds)
     models = [placement.model for placement in site.placements]
-    in_background(stack, Swapper(supervisor, state, time.monotonic, site.pools, rules, models).run(), "swapping")
+    swapper = Swapper(supervisor, state, time.monotonic, site.pools, rules, models)
+    start_background_task(stack, "swapping", swapper.run, signals)
     nvml = load_nvml()
     if nvml is not None:
-        in_background(stack, watch_gpus(signals, nvml), "GPU watch")
-    in_background(stack, EnergySampler(lambda: supervisor.keepers, signals, EnergyMeters.open(nvml)).run(), "metering")
+        start_background_task(stack, "GPU watch", lambda: watch_gpus(signals, nvml), signals)
+    meters = EnergyMeters.open(nvml)
+    stack.callback(meters.close)
+    sampler = EnergySampler(lambda: supervisor.keepers, signals, meters)
+    start_background_task(stack, "metering", sampler.run, signals)
     return NodeControl(state, Metrics(), signals, supervisor, encoders)
 
 
@@ -122,7 +127,7 @@ async def _start_data(
     learning = await open_learning(site, control.encoders, lambda: node.pipeline.policy, state, signals, metrics, stack)
     node = ReloadableNode(site, reread, state, signals, books, learning)
     stack.push_async_callback(node.aclose)
-    in_background(stack, node.follow_keys(ledger), "keys")
+    start_background_task(stack, "keys", lambda: node.follow_keys(ledger), signals)
     task_fits = TaskCalibrationStore(site.home / "task_fits.json")
     saved_tasks = SavedTasks(site.home / "tasks")
     lines = LineExecutor(pipeline=lambda: node.pipeline, auth=node.auth, fits=task_fits, saved=saved_tasks)

@@ -77,20 +77,10 @@ class EnergySampler:
         self._cpu_before = 0.0
 
     async def run(self, seconds: float = SAMPLE_SECONDS) -> None:
-        """Runs until cancelled. A sample that fails is said once and skipped."""
-        failed = ""
-        try:
-            while True:
-                try:
-                    await self.sample()
-                    failed = ""
-                except Exception as error:
-                    if repr(error) != failed:
-                        failed = repr(error)
-                        _log.exception("energy could not be sampled")
-                await asyncio.sleep(seconds)
-        finally:
-            self._meters.close()
+        """Sample until cancelled. The caller closes the meters."""
+        while True:
+            await self.sample()
+            await asyncio.sleep(seconds)
 
     async def sample(self) -> None:
         """Read everything once, and publish."""

@@ -18,6 +18,7 @@ from appliance.errors import Unavailable
 from appliance.node.supervise.engine_supervisor import EngineSupervisor
 from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor
+from appliance.telemetry.background import GuardedTask
 
 _START_SECONDS: Final = 60.0
 _ANSWER_SECONDS: Final = 600.0
@@ -94,7 +95,9 @@ class EncoderHost:
             self._client = httpx.AsyncClient(
                 transport=transport, base_url="http://encoders", timeout=_ANSWER_SECONDS, trust_env=False
             )
-            self._watching = asyncio.create_task(self._watch(), name="encoders")
+            self._watching = asyncio.create_task(
+                GuardedTask("encoders", self._watch, self._signals).run(), name="encoders"
+            )
         return self._keeper
 
     @property

@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from appliance.core import EngineStatus, Target
+from appliance.core import EngineStatus, HealthAlerts, NoAlerts, Target
 from appliance.engines.rates import decode_rate
 from appliance.errors import Busy, Unavailable
 from appliance.router.capacity.predictor import NOT_PREDICTED, InFlight, Prediction, predict, room_beside
 from appliance.router.stats.estimators import Estimators
 from appliance.state import State
+from appliance.telemetry.background import GuardedTask
 
 _RECHECK_SECONDS: Final = 1.0
 """Those who wait are looked at this often even when nobody leaves and no snapshot comes: views grow old."""
@@ -165,8 +166,15 @@ class _Queue:
 class Admission:
     """In-flight ledger and queues of all targets. Outlives reloads: requests must not notice one."""
 
-    def __init__(self, state: State, clock: Callable[[], float], experience: Estimators | None = None) -> None:
+    def __init__(
+        self,
+        state: State,
+        clock: Callable[[], float],
+        experience: Estimators | None = None,
+        alerts: HealthAlerts | None = None,
+    ) -> None:
         self._state = state
+        self._alerts = alerts or NoAlerts()
         self._clock = clock
         self._experience = experience or Estimators()
         self._places: dict[str, _Place] = {}
@@ -373,7 +381,9 @@ class Admission:
 
     def _start_pump(self) -> None:
         if self._pump is None or self._pump.done():
-            self._pump = asyncio.create_task(self._let_in_on_change(), name="admission")
+            self._pump = asyncio.create_task(
+                GuardedTask("admission", self._let_in_on_change, self._alerts).run(), name="admission"
+            )
 
     def _end_pump(self) -> None:
         if self._pump is not None and not any(place.line for place in self._places.values()):
