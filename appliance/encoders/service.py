@@ -4,8 +4,7 @@ import asyncio
 import base64
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +24,7 @@ from appliance.encoders.training.selective_risk import RiskThreshold, bounds_tab
 from appliance.encoders.two_stage import ClassifierHead, StageAnswers
 from appliance.encoders.versions import Versions, check_name
 from appliance.errors import RequestError
+from appliance.worker.server import ActiveRequests
 
 MAX_TEXTS: Final = 10_000
 MAX_INPUTS: Final = 2_048
@@ -46,26 +46,9 @@ class EncoderService:
         self.shadows = Shadows(lambda head, texts: self._answers(head, texts).probabilities)
         self.classified_batches = 0
         self.tokens_total = 0
-        self.active = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self.requests = ActiveRequests()
         self._heads: dict[str, tuple[int, ClassifierHead]] = {}
         self._loading = threading.Lock()
-
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
-        self.active += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self.active -= 1
-            if not self.active:
-                self._idle.set()
-
-    async def idle(self) -> None:
-        """Until no request is being worked on."""
-        await self._idle.wait()
 
     async def embed(self, body: Mapping[str, Any]) -> bytes:
         name, texts = _text_of(body, "model"), _texts(body.get("input"), "input", MAX_INPUTS)
@@ -313,7 +296,7 @@ class EncoderService:
         """What the CPU engine's `/load` tells, in the terms of a program that keeps no cache and writes no tokens."""
         return {
             "queued_requests": 0,
-            "running_sequences": self.active,
+            "running_sequences": self.requests.count,
             "sequences_capacity": _CAPACITY,
             "queued_prompt_tokens": 0,
             "remaining_output_tokens": 0,

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from appliance.encoders.json_log import log
 from appliance.encoders.two_stage import ClassifierHead
 from appliance.errors import ApplianceError
+from appliance.worker.json_log import log
 
 
 @dataclass(slots=True)

@@ -5,42 +5,29 @@ Exit codes: 0 clean, 2 bad arguments, 3 the model file is missing or corrupt, 4 
 
 import argparse
 import asyncio
-import logging
 import os
-import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-import uvicorn
-import uvloop
-
-from appliance.errors import ConfigError, ModelFileError
+from appliance.errors import ModelFileError
 from appliance.llamacpp.chat.prompts import PromptBuilder
 from appliance.llamacpp.decode.constraints import GrammarCompiler
 from appliance.llamacpp.engine import LlamaEngine
-from appliance.llamacpp.json_log import EngineJsonLog, log
 from appliance.llamacpp.kernels import PLAIN, Kernels, install
 from appliance.llamacpp.kv.memory_release import release_code_pages, release_freed
 from appliance.llamacpp.model import LlamaModel
-from appliance.llamacpp.process import (
-    EXIT_ARGUMENTS,
-    EXIT_CLEAN,
-    EXIT_ENGINE,
-    EXIT_MODEL_FILE,
-    bind_socket,
-    tie_to_parent,
-)
 from appliance.llamacpp.server.http import MAX_BODY_BYTES, EngineGate, ServerContext, make_app
 from appliance.llamacpp.tools.formats import SYNTAXES
 from appliance.llamacpp.weights import is_packed
+from appliance.worker import EXIT_CLEAN, EXIT_ENGINE, EXIT_MODEL_FILE
+from appliance.worker.json_log import log, log_library_warnings
+from appliance.worker.server import add_worker_arguments, run_worker, serve_app
 
-# Peers are ours, on one machine, and keep their connections; closing an idle one would race with its next use.
-_KEEP_ALIVE_SECONDS = 3_600
 # After a failure the waiting clients get their error before the socket goes.
 _LAST_WORDS_SECONDS = 2.0
 
@@ -48,48 +35,15 @@ Result = TypeVar("Result")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    logging.basicConfig(level=logging.WARNING, handlers=[EngineJsonLog()], force=True)
-    options = _arguments(argv)
-    try:
-        if options.parent_guard_fd is not None:
-            tie_to_parent(options.parent_guard_fd)
-        sock = bind_socket(options.uds)
-    except ConfigError as error:
-        log("bad_arguments", reason=str(error))
-        return EXIT_ARGUMENTS
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(serve(options, sock))
-    finally:
-        options.uds.unlink(missing_ok=True)
+    log_library_warnings()
+    return run_worker(_arguments(argv), serve)
 
 
-async def serve(options: argparse.Namespace, sock: socket.socket) -> int:
-    """Answer on `sock` from the first moment (503 while loading) until a signal or the engine ends it."""
+async def serve(options: argparse.Namespace, listener: socket.socket) -> int:
+    """Answer on `listener` from the first moment (503 while loading) until a signal or the engine ends it."""
     desk = EngineGate(max_body_bytes=options.max_body_bytes)
-    server = _Server(
-        uvicorn.Config(
-            make_app(desk),
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            date_header=False,
-            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=2,
-        )
-    )
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, _on_signal, stop)
-    serving = asyncio.create_task(server.serve(sockets=[sock]))
-    try:
+    async with serve_app(make_app(desk), listener) as stop:
         return await _live(options, desk, stop)
-    finally:
-        server.should_exit = True
-        await serving
 
 
 async def _live(options: argparse.Namespace, desk: EngineGate, stop: asyncio.Event) -> int:
@@ -150,10 +104,10 @@ async def _work(
         await engine.close(0)
     else:
         desk.close("draining", "the engine was told to stop")
-        log("draining", requests=desk.active, seconds=options.drain_seconds)
+        log("draining", requests=desk.requests.count, seconds=options.drain_seconds)
         await engine.close(options.drain_seconds)
     with suppress(TimeoutError):
-        await asyncio.wait_for(desk.idle(), _LAST_WORDS_SECONDS)
+        await asyncio.wait_for(desk.requests.wait_until_none(), _LAST_WORDS_SECONDS)
     log("stopped")
     return EXIT_CLEAN if engine.failed is None else EXIT_ENGINE
 
@@ -215,24 +169,9 @@ async def _in_daemon_thread(work: Callable[[], Result]) -> Result:
     return await done
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its own signal handling: it would close the socket first, and a drain answers 503 on it."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def _on_signal(stop: asyncio.Event) -> None:
-    if stop.is_set():  # told twice: at once
-        os._exit(EXIT_CLEAN)
-    stop.set()
-
-
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m appliance.llamacpp", description="Serve one GGUF model on a CPU.")
     parser.add_argument("--model", type=Path, required=True, help="GGUF file")
-    parser.add_argument("--uds", type=Path, required=True, help="unix socket to serve on")
     parser.add_argument("--alias", help="name of the model in the API (default: the file's name)")
     parser.add_argument("--threads", type=_positive, default=_usable_cpus(), help="default: all usable CPUs")
     parser.add_argument("--context-tokens", type=_positive, default=8_192, help="KV cells, shared by all sequences")
@@ -246,7 +185,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=_positive, default=512, help="most tokens in one step")
     parser.add_argument("--max-queued-requests", type=_positive, default=256)
     parser.add_argument("--max-body-bytes", type=_positive, default=MAX_BODY_BYTES)
-    parser.add_argument("--drain-seconds", type=float, default=20.0, help="time for running requests after SIGTERM")
     parser.add_argument("--chat-template", type=Path, help="a file that replaces the template in the model's own")
     parser.add_argument(
         "--tool-format",
@@ -254,9 +192,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="how the model writes calls (default: as its template says)",
     )
     parser.add_argument("--plain-kernels", action="store_true", help="compute with llama.cpp's own kernels alone")
-    parser.add_argument(
-        "--parent-guard-fd", type=int, help="read end of a pipe the parent holds; end when it is closed"
-    )
+    add_worker_arguments(parser)
     options = parser.parse_args(argv)
     if (
         options.lane_tokens is not None

@@ -15,7 +15,7 @@ from appliance.errors import EngineFailed
 from appliance.llamacpp import __main__ as program_module
 from appliance.llamacpp.engine import LlamaEngine
 from appliance.llamacpp.kernels import Kernels
-from appliance.llamacpp.process import bind_socket
+from appliance.worker.unix_socket import bind_unix_socket
 from tests.llamacpp.engine_program import end, eventually, health, start, until
 
 
@@ -136,7 +136,7 @@ async def test_an_engine_that_fails_ends_the_program_with_4_and_says_why(
 
     monkeypatch.setattr(program_module, "LlamaEngine", FailingEngine)
     options = program_module._arguments(["--model", str(smollm2_path), "--uds", str(tmp_path / "s"), "--threads", "1"])
-    sock = bind_socket(options.uds)
+    sock = bind_unix_socket(options.uds)
     async with asyncio.timeout(30):
         assert await program_module.serve(options, sock) == 4
     events = [json.loads(line) for line in capfd.readouterr().err.splitlines()]

@@ -165,14 +165,14 @@ async def test_leaving_before_the_first_token_cancels_at_once(
         call = asyncio.create_task(http.post("/v1/chat/completions", json={"messages": HI, "stream": stream}))
 
         async def at_work() -> bool:
-            return desk.active > 0
+            return desk.requests.count > 0
 
         await eventually(at_work)
         assert not waiting.cancelled.is_set()
         call.cancel()
         async with asyncio.timeout(5):
             await waiting.cancelled.wait()
-            await desk.idle()
+            await desk.requests.wait_until_none()
 
 
 async def test_an_item_the_engine_cannot_score_is_an_error_in_its_place(vocabulary: LlamaModel, tmp_path: Path) -> None:

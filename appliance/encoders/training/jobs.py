@@ -12,8 +12,8 @@ from typing import Any, Final, Literal
 
 import orjson
 
-from appliance.encoders.json_log import log
 from appliance.errors import Busy, NotFound
+from appliance.worker.json_log import log
 
 RunState = Literal["running", "done", "failed", "cancelled"]
 

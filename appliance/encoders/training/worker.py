@@ -19,19 +19,19 @@ import numpy as np
 import orjson
 
 from appliance.encoders.embedders import OnnxEmbedder, StaticEmbedder
-from appliance.encoders.json_log import EncoderJsonLog, log
 from appliance.encoders.model_cache import ModelCache
-from appliance.encoders.process import end_with_parent
 from appliance.encoders.training.examples import Examples
 from appliance.encoders.training.trainer import CandidateModels, train
 from appliance.encoders.versions import Versions
 from appliance.errors import ApplianceError, OperatorError
+from appliance.worker.json_log import log, log_library_warnings
+from appliance.worker.parent_guard import end_with_parent
 
 _NICENESS = 10
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.WARNING, handlers=[EncoderJsonLog()], force=True)
+    log_library_warnings()
     logging.captureWarnings(True)
     parser = argparse.ArgumentParser(prog="python -m appliance.encoders.training.worker")
     parser.add_argument("--data", type=Path, required=True)

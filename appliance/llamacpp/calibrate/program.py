@@ -37,10 +37,11 @@ from appliance.llamacpp.calibrate.speed import (
     measure_prefill,
 )
 from appliance.llamacpp.calibrate.variant_quality import ModelReadings, QualityComparison, compare, read_source, texts
-from appliance.llamacpp.json_log import log
 from appliance.llamacpp.kernels import PLAIN, install
 from appliance.llamacpp.model import LlamaModel
-from appliance.llamacpp.process import EXIT_ARGUMENTS, EXIT_CLEAN, EXIT_ENGINE, EXIT_MODEL_FILE, tie_to_parent
+from appliance.worker import EXIT_ARGUMENTS, EXIT_CLEAN, EXIT_ENGINE, EXIT_MODEL_FILE
+from appliance.worker.json_log import log
+from appliance.worker.parent_guard import tie_to_parent
 
 _SOURCE_SHARE: Final = 0.25
 """Share of the time that reading the texts with the source may take; every variant then reads as many."""

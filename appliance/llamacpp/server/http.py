@@ -1,38 +1,37 @@
 """HTTP on one unix socket: what comes in, what goes out, and who has left meanwhile."""
 
 import asyncio
-import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing, suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 import orjson
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from appliance.errors import ApplianceError, BodyTooLarge, ClientGone, EngineFailed, NotFound, RequestError, Unavailable
+from appliance.errors import ApplianceError, ClientGone, EngineFailed, RequestError, Unavailable
 from appliance.llamacpp.chat.prompts import PromptBuilder
 from appliance.llamacpp.decode.constraints import GrammarCompiler
 from appliance.llamacpp.decode.generation import GenerationRequest, RunningGeneration, SequenceEngine
-from appliance.llamacpp.json_log import log
 from appliance.llamacpp.kernels import Kernels
 from appliance.llamacpp.server.labels_api import label_ask, label_reply
 from appliance.llamacpp.server.openai_replies import Kind, ReplyWriter
 from appliance.llamacpp.server.openai_requests import chat_ask, check_model, completion_ask
 from appliance.llamacpp.server.request_models import ChatIn, CompletionIn, LabelsIn, SampledIn, TokenizeIn, parse
 from appliance.llamacpp.vocabulary import Vocabulary
+from appliance.worker.body_limits import read_body
+from appliance.worker.json_log import log
+from appliance.worker.responses import EXCEPTION_HANDLERS, INTERNAL_ERROR, json_response, raw_json_response
+from appliance.worker.server import ActiveRequests
 
 MAX_BODY_BYTES = 10_000_000
 INLINE_BODY_BYTES = 16_384
 """Up to here a request is tokenised on the event loop (below a millisecond); above, in a thread."""
-
-_OWN_MISTAKE = ApplianceError("the engine made a mistake of its own; its log says which")
 
 Result = TypeVar("Result")
 Phase = Literal["loading", "ok", "draining", "failed"]
@@ -74,9 +73,7 @@ class EngineGate:
         self.serving: ServerContext | None = None
         self.kernels = Kernels(reason="the model is being loaded")
         self.started = time.monotonic()
-        self.active = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self.requests = ActiveRequests()
 
     def open(self, serving: ServerContext) -> None:
         self.serving = serving
@@ -86,11 +83,6 @@ class EngineGate:
         """No new work. What runs goes on."""
         self.phase, self.reason = phase, reason
 
-    async def idle(self) -> None:
-        """Until no request is being worked on."""
-        while self.active:  # a stream follows its handler without a pause, but not without a gap
-            await self._idle.wait()
-
     def ready(self) -> ServerContext:
         """Raises Unavailable, with the reason, while no work is taken."""
         if self.phase != "ok" or self.serving is None:
@@ -98,17 +90,6 @@ class EngineGate:
                 raise EngineFailed(f"the engine has failed: {self.reason}; it is being restarted", status=503)
             raise Unavailable(f"the engine is {self.phase}: {self.reason}; try again", retry_after_seconds=2)
         return self.serving
-
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
-        self.active += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self.active -= 1
-            if not self.active:
-                self._idle.set()
 
 
 class EventStream(Response):
@@ -127,7 +108,7 @@ class EventStream(Response):
         self._desk, self._running, self._events, self._first = desk, running, events, first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._desk.at_work():
+        with self._desk.requests.track():
             try:
                 await _unless_gone(receive, self._send_all(send))
             except ClientGone:
@@ -149,7 +130,7 @@ class EventStream(Response):
             last = _event(error.to_openai())
         except Exception as error:  # the client must not take what it has for the whole
             log("bug", reason=f"{type(error).__name__}: {error}")
-            last = _event(_OWN_MISTAKE.to_openai())
+            last = _event(INTERNAL_ERROR.to_openai())
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
@@ -161,8 +142,8 @@ class RequestTranslator:
 
     async def health(self, request: Request) -> Response:
         if self.desk.phase == "ok":
-            return _json({"status": "ok", "kernels": self.desk.kernels.told})
-        return _json({"status": self.desk.phase, "reason": self.desk.reason}, 503)
+            return json_response({"status": "ok", "kernels": self.desk.kernels.told})
+        return json_response({"status": self.desk.phase, "reason": self.desk.reason}, 503)
 
     async def load(self, request: Request) -> Response:
         serving = self._loaded()
@@ -174,7 +155,7 @@ class RequestTranslator:
             "uptime_seconds": time.monotonic() - self.desk.started,
         }
         # decode_tokens_per_second has numbers for keys
-        return _raw_json(orjson.dumps(load, option=orjson.OPT_NON_STR_KEYS))
+        return raw_json_response(orjson.dumps(load, option=orjson.OPT_NON_STR_KEYS))
 
     async def models(self, request: Request) -> Response:
         serving = self._loaded()
@@ -194,11 +175,11 @@ class RequestTranslator:
             "reasoning_format": serving.prompts.style.reasoning,
         }
         row = {"id": serving.alias, "object": "model", "created": 0, "owned_by": "local", "meta": meta}
-        return _json({"object": "list", "data": [row]})
+        return json_response({"object": "list", "data": [row]})
 
     async def tokenize(self, request: Request) -> Response:
         serving = self._loaded()
-        body = await self._body(request)
+        body = await read_body(request, self.desk.max_body_bytes)
         call = parse(TokenizeIn, body)
         if (call.content is None) == (call.messages is None):
             raise RequestError("content: give exactly one of content and messages", param="content")
@@ -209,11 +190,11 @@ class RequestTranslator:
             return serving.prompts.raw(call.content or "")
 
         found = await _off_loop(len(body), tokens)
-        return _json({"tokens": found, "count": len(found)})
+        return json_response({"tokens": found, "count": len(found)})
 
     async def chat(self, request: Request) -> Response:
         serving = self.desk.ready()
-        body = await self._body(request)
+        body = await read_body(request, self.desk.max_body_bytes)
         call = parse(ChatIn, body)
         check_model(call.model, serving.alias)
         ask = await _off_loop(len(body), lambda: chat_ask(call, serving.prompts, serving.model))
@@ -221,7 +202,7 @@ class RequestTranslator:
 
     async def completions(self, request: Request) -> Response:
         serving = self.desk.ready()
-        body = await self._body(request)
+        body = await read_body(request, self.desk.max_body_bytes)
         call = parse(CompletionIn, body)
         check_model(call.model, serving.alias)
         ask = await _off_loop(len(body), lambda: completion_ask(call, serving.prompts, serving.model))
@@ -229,7 +210,7 @@ class RequestTranslator:
 
     async def labels(self, request: Request) -> Response:
         serving = self.desk.ready()
-        call = parse(LabelsIn, await self._body(request))
+        call = parse(LabelsIn, await read_body(request, self.desk.max_body_bytes))
         check_model(call.model, serving.alias)
 
         async def reply() -> bytes:
@@ -237,8 +218,8 @@ class RequestTranslator:
             scores = await serving.engine.score(list(ask.items.values())) if ask.items else []
             return await asyncio.to_thread(lambda: orjson.dumps(label_reply(ask, scores, serving.alias)))
 
-        with self.desk.at_work():
-            return _raw_json(await _unless_gone(request.receive, reply()))
+        with self.desk.requests.track():
+            return raw_json_response(await _unless_gone(request.receive, reply()))
 
     async def _generate(
         self, request: Request, serving: ServerContext, kind: Kind, call: SampledIn, ask: GenerationRequest
@@ -247,7 +228,7 @@ class RequestTranslator:
         writer = ReplyWriter.new(
             kind, serving.alias, serving.model, logprobs=ask.logprobs is not None, include_usage=usage_wanted
         )
-        with self.desk.at_work():
+        with self.desk.requests.track():
             running = await RunningGeneration.start(serving.engine, serving.model, serving.grammars, ask)
             try:
                 if call.stream:
@@ -261,29 +242,11 @@ class RequestTranslator:
                 await running.aclose()
                 raise
             await running.aclose()
-            return _json(writer.whole(choices, running.usage))
+            return json_response(writer.whole(choices, running.usage))
 
     def _loaded(self) -> ServerContext:
         """For reading only, so also while draining."""
         return self.desk.serving or self.desk.ready()
-
-    async def _body(self, request: Request) -> bytes:
-        limit = self.desk.max_body_bytes
-        refusal = BodyTooLarge(f"the body has more than {limit} bytes; send less in one call")
-        declared = request.headers.get("content-length", "0")
-        if declared.isdigit() and int(declared) > limit:
-            raise refusal
-        chunks: list[bytes] = []
-        size = 0
-        try:
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
-                    raise refusal
-                chunks.append(chunk)
-        except ClientDisconnect:
-            raise ClientGone("the client closed the connection while it was sending") from None
-        return b"".join(chunks)
 
 
 def make_app(desk: EngineGate) -> Starlette:
@@ -298,7 +261,7 @@ def make_app(desk: EngineGate) -> Starlette:
             Route("/v1/completions", dialect.completions, methods=["POST"]),
             Route("/v1/labels", dialect.labels, methods=["POST"]),
         ],
-        exception_handlers={ApplianceError: _on_error, HTTPException: _on_http_error, Exception: _on_bug},
+        exception_handlers=EXCEPTION_HANDLERS,
     )
 
 
@@ -345,36 +308,3 @@ async def _off_loop(body_bytes: int, work: Callable[[], Result]) -> Result:
 
 def _event(value: Mapping[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"
-
-
-def _json(value: Mapping[str, Any], status: int = 200) -> Response:
-    return _raw_json(orjson.dumps(value), status)
-
-
-def _raw_json(body: bytes, status: int = 200) -> Response:
-    return Response(body, status, media_type="application/json")
-
-
-def error_response(error: ApplianceError) -> Response:
-    response = _json(error.to_openai(), error.status)
-    if error.retry_after_seconds is not None:
-        response.headers["retry-after"] = str(max(1, math.ceil(error.retry_after_seconds)))
-    return response
-
-
-async def _on_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApplianceError)
-    if error.status >= 500:
-        log("request_failed", path=request.url.path, code=error.code, reason=error.message)
-    return error_response(error)
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    path = f"{request.method} {request.url.path}"
-    return error_response(NotFound(f"{path}: {error.detail}; see the list of endpoints", status=error.status_code))
-
-
-async def _on_bug(request: Request, error: Exception) -> Response:
-    log("bug", path=request.url.path, reason=f"{type(error).__name__}: {error}")
-    return error_response(_OWN_MISTAKE)
