@@ -15,7 +15,7 @@ _PR_SET_PDEATHSIG: Final = 1
 
 
 def tie_to_parent(parent_guard_fd: int) -> None:
-    """End this process the moment its parent is gone. `parent_guard_fd` is the read end of a pipe whose other end it holds.
+    """End this process the moment its parent is gone: the parent holds the other end of this pipe open.
 
     The kernel is asked for SIGKILL as well, in case another process inherited that other end.
     Raises ConfigError when the descriptor is not open.
