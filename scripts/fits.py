@@ -7,8 +7,9 @@ from typing import Final
 from appliance.catalog import Catalog, DevicePrior, ModelSpec, load_catalog
 from appliance.config import EngineSettings
 from appliance.node.hardware.probe import Hardware
-from appliance.node.plan.hypothetical_hardware import machine_of
-from appliance.node.plan.planner import ModelCandidate, Plan, plan
+from appliance.node.plan.hypothetical_hardware import build_hypothetical_hardware
+from appliance.node.plan.models import ModelCandidate, Plan
+from appliance.node.plan.planner import plan_placements
 
 _NOWHERE: Final = Path()
 """Nothing has been pulled."""
@@ -32,12 +33,14 @@ def fit_tables() -> str:
 def verdict(hardware: Hardware, model: ModelSpec, engine: str) -> Plan:
     """What the planner makes of this model alone, in its variants for this engine."""
     from_catalogue = [variant for variant in model.variants if variant.engine == engine]
-    return plan(hardware, [ModelCandidate(model, variant, _NOWHERE) for variant in from_catalogue], EngineSettings())
+    return plan_placements(
+        hardware, [ModelCandidate(model, variant, _NOWHERE) for variant in from_catalogue], EngineSettings()
+    )
 
 
 def _table(catalog: Catalog, devices: Sequence[DevicePrior], engine: str) -> str:
     names = [device.name.partition("-")[2] for device in devices]
-    machines = [machine_of(device) for device in devices]
+    machines = [build_hypothetical_hardware(device) for device in devices]
     rows = [f"| model | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     models = [model for model in catalog.models if not model.measuring_only]
     for model in sorted(models, key=lambda model: model.parameters):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from appliance.engines.vllm import InstalledVllm
-from appliance.node.vllm.environments import engines_folder, found_in, installed
+from appliance.node.vllm.environments import find_vllm, list_installed, locate_engines_folder
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ def real_vllm() -> RealVllm:
 def _environment(peers: Path) -> InstalledVllm | None:
     given = os.environ.get("APPLIANCE_TEST_VLLM")
     if given:
-        return found_in(Path(given))
-    here = [*installed(engines_folder(os.environ)), *installed(peers)]
+        return find_vllm(Path(given))
+    here = [*list_installed(locate_engines_folder(os.environ)), *list_installed(peers)]
     return next((one for one in here if one.is_cpu), None)
 
 

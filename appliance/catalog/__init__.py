@@ -103,9 +103,9 @@ def load_catalog(extra_model_folders: Sequence[Path] = ()) -> Catalog:
 
     Raises ConfigError with file, line and field.
     """
-    folders = [data_folder("model_configs"), *extra_model_folders]
+    folders = [find_data_folder("model_configs"), *extra_model_folders]
     models = [load_model(path) for folder in folders for path in sorted(folder.glob("*.toml"))]
-    devices = [load_device(path) for path in sorted(data_folder("hardware").glob("*.toml"))]
+    devices = [load_device(path) for path in sorted(find_data_folder("hardware").glob("*.toml"))]
     seen: set[str] = set()
     for model in models:
         if model.name in seen:
@@ -117,7 +117,7 @@ def load_catalog(extra_model_folders: Sequence[Path] = ()) -> Catalog:
     return Catalog(models=tuple(models), devices=tuple(devices))
 
 
-def data_folder(name: Literal["model_configs", "hardware"]) -> Path:
+def find_data_folder(name: Literal["model_configs", "hardware"]) -> Path:
     """Where the data files lie: beside the package in a checkout, inside it when it was installed."""
     package = Path(__file__).resolve().parent.parent
     places = (package.parent / name, package / "_data" / name)

@@ -13,8 +13,8 @@ from appliance.cli.output import say_json, stdout
 from appliance.config import NodeConfig, load_config
 from appliance.errors import ConfigError, LedgerUnavailable
 from appliance.ledger.keys import list_keys
-from appliance.node.doctor.checks import DoctorFacts, examine
-from appliance.node.doctor.facts import gather
+from appliance.node.doctor.checks import DoctorFacts, run_checks
+from appliance.node.doctor.facts import gather_facts
 from appliance.serve import ledger_url
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
@@ -32,7 +32,7 @@ def doctor_command(
     Exit code 0: nothing keeps a node from running (warnings are told); 1: something does; 2: used wrongly.
     """
     facts = _gather(config_path, data_dir, full=full)
-    findings = examine(facts)
+    findings = run_checks(facts)
     worst = {finding.level for finding in findings}
     is_well = "error" not in worst and not (strict and "warning" in worst)
     if as_json:
@@ -54,7 +54,7 @@ def _gather(config_path: Path | None, data_dir: Path | None, *, full: bool) -> D
         config, problem = NodeConfig(), str(error)
     home = data_dir_of(data_dir, config)
     url = ledger_url(config, home)
-    return gather(
+    return gather_facts(
         config,
         home,
         ledger=url,

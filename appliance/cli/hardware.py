@@ -12,20 +12,21 @@ from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, catal
 from appliance.cli.output import bytes_text, guarded, say, say_json, stdout
 from appliance.config import EngineModel, EngineSettings, load_config
 from appliance.engines.base import Placement
-from appliance.node.calibrate.gpu_memory_records import read_records
-from appliance.node.hardware.gpu_devices import devices_of
+from appliance.node.calibrate.gpu_memory_records import read_gpu_records
+from appliance.node.hardware.gpu_devices import list_usable_devices
 from appliance.node.hardware.nvidia import Gpu
-from appliance.node.hardware.probe import Hardware, probe
+from appliance.node.hardware.probe import Hardware, probe_hardware
 from appliance.node.models.model_store import ModelStore
-from appliance.node.plan.gpu_fit import Records
-from appliance.node.plan.hypothetical_hardware import machine_of
-from appliance.node.plan.planner import ModelCandidate, Plan, plan
-from appliance.node.plan.variant_selection import candidates
+from appliance.node.plan.gpu_fit import OverheadRecords
+from appliance.node.plan.hypothetical_hardware import build_hypothetical_hardware
+from appliance.node.plan.models import ModelCandidate, Plan
+from appliance.node.plan.planner import plan_placements
+from appliance.node.plan.variant_selection import list_candidates
 
 
 def probe_command(as_json: JsonOption = False) -> None:
     """Measure this machine: processors, memory and GPUs as this program may use them."""
-    hardware = probe()
+    hardware = probe_hardware()
     if as_json:
         say_json(hardware.to_dict())
         return
@@ -67,15 +68,15 @@ def plan_command(
     config = guarded(lambda: load_config(config_path))
     home = data_dir_of(data_dir, config)
     catalog, store = catalog_of(home), ModelStore(home)
-    hardware = probe()
+    hardware = probe_hardware()
     if device is not None:
         prior = guarded(lambda: _prior(device, catalog))
         ram = None if memory_gib is None else int(memory_gib * (1 << 30))
-        hardware = machine_of(prior, gpus=gpus, cores=cores, memory_bytes=ram)
-    has_gpus = bool(devices_of(hardware)[0])
+        hardware = build_hypothetical_hardware(prior, gpus=gpus, cores=cores, memory_bytes=ram)
+    has_gpus = bool(list_usable_devices(hardware)[0])
     names = models or ([name] if name is not None else [model.name for model in catalog.models])
     groups = [_candidates(one, catalog, store, has_gpus) for one in names]
-    records = read_records(home)
+    records = read_gpu_records(home)
     rows = (_together if models else _each)(hardware, groups, config.engine, records)
     if as_json:
         say_json({"fingerprint": hardware.fingerprint, "candidates": rows})
@@ -84,7 +85,7 @@ def plan_command(
 
 
 def _candidates(name: str, catalog: Catalog, store: ModelStore, has_gpus: bool) -> tuple[ModelCandidate, ...]:
-    return guarded(lambda: candidates(EngineModel(name=name), catalog, store, has_gpus=has_gpus))
+    return guarded(lambda: list_candidates(EngineModel(name=name), catalog, store, has_gpus=has_gpus))
 
 
 def _prior(name: str, catalog: Catalog) -> DevicePrior:
@@ -92,20 +93,20 @@ def _prior(name: str, catalog: Catalog) -> DevicePrior:
 
 
 def _each(
-    hardware: Hardware, groups: list[tuple[ModelCandidate, ...]], engine: EngineSettings, records: Records
+    hardware: Hardware, groups: list[tuple[ModelCandidate, ...]], engine: EngineSettings, records: OverheadRecords
 ) -> list[dict[str, Any]]:
     """Each variant by itself: the question is what could run, not what runs together."""
     rows = []
     for wanted in (one for group in groups for one in group):
-        rows += _rows([wanted], plan(hardware, [wanted], engine, records))
+        rows += _rows([wanted], plan_placements(hardware, [wanted], engine, records))
     return rows
 
 
 def _together(
-    hardware: Hardware, groups: list[tuple[ModelCandidate, ...]], engine: EngineSettings, records: Records
+    hardware: Hardware, groups: list[tuple[ModelCandidate, ...]], engine: EngineSettings, records: OverheadRecords
 ) -> list[dict[str, Any]]:
     wanted = [one for group in groups for one in group]
-    return _rows(wanted, plan(hardware, wanted, engine, records))
+    return _rows(wanted, plan_placements(hardware, wanted, engine, records))
 
 
 def _rows(wanted: list[ModelCandidate], outcome: Plan) -> list[dict[str, Any]]:

@@ -21,15 +21,16 @@ from appliance.config import EngineSettings, NodeConfig, load_config
 from appliance.engines.base import Placement
 from appliance.errors import ApplianceError
 from appliance.node.calibrate.calibration import Calibration
-from appliance.node.calibrate.gpu_memory_records import read_records
-from appliance.node.hardware.gpu_devices import devices_of
-from appliance.node.hardware.probe import Hardware, probe
+from appliance.node.calibrate.gpu_memory_records import read_gpu_records
+from appliance.node.hardware.gpu_devices import list_usable_devices
+from appliance.node.hardware.probe import Hardware, probe_hardware
 from appliance.node.models.model_store import ModelStore
-from appliance.node.plan.planner import ModelCandidate, Plan, plan
-from appliance.node.plan.recommendation import best_candidate
-from appliance.node.plan.serving_plan import line_up
-from appliance.node.plan.variant_selection import candidates, wanted
-from appliance.node.vllm.environments import launchable
+from appliance.node.plan.models import ModelCandidate, Plan
+from appliance.node.plan.planner import plan_placements
+from appliance.node.plan.recommendation import recommend_model
+from appliance.node.plan.serving_plan import build_serving_plan
+from appliance.node.plan.variant_selection import list_candidates, select_candidate
+from appliance.node.vllm.environments import load_vllm_adapters
 from appliance.serve import NodeSpec, RunningNode, check_free, prepare, serve
 
 
@@ -49,9 +50,13 @@ def serve_command(
     started = time.monotonic()
     config = _with_options(guarded(lambda: load_config(config_path)), host, port, model)
     home = data_dir_of(data_dir, config)
-    catalog, store, hardware = catalog_of(home), ModelStore(home), probe()
-    engines: set[EngineKind] = {"llamacpp", "encoder", *guarded(lambda: launchable(config.engine, home, os.environ))}
-    has_gpus = "vllm" in engines and bool(devices_of(hardware)[0])
+    catalog, store, hardware = catalog_of(home), ModelStore(home), probe_hardware()
+    engines: set[EngineKind] = {
+        "llamacpp",
+        "encoder",
+        *guarded(lambda: load_vllm_adapters(config.engine, home, os.environ)),
+    }
+    has_gpus = "vllm" in engines and bool(list_usable_devices(hardware)[0])
 
     def check(placements: tuple[Placement, ...]) -> None:
         """What can be told at once is told before a model is pulled and measured."""
@@ -112,13 +117,13 @@ def _one_model(
     engine: EngineSettings, check: _Check, catalog: Catalog, store: ModelStore, hardware: Hardware, home: Path
 ) -> _Serving:
     """One model on the processor, in the variant that was measured to be quickest."""
-    chosen = guarded(lambda: wanted(engine, catalog, store))
-    placements = plan(hardware, [chosen], engine).placements
+    chosen = guarded(lambda: select_candidate(engine, catalog, store))
+    placements = plan_placements(hardware, [chosen], engine).placements
     if placements:
         check(placements)
     _pull(store, chosen)
     measured, calibration = first_start(chosen, engine, home, hardware, store)
-    outcome = plan(hardware, measured, engine)
+    outcome = plan_placements(hardware, measured, engine)
     if not outcome.placements:
         fail(f"{chosen.model.name} cannot be served here: {outcome.refusals[0].reason}")
     advice = _advice(catalog, hardware, chosen, calibration)
@@ -137,10 +142,10 @@ def _line_up(
 ) -> _Serving:
     """Several models, or one with GPUs at hand: planned together, pulled where they are not here."""
     groups = [
-        guarded(lambda wish=wish: candidates(wish, catalog, store, has_gpus=has_gpus))  # type: ignore[misc]
+        guarded(lambda wish=wish: list_candidates(wish, catalog, store, has_gpus=has_gpus))  # type: ignore[misc]
         for wish in engine.wanted_models
     ]
-    found = line_up(hardware, groups, engine, engines, read_records(home))
+    found = build_serving_plan(hardware, groups, engine, engines, read_gpu_records(home))
     for refusal in found.missing:
         stderr.print(f"{refusal.model} cannot be served here: {refusal.reason}")
     if not found.placements:
@@ -260,7 +265,7 @@ def _advice(catalog: Catalog, hardware: Hardware, chosen: ModelCandidate, calibr
     if not chosen.model.embedded:
         return ""
     lines = [f"{chosen.model.name} is for trying things out: its answers are often wrong. It shows how the node works."]
-    better = best_candidate(hardware, catalog, calibration.measurement if calibration else None)
+    better = recommend_model(hardware, catalog, calibration.measurement if calibration else None)
     if better is None or better.model.parameters <= chosen.model.parameters:
         return f"{lines[0]}\nNo larger model of the catalogue would be quick here: `appliance plan` says what fits.\n"
     name, variant = better.model.name, better.variant.name

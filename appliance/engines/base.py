@@ -100,7 +100,7 @@ class Placement:
         return f"onsite/{self.model}"
 
 
-class Gauges(Protocol):
+class LoadReader(Protocol):
     """Reads what one running engine tells of its load; may remember what it needs between two readings."""
 
     @property
@@ -112,7 +112,7 @@ class Gauges(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class LoadProbe:
+class ProbeRequest:
     """A request for the least possible work, sent where nothing moves: whether the engine still computes."""
 
     path: str
@@ -146,13 +146,13 @@ class EngineAdapter(Protocol):
         """Variables the program needs beside those that every engine gets. `folder` is private to this engine, and is
         emptied when it has ended."""
 
-    def gauges(self, placement: Placement) -> Gauges:
+    def gauges(self, placement: Placement) -> LoadReader:
         """A reader of its load, for one run of the engine."""
 
-    def probe(self, placement: Placement) -> LoadProbe | None:
+    def probe(self, placement: Placement) -> ProbeRequest | None:
         """What to ask where nothing moves; None: its gauges tell the truth when it hangs."""
 
-    def warm_up(self, placement: Placement) -> LoadProbe | None:
+    def warm_up(self, placement: Placement) -> ProbeRequest | None:
         """Work to begin with, from which its gauges learn how fast it is; None: it measures itself. Until somebody has
         measured it an engine counts as slow, and requests that may go elsewhere do."""
 
@@ -190,7 +190,7 @@ def read_load(payload: Any) -> EngineLoad:
         raise BackendGarbage(f"the engine's /load is not what it promises: {field}: {first['msg']}") from error
 
 
-class LoadPage:
+class LoadEndpointReader:
     """`/load` as our own engines tell it."""
 
     path = "/load"
@@ -212,13 +212,13 @@ class EngineDefaults:
     def environment(self, placement: Placement, folder: Path) -> Mapping[str, str]:
         return {}
 
-    def gauges(self, placement: Placement) -> Gauges:
-        return LoadPage()
+    def gauges(self, placement: Placement) -> LoadReader:
+        return LoadEndpointReader()
 
-    def probe(self, placement: Placement) -> LoadProbe | None:
+    def probe(self, placement: Placement) -> ProbeRequest | None:
         return None
 
-    def warm_up(self, placement: Placement) -> LoadProbe | None:
+    def warm_up(self, placement: Placement) -> ProbeRequest | None:
         return None
 
     def progress(self, lines: Sequence[str]) -> str:
@@ -237,6 +237,6 @@ class EngineDefaults:
         return ()
 
 
-def command_line(words: Sequence[str], options: dict[str, object]) -> list[str]:
+def build_command_line(words: Sequence[str], options: dict[str, object]) -> list[str]:
     """`words`, then every option with its value."""
     return [*words, *(part for name, value in options.items() for part in (name, str(value)))]

@@ -6,7 +6,7 @@ from typing import Final
 
 from appliance.catalog import EngineKind, ModelSpec, Variant
 from appliance.core import Ability
-from appliance.engines.base import EngineDefaults, EngineMemory, EngineShape, Placement, command_line
+from appliance.engines.base import EngineDefaults, EngineMemory, EngineShape, Placement, build_command_line
 from appliance.engines.llamacpp import LlamaCpp
 
 MODEL: Final = "encoders"
@@ -37,7 +37,7 @@ class Encoder(EngineDefaults):
         self, python: str, placement: Placement, *, socket: Path, parent_guard_fd: int, drain_seconds: float
     ) -> list[str]:
         """`placement.path` is the data directory."""
-        return command_line(
+        return build_command_line(
             [python, "-m", "appliance.encoders"],
             {
                 "--uds": socket,
@@ -63,7 +63,7 @@ class Encoder(EngineDefaults):
         return frozenset(model.abilities) & {"embeddings"}
 
 
-def encoder_placement(home: Path, threads: int) -> Placement:
+def build_encoder_placement(home: Path, threads: int) -> Placement:
     """The one encoder program of the node whose data directory is `home`."""
     return Placement(
         model=MODEL,
@@ -77,7 +77,7 @@ def encoder_placement(home: Path, threads: int) -> Placement:
     )
 
 
-def has_work(home: Path) -> bool:
+def has_encoder_work(home: Path) -> bool:
     """Whether there is anything for an encoder program: a classifier, or an embedding model that was pulled."""
     if any((home / CLASSIFIERS).glob("*/serving.json")):
         return True

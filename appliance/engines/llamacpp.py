@@ -7,7 +7,7 @@ from typing import Final
 
 from appliance.catalog import EngineKind, ModelSpec, Variant
 from appliance.core import Ability
-from appliance.engines.base import EngineDefaults, EngineMemory, Placement, command_line
+from appliance.engines.base import EngineDefaults, EngineMemory, Placement, build_command_line
 
 _PASS_TOKENS: Final = 256
 """The engine computes so many tokens at once; a longer batch takes several passes."""
@@ -65,7 +65,7 @@ class LlamaCpp(EngineDefaults):
         After SIGTERM the engine gives running requests up in time to end by itself within `drain_seconds`.
         """
         shape = placement.shape
-        return command_line(
+        return build_command_line(
             [python, "-m", "appliance.llamacpp"],
             {
                 "--model": placement.path,

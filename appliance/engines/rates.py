@@ -9,7 +9,7 @@ _PRIOR_DECODE: Final = 10.0
 """Tokens/s before an engine has measured itself: a slow machine, so that nothing is promised that was not seen."""
 
 
-def busy_seconds(load: EngineLoad, prompt_tokens: int, output_tokens: int) -> float | None:
+def estimate_busy_seconds(load: EngineLoad, prompt_tokens: int, output_tokens: int) -> float | None:
     """Engine time that so many tokens stand for; None where the engine has not measured itself yet.
 
     Each token is charged its share of the engine's rate with all sequences running together, so that the sum over
@@ -19,10 +19,10 @@ def busy_seconds(load: EngineLoad, prompt_tokens: int, output_tokens: int) -> fl
         return None
     together = max(1, load.running_sequences)
     seconds = prompt_tokens / load.prefill_tokens_per_second
-    return seconds + output_tokens / decode_rate(load.decode_tokens_per_second, together)
+    return seconds + output_tokens / interpolate_decode_rate(load.decode_tokens_per_second, together)
 
 
-def decode_rate(measured: Mapping[int, float], sequences: int) -> float:
+def interpolate_decode_rate(measured: Mapping[int, float], sequences: int) -> float:
     """Tokens/s over `sequences` running together, between the nearest measured numbers of sequences."""
     points = sorted((count, rate) for count, rate in measured.items() if rate > 0)
     if not points:

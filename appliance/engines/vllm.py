@@ -12,7 +12,7 @@ from typing import Final
 from appliance.catalog import EngineKind, ModelSpec, Variant
 from appliance.core import Ability
 from appliance.engines import vllm_flags, vllm_log
-from appliance.engines.base import EngineDefaults, EngineMemory, Gauges, LoadProbe, Placement
+from appliance.engines.base import EngineDefaults, EngineMemory, LoadReader, Placement, ProbeRequest
 from appliance.engines.vllm_metrics import VllmMetrics
 
 _PROGRAM_BYTES: Final = 1_900_000_000
@@ -55,7 +55,7 @@ class InstalledVllm:
         return self.folder / "bin" / "vllm"
 
 
-def as_settings(options: Sequence[str]) -> vllm_flags.Settings:
+def parse_settings(options: Sequence[str]) -> vllm_flags.Settings:
     """A command line's words as settings: `--dtype float16 --enforce-eager`, or `--dtype=float16`."""
     settings: list[tuple[str, str]] = []
     for word in options:
@@ -99,7 +99,7 @@ class Vllm(EngineDefaults):
         guard += ["--without", "PYTHONPATH", "--path", str(self.installed.folder / "bin"), "--"]
         serve = [str(self.installed.python), str(self.installed.program), "serve", str(placement.path)]
         settings = self._settings(placement, socket, drain_seconds) | dict(placement.settings)
-        return [*guard, *serve, *vllm_flags.words(vllm_flags.understood(settings, self._version))]
+        return [*guard, *serve, *vllm_flags.format_options(vllm_flags.filter_known_options(settings, self._version))]
 
     def _settings(self, placement: Placement, socket: Path, drain_seconds: float) -> dict[str, str]:
         shape = placement.shape
@@ -146,29 +146,31 @@ class Vllm(EngineDefaults):
             variables["VLLM_SERVER_DEV_MODE"] = "1"
         return variables
 
-    def gauges(self, placement: Placement) -> Gauges:
+    def gauges(self, placement: Placement) -> LoadReader:
         return VllmMetrics(placement.shape.sequences, placement.shape.context_tokens)
 
-    def probe(self, placement: Placement) -> LoadProbe | None:
+    def probe(self, placement: Placement) -> ProbeRequest | None:
         """One token. Needed because its health page says 200 and its gauges say 0 while its engine core hangs."""
         if not placement.abilities & {"chat", "completions"}:
             return None
         body = {"model": placement.model, "prompt": "1", "max_tokens": 1, "temperature": 0, "priority": _PROBE_PRIORITY}
-        return LoadProbe("/v1/completions", body)
+        return ProbeRequest("/v1/completions", body)
 
-    def warm_up(self, placement: Placement) -> LoadProbe | None:
+    def warm_up(self, placement: Placement) -> ProbeRequest | None:
         """A prompt of some hundred tokens and a few to write. Behind everything else that may have come by then."""
         if self.probe(placement) is None:
             return None
         words = min(_WARM_UP_WORDS, placement.shape.sequence_context_tokens // 8)
         body = {"model": placement.model, "prompt": " ".join(map(str, range(words))), "max_tokens": _WARM_UP_TOKENS}
-        return LoadProbe("/v1/completions", body | {"ignore_eos": True, "temperature": 0, "priority": -_PROBE_PRIORITY})
+        return ProbeRequest(
+            "/v1/completions", body | {"ignore_eos": True, "temperature": 0, "priority": -_PROBE_PRIORITY}
+        )
 
     def progress(self, lines: Sequence[str]) -> str:
-        return vllm_log.progress(lines)
+        return vllm_log.parse_progress(lines)
 
     def last_words(self, lines: Sequence[str]) -> str:
-        return vllm_log.last_words(lines)
+        return vllm_log.find_crash_reason(lines)
 
     def smaller(self, placement: Placement, last_words: str) -> Placement | None:
         """Less of everything that its memory grows with; what it says would fit is believed.
@@ -177,14 +179,14 @@ class Vllm(EngineDefaults):
         """
         if not vllm_log.is_short_of_memory(last_words):
             return None
-        return _smaller(placement, vllm_log.fitting_length_tokens(last_words))
+        return _smaller(placement, vllm_log.parse_fitting_length_tokens(last_words))
 
     def sleeps(self, placement: Placement) -> bool:
         """Sleep mode is CUDA's and ROCm's alone; on a CPU its option ends the start."""
         return placement.gpu is not None and ("--enable-sleep-mode", "") in placement.settings
 
     def settings(self, model: ModelSpec) -> vllm_flags.Settings:
-        return vllm_flags.parsers(model.family, model.name)
+        return vllm_flags.find_parsers(model.family, model.name)
 
     def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> EngineMemory:
         """On a CPU, in whole blocks. What its GPUs hold is the planner's arithmetic."""

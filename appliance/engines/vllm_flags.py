@@ -75,7 +75,7 @@ def read_version(text: str) -> Version:
     return int(found[1]), int(found[2]), int(found[3] or 0)
 
 
-def parsers(family: str, name: str) -> Settings:
+def find_parsers(family: str, name: str) -> Settings:
     """The options that make vLLM read a model's tool calls and thoughts; empty where none is known for it."""
     words = f"{family} {name}".lower()
     for pattern, tools, reasoning in _PARSERS:
@@ -89,7 +89,7 @@ def parsers(family: str, name: str) -> Settings:
     return ()
 
 
-def understood(settings: Mapping[str, str], version: Version) -> dict[str, str]:
+def filter_known_options(settings: Mapping[str, str], version: Version) -> dict[str, str]:
     """Those of `settings` that `version` accepts."""
     return {name: value for name, value in settings.items() if _is_known(name, version)}
 
@@ -100,6 +100,6 @@ def _is_known(name: str, version: Version) -> bool:
     return version >= _SINCE.get(name, (0, 0, 0))
 
 
-def words(settings: Mapping[str, str]) -> list[str]:
+def format_options(settings: Mapping[str, str]) -> list[str]:
     """As a command line: an empty value stands for an option that takes none."""
     return [word for name, value in settings.items() for word in (name, value) if word]

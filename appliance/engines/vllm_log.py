@@ -47,7 +47,7 @@ _STAGES: Final = (
 _NOISE: Final = re.compile(r"torch\.compile, CUDAGraphs|disabling torch\.compile")
 
 
-def progress(lines: Sequence[str]) -> str:
+def parse_progress(lines: Sequence[str]) -> str:
     """What the start has come to, in words; empty before the first sign."""
     for line in reversed(lines):
         if _NOISE.search(line):
@@ -59,7 +59,7 @@ def progress(lines: Sequence[str]) -> str:
     return ""
 
 
-def last_words(lines: Sequence[str]) -> str:
+def find_crash_reason(lines: Sequence[str]) -> str:
     """Why it ended: the root cause where there is one, else the last thing that was written."""
     said = {"Worker": "", "EngineCore": "", "other": ""}
     for line in lines:
@@ -80,7 +80,7 @@ def is_short_of_memory(words: str) -> bool:
     return _SHORT_OF_MEMORY.search(words) is not None
 
 
-def fitting_length_tokens(words: str) -> int | None:
+def parse_fitting_length_tokens(words: str) -> int | None:
     """The longest sequence that its KV cache would hold, where it says so."""
     found = _FITTING_LENGTH.search(words)
     return int(found[1]) if found else None

@@ -39,7 +39,7 @@ class VllmOverheads:
     other_bytes: int
 
 
-def device_memory(
+def estimate_device_memory(
     model: ModelSpec,
     variant: Variant,
     *,
@@ -72,14 +72,14 @@ def device_memory(
     )
 
 
-def splits(model: ModelSpec, devices: int) -> bool:
+def can_split(model: ModelSpec, devices: int) -> bool:
     """Whether one copy can be split over so many devices: whole query heads, and whole KV heads or copies of them."""
     if model.heads % devices:
         return False
     return model.latent_elements is not None or model.kv_heads % devices == 0 or devices % model.kv_heads == 0
 
 
-def refusal(variant: Variant, compute_capability: str | None, kv_dtype: str) -> str | None:
+def explain_refusal(variant: Variant, compute_capability: str | None, kv_dtype: str) -> str | None:
     """Why a device cannot compute this precision; None where it can. Limits as vLLM 0.33 has them, except FP8: below
     8.9 it would be unpacked on the way, which costs the speed that it is chosen for."""
     if compute_capability is None:
@@ -96,7 +96,7 @@ def refusal(variant: Variant, compute_capability: str | None, kv_dtype: str) -> 
     return None
 
 
-def remark(variant: Variant, compute_capability: str | None) -> str:
+def describe_precision(variant: Variant, compute_capability: str | None) -> str:
     """What is to be known of a precision that a device only unpacks; empty where it computes with it."""
     if variant.quantisation in ("MXFP4", "NVFP4") and float(compute_capability or 0) < 10:
         return f"{variant.quantisation} saves memory here and no time: the device has no 4-bit arithmetic"

@@ -5,7 +5,7 @@ from typing import Final
 
 from appliance.config import CostSettings
 from appliance.core import CostBasis, EngineStatus, Price, Target, Usage
-from appliance.engines.rates import busy_seconds
+from appliance.engines.rates import estimate_busy_seconds
 
 ASSUMED_WATTS_PER_BUSY_CORE: Final = 10.0
 """A server core under load, with its share of memory and fans; used until the operator or a meter says better."""
@@ -49,7 +49,7 @@ def onsite_bill(
     if view is None or view.load is None:
         return None
     fresh = max(0, usage.prompt_tokens - usage.cached_tokens)
-    seconds = busy_seconds(view.load, fresh, usage.completion_tokens)
+    seconds = estimate_busy_seconds(view.load, fresh, usage.completion_tokens)
     if seconds is None:
         return None
     watts, energy_basis = busy_watts(view, cost, cores)

@@ -14,12 +14,12 @@ from appliance.jobs.lines.executor import LineExecutor
 from appliance.jobs.manager import JobManager
 from appliance.jobs.metrics import JobMetrics
 from appliance.jobs.provider.lines import ProviderLines
-from appliance.node.plan.planner import ENGINES
+from appliance.node.plan.planner import ENGINE_ADAPTERS
 from appliance.node.supervise.encoder_host import EncoderHost
 from appliance.node.supervise.launcher import ChildLauncher
 from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor
-from appliance.node.vllm.environments import launchable
+from appliance.node.vllm.environments import load_vllm_adapters
 from appliance.quality.learning import CascadeLearning
 from appliance.quality.metrics import LearningMetrics
 from appliance.quality.store import LearningStore
@@ -33,7 +33,7 @@ _log = structlog.get_logger(__name__)
 
 
 def supervisor_of(site: NodeSpec, signals: StatusPublisher) -> Supervisor:
-    found = launchable(site.config.engine, site.home, os.environ)
+    found = load_vllm_adapters(site.config.engine, site.home, os.environ)
     for placement in site.placements:
         if placement.engine == "vllm" and "vllm" not in found:
             raise EngineFailed(f"{placement.model} needs vLLM, which is not here: `appliance engines install vllm`")
@@ -45,7 +45,7 @@ def supervisor_of(site: NodeSpec, signals: StatusPublisher) -> Supervisor:
         drain_seconds=site.config.server.drain_seconds,
         runtime_folder=site.home / "run",
         watts_per_busy_core=site.config.cost.watts_per_busy_core,
-        engines={**ENGINES, "encoder": Encoder(), **found},
+        engines={**ENGINE_ADAPTERS, "encoder": Encoder(), **found},
     )
 
 

@@ -23,7 +23,7 @@ from appliance.ledger.store import Ledger
 from appliance.node.energy.sampler import EnergyMeters, EnergySampler
 from appliance.node.hardware.gpu_watch import watch_gpus
 from appliance.node.hardware.nvidia import load_nvml
-from appliance.node.plan.swap import SwapRules, resting_at_first
+from appliance.node.plan.swap import SwapRules, find_initially_unloaded
 from appliance.node.supervise.encoder_host import EncoderHost
 from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor
@@ -97,7 +97,7 @@ async def _start_control(site: NodeSpec, stack: AsyncExitStack) -> NodeControl:
     signals = StatusPublisher(state, time.monotonic, site.configured)
     signals.set_configured(site.configured)
     supervisor = supervisor_of(site, signals)
-    await supervisor.start(resting_at_first(site.placements, site.pools))
+    await supervisor.start(find_initially_unloaded(site.placements, site.pools))
     stack.push_async_callback(supervisor.stop)
     encoders = EncoderHost(supervisor, signals, site.home, engine.threads or len(os.sched_getaffinity(0)))
     stack.push_async_callback(encoders.aclose)

@@ -19,7 +19,7 @@ from appliance.engines.base import Placement
 from appliance.errors import ConfigError, LedgerUnavailable
 from appliance.ledger.database import sqlite_url
 from appliance.ledger.keys import list_keys
-from appliance.node.plan.swap import pools_of
+from appliance.node.plan.swap import list_memory_pools
 from appliance.router.pii.scanner import PiiDetector, detector_for
 from appliance.router.profile import check_profiler
 
@@ -81,7 +81,7 @@ def prepare(
     check_profiler(policy.defaults.profiler)
     if pools is None:
         whole = sum(one.memory.total_bytes for one in placements)
-        pools = {pool: whole for one in placements for pool in pools_of(one)}
+        pools = {pool: whole for one in placements for pool in list_memory_pools(one)}
     return NodeSpec(
         config,
         home,

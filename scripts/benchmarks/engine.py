@@ -24,9 +24,9 @@ from rich.table import Table
 
 from appliance.cli.models.calibrate import first_start
 from appliance.config import EngineSettings
-from appliance.node.hardware.probe import probe
+from appliance.node.hardware.probe import probe_hardware
 from appliance.node.models.model_store import ModelStore
-from appliance.node.plan.variant_selection import wanted_file
+from appliance.node.plan.variant_selection import read_gguf_candidate
 from scripts.benchmarks.arena import FAILURES, Arena
 from scripts.benchmarks.bench import QUICK, Bench, Kind, Sizes
 from scripts.benchmarks.decision_rows import choose_their_way
@@ -52,7 +52,7 @@ console = Console(stderr=True, highlight=False)
 def product_choice(source: Path) -> dict[Kind, tuple[str, int]]:
     """Variant and threads for each kind of work, as a node chooses at its first start; measured once, remembered."""
     home = peers_folder() / "node"
-    hardware, store, model = probe(), ModelStore(home), wanted_file(source)
+    hardware, store, model = probe_hardware(), ModelStore(home), read_gguf_candidate(source)
     chosen: dict[Kind, tuple[str, int]] = {}
     kinds: tuple[Kind, ...] = ("prefill", "decode")
     for kind in kinds:

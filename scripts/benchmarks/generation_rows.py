@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import psutil
 
-from appliance.node.models.gguf_header import read_header, spec_of
+from appliance.node.models.gguf_header import build_gguf_spec, read_gguf_header
 from scripts.benchmarks.arena import Contender
 from scripts.benchmarks.bench import LLAMA_CPP_SERVER, LLAMA_SERVER, MANY_SLOTS, OURS, SLOTS, SLOW_SHARE, VLLM, Bench
 from scripts.benchmarks.clients import Stream, generate, timed
@@ -89,7 +89,7 @@ def _add_host_share(bench: Bench, before: Mapping[str, Any], after: Mapping[str,
 async def _add_memory(bench: Bench, mine: Server) -> None:
     """Resident memory of the engine after all that work, less its weights and KV cells."""
     path = bench.files[bench.ours["decode"][0]]
-    spec = spec_of(read_header(path))
+    spec = build_gguf_spec(read_gguf_header(path))
     load = await _load(mine)
     kv = 2 * load["kv_capacity_tokens"] * spec.layers * spec.kv_elements_per_token_per_layer
     resident = psutil.Process(mine.pids()[0]).memory_info().rss

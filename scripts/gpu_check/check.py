@@ -28,13 +28,13 @@ from appliance.config import EngineModel, EngineSettings
 from appliance.engines.base import Placement
 from appliance.engines.vllm import InstalledVllm
 from appliance.engines.vllm_metrics import VllmMetrics
-from appliance.node.calibrate.gpu_memory_records import measured, remember
+from appliance.node.calibrate.gpu_memory_records import add_gpu_records, measure_overheads
 from appliance.node.energy.sampler import EnergyMeters
 from appliance.node.hardware.nvidia import Gpus, load_nvml, read_gpus
-from appliance.node.hardware.probe import Hardware, probe
+from appliance.node.hardware.probe import Hardware, probe_hardware
 from appliance.node.models.model_store import ModelStore
-from appliance.node.plan.serving_plan import line_up
-from appliance.node.plan.variant_selection import candidates
+from appliance.node.plan.serving_plan import build_serving_plan
+from appliance.node.plan.variant_selection import list_candidates
 from appliance.node.supervise import orphans
 from appliance.node.supervise.engine_supervisor import KEY_FILE
 from scripts.gpu_check import judge, load
@@ -83,7 +83,7 @@ class Check:
 
 def main() -> int:
     asked = _arguments().parse_args()
-    hardware = probe()
+    hardware = probe_hardware()
     if not hardware.gpus.devices and not asked.cpu:
         print(
             f"gpu-check: no GPU here: {hardware.gpus.reason}. Nothing was checked and nothing recorded. "
@@ -266,8 +266,8 @@ def _planned(hardware: Hardware, engine: EngineSettings, home: Path, kind: str) 
     asked = EngineModel(
         name=engine.model, variant=engine.variant, context_tokens=engine.context_tokens, sequences=engine.sequences
     )
-    group = candidates(asked, catalog, store, has_gpus=bool(hardware.gpus.devices))
-    found = line_up(hardware, [group], engine, {"vllm"})
+    group = list_candidates(asked, catalog, store, has_gpus=bool(hardware.gpus.devices))
+    found = build_serving_plan(hardware, [group], engine, {"vllm"})
     if not found.placements:
         raise RuntimeError("; ".join(one.reason for one in found.loaded.refusals) or f"{engine.model} has no variant")
     placement = found.placements[0]
@@ -278,7 +278,7 @@ def _planned(hardware: Hardware, engine: EngineSettings, home: Path, kind: str) 
 
 def _doors(node: RunningNode, placement: Placement) -> tuple[load.Door, load.Door]:
     """The engine's own socket, and the node before it."""
-    for pid in orphans.marked(orphans.mark(node.data_dir / "run")):
+    for pid in orphans.find_marked_processes(orphans.format_engine_mark(node.data_dir / "run")):
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
         if "--uds" in words:
             socket = Path(words[words.index("--uds") + 1])
@@ -305,15 +305,15 @@ def _memory(
     ]
     told: dict[str, Any] = {"available_kv_gib": _number(_AVAILABLE, log)}
     if placement.gpu is not None:
-        after = _gpus(probe())
+        after = _gpus(probe_hardware())
         held = _held(placement, before, after)
         rows.append(judge.compared("held_bytes", placement.memory.total_bytes, held))
-        found = None if weights_bytes is None else measured(placement, weights_bytes, before, after)
+        found = None if weights_bytes is None else measure_overheads(placement, weights_bytes, before, after)
         if found is not None:
             other = placement.memory.buffers_bytes + placement.memory.program_bytes
             rows.append(judge.compared("other_bytes", other, found[1].other_bytes))
             if remembers:
-                remember(node.data_dir, [found])
+                add_gpu_records(node.data_dir, [found])
     return {"rows": rows, **told}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from appliance.config import EngineSettings
 from appliance.engines.vllm import InstalledVllm
-from appliance.node.vllm.environments import chosen, engines_folder, found_in, installed
+from appliance.node.vllm.environments import find_vllm, list_installed, locate_engines_folder, select_installed
 
 _ASK = """
 import importlib.metadata, json, sys
@@ -20,13 +20,13 @@ def vllm_of(folder: Path | None, python: str | None, *, cpu: bool, scratch: Path
     """The vLLM to check, or a sentence that says what to do. `python`: an interpreter that can import it; PYTHONPATH
     counts, too."""
     if folder is not None:
-        return found_in(folder) or f"{folder} is no environment with vLLM (bin/vllm, bin/python and its packages)"
+        return find_vllm(folder) or f"{folder} is no environment with vLLM (bin/vllm, bin/python and its packages)"
     if python is not None:
         return wrapped(python, scratch)
     if cpu:
-        here = [one for one in installed(engines_folder(os.environ)) if one.is_cpu]
+        here = [one for one in list_installed(locate_engines_folder(os.environ)) if one.is_cpu]
         return here[0] if here else "no vLLM for CPUs here: `appliance engines install vllm --cpu`, or --vllm FOLDER"
-    found = chosen(EngineSettings(), os.environ)
+    found = select_installed(EngineSettings(), os.environ)
     if found is None or found.is_cpu:
         return "no vLLM for GPUs here: `appliance engines install vllm`, --vllm FOLDER, or --vllm-python PYTHON"
     return found
@@ -50,7 +50,7 @@ def wrapped(python: str, scratch: Path) -> InstalledVllm | str:
     # The node starts engines without its own PYTHONPATH; this one's is part of its environment.
     _program(folder / "bin" / "python", f'#!/bin/sh\nPYTHONPATH={_quoted(path)} exec {_quoted(python)} "$@"\n')
     _program(folder / "bin" / "vllm", "from vllm.entrypoints.cli.main import main\n\nmain()\n")
-    found = found_in(folder)
+    found = find_vllm(folder)
     return found or f"{python} imports vLLM {version} from {site}, where its metadata is not found"
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import aiohttp
 
-from appliance.node.energy.account import joules_between
+from appliance.node.energy.account import compute_joules
 from appliance.node.energy.meters import CPU_METER, MeterReading
 from appliance.node.energy.sampler import EnergyMeters
 
@@ -189,6 +189,6 @@ async def metered(meters: EnergyMeters) -> AsyncIterator[Spent]:
 
 def _add(spent: Spent, before: Mapping[str, MeterReading], now: Mapping[str, MeterReading], seconds: float) -> None:
     for meter, reading in now.items():
-        counted = joules_between(before[meter], reading, seconds) if meter in before else None
+        counted = compute_joules(before[meter], reading, seconds) if meter in before else None
         known = spent.joules.get(meter, 0.0)
         spent.joules[meter] = None if counted is None or known is None else known + counted

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from appliance import catalog
-from appliance.catalog import DevicePrior, HubSource, ModelSpec, data_folder, load_catalog, load_device, load_model
+from appliance.catalog import DevicePrior, HubSource, ModelSpec, find_data_folder, load_catalog, load_device, load_model
 from appliance.errors import ConfigError, UnknownModel
 
-EMBEDDED = data_folder("model_configs") / "smollm2-135m-instruct.toml"
+EMBEDDED = find_data_folder("model_configs") / "smollm2-135m-instruct.toml"
 
 
 def changed(tmp_path: Path, old: str, new: str, name: str = EMBEDDED.name) -> Path:
@@ -24,8 +24,8 @@ def changed(tmp_path: Path, old: str, new: str, name: str = EMBEDDED.name) -> Pa
 def test_everything_shipped_loads_and_exactly_one_model_is_embedded() -> None:
     shipped = load_catalog()
     assert shipped.embedded.name == "smollm2-135m-instruct"
-    assert len(shipped.models) == len(list(data_folder("model_configs").glob("*.toml")))
-    assert len(shipped.devices) == len(list(data_folder("hardware").glob("*.toml")))
+    assert len(shipped.models) == len(list(find_data_folder("model_configs").glob("*.toml")))
+    assert len(shipped.devices) == len(list(find_data_folder("hardware").glob("*.toml")))
 
 
 @pytest.mark.parametrize("model", load_catalog().models, ids=lambda model: model.name)
@@ -202,9 +202,9 @@ def test_the_data_is_found_inside_an_installed_package(tmp_path: Path, monkeypat
     installed = tmp_path / "site-packages" / "appliance"
     (installed / "_data" / "hardware").mkdir(parents=True)
     monkeypatch.setattr(catalog, "__file__", str(installed / "catalog" / "__init__.py"))
-    assert data_folder("hardware") == (installed / "_data" / "hardware").resolve()
+    assert find_data_folder("hardware") == (installed / "_data" / "hardware").resolve()
     with pytest.raises(ConfigError, match="install again"):
-        data_folder("model_configs")
+        find_data_folder("model_configs")
 
 
 def test_a_cpu_gets_the_most_demanding_prior_that_it_meets() -> None:
@@ -275,7 +275,7 @@ def test_a_gpu_is_known_by_the_words_of_its_name(reported: str, expected: str | 
 )
 def test_a_contradictory_device_file_is_refused(tmp_path: Path, old: str, new: str, field: str) -> None:
     path = tmp_path / "gpu-l4.toml"
-    path.write_text((data_folder("hardware") / "gpu-l4.toml").read_text("utf-8").replace(old, new, 1), "utf-8")
+    path.write_text((find_data_folder("hardware") / "gpu-l4.toml").read_text("utf-8").replace(old, new, 1), "utf-8")
     with pytest.raises(ConfigError) as caught:
         load_device(path)
     assert caught.value.field == field

@@ -13,19 +13,19 @@ from appliance.config import EngineSettings
 from appliance.errors import EngineFailed
 from appliance.node.calibrate.calibration import Calibration
 from appliance.node.calibrate.calibration_store import CalibrationStore
-from appliance.node.calibrate.calibrator import CalibrationOrder, CalibrationStep, key_of
-from appliance.node.hardware.probe import probe
+from appliance.node.calibrate.calibrator import CalibrationOrder, CalibrationStep, build_calibration_key
+from appliance.node.hardware.probe import probe_hardware
 from appliance.node.models.model_store import ModelStore
-from appliance.node.plan.planner import ModelCandidate
+from appliance.node.plan.models import ModelCandidate
 from tests.node.test_calibration import GOOD, calibration, measurement, variant
 from tests.node.test_calibrator import EMBEDDED, put_derived, stored_source
 
-HARDWARE = probe()
+HARDWARE = probe_hardware()
 
 
 def figures_for(source: ModelCandidate, store: ModelStore) -> Calibration:
     found = measurement(variant("q4_1", None), variant("bf16", GOOD))
-    return calibration(found, key_of(source, HARDWARE, store))
+    return calibration(found, build_calibration_key(source, HARDWARE, store))
 
 
 def start(
@@ -54,7 +54,7 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> list[CalibrationOrder]:
         calibrations.write(EMBEDDED.name, found)
         return found
 
-    monkeypatch.setattr(module, "calibrate", measure)
+    monkeypatch.setattr(module, "calibrate_model", measure)
     return begun
 
 
@@ -87,7 +87,7 @@ def test_without_calibration_the_source_is_served_as_it_is(tmp_path: Path, order
     assert start(source, store, tmp_path, EngineSettings(calibrate=False)) == [("q4_1", None)]
     assert orders == []
     CalibrationStore(tmp_path).write(EMBEDDED.name, figures_for(source, store))
-    put_derived(store, "bf16", derived_from=key_of(source, HARDWARE, store).file)
+    put_derived(store, "bf16", derived_from=build_calibration_key(source, HARDWARE, store).file)
     assert start(source, store, tmp_path, EngineSettings(calibrate=False)) == [("bf16", 2), ("q4_1", 2)]
 
 
@@ -108,7 +108,7 @@ def test_a_calibration_that_fails_is_said_and_the_source_is_served(
     def fail(*_: object) -> Calibration:
         raise error
 
-    monkeypatch.setattr(module, "calibrate", fail)
+    monkeypatch.setattr(module, "calibrate_model", fail)
     store, source = stored_source(tmp_path)
     assert start(source, store, tmp_path) == [("q4_1", None)]
     said = capsys.readouterr().err

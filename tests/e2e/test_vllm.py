@@ -93,7 +93,7 @@ def _chat(text: str, **more: Any) -> dict[str, Any]:
 def _processes(node: RunningNode) -> dict[str, int]:
     """vLLM's processes by the names it gives them."""
     found = {}
-    for pid in orphans.marked(orphans.mark(node.data_dir / "run")):
+    for pid in orphans.find_marked_processes(orphans.format_engine_mark(node.data_dir / "run")):
         command = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
         is_api = "vllm\0serve" in command and "parent_guard" not in command
         found["api" if is_api else command.partition("\0")[0].strip()] = pid
@@ -213,7 +213,7 @@ async def test_a_stream_ends_with_an_error_and_the_engine_comes_back(
     begun = asyncio.Event()
     stream = asyncio.create_task(_stream_until_broken(client, begun))
     await begun.wait()
-    before, shared = _processes(node), orphans.shared_memory(_processes(node).values())
+    before, shared = _processes(node), orphans.find_shared_memory(_processes(node).values())
     assert shared  # hundreds of megabytes, which it leaves behind when it is killed
     started = time.monotonic()
     os.kill(before[who], sent)
@@ -266,4 +266,4 @@ async def test_2_and_4_sigterm_during_a_request_lets_it_finish_and_leaves_nothin
     assert await asyncio.to_thread(node.process.wait, 60) == 0
     print(f"stopped {time.monotonic() - started:.1f} s after SIGTERM")  # noqa: T201
     assert not any(map(is_running, members.values()))
-    assert orphans.marked(orphans.mark(node.data_dir / "run")) == []
+    assert orphans.find_marked_processes(orphans.format_engine_mark(node.data_dir / "run")) == []

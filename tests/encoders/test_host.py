@@ -11,7 +11,7 @@ import pytest
 
 from appliance.config import EngineSettings
 from appliance.core import Target
-from appliance.engines.encoder import Encoder, has_work
+from appliance.engines.encoder import Encoder, has_encoder_work
 from appliance.node.supervise.encoder_host import EncoderHost
 from appliance.node.supervise.launcher import ChildLauncher
 from appliance.node.supervise.status import StatusPublisher
@@ -57,9 +57,9 @@ def test_what_lies_in_the_folders_decides_whether_there_is_work(tmp_path: Path) 
     (folder / "tokenizer.json").write_text("{}")
     (folder / "model.safetensors").write_text("")
     (folder / "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"]}')
-    assert not has_work(tmp_path)
+    assert not has_encoder_work(tmp_path)
     (folder / "config.json").write_text("{}")
-    assert has_work(tmp_path)
+    assert has_encoder_work(tmp_path)
 
 
 async def test_the_first_training_starts_the_program_and_ends_as_a_row_of_the_snapshot(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import pytest
 
 from appliance.catalog import load_catalog
 from appliance.engines.base import EngineMemory, EngineShape, GpuShare, Placement
-from appliance.engines.vllm import InstalledVllm, Vllm, as_settings
-from appliance.engines.vllm_flags import parsers, read_version, understood
-from appliance.engines.vllm_log import last_words, progress
+from appliance.engines.vllm import InstalledVllm, Vllm, parse_settings
+from appliance.engines.vllm_flags import filter_known_options, find_parsers, read_version
+from appliance.engines.vllm_log import find_crash_reason, parse_progress
 from appliance.engines.vllm_metrics import VllmMetrics
 from appliance.errors import BackendGarbage
 
@@ -37,7 +37,7 @@ def _options(engine: Vllm, placement: Placement) -> dict[str, str]:
         *("--without", "PYTHONPATH", "--path", "/opt/vllm/bin", "--"),
     ]
     assert argv[end + 1 : end + 5] == ["/opt/vllm/bin/python", "/opt/vllm/bin/vllm", "serve", "/models/m"]
-    return dict(as_settings(argv[end + 5 :]))
+    return dict(parse_settings(argv[end + 5 :]))
 
 
 def test_2_12_and_13_the_command_line_bounds_its_queue_drains_and_holds_no_key() -> None:
@@ -98,7 +98,7 @@ def test_a_model_that_only_embeds_is_run_for_that_and_never_probed() -> None:
     ],
 )
 def test_15_versions_are_told_only_what_they_know(version: str, given: str, kept: bool) -> None:
-    assert (given in understood({given: ""}, read_version(version))) is kept
+    assert (given in filter_known_options({given: ""}, read_version(version))) is kept
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_15_versions_are_told_only_what_they_know(version: str, given: str, kept
     ],
 )
 def test_families_have_their_parsers(family: str, name: str, tools: str | None, reasoning: str | None) -> None:
-    found = dict(parsers(family, name))
+    found = dict(find_parsers(family, name))
     assert (found.get("--tool-call-parser"), found.get("--reasoning-parser")) == (tools, reasoning)
     assert ("--enable-auto-tool-choice" in found) is (tools is not None)
 
@@ -159,7 +159,7 @@ Loading safetensors checkpoint shards:  50% Completed | 1/2 [00:01<00:01,  1.63s
     ],
 )
 def test_its_log_tells_how_far_a_start_is(lines: int, said: str) -> None:
-    assert progress(LOG[:lines]) == said
+    assert parse_progress(LOG[:lines]) == said
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_its_log_tells_how_far_a_start_is(lines: int, said: str) -> None:
     ],
 )
 def test_14_its_last_words_are_the_root_cause(lines: list[str], words: str) -> None:
-    assert last_words(lines).startswith(words)
+    assert find_crash_reason(lines).startswith(words)
 
 
 @pytest.mark.parametrize(
@@ -274,4 +274,4 @@ def test_another_page_is_not_taken_for_its_metrics(page: str) -> None:
 
 def test_options_are_read_as_a_command_line_has_them() -> None:
     given = ["--enforce-eager", "--dtype", "float16", "--block-size=32"]
-    assert as_settings(given) == (("--enforce-eager", ""), ("--dtype", "float16"), ("--block-size", "32"))
+    assert parse_settings(given) == (("--enforce-eager", ""), ("--dtype", "float16"), ("--block-size", "32"))

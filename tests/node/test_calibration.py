@@ -18,17 +18,17 @@ from appliance.node.calibrate.calibration import (
     Measurement,
     VariantFigures,
     VariantQuality,
-    choose,
-    merged,
-    stale_reason,
+    choose_variant,
+    explain_staleness,
+    merge_calibrations,
 )
 from appliance.node.calibrate.calibration_store import (
     CalibrationStore,
-    file_identity,
-    llama_cpp_identity,
+    identify_file,
+    read_llama_cpp_identity,
     read_measurement,
 )
-from appliance.node.plan.recommendation import corrected
+from appliance.node.plan.recommendation import correct_prior
 
 TOLERANCE = ToleranceSettings()
 GOOD = VariantQuality(
@@ -99,7 +99,7 @@ def calibration(of: Measurement = EVERYTHING, key: CalibrationKey = KEY) -> Cali
 
 @pytest.mark.parametrize("workload", ["balanced", "prefill", "decode"])
 def test_the_quickest_variant_within_the_tolerance_is_chosen(workload: Workload) -> None:
-    choice = choose(EVERYTHING, workload, TOLERANCE)
+    choice = choose_variant(EVERYTHING, workload, TOLERANCE)
     assert choice is not None
     assert (choice.variant, choice.threads) == ("bf16", 2)
     assert "1,995 prompt tokens/s and 565 generated tokens/s" in choice.reason
@@ -120,7 +120,7 @@ def test_the_quickest_variant_within_the_tolerance_is_chosen(workload: Workload)
     ],
 )
 def test_the_tolerance_decides_what_may_be_served(tolerance: ToleranceSettings, chosen: str, words: str) -> None:
-    choice = choose(EVERYTHING, "decode", tolerance)
+    choice = choose_variant(EVERYTHING, "decode", tolerance)
     assert choice is not None
     assert choice.variant == chosen
     assert words in choice.reason
@@ -142,20 +142,20 @@ def test_one_of_few_questions_may_differ_and_of_many_the_share_that_is_tolerated
 ) -> None:
     quality = replace(GOOD, questions=questions, label_agreement=round(1 - differing / questions, 4))
     found = measurement(variant("q4_1", None), variant("bf16", quality))
-    choice = choose(found, "balanced", ToleranceSettings(label_agreement=tolerance))
+    choice = choose_variant(found, "balanced", ToleranceSettings(label_agreement=tolerance))
     assert choice is not None
     assert choice.variant == served
 
 
 def test_a_variant_that_was_not_compared_is_never_served() -> None:
-    choice = choose(measurement(variant("q4_1", None), variant("bf16", None)), "prefill", TOLERANCE)
+    choice = choose_variant(measurement(variant("q4_1", None), variant("bf16", None)), "prefill", TOLERANCE)
     assert choice is not None
     assert choice.variant == "q4_1"
     assert "bf16 would be 3.7 times as quick, but its answers were not compared" in choice.reason
 
 
 def test_a_variant_whose_file_is_gone_is_named_and_the_next_best_is_served() -> None:
-    choice = choose(EVERYTHING, "balanced", TOLERANCE, available={"q4_1", "q8_0"})
+    choice = choose_variant(EVERYTHING, "balanced", TOLERANCE, available={"q4_1", "q8_0"})
     assert choice is not None
     assert choice.variant == "q8_0"
     assert "its file is not here" in choice.reason
@@ -163,7 +163,7 @@ def test_a_variant_whose_file_is_gone_is_named_and_the_next_best_is_served() -> 
 
 def test_the_source_wins_where_nothing_is_plainly_quicker() -> None:
     twin = replace(variant("q4_1", GOOD), name="q5_1", size_bytes=120)
-    choice = choose(measurement(variant("q4_1", None), twin), "balanced", TOLERANCE)
+    choice = choose_variant(measurement(variant("q4_1", None), twin), "balanced", TOLERANCE)
     assert choice is not None
     assert choice.variant == "q4_1"
     assert "no other variant that answers as it does is quicker" in choice.reason
@@ -174,14 +174,14 @@ def test_fewer_threads_are_chosen_where_more_bring_nothing() -> None:
     for threads, rate in ((4, 500.0), (3, 505.0), (2, 499.0), (1, 250.0)):
         figures += [figure("prefill", threads, 1, rate), figure("decode", threads, 8, rate)]
     only = VariantFigures("q4_1", size, size, None, None, tuple(figures))
-    choice = choose(measurement(only), "balanced", TOLERANCE)
+    choice = choose_variant(measurement(only), "balanced", TOLERANCE)
     assert choice is not None
     assert choice.threads == 2
     assert "no other variant was measured" in choice.reason
 
 
 def test_threads_that_the_operator_fixed_are_kept_and_the_nearest_measured_count_speaks_for_them() -> None:
-    choice = choose(EVERYTHING, "prefill", TOLERANCE, threads=6)
+    choice = choose_variant(EVERYTHING, "prefill", TOLERANCE, threads=6)
     assert choice is not None
     assert (choice.variant, choice.threads) == ("bf16", 6)
     assert "1,995 prompt tokens/s" in choice.reason
@@ -210,7 +210,7 @@ def test_figures_taken_while_others_held_the_cores_are_compared_by_cpu_time() ->
             figure("decode", 1, 8, 2000),
         ),
     )
-    choice = choose(measurement(source, quick), "balanced", TOLERANCE)
+    choice = choose_variant(measurement(source, quick), "balanced", TOLERANCE)
     assert choice is not None
     assert (choice.variant, choice.threads) == ("bf16", 2)
     assert "reckoned from CPU time" in choice.reason
@@ -219,7 +219,7 @@ def test_figures_taken_while_others_held_the_cores_are_compared_by_cpu_time() ->
 def test_decode_between_measured_counts_is_a_straight_line_and_beyond_them_the_nearest() -> None:
     def at(*counts: tuple[int, float]) -> str:
         figures = (figure("prefill", 1, 1, 100), *(figure("decode", 1, n, rate) for n, rate in counts))
-        choice = choose(measurement(VariantFigures("a", 1, 1, None, None, figures)), "balanced", TOLERANCE)
+        choice = choose_variant(measurement(VariantFigures("a", 1, 1, None, None, figures)), "balanced", TOLERANCE)
         assert choice is not None
         return choice.reason
 
@@ -230,7 +230,7 @@ def test_decode_between_measured_counts_is_a_straight_line_and_beyond_them_the_n
 
 def test_a_source_without_figures_leaves_nothing_to_choose() -> None:
     empty = replace(variant("q4_1", None), figures=())
-    assert choose(measurement(empty, variant("bf16", GOOD)), "balanced", TOLERANCE) is None
+    assert choose_variant(measurement(empty, variant("bf16", GOOD)), "balanced", TOLERANCE) is None
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_a_source_without_figures_leaves_nothing_to_choose() -> None:
     ],
 )
 def test_what_changed_since_figures_were_taken_is_named(now: CalibrationKey, words: str | None) -> None:
-    reason = stale_reason(KEY, now)
+    reason = explain_staleness(KEY, now)
     assert (reason is None) if words is None else (reason is not None and words in reason)
 
 
@@ -252,13 +252,13 @@ def test_a_new_measurement_keeps_what_only_an_older_one_of_the_same_key_has() ->
     old = calibration(measurement(variant("q4_1", None), variant("q4_0", BAD_LABELS)))
     half = replace(variant("q4_1", None, threads=(1,)), size_bytes=99)
     new = replace(calibration(measurement(half, variant("bf16", GOOD))), extent="full")
-    both = merged(old, new)
+    both = merge_calibrations(old, new)
     assert both.extent == "full"
     assert {one.name for one in both.measurement.variants} == {"q4_1", "q4_0", "bf16"}
     source = next(one for one in both.measurement.variants if one.name == "q4_1")
     assert source.size_bytes == 99
     assert {one.threads for one in source.figures} == {1, 2}
-    assert merged(replace(old, key=replace(KEY, file="other")), new) == new
+    assert merge_calibrations(replace(old, key=replace(KEY, file="other")), new) == new
 
 
 def test_a_calibration_is_found_again_and_only_for_its_own_key(tmp_path: Path) -> None:
@@ -289,10 +289,10 @@ def test_a_file_that_cannot_be_understood_counts_as_none(tmp_path: Path, text: s
 def test_a_proven_file_is_known_by_its_checksum_and_another_by_size_and_time(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF")
-    assert file_identity(path, "abc") == "sha256:abc"
-    before = file_identity(path, None)
+    assert identify_file(path, "abc") == "sha256:abc"
+    before = identify_file(path, None)
     path.write_bytes(b"GGUF2")
-    assert before != file_identity(path, None)
+    assert before != identify_file(path, None)
 
 
 def test_another_build_of_the_same_version_is_another_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,12 +305,12 @@ def test_another_build_of_the_same_version_is_another_llama_cpp(monkeypatch: pyt
 
     installed = Installed()
     monkeypatch.setattr(importlib.metadata, "distribution", lambda _: installed)
-    llama_cpp_identity.cache_clear()
-    first = llama_cpp_identity()
+    read_llama_cpp_identity.cache_clear()
+    first = read_llama_cpp_identity()
     installed.record = "llama_cpp/lib/libllama.so,sha256=BBB,1\n"
-    llama_cpp_identity.cache_clear()
-    second = llama_cpp_identity()
-    llama_cpp_identity.cache_clear()
+    read_llama_cpp_identity.cache_clear()
+    second = read_llama_cpp_identity()
+    read_llama_cpp_identity.cache_clear()
     assert first != second
     assert first.startswith("0.3.36+")
 
@@ -318,10 +318,10 @@ def test_another_build_of_the_same_version_is_another_llama_cpp(monkeypatch: pyt
 def test_kernels_that_appear_make_another_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     told = []
     for identity in ("plain", "kernels-01234567"):
-        llama_cpp_identity.cache_clear()
+        read_llama_cpp_identity.cache_clear()
         monkeypatch.setattr(calibration_store, "identity", lambda identity=identity: identity)
-        told.append(llama_cpp_identity())
-    llama_cpp_identity.cache_clear()
+        told.append(read_llama_cpp_identity())
+    read_llama_cpp_identity.cache_clear()
     assert told[0].endswith("+plain") and told[1].endswith("+kernels-01234567")
 
 
@@ -343,7 +343,7 @@ def test_what_was_measured_here_takes_the_place_of_the_priors() -> None:
         memory_bandwidth_bytes_per_second=20_000,
         prefill_operations_per_second={"Q4_1": 10**12, "Q6_K": 7},
     )
-    found = corrected(prior, EVERYTHING)
+    found = correct_prior(prior, EVERYTHING)
     assert found is not None
     operations = found.prefill_operations_per_second
     assert operations is not None
@@ -354,5 +354,5 @@ def test_what_was_measured_here_takes_the_place_of_the_priors() -> None:
     # 135 tokens/s of 271 bytes each prove more bandwidth than the prior says.
     assert found.memory_bandwidth_bytes_per_second == 135 * 271
     disturbed = measurement(replace(EVERYTHING.variants[0], figures=(figure("prefill", 1, 1, 1, disturbed=True),)))
-    assert corrected(prior, disturbed) == prior
-    assert corrected(None, EVERYTHING) is None
+    assert correct_prior(prior, disturbed) == prior
+    assert correct_prior(None, EVERYTHING) is None

@@ -17,14 +17,15 @@ from appliance.node.calibrate.calibrator import (
     CalibrationEffort,
     CalibrationOrder,
     CalibrationStep,
-    calibrate,
-    key_of,
-    order_of,
+    build_calibration_key,
+    build_calibration_order,
+    calibrate_model,
 )
-from appliance.node.hardware.probe import probe
+from appliance.node.hardware.probe import probe_hardware
 from appliance.node.models.model_store import ModelStore
-from appliance.node.plan.planner import ModelCandidate, plan
-from appliance.node.plan.variant_selection import measured, wanted
+from appliance.node.plan.models import ModelCandidate
+from appliance.node.plan.planner import plan_placements
+from appliance.node.plan.variant_selection import select_candidate, select_measured_variants
 from tests.node.gguf_bytes import gguf_bytes
 from tests.node.test_calibration import GOOD, KEY, calibration, measurement, variant
 
@@ -56,7 +57,9 @@ def put_derived(store: ModelStore, name: str, derived_from: str = KEY.file) -> P
 )
 def test_thread_counts_follow_from_the_cores(cores: int, extent: str, counts: tuple[int, ...], tmp_path: Path) -> None:
     _, source = stored_source(tmp_path)
-    made = order_of(source, KEY, "full" if extent == "full" else "short", cores=cores, tolerance=ToleranceSettings())
+    made = build_calibration_order(
+        source, KEY, "full" if extent == "full" else "short", cores=cores, tolerance=ToleranceSettings()
+    )
     assert made.threads == counts
 
 
@@ -64,15 +67,15 @@ def test_what_the_catalogue_publishes_is_pulled_and_never_derived(tmp_path: Path
     _, source = stored_source(tmp_path)
     published = replace(EMBEDDED, variants=(*EMBEDDED.variants, replace(EMBEDDED.variants[0], name="bf16")))
     other = replace(source, model=published)
-    assert order_of(other, KEY, "short", cores=2, tolerance=ToleranceSettings()).variants == ("q8_0",)
+    assert build_calibration_order(other, KEY, "short", cores=2, tolerance=ToleranceSettings()).variants == ("q8_0",)
     with pytest.raises(UnknownModel, match="appliance models pull smollm2-135m-instruct --variant bf16"):
-        order_of(other, KEY, "full", cores=2, tolerance=ToleranceSettings(), variants=["bf16"])
+        build_calibration_order(other, KEY, "full", cores=2, tolerance=ToleranceSettings(), variants=["bf16"])
 
 
 def test_a_source_that_cannot_be_loaded_fails_with_the_engines_words_and_leaves_no_draft(tmp_path: Path) -> None:
     store, source = stored_source(tmp_path)
     with pytest.raises(EngineFailed, match="cannot be loaded"):
-        calibrate(order(source), store, CalibrationStore(tmp_path), lambda _: None)
+        calibrate_model(order(source), store, CalibrationStore(tmp_path), lambda _: None)
     assert [path.name for path in source.path.parent.iterdir()] == ["q4_1.gguf"]
     assert CalibrationStore(tmp_path).read(EMBEDDED.name, "q4_1", KEY) == (None, None)
 
@@ -84,7 +87,7 @@ def test_two_calibrations_of_one_model_do_not_measure_each_other(tmp_path: Path)
     with (folder / f".{EMBEDDED.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ApplianceError, match="being calibrated by another process"):
-            calibrate(order(source), store, CalibrationStore(tmp_path), lambda _: None)
+            calibrate_model(order(source), store, CalibrationStore(tmp_path), lambda _: None)
 
 
 def test_a_derived_variant_says_what_it_was_made_from_and_can_be_removed(tmp_path: Path) -> None:
@@ -117,17 +120,17 @@ FOUND = calibration(measurement(variant("q4_1", None), variant("bf16", GOOD), va
 def served(
     store: ModelStore, source: ModelCandidate, engine: EngineSettings, found: Calibration = FOUND
 ) -> list[tuple[str, int | None]]:
-    return [(one.variant.name, one.threads) for one in measured(source, found, engine, store)]
+    return [(one.variant.name, one.threads) for one in select_measured_variants(source, found, engine, store)]
 
 
 def test_the_measured_choice_comes_first_and_the_source_after_it(tmp_path: Path) -> None:
     store, source = stored_source(tmp_path)
     path = put_derived(store, "bf16")
-    best, fallback = measured(source, FOUND, EngineSettings(), store)
+    best, fallback = select_measured_variants(source, FOUND, EngineSettings(), store)
     assert (best.variant.name, best.path, best.threads) == ("bf16", path, 2)
     assert "3.7 times" not in best.reason and "1,995 prompt tokens/s" in best.reason
     assert (fallback.variant.name, fallback.threads) == ("q4_1", 2)
-    (placement,) = plan(probe(), [best, fallback], EngineSettings(context_tokens=2048)).placements
+    (placement,) = plan_placements(probe_hardware(), [best, fallback], EngineSettings(context_tokens=2048)).placements
     assert (placement.variant, placement.path, placement.shape.threads) == ("bf16", path, 2)
     assert any("measured to be quickest" in reason for reason in placement.reasons)
 
@@ -150,10 +153,10 @@ def test_what_the_operator_fixed_stays(tmp_path: Path) -> None:
 def test_a_derived_variant_can_be_named_like_any_other(tmp_path: Path) -> None:
     store, _ = stored_source(tmp_path)
     path = put_derived(store, "bf16")
-    found = wanted(EngineSettings(variant="bf16"), load_catalog(), store)
+    found = select_candidate(EngineSettings(variant="bf16"), load_catalog(), store)
     assert (found.variant.name, found.path, found.variant.size_bytes) == ("bf16", path, path.stat().st_size)
     with pytest.raises(UnknownModel, match="appliance calibrate smollm2-135m-instruct --variants q8_0"):
-        wanted(EngineSettings(variant="q8_0"), load_catalog(), store)
+        select_candidate(EngineSettings(variant="q8_0"), load_catalog(), store)
 
 
 # ---- the real program ----
@@ -170,9 +173,9 @@ def test_the_real_model_is_measured_its_variant_kept_and_the_figures_remembered(
     path.parent.mkdir(parents=True)
     shutil.copyfile(smollm2_path, path)
     source = ModelCandidate(EMBEDDED, EMBEDDED.variants[0], path)
-    key, calibrations = key_of(source, probe(), store), CalibrationStore(tmp_path)
+    key, calibrations = build_calibration_key(source, probe_hardware(), store), CalibrationStore(tmp_path)
     steps: list[CalibrationStep] = []
-    found = calibrate(order(source, key), store, calibrations, steps.append)
+    found = calibrate_model(order(source, key), store, calibrations, steps.append)
     assert calibrations.read(EMBEDDED.name, "q4_1", key) == (found, None)
     assert [one.name for one in found.measurement.variants] == ["q4_1", "bf16"]
     for one in found.measurement.variants:

@@ -21,9 +21,9 @@ from appliance.node.doctor.checks import (
     LedgerFacts,
     ModelFacts,
     SecretFacts,
-    examine,
+    run_checks,
 )
-from appliance.node.doctor.gpu_checks import GpuFacts, VllmFacts, gpu_findings
+from appliance.node.doctor.gpu_checks import GpuFacts, VllmFacts, check_gpus
 from appliance.node.hardware.cgroup import MemoryLimit
 from appliance.node.hardware.cpu import Cpu, Ram
 from appliance.node.hardware.nvidia import Gpus, LostGpu, read_gpus
@@ -65,7 +65,7 @@ def place(**changes: Any) -> FolderFacts:
 
 
 def test_a_machine_that_is_well_has_nothing_but_ok() -> None:
-    assert {finding.level for finding in examine(WELL)} == {"ok"}
+    assert {finding.level for finding in run_checks(WELL)} == {"ok"}
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_machine_that_is_well_has_nothing_but_ok() -> None:
 def test_what_is_wrong_is_found_with_its_remedy(
     changes: dict[str, Any], check: str, level: str, text: str, remedy: str
 ) -> None:
-    found = [finding for finding in examine(replace(WELL, **changes)) if finding.check == check]
+    found = [finding for finding in run_checks(replace(WELL, **changes)) if finding.check == check]
     assert any(one.level == level and text in one.text and remedy in one.remedy for one in found), found
     assert all(finding.remedy for finding in found if finding.level != "ok")
 
@@ -160,13 +160,13 @@ GOOD = GpuFacts(gpus(), 1, 1, False, VLLM, shared_memory_bytes=64 * GIB)
 
 
 def test_an_h200_with_a_fitting_driver_and_vllm_is_well() -> None:
-    found = list(gpu_findings(GOOD))
+    found = list(check_gpus(GOOD))
     assert {one.level for one in found} == {"ok"}
     assert "driver 580.95.05, which runs CUDA 13.0" in found[0].text and "CUDA 13" in found[-1].text
 
 
 def test_a_machine_without_any_gpu_is_well() -> None:
-    assert {one.level for one in gpu_findings(BARE)} == {"ok"}
+    assert {one.level for one in check_gpus(BARE)} == {"ok"}
 
 
 OLD_DRIVER = read_gpus(
@@ -228,7 +228,7 @@ TWO = replace(GOOD.gpus, devices=GOOD.gpus.devices * 2)
 def test_what_is_wrong_with_gpus_is_found_with_its_remedy(
     changes: dict[str, Any], check: str, level: str, text: str, remedy: str
 ) -> None:
-    found = [finding for finding in gpu_findings(replace(GOOD, **changes)) if finding.check == check]
+    found = [finding for finding in check_gpus(replace(GOOD, **changes)) if finding.check == check]
     assert any(one.level == level and text in one.text and remedy in one.remedy for one in found), found
     assert all(finding.remedy for finding in found if finding.level != "ok")
 
@@ -241,31 +241,31 @@ def test_who_holds_an_address_is_told_apart(tmp_path: Path) -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        assert facts.held("127.0.0.1", port, tmp_path) == "taken"
+        assert facts.read_address_state("127.0.0.1", port, tmp_path) == "taken"
         import fcntl
 
         with (tmp_path / "node.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            assert facts.held("127.0.0.1", port, tmp_path) == "ours"
-    assert facts.held("127.0.0.1", port, tmp_path) == "free"
-    assert facts.held("192.0.2.1", port, tmp_path) == "unusable"
+            assert facts.read_address_state("127.0.0.1", port, tmp_path) == "ours"
+    assert facts.read_address_state("127.0.0.1", port, tmp_path) == "free"
+    assert facts.read_address_state("192.0.2.1", port, tmp_path) == "unusable"
 
 
 @pytest.mark.anyio
 async def test_a_ledger_is_read_and_a_damaged_one_is_told(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     url = sqlite_url(path)
-    assert not facts.ledger_facts(url, full=False).exists
+    assert not facts.read_ledger_facts(url, full=False).exists
     ledger = await Ledger.open(url)
     ledger.record(outcome())
     await ledger.close()
-    sound = facts.ledger_facts(url, full=True)
+    sound = facts.read_ledger_facts(url, full=True)
     assert sound.problem is None and sound.last_at == pytest.approx(NOW_AT)
     size = path.stat().st_size
     with path.open("r+b") as file:
         file.seek(4096)
         file.write(os.urandom(size - 4096))
-    assert facts.ledger_facts(url, full=False).problem is not None
+    assert facts.read_ledger_facts(url, full=False).problem is not None
 
 
 def test_another_database_is_no_ledger(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_another_database_is_no_ledger(tmp_path: Path) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE notes (id)")
     connection.close()
-    problem = facts.ledger_facts(sqlite_url(path), full=False).problem
+    problem = facts.read_ledger_facts(sqlite_url(path), full=False).problem
     assert problem is not None and "decisions" in problem
 
 
@@ -287,19 +287,19 @@ def test_a_models_checksum_is_compared(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(gguf_bytes())
     right = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert facts.model_facts(stored(path, right), full=False) == ModelFacts("m q4")
-    wrong = facts.model_facts(stored(path, "0" * 64), full=False)
+    assert facts.read_model_facts(stored(path, right), full=False) == ModelFacts("m q4")
+    wrong = facts.read_model_facts(stored(path, "0" * 64), full=False)
     assert wrong.problem is not None and right in wrong.problem
     path.write_bytes(b"GGUF")
-    assert facts.model_facts(stored(path, right), full=False).problem
+    assert facts.read_model_facts(stored(path, right), full=False).problem
 
 
 def test_an_engine_that_dies_of_an_illegal_instruction_is_a_fact_and_no_crash() -> None:
     import sys
 
     dies = (sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGILL)")
-    assert facts.engine_build(dies).exit_code == -4
-    real = facts.engine_build()
+    assert facts.read_engine_build(dies).exit_code == -4
+    real = facts.read_engine_build()
     assert real.exit_code == 0 and real.features
     assert bool(real.kernels) != bool(real.kernels_missing)
 
@@ -313,11 +313,11 @@ def test_a_missing_key_and_the_mode_of_a_keys_file_are_facts(tmp_path: Path, mon
         "models": ({"name": "m"},),
     }
     by_variable = Provider.model_validate({**given, "key_env": "NO_SUCH_KEY"})
-    assert "NO_SUCH_KEY" in (facts.secret(by_variable).problem or "")
+    assert "NO_SUCH_KEY" in (facts.read_secret_facts(by_variable).problem or "")
     path = tmp_path / "key"
     path.write_text("secret")
     path.chmod(0o640)
-    found = facts.secret(Provider.model_validate({**given, "key_file": str(path)}))
+    found = facts.read_secret_facts(Provider.model_validate({**given, "key_file": str(path)}))
     assert found.mode == 0o640 and "secret" not in repr(found)
 
 
@@ -335,12 +335,12 @@ def test_gpus_that_the_kernel_sees_and_the_cuda_of_an_environment_are_counted(tm
             "env/lib/python3.12/site-packages/nvidia_cuda_runtime-13.0.96.dist-info/METADATA": "",
         },
     )
-    found = facts.gpu_facts(NO_GPU, EngineSettings(), tmp_path, tmp_path)
+    found = facts.read_gpu_facts(NO_GPU, EngineSettings(), tmp_path, tmp_path)
     assert (found.pci_devices, found.device_files, found.in_container) == (1, 1, True)
-    assert facts.cuda_major(tmp_path / "env") == 13
-    assert facts.cuda_major(tmp_path) is None
+    assert facts.read_cuda_major(tmp_path / "env") == 13
+    assert facts.read_cuda_major(tmp_path) is None
 
 
 def test_of_a_data_directory_that_is_not_there_the_folder_above_is_looked_at(tmp_path: Path) -> None:
-    found = facts.place(tmp_path / "a" / "b")
+    found = facts.read_folder_facts(tmp_path / "a" / "b")
     assert not found.exists and found.path == str(tmp_path) and found.free_bytes > 0

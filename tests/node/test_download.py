@@ -12,7 +12,14 @@ import pytest
 
 from appliance.errors import PullError
 from appliance.node.models import download as module
-from appliance.node.models.download import Download, PullProgress, SourceRefused, fetch, need_space, part_of
+from appliance.node.models.download import (
+    Download,
+    PullProgress,
+    SourceRefused,
+    download_file,
+    part_path,
+    require_space,
+)
 from tests.node.file_server import Fault, FileServer, serving
 
 CONTENT = bytes(range(256)) * 20_000
@@ -37,7 +44,7 @@ class Attempt:
     def run(self, *, sha256: str | None = SHA256, size_bytes: int | None = len(CONTENT), path: str = "/model") -> str:
         wanted = Download(self.server.url + path, self.target, "the model", sha256, size_bytes)
         with httpx.Client() as client:
-            return fetch(wanted, self.reports.append, client=client, pause=self.waits.append)
+            return download_file(wanted, self.reports.append, client=client, pause=self.waits.append)
 
 
 @pytest.fixture
@@ -48,7 +55,7 @@ def attempt(server: FileServer, tmp_path: Path) -> Attempt:
 def test_a_file_arrives_whole_and_proven_and_says_how_far_it_is(attempt: Attempt) -> None:
     assert attempt.run() == SHA256
     assert attempt.target.read_bytes() == CONTENT
-    assert not part_of(attempt.target).exists()
+    assert not part_path(attempt.target).exists()
     counts = [report.done_bytes for report in attempt.reports if report.step == "download"]
     assert counts == sorted(counts)
     assert counts[-1] == len(CONTENT)
@@ -70,14 +77,14 @@ def test_a_broken_connection_is_taken_up_where_it_broke(attempt: Attempt, server
 
 def test_an_earlier_process_s_part_is_taken_up(attempt: Attempt, server: FileServer) -> None:
     attempt.target.parent.mkdir()
-    part_of(attempt.target).write_bytes(CONTENT[:4_000_000])
+    part_path(attempt.target).write_bytes(CONTENT[:4_000_000])
     assert attempt.run() == SHA256
     assert server.fetched("/model") == ["bytes=4000000-"]
 
 
 def test_a_part_that_is_already_whole_is_not_asked_for(attempt: Attempt, server: FileServer) -> None:
     attempt.target.parent.mkdir()
-    part_of(attempt.target).write_bytes(CONTENT)
+    part_path(attempt.target).write_bytes(CONTENT)
     assert attempt.run() == SHA256
     assert server.seen == []
 
@@ -87,21 +94,21 @@ def test_a_part_that_does_not_fit_is_thrown_away_and_all_of_it_fetched(
     attempt: Attempt, server: FileServer, size_bytes: int | None
 ) -> None:
     attempt.target.parent.mkdir()
-    part_of(attempt.target).write_bytes(b"x" * 1000)
+    part_path(attempt.target).write_bytes(b"x" * 1000)
     assert attempt.run(size_bytes=size_bytes) == SHA256
     assert server.fetched("/model") == ["bytes=1000-", None]
 
 
 def test_a_part_longer_than_the_file_is_thrown_away(attempt: Attempt, server: FileServer) -> None:
     attempt.target.parent.mkdir()
-    part_of(attempt.target).write_bytes(CONTENT + b"x")
+    part_path(attempt.target).write_bytes(CONTENT + b"x")
     assert attempt.run(size_bytes=None) == SHA256
     assert attempt.target.read_bytes() == CONTENT
 
 
 def test_a_part_of_a_file_without_checksum_is_not_trusted(attempt: Attempt, server: FileServer) -> None:
     attempt.target.parent.mkdir()
-    part_of(attempt.target).write_bytes(b"x" * 1000)
+    part_path(attempt.target).write_bytes(b"x" * 1000)
     assert attempt.run(sha256=None) == SHA256
     assert server.fetched("/model") == [None]
 
@@ -171,6 +178,6 @@ def test_a_full_disk_is_named_with_what_is_free(attempt: Attempt, monkeypatch: p
 
 def test_too_little_room_is_named_with_both_numbers(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
-    need_space(tmp_path, 1, "the model")
+    require_space(tmp_path, 1, "the model")
     with pytest.raises(PullError, match=r"it needs \d+ bytes in .*, \d+ are free"):
-        need_space(tmp_path, free, "the model")
+        require_space(tmp_path, free, "the model")

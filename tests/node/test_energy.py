@@ -10,7 +10,7 @@ import pynvml
 import pytest
 
 from appliance.core import EngineLoad
-from appliance.node.energy.account import EnergyAccount, EngineWork, joules_between
+from appliance.node.energy.account import EnergyAccount, EngineWork, compute_joules
 from appliance.node.energy.meters import CPU_METER, MeterReading, NvmlMeters, RaplMeters, find_rapl
 from appliance.node.energy.sampler import EnergyMeters, EnergySampler
 from appliance.node.supervise.engine_supervisor import EngineSupervisor
@@ -84,7 +84,7 @@ class Bench:
 def test_what_a_meter_counted_between_two_readings(
     before: MeterReading, now: MeterReading, seconds: float, joules: float | None
 ) -> None:
-    assert joules_between(before, now, seconds) == (None if joules is None else pytest.approx(joules))
+    assert compute_joules(before, now, seconds) == (None if joules is None else pytest.approx(joules))
 
 
 def test_idle_power_is_taken_off_and_the_rest_is_the_engines_per_busy_second() -> None:

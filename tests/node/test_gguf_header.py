@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from appliance.catalog import load_catalog
 from appliance.errors import ModelFileError
 from appliance.node.models import gguf_header
-from appliance.node.models.gguf_header import BLOCKS, read_header, spec_of
+from appliance.node.models.gguf_header import BLOCKS, build_gguf_spec, read_gguf_header
 from tests.node.gguf_bytes import Entry, gguf_bytes, text
 
 
@@ -24,13 +24,13 @@ def written(tmp_path: Path, content: bytes) -> Path:
 def refusal(tmp_path: Path, content: bytes) -> str:
     path = written(tmp_path, content)
     with pytest.raises(ModelFileError) as caught:
-        read_header(path)
+        read_gguf_header(path)
     assert str(path) in caught.value.message
     return caught.value.message
 
 
 def test_the_real_models_header_agrees_with_the_catalogue(smollm2_path: Path) -> None:
-    header, spec = read_header(smollm2_path), load_catalog().embedded
+    header, spec = read_gguf_header(smollm2_path), load_catalog().embedded
     for field in ("parameters", "context_tokens", "layers", "embedding", "heads", "kv_heads", "head_dimension"):
         assert getattr(header, field) == getattr(spec, field), field
     assert header.vocabulary_tokens == spec.vocabulary_tokens
@@ -52,9 +52,9 @@ def test_a_file_cut_inside_its_header_is_called_truncated(tmp_path: Path) -> Non
 def test_an_empty_file_and_one_that_is_missing_are_refused(tmp_path: Path) -> None:
     assert "truncated" in refusal(tmp_path, b"")
     with pytest.raises(ModelFileError, match="pull the model again"):
-        read_header(tmp_path / "missing.gguf")
+        read_gguf_header(tmp_path / "missing.gguf")
     with pytest.raises(ModelFileError, match="pull the model again"):
-        read_header(tmp_path)
+        read_gguf_header(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -82,51 +82,53 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, content: bytes, expec
 
 def test_a_header_beyond_the_first_read_is_still_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_header, "FIRST_READ_BYTES", 64)
-    assert read_header(written(tmp_path, gguf_bytes())).title == "Tiny"
+    assert read_gguf_header(written(tmp_path, gguf_bytes())).title == "Tiny"
 
 
 def test_a_vocabulary_is_counted_and_not_kept(tmp_path: Path) -> None:
     words: Entry = [f"word {number}" for number in range(5000)]
-    header = read_header(written(tmp_path, gguf_bytes({"tokenizer.ggml.tokens": words})))
+    header = read_gguf_header(written(tmp_path, gguf_bytes({"tokenizer.ggml.tokens": words})))
     assert header.vocabulary_tokens == 5000
     assert header.metadata["tokenizer.ggml.tokens"] is None
 
 
 def test_heads_that_differ_by_layer_count_as_the_most_of_any(tmp_path: Path) -> None:
-    header = read_header(written(tmp_path, gguf_bytes({"llama.attention.head_count_kv": [0, 4]})))
+    header = read_gguf_header(written(tmp_path, gguf_bytes({"llama.attention.head_count_kv": [0, 4]})))
     assert header.kv_heads == 4
 
 
 def test_the_head_dimension_is_what_the_file_says_or_follows_from_the_heads(tmp_path: Path) -> None:
-    assert read_header(written(tmp_path, gguf_bytes())).head_dimension == 16
+    assert read_gguf_header(written(tmp_path, gguf_bytes())).head_dimension == 16
     given_one = gguf_bytes({"llama.attention.key_length": 32, "llama.attention.value_length": 24})
-    assert read_header(written(tmp_path, given_one)).head_dimension == 32
+    assert read_gguf_header(written(tmp_path, given_one)).head_dimension == 32
 
 
 def test_sliding_layers_are_counted_only_where_the_file_names_them(tmp_path: Path) -> None:
     window = {"llama.attention.sliding_window": 128}
-    silent = read_header(written(tmp_path, gguf_bytes(window)))
+    silent = read_gguf_header(written(tmp_path, gguf_bytes(window)))
     assert (silent.sliding_window_tokens, silent.sliding_layers) == (128, 0)
     named = gguf_bytes({**window, "llama.attention.sliding_window_pattern": [True, False]})
-    assert read_header(written(tmp_path, named)).sliding_layers == 1
-    assert spec_of(read_header(written(tmp_path, named))).kv_bytes(1000) == (1000 + 128) * 2 * 2 * 16 * 2
+    assert read_gguf_header(written(tmp_path, named)).sliding_layers == 1
+    assert build_gguf_spec(read_gguf_header(written(tmp_path, named))).kv_bytes(1000) == (1000 + 128) * 2 * 2 * 16 * 2
 
 
 def test_a_tensor_type_newer_than_the_table_is_not_held_against_the_file(tmp_path: Path) -> None:
-    header = read_header(written(tmp_path, gguf_bytes({"general.file_type": None}, tensor_type=77, tensor_bytes=0)))
+    header = read_gguf_header(
+        written(tmp_path, gguf_bytes({"general.file_type": None}, tensor_type=77, tensor_bytes=0))
+    )
     assert header.quantisation == "type 77"
 
 
 def test_a_model_outside_the_catalogue_can_be_planned_for_from_its_header(tmp_path: Path) -> None:
     path = tmp_path / "My Model (v2).gguf"
     path.write_bytes(gguf_bytes())
-    spec = spec_of(read_header(path))
+    spec = build_gguf_spec(read_gguf_header(path))
     assert spec.name == "my-model-v2"
     assert spec.variants[0].quantisation == "F16"
     assert spec.variants[0].size_bytes == path.stat().st_size
     assert "chat" in spec.abilities
     path.write_bytes(gguf_bytes({"tokenizer.chat_template": None}))
-    assert "chat" not in spec_of(read_header(path)).abilities
+    assert "chat" not in build_gguf_spec(read_gguf_header(path)).abilities
 
 
 def test_the_table_of_block_sizes_agrees_with_the_built_library() -> None:
@@ -153,7 +155,7 @@ def test_no_damage_gets_anything_but_a_model_file_error(
         content[place] = value
     path = written(tmp_path, bytes(content[:length]))
     try:
-        spec_of(read_header(path))
+        build_gguf_spec(read_gguf_header(path))
     except ModelFileError:
         return
 
@@ -162,4 +164,4 @@ def test_no_damage_gets_anything_but_a_model_file_error(
 @given(tail=st.binary(max_size=400))
 def test_no_bytes_after_the_magic_get_anything_but_a_model_file_error(tmp_path: Path, tail: bytes) -> None:
     with pytest.raises(ModelFileError):
-        read_header(written(tmp_path, b"GGUF\3\0\0\0" + tail))
+        read_gguf_header(written(tmp_path, b"GGUF\3\0\0\0" + tail))

@@ -11,10 +11,11 @@ import pytest
 from appliance.catalog import DevicePrior, ModelSpec, load_catalog
 from appliance.config import EngineModel, EngineSettings
 from appliance.engines.base import Placement
-from appliance.engines.vllm_memory import VllmOverheads, device_memory, splits
-from appliance.node.hardware.probe import Hardware, probe
-from appliance.node.plan.hypothetical_hardware import machine_of
-from appliance.node.plan.planner import ModelCandidate, Plan, plan, steadied
+from appliance.engines.vllm_memory import VllmOverheads, can_split, estimate_device_memory
+from appliance.node.hardware.probe import Hardware, probe_hardware
+from appliance.node.plan.hypothetical_hardware import build_hypothetical_hardware
+from appliance.node.plan.models import ModelCandidate, Plan
+from appliance.node.plan.planner import plan_placements, stabilise_plan
 from tests.node.machines import GIB, meminfo, recorded_nvml, topology, write_tree
 
 CATALOG = load_catalog()
@@ -23,11 +24,11 @@ MODELS = tuple(model for model in CATALOG.models if model.for_engine("vllm"))
 
 
 def machine(device: str, gpus: int = 1) -> Hardware:
-    return machine_of(CATALOG.device(device), gpus=gpus)
+    return build_hypothetical_hardware(CATALOG.device(device), gpus=gpus)
 
 
 def recorded(tmp_path: Path, name: str, ram: int = 256 * GIB) -> Hardware:
-    return probe(write_tree(tmp_path, topology(32) | meminfo(ram, ram - 8 * GIB)), recorded_nvml(name))
+    return probe_hardware(write_tree(tmp_path, topology(32) | meminfo(ram, ram - 8 * GIB)), recorded_nvml(name))
 
 
 def wanted(name: str, demand: float = 1.0, variant: str | None = None, **wish: Any) -> list[ModelCandidate]:
@@ -38,7 +39,7 @@ def wanted(name: str, demand: float = 1.0, variant: str | None = None, **wish: A
 
 
 def placed(hardware: Hardware, *items: Sequence[ModelCandidate], config: EngineSettings | None = None) -> Plan:
-    return plan(hardware, [one for group in items for one in group], config or EngineSettings())
+    return plan_placements(hardware, [one for group in items for one in group], config or EngineSettings())
 
 
 def only(outcome: Plan) -> Placement:
@@ -74,7 +75,7 @@ def test_a_model_too_large_for_one_device_is_split_over_the_fewest_that_hold_it(
     assert placement.gpu is not None
     assert (placement.gpu.tensor_parallel, placement.gpu.data_parallel) == (4, 2)
     assert placement.memory.weights_bytes == pytest.approx(70_553_706_496 * 2 * 1.02 / 4, rel=0.001)
-    whole = device_memory(
+    whole = estimate_device_memory(
         CATALOG.model("llama-3.3-70b-instruct"),
         CATALOG.model("llama-3.3-70b-instruct").variant("bf16"),
         tensor_parallel=1,
@@ -96,7 +97,7 @@ def test_a_model_too_large_for_one_device_is_split_over_the_fewest_that_hold_it(
     ],
 )
 def test_only_whole_heads_or_copies_of_them_are_split(name: str, devices: int, can: bool) -> None:
-    assert splits(CATALOG.model(name), devices) is can
+    assert can_split(CATALOG.model(name), devices) is can
 
 
 @pytest.mark.parametrize(
@@ -262,9 +263,9 @@ def test_what_was_measured_takes_the_place_of_what_is_assumed() -> None:
     items = wanted("qwen3-8b", variant="bf16")
     name = hardware.gpus.devices[0].name
     records = {("qwen3-8b", "bf16", name, 1): VllmOverheads(weights_bytes=16_400_000_000, other_bytes=2_000_000_000)}
-    placement = only(plan(hardware, items, EngineSettings(), records))
+    placement = only(plan_placements(hardware, items, EngineSettings(), records))
     assert (placement.memory.weights_bytes, placement.memory.buffers_bytes) == (16_400_000_000, 2_000_000_000)
-    assert placement.memory.kv_bytes > only(plan(hardware, items, EngineSettings())).memory.kv_bytes
+    assert placement.memory.kv_bytes > only(plan_placements(hardware, items, EngineSettings())).memory.kv_bytes
 
 
 def test_the_same_number_of_sequences_is_planned_while_free_memory_wavers() -> None:
@@ -291,9 +292,9 @@ def test_options_of_family_catalogue_and_operator_reach_the_engine() -> None:
 @pytest.mark.parametrize("device", GPUS, ids=lambda device: device.name)
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_every_model_on_every_device_fits_or_is_refused_in_bytes(device: DevicePrior, model: ModelSpec) -> None:
-    hardware = machine_of(device)
+    hardware = build_hypothetical_hardware(device)
     items = [ModelCandidate(model, one, Path(one.name)) for one in model.for_engine("vllm")]
-    outcome = plan(hardware, items, EngineSettings())
+    outcome = plan_placements(hardware, items, EngineSettings())
     total, capability = device.memory_bytes or 0, float(device.compute_capability or 0)
     for placement in outcome.placements:
         gpu, shape, variant = placement.gpu, placement.shape, model.variant(placement.variant)
@@ -323,21 +324,21 @@ def _with_cache(outcome: Plan, factor: float) -> Plan:
 
 def test_a_plan_stays_while_the_gain_is_small_and_changes_when_it_is_clear() -> None:
     present = placed(machine("h200"), wanted("qwen3-8b"))
-    assert steadied(None, present).changed
+    assert stabilise_plan(None, present).changed
     for factor in (0.5, 0.9, 1.0, 1.2):
-        steady = steadied(present, _with_cache(present, factor))
+        steady = stabilise_plan(present, _with_cache(present, factor))
         assert not steady.changed and steady.plan is present
-    better = steadied(present, _with_cache(present, 1.3))
+    better = stabilise_plan(present, _with_cache(present, 1.3))
     assert better.changed and "bytes of KV cache instead of" in better.reason
 
 
 def test_a_plan_changes_when_models_come_go_or_lose_their_device() -> None:
     one, two = placed(machine("h200"), wanted("qwen3-8b")), placed(machine("h200"), wanted("qwen3-8b"), wanted("phi-4"))
-    assert steadied(one, two).reason == "phi-4 can be served"
-    assert steadied(two, one).reason == "phi-4 cannot"
+    assert stabilise_plan(one, two).reason == "phi-4 can be served"
+    assert stabilise_plan(two, one).reason == "phi-4 cannot"
     moved = replace(one, gpu_usable_bytes={"another": 1})
-    assert steadied(one, moved).reason == "qwen3-8b: a device it runs on is gone"
+    assert stabilise_plan(one, moved).reason == "qwen3-8b: a device it runs on is gone"
     other = placed(machine("h200"), wanted("qwen3-8b", variant="fp8"))
-    assert steadied(one, other).reason.startswith("qwen3-8b: other settings or another file: fp8")
+    assert stabilise_plan(one, other).reason.startswith("qwen3-8b: other settings or another file: fp8")
     more = placed(machine("h200", 2), wanted("qwen3-8b"))
-    assert "2 copies instead of 1" in steadied(one, more).reason
+    assert "2 copies instead of 1" in stabilise_plan(one, more).reason

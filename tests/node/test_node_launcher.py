@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from appliance.node.supervise.launcher import ChildLauncher, minimal_environment
+from appliance.node.supervise.launcher import ChildLauncher, build_engine_environment
 from tests.node.processes import eventually, group_members, is_running
 
 pytestmark = pytest.mark.anyio
@@ -74,7 +74,7 @@ async def test_no_secret_reaches_an_engine(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_engine_can_import_what_the_node_was_imported_from() -> None:
-    environment = minimal_environment({"PYTHONPATH": "/elsewhere", "SECRET": "x"}, {})
+    environment = build_engine_environment({"PYTHONPATH": "/elsewhere", "SECRET": "x"}, {})
     assert environment["PYTHONPATH"].split(os.pathsep) == [str(ROOT), "/elsewhere"]
     assert "SECRET" not in environment
 

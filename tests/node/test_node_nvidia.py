@@ -8,7 +8,7 @@ import pynvml
 import pytest
 
 from appliance.node.hardware.nvidia import GpuReader, read_gpus
-from appliance.node.hardware.probe import probe
+from appliance.node.hardware.probe import probe_hardware
 from tests.node.machines import GIB, H200, Fails, FakeNvml, meminfo, recorded_nvml, topology, write_tree
 
 NOT_SUPPORTED = Fails(pynvml.NVML_ERROR_NOT_SUPPORTED)
@@ -189,16 +189,16 @@ def test_a_reader_starts_nvml_once_and_ends_it_once() -> None:
 
 def _hardware(root: Path, nvml: Any) -> Any:
     files = topology(4) | meminfo(64 * GIB, 40 * GIB) | {"proc/cpuinfo": "model name : A CPU\nflags : avx2\n"}
-    return probe(write_tree(root, files), nvml)
+    return probe_hardware(write_tree(root, files), nvml)
 
 
 def test_the_fingerprint_stays_while_load_changes_and_moves_with_the_hardware(tmp_path: Path) -> None:
     idle = _hardware(tmp_path, FakeNvml(H200))
     write_tree(tmp_path, meminfo(64 * GIB, 3 * GIB))
-    busy = probe(tmp_path, FakeNvml({**H200, "nvmlDeviceGetPowerUsage": 690_000}))
+    busy = probe_hardware(tmp_path, FakeNvml({**H200, "nvmlDeviceGetPowerUsage": 690_000}))
     assert idle.fingerprint == busy.fingerprint
-    assert probe(tmp_path, FakeNvml(H200, H200)).fingerprint != idle.fingerprint
-    assert probe(tmp_path, FakeNvml()).fingerprint != idle.fingerprint
+    assert probe_hardware(tmp_path, FakeNvml(H200, H200)).fingerprint != idle.fingerprint
+    assert probe_hardware(tmp_path, FakeNvml()).fingerprint != idle.fingerprint
 
 
 def test_hardware_can_be_written_as_json(tmp_path: Path) -> None:

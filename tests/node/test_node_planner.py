@@ -8,9 +8,11 @@ import pytest
 
 from appliance.catalog import Catalog, DevicePrior, ModelSpec, UrlSource, Variant
 from appliance.config import EngineSettings
-from appliance.node.hardware.probe import Hardware, probe
-from appliance.node.plan.planner import ModelCandidate, Plan, plan, usable_bytes
-from appliance.node.plan.recommendation import best_candidate
+from appliance.node.hardware.probe import Hardware, probe_hardware
+from appliance.node.plan.cpu_fit import compute_usable_bytes
+from appliance.node.plan.models import ModelCandidate, Plan
+from appliance.node.plan.planner import plan_placements
+from appliance.node.plan.recommendation import recommend_model
 from tests.node.machines import GIB, FakeNvml, meminfo, topology, write_tree
 
 SOURCE = UrlSource(kind="url", url="https://models.invalid/file.gguf", sha256="0" * 64)
@@ -66,7 +68,7 @@ def machine(tmp_path: Path) -> Hardware:
 
 
 def _machine(root: Path, *, cores: int, total: int, available: int) -> Hardware:
-    hardware = probe(write_tree(root, topology(cores) | meminfo(total, available)), FakeNvml())
+    hardware = probe_hardware(write_tree(root, topology(cores) | meminfo(total, available)), FakeNvml())
     return replace(hardware, cpu=replace(hardware.cpu, usable_cores=cores, usable_reason=f"{cores} physical cores"))
 
 
@@ -76,7 +78,7 @@ def _with_ram(hardware: Hardware, usable: int) -> Hardware:
 
 def _plan(hardware: Hardware, *models: ModelSpec, config: EngineSettings | None = None) -> Plan:
     wanted = [ModelCandidate(model, model.variants[0], Path(f"/models/{model.name}.gguf")) for model in models]
-    return plan(hardware, wanted, config or EngineSettings())
+    return plan_placements(hardware, wanted, config or EngineSettings())
 
 
 def test_a_model_that_fits_is_placed_with_reasons(machine: Hardware) -> None:
@@ -91,10 +93,10 @@ def test_a_model_that_fits_is_placed_with_reasons(machine: Hardware) -> None:
 
 
 def test_the_reserve_is_never_given_away(machine: Hardware) -> None:
-    usable, reason = usable_bytes(machine)
+    usable, reason = compute_usable_bytes(machine)
     assert usable == 20 * GIB - 24 * GIB // 20
     assert f"{24 * GIB // 20:,} stay for the node itself" in reason
-    assert usable_bytes(_with_ram(machine, 100))[0] == 0
+    assert compute_usable_bytes(_with_ram(machine, 100))[0] == 0
 
 
 def test_a_model_that_does_not_fit_is_refused_in_bytes(machine: Hardware) -> None:
@@ -164,7 +166,9 @@ def test_models_share_the_memory_in_the_order_they_are_wanted(machine: Hardware)
 def test_of_several_variants_the_first_that_fits_is_placed(machine: Hardware) -> None:
     big, little = variant("bf16", 90 * GIB), variant("q4_1")
     model = replace(SMALL, variants=(big, little, variant("q8_0")))
-    result = plan(machine, [ModelCandidate(model, each, Path("x")) for each in model.variants], EngineSettings())
+    result = plan_placements(
+        machine, [ModelCandidate(model, each, Path("x")) for each in model.variants], EngineSettings()
+    )
     assert [placement.variant for placement in result.placements] == ["q4_1"]
     assert [refusal.variant for refusal in result.refusals] == ["bf16", "q8_0"]
     assert result.refusals[1].reason == "small is already placed as q4_1"
@@ -204,7 +208,7 @@ PRIOR = DevicePrior(
 
 def test_the_best_candidate_is_the_largest_that_fits_and_is_quick_enough(machine: Hardware) -> None:
     middle = replace(SMALL, name="middle", parameters=2_000_000_000, variants=(variant("q4_1", 1 << 30),))
-    found = best_candidate(machine, Catalog(models=(SMALL, middle, LARGE), devices=(PRIOR,)))
+    found = recommend_model(machine, Catalog(models=(SMALL, middle, LARGE), devices=(PRIOR,)))
     assert found and found.model.name == "middle"
     assert found.decode_tokens_per_second == pytest.approx(48e9 / 2**30)
     assert found.prefill_tokens_per_second == pytest.approx(100e9 * 2 / 4e9)
@@ -213,16 +217,16 @@ def test_the_best_candidate_is_the_largest_that_fits_and_is_quick_enough(machine
 
 def test_a_quantisation_that_nobody_measured_counts_as_the_slowest(machine: Hardware) -> None:
     unknown = replace(SMALL, variants=(variant("iq3_xs"),))
-    found = best_candidate(machine, Catalog(models=(unknown,), devices=(PRIOR,)))
+    found = recommend_model(machine, Catalog(models=(unknown,), devices=(PRIOR,)))
     assert found and found.prefill_tokens_per_second == pytest.approx(100e9 * 2 / (2 * SMALL.parameters))
 
 
 def test_without_a_prior_the_estimate_says_that_it_is_assumed(machine: Hardware) -> None:
-    found = best_candidate(machine, Catalog(models=(SMALL,), devices=()))
+    found = recommend_model(machine, Catalog(models=(SMALL,), devices=()))
     assert found and "(assumed)" in found.basis
 
 
 def test_there_may_be_no_candidate(machine: Hardware) -> None:
-    assert best_candidate(_with_ram(machine, GIB), Catalog(models=(SMALL, LARGE), devices=())) is None
+    assert recommend_model(_with_ram(machine, GIB), Catalog(models=(SMALL, LARGE), devices=())) is None
     embedder = replace(SMALL, abilities=("embeddings",))
-    assert best_candidate(machine, Catalog(models=(embedder,), devices=())) is None
+    assert recommend_model(machine, Catalog(models=(embedder,), devices=())) is None

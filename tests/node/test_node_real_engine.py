@@ -16,8 +16,9 @@ from appliance.config import EngineSettings
 from appliance.core import EngineStatus
 from appliance.engines.base import Placement
 from appliance.errors import EngineFailed
-from appliance.node.hardware.probe import probe
-from appliance.node.plan.planner import ModelCandidate, plan
+from appliance.node.hardware.probe import probe_hardware
+from appliance.node.plan.models import ModelCandidate
+from appliance.node.plan.planner import plan_placements
 from appliance.node.supervise.launcher import ChildLauncher
 from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor
@@ -60,7 +61,9 @@ class Scene:
 
 def _scene(home: Path, model: Path) -> Scene:
     embedded = load_catalog().embedded
-    (placement,) = plan(probe(), [ModelCandidate(embedded, embedded.variants[0], model)], CONFIG).placements
+    (placement,) = plan_placements(
+        probe_hardware(), [ModelCandidate(embedded, embedded.variants[0], model)], CONFIG
+    ).placements
     state = State(time.monotonic)
     supervisor = Supervisor(
         [placement],

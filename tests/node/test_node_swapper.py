@@ -15,7 +15,7 @@ from appliance.core import EngineStatus
 from appliance.engines.base import EngineMemory, EngineShape, Placement
 from appliance.engines.llamacpp import LlamaCpp
 from appliance.engines.vllm import Vllm
-from appliance.node.plan.swap import RAM, SwapRules, resting_at_first
+from appliance.node.plan.swap import RAM, SwapRules, find_initially_unloaded
 from appliance.node.supervise.launcher import ChildLauncher
 from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor
@@ -41,7 +41,7 @@ class Scene:
             runtime_folder=folder / "run",
             engines={"llamacpp": LlamaCpp(), "vllm": Vllm(fake_installed(folder / "vllm"))},
         )
-        self.resting = resting_at_first(placements, {RAM: room})
+        self.resting = find_initially_unloaded(placements, {RAM: room})
         models = [placed.model for placed in placements]
         self.swapper = Swapper(self.supervisor, self.state, time.monotonic, {RAM: room}, rules, models)
 

@@ -132,13 +132,13 @@ def _titled_process(title: str) -> "subprocess.Popen[bytes]":
 
 
 def _marked_process(home: Path) -> "subprocess.Popen[bytes]":
-    environment = {**os.environ, orphans.MARK: orphans.mark(home, "m")}
+    environment = {**os.environ, orphans.ENGINE_MARK_VARIABLE: orphans.format_engine_mark(home, "m")}
     return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env=environment, process_group=0)
 
 
 def eventually_marked(home: Path) -> None:
     until = time.monotonic() + 10
-    while not orphans.marked(orphans.mark(home)):
+    while not orphans.find_marked_processes(orphans.format_engine_mark(home)):
         assert time.monotonic() < until
         time.sleep(0.01)
 

@@ -9,9 +9,9 @@ from appliance.catalog import Catalog, load_catalog
 from appliance.config import EngineModel, EngineSettings
 from appliance.errors import ModelFileError, UnknownModel
 from appliance.node.models.model_store import ModelStore
-from appliance.node.plan.hypothetical_hardware import machine_of
-from appliance.node.plan.serving_plan import ServingPlan, line_up
-from appliance.node.plan.variant_selection import candidates
+from appliance.node.plan.hypothetical_hardware import build_hypothetical_hardware
+from appliance.node.plan.serving_plan import ServingPlan, build_serving_plan
+from appliance.node.plan.variant_selection import list_candidates
 from tests.node.gguf_bytes import gguf_bytes
 from tests.node.test_hf_folder import PLAIN, folder
 
@@ -25,7 +25,7 @@ def store(tmp_path: Path) -> ModelStore:
 
 
 def names(wish: EngineModel, store: ModelStore, has_gpus: bool, catalog: Catalog = CATALOG) -> list[str]:
-    return [item.variant.name for item in candidates(wish, catalog, store, has_gpus=has_gpus)]
+    return [item.variant.name for item in list_candidates(wish, catalog, store, has_gpus=has_gpus)]
 
 
 def put(store: ModelStore, model: str, variant: str) -> None:
@@ -41,10 +41,10 @@ def put_folder(store: ModelStore, model: str, variant: str) -> None:
 
 
 def lined(store: ModelStore, device: str, *wishes: EngineModel, engines: tuple[str, ...] = BOTH) -> ServingPlan:
-    hardware = machine_of(CATALOG.device(device))
+    hardware = build_hypothetical_hardware(CATALOG.device(device))
     has_gpus = device != "avx512-vnni"
-    groups = [candidates(wish, CATALOG, store, has_gpus=has_gpus) for wish in wishes]
-    return line_up(hardware, groups, EngineSettings(), engines)  # type: ignore[arg-type]
+    groups = [list_candidates(wish, CATALOG, store, has_gpus=has_gpus) for wish in wishes]
+    return build_serving_plan(hardware, groups, EngineSettings(), engines)  # type: ignore[arg-type]
 
 
 def test_with_gpus_their_variants_come_first_and_without_them_last(store: ModelStore) -> None:
@@ -67,19 +67,19 @@ def test_an_engine_or_a_variant_that_was_asked_for_is_the_only_one(store: ModelS
 def test_files_of_ones_own_are_named_by_path_and_may_get_a_name(store: ModelStore, tmp_path: Path) -> None:
     file = tmp_path / "Own-Model.gguf"
     file.write_bytes(gguf_bytes())
-    (own,) = candidates(EngineModel(name=str(file)), CATALOG, store, has_gpus=True)
+    (own,) = list_candidates(EngineModel(name=str(file)), CATALOG, store, has_gpus=True)
     assert (own.model.name, own.variant.engine, own.path) == ("own-model", "llamacpp", file.resolve())
     place = folder(tmp_path, PLAIN)
-    (named,) = candidates(EngineModel(name="mine", path=str(place)), CATALOG, store, has_gpus=True)
+    (named,) = list_candidates(EngineModel(name="mine", path=str(place)), CATALOG, store, has_gpus=True)
     assert (named.model.name, named.variant.engine, named.path) == ("mine", "vllm", place.resolve())
     with pytest.raises(ModelFileError):
-        candidates(EngineModel(name="mine", path=str(tmp_path / "missing")), CATALOG, store, has_gpus=True)
+        list_candidates(EngineModel(name="mine", path=str(tmp_path / "missing")), CATALOG, store, has_gpus=True)
 
 
 def test_what_is_to_be_pulled_has_the_path_it_will_have(store: ModelStore) -> None:
     paths = {
         item.variant.name: item.path.name
-        for item in candidates(EngineModel(name="qwen3-4b"), CATALOG, store, has_gpus=True)
+        for item in list_candidates(EngineModel(name="qwen3-4b"), CATALOG, store, has_gpus=True)
     }
     assert paths == {"bf16": "bf16", "fp8": "fp8", "awq": "awq", "q4_k_m": "q4_k_m.gguf"}
 

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.engines.base import EngineMemory, EngineShape, GpuShare, Placement
-from appliance.node.plan.swap import RAM, LoadedModel, SwapMove, SwapRules, decide, pools_of, resting_at_first
+from appliance.node.plan.swap import (
+    RAM,
+    LoadedModel,
+    SwapMove,
+    SwapRules,
+    decide_swaps,
+    find_initially_unloaded,
+    list_memory_pools,
+)
 
 POOLS = {RAM: 100}
 RULES = SwapRules(idle_unload_seconds=300, least_residence_seconds=60, cool_down_seconds=20)
@@ -54,23 +62,23 @@ def _kinds(moves: tuple[SwapMove, ...]) -> list[tuple[str, str]]:
     ],
 )
 def test_what_is_moved(now: float, residents: list[LoadedModel], expected: list[tuple[str, str]]) -> None:
-    assert _kinds(decide(now, residents, POOLS, RULES)) == expected
+    assert _kinds(decide_swaps(now, residents, POOLS, RULES)) == expected
 
 
 def test_the_longest_unused_go_and_no_more_than_it_takes() -> None:
     small = [replace(A, model=name, bytes=30, used_at=used) for name, used in (("x", 40), ("y", 10), ("z", 20))]
-    assert _kinds(decide(100, [*small, replace(B, bytes=40, wanted_at=99)], POOLS, RULES)) == [("unload", "y")]
+    assert _kinds(decide_swaps(100, [*small, replace(B, bytes=40, wanted_at=99)], POOLS, RULES)) == [("unload", "y")]
 
 
 def test_the_first_who_wished_is_first() -> None:
     early, late = replace(B, model="c", wanted_at=90), replace(B, wanted_at=95)
-    assert _kinds(decide(100, [late, early], POOLS, RULES)) == [("load", "c")]
+    assert _kinds(decide_swaps(100, [late, early], POOLS, RULES)) == [("load", "c")]
 
 
 def test_pools_do_not_help_each_other() -> None:
     other = replace(A, pools=("GPU-1",))
     wanted = replace(B, pools=("GPU-0",), wanted_at=99)
-    assert decide(100, [other, wanted], {"GPU-0": 60, "GPU-1": 100}, RULES) == ()
+    assert decide_swaps(100, [other, wanted], {"GPU-0": 60, "GPU-1": 100}, RULES) == ()
 
 
 @given(st.lists(st.sampled_from(["a", "b", ""]), min_size=600, max_size=600))
@@ -89,7 +97,7 @@ def test_however_they_are_wanted_swaps_are_rare(wishes: list[str]) -> None:
             LoadedModel(name, (RAM,), 70, state, since, used[name], wanted_at=wanted.get(name))  # type: ignore[arg-type]
             for name, (state, since) in residence.items()
         ]
-        for move in decide(float(now), rows, POOLS, RULES):
+        for move in decide_swaps(float(now), rows, POOLS, RULES):
             residence[move.model] = ("loaded" if move.kind == "load" else "resting", float(now))
             swaps += move.kind == "load"
     assert sum(state == "loaded" for state, _ in residence.values()) <= 1
@@ -103,7 +111,7 @@ def _placement(model: str, size: int) -> Placement:
 
 def test_at_first_those_are_loaded_that_fit_in_their_order() -> None:
     placements = [_placement("a", 60), _placement("b", 60), _placement("c", 30)]
-    resting = resting_at_first(placements, POOLS)
+    resting = find_initially_unloaded(placements, POOLS)
     assert resting == {"b": "needs 60 bytes where 40 are left; loaded when wanted"}
 
 
@@ -115,9 +123,9 @@ def test_devices_that_are_shared_in_part_are_not_promised_twice() -> None:
         replace(_placement("small", 30), gpu=second),
         replace(_placement("smaller", 20), gpu=second),
     ]
-    assert list(resting_at_first(placements, {"G1": 100, "G2": 100})) == ["narrow", "smaller"]
-    assert pools_of(placements[0]) == ("G1", "G2")
-    assert pools_of(replace(placements[1], gpu=replace(first, unified_memory=True))) == ("G1", RAM)
+    assert list(find_initially_unloaded(placements, {"G1": 100, "G2": 100})) == ["narrow", "smaller"]
+    assert list_memory_pools(placements[0]) == ("G1", "G2")
+    assert list_memory_pools(replace(placements[1], gpu=replace(first, unified_memory=True))) == ("G1", RAM)
 
 
 def test_for_a_model_on_several_devices_those_go_that_are_in_its_way() -> None:
@@ -127,9 +135,9 @@ def test_for_a_model_on_several_devices_those_go_that_are_in_its_way() -> None:
         for name, pools_, used in (("one", ("G1",), 20), ("two", ("G2",), 30), ("three", ("G3",), 10))
     ]
     wide = replace(B, pools=("G1", "G2"), bytes=70, wanted_at=99)
-    assert _kinds(decide(100, [*residents, wide], pools, RULES)) == [("unload", "one"), ("unload", "two")]
+    assert _kinds(decide_swaps(100, [*residents, wide], pools, RULES)) == [("unload", "one"), ("unload", "two")]
     stays = [replace(residents[0], is_busy=True), *residents[1:]]
-    assert decide(100, [*stays, wide], pools, RULES) == ()
+    assert decide_swaps(100, [*stays, wide], pools, RULES) == ()
     leaves = [replace(residents[0], residence="moving"), *residents[1:]]
-    assert decide(100, [*leaves, wide], pools, RULES) == ()
-    assert _kinds(decide(100, [*residents, replace(wide, bytes=40)], pools, RULES)) == [("load", "b")]
+    assert decide_swaps(100, [*leaves, wide], pools, RULES) == ()
+    assert _kinds(decide_swaps(100, [*residents, replace(wide, bytes=40)], pools, RULES)) == [("load", "b")]

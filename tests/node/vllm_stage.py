@@ -89,7 +89,7 @@ class Stage:
 
     def members(self) -> list[int]:
         """The processes of the engine, wherever they are: guard, front end, core."""
-        return list(orphans.marked(orphans.mark(self.home)))
+        return list(orphans.find_marked_processes(orphans.format_engine_mark(self.home)))
 
     async def post(self, path: str, key: str = "") -> httpx.Response:
         transport = httpx.AsyncHTTPTransport(uds=str(self.socket), verify=False)

@@ -6,7 +6,7 @@ import pytest
 
 from appliance.config import CostSettings
 from appliance.core import Price, UpstreamCall, UpstreamReply, Usage
-from appliance.engines.rates import decode_rate
+from appliance.engines.rates import interpolate_decode_rate
 from appliance.errors import BackendGarbage, RejectedReply
 from appliance.router.attempts.verify import read_verified
 from appliance.router.capacity.breaker import CLOSED, Breaker, Breakers, after_failure, after_nothing, after_start
@@ -98,11 +98,11 @@ def test_an_engine_without_measurements_is_taken_for_a_slow_one() -> None:
     ("sequences", "rate"), [(1, 100.0), (2, 150.0), (3, 200.0), (5, 250.0), (7, 300.0), (99, 300.0), (0, 100.0)]
 )
 def test_decode_rates_are_read_between_the_measured_points(sequences: int, rate: float) -> None:
-    assert decode_rate({1: 100.0, 3: 200.0, 7: 300.0, 9: 0.0}, sequences) == pytest.approx(rate)
+    assert interpolate_decode_rate({1: 100.0, 3: 200.0, 7: 300.0, 9: 0.0}, sequences) == pytest.approx(rate)
 
 
 def test_fewer_sequences_than_measured_run_at_the_same_speed_each() -> None:
-    assert decode_rate({4: 200.0}, 2) == pytest.approx(100.0)
+    assert interpolate_decode_rate({4: 200.0}, 2) == pytest.approx(100.0)
 
 
 def test_pitfall_11_token_estimates_learn_from_what_targets_report() -> None:

@@ -16,13 +16,26 @@ from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, catal
 from appliance.cli.output import bytes_text, fail, guarded, say, say_json, stderr, stdout
 from appliance.config import EngineSettings, NodeConfig, ToleranceSettings, Workload, load_config
 from appliance.errors import ApplianceError
-from appliance.node.calibrate.calibration import Calibration, MeasuredRate, VariantChoice, VariantFigures, choose
+from appliance.node.calibrate.calibration import (
+    Calibration,
+    MeasuredRate,
+    VariantChoice,
+    VariantFigures,
+    choose_variant,
+)
 from appliance.node.calibrate.calibration_store import CalibrationStore
-from appliance.node.calibrate.calibrator import SHORT, CalibrationOrder, CalibrationStep, calibrate, key_of, order_of
-from appliance.node.hardware.probe import Hardware, probe
+from appliance.node.calibrate.calibrator import (
+    SHORT,
+    CalibrationOrder,
+    CalibrationStep,
+    build_calibration_key,
+    build_calibration_order,
+    calibrate_model,
+)
+from appliance.node.hardware.probe import Hardware, probe_hardware
 from appliance.node.models.model_store import ModelStore
-from appliance.node.plan.planner import ModelCandidate
-from appliance.node.plan.variant_selection import measured, wanted
+from appliance.node.plan.models import ModelCandidate
+from appliance.node.plan.variant_selection import select_candidate, select_measured_variants
 
 _PLAIN_EVERY_SECONDS = 5.0
 
@@ -50,18 +63,18 @@ def calibrate_command(
     """
     config = guarded(lambda: load_config(config_path))
     engine = config.engine.model_copy(update={"model": name, "variant": None, "workload": _workload(workload, config)})
-    home, hardware = data_dir_of(data_dir, config), probe()
+    home, hardware = data_dir_of(data_dir, config), probe_hardware()
     store, calibrations = ModelStore(home), CalibrationStore(home)
-    source = guarded(lambda: wanted(engine, catalog_of(home), store))
+    source = guarded(lambda: select_candidate(engine, catalog_of(home), store))
     if not source.path.exists():
         pull_with_progress(store, source.model, source.variant)
-    key = key_of(source, hardware, store)
+    key = build_calibration_key(source, hardware, store)
     known, stale = calibrations.read(source.model.name, source.variant.name, key)
     if stale is not None:
         stderr.print(f"older figures of {source.model.name} do not hold: they were {stale}")
     if known is None or known.extent != "full" or force or variants or threads:
         order = guarded(
-            lambda: order_of(
+            lambda: build_calibration_order(
                 source,
                 key,
                 "full",
@@ -74,7 +87,7 @@ def calibrate_command(
         known = guarded(lambda: _with_progress(order, store, calibrations))
     else:
         stderr.print(f"measured on {known.measured_at} and still valid; --force measures again")
-    choice = choose(known.measurement, engine.workload, engine.tolerance)
+    choice = choose_variant(known.measurement, engine.workload, engine.tolerance)
     if as_json:
         say_json(_json(known, engine.tolerance))
     else:
@@ -93,7 +106,9 @@ def first_start(
         return (source,), None
     try:
         calibration = _remembered_or_short(source, engine, home, hardware, store)
-        return (source,) if calibration is None else measured(source, calibration, engine, store), calibration
+        return (source,) if calibration is None else select_measured_variants(
+            source, calibration, engine, store
+        ), calibration
     except (ApplianceError, OSError) as error:
         text = f"calibration failed: {error}; {source.variant.name} is served as it is"
         stderr.print(text, style="yellow", soft_wrap=True)
@@ -104,7 +119,7 @@ def _remembered_or_short(
     source: ModelCandidate, engine: EngineSettings, home: Path, hardware: Hardware, store: ModelStore
 ) -> Calibration | None:
     calibrations = CalibrationStore(home)
-    key = key_of(source, hardware, store)
+    key = build_calibration_key(source, hardware, store)
     known, stale = calibrations.read(source.model.name, source.variant.name, key)
     if known is not None or not engine.calibrate:
         return known
@@ -117,13 +132,15 @@ def _remembered_or_short(
     variants = () if engine.variant is not None else None
     threads = None if engine.threads is None else (engine.threads,)
     cores = hardware.cpu.usable_cores
-    order = order_of(source, key, "short", cores=cores, tolerance=engine.tolerance, variants=variants, threads=threads)
+    order = build_calibration_order(
+        source, key, "short", cores=cores, tolerance=engine.tolerance, variants=variants, threads=threads
+    )
     return _with_progress(order, store, calibrations)
 
 
 def _with_progress(order: CalibrationOrder, store: ModelStore, calibrations: CalibrationStore) -> Calibration:
     with _reporter() as report:
-        return calibrate(order, store, calibrations, report)
+        return calibrate_model(order, store, calibrations, report)
 
 
 @contextmanager
@@ -198,7 +215,7 @@ def _cell(figure: MeasuredRate | None) -> str:
 
 def _json(calibration: Calibration, tolerance: ToleranceSettings) -> dict[str, Any]:
     """Everything that was measured, and what it means for each workload."""
-    choices = {one: choose(calibration.measurement, one, tolerance) for one in get_args(Workload)}
+    choices = {one: choose_variant(calibration.measurement, one, tolerance) for one in get_args(Workload)}
     return {
         **asdict(calibration),
         "tolerance": tolerance.model_dump(),

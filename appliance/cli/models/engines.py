@@ -8,8 +8,8 @@ import typer
 from appliance.cli.options import ConfigOption, JsonOption
 from appliance.cli.output import bytes_text, fail, guarded, say, say_json, stderr
 from appliance.config import load_config
-from appliance.node.vllm.environments import chosen, engines_folder, installed
-from appliance.node.vllm.install import install, is_whole, read_pins, remove
+from appliance.node.vllm.environments import list_installed, locate_engines_folder, select_installed
+from appliance.node.vllm.install import install_vllm, is_complete, read_pins, remove_environment
 
 app = typer.Typer(help="vLLM: install, list and remove. The CPU engine (llama.cpp) comes with the appliance.")
 
@@ -33,7 +33,7 @@ def install_command(
             if not stderr.is_terminal:
                 stderr.print(text)
 
-        made = guarded(lambda: install(pins, engines_folder(os.environ), report))
+        made = guarded(lambda: install_vllm(pins, locate_engines_folder(os.environ), report))
     say(f"vLLM {made.version} is in {made.folder}; the node uses the newest one (engine.vllm names another)")
 
 
@@ -41,8 +41,8 @@ def install_command(
 def list_command(config_path: ConfigOption = None, as_json: JsonOption = False) -> None:
     """The vLLMs on this machine, and which one the node uses."""
     config = guarded(lambda: load_config(config_path))
-    used = guarded(lambda: chosen(config.engine, os.environ))
-    here = list(installed(engines_folder(os.environ)))
+    used = guarded(lambda: select_installed(config.engine, os.environ))
+    here = list(list_installed(locate_engines_folder(os.environ)))
     if used is not None and used.folder not in [one.folder for one in here]:
         here.append(used)
     rows = [
@@ -52,7 +52,7 @@ def list_command(config_path: ConfigOption = None, as_json: JsonOption = False) 
             "folder": str(one.folder),
             "cpu": one.is_cpu,
             "used": used is not None and one.folder == used.folder,
-            "whole": is_whole(one),
+            "whole": is_complete(one),
         }
         for one in here
     ]
@@ -71,11 +71,11 @@ def remove_command(
     version: Annotated[str, typer.Argument(help="As `appliance engines list` shows it.")],
 ) -> None:
     """Delete an environment that was installed by command."""
-    here = installed(engines_folder(os.environ))
+    here = list_installed(locate_engines_folder(os.environ))
     found = next((one for one in here if one.version == version), None)
     if found is None:
         known = ", ".join(one.version for one in here) or "none"
         fail(f"no vLLM {version!r} was installed by command; there are: {known}")
     size = sum(path.lstat().st_size for path in found.folder.rglob("*"))
-    remove(found)
+    remove_environment(found)
     say(f"removed {found.folder} ({bytes_text(size)})")

@@ -118,7 +118,7 @@ class Calibration:
         return 2 * sum(figure.disturbed for figure in figures) > len(figures)
 
 
-def stale_reason(known: CalibrationKey, now: CalibrationKey) -> str | None:
+def explain_staleness(known: CalibrationKey, now: CalibrationKey) -> str | None:
     """Why figures of `known` do not hold any more; None where they do."""
     reasons = []
     if known.hardware != now.hardware:
@@ -130,7 +130,7 @@ def stale_reason(known: CalibrationKey, now: CalibrationKey) -> str | None:
     return f"measured {' and '.join(reasons)}" if reasons else None
 
 
-def merged(old: Calibration | None, new: Calibration) -> Calibration:
+def merge_calibrations(old: Calibration | None, new: Calibration) -> Calibration:
     """The new measurement, with what only an older one of the same key has: variants, thread counts."""
     if old is None or old.key != new.key or old.measurement.source != new.measurement.source:
         return new
@@ -158,7 +158,7 @@ class WorkloadMix:
     sequences: int
 
 
-MIXES: Final[Mapping[Workload, WorkloadMix]] = {
+WORKLOAD_MIXES: Final[Mapping[Workload, WorkloadMix]] = {
     "prefill": WorkloadMix("decisions and extraction", prompt_tokens=256, output_tokens=2, sequences=8),
     "balanced": WorkloadMix("a mix of reading and writing", prompt_tokens=300, output_tokens=100, sequences=8),
     "decode": WorkloadMix("writing", prompt_tokens=100, output_tokens=400, sequences=8),
@@ -190,7 +190,7 @@ class _Option:
         return f"{self.prefill:,.0f} prompt tokens/s and {self.decode:,.0f} generated tokens/s"
 
 
-def choose(
+def choose_variant(
     measurement: Measurement,
     workload: Workload,
     tolerance: ToleranceSettings,
@@ -203,7 +203,7 @@ def choose(
     `threads`: fixed by the operator; then the nearest measured count speaks for it. `available`: variants whose files
     are there (None: all). None where the source itself has no figures to compare with.
     """
-    mix = MIXES[workload]
+    mix = WORKLOAD_MIXES[workload]
     # One measure for all: CPU time makes everything a little quicker than the clock does.
     by_clock = not any(figure.disturbed for variant in measurement.variants for figure in variant.figures)
     options = [option for variant in measurement.variants for option in _options(variant, mix, threads, by_clock)]

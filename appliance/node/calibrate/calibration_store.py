@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from appliance.errors import ApplianceError, BackendGarbage
 from appliance.files import replace_file
 from appliance.llamacpp.kernels.library import identity
-from appliance.node.calibrate.calibration import Calibration, CalibrationKey, Measurement, stale_reason
+from appliance.node.calibrate.calibration import Calibration, CalibrationKey, Measurement, explain_staleness
 
 _DISTRIBUTION: Final = "llama-cpp-python"
 _FORMAT: Final = 1
@@ -39,7 +39,7 @@ class CalibrationStore:
             found = _read(path)
             if found is None:
                 continue
-            stale = stale_reason(found.key, key)
+            stale = explain_staleness(found.key, key)
             if stale is None:
                 return found, None
             reason = reason or stale
@@ -71,7 +71,7 @@ def read_measurement(payload: Any) -> Measurement:
 
 
 @cache
-def llama_cpp_identity() -> str:
+def read_llama_cpp_identity() -> str:
     """The version, eight digits over the libraries as they were installed, and the kernels that compute beside them:
     another build computes otherwise."""
     try:
@@ -84,7 +84,7 @@ def llama_cpp_identity() -> str:
     return f"{distribution.version}+{digest[:8]}+{identity()}"
 
 
-def file_identity(path: Path, sha256: str | None) -> str:
+def identify_file(path: Path, sha256: str | None) -> str:
     """The checksum where one was proven, else size and modification time."""
     if sha256 is not None:
         return f"sha256:{sha256}"

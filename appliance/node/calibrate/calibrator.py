@@ -18,17 +18,25 @@ from typing import IO, Any, Final
 from appliance.config import ToleranceSettings
 from appliance.engines.llamacpp import ENVIRONMENT, LlamaCpp
 from appliance.errors import ApplianceError, EngineFailed, OperatorError, UnknownModel
-from appliance.node.calibrate.calibration import MIXES, Calibration, CalibrationKey, Extent, Measurement, choose, merged
+from appliance.node.calibrate.calibration import (
+    WORKLOAD_MIXES,
+    Calibration,
+    CalibrationKey,
+    Extent,
+    Measurement,
+    choose_variant,
+    merge_calibrations,
+)
 from appliance.node.calibrate.calibration_store import (
     CalibrationStore,
-    file_identity,
-    llama_cpp_identity,
+    identify_file,
+    read_llama_cpp_identity,
     read_measurement,
 )
 from appliance.node.hardware.probe import Hardware
 from appliance.node.models.model_store import ModelStore
-from appliance.node.plan.planner import ModelCandidate
-from appliance.node.supervise.launcher import minimal_environment
+from appliance.node.plan.models import ModelCandidate
+from appliance.node.supervise.launcher import build_engine_environment
 
 _OVERTIME_SECONDS: Final = 30.0
 """Nothing new is begun when the time is over; what was begun may take this long, then the program is ended."""
@@ -79,14 +87,14 @@ class CalibrationStep:
     what: str
 
 
-def key_of(source: ModelCandidate, hardware: Hardware, store: ModelStore) -> CalibrationKey:
+def build_calibration_key(source: ModelCandidate, hardware: Hardware, store: ModelStore) -> CalibrationKey:
     """What figures of `source` on this machine rest on. Its file must be there."""
     stored = store.find(source.model.name, source.variant.name)
     proven = stored.sha256 if stored is not None and stored.unchanged and stored.path == source.path else None
-    return CalibrationKey(hardware.fingerprint, file_identity(source.path, proven), llama_cpp_identity())
+    return CalibrationKey(hardware.fingerprint, identify_file(source.path, proven), read_llama_cpp_identity())
 
 
-def order_of(
+def build_calibration_order(
     source: ModelCandidate,
     key: CalibrationKey,
     extent: Extent,
@@ -131,7 +139,7 @@ def _effort(extent: Extent) -> CalibrationEffort:
     return FULL if extent == "full" else SHORT
 
 
-def calibrate(
+def calibrate_model(
     order: CalibrationOrder,
     models: ModelStore,
     calibrations: CalibrationStore,
@@ -149,7 +157,7 @@ def calibrate(
             measurement = _run(order, files, report)
             _check_enough(order, measurement)
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            calibration = merged(known, Calibration(order.key, order.extent, now, measurement))
+            calibration = merge_calibrations(known, Calibration(order.key, order.extent, now, measurement))
             _keep(order, measurement, files, models)
         finally:
             for name in files:
@@ -177,7 +185,7 @@ def _file_of(order: CalibrationOrder, variant: str, models: ModelStore) -> Path:
 def _keep(order: CalibrationOrder, measurement: Measurement, files: dict[str, Path], models: ModelStore) -> None:
     """Take over what was derived and some workload would choose; the rest would only fill the disk."""
     model, source = order.source.model.name, order.source.variant.name
-    choices = [choose(measurement, workload, order.tolerance) for workload in MIXES]
+    choices = [choose_variant(measurement, workload, order.tolerance) for workload in WORKLOAD_MIXES]
     useful = {choice.variant for choice in choices if choice is not None}
     for variant in measurement.variants:
         draft = models.draft_of(model, variant.name)
@@ -198,7 +206,7 @@ def _run(order: CalibrationOrder, files: dict[str, Path], report: Callable[[Cali
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=minimal_environment(os.environ, ENVIRONMENT),
+                env=build_engine_environment(os.environ, ENVIRONMENT),
                 pass_fds=(guard_read,),
                 start_new_session=True,
             )

@@ -16,7 +16,7 @@ from appliance.engines.base import Placement
 from appliance.engines.vllm_memory import VllmOverheads
 from appliance.files import replace_file
 from appliance.node.hardware.nvidia import Gpus
-from appliance.node.plan.gpu_fit import RecordKey
+from appliance.node.plan.gpu_fit import OverheadKey
 
 _LEAST_OTHER_BYTES: Final = 300_000_000
 """No process computes on a device with less than this: a smaller figure was measured of something else."""
@@ -36,9 +36,9 @@ class _Row:
 _ROWS: TypeAdapter[list[_Row]] = TypeAdapter(list[_Row])
 
 
-def measured(
+def measure_overheads(
     placement: Placement, weights_bytes: int, before: Gpus, after: Gpus
-) -> tuple[RecordKey, VllmOverheads] | None:
+) -> tuple[OverheadKey, VllmOverheads] | None:
     """What `placement` holds on each of its devices, from readings before its start and once it was ready.
 
     `weights_bytes`: on each device, as its log says. None where a device did not tell its memory or others came and
@@ -61,7 +61,7 @@ def measured(
     return (placement.model, placement.variant, kind, split), VllmOverheads(weights_bytes, other)
 
 
-def read_records(home: Path) -> dict[RecordKey, VllmOverheads]:
+def read_gpu_records(home: Path) -> dict[OverheadKey, VllmOverheads]:
     """What was measured so far; nothing where the file is missing or cannot be understood: then it is measured anew."""
     try:
         rows = _ROWS.validate_json((home / "gpu_records.json").read_bytes())
@@ -73,8 +73,8 @@ def read_records(home: Path) -> dict[RecordKey, VllmOverheads]:
     }
 
 
-def remember(home: Path, found: Iterable[tuple[RecordKey, VllmOverheads]]) -> None:
+def add_gpu_records(home: Path, found: Iterable[tuple[OverheadKey, VllmOverheads]]) -> None:
     """Add to what was measured; the newest figure of each key counts. Raises OSError where the folder is not ours."""
-    records = {**read_records(home), **dict(found)}
+    records = {**read_gpu_records(home), **dict(found)}
     rows = [asdict(_Row(*key, one.weights_bytes, one.other_bytes)) for key, one in sorted(records.items())]
     replace_file(home / "gpu_records.json", json.dumps(rows, indent=1) + "\n")

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from appliance.node.doctor.findings import Finding
-from appliance.node.doctor.gpu_checks import GpuFacts, gpu_findings
+from appliance.node.doctor.gpu_checks import GpuFacts, check_gpus
 from appliance.node.hardware.cpu import Cpu, Ram
 
-Held = Literal["free", "ours", "taken", "unusable"]
+AddressState = Literal["free", "ours", "taken", "unusable"]
 
 _GIB: Final = 1 << 30
 _LEAST_FREE_BYTES: Final = _GIB
@@ -109,7 +109,7 @@ class DoctorFacts:
     build: EngineBuild
     address: str
     """HOST:PORT that the node is to listen on."""
-    address_held: Held
+    address_held: AddressState
     has_keys: bool
     is_loopback: bool
     now_at: float
@@ -134,7 +134,7 @@ class DoctorFacts:
     """Variables that steer threads, those that are set."""
 
 
-def examine(facts: DoctorFacts) -> tuple[Finding, ...]:
+def run_checks(facts: DoctorFacts) -> tuple[Finding, ...]:
     """All checks, in the order in which somebody would mend what they find."""
     checks = (
         _config,
@@ -154,7 +154,7 @@ def examine(facts: DoctorFacts) -> tuple[Finding, ...]:
         _meter,
     )
     found = [finding for check in checks for finding in check(facts)]
-    return (*found, *gpu_findings(facts.gpus))
+    return (*found, *check_gpus(facts.gpus))
 
 
 def _config(facts: DoctorFacts) -> Iterator[Finding]:

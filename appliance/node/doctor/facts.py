@@ -27,24 +27,24 @@ from appliance.errors import ApplianceError, ConfigError, LedgerUnavailable
 from appliance.ledger.database import explained, open_reader, place_of
 from appliance.ledger.tables import decisions
 from appliance.node.doctor.checks import (
+    AddressState,
     DoctorFacts,
     EngineBuild,
     FolderFacts,
-    Held,
     LedgerFacts,
     ModelFacts,
     SecretFacts,
 )
 from appliance.node.doctor.gpu_checks import GpuFacts, VllmFacts
 from appliance.node.energy.meters import find_rapl
-from appliance.node.hardware.cgroup import read_quota
+from appliance.node.hardware.cgroup import read_cpu_quota
 from appliance.node.hardware.nvidia import Gpus
-from appliance.node.hardware.probe import probe
-from appliance.node.models.gguf_header import read_header
-from appliance.node.models.hf_folder import check_whole
+from appliance.node.hardware.probe import probe_hardware
+from appliance.node.models.gguf_header import read_gguf_header
+from appliance.node.models.hf_folder import check_weight_files
 from appliance.node.models.model_store import ModelStore, StoredModel
-from appliance.node.vllm.environments import chosen
-from appliance.node.vllm.install import is_whole
+from appliance.node.vllm.environments import select_installed
+from appliance.node.vllm.install import is_complete
 
 _READ_FOR_A_LOOK_BYTES: Final = 1 << 30
 _CHECKED_FOR_A_LOOK_BYTES: Final = 256 << 20
@@ -79,7 +79,7 @@ _BUILD_SECONDS: Final = 60.0
 _RUNTIME: Final = re.compile(r"nvidia_cuda_runtime(?:_cu\d+)?-(?P<major>\d+)\.")
 
 
-def gather(
+def gather_facts(
     config: NodeConfig,
     home: Path,
     *,
@@ -91,19 +91,19 @@ def gather(
     full: bool,
 ) -> DoctorFacts:
     """Read everything. Seconds: models up to 1 GB are read, all of them with `full`."""
-    hardware = probe()
-    rapl, quota = find_rapl(), read_quota(Path("/"))
+    hardware = probe_hardware()
+    rapl, quota = find_rapl(), read_cpu_quota(Path("/"))
     missing, seen = _packages()
     server = config.server
     return DoctorFacts(
         cpu=hardware.cpu,
         ram=hardware.ram,
-        gpus=gpu_facts(hardware.gpus, config.engine, home),
-        place=place(home),
-        ledger=ledger_facts(ledger, full=full),
-        build=engine_build(),
+        gpus=read_gpu_facts(hardware.gpus, config.engine, home),
+        place=read_folder_facts(home),
+        ledger=read_ledger_facts(ledger, full=full),
+        build=read_engine_build(),
         address=f"{server.host}:{server.port}",
-        address_held=held(server.host, server.port, home),
+        address_held=read_address_state(server.host, server.port, home),
         has_keys=has_keys,
         is_loopback=is_loopback,
         now_at=time.time(),
@@ -113,8 +113,8 @@ def gather(
         max_connections=server.max_connections,
         cpu_meter=rapl.reason,
         has_cpu_meter=bool(rapl.zones),
-        secrets=tuple(secret(one) for one in config.providers if one.key_env or one.key_file),
-        models=tuple(model_facts(one, full=full) for one in _stored(home)),
+        secrets=tuple(read_secret_facts(one) for one in config.providers if one.key_env or one.key_file),
+        models=tuple(read_model_facts(one, full=full) for one in _stored(home)),
         packages=tuple(missing),
         packages_seen=seen,
         config_path=None if config_path is None else str(config_path),
@@ -125,7 +125,7 @@ def gather(
     )
 
 
-def place(home: Path) -> FolderFacts:
+def read_folder_facts(home: Path) -> FolderFacts:
     """The data directory, or what is there of its path."""
     found = next((folder for folder in (home, *home.parents) if folder.exists()), Path("/"))
     state, room = found.stat(), os.statvfs(found)
@@ -140,7 +140,7 @@ def place(home: Path) -> FolderFacts:
     )
 
 
-def ledger_facts(url: str, *, full: bool) -> LedgerFacts:
+def read_ledger_facts(url: str, *, full: bool) -> LedgerFacts:
     """Whether it can be read and its pages are sound, and when its last request came."""
     where = place_of(url)
     try:
@@ -165,7 +165,7 @@ def ledger_facts(url: str, *, full: bool) -> LedgerFacts:
     return LedgerFacts(where, last_at=last)
 
 
-def held(host: str, port: int, home: Path) -> Held:
+def read_address_state(host: str, port: int, home: Path) -> AddressState:
     """Who has the address that the node is to listen on."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -183,7 +183,7 @@ def held(host: str, port: int, home: Path) -> Held:
     return "free"
 
 
-def secret(provider: Provider) -> SecretFacts:
+def read_secret_facts(provider: Provider) -> SecretFacts:
     source = f"the environment variable {provider.key_env}" if provider.key_env else str(provider.key_file)
     try:
         read_secret(provider)
@@ -192,15 +192,15 @@ def secret(provider: Provider) -> SecretFacts:
     return SecretFacts(provider.name, source, mode=None if provider.key_env else _mode(Path(source).expanduser()))
 
 
-def model_facts(model: StoredModel, *, full: bool) -> ModelFacts:
+def read_model_facts(model: StoredModel, *, full: bool) -> ModelFacts:
     """Whether it is whole, and what its checksum says where it is read."""
     name = f"{model.model} {model.variant}"
     try:
         if model.path.is_dir():
             if any(model.path.glob("*.safetensors")):
-                check_whole(model.path)
+                check_weight_files(model.path)
             return ModelFacts(name)
-        read_header(model.path)
+        read_gguf_header(model.path)
         if model.sha256 is None:
             return ModelFacts(name)
         if model.path.stat().st_size > _READ_FOR_A_LOOK_BYTES and not full:
@@ -213,13 +213,17 @@ def model_facts(model: StoredModel, *, full: bool) -> ModelFacts:
     return ModelFacts(name, problem)
 
 
-def gpu_facts(gpus: Gpus, engine: EngineSettings, home: Path, root: Path = Path("/")) -> GpuFacts:
+def read_gpu_facts(gpus: Gpus, engine: EngineSettings, home: Path, root: Path = Path("/")) -> GpuFacts:
     vllm, problem = None, None
     try:
-        found = chosen(engine, os.environ)
+        found = select_installed(engine, os.environ)
         if found is not None:
             vllm = VllmFacts(
-                found.version, str(found.folder), found.is_cpu, cuda_major(found.folder), is_whole=is_whole(found)
+                found.version,
+                str(found.folder),
+                found.is_cpu,
+                read_cuda_major(found.folder),
+                is_whole=is_complete(found),
             )
     except ConfigError as error:
         problem = str(error)
@@ -236,7 +240,7 @@ def gpu_facts(gpus: Gpus, engine: EngineSettings, home: Path, root: Path = Path(
     )
 
 
-def cuda_major(folder: Path) -> int | None:
+def read_cuda_major(folder: Path) -> int | None:
     """Which CUDA an environment's packages bring along."""
     for distribution in sorted(folder.glob("lib/python3*/site-packages/nvidia_cuda_runtime*.dist-info")):
         match = _RUNTIME.match(distribution.name)
@@ -245,7 +249,7 @@ def cuda_major(folder: Path) -> int | None:
     return None
 
 
-def engine_build(command: Sequence[str] = (sys.executable, "-c", _ASK_BUILD)) -> EngineBuild:
+def read_engine_build(command: Sequence[str] = (sys.executable, "-c", _ASK_BUILD)) -> EngineBuild:
     """In a process of its own, which an illegal instruction may end."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_SECONDS, check=False)

@@ -43,7 +43,7 @@ class GpuFacts:
     """Of /dev/shm, which several GPUs' workers talk through."""
 
 
-def gpu_findings(facts: GpuFacts) -> Iterator[Finding]:
+def check_gpus(facts: GpuFacts) -> Iterator[Finding]:
     """Nothing of a GPU is wrong on a machine that has none."""
     yield from _driver(facts)
     for gpu in facts.gpus.devices:

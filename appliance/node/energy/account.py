@@ -42,7 +42,7 @@ class EngineWork:
     """False while it loads: that takes power, and no request is charged with it."""
 
 
-def joules_between(before: MeterReading, now: MeterReading, seconds: float) -> float | None:
+def compute_joules(before: MeterReading, now: MeterReading, seconds: float) -> float | None:
     """What one meter counted; None where the two readings do not tell: the driver was loaded anew, or they are too far
     apart for a meter without a counter."""
     if seconds <= 0:
@@ -127,7 +127,7 @@ class EnergyAccount:
         counted: dict[str, float] = {}
         for now in readings:
             before = self._before.get(now.meter)
-            joules = None if before is None else joules_between(before, now, seconds)
+            joules = None if before is None else compute_joules(before, now, seconds)
             if joules is not None:
                 counted[now.meter] = joules
         self._at, self._before = at, {now.meter: now for now in readings}

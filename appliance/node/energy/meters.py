@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from appliance.node.hardware.nvidia_device import ask, is_gone, word
+from appliance.node.hardware.nvidia_device import decode_text, is_device_gone, query_nvml
 
 CPU_METER: Final = "cpu"
 """All processor packages together, with their memory where that is metered apart."""
@@ -65,10 +65,10 @@ class NvmlMeters:
 
 def _gpu_reading(nvml: Any, index: int) -> MeterReading:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
-    uuid = word(ask(nvml, "nvmlDeviceGetUUID", handle)) or str(index)
-    millijoules = ask(nvml, "nvmlDeviceGetTotalEnergyConsumption", handle)
-    milliwatts = ask(nvml, "nvmlDeviceGetPowerUsage", handle)
-    limit = ask(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle)
+    uuid = decode_text(query_nvml(nvml, "nvmlDeviceGetUUID", handle)) or str(index)
+    millijoules = query_nvml(nvml, "nvmlDeviceGetTotalEnergyConsumption", handle)
+    milliwatts = query_nvml(nvml, "nvmlDeviceGetPowerUsage", handle)
+    limit = query_nvml(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle)
     return MeterReading(
         meter=f"gpu {uuid}",
         joules=None if millijoules is None else millijoules / 1000,
@@ -79,18 +79,18 @@ def _gpu_reading(nvml: Any, index: int) -> MeterReading:
 
 
 def _parts(nvml: Any, handle: Any) -> Sequence[str]:
-    mode = ask(nvml, "nvmlDeviceGetMigMode", handle)
+    mode = query_nvml(nvml, "nvmlDeviceGetMigMode", handle)
     if not mode or not mode[0]:
         return ()
     names = []
-    for index in range(ask(nvml, "nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
+    for index in range(query_nvml(nvml, "nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
         try:
-            part = ask(nvml, "nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
+            part = query_nvml(nvml, "nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
         except nvml.NVMLError as error:
-            if is_gone(nvml, error):
+            if is_device_gone(nvml, error):
                 raise
             continue
-        name = None if part is None else word(ask(nvml, "nvmlDeviceGetUUID", part))
+        name = None if part is None else decode_text(query_nvml(nvml, "nvmlDeviceGetUUID", part))
         if name:
             names.append(name)
     return names

@@ -15,7 +15,7 @@ import psutil
 import structlog
 
 from appliance.core import CostBasis, EngineLoad
-from appliance.engines.rates import busy_seconds
+from appliance.engines.rates import estimate_busy_seconds
 from appliance.node.energy.account import EnergyAccount, EngineWork
 from appliance.node.energy.meters import MeterReading, NvmlMeters, RaplMeters, find_rapl
 from appliance.node.supervise.engine_supervisor import EngineSupervisor
@@ -110,7 +110,7 @@ class EnergySampler:
             written = load.decode_tokens_total - before.decode_tokens_total
             moved = load.steps != before.steps
             if prefilled >= 0 and written >= 0:  # else it has been started anew
-                seconds = busy_seconds(load, prefilled, written) or 0.0
+                seconds = estimate_busy_seconds(load, prefilled, written) or 0.0
         return EngineWork(
             target=name,
             devices=None if gpu is None else frozenset(gpu.devices),

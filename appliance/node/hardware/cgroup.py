@@ -27,7 +27,7 @@ class MemoryLimit:
     source: str
 
 
-def read_quota(root: Path) -> CpuQuota | None:
+def read_cpu_quota(root: Path) -> CpuQuota | None:
     """The smallest CPU quota on the way from this process's group to the top; None where there is none."""
     found = []
     for folder in _folders(root, "cpu"):
@@ -137,6 +137,6 @@ def _number(path: Path) -> int | None:
     return int(text) if text.lstrip("-").isdigit() else None
 
 
-def floor_cores(quota: CpuQuota) -> int:
+def round_down_cores(quota: CpuQuota) -> int:
     """Whole cores under a quota, at least one: threads beyond them are stopped by the kernel in mid-step."""
     return max(1, math.floor(quota.cores))

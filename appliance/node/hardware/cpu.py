@@ -10,7 +10,7 @@ from typing import Final
 
 import psutil
 
-from appliance.node.hardware.cgroup import MemoryLimit, floor_cores, read_memory_limit, read_quota
+from appliance.node.hardware.cgroup import MemoryLimit, read_cpu_quota, read_memory_limit, round_down_cores
 
 _X86_FLAGS: Final = (
     "sse4_2",
@@ -137,9 +137,9 @@ def _usable(root: Path, cores: dict[int, str], allowed: frozenset[int], physical
     reason = f"{own} physical cores"
     if physical and own < physical:
         reason = f"affinity allows {own} of {physical} physical cores"
-    quota = read_quota(root)
-    if quota is not None and floor_cores(quota) < own:
-        return floor_cores(quota), f"the quota of {quota.source} is {quota.cores:g} cores; {reason}"
+    quota = read_cpu_quota(root)
+    if quota is not None and round_down_cores(quota) < own:
+        return round_down_cores(quota), f"the quota of {quota.source} is {quota.cores:g} cores; {reason}"
     return own, reason
 
 

@@ -15,7 +15,7 @@ _MOST_OF_UNIFIED: Final = 0.85
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class GpuDevice:
     """One GPU, or one part of a divided one, that an engine can be given."""
 
     key: str
@@ -31,9 +31,9 @@ class Device:
     unified_memory: bool = False
 
 
-def devices_of(hardware: Hardware) -> tuple[tuple[Device, ...], tuple[str, ...]]:
+def list_usable_devices(hardware: Hardware) -> tuple[tuple[GpuDevice, ...], tuple[str, ...]]:
     """Those that can be used, and why others cannot."""
-    devices: list[Device] = []
+    devices: list[GpuDevice] = []
     problems = [f"GPU {lost.index} cannot be used: {lost.reason}" for lost in hardware.gpus.lost]
     for gpu in hardware.gpus.devices:
         if gpu.mig_enabled:
@@ -48,9 +48,9 @@ def devices_of(hardware: Hardware) -> tuple[tuple[Device, ...], tuple[str, ...]]
     return tuple(devices), tuple(problems)
 
 
-def _device(gpu: Gpu, total: int, free: int) -> Device:
+def _device(gpu: Gpu, total: int, free: int) -> GpuDevice:
     most = int(total * (_MOST_OF_UNIFIED if gpu.unified_memory else _MOST_OF_TOTAL))
-    return Device(
+    return GpuDevice(
         key=gpu.uuid or str(gpu.index),
         index=gpu.index,
         name=gpu.name,
@@ -61,14 +61,14 @@ def _device(gpu: Gpu, total: int, free: int) -> Device:
     )
 
 
-def _parts(gpu: Gpu) -> list[Device]:
+def _parts(gpu: Gpu) -> list[GpuDevice]:
     found = []
     for part in gpu.mig_devices:
         total, free = part.memory_total_bytes, part.memory_free_bytes
         if part.uuid is None or total is None or free is None:
             continue
         found.append(
-            Device(
+            GpuDevice(
                 key=part.uuid,
                 index=gpu.index,
                 name=part.name,

@@ -12,7 +12,7 @@ _HOT_REASONS: Final = frozenset({"hardware slowdown", "hardware thermal slowdown
 """What slows a device down that somebody ought to see to; a power cap is how it is meant to work."""
 
 
-def troubles(gpus: Gpus, seen: Gpus) -> Mapping[str, str]:
+def find_gpu_problems(gpus: Gpus, seen: Gpus) -> Mapping[str, str]:
     """What is wrong, by device or `driver`. `seen`: as they were when the node started."""
     found = {}
     if gpus.state == "gone":
@@ -44,7 +44,7 @@ async def watch_gpus(signals: StatusPublisher, nvml: Any, seconds: float = _SECO
         while True:
             gpus = await asyncio.to_thread(reader.read, 0, 0)
             seen = seen or gpus
-            found = troubles(gpus, seen)
+            found = find_gpu_problems(gpus, seen)
             for about, text in found.items():
                 signals.warn("gpu", text, about)
             for about in said - found.keys():

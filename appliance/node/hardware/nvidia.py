@@ -5,7 +5,15 @@ import ctypes
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from appliance.node.hardware.nvidia_device import Gpu, GpuProcess, MigDevice, ask, is_gone, read_device, word
+from appliance.node.hardware.nvidia_device import (
+    Gpu,
+    GpuProcess,
+    MigDevice,
+    decode_text,
+    is_device_gone,
+    query_nvml,
+    read_device,
+)
 
 __all__ = ["Gpu", "GpuProcess", "GpuReader", "Gpus", "LostGpu", "MigDevice", "load_nvml", "read_gpus"]
 
@@ -96,13 +104,13 @@ class GpuReader:
                 self._nvml.nvmlShutdown()
 
     def _read(self, nvml: Any, ram_total_bytes: int, ram_usable_bytes: int) -> Gpus:
-        driver = word(ask(nvml, "nvmlSystemGetDriverVersion"))
-        version = ask(nvml, "nvmlSystemGetCudaDriverVersion_v2")
+        driver = decode_text(query_nvml(nvml, "nvmlSystemGetDriverVersion"))
+        version = query_nvml(nvml, "nvmlSystemGetCudaDriverVersion_v2")
         cuda = None if version is None else f"{version // 1000}.{version % 1000 // 10}"
         try:
             count = nvml.nvmlDeviceGetCount()
         except nvml.NVMLError as error:
-            if is_gone(nvml, error):
+            if is_device_gone(nvml, error):
                 raise
             return Gpus((), f"none, because the driver cannot count its devices: {error}", driver, cuda)
         self._was_seen = True

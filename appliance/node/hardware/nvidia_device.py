@@ -84,10 +84,10 @@ def read_device(nvml: Any, index: int, handle: Any, ram_total_bytes: int, ram_us
     """Everything that one device tells. Raises NVMLError where it is lost, or the driver went away meanwhile."""
 
     def asked(function: str, *arguments: Any) -> Any:
-        return ask(nvml, function, handle, *arguments)
+        return query_nvml(nvml, function, handle, *arguments)
 
     # A device that cannot even tell its name is lost: the error travels up.
-    name = str(word(nvml.nvmlDeviceGetName(handle)))
+    name = str(decode_text(nvml.nvmlDeviceGetName(handle)))
     total, free, reason, unified = _memory(nvml, handle, ram_total_bytes, ram_usable_bytes)
     capability = asked("nvmlDeviceGetCudaComputeCapability")
     power, limit = asked("nvmlDeviceGetPowerUsage"), asked("nvmlDeviceGetEnforcedPowerLimit")
@@ -99,7 +99,7 @@ def read_device(nvml: Any, index: int, handle: Any, ram_total_bytes: int, ram_us
     return Gpu(
         index=index,
         name=name,
-        uuid=word(asked("nvmlDeviceGetUUID")),
+        uuid=decode_text(asked("nvmlDeviceGetUUID")),
         compute_capability=None if capability is None else f"{capability[0]}.{capability[1]}",
         memory_total_bytes=total,
         memory_free_bytes=free,
@@ -121,7 +121,7 @@ def read_device(nvml: Any, index: int, handle: Any, ram_total_bytes: int, ram_us
     )
 
 
-def ask(nvml: Any, function: str, *arguments: Any) -> Any:
+def query_nvml(nvml: Any, function: str, *arguments: Any) -> Any:
     """The answer, or None where the device, the driver or the bindings do not know. Raises where they are gone."""
     asked: Callable[..., Any] | None = getattr(nvml, function, None)
     if asked is None:
@@ -129,17 +129,17 @@ def ask(nvml: Any, function: str, *arguments: Any) -> Any:
     try:
         return asked(*arguments)
     except nvml.NVMLError as error:
-        if is_gone(nvml, error):
+        if is_device_gone(nvml, error):
             raise
         return None
 
 
-def is_gone(nvml: Any, error: Any) -> bool:
+def is_device_gone(nvml: Any, error: Any) -> bool:
     """Whether the error means that the device or the driver is no longer there, rather than that it does not know."""
     return error.value in {getattr(nvml, name) for name in _GONE}
 
 
-def word(text: str | bytes | None) -> str | None:
+def decode_text(text: str | bytes | None) -> str | None:
     """Older bindings answer in bytes."""
     return text.decode("utf-8", "replace") if isinstance(text, bytes) else text
 
@@ -151,7 +151,7 @@ def _memory(
     try:
         memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     except nvml.NVMLError as error:
-        if is_gone(nvml, error):
+        if is_device_gone(nvml, error):
             raise
         if error.value == nvml.NVML_ERROR_NOT_SUPPORTED:
             reason = "the device shares the machine's memory and reports none of its own: what RAM has usable counts"
@@ -163,7 +163,7 @@ def _memory(
 def _links(nvml: Any, handle: Any) -> int | None:
     states = []
     for link in range(nvml.NVML_NVLINK_MAX_LINKS):
-        state = ask(nvml, "nvmlDeviceGetNvLinkState", handle, link)
+        state = query_nvml(nvml, "nvmlDeviceGetNvLinkState", handle, link)
         if state is None:  # no such link: they are numbered without gaps
             break
         states.append(state)
@@ -172,16 +172,19 @@ def _links(nvml: Any, handle: Any) -> int | None:
 
 def _parts(nvml: Any, handle: Any) -> list[MigDevice]:
     found = []
-    for index in range(ask(nvml, "nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
-        part = ask(nvml, "nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
+    for index in range(query_nvml(nvml, "nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
+        part = query_nvml(nvml, "nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
         if part is None:  # this slot is not set up
             continue
-        memory, attributes = ask(nvml, "nvmlDeviceGetMemoryInfo", part), ask(nvml, "nvmlDeviceGetAttributes_v2", part)
+        memory, attributes = (
+            query_nvml(nvml, "nvmlDeviceGetMemoryInfo", part),
+            query_nvml(nvml, "nvmlDeviceGetAttributes_v2", part),
+        )
         found.append(
             MigDevice(
                 index=index,
-                name=str(word(ask(nvml, "nvmlDeviceGetName", part)) or "MIG device"),
-                uuid=word(ask(nvml, "nvmlDeviceGetUUID", part)),
+                name=str(decode_text(query_nvml(nvml, "nvmlDeviceGetName", part)) or "MIG device"),
+                uuid=decode_text(query_nvml(nvml, "nvmlDeviceGetUUID", part)),
                 memory_total_bytes=None if memory is None else int(memory.total),
                 memory_free_bytes=None if memory is None else int(memory.free),
                 multiprocessors=None if attributes is None else int(attributes.multiprocessorCount),

@@ -43,7 +43,7 @@ class Hardware:
         return {**table, "fingerprint": self.fingerprint}
 
 
-def probe(root: Path = Path("/"), nvml: Any | None = None) -> Hardware:
+def probe_hardware(root: Path = Path("/"), nvml: Any | None = None) -> Hardware:
     """Read the machine. Takes milliseconds without a GPU, up to a second or two while a driver wakes up; call it from a
     thread where an event loop runs. `root` and `nvml` are replaced by recordings in tests."""
     ram = read_ram(root)

@@ -29,21 +29,21 @@ TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 """30 s without a byte is a broken connection; a new one resumes."""
 WORTH_RETRYING = frozenset({408, 425, 429, 500, 502, 503, 504})
 
-Step = Literal["wait", "resolve", "download", "retry", "join", "verify", "copy", "ready"]
+PullStep = Literal["wait", "resolve", "download", "retry", "join", "verify", "copy", "ready"]
 
 
 @dataclass(frozen=True, slots=True)
 class PullProgress:
     """Where a pull is. `total_bytes` is None while unknown; both counts are of the present step and file."""
 
-    step: Step
+    step: PullStep
     what: str
     done_bytes: int = 0
     total_bytes: int | None = None
     note: str = ""
 
 
-Report = Callable[[PullProgress], None]
+PullReporter = Callable[[PullProgress], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +71,9 @@ class _Again(Exception):
         self.wait_seconds = wait_seconds
 
 
-def fetch(
+def download_file(
     download: Download,
-    report: Report,
+    report: PullReporter,
     *,
     client: httpx.Client,
     pause: Callable[[float], None] = time.sleep,
@@ -83,7 +83,7 @@ def fetch(
     Raises PullError naming the step, what was expected and what to do. Nothing is contacted if the part is whole.
     """
     download.target.parent.mkdir(parents=True, exist_ok=True)
-    part = part_of(download.target)
+    part = part_path(download.target)
     if download.sha256 is None:
         # Nothing says that an older part belongs to the same bytes.
         part.unlink(missing_ok=True)
@@ -107,10 +107,10 @@ def fetch(
             pause(wait)
             wait_seconds *= 2
         except OSError as error:
-            raise disk_error(error, download.target, download.what) from error
+            raise explain_disk_error(error, download.target, download.what) from error
 
 
-def part_of(target: Path) -> Path:
+def part_path(target: Path) -> Path:
     return target.with_name(target.name + ".part")
 
 
@@ -121,7 +121,7 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _one_try(download: Download, part: Path, report: Report, client: httpx.Client) -> str:
+def _one_try(download: Download, part: Path, report: PullReporter, client: httpx.Client) -> str:
     """Go on from the part that is there; the whole file's sha256, or _Again."""
     digest = hashlib.sha256()
     with part.open("a+b") as file:
@@ -148,7 +148,7 @@ def _one_try(download: Download, part: Path, report: Report, client: httpx.Clien
     return found
 
 
-def _digest_into(digest: "hashlib._Hash", file: BinaryIO, shown: PullProgress, report: Report) -> int:
+def _digest_into(digest: "hashlib._Hash", file: BinaryIO, shown: PullProgress, report: PullReporter) -> int:
     done = 0
     while chunk := file.read(CHUNK_BYTES):
         digest.update(chunk)
@@ -158,7 +158,7 @@ def _digest_into(digest: "hashlib._Hash", file: BinaryIO, shown: PullProgress, r
 
 
 def _receive(
-    download: Download, file: BinaryIO, done: int, digest: "hashlib._Hash", report: Report, client: httpx.Client
+    download: Download, file: BinaryIO, done: int, digest: "hashlib._Hash", report: PullReporter, client: httpx.Client
 ) -> tuple[int, "hashlib._Hash"]:
     headers = {**(download.headers or {}), "accept-encoding": "identity"}
     if done:
@@ -217,7 +217,7 @@ def _check_status(download: Download, response: httpx.Response, done: int) -> No
     raise PullError(f"{begin} see what the source says of it, or take another one")
 
 
-def need_space(folder: Path, needed_bytes: int, what: str) -> None:
+def require_space(folder: Path, needed_bytes: int, what: str) -> None:
     """Raise PullError unless the disk of `folder` has room for `needed_bytes` and some spare."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes + SPARE_BYTES:
@@ -227,7 +227,7 @@ def need_space(folder: Path, needed_bytes: int, what: str) -> None:
         )
 
 
-def disk_error(error: OSError, target: Path, what: str) -> PullError:
+def explain_disk_error(error: OSError, target: Path, what: str) -> PullError:
     """An OSError of writing as a PullError with the remedy."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(target.parent).free
@@ -237,7 +237,7 @@ def disk_error(error: OSError, target: Path, what: str) -> PullError:
     return PullError(f"writing {what}: {error.strerror or error} ({target}); check that the data folder is writable")
 
 
-def file_sha256(path: Path, shown: PullProgress, report: Report) -> str:
+def hash_file(path: Path, shown: PullProgress, report: PullReporter) -> str:
     """The sha256 of a file, reporting on the way."""
     digest, done, total = hashlib.sha256(), 0, path.stat().st_size
     with path.open("rb") as file:

@@ -135,7 +135,7 @@ class GgufHeader:
     metadata: Mapping[str, Value]
 
 
-def read_header(path: Path) -> GgufHeader:
+def read_gguf_header(path: Path) -> GgufHeader:
     """Read and check the header of the GGUF at `path`.
 
     Raises ModelFileError: missing, not a GGUF, damaged, a part of a split model, or "truncated: has N bytes, needs M".
@@ -391,7 +391,7 @@ def _quantisation(metadata: Mapping[str, Value], tensors: Sequence[_Tensor]) -> 
     return weights.most_common(1)[0][0] if weights else "unknown"
 
 
-def spec_of(header: GgufHeader) -> ModelSpec:
+def build_gguf_spec(header: GgufHeader) -> ModelSpec:
     """A model that is not in the catalogue, from its own header, so that it can be planned for like any other."""
     name = re.sub(r"[^a-z0-9._-]+", "-", header.path.stem.lower()).strip("-._")[:64] or "model"
     variant = Variant(

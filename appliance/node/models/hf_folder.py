@@ -28,7 +28,7 @@ _QUANTISATIONS: Final = {
 Table = Mapping[str, Any]
 
 
-def spec_of_folder(folder: Path) -> ModelSpec:
+def read_folder_spec(folder: Path) -> ModelSpec:
     """The model in `folder`. Raises ModelFileError where it is none, is cut off, or does not tell its dimensions."""
     config = _json(folder / "config.json")
     text = config.get("text_config")
@@ -77,7 +77,7 @@ def spec_of_folder(folder: Path) -> ModelSpec:
     )
 
 
-def check_whole(folder: Path) -> None:
+def check_weight_files(folder: Path) -> None:
     """ModelFileError where the weights' index names files that are not there, or a weight file is cut off."""
     for file in _weight_files(folder):
         for _ in _tensors(file):

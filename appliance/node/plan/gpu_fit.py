@@ -14,13 +14,19 @@ from appliance.catalog import ModelSpec
 from appliance.config import EngineModel
 from appliance.config import EngineSettings as EngineConfig
 from appliance.engines.base import EngineAdapter, EngineMemory, EngineShape, GpuShare, Placement
-from appliance.engines.vllm_memory import VllmOverheads, device_memory, refusal, remark, splits
-from appliance.node.hardware.gpu_devices import Device
-from appliance.node.plan.models import ModelCandidate, settings_of
+from appliance.engines.vllm_memory import (
+    VllmOverheads,
+    can_split,
+    describe_precision,
+    estimate_device_memory,
+    explain_refusal,
+)
+from appliance.node.hardware.gpu_devices import GpuDevice
+from appliance.node.plan.models import ModelCandidate, merge_engine_settings
 
-RecordKey = tuple[str, str, str, int]
+OverheadKey = tuple[str, str, str, int]
 """Model, variant, name of the device, devices a copy is split over."""
-Records = Mapping[RecordKey, VllmOverheads]
+OverheadRecords = Mapping[OverheadKey, VllmOverheads]
 
 _MIN_CONTEXT_TOKENS: Final = 2_048
 _FULL_CONTEXT_TOKENS: Final = 16_384
@@ -43,11 +49,11 @@ _ROUNDS: Final = 4
 
 
 @dataclass(slots=True)
-class GpuRequest:
+class GpuClaim:
     """What one model is about to get."""
 
     item: ModelCandidate
-    devices: tuple[Device, ...]
+    devices: tuple[GpuDevice, ...]
     tensor_parallel: int
     data_parallel: int
     base: EngineMemory
@@ -67,22 +73,22 @@ class GpuRequest:
 class GpuFit:
     """Memory that is left on each device, by key, while models are being given devices."""
 
-    devices: tuple[Device, ...]
+    devices: tuple[GpuDevice, ...]
     left: dict[str, int]
-    records: Records
+    records: OverheadRecords
     packed: bool
     """Fill devices up one after the other, instead of spreading over all of them."""
     is_alone: bool
     """Nobody else wants these devices: idle ones may carry further copies."""
 
-    def claim(self, items: Sequence[ModelCandidate]) -> GpuRequest | str:
+    def claim(self, items: Sequence[ModelCandidate]) -> GpuClaim | str:
         """Devices for one model in the best of these variants; or why in none, of the one that came nearest."""
         shortfalls: list[tuple[int, str]] = []
         for gentle in (True, False):
             for comfortable in (True, False) if not gentle else (True,):
                 for item, devices in self._options(items, gentle):
                     found = self._try(item, devices, comfortable)
-                    if isinstance(found, GpuRequest):
+                    if isinstance(found, GpuClaim):
                         return found
                     shortfalls.append(found)
         for item in items:  # a split that the operator asked for, or a precision, that no device can do
@@ -91,7 +97,7 @@ class GpuFit:
 
     def _options(
         self, items: Sequence[ModelCandidate], gentle: bool
-    ) -> Iterator[tuple[ModelCandidate, tuple[Device, ...]]]:
+    ) -> Iterator[tuple[ModelCandidate, tuple[GpuDevice, ...]]]:
         """Variants with the devices for one copy: fewest devices first, then in the order of the variants."""
         for size in _SPLITS:
             for item in items:
@@ -100,31 +106,31 @@ class GpuFit:
                 for group in self._groups(item, size):
                     yield item, group
 
-    def _groups(self, item: ModelCandidate, size: int) -> Iterator[tuple[Device, ...]]:
+    def _groups(self, item: ModelCandidate, size: int) -> Iterator[tuple[GpuDevice, ...]]:
         """Devices of one kind that may hold one copy of `item` split over `size` of them, the best group first."""
         wish = _wish(item)
-        if wish.tensor_parallel not in (None, size) or (size > 1 and not splits(item.model, size)):
+        if wish.tensor_parallel not in (None, size) or (size > 1 and not can_split(item.model, size)):
             return
         for _, kind in groupby(sorted(self._allowed(wish), key=_kind), key=_kind):
             same = [device for device in kind if size == 1 or not device.is_part]
-            same = [one for one in same if refusal(item.variant, one.compute_capability, wish.kv_dtype) is None]
+            same = [one for one in same if explain_refusal(item.variant, one.compute_capability, wish.kv_dtype) is None]
             same.sort(key=lambda device: self.left[device.key], reverse=not self.packed)
             if self.packed:  # the fullest that still may hold it: tried one after the other
                 yield from (tuple(same[start : start + size]) for start in range(len(same) - size + 1))
             elif len(same) >= size:
                 yield tuple(same[:size])
 
-    def _allowed(self, wish: EngineModel) -> list[Device]:
+    def _allowed(self, wish: EngineModel) -> list[GpuDevice]:
         return [device for device in self.devices if wish.gpus is None or device.index in wish.gpus]
 
     def _try(
-        self, item: ModelCandidate, devices: tuple[Device, ...], comfortable: bool
-    ) -> GpuRequest | tuple[int, str]:
+        self, item: ModelCandidate, devices: tuple[GpuDevice, ...], comfortable: bool
+    ) -> GpuClaim | tuple[int, str]:
         """A claim on these devices; or by how much it does not fit and how to say so."""
         wish, size, smallest = _wish(item), len(devices), min(one.total_bytes for one in devices)
         batch, sequences = _step(smallest, wish, comfortable)
         measured = self.records.get((item.model.name, item.variant.name, devices[0].name, size))
-        base = device_memory(
+        base = estimate_device_memory(
             item.model,
             item.variant,
             tensor_parallel=size,
@@ -149,12 +155,12 @@ class GpuFit:
             can = f"{len(copies)} of the devices it may use can do it"
             return 1, f"{wish.data_parallel} copies on {size} devices each were asked for; {can}"
         most = min(limit - base.total_bytes, max(kv, cache.useful(sequences)))
-        claim = GpuRequest(item, copies, size, len(copies) // size, base, sequences, batch, kv, most)
+        claim = GpuClaim(item, copies, size, len(copies) // size, base, sequences, batch, kv, most)
         for device in copies:
             self.left[device.key] -= claim.bytes_each
         return claim
 
-    def _copies(self, item: ModelCandidate, devices: tuple[Device, ...], needed: int) -> tuple[Device, ...]:
+    def _copies(self, item: ModelCandidate, devices: tuple[GpuDevice, ...], needed: int) -> tuple[GpuDevice, ...]:
         """`devices`, and those of further copies: as many as were asked for, or all idle ones where nobody else is."""
         wish, size = _wish(item), len(devices)
         wanted = wish.data_parallel or (len(self.devices) if self.is_alone else 1)
@@ -174,11 +180,11 @@ class GpuFit:
         if not allowed:
             yield f"no GPU has one of the indices {', '.join(map(str, wish.gpus or ()))}"
         for device in allowed:
-            reason = refusal(item.variant, device.compute_capability, wish.kv_dtype)
+            reason = explain_refusal(item.variant, device.compute_capability, wish.kv_dtype)
             if reason is not None:
                 yield reason
         size = wish.tensor_parallel
-        if size is not None and not splits(item.model, size):
+        if size is not None and not can_split(item.model, size):
             heads = f"{item.model.heads} heads and {item.model.kv_heads} KV heads"
             yield f"{item.model.name} cannot be split over {size} devices: it has {heads}"
         elif size is not None:
@@ -229,7 +235,7 @@ class _Cache:
         return min(trained, max(low * _ROUNDING_TOKENS, 256))
 
 
-def share_out(claims: Sequence[GpuRequest], left: dict[str, int]) -> None:
+def share_leftover_memory(claims: Sequence[GpuClaim], left: dict[str, int]) -> None:
     """Give what is left of each device to those on it, by their demand, as far as they can use it.
 
     A copy gets on all its devices what the fullest of them can give.
@@ -249,7 +255,7 @@ def share_out(claims: Sequence[GpuRequest], left: dict[str, int]) -> None:
                 left[device.key] -= offer
 
 
-def placement_of(claim: GpuRequest, engine: EngineAdapter, config: EngineConfig) -> Placement:
+def build_gpu_placement(claim: GpuClaim, engine: EngineAdapter, config: EngineConfig) -> Placement:
     """The claim as a placement, with the reasons for its figures."""
     item, wish, size = claim.item, _wish(claim.item), claim.tensor_parallel
     cache = _Cache(item.model, wish.kv_dtype, size, claim.batch_tokens)
@@ -269,7 +275,7 @@ def placement_of(claim: GpuRequest, engine: EngineAdapter, config: EngineConfig)
         f"needs {memory} on each device; {first.name} has {total:,}",
         f"GPU {names}: {layout}",
         f"{sequences} sequences, {longest:,} tokens of context, {tokens:,} tokens of KV cache",
-        remark(item.variant, first.compute_capability),
+        describe_precision(item.variant, first.compute_capability),
     )
     return Placement(
         model=item.model.name,
@@ -297,7 +303,7 @@ def placement_of(claim: GpuRequest, engine: EngineAdapter, config: EngineConfig)
             kv_dtype=wish.kv_dtype,
             unified_memory=first.unified_memory,
         ),
-        settings=settings_of(engine, item, (*config.vllm_options, *wish.options)),
+        settings=merge_engine_settings(engine, item, (*config.vllm_options, *wish.options)),
     )
 
 
@@ -308,7 +314,7 @@ def _wish(item: ModelCandidate) -> EngineModel:
     return item.wish or EngineModel(name=item.model.name)
 
 
-def _kind(device: Device) -> tuple[str, int, bool]:
+def _kind(device: GpuDevice) -> tuple[str, int, bool]:
     return device.name, device.total_bytes, device.is_part
 
 

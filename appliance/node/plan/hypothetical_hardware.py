@@ -16,7 +16,7 @@ _FREE: Final = 0.92
 """Of RAM, while nothing but the operating system runs."""
 
 
-def machine_of(
+def build_hypothetical_hardware(
     prior: DevicePrior, *, gpus: int = 1, cores: int | None = None, memory_bytes: int | None = None
 ) -> Hardware:
     """A machine with `gpus` devices of this class, or a processor of it. `cores` and `memory_bytes` (RAM) override what

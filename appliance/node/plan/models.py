@@ -7,7 +7,7 @@ from pathlib import Path
 from appliance.catalog import ModelSpec, Variant
 from appliance.config import EngineModel
 from appliance.engines.base import EngineAdapter, Placement
-from appliance.engines.vllm import as_settings
+from appliance.engines.vllm import parse_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +46,11 @@ class Plan:
     """Memory that engines may hold together on each device, by the name that CUDA_VISIBLE_DEVICES takes."""
 
 
-def settings_of(engine: EngineAdapter, item: ModelCandidate, options: Sequence[str]) -> tuple[tuple[str, str], ...]:
+def merge_engine_settings(
+    engine: EngineAdapter, item: ModelCandidate, options: Sequence[str]
+) -> tuple[tuple[str, str], ...]:
     """Options of the engine for this model: its family's, the catalogue's, the operator's; later ones count."""
     settings = {**dict(engine.settings(item.model)), **item.model.settings.get(engine.kind, {})}
     if engine.kind == "vllm":
-        settings |= dict(as_settings(options))
+        settings |= dict(parse_settings(options))
     return tuple(settings.items())

@@ -17,15 +17,13 @@ from appliance.engines.encoder import Encoder
 from appliance.engines.llamacpp import LlamaCpp
 from appliance.engines.vllm import InstalledVllm, Vllm
 from appliance.engines.vllm_flags import OLDEST
-from appliance.node.hardware.gpu_devices import Device, devices_of
+from appliance.node.hardware.gpu_devices import GpuDevice, list_usable_devices
 from appliance.node.hardware.probe import Hardware
-from appliance.node.plan.cpu_fit import place_on_cpu, usable_bytes
-from appliance.node.plan.gpu_fit import GpuFit, GpuRequest, Records, placement_of, share_out
+from appliance.node.plan.cpu_fit import compute_usable_bytes, place_on_cpu
+from appliance.node.plan.gpu_fit import GpuClaim, GpuFit, OverheadRecords, build_gpu_placement, share_leftover_memory
 from appliance.node.plan.models import ModelCandidate, Plan, Refusal
 
-__all__ = ["ENGINES", "ModelCandidate", "Plan", "Refusal", "plan", "steadied", "usable_bytes"]
-
-ENGINES: Final[Mapping[EngineKind, EngineAdapter]] = {
+ENGINE_ADAPTERS: Final[Mapping[EngineKind, EngineAdapter]] = {
     "llamacpp": LlamaCpp(),
     "encoder": Encoder(),
     "vllm": Vllm(InstalledVllm(Path("/opt/vllm"), f"{OLDEST[0]}.{OLDEST[1]}.{OLDEST[2]}")),
@@ -36,8 +34,8 @@ _CLEAR_GAIN: Final = 1.25
 """A plan with so much more KV cache is worth restarting an engine for; loading takes minutes."""
 
 
-def plan(
-    hardware: Hardware, wanted: Sequence[ModelCandidate], config: EngineConfig, records: Records | None = None
+def plan_placements(
+    hardware: Hardware, wanted: Sequence[ModelCandidate], config: EngineConfig, records: OverheadRecords | None = None
 ) -> Plan:
     """Place every wanted model that fits, in the order given; each one leaves less for those after it.
 
@@ -45,7 +43,7 @@ def plan(
     costs answers only where no other does. What `config` and the wishes set is kept, or refused in bytes. `records`:
     what engines were measured to hold here, instead of what is assumed of them.
     """
-    devices, problems = devices_of(hardware)
+    devices, problems = list_usable_devices(hardware)
     groups = [list(group) for _, group in groupby(wanted, key=lambda item: item.model.name)]
     attempts = [_Attempt(hardware, config, devices, problems, records or {}, packed) for packed in (False, True)]
     for attempt in attempts if devices else attempts[:1]:
@@ -60,16 +58,16 @@ class _Attempt:
         self,
         hardware: Hardware,
         config: EngineConfig,
-        devices: tuple[Device, ...],
+        devices: tuple[GpuDevice, ...],
         problems: tuple[str, ...],
-        records: Records,
+        records: OverheadRecords,
         packed: bool,
     ) -> None:
         self._hardware, self._config, self._problems = hardware, config, problems
         self._devices, self._records, self._packed = devices, records, packed
-        self._usable, self._usable_reason = usable_bytes(hardware)
+        self._usable, self._usable_reason = compute_usable_bytes(hardware)
         self._ram_left = self._usable
-        self._results: dict[str, Placement | GpuRequest] = {}
+        self._results: dict[str, Placement | GpuClaim] = {}
         self._refusals: list[Refusal] = []
         self._names: list[str] = []
 
@@ -91,11 +89,11 @@ class _Attempt:
             if group[0].model.name not in self._names:
                 self._names.append(group[0].model.name)
             self._place(group)
-        share_out([one for one in self._results.values() if isinstance(one, GpuRequest)], self._gpus.left)
+        share_leftover_memory([one for one in self._results.values() if isinstance(one, GpuClaim)], self._gpus.left)
 
     def plan(self) -> Plan:
         placements = [
-            placement_of(one, ENGINES["vllm"], self._config) if isinstance(one, GpuRequest) else one
+            build_gpu_placement(one, ENGINE_ADAPTERS["vllm"], self._config) if isinstance(one, GpuClaim) else one
             for one in self._results.values()
         ]
         usable = {device.key: device.usable_bytes for device in self._devices}
@@ -106,32 +104,32 @@ class _Attempt:
 
     def _place(self, group: Sequence[ModelCandidate]) -> None:
         for_gpus = [item for item in group if self._is_for_gpus(item)]
-        claim: GpuRequest | str | None = None
+        claim: GpuClaim | str | None = None
         if for_gpus and group[0].model.name not in self._results:
             claim = self._gpus.claim(for_gpus)
-            if isinstance(claim, GpuRequest):
+            if isinstance(claim, GpuClaim):
                 self._take(claim)
         for item in group:
             placed = self._results.get(item.model.name)
-            if isinstance(placed, GpuRequest) and placed.item is item:
+            if isinstance(placed, GpuClaim) and placed.item is item:
                 continue
             if placed is not None:
-                variant = placed.item.variant.name if isinstance(placed, GpuRequest) else placed.variant
+                variant = placed.item.variant.name if isinstance(placed, GpuClaim) else placed.variant
                 self._refuse(item, f"{item.model.name} is already placed as {variant}")
             elif item in for_gpus:
                 self._refuse(item, str(claim))
             else:
                 self._place_on_cpu(item)
 
-    def _take(self, claim: GpuRequest) -> None:
+    def _take(self, claim: GpuClaim) -> None:
         self._results[claim.item.model.name] = claim
         if claim.devices[0].unified_memory:
             self._ram_left = max(0, self._ram_left - claim.bytes_each)
 
     def _place_on_cpu(self, item: ModelCandidate) -> None:
-        engine = ENGINES.get(item.variant.engine)
+        engine = ENGINE_ADAPTERS.get(item.variant.engine)
         if engine is None:
-            launched = ", ".join(ENGINES)
+            launched = ", ".join(ENGINE_ADAPTERS)
             self._refuse(item, f"{item.variant.name} is for {item.variant.engine}; this node launches {launched}")
             return
         result = place_on_cpu(self._hardware, engine, item, self._config, self._ram_left)
@@ -158,7 +156,7 @@ class SteadyPlan:
     changed: bool
 
 
-def steadied(present: Plan | None, proposed: Plan) -> SteadyPlan:
+def stabilise_plan(present: Plan | None, proposed: Plan) -> SteadyPlan:
     """`present`, unless it serves less, no longer stands, or the gain of `proposed` is clear.
 
     A little more or less free memory must not restart engines: loading takes minutes, and drops what they cached.

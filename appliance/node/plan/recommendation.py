@@ -10,7 +10,8 @@ from appliance.config import EngineSettings as EngineConfig
 from appliance.engines.base import Placement
 from appliance.node.calibrate.calibration import Measurement
 from appliance.node.hardware.probe import Hardware
-from appliance.node.plan.planner import ModelCandidate, plan
+from appliance.node.plan.models import ModelCandidate
+from appliance.node.plan.planner import plan_placements
 
 _USABLE_DECODE_TOKENS_PER_SECOND: Final = 8.0
 """A little faster than people read."""
@@ -36,18 +37,18 @@ class Recommendation:
     """Where the rates come from."""
 
 
-def best_candidate(hardware: Hardware, catalog: Catalog, measured: Measurement | None = None) -> Recommendation | None:
+def recommend_model(hardware: Hardware, catalog: Catalog, measured: Measurement | None = None) -> Recommendation | None:
     """The largest chat model for a CPU engine that fits and is estimated to be quick enough; None where none is.
 
     What was `measured` of another model on this machine takes the place of the priors.
     """
     prior = catalog.cpu_prior(hardware.cpu.flags)
-    prior = prior if measured is None else corrected(prior, measured)
+    prior = prior if measured is None else correct_prior(prior, measured)
     candidates = [found for found in _candidates(hardware, catalog, prior) if _is_quick(found)]
     return max(candidates, key=lambda found: (found.model.parameters, found.variant.size_bytes), default=None)
 
 
-def corrected(prior: DevicePrior | None, measured: Measurement) -> DevicePrior | None:
+def correct_prior(prior: DevicePrior | None, measured: Measurement) -> DevicePrior | None:
     """The prior with what the figures of one model say: operations by quantisation, and a bandwidth they prove.
 
     A small model is held up by more than memory, so its decoding can prove a higher bandwidth, never a lower one.
@@ -77,7 +78,7 @@ def _candidates(hardware: Hardware, catalog: Catalog, prior: DevicePrior | None)
         if "chat" not in model.abilities:
             continue
         for variant in model.for_engine("llamacpp"):
-            placements = plan(hardware, [ModelCandidate(model, variant, Path())], EngineConfig()).placements
+            placements = plan_placements(hardware, [ModelCandidate(model, variant, Path())], EngineConfig()).placements
             if placements:
                 yield _estimate(model, variant, placements[0], prior)
 

@@ -10,9 +10,9 @@ from appliance.catalog import EngineKind
 from appliance.config import EngineSettings as EngineConfig
 from appliance.engines.base import Placement
 from appliance.node.hardware.probe import Hardware
-from appliance.node.plan.gpu_fit import Records
+from appliance.node.plan.gpu_fit import OverheadRecords
 from appliance.node.plan.models import ModelCandidate, Plan, Refusal
-from appliance.node.plan.planner import plan
+from appliance.node.plan.planner import plan_placements
 from appliance.node.plan.swap import RAM
 
 
@@ -46,12 +46,12 @@ class ServingPlan:
         return {RAM: self.loaded.usable_bytes, **{key: usable.get(key, 0) for key in sorted(devices)}}
 
 
-def line_up(
+def build_serving_plan(
     hardware: Hardware,
     groups: Sequence[Sequence[ModelCandidate]],
     config: EngineConfig,
     engines: Collection[EngineKind],
-    records: Records | None = None,
+    records: OverheadRecords | None = None,
 ) -> ServingPlan:
     """Place the models of `groups`, each in the best of its variants that the `engines` at hand can serve.
 
@@ -88,6 +88,9 @@ _NOT_HERE: Mapping[str, str] = {
 
 
 def _planned(
-    hardware: Hardware, groups: Sequence[Sequence[ModelCandidate]], config: EngineConfig, records: Records | None
+    hardware: Hardware,
+    groups: Sequence[Sequence[ModelCandidate]],
+    config: EngineConfig,
+    records: OverheadRecords | None,
 ) -> Plan:
-    return plan(hardware, [item for group in groups for item in group], config, records)
+    return plan_placements(hardware, [item for group in groups for item in group], config, records)

@@ -54,7 +54,7 @@ class SwapMove:
     reason: str
 
 
-def decide(
+def decide_swaps(
     now: float, residents: Sequence[LoadedModel], pools: Mapping[str, int], rules: SwapRules
 ) -> tuple[SwapMove, ...]:
     """The moves to make now; none while there is nothing to do or somebody has to be waited for.
@@ -84,12 +84,12 @@ def decide(
     return tuple(moves)
 
 
-def resting_at_first(placements: Sequence[Placement], pools: Mapping[str, int]) -> Mapping[str, str]:
+def find_initially_unloaded(placements: Sequence[Placement], pools: Mapping[str, int]) -> Mapping[str, str]:
     """Those of `placements`, in their order of preference, that do not fit beside the ones before them, and why."""
     left = dict(pools)
     resting = {}
     for placement in placements:
-        taken, needed = pools_of(placement), placement.memory.total_bytes
+        taken, needed = list_memory_pools(placement), placement.memory.total_bytes
         least = min(left.get(pool, 0) for pool in taken)
         if needed <= least:
             left |= {pool: left[pool] - needed for pool in taken}
@@ -98,7 +98,7 @@ def resting_at_first(placements: Sequence[Placement], pools: Mapping[str, int]) 
     return resting
 
 
-def pools_of(placement: Placement) -> tuple[str, ...]:
+def list_memory_pools(placement: Placement) -> tuple[str, ...]:
     """What it takes its memory of, the same from each. Devices without memory of their own take the machine's."""
     if placement.gpu is None:
         return (RAM,)

@@ -8,28 +8,30 @@ from pathlib import Path
 from appliance.catalog import Catalog, FileSource, ModelSpec, Variant
 from appliance.config import EngineModel, EngineSettings
 from appliance.errors import ModelFileError, UnknownModel
-from appliance.node.calibrate.calibration import Calibration, choose
-from appliance.node.models.gguf_header import read_header, spec_of
-from appliance.node.models.hf_folder import spec_of_folder
+from appliance.node.calibrate.calibration import Calibration, choose_variant
+from appliance.node.models.gguf_header import build_gguf_spec, read_gguf_header
+from appliance.node.models.hf_folder import read_folder_spec
 from appliance.node.models.model_store import ModelStore, StoredModel
-from appliance.node.plan.planner import ModelCandidate
+from appliance.node.plan.models import ModelCandidate
 
 
-def wanted_file(path: Path) -> ModelCandidate:
+def read_gguf_candidate(path: Path) -> ModelCandidate:
     """A GGUF that need not be in the catalogue. Raises ModelFileError where it is missing, cut off or damaged."""
     if not path.is_file():
         raise ModelFileError(f"{path} does not exist: name a GGUF file, or a model of `appliance models list`")
-    spec = spec_of(read_header(path.resolve()))
+    spec = build_gguf_spec(read_gguf_header(path.resolve()))
     return ModelCandidate(spec, spec.variants[0], path.resolve())
 
 
-def wanted_folder(path: Path) -> ModelCandidate:
+def read_folder_candidate(path: Path) -> ModelCandidate:
     """A folder of safetensors that need not be in the catalogue. Raises ModelFileError where it is not whole."""
-    spec = spec_of_folder(path.resolve())
+    spec = read_folder_spec(path.resolve())
     return ModelCandidate(spec, spec.variants[0], path.resolve())
 
 
-def candidates(wish: EngineModel, catalog: Catalog, store: ModelStore, *, has_gpus: bool) -> tuple[ModelCandidate, ...]:
+def list_candidates(
+    wish: EngineModel, catalog: Catalog, store: ModelStore, *, has_gpus: bool
+) -> tuple[ModelCandidate, ...]:
     """The variants of one model that may be planned for, best first.
 
     With GPUs those for vLLM come first, in the order of the catalogue; those for llama.cpp, which lie here already
@@ -65,9 +67,9 @@ def _own_files(wish: EngineModel) -> ModelCandidate | None:
     named = wish.path or wish.name
     path = Path(named).expanduser()
     if named.endswith(".gguf"):
-        found = wanted_file(path)
+        found = read_gguf_candidate(path)
     elif wish.path is not None or (path / "config.json").is_file():
-        found = wanted_folder(path)
+        found = read_folder_candidate(path)
     else:
         return None
     if wish.path is not None:
@@ -75,13 +77,13 @@ def _own_files(wish: EngineModel) -> ModelCandidate | None:
     return replace(found, wish=wish)
 
 
-def wanted(engine: EngineSettings, catalog: Catalog, store: ModelStore) -> ModelCandidate:
+def select_candidate(engine: EngineSettings, catalog: Catalog, store: ModelStore) -> ModelCandidate:
     """What `engine` asks for, in the variant it names; else one that lies here already, else the model's first.
 
     Raises UnknownModel, or ModelFileError for a file. What does not lie here yet has a path that does not exist.
     """
     if engine.model.endswith(".gguf"):
-        found = wanted_file(Path(engine.model).expanduser())
+        found = read_gguf_candidate(Path(engine.model).expanduser())
         return found if engine.variant is None else _named_variant(found, engine.variant, store)
     model = catalog.model(engine.model)
     variants = model.for_engine("llamacpp")
@@ -110,15 +112,19 @@ def _named_variant(found: ModelCandidate, name: str, store: ModelStore) -> Model
     )
 
 
-def measured(
+def select_measured_variants(
     source: ModelCandidate, calibration: Calibration, engine: EngineSettings, store: ModelStore
 ) -> tuple[ModelCandidate, ...]:
     """What to plan for, best first, by what was measured of `source`. The source comes last: it always may be served.
 
     With a variant that the operator named nothing but the thread count is chosen.
     """
-    here = {} if engine.variant is not None else {one.variant: one for one in derived(source, calibration, store)}
-    choice = choose(
+    here = (
+        {}
+        if engine.variant is not None
+        else {one.variant: one for one in list_derived_variants(source, calibration, store)}
+    )
+    choice = choose_variant(
         calibration.measurement,
         engine.workload,
         engine.tolerance,
@@ -134,7 +140,7 @@ def measured(
     return (best, fallback)
 
 
-def derived(source: ModelCandidate, calibration: Calibration, store: ModelStore) -> Iterator[StoredModel]:
+def list_derived_variants(source: ModelCandidate, calibration: Calibration, store: ModelStore) -> Iterator[StoredModel]:
     """The measured variants whose files lie here, unchanged and made from this very source."""
     for variant in calibration.measurement.variants:
         stored = store.find(source.model.name, variant.name)

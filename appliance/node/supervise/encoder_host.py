@@ -13,7 +13,7 @@ import structlog
 
 from appliance.core import Ability, Target
 from appliance.engines.base import Placement
-from appliance.engines.encoder import encoder_placement, has_work
+from appliance.engines.encoder import build_encoder_placement, has_encoder_work
 from appliance.errors import Unavailable
 from appliance.node.supervise.engine_supervisor import EngineSupervisor
 from appliance.node.supervise.status import StatusPublisher
@@ -46,7 +46,7 @@ class EncoderHost:
     def __init__(self, supervisor: Supervisor, signals: StatusPublisher, home: Path, threads: int) -> None:
         self._supervisor, self._signals = supervisor, signals
         self._home = home
-        self._placement: Placement = encoder_placement(home, threads)
+        self._placement: Placement = build_encoder_placement(home, threads)
         self._keeper: EngineSupervisor | None = None
         self._client: httpx.AsyncClient | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -54,7 +54,7 @@ class EncoderHost:
 
     async def start_if_needed(self) -> None:
         """Start the program where a classifier or an embedding model lies here."""
-        if await asyncio.to_thread(has_work, self._home):
+        if await asyncio.to_thread(has_encoder_work, self._home):
             self._start()
 
     async def aclose(self) -> None:

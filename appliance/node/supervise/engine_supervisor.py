@@ -13,7 +13,7 @@ from typing import Any, Final
 import structlog
 
 from appliance.core import EngineLoad, EngineStatus, Target
-from appliance.engines.base import EngineAdapter, Gauges, Placement
+from appliance.engines.base import EngineAdapter, LoadReader, Placement
 from appliance.node.supervise import orphans
 from appliance.node.supervise.launcher import Launcher, Process
 from appliance.node.supervise.lifecycle import (
@@ -278,7 +278,9 @@ class EngineSupervisor:
         added = dict(self._engine.environment(self.placement, self._folder))
         if self._engine.key_variable:
             added[self._engine.key_variable] = self._key
-        return added | {orphans.MARK: orphans.mark(self._around.home, self.placement.model)}
+        return added | {
+            orphans.ENGINE_MARK_VARIABLE: orphans.format_engine_mark(self._around.home, self.placement.model)
+        }
 
     def _argv(self, parent_guard_fd: int) -> list[str]:
         return self._engine.argv(
@@ -300,11 +302,11 @@ class EngineSupervisor:
 
     async def _clean_up(self) -> None:
         """Whatever of it has left its group, and the sockets it leaves behind."""
-        ended = await asyncio.to_thread(lambda: orphans.end(self._members()))
+        ended = await asyncio.to_thread(lambda: orphans.kill_processes(self._members()))
         if ended:
             _log.warning("an engine left processes behind; they were ended", model=self.placement.model, pids=ended)
         shared, self._shared = self._shared, frozenset()
-        await asyncio.to_thread(orphans.release, shared)
+        await asyncio.to_thread(orphans.remove_shared_memory, shared)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _shrink(self, words: str) -> None:
@@ -357,7 +359,7 @@ class EngineSupervisor:
             self._signals.clear("abilities_differ", about=placement.target)
         self._signals.replace_engine(self.target)
 
-    async def _ask_load(self, line: EngineClient, gauges: Gauges) -> Event:
+    async def _ask_load(self, line: EngineClient, gauges: LoadReader) -> Event:
         answer = await line.load(gauges, self._clock)
         if isinstance(answer, str):
             return Unhealthy(answer)
@@ -402,11 +404,13 @@ class EngineSupervisor:
 
     async def _note_shared(self) -> None:
         if self._engine.probe(self.placement) is not None:
-            self._shared |= await asyncio.to_thread(lambda: orphans.shared_memory(self._members()))
+            self._shared |= await asyncio.to_thread(lambda: orphans.find_shared_memory(self._members()))
 
     def _members(self) -> Sequence[int]:
         """Its processes, wherever they are. Looks through all of the machine's: call it in a thread."""
-        return orphans.marked(orphans.mark(self._around.home, self.placement.model), self._session)
+        return orphans.find_marked_processes(
+            orphans.format_engine_mark(self._around.home, self.placement.model), self._session
+        )
 
     async def _warm_up(self) -> None:
         work = self._engine.warm_up(self.placement)
@@ -418,7 +422,7 @@ class EngineSupervisor:
         async with aclosing(EngineClient(self._socket, self._key if self._engine.key_variable else "")) as line:
             return await line.post(path, {}, _SLEEP_SECONDS) == 200
 
-    def _pause_seconds(self, gauges: Gauges) -> float:
+    def _pause_seconds(self, gauges: LoadReader) -> float:
         if self.life.phase == "starting":
             long = self._clock() - self.life.since > _LONG_START_SECONDS
             return _LONG_START_POLL_SECONDS if long else _STARTING_POLL_SECONDS

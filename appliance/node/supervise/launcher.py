@@ -85,7 +85,7 @@ class ChildLauncher:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output_write,
                 stderr=output_write,
-                env=minimal_environment(os.environ, environment),
+                env=build_engine_environment(os.environ, environment),
                 pass_fds=(guard_read,),
                 start_new_session=True,
             )
@@ -99,7 +99,7 @@ class ChildLauncher:
         return Child(process, guard_write, EngineOutput(output_read, self._logs_folder / f"{name}.log"))
 
 
-def minimal_environment(own: Mapping[str, str], added: Mapping[str, str]) -> dict[str, str]:
+def build_engine_environment(own: Mapping[str, str], added: Mapping[str, str]) -> dict[str, str]:
     """What an engine gets to see: a short list of our own variables, ours to be imported from, and `added`."""
     passed = {name: value for name, value in own.items() if name in _PASSED_ON}
     package_folder = str(Path(appliance.__file__).resolve().parent.parent)

@@ -120,10 +120,10 @@ _STATES: Final[dict[Phase, EngineState]] = {
     "failed": "failed",
 }
 
-Step = tuple[EngineLifecycle, tuple[Action, ...]]
+Transition = tuple[EngineLifecycle, tuple[Action, ...]]
 
 
-def advance(life: EngineLifecycle, event: Event, now: float, limits: LifecycleLimits) -> Step:
+def advance(life: EngineLifecycle, event: Event, now: float, limits: LifecycleLimits) -> Transition:
     """What becomes of `life` by `event` at `now`, and the actions to take, in order."""
     match event:
         case Start():
@@ -142,7 +142,7 @@ def advance(life: EngineLifecycle, event: Event, now: float, limits: LifecycleLi
             return _tick(life, now, limits)
 
 
-def _start(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Step:
+def _start(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Transition:
     if life.phase in ("stopped", "failed"):
         return _spawn(replace(life, wanted=True, back_off_seconds=_FIRST_BACK_OFF_SECONDS), now, limits)
     if life.phase == "waiting":
@@ -150,7 +150,7 @@ def _start(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Step:
     return replace(life, wanted=True), ()
 
 
-def _spawn(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Step:
+def _spawn(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Transition:
     fresh = replace(
         life,
         phase="starting",
@@ -165,7 +165,7 @@ def _spawn(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Step:
     return fresh, ("spawn",)
 
 
-def _stop(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Step:
+def _stop(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Transition:
     life = replace(life, wanted=False)
     match life.phase:
         case "starting":
@@ -182,7 +182,9 @@ def _stop(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Step:
             return life, ()
 
 
-def _exited(life: EngineLifecycle, code: int | None, last_words: str, now: float, limits: LifecycleLimits) -> Step:
+def _exited(
+    life: EngineLifecycle, code: int | None, last_words: str, now: float, limits: LifecycleLimits
+) -> Transition:
     if life.phase in ("stopped", "waiting", "failed"):
         return life, ()
     if not life.wanted:
@@ -202,7 +204,7 @@ def _exited(life: EngineLifecycle, code: int | None, last_words: str, now: float
     return waiting, ()
 
 
-def _healthy(life: EngineLifecycle, now: float) -> Step:
+def _healthy(life: EngineLifecycle, now: float) -> Transition:
     if life.phase == "starting":
         ready = replace(
             life,
@@ -218,7 +220,7 @@ def _healthy(life: EngineLifecycle, now: float) -> Step:
     return replace(life, unhealthy_at=now, unhealthy_seconds=0.0), ()
 
 
-def _unhealthy(life: EngineLifecycle, reason: str, now: float, limits: LifecycleLimits) -> Step:
+def _unhealthy(life: EngineLifecycle, reason: str, now: float, limits: LifecycleLimits) -> Transition:
     if life.phase != "ready":
         return life, ()
     silent = life.unhealthy_seconds + min(now - life.unhealthy_at, _LONGEST_GAP_SECONDS)
@@ -227,7 +229,7 @@ def _unhealthy(life: EngineLifecycle, reason: str, now: float, limits: Lifecycle
     return replace(life, unhealthy_at=now, unhealthy_seconds=silent), ()
 
 
-def _beat(life: EngineLifecycle, steps: int, has_work: bool, now: float, limits: LifecycleLimits) -> Step:
+def _beat(life: EngineLifecycle, steps: int, has_work: bool, now: float, limits: LifecycleLimits) -> Transition:
     if life.phase != "ready":
         return life, ()
     answered = replace(life, unhealthy_at=now, unhealthy_seconds=0.0)
@@ -239,7 +241,7 @@ def _beat(life: EngineLifecycle, steps: int, has_work: bool, now: float, limits:
     return replace(answered, beat_at=now, stalled_seconds=stalled), ()
 
 
-def _tick(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Step:
+def _tick(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Transition:
     if life.wake_at is None or now < life.wake_at:
         return life, ()
     match life.phase:
@@ -253,7 +255,7 @@ def _tick(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Step:
             return replace(life, wake_at=None), ()
 
 
-def _kill(life: EngineLifecycle, reason: str, now: float) -> Step:
+def _kill(life: EngineLifecycle, reason: str, now: float) -> Transition:
     killed = replace(
         life, phase="killing", since=now, wake_at=None, reason=reason, back_off_seconds=_back_off_seconds(life, now)
     )

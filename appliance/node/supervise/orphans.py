@@ -14,31 +14,31 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-MARK: Final = "APPLIANCE_ENGINE_OF"
+ENGINE_MARK_VARIABLE: Final = "APPLIANCE_ENGINE_OF"
 _TITLE: Final = b"VLLM::"
 _LOOK_SECONDS: Final = 0.05
 _SHARED: Final = re.compile(r"/dev/shm/psm_\w+")
 """As Python's multiprocessing names what it makes."""
 
 
-def mark(home: Path, name: str = "") -> str:
+def format_engine_mark(home: Path, name: str = "") -> str:
     """The variable's value for the engine `name` of the node with this data directory; `name` empty: for all of it."""
     return f"{home.resolve()}//{name};" if name else f"{home.resolve()}//"
 
 
-def marked(value: str, session: int | None = None) -> Sequence[int]:
+def find_marked_processes(value: str, session: int | None = None) -> Sequence[int]:
     """Processes whose mark begins with `value`, those in the session of one of them, and those in `session`.
 
     This one is never among them; none are where there is no /proc.
     """
-    wanted = f"{MARK}={value}".encode()
+    wanted = f"{ENGINE_MARK_VARIABLE}={value}".encode()
     sessions = _sessions()
     found = {pid for pid in sessions if any(one.startswith(wanted) for one in _environment(pid))}
     leaders = {pid for pid in found if sessions[pid] == pid} | ({session} if session is not None else set())
     return sorted(found | {pid for pid, leader in sessions.items() if leader in leaders})
 
 
-def left_in(sessions: Collection[int]) -> Sequence[int]:
+def find_vllm_leftovers(sessions: Collection[int]) -> Sequence[int]:
     """vLLM's processes in sessions of engines whose node has died. The title is asked for because a number that was a
     session's may meanwhile be somebody else's."""
     return [pid for pid, leader in _sessions().items() if leader in sessions and _title(pid).startswith(_TITLE)]
@@ -69,7 +69,7 @@ def _title(pid: int) -> bytes:
         return b""
 
 
-def shared_memory(pids: Iterable[int]) -> frozenset[Path]:
+def find_shared_memory(pids: Iterable[int]) -> frozenset[Path]:
     """Files of shared memory that these processes hold: killed, they leave hundreds of megabytes of it behind."""
     found = set()
     for pid in pids:
@@ -78,20 +78,20 @@ def shared_memory(pids: Iterable[int]) -> frozenset[Path]:
     return frozenset(found)
 
 
-def release(files: Iterable[Path]) -> None:
+def remove_shared_memory(files: Iterable[Path]) -> None:
     """Give shared memory back whose processes have ended."""
     for path in files:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
 
 
-def end(pids: Sequence[int], seconds: float = 10.0) -> Sequence[int]:
+def kill_processes(pids: Sequence[int], seconds: float = 10.0) -> Sequence[int]:
     """Kill them, give their shared memory back, and wait until they are gone, at most so long; says whom.
 
     Blocks: call it in a thread.
     """
     ended = []
-    release(shared_memory(pids))
+    remove_shared_memory(find_shared_memory(pids))
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)

@@ -9,7 +9,7 @@ from typing import Any, Final
 import httpx
 
 from appliance.core import CostBasis, EngineLoad, EngineStatus, HealthWarning, Snapshot, Target
-from appliance.engines.base import Gauges, LoadPage, LoadProbe
+from appliance.engines.base import LoadEndpointReader, LoadReader, ProbeRequest
 from appliance.errors import BackendGarbage
 from appliance.state import State
 
@@ -116,9 +116,11 @@ class EngineClient:
         answer = await self._get("/health")
         return answer if isinstance(answer, str) else None
 
-    async def load(self, gauges: Gauges | None = None, clock: Callable[[], float] = time.monotonic) -> EngineLoad | str:
+    async def load(
+        self, gauges: LoadReader | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> EngineLoad | str:
         """Its load, or why it cannot be had."""
-        gauges = gauges or LoadPage()
+        gauges = gauges or LoadEndpointReader()
         answer = await self._get(gauges.path)
         if isinstance(answer, str):
             return answer
@@ -138,7 +140,7 @@ class EngineClient:
             return None
         return frozenset(str(one) for one in found) if isinstance(found, list) else None
 
-    async def ask(self, probe: LoadProbe, timeout_seconds: float) -> int | None:
+    async def ask(self, probe: ProbeRequest, timeout_seconds: float) -> int | None:
         """The status that a probe is answered with; None where there is no answer in time."""
         return await self.post(probe.path, probe.body, timeout_seconds)
 

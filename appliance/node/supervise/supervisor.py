@@ -14,7 +14,7 @@ from appliance.config import EngineSettings as EngineConfig
 from appliance.core import Target
 from appliance.engines.base import EngineAdapter, Placement
 from appliance.errors import EngineFailed
-from appliance.node.plan.planner import ENGINES
+from appliance.node.plan.planner import ENGINE_ADAPTERS
 from appliance.node.supervise import orphans
 from appliance.node.supervise.engine_supervisor import EngineSupervisor, SupervisorDeps
 from appliance.node.supervise.launcher import Launcher
@@ -42,7 +42,7 @@ class Supervisor:
         drain_seconds: float,
         runtime_folder: Path,
         watts_per_busy_core: float | None = None,
-        engines: Mapping[EngineKind, EngineAdapter] = ENGINES,
+        engines: Mapping[EngineKind, EngineAdapter] = ENGINE_ADAPTERS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`runtime_folder` is where the sockets are to lie; another one is taken where its path is too long."""
@@ -86,8 +86,11 @@ class Supervisor:
             keeper.open(resting=(resting or {}).get(keeper.placement.model, ""))
 
     def _end_orphans(self) -> Sequence[int]:
-        found = {*orphans.marked(orphans.mark(self._around.home)), *orphans.left_in(self._folder.left_sessions)}
-        return orphans.end(sorted(found))
+        found = {
+            *orphans.find_marked_processes(orphans.format_engine_mark(self._around.home)),
+            *orphans.find_vllm_leftovers(self._folder.left_sessions),
+        }
+        return orphans.kill_processes(sorted(found))
 
     def add(self, placement: Placement) -> EngineSupervisor:
         """Keep one more engine from now on. It is started at once; its view in the snapshot tells how it goes.

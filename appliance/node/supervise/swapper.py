@@ -6,7 +6,7 @@ from typing import Final
 
 import structlog
 
-from appliance.node.plan.swap import LoadedModel, Residence, SwapMove, SwapRules, decide, pools_of
+from appliance.node.plan.swap import LoadedModel, Residence, SwapMove, SwapRules, decide_swaps, list_memory_pools
 from appliance.node.supervise.engine_supervisor import EngineSupervisor
 from appliance.node.supervise.supervisor import Supervisor
 from appliance.state import State
@@ -45,7 +45,7 @@ class Swapper:
     def due(self) -> tuple[SwapMove, ...]:
         now = self._clock()
         keepers = [keeper for keeper in self._supervisor.keepers if keeper.placement.model in self._models]
-        return decide(now, [self._resident(keeper, now) for keeper in keepers], self._pools, self._rules)
+        return decide_swaps(now, [self._resident(keeper, now) for keeper in keepers], self._pools, self._rules)
 
     async def _make(self, move: SwapMove) -> None:
         keeper = next((one for one in self._supervisor.keepers if one.placement.model == move.model), None)
@@ -74,7 +74,7 @@ class Swapper:
             self._seen[placement.model] = (residence, now)
         return LoadedModel(
             model=placement.model,
-            pools=pools_of(placement),
+            pools=list_memory_pools(placement),
             bytes=placement.memory.total_bytes,
             residence=residence,
             since=since,

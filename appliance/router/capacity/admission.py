@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from appliance.core import EngineStatus, HealthAlerts, NoAlerts, Target
-from appliance.engines.rates import decode_rate
+from appliance.engines.rates import interpolate_decode_rate
 from appliance.errors import Busy, Unavailable
 from appliance.router.capacity.predictor import NOT_PREDICTED, InFlight, Prediction, predict, room_beside
 from appliance.router.stats.estimators import Estimators
@@ -403,7 +403,7 @@ def _tokens_per_second(view: EngineStatus | None, sequences: int) -> float:
     if view is None or view.load is None or sequences <= 0:
         return 0.0
     together = min(sequences, max(1, view.load.sequences_capacity))
-    return decode_rate(view.load.decode_tokens_per_second, together) / together
+    return interpolate_decode_rate(view.load.decode_tokens_per_second, together) / together
 
 
 def _give_back(entered: "asyncio.Future[Slot]") -> None:

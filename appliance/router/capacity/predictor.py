@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from appliance.core import EngineLoad, EngineStatus
-from appliance.engines.rates import decode_rate
+from appliance.engines.rates import interpolate_decode_rate
 
 STALE_SECONDS: Final = 5.0
 """A view older than this is not believed: the engine counts as not ready, never as free."""
@@ -118,9 +118,9 @@ def room_beside(load: EngineLoad, interactive: int) -> int:
     if interactive <= 0:
         return capacity + BACKLOG_SEQUENCES
     rates = load.decode_tokens_per_second
-    slowest = UNHARMED * interactive / decode_rate(rates, interactive)
+    slowest = UNHARMED * interactive / interpolate_decode_rate(rates, interactive)
     room = interactive
-    while room < capacity and (room + 1) / decode_rate(rates, room + 1) <= slowest:
+    while room < capacity and (room + 1) / interpolate_decode_rate(rates, room + 1) <= slowest:
         room += 1
     return room
 
@@ -192,7 +192,7 @@ class _Machine:
     def seconds_per_token(self, running: int) -> float:
         """One step of so many sequences: each of them writes one token."""
         together = max(1, running)
-        return together / decode_rate(self.load.decode_tokens_per_second, together)
+        return together / interpolate_decode_rate(self.load.decode_tokens_per_second, together)
 
     def _writing_seconds(self, tokens: int) -> float:
         """Until one of the running sequences has written so many, slowed down while prompts are computed between."""
