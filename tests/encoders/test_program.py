@@ -163,6 +163,7 @@ async def test_the_program_ends_with_the_one_that_holds_its_pipe(tmp_path: Path)
     assert await asyncio.wait_for(process.wait(), 30) == 0
 
 
+@pytest.mark.slow
 async def test_a_candidate_is_trained_beside_the_serving_version_seen_in_shadow_and_promoted(program: Program) -> None:
     client = program.client
     first = {"name": "seen", "examples": labelled(60), "keep_examples": True}
@@ -186,6 +187,7 @@ async def test_a_candidate_is_trained_beside_the_serving_version_seen_in_shadow_
     assert (await client.get("/v1/classifiers/seen")).json()["versions"] == [2]
 
 
+@pytest.mark.slow
 async def test_a_threshold_is_told_of_held_out_rows_and_of_traffic(program: Program) -> None:
     client = program.client
     await client.post("/v1/classifiers", json={"name": "bounded", "examples": labelled(400)})

@@ -28,6 +28,7 @@ async def test_an_answer_ends_at_the_end_token_which_is_not_delivered(engine: Ll
     assert (finished.reason, finished.completion_tokens, finished.prompt_tokens) == ("stop", len(found), len(prompt))
 
 
+@pytest.mark.slow
 async def test_max_tokens_and_the_context_end_an_answer_with_length(engine: LlamaEngine) -> None:
     short = engine.submit(endless(story(engine.model, 20), 7))
     assert len(await tokens(short)) == 7
@@ -285,6 +286,7 @@ async def test_an_urgent_label_call_does_not_wait_for_a_long_one(engine: LlamaEn
     await until_idle(engine)
 
 
+@pytest.mark.slow
 async def test_a_long_label_call_of_one_tenant_does_not_hold_up_another(engine: LlamaEngine) -> None:
     long = [LabelItem(story(engine.model, 100)[n % 50 :], [[5], [6, 7]], "bulk") for n in range(200)]
     bulk = asyncio.create_task(engine.score(long))

@@ -63,6 +63,7 @@ async def test_forced_runs_take_one_step_and_the_object_is_whole(exact: LlamaEng
     assert len(forced) >= 6 and all(event.top == ((event.token, 0.0),) for event in forced)
 
 
+@pytest.mark.slow
 async def test_forced_runs_change_nothing_of_the_answer(exact: LlamaEngine, grammars: GrammarCompiler) -> None:
     # Under different salts: what one wrote is not guessed for the other.
     hurried, few = await answer(exact, grammars.compile(SCHEMA), logprobs=0, cache_salt="one")

@@ -11,6 +11,7 @@ from tests.llamacpp.asking import story
 from tests.llamacpp.label_calls import asked, score
 
 
+@pytest.mark.slow
 def test_a_prefix_longer_than_the_cache_may_be_is_computed_once_for_all_items_of_a_call(model: LlamaModel) -> None:
     prefix, labels = story(model, 300), [[5], [6]]
     found = score(model, [LabelItem([*prefix, *model.tokenize(f" {number} apples")], labels) for number in range(24)])

@@ -126,6 +126,7 @@ async def test_a_cancelled_walk_holds_nothing(engine: LlamaEngine) -> None:
     await until_idle(engine)
 
 
+@pytest.mark.slow
 async def test_walks_and_urgent_streams_that_need_all_cells_both_come_to_an_end(engine: LlamaEngine) -> None:
     texts = [f"Text {n}." for n in range(16)]
     bulk = [replace(item, priority=5) for item in items(engine.model, TOLERANCE, texts)]

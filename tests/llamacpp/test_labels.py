@@ -132,6 +132,7 @@ def test_the_best_label_is_the_sensible_one(model: LlamaModel) -> None:
     assert all(0 < scores.label_mass <= 1 for scores in found)
 
 
+@pytest.mark.slow
 def test_more_items_than_a_window_holds_are_all_answered_in_order(model: LlamaModel) -> None:
     few = items(model)
     many = score(model, few * 10)
@@ -141,6 +142,7 @@ def test_more_items_than_a_window_holds_are_all_answered_in_order(model: LlamaMo
         assert scores.prompt_tokens == len(few[index % 4].prompt)
 
 
+@pytest.mark.slow
 def test_labels_and_streams_run_side_by_side(model: LlamaModel) -> None:
     model.reset()
     runner = StepRunner(model)

@@ -149,6 +149,7 @@ def test_what_was_written_in_a_lane_is_cached_like_any_other(laned: LlamaModel) 
     assert followed.finished.cached_tokens == 30 + 20 - 1
 
 
+@pytest.mark.slow
 def test_a_cancelled_sequence_leaves_its_lane_to_the_next(laned: LlamaModel) -> None:
     laned.reset()
     runner = StepRunner(laned)
@@ -164,6 +165,7 @@ def test_a_cancelled_sequence_leaves_its_lane_to_the_next(laned: LlamaModel) -> 
     assert runner.load().kv_used_tokens == 0
 
 
+@pytest.mark.slow
 def test_an_urgent_sequence_takes_the_place_of_one_that_is_not_and_that_loses_nothing(laned: LlamaModel) -> None:
     laned.reset()
     runner = StepRunner(laned)
@@ -184,6 +186,7 @@ def test_an_urgent_sequence_takes_the_place_of_one_that_is_not_and_that_loses_no
     assert runner.load().prefill_tokens_total - computed < 30 + 20
 
 
+@pytest.mark.slow
 def test_generating_makes_no_garbage(laned: LlamaModel) -> None:
     laned.reset()
     runner = StepRunner(laned)
@@ -247,6 +250,7 @@ def test_one_that_outgrows_its_lane_goes_on_in_the_shared_memory(laned: LlamaMod
     assert [len(written(one)) for one in pair] == [160, 160]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("streamed", "steps"), [(True, 5), (False, 1)])
 def test_a_prompt_comes_in_one_piece_where_nobody_reads_a_stream(laned: LlamaModel, streamed: bool, steps: int) -> None:
     laned.reset()

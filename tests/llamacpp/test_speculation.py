@@ -109,6 +109,7 @@ def nothing(_: GrammarCompiler) -> None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("constraint", "wrong_every", "more"),
     [
@@ -164,6 +165,7 @@ def test_its_own_guesses_change_nothing_and_save_steps(f32_model: LlamaModel, gr
     assert quickly.load().steps < 0.8 * slowly.load().steps
 
 
+@pytest.mark.slow
 def test_a_sequence_that_is_put_back_writes_the_same_and_drafts_on(f32_model: LlamaModel) -> None:
     """Four that together need more than the 512 cells."""
 
@@ -185,6 +187,7 @@ def test_a_sequence_that_is_put_back_writes_the_same_and_drafts_on(f32_model: Ll
     assert [written(one) for one in fast] == answers
 
 
+@pytest.mark.slow
 def test_one_that_is_cancelled_leaves_nothing_behind_and_the_others_as_they_were(f32_model: LlamaModel) -> None:
     def asked() -> list[SequenceRequest]:
         return [SequenceRequest(f32_model.tokenize(text), 40, GREEDY, ignore_eos=True) for text in TEXTS]
@@ -217,6 +220,7 @@ def test_a_step_that_is_given_up_loses_only_its_drafts(f32_model: LlamaModel, mo
     assert [written(one) for one in fast] == answers
 
 
+@pytest.mark.slow
 def test_what_was_written_with_drafts_is_cached_without_them(f32_model: LlamaModel) -> None:
     prompt = f32_model.tokenize(TEXTS[0])
     with drafts(None):
@@ -253,6 +257,7 @@ def test_rows_for_drafts_are_only_those_that_nobody_else_needs(
     assert most == 5
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 @pytest.mark.parametrize("stop", ["Smith. The", "of", "never written"])
 async def test_a_stop_string_inside_a_draft_ends_the_text_and_the_count_where_it_stands(
@@ -277,6 +282,7 @@ async def test_a_stop_string_inside_a_draft_ends_the_text_and_the_count_where_it
         assert await told() == slow
 
 
+@pytest.mark.slow
 def test_drafting_leaves_no_garbage_behind(f32_model: LlamaModel) -> None:
     f32_model.reset()
     runner = StepRunner(f32_model)

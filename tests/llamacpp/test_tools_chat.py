@@ -271,6 +271,7 @@ async def test_json_is_written_without_thoughts_unless_they_are_asked_for(thinki
     assert "reasoning_content" not in message
 
 
+@pytest.mark.slow
 async def test_json_stands_behind_thoughts_that_were_asked_for(thinking_engine: Program) -> None:
     answer = await ask(
         thinking_engine, response_format=AS_NINE, temperature=1.5, reasoning_effort="low", max_tokens=600

@@ -161,6 +161,7 @@ def _teach(made: School, count: int, seed: int, **more: str) -> None:
         made.see(labelled_by("cloud/big", row["text"], row["label"], "delivery"), **more)
 
 
+@pytest.mark.slow
 async def test_a_classifier_is_learned_from_nothing_but_traffic(tmp_path: Path) -> None:
     async with school(tmp_path) as made:
         made.say(learn_after=100)
@@ -179,6 +180,7 @@ async def test_a_classifier_is_learned_from_nothing_but_traffic(tmp_path: Path) 
         assert 70 <= told["report"]["examples"] < 109, "a fifth is kept out"
 
 
+@pytest.mark.slow
 async def test_texts_of_two_keys_are_not_mixed_unless_the_policy_names_them(tmp_path: Path) -> None:
     async with school(tmp_path) as made:
         made.say(learn_after=20)
@@ -196,6 +198,7 @@ async def test_texts_of_two_keys_are_not_mixed_unless_the_policy_names_them(tmp_
         assert (await made.client.get("/v1/classifiers/mail")).json()["report"]["examples"] <= 30
 
 
+@pytest.mark.slow
 async def test_a_better_candidate_is_seen_in_shadow_then_serves_and_is_rolled_back_by_one_call(tmp_path: Path) -> None:
     async with school(tmp_path) as made:
         wrong = [{**row, "label": {"billing": "login", "login": "billing"}.get(row["label"], row["label"])}
