@@ -20,6 +20,7 @@ ApplianceError                       500  internal_error
 ├── DeadlineExceeded                 504  deadline_exceeded
 ├── BackendError                     502  backend_error          a target did not answer as it should
 │   ├── BackendRefused               (upstream's) upstream_rejected   4xx: would fail anywhere, never retried
+│   │   └── BackendIncapable         (upstream's) upstream_rejected   404, 405, 413: this target cannot, another may
 │   ├── BackendAuth                  502  backend_auth           our key for the target is missing or wrong
 │   ├── BackendOverloaded            503  backend_overloaded     429, 503, 529 from upstream
 │   ├── BackendTimeout               504  backend_timeout
@@ -216,6 +217,14 @@ class BackendError(ApplianceError):
 class BackendRefused(BackendError):
     code, kind = "upstream_rejected", "invalid_request_error"
     fallback = False
+
+
+class BackendIncapable(BackendRefused):
+    """The target cannot answer this request, and nothing is wrong with the request: another target may answer it."""
+
+    fallback = True
+    refuses_all: bool = False
+    """Whether it would refuse every request: the target knows no such model, or has no such endpoint."""
 
 
 class BackendAuth(BackendError):

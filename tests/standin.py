@@ -24,6 +24,8 @@ from starlette.routing import Route
 Mood = Literal[
     "well",
     "bad_request",
+    "unknown_model",
+    "too_large",
     "unauthorized",
     "rate_limited",
     "server_error",
@@ -194,6 +196,8 @@ class StandIn:
     def _refusal(self, mood: Mood) -> Response | None:
         statuses: dict[str, tuple[int, str, str | None]] = {
             "bad_request": (400, "temperature must be at most 2", "invalid_value"),
+            "unknown_model": (404, "The model does not exist or you do not have access to it", "model_not_found"),
+            "too_large": (413, "Request body too large", None),
             "unauthorized": (401, "Incorrect API key provided: sk-se***ret", "invalid_api_key"),
             "rate_limited": (429, "Rate limit reached", "rate_limit_exceeded"),
             "server_error": (500, "The server had an error", None),

@@ -38,16 +38,15 @@ class TokenCount:
         }
 
 
-async def count_with(door: Transport, target: Target, body: Mapping[str, Any]) -> int | None:
+async def count_with(door: Transport, target: Target, chat: Mapping[str, Any]) -> int | None:
     """The engine's own count of a chat; None where it does not tell. Only engines of this node are asked."""
     if target.provider is not None:
         return None
-    asked = {name: body[name] for name in ("messages", "tools") if body.get(name)}
+    asked = {name: chat[name] for name in ("messages", "tools") if chat.get(name)}
     with contextlib.suppress(ApplianceError, TimeoutError):
         async with asyncio.timeout(SECONDS):
-            response = await door.open(
-                target, "/../tokenize", orjson.dumps({"model": target.model, **asked}), permit=None
-            )
+            body = orjson.dumps({"model": target.model, **asked})
+            response = await door.open(target, "/tokenize", body, permit=None, at_root=True)
             try:
                 raw = b""
                 async for part in response.aiter_bytes():

@@ -29,15 +29,22 @@ class Transport(Protocol):
         *,
         permit: EgressPermit | None,
         headers: Mapping[str, str] | None = None,
+        at_root: bool = False,
     ) -> httpx.Response:
         """Send a POST and return as soon as status and headers are there; the body is not read yet.
 
-        `path` may have a query; `headers` are the dialect's own, the key is the door's to add.
+        `path` may have a query. It is below the target's address; with `at_root` it is beside the version that the
+        address ends with, as `server_root` says. `headers` are the dialect's own; the transport adds the key.
 
         Raises ResidencyRefused where this door does not lead to `target`, BackendUnreachable, BackendGarbage.
         """
 
     async def aclose(self) -> None: ...
+
+
+def server_root(address: str) -> str:
+    """The address of a server without the version (`/v1`) that a target's address ends with."""
+    return address.rstrip("/").rpartition("/")[0]
 
 
 Method = Literal["GET", "POST", "DELETE"]

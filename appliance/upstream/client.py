@@ -24,7 +24,7 @@ from appliance.upstream.error_mapping import error_in_success, error_of_status, 
 from appliance.upstream.label_scoring import tokens
 from appliance.upstream.rate_limit_headers import rest_seconds
 from appliance.wire.anthropic.outbound import AnthropicDialect
-from appliance.wire.dialect import Dialect, StreamTranslator, WireRequest
+from appliance.wire.dialect import Dialect, StreamTranslator, WireRequest, is_written
 from appliance.wire.gemini.outbound import GeminiDialect
 from appliance.wire.media import check_carried
 from appliance.wire.openai.outbound import OpenaiDialect
@@ -50,15 +50,23 @@ _EVENT_BYTES: Final = 150
 _SLOWEST_TOKENS_PER_SECOND: Final = 20.0
 """A hosted target that sends its reply whole is silent while it writes; slower than this counts as hung."""
 
+_UNLIMITED_OUTPUT_TOKENS: Final = 8192
+"""What a target is given time for that was sent no limit and has none that is known; few replies are longer."""
 
-def whole_reply_seconds(target: Target, output_tokens: int) -> float:
-    """How long a target may be silent before a reply that is not streamed.
 
-    Engines of this node are watched by their token progress, so only the total limit holds for them.
+def whole_reply_seconds(letter: WireRequest, expected_tokens: int) -> float:
+    """How long a target may be silent before a reply that is not streamed: as long as it may write.
+
+    The limit that was sent counts; `expected_tokens` alone only for calls in whose answer nothing is written. Engines
+    of this node are watched by their token progress, so only the total limit holds for them.
     """
+    target = letter.target
     if target.provider is None:
         return target.limits.total_seconds
-    writing = output_tokens / _SLOWEST_TOKENS_PER_SECOND
+    most = letter.most_output_tokens
+    if most is None:
+        most = _UNLIMITED_OUTPUT_TOKENS if is_written(letter.outgoing) else 0
+    writing = max(most, expected_tokens) / _SLOWEST_TOKENS_PER_SECOND
     return min(target.limits.total_seconds, target.limits.first_byte_seconds + writing)
 
 

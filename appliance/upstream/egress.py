@@ -48,7 +48,10 @@ class EgressTransport:
         *,
         permit: EgressPermit | None,
         headers: Mapping[str, str] | None = None,
+        at_root: bool = False,
     ) -> httpx.Response:
+        if at_root:
+            raise ResidencyRefused(f"{target.name} is hosted: nothing beside its address is asked")
         self._check(target, permit)
         assert permit is not None
         if is_for_batch(permit.request_id):

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import orjson
 
@@ -11,6 +11,7 @@ from appliance.errors import (
     ApplianceError,
     BackendAuth,
     BackendError,
+    BackendIncapable,
     BackendOverloaded,
     BackendRefused,
     BackendTimeout,
@@ -19,12 +20,16 @@ from appliance.errors import (
 )
 from appliance.upstream.rate_limit_headers import MAX_RETRY_AFTER_SECONDS, parse_reset, retry_seconds
 
+_Refusal = TypeVar("_Refusal", bound=BackendRefused)
+
 _AUTH: Final = frozenset({401, 402, 403})
 _OVERLOADED: Final = frozenset({409, 429, 503, 529})
 _DRAINING: Final = (500, "cannot schedule new futures after shutdown")
 """What vLLM says to new requests while it finishes the old ones; its health page goes on saying that all is well."""
 _TIMED_OUT: Final = frozenset({408, 504})
 _NEVER_ELSEWHERE: Final = frozenset({501, 505})
+_NOT_FOUND: Final = frozenset({404, 405, 410})
+_TOO_LARGE: Final = 413
 _MESSAGE_CHARACTERS: Final = 600
 
 CONTEXT_WORDS: Final = frozenset(
@@ -55,6 +60,28 @@ SPENT_WORDS: Final = frozenset(
 )
 """Too many requests, but waiting a moment does not help: the account has nothing left."""
 
+MODEL_WORDS: Final = frozenset(
+    {
+        "deploymentnotfound",
+        "failed_precondition",
+        "invalid_model",
+        "model_decommissioned",
+        "model_not_active",
+        "model_not_available",
+        "model_not_found",
+        "modelnotfound",
+        "operationnotsupported",
+        "unsupported_model",
+    }
+)
+"""The account or region has no such model: OpenAI, Azure, Groq, Mistral and Together say so with 400, 403 or 404.
+Gemini says FAILED_PRECONDITION where it does not serve a country."""
+
+_CALLERS_OBJECT: Final = re.compile(
+    r"\b(?:files?|file[-_]id|cached ?content|previous_response_id|(?:response|item|container) with id)\b", re.IGNORECASE
+)
+"""A 404 that speaks of something that the request names besides the model is the request's mistake."""
+
 OVERLOAD_WORDS: Final = (
     "429", "503", "529", "rate_limit", "overloaded", "resource_exhausted", "unavailable", "capacity", *SPENT_WORDS,
 )  # fmt: skip
@@ -81,6 +108,8 @@ def error_of_status(target: Target, status: int, raw: bytes, headers: Mapping[st
         return BackendTimeout(f"{target.name} timed out (HTTP {status}): {said}")
     if 300 <= status < 400:
         return BackendError(f"{target.name} redirects (HTTP {status}), which is not followed: correct its base_url")
+    if _is_incapable(status, said):
+        return _incapable(target, status, said, fields)
     if status < 500 or status in _NEVER_ELSEWHERE:
         return _refused(target, status, said, fields)
     return BackendError(f"{target.name} failed (HTTP {status}): {said}", retry_after_seconds=retry_after)
@@ -100,9 +129,15 @@ def _error_of_content(
         param = fields.get("param")
         text = said if target.provider is None else f"{target.name}: {said}"
         return ContextTooLong(text, param=param if isinstance(param, str) else "messages")
+    if words & MODEL_WORDS:
+        return _incapable(target, status, said, fields)
     if words & AUTH_WORDS:
         return _auth_error(target, status)
     return None
+
+
+def _is_incapable(status: int, said: str) -> bool:
+    return status == _TOO_LARGE or (status in _NOT_FOUND and _CALLERS_OBJECT.search(said) is None)
 
 
 def _auth_error(target: Target, status: int) -> BackendAuth:
@@ -144,8 +179,19 @@ def _words(fields: Mapping[str, Any]) -> Iterator[str]:
 
 def _refused(target: Target, status: int, said: str, fields: Mapping[str, Any]) -> BackendRefused:
     """The caller's mistake, as the target worded it: it would be the same mistake anywhere."""
+    return _worded(BackendRefused, target, status, said, fields)
+
+
+def _incapable(target: Target, status: int, said: str, fields: Mapping[str, Any]) -> BackendIncapable:
+    """The target's limits, as it worded them. A body that is too large for it says nothing of other requests."""
+    incapable = _worded(BackendIncapable, target, status, said, fields)
+    incapable.refuses_all = status != _TOO_LARGE
+    return incapable
+
+
+def _worded(error_type: type[_Refusal], target: Target, status: int, said: str, fields: Mapping[str, Any]) -> _Refusal:
     param, code, kind = fields.get("param"), fields.get("code"), fields.get("type")
-    refused = BackendRefused(
+    refused = error_type(
         said if target.provider is None else f"{target.name}: {said}",
         param=param if isinstance(param, str) else None,
         status=status if status >= 400 else 502,

@@ -11,7 +11,7 @@ import httpx
 
 from appliance.core import EgressPermit, Target
 from appliance.errors import ResidencyRefused
-from appliance.upstream.base import KEEPALIVE_SECONDS, key_headers, post, session_over, transport_over
+from appliance.upstream.base import KEEPALIVE_SECONDS, key_headers, post, server_root, session_over, transport_over
 
 _MAX_CONNECTIONS: Final = 512
 """Per socket or host. Admission keeps engines at far fewer; this bounds what a mistake could open."""
@@ -39,7 +39,7 @@ class LocalTransport:
         self._sockets: dict[str, httpx.AsyncBaseTransport] = {}
         self._engine_keys: dict[str, Mapping[str, str]] = {}
         self._tcp: httpx.AsyncBaseTransport | None = None
-        self._urls: dict[tuple[str, str], httpx.URL] = {}
+        self._urls: dict[tuple[str, str, bool], httpx.URL] = {}
 
     def __repr__(self) -> str:
         return f"LocalDoor(networks={[str(network) for network in self._networks]})"
@@ -52,12 +52,14 @@ class LocalTransport:
         *,
         permit: EgressPermit | None,
         headers: Mapping[str, str] | None = None,
+        at_root: bool = False,
     ) -> httpx.Response:
         if target.location != "onsite":
             raise ResidencyRefused(f"{target.name} is not on this site, and this door leads nowhere else")
         keys = key_headers(target, self._secrets) if target.provider is not None else self._engine_key(target.address)
         sent = {**_HEADERS, **(headers or {}), **keys}
-        return await post(self._transport(target.address), target, self._url(target.address, path), body, sent)
+        url = self._url(target.address, path, at_root=at_root)
+        return await post(self._transport(target.address), target, url, body, sent)
 
     async def aclose(self) -> None:
         transports = [*self._sockets.values(), *([self._tcp] if self._tcp else [])]
@@ -114,9 +116,10 @@ class LocalTransport:
         if not parsed.is_loopback and not any(parsed in network for network in self._networks):
             raise NotOnSite(f"{parsed} is not on this site: list its network under [network] onsite")
 
-    def _url(self, address: str, path: str) -> httpx.URL:
-        url = self._urls.get((address, path))
+    def _url(self, address: str, path: str, *, at_root: bool) -> httpx.URL:
+        key = (address, path, at_root)
+        url = self._urls.get(key)
         if url is None:
             base = "http://engine/v1" if address.startswith("unix:") else address
-            url = self._urls[address, path] = httpx.URL(base + path)
+            url = self._urls[key] = httpx.URL((server_root(base) if at_root else base) + path)
         return url

@@ -39,10 +39,15 @@ class WireRequest:
     """The most that the target may write in answer, all choices together; None where nobody knows."""
 
 
+def is_written(outgoing: UpstreamCall) -> bool:
+    """Whether text is generated in answer to it, as long as its limits allow."""
+    return outgoing.path in _WRITING
+
+
 def most_output_tokens(target: Target, outgoing: UpstreamCall, body: Mapping[str, Any]) -> int | None:
     """By `body` as it was written for `target`, whatever the dialect; where it sets no limit, the one that is known of
     the model."""
-    if outgoing.path not in _WRITING:
+    if not is_written(outgoing):
         return None
     config = body.get("generationConfig")
     settings = config if isinstance(config, Mapping) else body

@@ -177,7 +177,14 @@ class SimulatedDoor:
         self.calls = 0
 
     async def open(
-        self, target: Target, path: str, body: bytes, *, permit: EgressPermit | None, headers: Any = None
+        self,
+        target: Target,
+        path: str,
+        body: bytes,
+        *,
+        permit: EgressPermit | None,
+        headers: Any = None,
+        at_root: bool = False,
     ) -> httpx.Response:
         self.calls += 1
         told = orjson.loads(body)

@@ -11,6 +11,7 @@ from appliance.errors import (
     BackendError,
     BackendGarbage,
     BackendOverloaded,
+    BackendRefused,
     BackendUnreachable,
     BudgetExceeded,
     RejectedReply,
@@ -79,7 +80,36 @@ async def test_a_route_may_allow_to_pay_twice(stage: Stage) -> None:
     assert len(stage.ledger.settled) == 2, "each attempt on its own account"
 
 
-@pytest.mark.parametrize("mood", ["unauthorized", "bad_request"])
+@pytest.mark.parametrize("mood", ["unknown_model", "too_large"])
+async def test_a_target_that_cannot_answer_the_request_is_followed_by_another(stage: Stage, mood: Mood) -> None:
+    stage.provider.mood = mood
+    answer = await stage.ask("Prove that 2 is prime")
+    assert answer.facts.target == "onsite/tiny" and answer.facts.reason.startswith("fallback: cloud/big ")
+    assert stage.provider.calls == 1
+    assert attempts(stage) == [("cloud/big", "refused"), ("onsite/tiny", "answered")]
+    assert stage.ledger.outcomes[-1].attempts[0].cost_usd == 0.0
+
+
+async def test_a_request_that_is_wrong_is_sent_nowhere_else(stage: Stage) -> None:
+    stage.provider.mood = "bad_request"
+    with pytest.raises(BackendRefused):
+        await stage.ask("Prove that 2 is prime")
+    assert stage.engine.calls == 0
+
+
+async def test_an_unknown_model_opens_the_breaker_and_a_body_that_is_too_large_does_not(stage: Stage) -> None:
+    stage.provider.mood = "too_large"
+    for _ in range(10):
+        await stage.ask("Prove that 2 is prime")
+    assert stage.breakers.blocked_until("cloud/big", stage.now()) is None
+    stage.provider.mood = "unknown_model"
+    for _ in range(10):
+        await stage.ask("Prove that 2 is prime")
+    assert stage.breakers.blocked_until("cloud/big", stage.now()) is not None
+    assert stage.provider.calls < 20
+
+
+@pytest.mark.parametrize("mood", ["unauthorized", "bad_request", "unknown_model", "too_large"])
 async def test_what_would_fail_again_is_not_tried_again(stage: Stage, mood: Mood) -> None:
     stage.reload(ONLY_HOSTED)
     stage.provider.mood = mood

@@ -407,7 +407,8 @@ async def test_a_provider_that_hangs_is_given_up_and_the_engine_answers(tmp_path
     async with StandIn(uds=str(tmp_path / "e.sock")) as engine, StandIn(mood="hang") as provider:
         stage = Stage(engine, provider, first_byte_seconds=0.05)
         request = request_of("Prove that 2 is prime")
-        answer = await stage.pipeline.answer(request, call_of(request, output_tokens=1))
+        limited = {**request.body, "max_tokens": 1}
+        answer = await stage.pipeline.answer(request, call_of(request, body=limited, output_tokens=1))
         assert answer.facts.reason == "fallback: cloud/big backend_timeout"
         await stage.aclose()
         stage.check_nothing_is_held()

@@ -11,6 +11,7 @@ from appliance.errors import (
     ApplianceError,
     BackendAuth,
     BackendError,
+    BackendIncapable,
     BackendOverloaded,
     BackendRefused,
     BackendTimeout,
@@ -117,6 +118,20 @@ AZURE_FILTER = {
     }
 }
 
+NOWHERE = "User location is not supported for the API use."
+MODEL_UNKNOWN: list[tuple[str, int, Any, type[ApplianceError], str]] = [
+    ("openai no access", 403, openai_error("model_not_found", "no access to model"), BackendIncapable, ""),
+    ("azure deployment", 404, {"error": {"code": "DeploymentNotFound", "message": "x"}}, BackendIncapable, ""),
+    ("azure operation", 400, {"error": {"code": "OperationNotSupported", "message": "x"}}, BackendIncapable, ""),
+    ("groq retired", 400, openai_error("model_decommissioned"), BackendIncapable, ""),
+    ("mistral model", 400, openai_error(None, "Invalid model: x", "invalid_model"), BackendIncapable, ""),
+    ("gemini country", 400, gemini_error(400, "FAILED_PRECONDITION", NOWHERE), BackendIncapable, ""),
+    ("no such path", 404, {"detail": "Not Found"}, BackendIncapable, ""),
+    ("wrong method", 405, {"detail": "Method Not Allowed"}, BackendIncapable, ""),
+    ("a callers file", 404, anthropic_error("not_found_error", "File not found: file_1"), BackendRefused, ""),
+    ("a callers item", 404, openai_error(None, "Item with id 'rs_1' not found."), BackendRefused, ""),
+]
+
 ERRORS: list[tuple[str, int, Any, type[ApplianceError], str]] = [
     ("openai long", 400, openai_error("context_length_exceeded", LONG), ContextTooLong, "context_length_exceeded"),
     ("vllm long", 400, openai_error(None, LONG, "BadRequestError"), ContextTooLong, "context_length_exceeded"),
@@ -158,9 +173,10 @@ ERRORS: list[tuple[str, int, Any, type[ApplianceError], str]] = [
         "content_filter",
     ),
     ("anthropic wrong", 400, anthropic_error("invalid_request_error", "temperature is deprecated"), BackendRefused, ""),
-    ("anthropic too large", 413, anthropic_error("request_too_large"), BackendRefused, ""),
-    ("anthropic unknown", 404, anthropic_error("not_found_error"), BackendRefused, ""),
-    ("gemini unknown", 404, gemini_error(404, "NOT_FOUND"), BackendRefused, ""),
+    ("anthropic too large", 413, anthropic_error("request_too_large"), BackendIncapable, ""),
+    ("anthropic unknown", 404, anthropic_error("not_found_error"), BackendIncapable, ""),
+    ("gemini unknown", 404, gemini_error(404, "NOT_FOUND"), BackendIncapable, ""),
+    *MODEL_UNKNOWN,
     ("mistral wrong", 422, {"detail": [{"loc": ["body", "n"], "msg": "no"}]}, BackendRefused, ""),
     ("in a list", 400, [gemini_error(400, "INVALID_ARGUMENT")], BackendRefused, ""),
 ]
@@ -174,7 +190,8 @@ def test_each_providers_error_is_one_of_ours(status: int, body: Any, kind: type[
     assert type(error) is kind
     assert not code or error.code == code
     assert error.fallback is (isinstance(error, BackendError) and kind is not BackendRefused)
-    assert error.status != 402 and (error.status < 500) is (kind in (ContextTooLong, BackendRefused))
+    refusals = (ContextTooLong, BackendRefused, BackendIncapable)
+    assert error.status != 402 and (error.status < 500) is (kind in refusals)
 
 
 def test_googles_own_retry_hint_is_read() -> None:
@@ -221,7 +238,7 @@ def test_the_readme_tells_what_each_of_these_becomes() -> None:
     rows = [line.split("|")[1:3] for line in README.read_text().splitlines() if line.startswith("| ")]
     for _, status, body, kind, code in ERRORS:
         error = error_of_status(hosted_target(), status, orjson.dumps(body), {}, NOW)
-        ours = "upstream_rejected" if kind is BackendRefused and code != "content_filter" else error.code
+        ours = "upstream_rejected" if issubclass(kind, BackendRefused) and code != "content_filter" else error.code
         told = [says for says, becomes in rows if f"`{ours}`" in becomes]
         said = set(re.findall(r'"(?:(?:code|status|type|reason)":"(?=\w))?(\w+)"', orjson.dumps(body).decode()))
         named = any(f"`{word}`" in says for says in told for word in said) or any(str(status) in says for says in told)

@@ -2,16 +2,18 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from appliance.core import EgressPermit, Target, TimeLimits, UpstreamCall
+from appliance.core import EgressPermit, ProviderQuirks, Target, TimeLimits, UpstreamCall
 from appliance.errors import (
     BackendAuth,
     BackendError,
     BackendGarbage,
+    BackendIncapable,
     BackendOverloaded,
     BackendRefused,
     BackendTimeout,
@@ -22,7 +24,7 @@ from appliance.errors import (
     StreamBroken,
 )
 from appliance.upstream import client
-from appliance.upstream.base import Transports
+from appliance.upstream.base import Transports, server_root
 from appliance.upstream.egress import EgressTransport
 from appliance.upstream.error_mapping import error_of_status
 from appliance.upstream.local import LocalTransport, NotOnSite
@@ -62,8 +64,12 @@ def permit_for(target: Target, key: bytes = KEY) -> EgressPermit:
     return EgressPermit("req-1", target.name, seal(key, "req-1", target))
 
 
-def letter_of(target: Target, *, stream: bool = False, salt: str = "s") -> WireRequest:
-    return client.write(target, ASK, stream=stream, salt=salt)
+def letter_of(target: Target, *, stream: bool = False, salt: str = "s", ask: UpstreamCall = ASK) -> WireRequest:
+    return client.write(target, ask, stream=stream, salt=salt)
+
+
+def chat_of(**fields: Any) -> UpstreamCall:
+    return UpstreamCall("/chat/completions", {"messages": [{"role": "user", "content": "hi"}], **fields})
 
 
 async def send(door: EgressTransport, target: Target, seconds: float = 5.0, outgoing: UpstreamCall = ASK) -> Any:
@@ -256,7 +262,8 @@ async def test_a_refusal_keeps_the_targets_words_and_code(provider: StandIn, doo
 
 
 STATUSES: list[tuple[type[Exception], list[int]]] = [
-    (BackendRefused, [400, 404, 413, 422, 501]),
+    (BackendRefused, [400, 422, 501]),
+    (BackendIncapable, [404, 405, 413]),
     (BackendAuth, [401, 402, 403]),
     (BackendTimeout, [408, 504]),
     (BackendOverloaded, [409, 429, 503, 529]),
@@ -343,9 +350,43 @@ async def test_pitfall_3_a_stream_has_a_total_limit_too(provider: StandIn, door:
 
 def test_pitfall_3_a_whole_reply_may_be_silent_for_as_long_as_it_is_written() -> None:
     limits = TimeLimits(first_byte_seconds=10, total_seconds=600)
-    assert client.whole_reply_seconds(hosted_target(limits=limits), 2000) == 110
-    assert client.whole_reply_seconds(hosted_target(limits=limits), 10**6) == 600
-    assert client.whole_reply_seconds(engine_target(limits=limits), 1) == 600, "its progress is watched elsewhere"
+    assert client.whole_reply_seconds(letter_of(hosted_target(limits=limits), ask=chat_of(max_tokens=2000)), 16) == 110
+    assert client.whole_reply_seconds(letter_of(hosted_target(limits=limits), ask=chat_of(max_tokens=10**6)), 16) == 600
+    assert client.whole_reply_seconds(letter_of(engine_target(limits=limits)), 1) == 600, (
+        "its progress is watched elsewhere"
+    )
+
+
+@pytest.mark.parametrize("dialect", ["openai", "anthropic", "gemini"])
+def test_a_whole_reply_without_a_limit_of_its_caller_gets_the_time_of_the_limit_that_is_sent(dialect: Any) -> None:
+    limits = TimeLimits(first_byte_seconds=60, total_seconds=600)
+    target = hosted_target(dialect=dialect, limits=limits)
+    assert client.whole_reply_seconds(letter_of(target, ask=chat_of()), 256) == 60 + 8192 / 20
+    small = replace(target, wire=ProviderQuirks(max_output_tokens=1000))
+    assert client.whole_reply_seconds(letter_of(small, ask=chat_of()), 256) == 110
+
+
+def test_a_reply_in_which_nothing_is_written_has_the_time_of_what_is_expected() -> None:
+    target = hosted_target(limits=TimeLimits(first_byte_seconds=10))
+    letter = client.write(target, UpstreamCall("/decisions", {"questions": []}), stream=False, salt="s")
+    assert client.whole_reply_seconds(letter, 40) == 12
+
+
+async def test_a_path_beside_the_version_is_built_from_the_servers_root(local: LocalTransport, tmp_path: Path) -> None:
+    async with StandIn(uds=str(tmp_path / "e.sock")) as engine:
+        at_root = await local.open(engine_target(engine.address), "/counts", b"{}", permit=None, at_root=True)
+        below = await local.open(engine_target(engine.address), "/counts", b"{}", permit=None)
+        await asyncio.gather(at_root.aread(), below.aread())
+        assert (at_root.status_code, below.status_code) == (405, 404), "the stand-in has GET /counts and no /v1/counts"
+    assert server_root("http://engine/v1") == "http://engine"
+    assert server_root("https://host/models/v1/") == "https://host/models"
+
+
+async def test_nothing_beside_a_hosted_targets_address_is_asked(provider: StandIn, door: EgressTransport) -> None:
+    target = hosted_target(provider.address)
+    with pytest.raises(ResidencyRefused, match="nothing beside its address"):
+        await door.open(target, "/tokenize", b"{}", permit=permit_for(target), at_root=True)
+    assert provider.calls == 0
 
 
 # --- streams

@@ -25,6 +25,7 @@ from appliance.errors import (
     ApplianceError,
     BackendAuth,
     BackendError,
+    BackendIncapable,
     Busy,
     ContextTooLong,
     DeadlineExceeded,
@@ -391,7 +392,11 @@ def _may_pass(error: ApplianceError, *, billed_too: bool) -> bool:
     have been billed is not asked for twice unless the route says so."""
     if isinstance(error, EngineBusy):
         return True
-    if not isinstance(error, BackendError) or not error.fallback or isinstance(error, RejectedReply | BackendAuth):
+    if (
+        not isinstance(error, BackendError)
+        or not error.fallback
+        or isinstance(error, RejectedReply | BackendAuth | BackendIncapable)
+    ):
         return False
     return billed_too or not error.may_have_cost
 

@@ -20,6 +20,7 @@ from appliance.core import (
 from appliance.errors import (
     ApplianceError,
     BackendError,
+    BackendIncapable,
     BackendRefused,
     BackendTimeout,
     BackendUnreachable,
@@ -355,18 +356,22 @@ class AttemptRunner:
         self, call: TaskCall, letters: Sequence[WireRequest], permit: EgressPermit | None, seconds: float
     ) -> Sequence[UpstreamReply]:
         door = self._means.doors.to(self.target)
-        patience = min(seconds, client.whole_reply_seconds(self.target, call.output_tokens))
-        if len(letters) == 1:
-            return [await client.send(door, letters[0], permit=permit, seconds=patience)]
-        gate = asyncio.Semaphore(_CALLS_AT_ONCE)
 
         async def send_one(one: WireRequest) -> UpstreamReply:
+            patience = min(seconds, client.whole_reply_seconds(one, call.output_tokens))
+            return await client.send(door, one, permit=permit, seconds=patience)
+
+        if len(letters) == 1:
+            return [await send_one(letters[0])]
+        gate = asyncio.Semaphore(_CALLS_AT_ONCE)
+
+        async def send_in_turn(one: WireRequest) -> UpstreamReply:
             async with gate:
-                return await client.send(door, one, permit=permit, seconds=patience)
+                return await send_one(one)
 
         try:
             async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
-                tasks = [group.create_task(send_one(one)) for one in letters]
+                tasks = [group.create_task(send_in_turn(one)) for one in letters]
         except TimeoutError as error:
             raise BackendTimeout(f"{self.target.name} did not answer {len(letters)} calls in time") from error
         except ExceptionGroup as errors:
@@ -393,6 +398,10 @@ class AttemptRunner:
         if self.target.provider is None:
             if isinstance(error, BackendUnreachable):
                 self._means.admission.doubt(self.target.name)
+        elif isinstance(error, BackendIncapable) and not error.refuses_all:
+            return  # too much for it: neither a failure nor a sign that it answers
+        elif isinstance(error, BackendIncapable):
+            self._means.breakers.fail(self.target.name, self._means.clock(), None)
         elif isinstance(error, BackendRefused | RejectedReply | ContextTooLong):
             self._means.breakers.succeed(self.target.name)  # it answers; this request was the matter
         elif isinstance(error, BackendError):

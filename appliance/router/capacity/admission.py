@@ -72,7 +72,7 @@ class Slot:
         """Its prompt has been computed."""
         if not self._computed and not self._left:
             self._computed = True
-            self._admission._computed(self)
+            self._admission.mark_prompt_computed(self)
 
     def wrote(self, tokens: int) -> None:
         """So many more of its tokens have come."""
@@ -81,7 +81,7 @@ class Slot:
     def leave(self) -> None:
         if not self._left:
             self._left = True
-            self._admission._leave(self)
+            self._admission.release_slot(self)
 
     def prompt_left(self, now: float) -> int:
         """Prompt tokens to compute. An answer that comes whole does not tell, so the prediction is believed."""
@@ -279,10 +279,10 @@ class Admission:
         place.count(load, 1)
         return slot
 
-    def _computed(self, slot: Slot) -> None:
+    def mark_prompt_computed(self, slot: Slot) -> None:
         self._let_in(slot.target)
 
-    def _leave(self, slot: Slot) -> None:
+    def release_slot(self, slot: Slot) -> None:
         place = self._places[slot.target]
         del place.slots[slot]
         place.count(slot.load, -1)

@@ -28,8 +28,7 @@ _AT_ONCE: Final = 16
 _MOST_TREES: Final = 512
 _LEAST_LOGPROB: Final = -9_999.0
 _NO_THOUGHTS: Final = {"enable_thinking": False}
-_TOKENIZE: Final = "/../tokenize"
-"""Beside `/v1`, below which the target's address ends."""
+_TOKENIZE: Final = "/tokenize"
 
 
 def is_asked(letter: WireRequest) -> bool:
@@ -149,7 +148,7 @@ class _Call:
         self.usage = Usage()
 
     async def tokens(self, body: Mapping[str, Any]) -> Tokens:
-        payload = await self._post(_TOKENIZE, {**body, "model": self.target.model})
+        payload = await self._post(_TOKENIZE, at_root=True, body={**body, "model": self.target.model})
         found = payload.get("tokens")
         if not isinstance(found, list) or not all(isinstance(one, int) for one in found):
             raise BackendGarbage(f"{self.target.name} answered no tokens where it was asked for them")
@@ -184,9 +183,11 @@ class _Call:
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise BackendGarbage(f"{self.target.name} gave no logprobs of the tokens it was asked for") from error
 
-    async def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    async def _post(self, path: str, body: Mapping[str, Any], *, at_root: bool = False) -> dict[str, Any]:
         async with self._gate:
-            response = await self._door.open(self.target, path, orjson.dumps(body), permit=self._permit)
+            response = await self._door.open(
+                self.target, path, orjson.dumps(body), permit=self._permit, at_root=at_root
+            )
             try:
                 raw = await response.aread()
             finally:
