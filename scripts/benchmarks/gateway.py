@@ -27,7 +27,9 @@ from scripts.benchmarks.peers.installing import Environment, PeerMissing, instal
 from scripts.benchmarks.peers.processes import free_port, serving
 from tests.running import ROOT, running_node
 
-LITELLM = Environment("litellm", ("litellm[proxy]",))
+LITELLM = Environment("litellm", ("litellm[proxy]==1.106.12",))
+"""Pinned: a later release, 1.107.0, was compromised, and figures of two versions cannot be compared."""
+
 EVENTS = 64
 MESSAGES = [{"role": "user", "content": "Where is the Eiffel Tower? Answer in one short sentence, please."}]
 
