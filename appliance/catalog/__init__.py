@@ -63,7 +63,7 @@ class Catalog:
         """The model that a node pulls by itself when it is told nothing else."""
         return next(model for model in self.models if model.embedded)
 
-    def model(self, name: str) -> ModelSpec:
+    def get_model(self, name: str) -> ModelSpec:
         """The model called `name`; UnknownModel names the nearest ones."""
         for model in self.models:
             if model.name == name:
@@ -72,7 +72,7 @@ class Catalog:
         near = difflib.get_close_matches(name, names, n=3) or names
         raise UnknownModel(f"no model {name!r} in the catalogue; did you mean {', '.join(near)}?", param="model")
 
-    def device(self, name: str) -> DevicePrior:
+    def get_device(self, name: str) -> DevicePrior:
         """The device called `name`, with or without `gpu-` or `cpu-`; ConfigError names the nearest ones."""
         for device in self.devices:
             if name in (device.name, device.name.partition("-")[2]):
@@ -81,12 +81,12 @@ class Catalog:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
         raise ConfigError(f"no device {name!r} under hardware/; did you mean {', '.join(near)}?")
 
-    def cpu_prior(self, flags: frozenset[str]) -> DevicePrior | None:
+    def find_cpu_prior(self, flags: frozenset[str]) -> DevicePrior | None:
         """The prior that asks most of a CPU and is met by `flags`; None where none is."""
         met = [device for device in self.devices if device.kind == "cpu" and flags.issuperset(device.flags)]
         return max(met, key=lambda device: len(device.flags), default=None)
 
-    def gpu_prior(self, product_name: str) -> DevicePrior | None:
+    def find_gpu_prior(self, product_name: str) -> DevicePrior | None:
         """The prior whose name stands, as whole words, within the one that NVML reports; the longest such name counts.
         None where none does."""
         named = [

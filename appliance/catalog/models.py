@@ -109,7 +109,7 @@ class ModelSpec:
             heads, dimension = self.global_kv_heads or heads, self.global_head_dimension or dimension
         return 2 * max(1, -(-heads // tensor_parallel)) * dimension
 
-    def variant(self, name: str) -> Variant:
+    def get_variant(self, name: str) -> Variant:
         """The variant called `name`; UnknownModel names those there are."""
         for variant in self.variants:
             if variant.name == name:
@@ -117,5 +117,5 @@ class ModelSpec:
         known = ", ".join(variant.name for variant in self.variants)
         raise UnknownModel(f"model {self.name!r} has no variant {name!r}; it has {known}")
 
-    def for_engine(self, engine: EngineKind) -> tuple[Variant, ...]:
+    def list_variants(self, engine: EngineKind) -> tuple[Variant, ...]:
         return tuple(variant for variant in self.variants if variant.engine == engine)

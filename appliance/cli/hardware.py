@@ -89,7 +89,7 @@ def _candidates(name: str, catalog: Catalog, store: ModelStore, has_gpus: bool) 
 
 
 def _prior(name: str, catalog: Catalog) -> DevicePrior:
-    return load_device(Path(name)) if name.endswith(".toml") else catalog.device(name)
+    return load_device(Path(name)) if name.endswith(".toml") else catalog.get_device(name)
 
 
 def _each(

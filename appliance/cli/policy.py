@@ -127,7 +127,7 @@ def _engine_target(config: NodeConfig, wish: EngineModel) -> Target:
         abilities, quality, context = _ANY_ENGINE, None, wish.context_tokens
     else:
         catalog = catalog_of(data_dir_of(None, config))
-        spec = guarded(lambda: catalog.model(wish.name))
+        spec = guarded(lambda: catalog.get_model(wish.name))
         name, abilities, quality = spec.name, frozenset(spec.abilities), spec.quality
         context = min(spec.context_tokens, wish.context_tokens or spec.context_tokens)
     return Target(

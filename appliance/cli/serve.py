@@ -154,8 +154,8 @@ def _line_up(
     for item in found.items.values():
         _pull(store, item)
     first, *rest = found.placements
-    others = [f"{one.model}, variant {one.variant}: {_engine_of(one)}" for one in rest if one not in found.resting]
-    others += [f"{one.model}, variant {one.variant}: loaded when it is wanted" for one in found.resting]
+    others = [f"{one.model}, variant {one.variant}: {_engine_of(one)}" for one in rest if one not in found.on_demand]
+    others += [f"{one.model}, variant {one.variant}: loaded when it is wanted" for one in found.on_demand]
     parameters = found.items[first.model].model.parameters
     return _Serving(found.placements, found.pools, parameters, others=tuple(others))
 

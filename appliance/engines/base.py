@@ -136,45 +136,47 @@ class EngineAdapter(Protocol):
     def key_variable(self) -> str:
         """Name of the variable that it takes an API key from; empty: it asks for none, its folder is private."""
 
-    def argv(
+    def build_argv(
         self, python: str, placement: Placement, *, socket: Path, parent_guard_fd: int, drain_seconds: float
     ) -> list[str]:
         """The command line that serves `placement` on the unix socket, ends when `parent_guard_fd` reaches its end, and
         after SIGTERM to its first process ends by itself within `drain_seconds`."""
 
-    def environment(self, placement: Placement, folder: Path) -> Mapping[str, str]:
+    def build_environment(self, placement: Placement, folder: Path) -> Mapping[str, str]:
         """Variables the program needs beside those that every engine gets. `folder` is private to this engine, and is
         emptied when it has ended."""
 
-    def gauges(self, placement: Placement) -> LoadReader:
+    def make_load_reader(self, placement: Placement) -> LoadReader:
         """A reader of its load, for one run of the engine."""
 
-    def probe(self, placement: Placement) -> ProbeRequest | None:
+    def build_liveness_probe(self, placement: Placement) -> ProbeRequest | None:
         """What to ask where nothing moves; None: its gauges tell the truth when it hangs."""
 
-    def warm_up(self, placement: Placement) -> ProbeRequest | None:
+    def build_warm_up(self, placement: Placement) -> ProbeRequest | None:
         """Work to begin with, from which its gauges learn how fast it is; None: it measures itself. Until somebody has
         measured it an engine counts as slow, and requests that may go elsewhere do."""
 
-    def progress(self, lines: Sequence[str]) -> str:
+    def parse_progress(self, lines: Sequence[str]) -> str:
         """What it is doing while it starts, from the last lines it wrote; empty where they do not say."""
 
-    def last_words(self, lines: Sequence[str]) -> str:
+    def find_crash_reason(self, lines: Sequence[str]) -> str:
         """Why it ended, from the last lines it wrote; empty where they do not say."""
 
-    def smaller(self, placement: Placement, last_words: str) -> Placement | None:
+    def shrink_placement(self, placement: Placement, crash_reason: str) -> Placement | None:
         """What to start instead where memory was too small for `placement`; None: that was not the matter, or nothing
         smaller is of use."""
 
-    def sleeps(self, placement: Placement) -> bool:
+    def can_sleep(self, placement: Placement) -> bool:
         """Whether it can give its memory back and keep its process."""
 
-    def settings(self, model: ModelSpec) -> tuple[tuple[str, str], ...]:
+    def build_model_settings(self, model: ModelSpec) -> tuple[tuple[str, str], ...]:
         """Options that `model` needs whatever the machine (`Placement.settings` begins with them)."""
 
-    def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> EngineMemory: ...
+    def estimate_memory(
+        self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int
+    ) -> EngineMemory: ...
 
-    def abilities(self, model: ModelSpec) -> frozenset[Ability]: ...
+    def list_abilities(self, model: ModelSpec) -> frozenset[Ability]: ...
 
 
 _LOAD: Final[TypeAdapter[EngineLoad]] = TypeAdapter(EngineLoad)
@@ -209,31 +211,31 @@ class EngineDefaults:
     def key_variable(self) -> str:
         return ""
 
-    def environment(self, placement: Placement, folder: Path) -> Mapping[str, str]:
+    def build_environment(self, placement: Placement, folder: Path) -> Mapping[str, str]:
         return {}
 
-    def gauges(self, placement: Placement) -> LoadReader:
+    def make_load_reader(self, placement: Placement) -> LoadReader:
         return LoadEndpointReader()
 
-    def probe(self, placement: Placement) -> ProbeRequest | None:
+    def build_liveness_probe(self, placement: Placement) -> ProbeRequest | None:
         return None
 
-    def warm_up(self, placement: Placement) -> ProbeRequest | None:
+    def build_warm_up(self, placement: Placement) -> ProbeRequest | None:
         return None
 
-    def progress(self, lines: Sequence[str]) -> str:
+    def parse_progress(self, lines: Sequence[str]) -> str:
         return ""
 
-    def last_words(self, lines: Sequence[str]) -> str:
+    def find_crash_reason(self, lines: Sequence[str]) -> str:
         return lines[-1] if lines else ""
 
-    def smaller(self, placement: Placement, last_words: str) -> Placement | None:
+    def shrink_placement(self, placement: Placement, crash_reason: str) -> Placement | None:
         return None
 
-    def sleeps(self, placement: Placement) -> bool:
+    def can_sleep(self, placement: Placement) -> bool:
         return False
 
-    def settings(self, model: ModelSpec) -> tuple[tuple[str, str], ...]:
+    def build_model_settings(self, model: ModelSpec) -> tuple[tuple[str, str], ...]:
         return ()
 
 

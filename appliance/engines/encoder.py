@@ -33,7 +33,7 @@ class Encoder(EngineDefaults):
         """2: bad arguments, or a folder that cannot be made."""
         return frozenset({2})
 
-    def argv(
+    def build_argv(
         self, python: str, placement: Placement, *, socket: Path, parent_guard_fd: int, drain_seconds: float
     ) -> list[str]:
         """`placement.path` is the data directory."""
@@ -49,17 +49,19 @@ class Encoder(EngineDefaults):
             },
         )
 
-    def environment(self, placement: Placement, folder: Path) -> Mapping[str, str]:
+    def build_environment(self, placement: Placement, folder: Path) -> Mapping[str, str]:
         """Matrices are small here: threads of a numerical library would only wait for each other."""
         return {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
-    def last_words(self, lines: Sequence[str]) -> str:
-        return LlamaCpp().last_words(lines)
+    def find_crash_reason(self, lines: Sequence[str]) -> str:
+        return LlamaCpp().find_crash_reason(lines)
 
-    def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> EngineMemory:
+    def estimate_memory(
+        self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int
+    ) -> EngineMemory:
         return EngineMemory(variant.size_bytes, 0, 0, _PROGRAM_BYTES)
 
-    def abilities(self, model: ModelSpec) -> frozenset[Ability]:
+    def list_abilities(self, model: ModelSpec) -> frozenset[Ability]:
         return frozenset(model.abilities) & {"embeddings"}
 
 

@@ -57,7 +57,7 @@ class LlamaCpp(EngineDefaults):
         """Exit codes that another start cannot mend: 2 bad arguments, 3 a model file that cannot be read."""
         return frozenset({2, 3})
 
-    def argv(
+    def build_argv(
         self, python: str, placement: Placement, *, socket: Path, parent_guard_fd: int, drain_seconds: float
     ) -> list[str]:
         """The command line that serves `placement` on the unix socket and ends when `parent_guard_fd` reaches its end.
@@ -81,10 +81,10 @@ class LlamaCpp(EngineDefaults):
             },
         )
 
-    def environment(self, placement: Placement, folder: Path) -> Mapping[str, str]:
+    def build_environment(self, placement: Placement, folder: Path) -> Mapping[str, str]:
         return ENVIRONMENT
 
-    def last_words(self, lines: Sequence[str]) -> str:
+    def find_crash_reason(self, lines: Sequence[str]) -> str:
         """The last reason the engine logged (as JSON), or the last line of anything else, such as a traceback."""
         for line in reversed(lines):
             try:
@@ -95,7 +95,9 @@ class LlamaCpp(EngineDefaults):
                 return str(event["reason"])
         return ""
 
-    def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> EngineMemory:
+    def estimate_memory(
+        self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int
+    ) -> EngineMemory:
         """Bytes held once the engine is ready: f16 keys and values for every cell, sliding windows kept whole."""
         cells = -(-context_tokens // _CELL_ROUNDING_TOKENS) * _CELL_ROUNDING_TOKENS
         return EngineMemory(
@@ -105,7 +107,7 @@ class LlamaCpp(EngineDefaults):
             program_bytes=_PROGRAM_BYTES,
         )
 
-    def abilities(self, model: ModelSpec) -> frozenset[Ability]:
+    def list_abilities(self, model: ModelSpec) -> frozenset[Ability]:
         """What the model can do, and what the engine does with any model that generates text."""
         own = frozenset(model.abilities) - {"vision", "embeddings"}
         if not own & {"chat", "completions"}:

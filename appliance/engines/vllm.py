@@ -91,7 +91,7 @@ class Vllm(EngineDefaults):
     def key_variable(self) -> str:
         return "VLLM_API_KEY"  # in the command line everybody could read it
 
-    def argv(
+    def build_argv(
         self, python: str, placement: Placement, *, socket: Path, parent_guard_fd: int, drain_seconds: float
     ) -> list[str]:
         guard = [python, "-m", "appliance.node.supervise.parent_guard", "--fd", str(parent_guard_fd)]
@@ -124,7 +124,7 @@ class Vllm(EngineDefaults):
             settings["--runner"] = "pooling"
         return settings | _devices(placement)
 
-    def environment(self, placement: Placement, folder: Path) -> Mapping[str, str]:
+    def build_environment(self, placement: Placement, folder: Path) -> Mapping[str, str]:
         variables = {
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
@@ -142,23 +142,23 @@ class Vllm(EngineDefaults):
             variables["CUDA_VISIBLE_DEVICES"] = ""
         else:
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(placement.gpu.devices)
-        if self.sleeps(placement):
+        if self.can_sleep(placement):
             variables["VLLM_SERVER_DEV_MODE"] = "1"
         return variables
 
-    def gauges(self, placement: Placement) -> LoadReader:
+    def make_load_reader(self, placement: Placement) -> LoadReader:
         return VllmMetrics(placement.shape.sequences, placement.shape.context_tokens)
 
-    def probe(self, placement: Placement) -> ProbeRequest | None:
+    def build_liveness_probe(self, placement: Placement) -> ProbeRequest | None:
         """One token. Needed because its health page says 200 and its gauges say 0 while its engine core hangs."""
         if not placement.abilities & {"chat", "completions"}:
             return None
         body = {"model": placement.model, "prompt": "1", "max_tokens": 1, "temperature": 0, "priority": _PROBE_PRIORITY}
         return ProbeRequest("/v1/completions", body)
 
-    def warm_up(self, placement: Placement) -> ProbeRequest | None:
+    def build_warm_up(self, placement: Placement) -> ProbeRequest | None:
         """A prompt of some hundred tokens and a few to write. Behind everything else that may have come by then."""
-        if self.probe(placement) is None:
+        if self.build_liveness_probe(placement) is None:
             return None
         words = min(_WARM_UP_WORDS, placement.shape.sequence_context_tokens // 8)
         body = {"model": placement.model, "prompt": " ".join(map(str, range(words))), "max_tokens": _WARM_UP_TOKENS}
@@ -166,29 +166,31 @@ class Vllm(EngineDefaults):
             "/v1/completions", body | {"ignore_eos": True, "temperature": 0, "priority": -_PROBE_PRIORITY}
         )
 
-    def progress(self, lines: Sequence[str]) -> str:
+    def parse_progress(self, lines: Sequence[str]) -> str:
         return vllm_log.parse_progress(lines)
 
-    def last_words(self, lines: Sequence[str]) -> str:
+    def find_crash_reason(self, lines: Sequence[str]) -> str:
         return vllm_log.find_crash_reason(lines)
 
-    def smaller(self, placement: Placement, last_words: str) -> Placement | None:
+    def shrink_placement(self, placement: Placement, crash_reason: str) -> Placement | None:
         """Less of everything that its memory grows with; what it says would fit is believed.
 
         None once the KV cache would hold no useful prompt.
         """
-        if not vllm_log.is_short_of_memory(last_words):
+        if not vllm_log.is_short_of_memory(crash_reason):
             return None
-        return _smaller(placement, vllm_log.parse_fitting_length_tokens(last_words))
+        return _smaller(placement, vllm_log.parse_fitting_length_tokens(crash_reason))
 
-    def sleeps(self, placement: Placement) -> bool:
+    def can_sleep(self, placement: Placement) -> bool:
         """Sleep mode is CUDA's and ROCm's alone; on a CPU its option ends the start."""
         return placement.gpu is not None and ("--enable-sleep-mode", "") in placement.settings
 
-    def settings(self, model: ModelSpec) -> vllm_flags.Settings:
+    def build_model_settings(self, model: ModelSpec) -> vllm_flags.Settings:
         return vllm_flags.find_parsers(model.family, model.name)
 
-    def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> EngineMemory:
+    def estimate_memory(
+        self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int
+    ) -> EngineMemory:
         """On a CPU, in whole blocks. What its GPUs hold is the planner's arithmetic."""
         # One block more than it uses: it keeps one for itself, and refuses to start where that one is missing.
         cells = (-(-context_tokens // _BLOCK_TOKENS_CPU) + 1) * _BLOCK_TOKENS_CPU
@@ -201,12 +203,12 @@ class Vllm(EngineDefaults):
             program_bytes=_PROGRAM_BYTES,
         )
 
-    def abilities(self, model: ModelSpec) -> frozenset[Ability]:
+    def list_abilities(self, model: ModelSpec) -> frozenset[Ability]:
         """What the model can do, and what vLLM does with any model that generates text."""
         own = frozenset(model.abilities)
         if not own & {"chat", "completions"}:
             return own & {"embeddings"}
-        known = dict(self.settings(model))
+        known = dict(self.build_model_settings(model))
         lacks: set[Ability] = {"embeddings"}
         lacks |= {"tools"} if "--tool-call-parser" not in known else set()
         return (own - lacks) | {"completions", "labels", "token_logprobs", "json_schema", "logprobs"}

@@ -104,7 +104,7 @@ class ReloadableNode:
             # Requests under way still hold the old doors; they are closed when the node stops.
             self._retired.append(self._doors)
             self._doors = self._make_doors(site)
-        self._signals.set_configured(site.configured)
+        self._signals.set_configured_targets(site.configured)
         self._use(site)
         self.pipeline = self._make_pipeline(site)
         self._signals.clear("reload_failed")

@@ -95,7 +95,7 @@ async def _start_control(site: NodeSpec, stack: AsyncExitStack) -> NodeControl:
     """Engines first, since they take longest; then what swaps, watches and meters them."""
     engine, state = site.config.engine, State(time.monotonic)
     signals = StatusPublisher(state, time.monotonic, site.configured)
-    signals.set_configured(site.configured)
+    signals.set_configured_targets(site.configured)
     supervisor = supervisor_of(site, signals)
     await supervisor.start(find_initially_unloaded(site.placements, site.pools))
     stack.push_async_callback(supervisor.stop)
@@ -111,7 +111,7 @@ async def _start_control(site: NodeSpec, stack: AsyncExitStack) -> NodeControl:
         start_background_task(stack, "GPU watch", lambda: watch_gpus(signals, nvml), signals)
     meters = EnergyMeters.open(nvml)
     stack.callback(meters.close)
-    sampler = EnergySampler(lambda: supervisor.keepers, signals, meters)
+    sampler = EnergySampler(lambda: supervisor.engines, signals, meters)
     start_background_task(stack, "metering", sampler.run, signals)
     return NodeControl(state, Metrics(), signals, supervisor, encoders)
 

@@ -71,7 +71,7 @@ def test_a_sliding_layer_remembers_no_more_than_its_window(tmp_path: Path) -> No
 
 
 def test_a_hybrid_model_keeps_a_fixed_state_beside_the_tokens_of_its_full_layers() -> None:
-    spec = load_catalog().model("qwen3.5-27b")
+    spec = load_catalog().get_model("qwen3.5-27b")
     a_token = 16 * 2 * 4 * 256 * 2
     assert spec.full_layers == 16
     assert spec.kv_bytes(10) == 10 * a_token + spec.state_bytes
@@ -80,14 +80,14 @@ def test_a_hybrid_model_keeps_a_fixed_state_beside_the_tokens_of_its_full_layers
 
 
 def test_latent_attention_is_not_split_between_devices_and_heads_are() -> None:
-    latent, grouped = load_catalog().model("glm-4.7-flash"), load_catalog().model("qwen3-8b")
+    latent, grouped = load_catalog().get_model("glm-4.7-flash"), load_catalog().get_model("qwen3-8b")
     assert latent.kv_bytes(1000) == latent.kv_bytes(1000, tensor_parallel=4) == 1000 * 47 * 576 * 2
     assert grouped.kv_bytes(1000, tensor_parallel=4) == grouped.kv_bytes(1000) // 4
     assert grouped.kv_bytes(1000, tensor_parallel=16) == grouped.kv_bytes(1000, tensor_parallel=8), "a head is whole"
 
 
 def test_layers_that_keep_everything_may_have_other_heads_than_sliding_ones() -> None:
-    spec = load_catalog().model("gemma-4-26b-a4b-it")
+    spec = load_catalog().get_model("gemma-4-26b-a4b-it")
     assert spec.kv_bytes(8192) == (5 * 8192 * 2 * 2 * 512 + 25 * 1024 * 2 * 8 * 256) * 2
     assert spec.kv_bytes(8192, in_flight_tokens=2048) == (5 * 8192 * 2 * 2 * 512 + 25 * 3072 * 2 * 8 * 256) * 2
 
@@ -113,20 +113,20 @@ def test_a_model_that_fits_no_rule_of_hybrids_is_refused(tmp_path: Path) -> None
 
 def test_an_unknown_model_is_answered_with_the_nearest_names() -> None:
     with pytest.raises(UnknownModel, match=r"qwen3-4b") as caught:
-        load_catalog().model("qwen3-4")
+        load_catalog().get_model("qwen3-4")
     assert caught.value.param == "model"
 
 
 def test_an_unknown_variant_is_answered_with_those_there_are() -> None:
     with pytest.raises(UnknownModel, match="q4_k_m, bf16, fp8, awq"):
-        load_catalog().model("qwen3-4b").variant("q2")
-    assert load_catalog().model("qwen3-4b").variant("bf16").engine == "vllm"
+        load_catalog().get_model("qwen3-4b").get_variant("q2")
+    assert load_catalog().get_model("qwen3-4b").get_variant("bf16").engine == "vllm"
 
 
 def test_variants_are_found_by_engine() -> None:
-    model = load_catalog().model("qwen3-8b")
-    assert [variant.name for variant in model.for_engine("vllm")] == ["bf16", "fp8", "awq"]
-    assert [variant.name for variant in model.for_engine("llamacpp")] == ["q4_k_m"]
+    model = load_catalog().get_model("qwen3-8b")
+    assert [variant.name for variant in model.list_variants("vllm")] == ["bf16", "fp8", "awq"]
+    assert [variant.name for variant in model.list_variants("llamacpp")] == ["q4_k_m"]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_a_checksumless_address_is_refused(tmp_path: Path) -> None:
 def test_an_operators_own_model_joins_the_catalogue_and_may_not_take_a_name_twice(tmp_path: Path) -> None:
     path = changed(tmp_path, 'name = "smollm2-135m-instruct"', 'name = "mine"', "mine.toml")
     path.write_text(path.read_text("utf-8").replace("embedded = true", ""), "utf-8")
-    assert load_catalog([tmp_path]).model("mine").layers == 30
+    assert load_catalog([tmp_path]).get_model("mine").layers == 30
     shutil.copy(EMBEDDED, tmp_path)
     with pytest.raises(ConfigError, match="two files"):
         load_catalog([tmp_path])
@@ -212,7 +212,7 @@ def test_a_cpu_gets_the_most_demanding_prior_that_it_meets() -> None:
     old = frozenset({"sse4_2"})
     middle = frozenset({"avx2", "fma", "f16c", "avx512f"})
     new = middle | {"avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"}
-    found = [shipped.cpu_prior(flags) for flags in (old, middle, new)]
+    found = [shipped.find_cpu_prior(flags) for flags in (old, middle, new)]
     assert [device.name if device else None for device in found] == [None, "cpu-avx2", "cpu-avx512-bf16"]
 
 
@@ -229,9 +229,9 @@ def test_a_device_can_be_planned_for_without_being_at_hand(device: DevicePrior) 
 
 def test_a_device_is_found_by_its_name_with_or_without_its_kind() -> None:
     shipped = load_catalog()
-    assert shipped.device("h200") == shipped.device("gpu-h200")
+    assert shipped.get_device("h200") == shipped.get_device("gpu-h200")
     with pytest.raises(ConfigError, match="gpu-h100"):
-        shipped.device("h100")
+        shipped.get_device("h100")
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_a_device_is_found_by_its_name_with_or_without_its_kind() -> None:
     ],
 )
 def test_a_gpu_is_known_by_the_words_of_its_name(reported: str, expected: str | None) -> None:
-    device = load_catalog().gpu_prior(reported)
+    device = load_catalog().find_gpu_prior(reported)
     assert (device.name if device else None) == expected
 
 

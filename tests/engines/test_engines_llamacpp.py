@@ -25,14 +25,14 @@ def _placement() -> Placement:
         shape=EngineShape(
             threads=2, context_tokens=8192, sequences=16, sequence_context_tokens=8192, max_queued_requests=256
         ),
-        memory=ENGINE.memory(MODEL, MODEL.variants[0], context_tokens=8192, sequences=16),
+        memory=ENGINE.estimate_memory(MODEL, MODEL.variants[0], context_tokens=8192, sequences=16),
         abilities=frozenset({"chat"}),
         reasons=(),
     )
 
 
 def test_the_command_line_is_one_that_the_engine_understands() -> None:
-    argv = ENGINE.argv("python3", _placement(), socket=Path("/run/0.sock"), parent_guard_fd=7, drain_seconds=30)
+    argv = ENGINE.build_argv("python3", _placement(), socket=Path("/run/0.sock"), parent_guard_fd=7, drain_seconds=30)
     assert argv[:3] == ["python3", "-m", "appliance.llamacpp"]
     options = dict(zip(argv[3::2], argv[4::2], strict=True))
     assert options == {
@@ -56,13 +56,14 @@ def test_the_arithmetic_is_a_little_above_what_was_measured(
     context_tokens: int, sequences: int, measured_bytes: int
 ) -> None:
     """Resident memory of the embedded model after chats, labels and schemas, on Linux with llama-cpp-python 0.3.36."""
-    memory = ENGINE.memory(MODEL, MODEL.variants[0], context_tokens=context_tokens, sequences=sequences)
+    memory = ENGINE.estimate_memory(MODEL, MODEL.variants[0], context_tokens=context_tokens, sequences=sequences)
     assert measured_bytes < memory.total_bytes < measured_bytes + 150_000_000
 
 
 def test_cells_are_counted_as_llama_cpp_rounds_them() -> None:
     memory = [
-        ENGINE.memory(MODEL, MODEL.variants[0], context_tokens=tokens, sequences=1) for tokens in (2049, 2304, 2305)
+        ENGINE.estimate_memory(MODEL, MODEL.variants[0], context_tokens=tokens, sequences=1)
+        for tokens in (2049, 2304, 2305)
     ]
     assert memory[0] == memory[1]
     assert memory[1].kv_bytes < memory[2].kv_bytes
@@ -91,4 +92,4 @@ def test_anything_else_is_not_a_load(payload: object) -> None:
     ],
 )
 def test_the_last_words_are_the_reason_and_not_the_whole_log(lines: list[str], words: str) -> None:
-    assert ENGINE.last_words(lines) == words
+    assert ENGINE.find_crash_reason(lines) == words

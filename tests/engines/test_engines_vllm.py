@@ -30,7 +30,7 @@ GPU = replace(CPU, gpu=SHARE, settings=(("--enable-sleep-mode", ""), ("--dtype",
 
 
 def _options(engine: Vllm, placement: Placement) -> dict[str, str]:
-    argv = engine.argv("python3", placement, socket=Path("/run/0/s"), parent_guard_fd=7, drain_seconds=30)
+    argv = engine.build_argv("python3", placement, socket=Path("/run/0/s"), parent_guard_fd=7, drain_seconds=30)
     end = argv.index("--")
     assert argv[: end + 1] == [
         *("python3", "-m", "appliance.node.supervise.parent_guard", "--fd", "7"),
@@ -66,13 +66,13 @@ def test_on_gpus_it_is_told_its_share_and_the_operators_options_win() -> None:
     assert options["--kv-cache-memory-bytes"] == str(40 << 30)
     assert (options["--tensor-parallel-size"], options["--max-num-batched-tokens"]) == ("2", "8192")
     assert options["--dtype"] == "float16" and "--enable-sleep-mode" in options
-    variables = ENGINE.environment(GPU, Path("/run/0"))
+    variables = ENGINE.build_environment(GPU, Path("/run/0"))
     assert variables["CUDA_VISIBLE_DEVICES"] == "GPU-1,GPU-2"
-    assert variables["VLLM_SERVER_DEV_MODE"] == "1" and ENGINE.sleeps(GPU)
+    assert variables["VLLM_SERVER_DEV_MODE"] == "1" and ENGINE.can_sleep(GPU)
 
 
 def test_8_its_environment_keeps_it_offline_quiet_and_in_its_folder() -> None:
-    variables = ENGINE.environment(CPU, Path("/run/0"))
+    variables = ENGINE.build_environment(CPU, Path("/run/0"))
     assert variables["VLLM_RPC_BASE_PATH"] == "/run/0"
     assert variables["HF_HUB_OFFLINE"] == variables["VLLM_NO_USAGE_STATS"] == "1"
     assert variables["VLLM_CPU_OMP_THREADS_BIND"] == "2,3"
@@ -83,7 +83,7 @@ def test_8_its_environment_keeps_it_offline_quiet_and_in_its_folder() -> None:
 def test_a_model_that_only_embeds_is_run_for_that_and_never_probed() -> None:
     pooling = replace(CPU, abilities=frozenset({"embeddings"}))
     assert _options(ENGINE, pooling)["--runner"] == "pooling"
-    assert ENGINE.probe(pooling) is None and ENGINE.probe(CPU) is not None
+    assert ENGINE.build_liveness_probe(pooling) is None and ENGINE.build_liveness_probe(CPU) is not None
 
 
 @pytest.mark.parametrize(
@@ -120,13 +120,13 @@ def test_families_have_their_parsers(family: str, name: str, tools: str | None, 
 
 
 def test_what_it_can_do_with_a_model_that_writes() -> None:
-    assert ENGINE.abilities(load_catalog().embedded) >= {"labels", "token_logprobs", "json_schema", "chat"}
+    assert ENGINE.list_abilities(load_catalog().embedded) >= {"labels", "token_logprobs", "json_schema", "chat"}
 
 
 def test_memory_of_the_kv_cache_is_what_it_measured_itself() -> None:
     """SmolLM2-135M: 93,184 tokens in 2 GiB, as its log says."""
     model = load_catalog().embedded
-    memory = ENGINE.memory(model, model.variants[0], context_tokens=93_184, sequences=8)
+    memory = ENGINE.estimate_memory(model, model.variants[0], context_tokens=93_184, sequences=8)
     assert memory.kv_bytes == pytest.approx(2 << 30, rel=0.002)
 
 
@@ -198,20 +198,20 @@ def test_14_its_last_words_are_the_root_cause(lines: list[str], words: str) -> N
     ],
 )
 def test_short_memory_leads_to_a_smaller_placement_until_nothing_useful_is_left(words: str) -> None:
-    less = ENGINE.smaller(GPU, words)
+    less = ENGINE.shrink_placement(GPU, words)
     assert less is not None and less.gpu is not None
     assert less.gpu.kv_cache_bytes == 30 << 30 and less.gpu.memory_utilization == pytest.approx(0.4)
     assert (less.shape.sequences, less.shape.context_tokens) == (16, 12_288)
     steps = 0
     while less is not None:
-        less, steps = ENGINE.smaller(less, words), steps + 1
+        less, steps = ENGINE.shrink_placement(less, words), steps + 1
     assert 3 < steps < 12
-    assert ENGINE.smaller(GPU, "ValueError: something else") is None
+    assert ENGINE.shrink_placement(GPU, "ValueError: something else") is None
 
 
 def test_the_length_that_it_says_would_fit_is_believed() -> None:
     words = "ValueError: ... larger than the available KV cache memory; estimated maximum model length is 2048."
-    less = ENGINE.smaller(CPU, words)
+    less = ENGINE.shrink_placement(CPU, words)
     assert less is not None and less.shape.sequence_context_tokens == 2048
     assert less.memory == CPU.memory and less.shape.sequences == CPU.shape.sequences
 
@@ -257,7 +257,7 @@ def test_what_its_warm_up_took_tells_how_fast_it_is() -> None:
     load = VllmMetrics(8, 1024).read(rows, 1.0)
     assert load.prefill_tokens_per_second == 600.0
     assert load.decode_tokens_per_second == pytest.approx({1: 80.0})
-    work = ENGINE.warm_up(CPU)
+    work = ENGINE.build_warm_up(CPU)
     assert work is not None and 1_000 > len(str(work.body["prompt"])) > 300
 
 

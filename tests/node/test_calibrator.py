@@ -34,7 +34,7 @@ EMBEDDED = load_catalog().embedded
 
 def stored_source(home: Path, content: bytes = b"") -> tuple[ModelStore, ModelCandidate]:
     store = ModelStore(home)
-    path = store.path_of(EMBEDDED.name, "q4_1")
+    path = store.locate(EMBEDDED.name, "q4_1")
     path.parent.mkdir(parents=True)
     path.write_bytes(content or gguf_bytes())
     return store, ModelCandidate(EMBEDDED, EMBEDDED.variants[0], path)
@@ -45,10 +45,10 @@ def order(source: ModelCandidate, key: CalibrationKey = KEY, variants: tuple[str
 
 
 def put_derived(store: ModelStore, name: str, derived_from: str = KEY.file) -> Path:
-    draft = store.draft_of(EMBEDDED.name, name)
+    draft = store.locate_draft(EMBEDDED.name, name)
     draft.parent.mkdir(parents=True)
     draft.write_bytes(gguf_bytes())
-    return store.adopt(EMBEDDED.name, name, source="q4_1", derived_from=derived_from).path
+    return store.adopt_draft(EMBEDDED.name, name, source="q4_1", derived_from=derived_from).path
 
 
 @pytest.mark.parametrize(
@@ -97,18 +97,18 @@ def test_a_derived_variant_says_what_it_was_made_from_and_can_be_removed(tmp_pat
     assert stored is not None
     assert (stored.unchanged, stored.derived_from, stored.source) == (True, KEY.file, "derived from q4_1")
     assert store.verify(EMBEDDED.name, "bf16", lambda _: None).derived_from == KEY.file
-    assert sorted(one.variant for one in store.stored()) == ["bf16", "q4_1"]
+    assert sorted(one.variant for one in store.list_stored()) == ["bf16", "q4_1"]
     assert store.remove(EMBEDDED.name, "bf16") > path.with_name("q4_1.gguf").stat().st_size
-    assert [one.variant for one in store.stored()] == ["q4_1"]
+    assert [one.variant for one in store.list_stored()] == ["q4_1"]
 
 
 def test_a_draft_that_is_not_whole_is_not_taken_over(tmp_path: Path) -> None:
     store, _ = stored_source(tmp_path)
-    draft = store.draft_of(EMBEDDED.name, "bf16")
+    draft = store.locate_draft(EMBEDDED.name, "bf16")
     draft.parent.mkdir(parents=True)
     draft.write_bytes(gguf_bytes()[:-100])
     with pytest.raises(ModelFileError, match="truncated"):
-        store.adopt(EMBEDDED.name, "bf16", source="q4_1", derived_from=KEY.file)
+        store.adopt_draft(EMBEDDED.name, "bf16", source="q4_1", derived_from=KEY.file)
     assert store.find(EMBEDDED.name, "bf16") is None
 
 
@@ -169,7 +169,7 @@ def test_the_real_model_is_measured_its_variant_kept_and_the_figures_remembered(
     tiny = CalibrationEffort(variants=("bf16",), sequences=(2,), figure_seconds=0.02, texts=8, seconds=90.0)
     monkeypatch.setattr(module, "SHORT", tiny)
     store = ModelStore(tmp_path)
-    path = store.path_of(EMBEDDED.name, "q4_1")
+    path = store.locate(EMBEDDED.name, "q4_1")
     path.parent.mkdir(parents=True)
     shutil.copyfile(smollm2_path, path)
     source = ModelCandidate(EMBEDDED, EMBEDDED.variants[0], path)
@@ -192,4 +192,4 @@ def test_the_real_model_is_measured_its_variant_kept_and_the_figures_remembered(
     assert derived is not None
     assert derived.unchanged and derived.derived_from == key.file
     assert derived.size_bytes > 2 * path.stat().st_size
-    assert not store.draft_of(EMBEDDED.name, "bf16").parent.exists()
+    assert not store.locate_draft(EMBEDDED.name, "bf16").parent.exists()

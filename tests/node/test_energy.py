@@ -55,7 +55,7 @@ class Bench:
         if cpu is not None:
             self.joules["cpu"] += cpu * seconds
             readings.append(MeterReading(CPU_METER, self.joules["cpu"]))
-        return dict(self.account.take(self.at, readings, works, machine))
+        return dict(self.account.add_sample(self.at, readings, works, machine))
 
     def idle(self, watts: float = 80.0, times: int = 6, **more: Any) -> None:
         for _ in range(times):
@@ -165,7 +165,7 @@ def test_a_driver_that_goes_away_leaves_what_was_measured_and_its_return_disturb
     bench.idle(80.0)
     before = bench.step(480.0, work(busy=2.0))
     bench.at += STEP
-    assert bench.account.take(bench.at, [], [work(busy=2.0)], 0.0) == before
+    assert bench.account.add_sample(bench.at, [], [work(busy=2.0)], 0.0) == before
     bench.joules["GPU-0"] = 5.0  # loaded anew: the counter begins again
     assert bench.step(480.0, work(busy=2.0)) == before
     assert bench.step(480.0, work(busy=2.0)) == {"onsite/a": pytest.approx(400.0, rel=0.01)}

@@ -20,11 +20,11 @@ from tests.node.machines import GIB, meminfo, recorded_nvml, topology, write_tre
 
 CATALOG = load_catalog()
 GPUS = tuple(device for device in CATALOG.devices if device.kind == "gpu")
-MODELS = tuple(model for model in CATALOG.models if model.for_engine("vllm"))
+MODELS = tuple(model for model in CATALOG.models if model.list_variants("vllm"))
 
 
 def machine(device: str, gpus: int = 1) -> Hardware:
-    return build_hypothetical_hardware(CATALOG.device(device), gpus=gpus)
+    return build_hypothetical_hardware(CATALOG.get_device(device), gpus=gpus)
 
 
 def recorded(tmp_path: Path, name: str, ram: int = 256 * GIB) -> Hardware:
@@ -32,10 +32,12 @@ def recorded(tmp_path: Path, name: str, ram: int = 256 * GIB) -> Hardware:
 
 
 def wanted(name: str, demand: float = 1.0, variant: str | None = None, **wish: Any) -> list[ModelCandidate]:
-    model = CATALOG.model(name)
-    variants = model.variants if variant is None else (model.variant(variant),)
+    model = CATALOG.get_model(name)
+    variants = model.variants if variant is None else (model.get_variant(variant),)
     own = EngineModel.model_validate({"name": name, **wish})
-    return [ModelCandidate(model, one, Path("/models") / name / one.name, wish=own, demand=demand) for one in variants]
+    return [
+        ModelCandidate(model, one, Path("/models") / name / one.name, overrides=own, demand=demand) for one in variants
+    ]
 
 
 def placed(hardware: Hardware, *items: Sequence[ModelCandidate], config: EngineSettings | None = None) -> Plan:
@@ -50,9 +52,9 @@ def only(outcome: Plan) -> Placement:
 def test_a_model_on_one_gpu_gets_what_weights_and_overheads_leave_as_kv_cache() -> None:
     placement = only(placed(machine("h200"), wanted("llama-3.3-70b-instruct", variant="fp8")))
     assert placement.engine == "vllm" and placement.gpu is not None
-    memory, gpu, model = placement.memory, placement.gpu, CATALOG.model("llama-3.3-70b-instruct")
-    assert memory.total_bytes <= 0.95 * CATALOG.device("h200").memory_bytes  # type: ignore[operator]
-    assert memory.total_bytes >= 0.94 * CATALOG.device("h200").memory_bytes  # type: ignore[operator]
+    memory, gpu, model = placement.memory, placement.gpu, CATALOG.get_model("llama-3.3-70b-instruct")
+    assert memory.total_bytes <= 0.95 * CATALOG.get_device("h200").memory_bytes  # type: ignore[operator]
+    assert memory.total_bytes >= 0.94 * CATALOG.get_device("h200").memory_bytes  # type: ignore[operator]
     assert gpu.kv_cache_bytes == memory.kv_bytes
     overheads = memory.buffers_bytes + memory.program_bytes
     assert 3 * GIB < overheads < 6 * GIB
@@ -76,8 +78,8 @@ def test_a_model_too_large_for_one_device_is_split_over_the_fewest_that_hold_it(
     assert (placement.gpu.tensor_parallel, placement.gpu.data_parallel) == (4, 2)
     assert placement.memory.weights_bytes == pytest.approx(70_553_706_496 * 2 * 1.02 / 4, rel=0.001)
     whole = estimate_device_memory(
-        CATALOG.model("llama-3.3-70b-instruct"),
-        CATALOG.model("llama-3.3-70b-instruct").variant("bf16"),
+        CATALOG.get_model("llama-3.3-70b-instruct"),
+        CATALOG.get_model("llama-3.3-70b-instruct").get_variant("bf16"),
         tensor_parallel=1,
         batch_tokens=2048,
         sequences=256,
@@ -97,7 +99,7 @@ def test_a_model_too_large_for_one_device_is_split_over_the_fewest_that_hold_it(
     ],
 )
 def test_only_whole_heads_or_copies_of_them_are_split(name: str, devices: int, can: bool) -> None:
-    assert can_split(CATALOG.model(name), devices) is can
+    assert can_split(CATALOG.get_model(name), devices) is can
 
 
 @pytest.mark.parametrize(
@@ -293,11 +295,11 @@ def test_options_of_family_catalogue_and_operator_reach_the_engine() -> None:
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_every_model_on_every_device_fits_or_is_refused_in_bytes(device: DevicePrior, model: ModelSpec) -> None:
     hardware = build_hypothetical_hardware(device)
-    items = [ModelCandidate(model, one, Path(one.name)) for one in model.for_engine("vllm")]
+    items = [ModelCandidate(model, one, Path(one.name)) for one in model.list_variants("vllm")]
     outcome = plan_placements(hardware, items, EngineSettings())
     total, capability = device.memory_bytes or 0, float(device.compute_capability or 0)
     for placement in outcome.placements:
-        gpu, shape, variant = placement.gpu, placement.shape, model.variant(placement.variant)
+        gpu, shape, variant = placement.gpu, placement.shape, model.get_variant(placement.variant)
         assert gpu is not None
         assert placement.memory.total_bytes <= gpu.memory_utilization * total <= 0.951 * total
         assert placement.memory.weights_bytes >= variant.size_bytes

@@ -18,9 +18,9 @@ WEIGHTS = 16_300_000_000
 
 
 def placed(hardware: Hardware, home: Path) -> Placement:
-    model = CATALOG.model("qwen3-8b")
+    model = CATALOG.get_model("qwen3-8b")
     (placement,) = plan_placements(
-        hardware, [ModelCandidate(model, model.variant("bf16"), Path())], EngineSettings(), read_gpu_records(home)
+        hardware, [ModelCandidate(model, model.get_variant("bf16"), Path())], EngineSettings(), read_gpu_records(home)
     ).placements
     return placement
 
@@ -31,7 +31,7 @@ def less(gpus: Gpus, held_bytes: int) -> Gpus:
 
 
 def test_a_start_is_measured_and_the_next_plan_uses_it(tmp_path: Path) -> None:
-    hardware = build_hypothetical_hardware(CATALOG.device("h200"))
+    hardware = build_hypothetical_hardware(CATALOG.get_device("h200"))
     first = placed(hardware, tmp_path)
     held = WEIGHTS + first.memory.kv_bytes + 2_100_000_000
     found = measure_overheads(first, WEIGHTS, hardware.gpus, less(hardware.gpus, held))
@@ -44,7 +44,7 @@ def test_a_start_is_measured_and_the_next_plan_uses_it(tmp_path: Path) -> None:
 
 
 def test_the_newest_figure_counts_and_another_device_has_its_own(tmp_path: Path) -> None:
-    hardware = build_hypothetical_hardware(CATALOG.device("h200"))
+    hardware = build_hypothetical_hardware(CATALOG.get_device("h200"))
     placement = placed(hardware, tmp_path)
     for other in (2_000_000_000, 3_000_000_000):
         held = WEIGHTS + placement.memory.kv_bytes + other
@@ -52,12 +52,12 @@ def test_the_newest_figure_counts_and_another_device_has_its_own(tmp_path: Path)
         assert found
         add_gpu_records(tmp_path, [found])
     assert [one.other_bytes for one in read_gpu_records(tmp_path).values()] == [3_000_000_000]
-    elsewhere = placed(build_hypothetical_hardware(CATALOG.device("l40s")), tmp_path)
+    elsewhere = placed(build_hypothetical_hardware(CATALOG.get_device("l40s")), tmp_path)
     assert elsewhere.memory.weights_bytes != WEIGHTS
 
 
 def test_a_reading_that_cannot_be_true_is_not_remembered(tmp_path: Path) -> None:
-    hardware = build_hypothetical_hardware(CATALOG.device("h200"))
+    hardware = build_hypothetical_hardware(CATALOG.get_device("h200"))
     placement = placed(hardware, tmp_path)
     too_little = WEIGHTS + placement.memory.kv_bytes
     assert measure_overheads(placement, WEIGHTS, hardware.gpus, less(hardware.gpus, too_little)) is None

@@ -56,7 +56,7 @@ def test_a_folder_tells_its_dimensions_weights_and_size(tmp_path: Path) -> None:
     place = folder(tmp_path, PLAIN, tokenizer_config__json={"chat_template": "{{ messages }}"})
     spec = read_folder_spec(place)
     assert (spec.name, spec.architecture, spec.parameters) == ("my-model", "Qwen3ForCausalLM", 205)
-    assert spec.kv_bytes(1000) == load_catalog().model("qwen3-8b").kv_bytes(1000)
+    assert spec.kv_bytes(1000) == load_catalog().get_model("qwen3-8b").kv_bytes(1000)
     assert "chat" in spec.abilities
     (variant,) = spec.variants
     assert (variant.engine, variant.quantisation, variant.name) == ("vllm", "BF16", "bf16")
@@ -66,7 +66,7 @@ def test_a_folder_tells_its_dimensions_weights_and_size(tmp_path: Path) -> None:
 def test_a_folder_can_be_planned_for(tmp_path: Path) -> None:
     wanted = read_folder_candidate(folder(tmp_path, PLAIN))
     (placement,) = plan_placements(
-        build_hypothetical_hardware(load_catalog().device("l4")), [wanted], EngineSettings()
+        build_hypothetical_hardware(load_catalog().get_device("l4")), [wanted], EngineSettings()
     ).placements
     assert (placement.model, placement.path) == ("my-model", (tmp_path / "My-Model").resolve())
 

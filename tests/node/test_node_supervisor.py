@@ -45,15 +45,17 @@ class FakeKind(EngineDefaults):
     def permanent_exits(self) -> frozenset[int]:
         return frozenset({2, 3})
 
-    def argv(
+    def build_argv(
         self, python: str, placement: Placement, *, socket: Path, parent_guard_fd: int, drain_seconds: float
     ) -> list[str]:
         return [python, str(PROGRAM), "--uds", str(socket), "--parent-guard-fd", str(parent_guard_fd), *self._options]
 
-    def memory(self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int) -> EngineMemory:
+    def estimate_memory(
+        self, model: ModelSpec, variant: Variant, *, context_tokens: int, sequences: int
+    ) -> EngineMemory:
         return EngineMemory(0, 0, 0, 0)
 
-    def abilities(self, model: ModelSpec) -> frozenset[Ability]:
+    def list_abilities(self, model: ModelSpec) -> frozenset[Ability]:
         return frozenset({"chat"})
 
 
@@ -342,15 +344,15 @@ def _view(state: EngineState) -> EngineStatus:
 async def test_every_change_is_published_at_once_as_a_whole() -> None:
     state = State(time.monotonic)
     signals = StatusPublisher(state, time.monotonic, [_target("a/m")])
-    signals.set_engines([_target(NAME)])
-    signals.show(_view("starting"))
+    signals.set_engine_targets([_target(NAME)])
+    signals.publish_status(_view("starting"))
     before = state.snapshot
-    signals.show(_view("failed"))
+    signals.publish_status(_view("failed"))
     assert before.engines[NAME].state == "starting"
     assert state.snapshot.engines[NAME].state == "failed"
-    signals.set_configured([_target("b/m")])
+    signals.set_configured_targets([_target("b/m")])
     assert [target.name for target in state.snapshot.targets] == [NAME, "b/m"]
-    signals.set_engines([])
+    signals.set_engine_targets([])
     assert state.snapshot.engines == {}
 
 

@@ -218,8 +218,8 @@ async def test_a_model_that_rests_gives_everything_back_and_comes_again(tmp_path
     async with stage(tmp_path) as scene:
         await scene.supervisor.start()
         await scene.supervisor.wait_ready(20)
-        (keeper,) = scene.supervisor.keepers
-        await keeper.rest("not used for 300 s")
+        (keeper,) = scene.supervisor.engines
+        await keeper.unload("not used for 300 s")
         assert (scene.view.state, scene.view.reason) == ("stopped", "not used for 300 s")
         assert scene.members() == []
         await keeper.wake()
@@ -232,9 +232,9 @@ async def test_a_model_on_a_gpu_sleeps_instead_and_keeps_its_process(tmp_path: P
     async with stage(tmp_path, on_gpu, stall_seconds=0.5) as scene:
         await scene.supervisor.start()
         await scene.supervisor.wait_ready(20)
-        (keeper,) = scene.supervisor.keepers
+        (keeper,) = scene.supervisor.engines
         before = scene.members()
-        await keeper.rest("not used for 300 s")
+        await keeper.unload("not used for 300 s")
         assert (scene.view.state, scene.view.reason) == ("stopped", "not used for 300 s")
         await eventually(lambda: time.monotonic() - scene.view.seen < 0.2, "its next view")
         assert scene.view.state == "stopped" and scene.members() == before
@@ -249,7 +249,7 @@ async def test_a_model_on_a_gpu_sleeps_instead_and_keeps_its_process(tmp_path: P
 
 async def test_a_probe_that_is_refused_is_no_sign_of_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with stage(tmp_path, stall_seconds=0.4) as scene:
-        (keeper,) = scene.supervisor.keepers
+        (keeper,) = scene.supervisor.engines
         monkeypatch.setattr(keeper, "_key", "wrong")
         await scene.supervisor.start()
         await scene.supervisor.wait_ready(20)

@@ -41,7 +41,7 @@ def put_folder(store: ModelStore, model: str, variant: str) -> None:
 
 
 def lined(store: ModelStore, device: str, *wishes: EngineModel, engines: tuple[str, ...] = BOTH) -> ServingPlan:
-    hardware = build_hypothetical_hardware(CATALOG.device(device))
+    hardware = build_hypothetical_hardware(CATALOG.get_device(device))
     has_gpus = device != "avx512-vnni"
     groups = [list_candidates(wish, CATALOG, store, has_gpus=has_gpus) for wish in wishes]
     return build_serving_plan(hardware, groups, EngineSettings(), engines)  # type: ignore[arg-type]
@@ -94,7 +94,7 @@ def test_models_that_fit_together_are_loaded_and_the_rest_takes_turns(store: Mod
     ]
     small = lined(store, "h100-sxm", *wishes)
     assert [one.model for one in small.loaded.placements] == ["gpt-oss-120b", "smollm2-1.7b-instruct"]
-    (resting,) = small.resting
+    (resting,) = small.on_demand
     assert (resting.model, resting.variant) == ("llama-3.3-70b-instruct", "awq")
     assert [one.model for one in small.placements] == [
         "gpt-oss-120b",
@@ -157,5 +157,5 @@ def test_several_models_are_configured_and_the_embedded_one_is_not_among_them_un
 
 
 def test_a_plan_for_a_catalogue_of_ones_own_needs_no_other(store: ModelStore) -> None:
-    tiny = replace(CATALOG.model("qwen3-4b"), name="mine")
+    tiny = replace(CATALOG.get_model("qwen3-4b"), name="mine")
     assert names(EngineModel(name="mine"), store, True, Catalog(models=(tiny,), devices=()))[0] == "bf16"

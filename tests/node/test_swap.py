@@ -32,15 +32,15 @@ def _kinds(moves: tuple[SwapMove, ...]) -> list[tuple[str, str]]:
     ("now", "residents", "expected"),
     [
         (100, [A, B], []),
-        (100, [A, replace(B, wanted_at=99)], [("unload", "a")]),
-        (100, [replace(A, is_busy=True), replace(B, wanted_at=99)], []),
-        (100, [replace(A, since=50), replace(B, wanted_at=99)], []),
-        (100, [replace(A, residence="moving"), replace(B, wanted_at=99)], []),
-        (100, [A, replace(B, bytes=30, wanted_at=99)], [("load", "b")]),
-        (100, [A, replace(B, bytes=130, wanted_at=99)], []),
-        (100, [A, replace(B, wanted_at=30)], []),
-        (100, [A, replace(B, wanted_at=99, used_at=99.5)], []),
-        (100, [A, replace(B, wanted_at=99, since=90)], []),
+        (100, [A, replace(B, requested_at=99)], [("unload", "a")]),
+        (100, [replace(A, is_busy=True), replace(B, requested_at=99)], []),
+        (100, [replace(A, since=50), replace(B, requested_at=99)], []),
+        (100, [replace(A, residence="moving"), replace(B, requested_at=99)], []),
+        (100, [A, replace(B, bytes=30, requested_at=99)], [("load", "b")]),
+        (100, [A, replace(B, bytes=130, requested_at=99)], []),
+        (100, [A, replace(B, requested_at=30)], []),
+        (100, [A, replace(B, requested_at=99, used_at=99.5)], []),
+        (100, [A, replace(B, requested_at=99, since=90)], []),
         (349, [A], []),
         (350, [A], [("unload", "a")]),
         (350, [replace(A, is_busy=True)], []),
@@ -67,17 +67,17 @@ def test_what_is_moved(now: float, residents: list[LoadedModel], expected: list[
 
 def test_the_longest_unused_go_and_no_more_than_it_takes() -> None:
     small = [replace(A, model=name, bytes=30, used_at=used) for name, used in (("x", 40), ("y", 10), ("z", 20))]
-    assert _kinds(decide_swaps(100, [*small, replace(B, bytes=40, wanted_at=99)], POOLS, RULES)) == [("unload", "y")]
+    assert _kinds(decide_swaps(100, [*small, replace(B, bytes=40, requested_at=99)], POOLS, RULES)) == [("unload", "y")]
 
 
 def test_the_first_who_wished_is_first() -> None:
-    early, late = replace(B, model="c", wanted_at=90), replace(B, wanted_at=95)
+    early, late = replace(B, model="c", requested_at=90), replace(B, requested_at=95)
     assert _kinds(decide_swaps(100, [late, early], POOLS, RULES)) == [("load", "c")]
 
 
 def test_pools_do_not_help_each_other() -> None:
     other = replace(A, pools=("GPU-1",))
-    wanted = replace(B, pools=("GPU-0",), wanted_at=99)
+    wanted = replace(B, pools=("GPU-0",), requested_at=99)
     assert decide_swaps(100, [other, wanted], {"GPU-0": 60, "GPU-1": 100}, RULES) == ()
 
 
@@ -94,7 +94,7 @@ def test_however_they_are_wanted_swaps_are_rare(wishes: list[str]) -> None:
         elif wish:
             wanted[wish] = float(now)
         rows = [
-            LoadedModel(name, (RAM,), 70, state, since, used[name], wanted_at=wanted.get(name))  # type: ignore[arg-type]
+            LoadedModel(name, (RAM,), 70, state, since, used[name], requested_at=wanted.get(name))  # type: ignore[arg-type]
             for name, (state, since) in residence.items()
         ]
         for move in decide_swaps(float(now), rows, POOLS, RULES):
@@ -134,7 +134,7 @@ def test_for_a_model_on_several_devices_those_go_that_are_in_its_way() -> None:
         replace(A, model=name, pools=pools_, bytes=60, used_at=used)
         for name, pools_, used in (("one", ("G1",), 20), ("two", ("G2",), 30), ("three", ("G3",), 10))
     ]
-    wide = replace(B, pools=("G1", "G2"), bytes=70, wanted_at=99)
+    wide = replace(B, pools=("G1", "G2"), bytes=70, requested_at=99)
     assert _kinds(decide_swaps(100, [*residents, wide], pools, RULES)) == [("unload", "one"), ("unload", "two")]
     stays = [replace(residents[0], is_busy=True), *residents[1:]]
     assert decide_swaps(100, [*stays, wide], pools, RULES) == ()

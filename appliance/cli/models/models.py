@@ -30,7 +30,7 @@ def list_models(config_path: ConfigOption = None, data_dir: DataDirOption = None
     catalog, store = _open(config_path, data_dir)
     rows = [_row(model, variant, store) for model in catalog.models for variant in model.variants]
     known = {(row["model"], row["variant"]) for row in rows}
-    for stored in store.stored():
+    for stored in store.list_stored():
         if (stored.model, stored.variant) not in known:
             facts: dict[str, Any] = {"model": stored.model, "variant": stored.variant, "size_bytes": stored.size_bytes}
             rows.append({**facts, "here": True, "source": stored.source})
@@ -139,11 +139,11 @@ def _open(config_path: Path | None, data_dir: Path | None) -> tuple[Catalog, Mod
 
 
 def _model(catalog: Catalog, name: str) -> ModelSpec:
-    return guarded(lambda: catalog.model(name))
+    return guarded(lambda: catalog.get_model(name))
 
 
 def _variant(model: ModelSpec, name: str | None) -> Variant:
-    return model.variants[0] if name is None else guarded(lambda: model.variant(name))
+    return model.variants[0] if name is None else guarded(lambda: model.get_variant(name))
 
 
 def _row(model: ModelSpec, variant: Variant, store: ModelStore) -> dict[str, Any]:

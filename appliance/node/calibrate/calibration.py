@@ -152,7 +152,7 @@ def _merged_variant(old: VariantFigures, new: VariantFigures | None) -> VariantF
 class WorkloadMix:
     """What a workload asks of an engine: one request's tokens, and how many run at once."""
 
-    words: str
+    description: str
     prompt_tokens: int
     output_tokens: int
     sequences: int
@@ -306,7 +306,7 @@ def _first_sentence(chosen: _Option, source: _Option, rivals: int, mix: Workload
     if chosen.variant.name == source.variant.name:
         if not rivals:
             return f"{start}; no other variant was measured."
-        return f"{start}; no other variant that answers as it does is quicker for {workload} work ({mix.words})."
+        return f"{start}; no other variant that answers as it does is quicker for {workload} work ({mix.description})."
     ratio = source.seconds / chosen.seconds
     quality = chosen.variant.quality
     agreed = (

@@ -161,7 +161,7 @@ def calibrate_model(
             _keep(order, measurement, files, models)
         finally:
             for name in files:
-                models.discard(model, name)
+                models.discard_draft(model, name)
         calibrations.write(model, calibration)
     return calibration
 
@@ -178,8 +178,8 @@ def _file_of(order: CalibrationOrder, variant: str, models: ModelStore) -> Path:
     stored = models.find(order.source.model.name, variant)
     if stored is not None and stored.unchanged and stored.derived_from == order.key.file:
         return stored.path
-    models.discard(order.source.model.name, variant)
-    return models.draft_of(order.source.model.name, variant)
+    models.discard_draft(order.source.model.name, variant)
+    return models.locate_draft(order.source.model.name, variant)
 
 
 def _keep(order: CalibrationOrder, measurement: Measurement, files: dict[str, Path], models: ModelStore) -> None:
@@ -188,10 +188,10 @@ def _keep(order: CalibrationOrder, measurement: Measurement, files: dict[str, Pa
     choices = [choose_variant(measurement, workload, order.tolerance) for workload in WORKLOAD_MIXES]
     useful = {choice.variant for choice in choices if choice is not None}
     for variant in measurement.variants:
-        draft = models.draft_of(model, variant.name)
+        draft = models.locate_draft(model, variant.name)
         is_new = files.get(variant.name) == draft and draft.exists()
         if is_new and (order.keep_all or variant.name in useful):
-            models.adopt(model, variant.name, source=source, derived_from=order.key.file)
+            models.adopt_draft(model, variant.name, source=source, derived_from=order.key.file)
 
 
 def _run(order: CalibrationOrder, files: dict[str, Path], report: Callable[[CalibrationStep], None]) -> Measurement:
@@ -267,7 +267,7 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
 
 def _last_words(code: int, errors: IO[bytes], effort: CalibrationEffort) -> str:
     errors.seek(0)
-    said = LlamaCpp().last_words(errors.read().decode("utf-8", "replace").splitlines())
+    said = LlamaCpp().find_crash_reason(errors.read().decode("utf-8", "replace").splitlines())
     if code == -signal.SIGKILL and not said:
         return f"was ended after more than {effort.seconds + _OVERTIME_SECONDS:g} s, or for want of memory"
     return f"ended with {code}: {said or 'it gave no reason'}"

@@ -294,7 +294,7 @@ def _packages() -> tuple[list[str], int]:
 
 def _stored(home: Path) -> Sequence[StoredModel]:
     try:
-        return ModelStore(home).stored()
+        return ModelStore(home).list_stored()
     except (ApplianceError, OSError):
         return ()
 

@@ -115,7 +115,7 @@ class EnergyAccount:
         self._meters: dict[str, _Meter] = {}
         self._sums: dict[str, _Sum] = {}
 
-    def take(
+    def add_sample(
         self, at: float, readings: Sequence[MeterReading], works: Sequence[EngineWork], machine_cpu_seconds: float
     ) -> Mapping[str, float]:
         """Target -> extra watts while busy, for every engine of which enough was metered by now.

@@ -95,7 +95,7 @@ class EnergySampler:
             if limits and all(limits):
                 # Until it is metered: unknown is not free, and a GPU takes what it is allowed to.
                 watts[work.target] = sum(limit for limit in limits if limit), "assumed"
-        for target, metered in self._account.take(now, readings, works, machine).items():
+        for target, metered in self._account.add_sample(now, readings, works, machine).items():
             watts[target] = round(metered, 3), "measured"
         self._signals.set_watts(watts)
 

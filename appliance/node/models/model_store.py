@@ -74,7 +74,7 @@ class ModelStore:
         self.folder = data_dir / "models"
         self._make_client = make_client
 
-    def stored(self) -> tuple[StoredModel, ...]:
+    def list_stored(self) -> tuple[StoredModel, ...]:
         """Everything that lies there whole, by model and variant name."""
         found = []
         for folder in sorted(path for path in self.folder.glob("[!.]*") if path.is_dir()):
@@ -84,14 +84,14 @@ class ModelStore:
                     found.append(self._describe(folder.name, variant, path))
         return tuple(found)
 
-    def path_of(self, model: str, variant: str, *, is_folder: bool = False) -> Path:
+    def locate(self, model: str, variant: str, *, is_folder: bool = False) -> Path:
         """Where the variant lies, or would lie as a GGUF, or as a folder. Whether it is there: `find`."""
         folder = self.folder / model / variant
         return folder if is_folder or (folder / "config.json").is_file() else self.folder / model / f"{variant}.gguf"
 
     def find(self, model: str, variant: str) -> StoredModel | None:
         """The variant as it lies there; None where it does not."""
-        path = self.path_of(model, variant)
+        path = self.locate(model, variant)
         return self._describe(model, variant, path) if path.exists() else None
 
     def pull(self, spec: ModelSpec, variant: Variant, report: PullReporter) -> StoredModel:
@@ -133,7 +133,7 @@ class ModelStore:
     def remove(self, model: str, variant: str) -> int:
         """Delete the variant and what is left of its pulls; the bytes freed. NotFound if there is nothing."""
         with self._lock(model, variant, lambda _: None):
-            places = [self.path_of(model, variant), self._stamp_path(model, variant), self._workshop(model, variant)]
+            places = [self.locate(model, variant), self._stamp_path(model, variant), self._workshop(model, variant)]
             freed = sum(_size_bytes(place) for place in places if place.exists())
             if freed == 0:
                 raise NotFound(f"{model} {variant} is not here; appliance models list shows what is")
@@ -146,14 +146,14 @@ class ModelStore:
 
     # ---- variants made here ----
 
-    def draft_of(self, model: str, variant: str) -> Path:
+    def locate_draft(self, model: str, variant: str) -> Path:
         """Where a variant that is being derived lies until `adopt` takes it over; `remove` and `discard` clear it."""
         return self._workshop(model, variant) / f"{variant}.gguf"
 
-    def adopt(self, model: str, variant: str, *, source: str, derived_from: str) -> StoredModel:
+    def adopt_draft(self, model: str, variant: str, *, source: str, derived_from: str) -> StoredModel:
         """Take a finished draft over, with its checksum and what it was made from. What was put there by hand is set
         aside. Raises PullError where the disk fails, ModelFileError where the draft is not whole."""
-        draft, final = self.draft_of(model, variant), self.folder / model / f"{variant}.gguf"
+        draft, final = self.locate_draft(model, variant), self.folder / model / f"{variant}.gguf"
         read_gguf_header(draft)
         try:
             sha256 = _sha256_of(draft, lambda _: None)
@@ -162,10 +162,10 @@ class ModelStore:
             self._write_stamp(model, variant, final, sha256, f"derived from {source}", derived_from)
         except OSError as error:
             raise explain_disk_error(error, final, f"{model} {variant}") from error
-        self.discard(model, variant)
+        self.discard_draft(model, variant)
         return self._describe(model, variant, final)
 
-    def discard(self, model: str, variant: str) -> None:
+    def discard_draft(self, model: str, variant: str) -> None:
         """Clear an unfinished draft."""
         shutil.rmtree(self._workshop(model, variant), ignore_errors=True)
 
@@ -179,7 +179,7 @@ class ModelStore:
 
     def _adopted(self, spec: ModelSpec, variant: Variant, report: PullReporter) -> StoredModel | None:
         """A file that was put there by hand, or touched since, is taken over if it proves to be the right one."""
-        path = self.path_of(spec.name, variant.name)
+        path = self.locate(spec.name, variant.name)
         if not path.is_file():
             return None
         try:

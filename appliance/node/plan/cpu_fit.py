@@ -43,7 +43,7 @@ def place_on_cpu(
     if engine.kind == "vllm" and item.variant.quantisation in _FOR_GPUS:
         return f"{item.variant.quantisation} is for GPUs; this machine has none that can be used"
     config = _own(item, config)
-    abilities = engine.abilities(item.model)
+    abilities = engine.list_abilities(item.model)
     if not abilities:
         return f"{engine.kind} does nothing of what {item.model.name} is for ({', '.join(item.model.abilities)})"
     threads, threads_reason = _threads(hardware, item, config)
@@ -55,7 +55,7 @@ def place_on_cpu(
     if config.sequences is None and sequences > context // _CELLS_PER_SEQUENCE:
         sequences = max(1, context // _CELLS_PER_SEQUENCE)
         sequences_reason = f"{sequences} sequences, so that each has {_CELLS_PER_SEQUENCE} tokens of context"
-    memory = engine.memory(item.model, item.variant, context_tokens=context, sequences=sequences)
+    memory = engine.estimate_memory(item.model, item.variant, context_tokens=context, sequences=sequences)
     shape = EngineShape(
         threads=threads,
         context_tokens=context,
@@ -102,7 +102,7 @@ def _fit_context(
     least = min(_MIN_CONTEXT_TOKENS, trained) if config.context_tokens is None else config.context_tokens
 
     def memory(cells: int) -> EngineMemory:
-        return engine.memory(item.model, item.variant, context_tokens=cells, sequences=sequences)
+        return engine.estimate_memory(item.model, item.variant, context_tokens=cells, sequences=sequences)
 
     if memory(least).total_bytes > left_bytes:
         short = memory(least)
@@ -142,9 +142,9 @@ def _largest_context(memory: _MemoryOf, wish: int, limit_bytes: int) -> int:
 
 def _own(item: ModelCandidate, config: EngineConfig) -> EngineConfig:
     """`config` with what the operator set for this model alone."""
-    if item.wish is None:
+    if item.overrides is None:
         return config
-    changes = {name: getattr(item.wish, name) for name in ("context_tokens", "sequences", "quality")}
-    if item.wish.options:
-        changes["vllm_options"] = item.wish.options
+    changes = {name: getattr(item.overrides, name) for name in ("context_tokens", "sequences", "quality")}
+    if item.overrides.options:
+        changes["vllm_options"] = item.overrides.options
     return config.model_copy(update=changes)

@@ -290,7 +290,7 @@ def build_gpu_placement(claim: GpuClaim, engine: EngineAdapter, config: EngineCo
             max_queued_requests=config.max_queued_requests,
         ),
         memory=memory,
-        abilities=engine.abilities(item.model),
+        abilities=engine.list_abilities(item.model),
         reasons=tuple(filter(None, reasons)),
         quality=item.model.quality if wish.quality is None else wish.quality,
         gpu=GpuShare(
@@ -311,7 +311,7 @@ _REMEDY: Final = "choose a smaller model or variant, more devices, or free memor
 
 
 def _wish(item: ModelCandidate) -> EngineModel:
-    return item.wish or EngineModel(name=item.model.name)
+    return item.overrides or EngineModel(name=item.model.name)
 
 
 def _kind(device: GpuDevice) -> tuple[str, int, bool]:

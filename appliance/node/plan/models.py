@@ -21,7 +21,7 @@ class ModelCandidate:
     """What was measured to be quickest; None where nothing was."""
     reason: str = ""
     """Why this variant and no other one, where it was chosen by measurement."""
-    wish: EngineModel | None = None
+    overrides: EngineModel | None = None
     """What the operator set for this model alone."""
     demand: float = 1.0
     """How much of what several models share it ought to get, relative to the others: the sequences under way that were
@@ -50,7 +50,7 @@ def merge_engine_settings(
     engine: EngineAdapter, item: ModelCandidate, options: Sequence[str]
 ) -> tuple[tuple[str, str], ...]:
     """Options of the engine for this model: its family's, the catalogue's, the operator's; later ones count."""
-    settings = {**dict(engine.settings(item.model)), **item.model.settings.get(engine.kind, {})}
+    settings = {**dict(engine.build_model_settings(item.model)), **item.model.settings.get(engine.kind, {})}
     if engine.kind == "vllm":
         settings |= dict(parse_settings(options))
     return tuple(settings.items())

@@ -42,7 +42,7 @@ def recommend_model(hardware: Hardware, catalog: Catalog, measured: Measurement 
 
     What was `measured` of another model on this machine takes the place of the priors.
     """
-    prior = catalog.cpu_prior(hardware.cpu.flags)
+    prior = catalog.find_cpu_prior(hardware.cpu.flags)
     prior = prior if measured is None else correct_prior(prior, measured)
     candidates = [found for found in _candidates(hardware, catalog, prior) if _is_quick(found)]
     return max(candidates, key=lambda found: (found.model.parameters, found.variant.size_bytes), default=None)
@@ -77,7 +77,7 @@ def _candidates(hardware: Hardware, catalog: Catalog, prior: DevicePrior | None)
     for model in catalog.models:
         if "chat" not in model.abilities:
             continue
-        for variant in model.for_engine("llamacpp"):
+        for variant in model.list_variants("llamacpp"):
             placements = plan_placements(hardware, [ModelCandidate(model, variant, Path())], EngineConfig()).placements
             if placements:
                 yield _estimate(model, variant, placements[0], prior)

@@ -20,14 +20,14 @@ from appliance.node.plan.swap import RAM
 class ServingPlan:
     loaded: Plan
     """What runs together; its refusals are told for every variant."""
-    resting: tuple[Placement, ...]
+    on_demand: tuple[Placement, ...]
     """What would fit alone: loaded when it is wanted, in turn with others."""
     items: Mapping[str, ModelCandidate]
     """What was placed, by model: to pull it."""
 
     @property
     def placements(self) -> tuple[Placement, ...]:
-        return (*self.loaded.placements, *self.resting)
+        return (*self.loaded.placements, *self.on_demand)
 
     @property
     def missing(self) -> tuple[Refusal, ...]:

@@ -43,7 +43,7 @@ class LoadedModel:
     used_at: float
     """When a request last used it."""
     is_busy: bool = False
-    wanted_at: float | None = None
+    requested_at: float | None = None
     """When a request last wanted it in vain."""
 
 
@@ -72,7 +72,7 @@ def decide_swaps(
         pool: room - sum(one.bytes for one in residents if pool in one.pools and one.residence != "resting")
         for pool, room in pools.items()
     }
-    for one in sorted(wanted, key=lambda one: one.wanted_at or 0.0):
+    for one in sorted(wanted, key=lambda one: one.requested_at or 0.0):
         if all(one.bytes <= free.get(pool, 0) for pool in one.pools):
             moves.append(SwapMove("load", one.model, "wanted"))
             free |= {pool: free[pool] - one.bytes for pool in one.pools}
@@ -112,7 +112,7 @@ def _is_idle(one: LoadedModel, now: float, rules: SwapRules) -> bool:
 
 
 def _is_wanted(one: LoadedModel, now: float) -> bool:
-    return one.wanted_at is not None and one.wanted_at > one.used_at and now - one.wanted_at <= _DEMAND_SECONDS
+    return one.requested_at is not None and one.requested_at > one.used_at and now - one.requested_at <= _DEMAND_SECONDS
 
 
 def _somebody_moves(residents: Sequence[LoadedModel], pools: Sequence[str]) -> bool:

@@ -41,7 +41,7 @@ def list_candidates(
     own = _own_files(wish)
     if own is not None:
         return (own,)
-    model = catalog.model(wish.name)
+    model = catalog.get_model(wish.name)
     variants: Sequence[Variant] = model.variants
     if wish.variant is not None:
         variants = (_named_variant(ModelCandidate(model, model.variants[0], Path()), wish.variant, store).variant,)
@@ -57,7 +57,9 @@ def list_candidates(
         return variant.engine != first, not is_here
 
     return tuple(
-        ModelCandidate(model, variant, store.path_of(model.name, variant.name, is_folder=variant.is_folder), wish=wish)
+        ModelCandidate(
+            model, variant, store.locate(model.name, variant.name, is_folder=variant.is_folder), overrides=wish
+        )
         for variant in sorted(variants, key=preference)
     )
 
@@ -74,7 +76,7 @@ def _own_files(wish: EngineModel) -> ModelCandidate | None:
         return None
     if wish.path is not None:
         found = replace(found, model=replace(found.model, name=wish.name))
-    return replace(found, wish=wish)
+    return replace(found, overrides=wish)
 
 
 def select_candidate(engine: EngineSettings, catalog: Catalog, store: ModelStore) -> ModelCandidate:
@@ -85,13 +87,13 @@ def select_candidate(engine: EngineSettings, catalog: Catalog, store: ModelStore
     if engine.model.endswith(".gguf"):
         found = read_gguf_candidate(Path(engine.model).expanduser())
         return found if engine.variant is None else _named_variant(found, engine.variant, store)
-    model = catalog.model(engine.model)
-    variants = model.for_engine("llamacpp")
+    model = catalog.get_model(engine.model)
+    variants = model.list_variants("llamacpp")
     if not variants:
         raise UnknownModel(f"model {model.name!r} has no variant for this node's CPU engine; choose another model")
     here = [variant for variant in variants if store.find(model.name, variant.name)]
     chosen = (here or variants)[0]
-    found = ModelCandidate(model, chosen, store.path_of(model.name, chosen.name))
+    found = ModelCandidate(model, chosen, store.locate(model.name, chosen.name))
     return found if engine.variant is None else _named_variant(found, engine.variant, store)
 
 
@@ -101,7 +103,7 @@ def _named_variant(found: ModelCandidate, name: str, store: ModelStore) -> Model
     if name == found.variant.name:
         return found
     if any(variant.name == name for variant in model.variants):
-        return ModelCandidate(model, model.variant(name), store.path_of(model.name, name))
+        return ModelCandidate(model, model.get_variant(name), store.locate(model.name, name))
     stored = store.find(model.name, name)
     if stored is not None and stored.derived_from is not None:
         return _derived(model, stored)

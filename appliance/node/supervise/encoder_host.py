@@ -72,8 +72,8 @@ class EncoderHost:
                 await keeper.wait_for(lambda life: life.phase in ("ready", "failed"))
         except TimeoutError:
             pass  # told below
-        if keeper.life.phase != "ready":
-            reason = keeper.life.reason or "it is not ready yet"
+        if keeper.lifecycle.phase != "ready":
+            reason = keeper.lifecycle.reason or "it is not ready yet"
             raise Unavailable(f"the encoder program cannot answer: {reason}; try again", retry_after_seconds=5)
         try:
             assert self._client is not None
@@ -89,7 +89,7 @@ class EncoderHost:
 
     def _start(self) -> EngineSupervisor:
         if self._keeper is None:
-            self._signals.set_served(self._placement.target, ())
+            self._signals.set_served_targets(self._placement.target, ())
             self._keeper = self._supervisor.add(self._placement)
             transport = httpx.AsyncHTTPTransport(uds=self._socket, verify=False)
             self._client = httpx.AsyncClient(
@@ -133,7 +133,7 @@ class EncoderHost:
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
             _log.warning("the encoder program does not tell what it serves", reason=repr(error))
             return False
-        self._signals.set_served(self._placement.target, targets)
+        self._signals.set_served_targets(self._placement.target, targets)
         return bool(told["is_training"])
 
 

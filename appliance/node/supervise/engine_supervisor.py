@@ -72,7 +72,7 @@ class EngineSupervisor:
 
     def __init__(self, placement: Placement, engine: EngineAdapter, folder: Path, around: SupervisorDeps) -> None:
         """`folder` is this engine's alone; it is made when the engine starts."""
-        self.placement, self.life = placement, EngineLifecycle()
+        self.placement, self.lifecycle = placement, EngineLifecycle()
         self._engine, self._folder, self._around = engine, folder, around
         self._signals, self._clock = around.signals, around.clock
         self._socket = folder / "s"
@@ -120,10 +120,10 @@ class EngineSupervisor:
     @property
     def progress(self) -> str:
         """What the engine is doing while it starts; empty where it does not say."""
-        return self._progress if self.life.phase == "starting" else ""
+        return self._progress if self.lifecycle.phase == "starting" else ""
 
     @property
-    def is_resting(self) -> bool:
+    def is_unloaded(self) -> bool:
         return bool(self._resting)
 
     @property
@@ -141,7 +141,7 @@ class EngineSupervisor:
         """Whether it was last seen with work."""
         return self._load is not None and self._load.queued_requests + self._load.running_sequences > 0
 
-    def open(self, *, resting: str = "") -> None:
+    def begin(self, *, resting: str = "") -> None:
         """Begin to keep it, and start it unless it is to rest for now."""
         self._resting = resting
         self._show()  # a target without a view would be one that nobody knows anything of
@@ -152,11 +152,15 @@ class EngineSupervisor:
     def stop(self) -> None:
         self._inbox.put_nowait(Stop())
 
-    async def rest(self, reason: str) -> None:
+    async def unload(self, reason: str) -> None:
         """Give its memory back until `wake`: asleep where the engine can, else stopped. Returns when that is done."""
         self._resting = reason
         self._show()
-        if self.life.phase == "ready" and self._engine.sleeps(self.placement) and await self._post("/sleep?level=1"):
+        if (
+            self.lifecycle.phase == "ready"
+            and self._engine.can_sleep(self.placement)
+            and await self._post("/sleep?level=1")
+        ):
             self._is_asleep = True
             self._show()
             return
@@ -176,7 +180,7 @@ class EngineSupervisor:
         self._inbox.put_nowait(Start())
 
     async def wait_for(self, is_so: Callable[[EngineLifecycle], bool]) -> None:
-        while not is_so(self.life):
+        while not is_so(self.lifecycle):
             await self._phase_changed.wait()
 
     async def aclose(self) -> None:
@@ -194,7 +198,7 @@ class EngineSupervisor:
     async def _live(self) -> None:
         """Take events as they come, or a Tick when the life asks for one."""
         while True:
-            wake_at = self.life.wake_at
+            wake_at = self.lifecycle.wake_at
             timeout = None if wake_at is None else max(0.0, wake_at - self._clock())
             try:
                 async with asyncio.timeout(timeout):
@@ -204,14 +208,14 @@ class EngineSupervisor:
             await self._take(event)
 
     async def _take(self, event: Event) -> None:
-        before = self.life
-        self.life, actions = advance(before, event, self._clock(), self._limits)
-        if self.life.phase != before.phase:
-            if self.life.phase != "ready":
+        before = self.lifecycle
+        self.lifecycle, actions = advance(before, event, self._clock(), self._limits)
+        if self.lifecycle.phase != before.phase:
+            if self.lifecycle.phase != "ready":
                 self._load = None
-            if self.life.phase in ("stopping", "killing", "waiting"):
+            if self.lifecycle.phase in ("stopping", "killing", "waiting"):
                 self._is_asleep = False
-            if self.life.phase == "starting":
+            if self.lifecycle.phase == "starting":
                 self._progress = ""
             self._tell(before.phase)
         for action in actions:
@@ -219,7 +223,7 @@ class EngineSupervisor:
 
     def _tell(self, before: Phase) -> None:
         """Publish the new phase first of all; then say it in words."""
-        life, model, name = self.life, self.placement.model, self.placement.target
+        life, model, name = self.lifecycle, self.placement.model, self.placement.target
         self._show()
         if life.state == "failed":
             self._signals.warn("engine_down", f"the engine for {model} {life.reason}", about=name)
@@ -233,7 +237,11 @@ class EngineSupervisor:
         changed.set()
 
     def _show(self) -> None:
-        state, reason, watts = self.life.state, self.life.reason or self.progress, self._around.watts_per_busy_core
+        state, reason, watts = (
+            self.lifecycle.state,
+            self.lifecycle.reason or self.progress,
+            self._around.watts_per_busy_core,
+        )
         if self._resting and (self._is_asleep or state in ("ready", "stopped")):
             state, reason = "stopped", self._resting
         on_demand = bool(self._resting) and state == "stopped"
@@ -243,11 +251,11 @@ class EngineSupervisor:
             seen=self._clock(),
             load=self._load,
             watts=None if watts is None or self.placement.gpu else watts * self.placement.shape.threads,
-            restarts=self.life.restarts,
+            restarts=self.lifecycle.restarts,
             reason=reason,
             on_demand=on_demand,
         )
-        self._signals.show(view)
+        self._signals.publish_status(view)
 
     async def _do(self, action: Action) -> None:
         match action:
@@ -275,7 +283,7 @@ class EngineSupervisor:
         self._run("poll", lambda: self._poll(process))
 
     def _environment(self) -> dict[str, str]:
-        added = dict(self._engine.environment(self.placement, self._folder))
+        added = dict(self._engine.build_environment(self.placement, self._folder))
         if self._engine.key_variable:
             added[self._engine.key_variable] = self._key
         return added | {
@@ -283,7 +291,7 @@ class EngineSupervisor:
         }
 
     def _argv(self, parent_guard_fd: int) -> list[str]:
-        return self._engine.argv(
+        return self._engine.build_argv(
             sys.executable,
             self.placement,
             socket=self._socket,
@@ -295,8 +303,8 @@ class EngineSupervisor:
         code = await process.wait()
         self._process = None
         await self._clean_up()
-        words = self._engine.last_words(process.last_lines())
-        if self.life.phase == "starting":
+        words = self._engine.find_crash_reason(process.last_lines())
+        if self.lifecycle.phase == "starting":
             self._shrink(words)
         self._inbox.put_nowait(Exited(code, words))
 
@@ -311,20 +319,20 @@ class EngineSupervisor:
 
     def _shrink(self, words: str) -> None:
         """Where memory was too small, the next start is one with less."""
-        less = self._engine.smaller(self.placement, words)
+        less = self._engine.shrink_placement(self.placement, words)
         if less is None:
             return
         self.placement = less
         text = f"{less.model} is served with {less.reasons[-1]}; free memory and restart the node for the whole"
         self._signals.warn("engine_shrunk", text, about=less.target)
-        self._signals.replace_engine(self.target)
+        self._signals.replace_target(self.target)
 
     async def _poll(self, process: Process) -> None:
         """As long as `process` lives: ask for its health while it starts, for its load once it is ready."""
-        gauges = self._engine.gauges(self.placement)
+        gauges = self._engine.make_load_reader(self.placement)
         async with aclosing(EngineClient(self._socket, self._key if self._engine.key_variable else "")) as line:
             while True:
-                starting = self.life.phase == "starting"
+                starting = self.lifecycle.phase == "starting"
                 event = await (self._ask_health(line, process) if starting else self._ask_load(line, gauges))
                 if self._process is not process:
                     return
@@ -333,10 +341,10 @@ class EngineSupervisor:
                 await asyncio.sleep(self._pause_seconds(gauges))
 
     async def _ask_health(self, line: EngineClient, process: Process) -> Event | None:
-        if await line.health_problem() is None:
-            self._compare(await line.abilities())
+        if await line.check_health() is None:
+            self._compare(await line.fetch_abilities())
             return Healthy()
-        progress = self._engine.progress(process.last_lines())
+        progress = self._engine.parse_progress(process.last_lines())
         if progress != self._progress:
             self._progress = progress
             await self._note_shared()
@@ -357,17 +365,17 @@ class EngineSupervisor:
             self._signals.warn("abilities_differ", text, about=placement.target)
         else:
             self._signals.clear("abilities_differ", about=placement.target)
-        self._signals.replace_engine(self.target)
+        self._signals.replace_target(self.target)
 
     async def _ask_load(self, line: EngineClient, gauges: LoadReader) -> Event:
-        answer = await line.load(gauges, self._clock)
+        answer = await line.fetch_load(gauges, self._clock)
         if isinstance(answer, str):
             return Unhealthy(answer)
         if not self._is_warm:
             self._is_warm = True
             await self._note_shared()
             self._run("warm-up", self._warm_up)
-        if self.life.phase in ("ready", "stopping"):
+        if self.lifecycle.phase in ("ready", "stopping"):
             self._load = answer
             self._show()
         has_work = answer.queued_requests + answer.running_sequences > 0
@@ -375,8 +383,8 @@ class EngineSupervisor:
 
     def _probe(self, steps: int) -> bool:
         """Ask for a token where nothing has moved for a while. Whether a probe waits for its answer."""
-        probe, now = self._engine.probe(self.placement), self._clock()
-        if probe is None or not self._can_probe or self._is_asleep or self.life.phase != "ready":
+        probe, now = self._engine.build_liveness_probe(self.placement), self._clock()
+        if probe is None or not self._can_probe or self._is_asleep or self.lifecycle.phase != "ready":
             return False
         self._liveness.saw(steps, now)
         if self._liveness.is_due(now):
@@ -385,11 +393,11 @@ class EngineSupervisor:
         return self._liveness.is_waiting
 
     async def _send_probe(self) -> None:
-        probe, process = self._engine.probe(self.placement), self._process
+        probe, process = self._engine.build_liveness_probe(self.placement), self._process
         if probe is None:
             return
         async with aclosing(EngineClient(self._socket, self._key if self._engine.key_variable else "")) as line:
-            status = await line.ask(probe, self._limits.stall_seconds)
+            status = await line.send_probe(probe, self._limits.stall_seconds)
         if process is not self._process or status is None:
             return
         if status == 200:
@@ -403,7 +411,7 @@ class EngineSupervisor:
             )
 
     async def _note_shared(self) -> None:
-        if self._engine.probe(self.placement) is not None:
+        if self._engine.build_liveness_probe(self.placement) is not None:
             self._shared |= await asyncio.to_thread(lambda: orphans.find_shared_memory(self._members()))
 
     def _members(self) -> Sequence[int]:
@@ -413,18 +421,18 @@ class EngineSupervisor:
         )
 
     async def _warm_up(self) -> None:
-        work = self._engine.warm_up(self.placement)
+        work = self._engine.build_warm_up(self.placement)
         if work is not None:
             async with aclosing(EngineClient(self._socket, self._key if self._engine.key_variable else "")) as line:
-                await line.ask(work, self._limits.stall_seconds)
+                await line.send_probe(work, self._limits.stall_seconds)
 
     async def _post(self, path: str) -> bool:
         async with aclosing(EngineClient(self._socket, self._key if self._engine.key_variable else "")) as line:
             return await line.post(path, {}, _SLEEP_SECONDS) == 200
 
     def _pause_seconds(self, gauges: LoadReader) -> float:
-        if self.life.phase == "starting":
-            long = self._clock() - self.life.since > _LONG_START_SECONDS
+        if self.lifecycle.phase == "starting":
+            long = self._clock() - self.lifecycle.since > _LONG_START_SECONDS
             return _LONG_START_POLL_SECONDS if long else _STARTING_POLL_SECONDS
         busy = _BUSY_POLL_SECONDS if gauges.path == "/load" else _PAGE_POLL_SECONDS
         return busy if self.is_busy or self._liveness.is_waiting else _IDLE_POLL_SECONDS

@@ -67,7 +67,7 @@ class Exited:
     """The process has ended. `code` below 0: the signal that ended it, negated; None: it could not be started."""
 
     code: int | None
-    last_words: str = ""
+    crash_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +94,13 @@ class EngineLifecycle:
     restarts: int = 0
     back_off_seconds: float = _FIRST_BACK_OFF_SECONDS
     """Before the next restart."""
-    wanted: bool = False
+    should_run: bool = False
     """Whether it is to run again once it has ended."""
     steps: int = -1
-    beat_at: float = 0.0
+    progress_at: float = 0.0
     stalled_seconds: float = 0.0
     had_work: bool = False
-    """At the last beat: time before there was any work is no stall."""
+    """At the last report: time before there was any work is no stall."""
     unhealthy_at: float = 0.0
     unhealthy_seconds: float = 0.0
 
@@ -130,24 +130,24 @@ def advance(life: EngineLifecycle, event: Event, now: float, limits: LifecycleLi
             return _start(life, now, limits)
         case Stop():
             return _stop(life, now, limits)
-        case Exited(code, last_words):
-            return _exited(life, code, last_words, now, limits)
+        case Exited(code, crash_reason):
+            return _exited(life, code, crash_reason, now, limits)
         case Healthy():
             return _healthy(life, now)
         case Unhealthy(reason):
             return _unhealthy(life, reason, now, limits)
         case ProgressReport(steps, has_work):
-            return _beat(life, steps, has_work, now, limits)
+            return _progressed(life, steps, has_work, now, limits)
         case Tick():
             return _tick(life, now, limits)
 
 
 def _start(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Transition:
     if life.phase in ("stopped", "failed"):
-        return _spawn(replace(life, wanted=True, back_off_seconds=_FIRST_BACK_OFF_SECONDS), now, limits)
+        return _spawn(replace(life, should_run=True, back_off_seconds=_FIRST_BACK_OFF_SECONDS), now, limits)
     if life.phase == "waiting":
-        return _spawn(replace(life, wanted=True), now, limits)
-    return replace(life, wanted=True), ()
+        return _spawn(replace(life, should_run=True), now, limits)
+    return replace(life, should_run=True), ()
 
 
 def _spawn(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Transition:
@@ -166,7 +166,7 @@ def _spawn(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Transi
 
 
 def _stop(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Transition:
-    life = replace(life, wanted=False)
+    life = replace(life, should_run=False)
     match life.phase:
         case "starting":
             # An engine that is still loading may lose or swallow SIGTERM, and has nothing to finish.
@@ -183,13 +183,13 @@ def _stop(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Transit
 
 
 def _exited(
-    life: EngineLifecycle, code: int | None, last_words: str, now: float, limits: LifecycleLimits
+    life: EngineLifecycle, code: int | None, crash_reason: str, now: float, limits: LifecycleLimits
 ) -> Transition:
     if life.phase in ("stopped", "waiting", "failed"):
         return life, ()
-    if not life.wanted:
+    if not life.should_run:
         return replace(life, phase="stopped", since=now, wake_at=None, reason="stopped as asked"), ()
-    reason = life.reason if life.phase == "killing" else describe_exit(code, last_words)
+    reason = life.reason if life.phase == "killing" else describe_exit(code, crash_reason)
     if life.phase == "starting" and code in limits.permanent_exits:
         return replace(life, phase="failed", since=now, wake_at=None, reason=reason), ()
     delay = _back_off_seconds(life, now)
@@ -212,7 +212,7 @@ def _healthy(life: EngineLifecycle, now: float) -> Transition:
             since=now,
             wake_at=None,
             reason="",
-            beat_at=now,
+            progress_at=now,
             unhealthy_at=now,
             unhealthy_seconds=0.0,
         )
@@ -229,16 +229,16 @@ def _unhealthy(life: EngineLifecycle, reason: str, now: float, limits: Lifecycle
     return replace(life, unhealthy_at=now, unhealthy_seconds=silent), ()
 
 
-def _beat(life: EngineLifecycle, steps: int, has_work: bool, now: float, limits: LifecycleLimits) -> Transition:
+def _progressed(life: EngineLifecycle, steps: int, has_work: bool, now: float, limits: LifecycleLimits) -> Transition:
     if life.phase != "ready":
         return life, ()
     answered = replace(life, unhealthy_at=now, unhealthy_seconds=0.0)
     if not (has_work and life.had_work) or steps != life.steps:
-        return replace(answered, steps=steps, beat_at=now, stalled_seconds=0.0, had_work=has_work), ()
-    stalled = life.stalled_seconds + min(now - life.beat_at, _LONGEST_GAP_SECONDS)
+        return replace(answered, steps=steps, progress_at=now, stalled_seconds=0.0, had_work=has_work), ()
+    stalled = life.stalled_seconds + min(now - life.progress_at, _LONGEST_GAP_SECONDS)
     if stalled >= limits.stall_seconds:
         return _kill(answered, f"hung: work waited and no step was done for {stalled:.0f} s", now)
-    return replace(answered, beat_at=now, stalled_seconds=stalled), ()
+    return replace(answered, progress_at=now, stalled_seconds=stalled), ()
 
 
 def _tick(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Transition:
@@ -267,7 +267,7 @@ def _back_off_seconds(life: EngineLifecycle, now: float) -> float:
     return _FIRST_BACK_OFF_SECONDS if good else life.back_off_seconds
 
 
-def describe_exit(code: int | None, last_words: str) -> str:
+def describe_exit(code: int | None, crash_reason: str) -> str:
     """What happened, for people: the code or signal, then the last thing the engine wrote."""
     if code is None:
         what = "could not be started"
@@ -277,4 +277,4 @@ def describe_exit(code: int | None, last_words: str) -> str:
         what = f"was ended by signal {-code}"
     else:
         what = f"ended by itself with code {code}"
-    return f"{what}: {last_words}" if last_words else what
+    return f"{what}: {crash_reason}" if crash_reason else what

@@ -32,30 +32,30 @@ class StatusPublisher:
         self._warnings: dict[tuple[str, str], HealthWarning] = {}
         self._watts: Mapping[str, tuple[float, CostBasis]] = {}
 
-    def set_configured(self, targets: Sequence[Target]) -> None:
+    def set_configured_targets(self, targets: Sequence[Target]) -> None:
         """Replace the rows of the configured providers, at start and on reload."""
         self._configured = tuple(targets)
         self._publish()
 
-    def set_engines(self, targets: Sequence[Target]) -> None:
+    def set_engine_targets(self, targets: Sequence[Target]) -> None:
         """Replace the rows of this node's own engines; views of others are forgotten."""
         self._own = tuple(targets)
         names = {target.name for target in self._own}
         self._views = {name: view for name, view in self._views.items() if name in names}
         self._publish()
 
-    def set_served(self, engine: str, targets: Sequence[Target]) -> None:
+    def set_served_targets(self, engine: str, targets: Sequence[Target]) -> None:
         """What an engine serves in place of its own row: one program may be many targets. They share its view."""
         if self._served.get(engine) != tuple(targets):
             self._served[engine] = tuple(targets)
             self._publish()
 
-    def replace_engine(self, target: Target) -> None:
+    def replace_target(self, target: Target) -> None:
         """Put `target` in the place of the row of its name."""
         self._own = tuple(target if one.name == target.name else one for one in self._own)
         self._publish()
 
-    def show(self, view: EngineStatus) -> None:
+    def publish_status(self, view: EngineStatus) -> None:
         self._views[view.target] = view
         self._publish()
 
@@ -111,12 +111,12 @@ class EngineClient:
             headers={"authorization": f"Bearer {key}"} if key else {},
         )
 
-    async def health_problem(self) -> str | None:
+    async def check_health(self) -> str | None:
         """None when it is ready, else what it answered or why it did not."""
         answer = await self._get("/health")
         return answer if isinstance(answer, str) else None
 
-    async def load(
+    async def fetch_load(
         self, gauges: LoadReader | None = None, clock: Callable[[], float] = time.monotonic
     ) -> EngineLoad | str:
         """Its load, or why it cannot be had."""
@@ -129,7 +129,7 @@ class EngineClient:
         except BackendGarbage as error:
             return str(error)
 
-    async def abilities(self) -> frozenset[str] | None:
+    async def fetch_abilities(self) -> frozenset[str] | None:
         """What the engine found that its model can do; None where it does not say."""
         answer = await self._get("/v1/models")
         if isinstance(answer, str):
@@ -140,7 +140,7 @@ class EngineClient:
             return None
         return frozenset(str(one) for one in found) if isinstance(found, list) else None
 
-    async def ask(self, probe: ProbeRequest, timeout_seconds: float) -> int | None:
+    async def send_probe(self, probe: ProbeRequest, timeout_seconds: float) -> int | None:
         """The status that a probe is answered with; None where there is no answer in time."""
         return await self.post(probe.path, probe.body, timeout_seconds)
 

@@ -67,7 +67,7 @@ class Supervisor:
         return tuple(keeper.target for keeper in self._keepers)
 
     @property
-    def keepers(self) -> Sequence[EngineSupervisor]:
+    def engines(self) -> Sequence[EngineSupervisor]:
         return tuple(self._keepers)
 
     @property
@@ -81,9 +81,9 @@ class Supervisor:
         ended = await asyncio.to_thread(self._end_orphans)
         if ended:
             _log.warning("engines of an earlier run were still there; they were ended", pids=ended)
-        self._signals.set_engines(self.targets)
+        self._signals.set_engine_targets(self.targets)
         for keeper in self._keepers:
-            keeper.open(resting=(resting or {}).get(keeper.placement.model, ""))
+            keeper.begin(resting=(resting or {}).get(keeper.placement.model, ""))
 
     def _end_orphans(self) -> Sequence[int]:
         found = {
@@ -103,8 +103,8 @@ class Supervisor:
             raise EngineFailed(f"{placement.model} needs the engine {placement.engine}, which cannot be launched here")
         keeper = self._keeper(placement)
         self._keepers.append(keeper)
-        self._signals.set_engines(self.targets)
-        keeper.open()
+        self._signals.set_engine_targets(self.targets)
+        keeper.begin()
         return keeper
 
     async def remove(self, model: str) -> None:
@@ -112,7 +112,7 @@ class Supervisor:
         for keeper in [one for one in self._keepers if one.placement.model == model]:
             await self._end([keeper])
             self._keepers.remove(keeper)
-            self._signals.set_engines(self.targets)
+            self._signals.set_engine_targets(self.targets)
 
     async def wait_ready(self, timeout_seconds: float) -> None:
         """Wait until every engine is ready that is to run.
@@ -120,14 +120,14 @@ class Supervisor:
         Raises EngineFailed with the engine's last words when one has failed for good, has failed three times in a row,
         or the time is over. The engines are left as they are: those that may still come up go on trying.
         """
-        wanted = [keeper for keeper in self._keepers if not keeper.is_resting]
+        wanted = [keeper for keeper in self._keepers if not keeper.is_unloaded]
         with contextlib.suppress(TimeoutError):  # who is not ready by then is told below
             async with asyncio.timeout(timeout_seconds):
                 for keeper in wanted:
                     await keeper.wait_for(_is_decided)
         for keeper in wanted:
-            if keeper.life.phase != "ready":
-                reason = keeper.life.reason or f"not ready within {timeout_seconds:g} s"
+            if keeper.lifecycle.phase != "ready":
+                reason = keeper.lifecycle.reason or f"not ready within {timeout_seconds:g} s"
                 raise EngineFailed(f"the engine for {keeper.placement.model} {reason}")
 
     async def stop(self) -> None:

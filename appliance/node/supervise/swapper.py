@@ -38,17 +38,17 @@ class Swapper:
         """Look and act until cancelled."""
         async with asyncio.TaskGroup() as moving:
             while True:
-                for move in self.due():
+                for move in self.decide_moves():
                     moving.create_task(self._make(move))
                 await asyncio.sleep(_LOOK_SECONDS)
 
-    def due(self) -> tuple[SwapMove, ...]:
+    def decide_moves(self) -> tuple[SwapMove, ...]:
         now = self._clock()
-        keepers = [keeper for keeper in self._supervisor.keepers if keeper.placement.model in self._models]
+        keepers = [keeper for keeper in self._supervisor.engines if keeper.placement.model in self._models]
         return decide_swaps(now, [self._resident(keeper, now) for keeper in keepers], self._pools, self._rules)
 
     async def _make(self, move: SwapMove) -> None:
-        keeper = next((one for one in self._supervisor.keepers if one.placement.model == move.model), None)
+        keeper = next((one for one in self._supervisor.engines if one.placement.model == move.model), None)
         if keeper is None:
             return
         _log.info("model", model=move.model, move=move.kind, reason=move.reason)
@@ -57,16 +57,16 @@ class Swapper:
             return
         self._unloading.add(move.model)
         try:
-            await keeper.rest(f"{move.reason}; loaded again when wanted")
+            await keeper.unload(f"{move.reason}; loaded again when wanted")
         finally:
             self._unloading.discard(move.model)
 
     def _resident(self, keeper: EngineSupervisor, now: float) -> LoadedModel:
         placement, target = keeper.placement, keeper.placement.target
         residence: Residence = "loaded"
-        if placement.model in self._unloading or not (keeper.is_resting or keeper.life.phase == "ready"):
+        if placement.model in self._unloading or not (keeper.is_unloaded or keeper.lifecycle.phase == "ready"):
             residence = "moving"
-        elif keeper.is_resting:
+        elif keeper.is_unloaded:
             residence = "resting"
         before, since = self._seen.get(placement.model, ("", now))
         if before != residence:
@@ -80,5 +80,5 @@ class Swapper:
             since=since,
             used_at=self._state.used.get(target, 0.0),
             is_busy=keeper.is_busy,
-            wanted_at=self._state.demand.get(target),
+            requested_at=self._state.demand.get(target),
         )
