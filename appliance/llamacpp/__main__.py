@@ -19,7 +19,7 @@ from appliance.llamacpp.chat.prompts import PromptBuilder
 from appliance.llamacpp.decode.constraints import GrammarCompiler
 from appliance.llamacpp.engine import LlamaEngine
 from appliance.llamacpp.kernels import PLAIN, Kernels, install
-from appliance.llamacpp.kv.memory_release import release_code_pages, release_freed
+from appliance.llamacpp.memory_release import release_code_pages, release_freed
 from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.server.http import MAX_BODY_BYTES, EngineGate, ServerContext, make_app
 from appliance.llamacpp.tools.formats import SYNTAXES

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from appliance.llamacpp.batch import DecodeBatch
 from appliance.llamacpp.binding import lib
-from appliance.llamacpp.kv.memory_release import release_pages
+from appliance.llamacpp.memory_release import release_pages
 
 Rows = npt.NDArray[np.float32]
 """Shape (outputs, vocabulary): views into llama.cpp's own buffer, valid until the next decode."""

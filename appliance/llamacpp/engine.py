@@ -15,13 +15,8 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from appliance.errors import ApplianceError, ContextTooLong, EngineBusy, EngineFailed, RequestError
-from appliance.llamacpp.calibrate.first_rates import measure
-from appliance.llamacpp.kv.prefix_cache import as_tokens
-from appliance.llamacpp.labels.jobs import LabelJob
-from appliance.llamacpp.model import LlamaModel
-from appliance.llamacpp.scheduler.sequence import Sequence as Running
-from appliance.llamacpp.scheduler.step import STEP_SECONDS, StepResult, StepRunner
-from appliance.llamacpp.server.params import (
+from appliance.llamacpp.decode.sequence import Sequence as Running
+from appliance.llamacpp.engine_protocol import (
     EngineLoadReport,
     LabelItem,
     LabelScores,
@@ -29,6 +24,11 @@ from appliance.llamacpp.server.params import (
     SequenceRequest,
     TokenEvent,
 )
+from appliance.llamacpp.kv.prefix_cache import as_tokens
+from appliance.llamacpp.labels.jobs import LabelJob
+from appliance.llamacpp.model import LlamaModel
+from appliance.llamacpp.rates import measure_first_rates
+from appliance.llamacpp.scheduler.step import STEP_SECONDS, StepResult, StepRunner
 
 _LEAST_RETRY_SECONDS: Final = 1.0
 _RESTART_SECONDS: Final = 5.0
@@ -315,7 +315,7 @@ class LlamaEngine:
     def _work(self) -> None:
         try:
             if self._calibrates:
-                measure(self.model, self._runner.rates)
+                measure_first_rates(self.model, self._runner.rates)
             self._report()
             self._call(self._ready.set)
             while not self._stopping:

@@ -16,8 +16,8 @@ from appliance.errors import EngineFailed
 from appliance.llamacpp.batch import DecodeBatch
 from appliance.llamacpp.binding import lib
 from appliance.llamacpp.context import Attention, LlamaContext, context_params
-from appliance.llamacpp.kv.memory_release import release_file_pages
 from appliance.llamacpp.kv.per_sequence import PerSequenceKv, lane_tokens
+from appliance.llamacpp.memory_release import release_file_pages
 from appliance.llamacpp.weights import LOG, check_file, load_weights
 
 _F16_BYTES: Final = 2

@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from appliance.llamacpp.engine import EngineGeneration, LlamaEngine
+from appliance.llamacpp.engine_protocol import Sampling, SequenceRequest, TokenEvent
 from appliance.llamacpp.model import LlamaModel
-from appliance.llamacpp.server.params import Sampling, SequenceRequest, TokenEvent
 
 GREEDY = Sampling(temperature=0.0)
 STORY = "Once upon a time there was a small dog who lived near the sea. "

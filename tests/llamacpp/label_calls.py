@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from appliance.llamacpp.engine_protocol import LabelItem, LabelScores
 from appliance.llamacpp.labels.jobs import LabelJob
 from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.scheduler.step import StepRunner
-from appliance.llamacpp.server.params import LabelItem, LabelScores
 
 
 def score(model: LlamaModel, wanted: Sequence[LabelItem], *, together: bool = True) -> list[LabelScores]:

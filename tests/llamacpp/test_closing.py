@@ -9,9 +9,9 @@ import pytest
 from appliance.errors import EngineBusy
 from appliance.llamacpp.decode.constraints import GrammarCompiler
 from appliance.llamacpp.engine import LlamaEngine
+from appliance.llamacpp.engine_protocol import SequenceRequest
 from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.scheduler.step import StepResult
-from appliance.llamacpp.server.params import SequenceRequest
 
 pytestmark = pytest.mark.anyio
 

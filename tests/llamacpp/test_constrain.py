@@ -11,8 +11,8 @@ import pytest
 
 from appliance.errors import RequestError
 from appliance.llamacpp.decode.constraints import JSON_OBJECT, ConstraintBroken, GrammarCompiler, JsonConstraint
+from appliance.llamacpp.engine_protocol import Logits
 from appliance.llamacpp.model import LlamaModel
-from appliance.llamacpp.server.params import Logits
 
 RECEIPT: Mapping[str, Any] = {
     "type": "object",

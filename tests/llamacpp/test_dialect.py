@@ -11,14 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from appliance.errors import ApplianceError, ContextTooLong, RequestError, UnknownModel, Unsupported
+from appliance.llamacpp.chat.message import MessageIn
 from appliance.llamacpp.chat.prompts import PromptBuilder, joint
 from appliance.llamacpp.decode.constraints import JSON_OBJECT
-from appliance.llamacpp.decode.generation import GenerationRequest
+from appliance.llamacpp.engine_protocol import LabelScores
 from appliance.llamacpp.model import LlamaModel
+from appliance.llamacpp.server.generation import GenerationRequest
 from appliance.llamacpp.server.labels_api import LabelRequest, label_ask, label_reply, shares
 from appliance.llamacpp.server.openai_requests import DEFAULT_CHAT_TOKENS, chat_ask, check_model, completion_ask
-from appliance.llamacpp.server.params import LabelScores
-from appliance.llamacpp.server.request_models import ChatIn, CompletionIn, LabelsIn, MessageIn, parse
+from appliance.llamacpp.server.request_models import ChatIn, CompletionIn, LabelsIn, parse
 
 HI: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
 CONTEXT_TOKENS = 2_048

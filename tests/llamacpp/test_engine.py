@@ -10,8 +10,8 @@ import pytest
 from appliance.errors import ContextTooLong, EngineBusy, RequestError
 from appliance.llamacpp.context import ABORTED
 from appliance.llamacpp.engine import LlamaEngine
+from appliance.llamacpp.engine_protocol import LabelItem, Logits, Sampling, SequenceRequest
 from appliance.llamacpp.model import LlamaModel
-from appliance.llamacpp.server.params import LabelItem, Logits, Sampling, SequenceRequest
 from tests.llamacpp.asking import GREEDY, endless, read, story, tokens, until, until_idle
 
 pytestmark = pytest.mark.anyio

@@ -7,8 +7,8 @@ import pytest
 from appliance.errors import EngineBusy, EngineFailed
 from appliance.llamacpp.context import NO_KV_ROOM
 from appliance.llamacpp.engine import LlamaEngine
+from appliance.llamacpp.engine_protocol import LabelItem
 from appliance.llamacpp.model import LlamaModel
-from appliance.llamacpp.server.params import LabelItem
 from tests.llamacpp.asking import endless, read, story, tokens, until_idle
 
 pytestmark = pytest.mark.anyio

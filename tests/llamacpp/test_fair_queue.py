@@ -1,6 +1,6 @@
 """Turns among tenants, as arithmetic."""
 
-from appliance.llamacpp.scheduler.fair_queue import FairQueue
+from appliance.llamacpp.fair_queue import FairQueue
 
 
 def served(turns: FairQueue, waiting: list[tuple[str, int]]) -> list[str]:

@@ -8,8 +8,8 @@ import pytest
 
 from appliance.llamacpp.decode.constraints import GrammarCompiler, JsonConstraint
 from appliance.llamacpp.engine import LlamaEngine
+from appliance.llamacpp.engine_protocol import Logits, Sampling, SequenceRequest, TokenEvent
 from appliance.llamacpp.model import LlamaModel
-from appliance.llamacpp.server.params import Logits, Sampling, SequenceRequest, TokenEvent
 
 pytestmark = pytest.mark.anyio
 

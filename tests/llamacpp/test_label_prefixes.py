@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from appliance.llamacpp.engine_protocol import LabelItem
 from appliance.llamacpp.labels.jobs import LabelJob
 from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.scheduler.step import StepRunner
-from appliance.llamacpp.server.params import LabelItem
 from tests.llamacpp.asking import story
 from tests.llamacpp.label_calls import asked, score
 

@@ -8,12 +8,12 @@ import numpy.typing as npt
 import pytest
 
 from appliance.llamacpp.engine import LlamaEngine
+from appliance.llamacpp.engine_protocol import LabelItem, LabelScores
 from appliance.llamacpp.labels.jobs import LabelJob
 from appliance.llamacpp.labels.search import SearchBudget
 from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.scheduler.step import StepRunner
 from appliance.llamacpp.server import labels_api
-from appliance.llamacpp.server.params import LabelItem, LabelScores
 from tests.llamacpp.asking import endless, story, tokens, until, until_idle
 from tests.llamacpp.label_calls import score
 

@@ -7,13 +7,13 @@ import llama_cpp
 import numpy as np
 import pytest
 
+from appliance.llamacpp.decode.sequence import Sequence
+from appliance.llamacpp.engine_protocol import LabelItem, Sampling, SequenceRequest
 from appliance.llamacpp.kv.prefix_cache import as_tokens
 from appliance.llamacpp.labels.jobs import LabelJob, cut, grow, judge
 from appliance.llamacpp.labels.trie import LabelTrie
 from appliance.llamacpp.model import LlamaModel
-from appliance.llamacpp.scheduler.sequence import Sequence
 from appliance.llamacpp.scheduler.step import StepRunner
-from appliance.llamacpp.server.params import LabelItem, Sampling, SequenceRequest
 from tests.llamacpp.label_calls import score
 
 INSTRUCTIONS = (

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from appliance.llamacpp.kv.memory_release import release_code_pages, release_file_pages, release_freed, release_pages
+from appliance.llamacpp.memory_release import release_code_pages, release_file_pages, release_freed, release_pages
 from appliance.llamacpp.model import LlamaModel
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux alone")

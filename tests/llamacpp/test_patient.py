@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from appliance.llamacpp.engine import EngineGeneration, LlamaEngine
+from appliance.llamacpp.engine_protocol import Sampling, SequenceRequest
 from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.scheduler.scheduler import (
     NOTHING_URGENT,
@@ -13,7 +14,6 @@ from appliance.llamacpp.scheduler.scheduler import (
     most_urgent,
     step_budget,
 )
-from appliance.llamacpp.server.params import Sampling, SequenceRequest
 
 
 @pytest.mark.parametrize(

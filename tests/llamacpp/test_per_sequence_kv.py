@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from appliance.llamacpp.decode.sequence import Sequence
+from appliance.llamacpp.engine_protocol import Sampling, SequenceRequest
 from appliance.llamacpp.kv.per_sequence import lane_tokens
 from appliance.llamacpp.model import LlamaModel
-from appliance.llamacpp.scheduler.sequence import Sequence
 from appliance.llamacpp.scheduler.step import StepRunner
-from appliance.llamacpp.server.params import Sampling, SequenceRequest
 
 LANE = 256
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from appliance.llamacpp.decode.prompt_lookup import LONGEST, NgramTable, PerKeyTables, PromptLookup
+from appliance.llamacpp.decode.sequence import Sequence
 from appliance.llamacpp.decode.speculation import GROWTH, SpeculationPlanner
+from appliance.llamacpp.engine_protocol import Sampling, SequenceRequest
 from appliance.llamacpp.rates import Rates
-from appliance.llamacpp.scheduler.sequence import Sequence
-from appliance.llamacpp.server.params import Sampling, SequenceRequest
 
 
 def drafts_of(prompt: list[int], output: list[int], habits: NgramTable | None = None) -> PromptLookup:

@@ -14,7 +14,7 @@ from appliance.llamacpp.decode.sampling import (
     pick,
     top_logprobs,
 )
-from appliance.llamacpp.server.params import Logits, Sampling
+from appliance.llamacpp.engine_protocol import Logits, Sampling
 
 PROBABILITIES = [0.05, 0.4, 0.1, 0.3, 0.15]
 

@@ -2,13 +2,15 @@
 
 import pytest
 
+from appliance.llamacpp.decode.sequence import Sequence
+from appliance.llamacpp.engine_protocol import SequenceRequest
+from appliance.llamacpp.fair_queue import FairQueue
+from appliance.llamacpp.kv.capacity import BatchCapacity
 from appliance.llamacpp.rates import Rates
-from appliance.llamacpp.scheduler.fair_queue import FairQueue
 from appliance.llamacpp.scheduler.scheduler import (
     FOLLOW_TOKENS,
     OUTPUT_RESERVE_TOKENS,
     SLOW_STEP_TOKENS,
-    BatchCapacity,
     WaitQueue,
     cache_limit,
     gives_way,
@@ -21,8 +23,6 @@ from appliance.llamacpp.scheduler.scheduler import (
     victim,
     worth_a_lane,
 )
-from appliance.llamacpp.scheduler.sequence import Sequence
-from appliance.llamacpp.server.params import SequenceRequest
 
 
 def sequence(

@@ -10,13 +10,13 @@ import pytest
 
 from appliance.llamacpp.context import ABORTED
 from appliance.llamacpp.decode.constraints import GrammarCompiler
-from appliance.llamacpp.decode.generation import GenerationRequest, RunningGeneration
+from appliance.llamacpp.decode.sequence import Sequence
 from appliance.llamacpp.decode.speculation import SpeculationPlanner
 from appliance.llamacpp.engine import LlamaEngine
+from appliance.llamacpp.engine_protocol import Sampling, SequenceRequest
 from appliance.llamacpp.model import LlamaModel
-from appliance.llamacpp.scheduler.sequence import Sequence
 from appliance.llamacpp.scheduler.step import StepRunner
-from appliance.llamacpp.server.params import Sampling, SequenceRequest
+from appliance.llamacpp.server.generation import GenerationRequest, RunningGeneration
 from tests.llamacpp.asking import until_idle
 
 GREEDY = Sampling(temperature=0.0)

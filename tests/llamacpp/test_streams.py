@@ -15,9 +15,7 @@ import uvicorn
 from appliance.errors import ApplianceError
 from appliance.llamacpp.chat.prompts import PromptBuilder
 from appliance.llamacpp.decode.constraints import GrammarCompiler
-from appliance.llamacpp.model import LlamaModel
-from appliance.llamacpp.server.http import EngineGate, ServerContext, make_app
-from appliance.llamacpp.server.params import (
+from appliance.llamacpp.engine_protocol import (
     EngineLoadReport,
     FinishReason,
     LabelScores,
@@ -25,6 +23,8 @@ from appliance.llamacpp.server.params import (
     SequenceRequest,
     TokenEvent,
 )
+from appliance.llamacpp.model import LlamaModel
+from appliance.llamacpp.server.http import EngineGate, ServerContext, make_app
 from tests.llamacpp.engine_program import eventually
 
 pytestmark = pytest.mark.anyio

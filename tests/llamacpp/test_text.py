@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.llamacpp.decode.text import ReplyText, StopFinder, Utf8Stream
+from appliance.llamacpp.chat.reply_text import ReplyText, StopFinder, Utf8Stream
 
 # Few letters make stop strings meet; the wide ones make characters that are cut.
 LETTERS = st.text(alphabet="abc é漢😀", max_size=40)

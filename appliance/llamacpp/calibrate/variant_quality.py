@@ -18,13 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from appliance.errors import EngineFailed
+from appliance.llamacpp.chat.message import MessageIn
 from appliance.llamacpp.chat.prompts import PromptBuilder
 from appliance.llamacpp.decode.sampling import log_normalizer
 from appliance.llamacpp.labels.jobs import LabelJob
 from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.scheduler.step import StepRunner
 from appliance.llamacpp.server.labels_api import label_ask
-from appliance.llamacpp.server.request_models import LabelItemIn, LabelsIn, MessageIn
+from appliance.llamacpp.server.request_models import LabelItemIn, LabelsIn
 
 _TEXTS_FILE: Final = Path(__file__).with_name("quality_texts.json")
 _TIE_NATS: Final = 0.25

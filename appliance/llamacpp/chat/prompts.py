@@ -15,9 +15,9 @@ from typing import Any
 from appliance.core import ToolFormat
 from appliance.errors import RequestError, Unsupported
 from appliance.llamacpp.binding import lib
+from appliance.llamacpp.chat.message import MessageIn
 from appliance.llamacpp.chat.reply_format import style_of
 from appliance.llamacpp.chat.template import ChatTemplate
-from appliance.llamacpp.server.request_models import MessageIn
 from appliance.llamacpp.vocabulary import Vocabulary
 
 NOT_THINKING: Mapping[str, Any] = {"enable_thinking": False}

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from appliance.llamacpp.decode.text import PlacedToken, ReplyText, StopFinder
-from appliance.llamacpp.server.params import TokenEvent
+from appliance.llamacpp.chat.reply_text import PlacedToken, ReplyText, StopFinder
+from appliance.llamacpp.engine_protocol import TokenEvent
 from appliance.llamacpp.tools.reading import ReplySyntaxes, ToolReplyParser
 from appliance.llamacpp.tools.source import ContentDelta, Event, ReasoningDelta
 

@@ -14,8 +14,8 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from appliance.errors import ApplianceError, EngineBusy, RequestError
 from appliance.llamacpp.binding import lib
-from appliance.llamacpp.kv.memory_release import release_freed
-from appliance.llamacpp.server.params import Logits
+from appliance.llamacpp.engine_protocol import Logits
+from appliance.llamacpp.memory_release import release_freed
 from appliance.llamacpp.tools.grammar import ReplyGrammarSpec, lark_of
 
 JSON_OBJECT: Mapping[str, Any] = {"type": "object"}

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from appliance.llamacpp.server.params import Constraint, ForcedTool, Logits, Sampling, TokenEvent
+from appliance.llamacpp.engine_protocol import Constraint, ForcedTool, Logits, Sampling, TokenEvent
 
 _GREEDY_TEMPERATURE: Final = 1e-5
 """At or below, the distribution is a single token in float32 anyway."""

@@ -7,8 +7,8 @@ from collections.abc import Sequence as Ordered
 from typing import Final
 
 from appliance.llamacpp.decode.prompt_lookup import LONGEST, PerKeyTables, PromptLookup
+from appliance.llamacpp.decode.sequence import Sequence
 from appliance.llamacpp.rates import Rates
-from appliance.llamacpp.scheduler.sequence import Sequence
 
 GROWTH: Final = 1.0
 """Drafts make a step longer by at most this share while somebody reads a stream of a sequence in it."""

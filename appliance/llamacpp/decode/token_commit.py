@@ -7,9 +7,9 @@ is written: a row counts only where the tokens before it are those it was comput
 from collections.abc import Sequence as Ordered
 
 from appliance.llamacpp.context import Rows
+from appliance.llamacpp.decode.sequence import Sequence
+from appliance.llamacpp.engine_protocol import Logits, TokenEvent
 from appliance.llamacpp.model import LlamaModel
-from appliance.llamacpp.scheduler.sequence import Sequence
-from appliance.llamacpp.server.params import Logits, TokenEvent
 
 
 def write(sequence: Sequence, rows: Rows, best: Ordered[int], model: LlamaModel) -> int:

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from appliance.llamacpp.decode.sampling import log_normalizer
+from appliance.llamacpp.engine_protocol import LabelItem, LabelScores, Logits
 from appliance.llamacpp.kv.prefix_cache import PrefixNode, Tokens, as_tokens, common_prefix
 from appliance.llamacpp.labels.search import LabelSearch
 from appliance.llamacpp.labels.trie import LabelTrie, Path, shared_length
-from appliance.llamacpp.server.params import LabelItem, LabelScores, Logits
 
 Ints = npt.NDArray[np.int32]
 

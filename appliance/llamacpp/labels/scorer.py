@@ -12,6 +12,8 @@ from itertools import count
 from operator import attrgetter
 from typing import Final
 
+from appliance.llamacpp.fair_queue import FairQueue
+from appliance.llamacpp.kv.capacity import BatchCapacity
 from appliance.llamacpp.kv.prefix_cache import PrefixCache, PrefixNode, Tokens, as_tokens, common_prefix
 from appliance.llamacpp.labels.jobs import (
     LabelJob,
@@ -26,8 +28,6 @@ from appliance.llamacpp.labels.jobs import (
 )
 from appliance.llamacpp.labels.search import SearchBudget
 from appliance.llamacpp.model import LlamaModel
-from appliance.llamacpp.scheduler.fair_queue import FairQueue
-from appliance.llamacpp.scheduler.scheduler import BatchCapacity
 
 _PATHS: Final = 96
 """Sequence ids a window may take; the others are left to running sequences and to cached prefixes."""

@@ -8,11 +8,10 @@ comes from cells that others free, from cached prefixes, and at last from the yo
 from bisect import insort
 from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass
 from typing import Final
 
+from appliance.llamacpp.decode.sequence import Sequence
 from appliance.llamacpp.kv.prefix_cache import common_prefix
-from appliance.llamacpp.scheduler.sequence import Sequence
 
 OUTPUT_RESERVE_TOKENS: Final = 64
 """Output promised at admission. Most answers are shorter than what max_tokens would reserve; longer ones take what is
@@ -58,18 +57,6 @@ class WaitQueue:
 
 def _rank(sequence: Sequence) -> tuple[int, float, int]:
     return sequence.rank
-
-
-@dataclass(frozen=True, slots=True)
-class BatchCapacity:
-    """KV cells: `capacity`, those in use by somebody running, and those promised but not yet used."""
-
-    capacity: int
-    used: int
-    promised: int
-
-    def fits(self, tokens: int) -> bool:
-        return self.used + self.promised + tokens <= self.capacity
 
 
 def promised_tokens(sequence: Sequence) -> int:

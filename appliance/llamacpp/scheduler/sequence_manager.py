@@ -5,14 +5,15 @@ Decisions lie in `scheduler`, where a sequence's cells lie in `cells`. Owned by 
 
 from collections import deque
 
-from appliance.llamacpp.kv.allocator import KvAllocator
+from appliance.llamacpp.decode.sequence import Sequence
+from appliance.llamacpp.fair_queue import FairQueue
+from appliance.llamacpp.kv.capacity import BatchCapacity
 from appliance.llamacpp.kv.prefix_cache import PrefixCache
 from appliance.llamacpp.labels.scorer import LabelScorer
 from appliance.llamacpp.model import LlamaModel
-from appliance.llamacpp.scheduler.fair_queue import FairQueue
+from appliance.llamacpp.scheduler.kv_allocator import KvAllocator
 from appliance.llamacpp.scheduler.scheduler import (
     NOTHING_URGENT,
-    BatchCapacity,
     WaitQueue,
     gives_way,
     leads,
@@ -21,7 +22,6 @@ from appliance.llamacpp.scheduler.scheduler import (
     victim,
     worth_a_lane,
 )
-from appliance.llamacpp.scheduler.sequence import Sequence
 
 Chunk = tuple[Sequence, int]
 """A sequence and how many tokens of its prompt the step computes."""

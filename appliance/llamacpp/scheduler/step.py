@@ -14,8 +14,10 @@ from appliance.errors import EngineFailed
 from appliance.llamacpp.batch import DecodeBatch
 from appliance.llamacpp.context import ABORTED, NO_KV_ROOM, LlamaContext, Rows
 from appliance.llamacpp.decode.sampling import argmax_rows
+from appliance.llamacpp.decode.sequence import Sequence
 from appliance.llamacpp.decode.speculation import SpeculationPlanner
 from appliance.llamacpp.decode.token_commit import write
+from appliance.llamacpp.engine_protocol import EngineLoadReport
 from appliance.llamacpp.labels.jobs import LabelJob
 from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.rates import Rates
@@ -28,10 +30,8 @@ from appliance.llamacpp.scheduler.scheduler import (
     split_budget,
     step_budget,
 )
-from appliance.llamacpp.scheduler.sequence import Sequence
 from appliance.llamacpp.scheduler.sequence_manager import Chunk, SequenceManager
 from appliance.llamacpp.scheduler.thread_governor import ThreadGovernor
-from appliance.llamacpp.server.params import EngineLoadReport
 
 STEP_SECONDS: Final = 0.2
 """About what prompts and labels may take of a step while somebody reads a stream. Shorter steps compute prompts in

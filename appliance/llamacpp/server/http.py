@@ -17,8 +17,8 @@ from starlette.types import Receive, Scope, Send
 from appliance.errors import ApplianceError, ClientGone, EngineFailed, RequestError, Unavailable
 from appliance.llamacpp.chat.prompts import PromptBuilder
 from appliance.llamacpp.decode.constraints import GrammarCompiler
-from appliance.llamacpp.decode.generation import GenerationRequest, RunningGeneration, SequenceEngine
 from appliance.llamacpp.kernels import Kernels
+from appliance.llamacpp.server.generation import GenerationRequest, RunningGeneration, SequenceEngine
 from appliance.llamacpp.server.labels_api import label_ask, label_reply
 from appliance.llamacpp.server.openai_replies import Kind, ReplyWriter
 from appliance.llamacpp.server.openai_requests import chat_ask, check_model, completion_ask

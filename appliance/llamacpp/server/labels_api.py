@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from appliance.errors import ApplianceError, RequestError, Unsupported
+from appliance.llamacpp.chat.message import MessageIn
 from appliance.llamacpp.chat.prompts import LabelTail, PromptBuilder
-from appliance.llamacpp.decode.generation import TokenUsage
+from appliance.llamacpp.engine_protocol import LabelItem, LabelScores
+from appliance.llamacpp.server.generation import TokenUsage
 from appliance.llamacpp.server.openai_replies import IMPOSSIBLE_LOGPROB, usage_json
 from appliance.llamacpp.server.openai_requests import ModelLimits, check_length, salt
-from appliance.llamacpp.server.params import LabelItem, LabelScores
-from appliance.llamacpp.server.request_models import LabelItemIn, LabelsIn, MessageIn
+from appliance.llamacpp.server.request_models import LabelItemIn, LabelsIn
 
 MAX_LABELS = 1_024
 

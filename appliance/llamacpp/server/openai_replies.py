@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from appliance.llamacpp.chat.reply_parsers import MessagePart, ReplyPieces
-from appliance.llamacpp.decode.generation import GenerationDelta, TokenUsage, WholeReply
-from appliance.llamacpp.decode.text import PlacedToken
-from appliance.llamacpp.server.params import TokenEvent
+from appliance.llamacpp.chat.reply_text import PlacedToken
+from appliance.llamacpp.engine_protocol import TokenEvent
+from appliance.llamacpp.server.generation import GenerationDelta, TokenUsage, WholeReply
 from appliance.llamacpp.tools.source import ContentDelta, Event, ReasoningDelta, ToolCallArgumentsDelta, ToolCallStart
 
 Json = dict[str, Any]

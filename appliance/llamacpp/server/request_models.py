@@ -9,6 +9,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from appliance.errors import RequestError
+from appliance.llamacpp.chat.message import MessageIn
 
 MAX_LABEL_ITEMS = 10_000
 MAX_CHOICES = 128
@@ -32,15 +33,6 @@ class _Strict(BaseModel):
     """Types are not guessed ("5" is no number); fields we do not know are ignored, as OpenAI's clients expect."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-
-
-class MessageIn(_Strict):
-    """Other fields (name, tool_calls, tool_call_id, ...) travel on to the template."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[dict[str, Any]] | None = None
 
 
 class JsonSchemaIn(_Strict):

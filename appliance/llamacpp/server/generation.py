@@ -14,9 +14,9 @@ from appliance.llamacpp.chat.reply_parsers import (
     ReplyParser,
     ReplyPieces,
 )
+from appliance.llamacpp.chat.reply_text import PlacedToken
 from appliance.llamacpp.decode.constraints import GrammarCompiler
-from appliance.llamacpp.decode.text import PlacedToken
-from appliance.llamacpp.server.params import (
+from appliance.llamacpp.engine_protocol import (
     EngineLoadReport,
     LabelItem,
     LabelScores,

@@ -1,9 +1,9 @@
 """Where the keys and values of every sequence lie: forked from the prefix tree, in a lane, cached, or given back."""
 
 from appliance.errors import EngineFailed
+from appliance.llamacpp.decode.sequence import Sequence
 from appliance.llamacpp.kv.prefix_cache import PrefixCache
 from appliance.llamacpp.model import LlamaModel
-from appliance.llamacpp.scheduler.sequence import Sequence
 
 
 class KvAllocator:

@@ -6,8 +6,8 @@ import numpy as np
 
 from appliance.llamacpp.decode.prompt_lookup import PromptLookup
 from appliance.llamacpp.decode.sampling import Sampler
+from appliance.llamacpp.engine_protocol import FinishReason, SequenceFinished, SequenceRequest, TokenEvent
 from appliance.llamacpp.kv.prefix_cache import PrefixNode, Tokens, as_tokens
-from appliance.llamacpp.server.params import FinishReason, SequenceFinished, SequenceRequest, TokenEvent
 
 
 @dataclass(eq=False, slots=True)
