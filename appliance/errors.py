@@ -1,39 +1,40 @@
-"""One exception tree. HTTP status, code and retry hint live on the class, so no other room knows them.
+"""One exception tree. HTTP status, code and retry hint live on the class, so no other package knows them.
 
-ApplianceError                       500  internal_error
+ApplianceError                       500  internal_error         a defect of this program; the log has the traceback
 ├── RequestError                     400  invalid_request        the caller must change the request
-│   ├── ContextTooLong               400  context_length_exceeded
-│   ├── Unsupported                  400  unsupported_feature
-│   ├── BodyTooLarge                 413  body_too_large
-│   ├── UnknownModel                 404  model_not_found
-│   └── NotFound                     404  not_found
-├── Unauthorized                     401  invalid_api_key
-├── Forbidden                        403  forbidden
-│   └── ResidencyRefused             403  residency_bound        the answer would have to leave its bound
+│   ├── ContextTooLong               400  context_length_exceeded  prompt and answer do not fit the target's context
+│   ├── Unsupported                  400  unsupported_feature    no target can do what the request asks for
+│   ├── BodyTooLarge                 413  body_too_large         the body is longer than `server.max_body_bytes`
+│   ├── UnknownModel                 404  model_not_found        no target has the name in `model`
+│   └── NotFound                     404  not_found              the path, decision, file or name does not exist
+├── Unauthorized                     401  invalid_api_key        no API key was sent, or it is not known
+├── Forbidden                        403  forbidden              the API key lacks a scope or a route
+│   └── ResidencyRefused             403  residency_bound        no target inside the request's residency can answer
 ├── Busy                             429  capacity_exceeded      waiting helps; carries retry_after_seconds
-│   └── BudgetExceeded               429  budget_exceeded
+│   ├── RateLimited                  429  rate_limit_exceeded    the key's requests a minute are used up
+│   └── BudgetExceeded               429  budget_exceeded        a daily cap or a cost ceiling is reached
 ├── Unavailable                      503  unavailable            no allowed target is up
 │   ├── EngineBusy                   503  engine_busy            an engine's own bounded queue is full
 │   ├── LedgerUnavailable            503  ledger_unavailable     hosted spend cannot be recorded, so none is made
-│   ├── JobsUnavailable              503  jobs_unavailable       what is known of files and batches cannot be read
+│   ├── JobsUnavailable              503  jobs_unavailable       the store of files and batches cannot be read
 │   └── StorageFull                  507  storage_full           the disk has no room for files and results
-├── DeadlineExceeded                 504  deadline_exceeded
+├── DeadlineExceeded                 504  deadline_exceeded      all attempts together took longer than the route allows
 ├── BackendError                     502  backend_error          a target did not answer as it should
-│   ├── BackendRefused               (upstream's) upstream_rejected   4xx: would fail anywhere, never retried
-│   │   └── BackendIncapable         (upstream's) upstream_rejected   404, 405, 413: this target cannot, another may
+│   ├── BackendRefused               (upstream's) upstream_rejected      a 4xx that would fail anywhere; never retried
+│   │   └── BackendIncapable         (upstream's) upstream_rejected      404, 405, 413: this target cannot, another may
 │   ├── BackendAuth                  502  backend_auth           our key for the target is missing or wrong
 │   ├── BackendOverloaded            503  backend_overloaded     429, 503, 529 from upstream
-│   ├── BackendTimeout               504  backend_timeout
-│   ├── BackendUnreachable           502  backend_unreachable
+│   ├── BackendTimeout               504  backend_timeout        a target was too slow
+│   ├── BackendUnreachable           502  backend_unreachable    no connection to a target
 │   ├── BackendGarbage               502  backend_garbage        a reply that is not what the dialect promises
 │   ├── RejectedReply                502  reply_rejected         an answer came and did not pass verification
 │   └── StreamBroken                 502  stream_broken          after the first byte; nothing may be retried
-├── ClientGone                       499  client_closed_request
-└── OperatorError                    500  configuration_error    what the operator wrote or has; shown at start
+├── ClientGone                       499  client_closed_request  the client left before its answer was complete
+└── OperatorError                    500  configuration_error    a mistake in the node's set-up; shown at start
     ├── ConfigError                  500  invalid_configuration  names file, line and field
     ├── ModelFileError               500  model_file_error       missing, truncated, corrupt
-    ├── PullError                    500  pull_failed
-    └── EngineFailed                 500  engine_failed          did not start or died; carries its last words
+    ├── PullError                    500  pull_failed            a model could not be fetched
+    └── EngineFailed                 500  engine_failed          did not start or died; carries its last log lines
 """
 
 from collections.abc import Mapping

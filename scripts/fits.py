@@ -1,10 +1,9 @@
-"""Which model of the catalogue fits which class of hardware, as tables: made by the planner, for the README."""
+"""Which model of the catalogue fits which class of hardware: tables by the planner, for appliance/docs/models.md."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from appliance.catalog import Catalog, DevicePrior, ModelSpec, load_catalog
+from appliance.catalog import ModelSpec, load_catalog
 from appliance.config import EngineSettings
 from appliance.node.hardware.probe import Hardware
 from appliance.node.plan.hypothetical_hardware import build_hypothetical_hardware
@@ -15,19 +14,14 @@ _NOWHERE: Final = Path()
 """Nothing has been pulled."""
 
 
-def fit_tables() -> str:
-    """One table for GPUs, one for processors: models down, classes of hardware across."""
-    catalog = load_catalog()
-    gpus = sorted((one for one in catalog.devices if one.kind == "gpu"), key=lambda one: one.memory_bytes or 0)
-    cpus = sorted((one for one in catalog.devices if one.kind == "cpu"), key=lambda one: one.memory_bytes or 0)
-    return "\n\n".join(
-        (
-            "One GPU, vLLM: variant, the longest sequence, how many at once.",
-            _table(catalog, gpus, "vllm"),
-            "Processors, llama.cpp: variant, context shared by all, how many sequences at once.",
-            _table(catalog, cpus, "llamacpp"),
-        )
-    )
+def gpu_table() -> str:
+    """One GPU and vLLM. A cell: variant, the longest sequence, how many sequences at once."""
+    return _table("gpu", "vllm")
+
+
+def cpu_table() -> str:
+    """A processor and llama.cpp. A cell: variant, context shared by all sequences, how many sequences at once."""
+    return _table("cpu", "llamacpp")
 
 
 def verdict(hardware: Hardware, model: ModelSpec, engine: str) -> Plan:
@@ -38,7 +32,10 @@ def verdict(hardware: Hardware, model: ModelSpec, engine: str) -> Plan:
     )
 
 
-def _table(catalog: Catalog, devices: Sequence[DevicePrior], engine: str) -> str:
+def _table(kind: str, engine: str) -> str:
+    """Models down, classes of hardware of this kind across, smallest memory first."""
+    catalog = load_catalog()
+    devices = sorted((one for one in catalog.devices if one.kind == kind), key=lambda one: one.memory_bytes or 0)
     names = [device.name.partition("-")[2] for device in devices]
     machines = [build_hypothetical_hardware(device) for device in devices]
     rows = [f"| model | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]

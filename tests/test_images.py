@@ -1,4 +1,4 @@
-"""The container files: linted, their steps rehearsed, and the examples of running them that the README gives."""
+"""The container files: linted, their steps rehearsed, and the examples of running them that the documentation gives."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from scripts.rehearsal import ContainerFile, Rehearsal, context, ignored, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [ROOT / "Dockerfile.cpu", ROOT / "Dockerfile.cuda"]
-README = (ROOT / "README.md").read_text("utf-8")
+PAGE = (ROOT / "appliance" / "docs" / "operations.md").read_text("utf-8")
 
 
 def read(path: Path) -> ContainerFile:
@@ -24,8 +24,8 @@ def read(path: Path) -> ContainerFile:
 
 
 def example(language: str, containing: str) -> str:
-    """A block of code of the README."""
-    blocks = re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    """A block of code of the page on operations."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     (found,) = [block for block in blocks if containing in block]
     return str(found)
 

@@ -1,6 +1,6 @@
 """Checks a GPU machine for real: probe, plan, vLLM under the node, memory, speed, decisions, energy. One JSON report.
 
-scripts/gpu-check is how it is started; README's section on it says what to carry to a machine without a network.
+scripts/gpu-check is how it is started; appliance/docs/vllm.md says what to carry to a machine without a network.
 """
 
 import argparse

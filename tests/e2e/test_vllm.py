@@ -1,6 +1,6 @@
 """A node with a real vLLM, in its build for CPUs. A start takes half a minute to two, so all tests share one node.
 
-The numbers are those of the table of vLLM's surprises in the README.
+The numbers are those of the table of vLLM's surprises in appliance/docs/vllm.md.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""vLLM's surprises under supervision. The numbers are those of the table in the README."""
+"""vLLM's surprises under supervision. The numbers are those of the table in appliance/docs/vllm.md."""
 
 import asyncio
 import os

@@ -19,7 +19,7 @@ from appliance.errors import (
 )
 from appliance.upstream.error_mapping import error_in_success, error_of_status
 from appliance.upstream.rate_limit_headers import MAX_REST_SECONDS, parse_reset, rest_seconds, retry_seconds
-from scripts.readme import README
+from scripts.docs import DOCS
 from tests.router.scene import engine_target, hosted_target
 
 NOW = 1_790_000_000.0
@@ -234,8 +234,8 @@ def test_an_error_inside_a_reply_that_began_well_is_one_of_ours(error: Any, kind
     assert type(error_in_success(hosted_target(), error)) is kind
 
 
-def test_the_readme_tells_what_each_of_these_becomes() -> None:
-    rows = [line.split("|")[1:3] for line in README.read_text().splitlines() if line.startswith("| ")]
+def test_the_documentation_tells_what_each_of_these_becomes() -> None:
+    rows = [line.split("|")[1:3] for line in (DOCS / "errors.md").read_text().splitlines() if line.startswith("| ")]
     for _, status, body, kind, code in ERRORS:
         error = error_of_status(hosted_target(), status, orjson.dumps(body), {}, NOW)
         ours = "upstream_rejected" if issubclass(kind, BackendRefused) and code != "content_filter" else error.code

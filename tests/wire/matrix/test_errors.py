@@ -1,4 +1,4 @@
-"""What a provider or an engine fails with, and what callers of each API are told: the README's table, as it happens."""
+"""How a provider or an engine fails, and what clients of each API get: the documentation's table, as it happens."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tests.wire.matrix.stages import node_over
 
 pytestmark = pytest.mark.anyio
 
-README = Path(__file__).resolve().parents[3] / "README.md"
+PAGE = Path(__file__).resolve().parents[3] / "appliance" / "docs" / "errors.md"
 BEGIN, END = "<!-- upstream errors: tests/wire/matrix/test_errors.py compares -->", "<!-- upstream errors: end -->"
 FAILURES: dict[str, Fail | None] = {
     "400, 404, 422: the request is wrong": Fail(400, "invalid_request_error"),
@@ -65,10 +65,10 @@ def row(what: str, answers: dict[Inbound, httpx.Response]) -> str:
 
 @pytest.mark.parametrize("outbound", SPOKEN)
 @pytest.mark.parametrize("what", FAILURES)
-async def test_a_providers_error_becomes_what_the_readme_says(what: str, outbound: Spoken) -> None:
+async def test_a_providers_error_becomes_what_the_documentation_says(what: str, outbound: Spoken) -> None:
     fail = FAILURES[what]
     answers = await told(outbound, fail)
-    table = README.read_text("utf-8").partition(BEGIN)[2].partition(END)[0]
+    table = PAGE.read_text("utf-8").partition(BEGIN)[2].partition(END)[0]
     assert row(what, answers) in table.splitlines()
     assert answers["responses"].json()["error"]["code"] == answers["chat"].json()["error"]["code"]
     for answer in answers.values():
