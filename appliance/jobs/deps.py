@@ -8,7 +8,7 @@ from typing import Final, Literal
 from appliance.config import JobsSettings
 from appliance.core import HealthAlerts
 from appliance.jobs.fair_share import FairShareSlots
-from appliance.jobs.models import BatchLine, Ending, LineAnswering
+from appliance.jobs.models import BatchLine, Ending, LineHandler
 from appliance.jobs.provider.models import ProviderBatchLines
 from appliance.jobs.storage.files import JobFolder
 from appliance.jobs.storage.store import JobStore
@@ -31,15 +31,15 @@ class JobDeps:
     config: JobsSettings
     store: JobStore
     folder: JobFolder
-    answering: LineAnswering
-    places: FairShareSlots
+    line_handler: LineHandler
+    slots: FairShareSlots
     state: State
     alerts: HealthAlerts
     clock: Callable[[], float]
-    wall: Callable[[], float]
-    posting: ProviderBatchLines | None = None
+    wall_clock: Callable[[], float]
+    provider_batches: ProviderBatchLines | None = None
     """How lines leave in providers' own batches; None: they do not."""
-    validating: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_VALIDATED_AT_ONCE))
+    validation_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_VALIDATED_AT_ONCE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +48,12 @@ class JobProgress:
 
     state: RunState
     reason: str
-    per_second: float | None
+    lines_per_second: float | None
     seconds_left: float | None
-    late: int
+    late_lines: int
     """Lines that would be late on-site."""
-    under_way: int
-    posted: int
+    lines_in_flight: int
+    lines_at_providers: int
     """Lines that lie in providers' own batches."""
 
 
@@ -66,7 +66,7 @@ class JobStopped(Exception):
         self.code, self.message = code, message
 
 
-def grouped(lines: Sequence[BatchLine], kin: Callable[[BatchLine], Hashable | None]) -> list[list[BatchLine]]:
+def group_lines(lines: Sequence[BatchLine], kin: Callable[[BatchLine], Hashable | None]) -> list[list[BatchLine]]:
     """Lines that may be asked together, in the order of the first of each."""
     groups: list[list[BatchLine]] = []
     open_groups: dict[Hashable, list[BatchLine]] = {}

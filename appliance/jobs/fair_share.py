@@ -10,11 +10,11 @@ class SlotRequest:
     """A batch that wants to ask. `pressing`: it is going to be late."""
 
     owner: str
-    nudge: Callable[[], None]
+    wake: Callable[[], None]
     """Called when there may be a place for it."""
-    pressing: bool = False
-    wants: bool = False
-    under_way: int = 0
+    is_urgent: bool = False
+    is_waiting: bool = False
+    in_flight: int = 0
 
 
 class FairShareSlots:
@@ -22,40 +22,40 @@ class FairShareSlots:
 
     def __init__(self, most: Callable[[], int]) -> None:
         self._most = most
-        self._claims: list[SlotRequest] = []
+        self._requests: list[SlotRequest] = []
         self._by_owner: Counter[str] = Counter()
 
-    def join(self, owner: str, nudge: Callable[[], None]) -> SlotRequest:
-        claim = SlotRequest(owner, nudge)
-        self._claims.append(claim)
-        return claim
+    def register(self, owner: str, nudge: Callable[[], None]) -> SlotRequest:
+        slot_request = SlotRequest(owner, nudge)
+        self._requests.append(slot_request)
+        return slot_request
 
-    def part(self, claim: SlotRequest) -> None:
-        self._claims.remove(claim)
-        self._tell()
+    def unregister(self, slot_request: SlotRequest) -> None:
+        self._requests.remove(slot_request)
+        self._wake_waiting()
 
-    def enter(self, claim: SlotRequest) -> bool:
+    def try_acquire(self, slot_request: SlotRequest) -> bool:
         """Take a place if there is one and nobody who wants one has less. Whoever gets False is nudged, and should try
         again now and then besides: more places may come."""
-        claim.wants = True
-        if sum(one.under_way for one in self._claims) >= self._most():
+        slot_request.is_waiting = True
+        if sum(one.in_flight for one in self._requests) >= self._most():
             return False
-        if any(self._rank(other) < self._rank(claim) for other in self._claims if other.wants):
+        if any(self._rank(other) < self._rank(slot_request) for other in self._requests if other.is_waiting):
             return False
-        claim.wants = False
-        claim.under_way += 1
-        self._by_owner[claim.owner] += 1
+        slot_request.is_waiting = False
+        slot_request.in_flight += 1
+        self._by_owner[slot_request.owner] += 1
         return True
 
-    def leave(self, claim: SlotRequest) -> None:
-        claim.under_way -= 1
-        self._by_owner[claim.owner] -= 1
-        self._tell()
+    def release(self, slot_request: SlotRequest) -> None:
+        slot_request.in_flight -= 1
+        self._by_owner[slot_request.owner] -= 1
+        self._wake_waiting()
 
-    def _tell(self) -> None:
-        for claim in self._claims:
-            if claim.wants:
-                claim.nudge()
+    def _wake_waiting(self) -> None:
+        for slot_request in self._requests:
+            if slot_request.is_waiting:
+                slot_request.wake()
 
-    def _rank(self, claim: SlotRequest) -> tuple[bool, int, int]:
-        return not claim.pressing, self._by_owner[claim.owner], claim.under_way
+    def _rank(self, slot_request: SlotRequest) -> tuple[bool, int, int]:
+        return not slot_request.is_urgent, self._by_owner[slot_request.owner], slot_request.in_flight

@@ -17,11 +17,11 @@ from appliance.core import HealthAlerts
 from appliance.errors import ApplianceError
 from appliance.jobs.deps import JobDeps, JobProgress
 from appliance.jobs.fair_share import FairShareSlots
-from appliance.jobs.models import Batch, LineAnswering
-from appliance.jobs.planner import calls_at_once
+from appliance.jobs.models import Batch, LineHandler
+from appliance.jobs.planner import choose_concurrency
 from appliance.jobs.provider.models import ProviderBatchLines
 from appliance.jobs.runner import BatchRun
-from appliance.jobs.storage.files import JobFolder, free_bytes
+from appliance.jobs.storage.files import JobFolder, read_free_bytes
 from appliance.jobs.storage.store import JobStore
 from appliance.state import State
 from appliance.telemetry.background import GuardedTask
@@ -39,9 +39,9 @@ def new_batch_id() -> str:
 class JobManager:
     """`open` it, `start` it once lines can be answered, and `aclose` it: what runs then goes on at the next start."""
 
-    def __init__(self, means: JobDeps) -> None:
-        self._means = means
-        self.store, self.folder, self.config = means.store, means.folder, means.config
+    def __init__(self, deps: JobDeps) -> None:
+        self._deps = deps
+        self.store, self.folder, self.config = deps.store, deps.folder, deps.config
         self._runs: dict[str, BatchRun] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.ended: Counter[str] = Counter()
@@ -55,13 +55,13 @@ class JobManager:
         config: JobsSettings,
         home: Path,
         *,
-        answering: LineAnswering,
+        line_handler: LineHandler,
         state: State,
         alerts: HealthAlerts,
         clock: Callable[[], float],
         wall: Callable[[], float],
-        free: Callable[[Path], int] = free_bytes,
-        posting: ProviderBatchLines | None = None,
+        free: Callable[[Path], int] = read_free_bytes,
+        provider_batches: ProviderBatchLines | None = None,
     ) -> "JobManager":
         """Files lie in `config.folder`, else below `home`. Raises JobsUnavailable, StorageFull, OSError."""
         root = await asyncio.to_thread(Path(config.folder).expanduser) if config.folder else home / "jobs"
@@ -69,18 +69,18 @@ class JobManager:
         folder = await asyncio.to_thread(partial(JobFolder, root, free=free, **limits))
         url = config.url or URL.create("sqlite", database=str(root / "jobs.sqlite")).render_as_string()
         store = await JobStore.open(url)
-        places = FairShareSlots(lambda: calls_at_once(state.snapshot, config.concurrency))
-        return cls(JobDeps(config, store, folder, answering, places, state, alerts, clock, wall, posting))
+        places = FairShareSlots(lambda: choose_concurrency(state.snapshot, config.concurrency))
+        return cls(JobDeps(config, store, folder, line_handler, places, state, alerts, clock, wall, provider_batches))
 
     async def start(self) -> None:
         """Go on with what has not ended, and remove what nobody knows of."""
-        batches = await self.store.open_batches()
-        known = await self.store.file_ids()
+        batches = await self.store.list_open_batches()
+        known = await self.store.list_file_ids()
         results = {name for one in batches for name in (one.output_file_id, one.error_file_id) if name is not None}
-        await asyncio.to_thread(self.folder.sweep, known | results, frozenset(batch.id for batch in batches))
+        await asyncio.to_thread(self.folder.remove_unknown, known | results, frozenset(batch.id for batch in batches))
         for batch in batches:
             self._begin(batch)
-        self._spawn(GuardedTask("sweeping of job files", self._sweep, self._means.alerts).run())
+        self._spawn(GuardedTask("sweeping of job files", self._sweep, self._deps.alerts).run())
 
     async def aclose(self) -> None:
         for task in self._tasks:
@@ -91,7 +91,7 @@ class JobManager:
 
     @property
     def endpoints(self) -> Sequence[str]:
-        return self._means.answering.endpoints
+        return self._deps.line_handler.endpoints
 
     async def create(self, batch: Batch) -> Batch:
         await self.store.add_batch(batch)
@@ -106,7 +106,7 @@ class JobManager:
         await run.stop("cancelled", "batch_cancelled", "the batch was cancelled before this line was answered")
         return run.batch
 
-    def current(self, batch: Batch) -> Batch:
+    def current_batch(self, batch: Batch) -> Batch:
         """As it is now, where it runs."""
         run = self._runs.get(batch.id)
         return batch if run is None else run.batch
@@ -120,32 +120,32 @@ class JobManager:
     def running(self) -> Mapping[str, BatchRun]:
         return self._runs
 
-    def nudge(self) -> None:
+    def wake(self) -> None:
         """Have every run look around at once: at the clock, the disk, the places."""
         for run in self._runs.values():
-            run.nudge()
+            run.wake()
 
     async def remove_file(self, file_id: str) -> bool:
         """Forget it, then remove it; a job that reads it has a copy of its own."""
         was_there = await self.store.remove_file(file_id)
-        await asyncio.to_thread(self.folder.remove, file_id)
+        await asyncio.to_thread(self.folder.remove_file, file_id)
         return was_there
 
-    async def sweep(self) -> None:
+    async def remove_expired(self) -> None:
         """Remove files and ended batches that have had their time."""
-        now = self._means.wall()
-        for file_id in await self.store.expired_files(now):
+        now = self._deps.wall_clock()
+        for file_id in await self.store.list_expired_files(now):
             await self.remove_file(file_id)
         await self.store.remove_old_batches(now - self.config.retention_days * 86_400.0)
 
     async def _sweep(self) -> None:
         while True:
             with contextlib.suppress(ApplianceError, OSError):
-                await self.sweep()
+                await self.remove_expired()
             await asyncio.sleep(_SWEEP_SECONDS)
 
     def _begin(self, batch: Batch) -> None:
-        self._runs[batch.id] = run = BatchRun(batch, self._means)
+        self._runs[batch.id] = run = BatchRun(batch, self._deps)
         self._spawn(self._run(run))
 
     async def _run(self, run: BatchRun) -> None:
@@ -154,13 +154,13 @@ class JobManager:
         except Exception as error:
             # It goes on with the next start; what is on disk is whole.
             text = f"batch {run.batch.id} stopped unexpectedly ({error!r}); it goes on when the node is restarted"
-            self._means.alerts.warn("job_stopped", text, run.batch.id)
+            self._deps.alerts.warn("job_stopped", text, run.batch.id)
             _log.exception("batch stopped unexpectedly", batch=run.batch.id)
         else:
             self._count(run.batch)
         finally:
             del self._runs[run.batch.id]
-            self.nudge()
+            self.wake()
 
     def _count(self, batch: Batch) -> None:
         if batch.is_over:

@@ -148,15 +148,15 @@ class LineAnswer:
         return self.status < 400
 
 
-class LineAnswering(Protocol):
+class LineHandler(Protocol):
     """How lines are answered: the normal pipeline, on behalf of a key."""
 
     @property
     def endpoints(self) -> Sequence[str]:
         """The urls that lines may name."""
 
-    def kin(self, line: BatchLine) -> Hashable | None:
-        """Lines with the same kin may be asked in one call; None: alone. Pure."""
+    def group_key(self, line: BatchLine) -> Hashable | None:
+        """Lines with the same key may be asked in one call; None: alone. Pure."""
 
-    async def ask(self, lines: Sequence[BatchLine], terms: BatchTerms) -> Sequence[LineAnswer]:
+    async def execute(self, lines: Sequence[BatchLine], terms: BatchTerms) -> Sequence[LineAnswer]:
         """One answer for each line, in order. Raises Unauthorized where the key is no more."""

@@ -11,7 +11,7 @@ from typing import Final
 from appliance.core import Snapshot
 from appliance.errors import RequestError
 
-SAFETY: Final = 0.9
+SAFETY_SHARE: Final = 0.9
 """Share of the time that is left which is counted on: rates vary."""
 LEARN_LINES: Final = 8
 LEARN_SECONDS: Final = 2.0
@@ -28,7 +28,7 @@ BACKLOG_CALLS: Final = 2
 _UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 
 
-def read_window(text: str) -> float:
+def parse_window(text: str) -> float:
     """`24h`, `30m`, `90s`, `7d` in seconds. Raises RequestError."""
     found = re.fullmatch(r"(\d{1,7})([smhd])", text)
     seconds = int(found[1]) * _UNITS[found[2]] if found else 0.0
@@ -48,12 +48,12 @@ class BatchPace:
         self._marks: deque[tuple[float, int]] = deque()
         self._begun: float | None = None
 
-    def begin(self, now: float) -> None:
+    def start(self, now: float) -> None:
         """Work begins, or goes on after a pause: what lies before says nothing."""
         self._marks.clear()
         self._begun = now
 
-    def done(self, lines: int, now: float) -> None:
+    def add_lines(self, lines: int, now: float) -> None:
         if self._begun is None:
             self._begun = now
         if self._marks and now - self._marks[-1][0] < 1.0:
@@ -64,14 +64,14 @@ class BatchPace:
         while now - self._marks[0][0] > self._window_seconds:
             self._begun = self._marks.popleft()[0]
 
-    def per_second(self, now: float) -> float | None:
+    def lines_per_second(self, now: float) -> float | None:
         """None until enough was seen; that nothing comes is seen after a whole window."""
         lines, seconds = sum(count for _, count in self._marks), now - (now if self._begun is None else self._begun)
         is_known = lines >= LEARN_LINES and seconds >= LEARN_SECONDS
         return lines / seconds if is_known or seconds >= self._window_seconds else None
 
 
-def pace_of(window_seconds: float) -> BatchPace:
+def make_pace(window_seconds: float) -> BatchPace:
     """For the forecast of a batch with such a completion window."""
     return BatchPace(max(WINDOW_SECONDS, WINDOW_SHARE * window_seconds))
 
@@ -81,10 +81,10 @@ class Forecast:
     """`seconds` until all is done at this pace, None where that is not known; `late` lines would not be in time."""
 
     seconds: float | None
-    late: int
+    late_lines: int
 
 
-def forecast(lines_left: int, per_second: float | None, seconds_left: float) -> Forecast:
+def make_forecast(lines_left: int, per_second: float | None, seconds_left: float) -> Forecast:
     """What will come of so many lines on-site, with so many seconds of work left until the deadline."""
     if lines_left <= 0:
         return Forecast(0.0, 0)
@@ -92,11 +92,11 @@ def forecast(lines_left: int, per_second: float | None, seconds_left: float) -> 
         return Forecast(None, 0)
     if per_second <= 0:
         return Forecast(None, lines_left)
-    in_time = math.floor(per_second * max(0.0, seconds_left) * SAFETY)
+    in_time = math.floor(per_second * max(0.0, seconds_left) * SAFETY_SHARE)
     return Forecast(lines_left / per_second, max(0, lines_left - in_time))
 
 
-def calls_at_once(snapshot: Snapshot, configured: int | None) -> int:
+def choose_concurrency(snapshot: Snapshot, configured: int | None) -> int:
     """How many calls keep the engines that are ready busy; with no engine, what a hosted target gets at once."""
     if configured is not None:
         return configured
@@ -105,17 +105,17 @@ def calls_at_once(snapshot: Snapshot, configured: int | None) -> int:
     return sequences + BACKLOG_CALLS if sequences else 4 * BACKLOG_CALLS
 
 
-def is_open(hours: Sequence[str], at: datetime) -> bool:
+def is_within_hours(hours: Sequence[str], at: datetime) -> bool:
     """Whether jobs run at this moment of the machine's own time."""
     return not hours or any(_within(span, at) for span in hours)
 
 
-def open_seconds(hours: Sequence[str], start: datetime, seconds: float) -> float:
+def count_open_seconds(hours: Sequence[str], start: datetime, seconds: float) -> float:
     """How much of the next `seconds` jobs may run in, to the minute."""
     if not hours or seconds <= 0:
         return max(0.0, seconds)
     minutes = min(int(seconds // 60), int(MAX_WINDOW_SECONDS // 60))
-    return 60.0 * sum(is_open(hours, start + timedelta(minutes=minute)) for minute in range(minutes))
+    return 60.0 * sum(is_within_hours(hours, start + timedelta(minutes=minute)) for minute in range(minutes))
 
 
 def _within(span: str, at: datetime) -> bool:

@@ -15,11 +15,11 @@ import structlog
 from appliance.errors import StorageFull, Unauthorized
 from appliance.jobs.deps import JobDeps, JobProgress, JobStopped
 from appliance.jobs.dispatcher import Dispatcher
-from appliance.jobs.finalize import end_early, finalize, publish
+from appliance.jobs.finalize import end_batch_early, finalize_batch, publish_results
 from appliance.jobs.lines.queue import LineQueue
-from appliance.jobs.lines.validation import UnusableLine, told, validate
+from appliance.jobs.lines.validation import UnusableInput, describe_problem, validate_batch
 from appliance.jobs.models import Batch, BatchLine, Ending
-from appliance.jobs.planner import is_open
+from appliance.jobs.planner import is_within_hours
 from appliance.jobs.provider.provider_batch import GATHERING_SECONDS, ProviderBatchRunner
 from appliance.jobs.storage.batch_state import LOOK_SECONDS, BatchState
 
@@ -35,40 +35,46 @@ class BatchRun:
     providers' batches).
     """
 
-    def __init__(self, batch: Batch, means: JobDeps) -> None:
-        self._means = means
-        self._queue = LineQueue(means)
-        self._keeper = BatchState(batch, means, self._queue.done)
-        self._asker = Dispatcher(means, self._keeper, self._queue)
-        self._upstream = ProviderBatchRunner(means, self._keeper, self._queue, self._asker.terms)
+    def __init__(self, batch: Batch, deps: JobDeps) -> None:
+        self._deps = deps
+        self._queue = LineQueue(deps)
+        self._batch_state = BatchState(batch, deps, self._queue.mark_done)
+        self._dispatcher = Dispatcher(deps, self._batch_state, self._queue)
+        self._upstream = ProviderBatchRunner(deps, self._batch_state, self._queue, self._dispatcher.make_terms)
         self._stopped: JobStopped | None = None
         self._disk_looked = float("-inf")
 
     @property
     def batch(self) -> Batch:
-        return self._keeper.batch
+        return self._batch_state.batch
 
     @property
     def progress(self) -> JobProgress:
-        keeper, asker, posted = self._keeper, self._asker, self._upstream.lines
-        rate = asker.per_second
+        batch_state, dispatcher, posted = self._batch_state, self._dispatcher, self._upstream.lines
+        rate = dispatcher.lines_per_second
         # A provider does not tell when it will be done.
         seconds = None if posted or rate is None or rate <= 0 else self.batch.counts.left / rate
         return JobProgress(
-            keeper.state, keeper.reason, rate, seconds, asker.forecast.late, asker.lines_under_way, posted
+            batch_state.run_state,
+            batch_state.reason,
+            rate,
+            seconds,
+            dispatcher.forecast.late_lines,
+            dispatcher.lines_in_flight,
+            posted,
         )
 
-    def nudge(self) -> None:
-        self._keeper.nudge()
+    def wake(self) -> None:
+        self._batch_state.wake()
         self._upstream.nudge()
 
     async def stop(self, ending: Ending, code: str, message: str) -> None:
         """Ask for its end; `cancelling` is on disk when this returns."""
-        async with self._keeper.lock:
+        async with self._batch_state.lock:
             if self.batch.status in ("validating", "in_progress"):
-                await self._keeper.save(self._keeper.in_status(self.batch, "cancelling"))
+                await self._batch_state.save(self._batch_state.with_status(self.batch, "cancelling"))
                 self._stopped = self._stopped or JobStopped(ending, code, message)
-        self.nudge()
+        self.wake()
 
     async def run(self) -> None:
         """To the end of the batch. Cancelled, it leaves everything so that the next run goes on."""
@@ -83,105 +89,105 @@ class BatchRun:
                     JobStopped("cancelled", "batch_cancelled", "the batch was cancelled before this line")
                 )
             if self.batch.status == "finalizing":
-                await self._keeper.patiently(partial(publish, self._keeper, self._means))
+                await self._batch_state.retry_storage(partial(publish_results, self._batch_state, self._deps))
         finally:
-            await self._asker.stop()
+            await self._dispatcher.stop()
             await self._upstream.stop()
             with contextlib.suppress(Exception):
-                await self._keeper.commit()
-            self._keeper.results.close()
-            self._means.alerts.clear("jobs_paused", self.batch.id)
-            self._asker.part()
+                await self._batch_state.commit()
+            self._batch_state.results.close()
+            self._deps.alerts.clear("jobs_paused", self.batch.id)
+            self._dispatcher.release_slots()
 
     # Stages.
 
     async def _validate(self) -> None:
-        keeper = self._keeper
+        batch_state = self._batch_state
         try:
-            found = await keeper.patiently(self._validated)
-        except UnusableLine as error:
+            found = await batch_state.retry_storage(self._validated)
+        except UnusableInput as error:
             problems = (error.problem, *self.batch.problems)
-            _log.warning("batch cannot be worked with", batch=self.batch.id, reason=told(problems))
-            await finalize(keeper, replace(self.batch, problems=problems), "failed")
+            _log.warning("batch cannot be worked with", batch=self.batch.id, reason=describe_problem(problems))
+            await finalize_batch(batch_state, replace(self.batch, problems=problems), "failed")
             return
         if found.counts.left:
-            await keeper.patiently(partial(keeper.change, found, "in_progress"))
+            await batch_state.retry_storage(partial(batch_state.set_status, found, "in_progress"))
         else:
-            await finalize(keeper, found, "failed")
+            await finalize_batch(batch_state, found, "failed")
 
     async def _validated(self) -> Batch:
-        means, config, results = self._means, self._means.config, self._keeper.results
-        async with means.validating:
-            results.begin()
-            return await validate(
+        deps, config, results = self._deps, self._deps.config, self._batch_state.results
+        async with deps.validation_slots:
+            results.reset()
+            return await validate_batch(
                 self.batch,
                 results,
-                means.folder,
-                means.store,
+                deps.folder,
+                deps.store,
                 max_lines=config.max_lines,
                 max_line_bytes=config.max_line_bytes,
             )
 
     async def _answer_all(self) -> None:
-        keeper = self._keeper
-        self._asker.begin()
-        twins = await keeper.patiently(partial(self._means.store.has_twins, self.batch.id))
+        batch_state = self._batch_state
+        self._dispatcher.restart_pace()
+        duplicates = await batch_state.retry_storage(partial(self._deps.store.has_duplicates, self.batch.id))
         try:
             await self._upstream.resume()
             while True:
                 await self._allowed()
-                self._asker.look_ahead(self._upstream.lines)
-                group = await self._queue.next_group(keeper, self._sift)
+                self._dispatcher.update_forecast(self._upstream.lines)
+                group = await self._queue.next_group(batch_state, self._sift)
                 if group:
                     await self._ask_when_free(group)
                 elif group is None or await self._waits():
                     pass
-                elif not (twins and await keeper.patiently(keeper.results.copy)):
+                elif not (duplicates and await batch_state.retry_storage(batch_state.results.copy_duplicates)):
                     self._check_end()  # a last call may have found that there is nobody to ask for any more
                     if not self.batch.counts.left:
                         break
-                    await keeper.rest(0.05)  # what came back meanwhile is fetched
-                await keeper.commit_in_time()
+                    await batch_state.wait_until_woken(0.05)  # what came back meanwhile is fetched
+                await batch_state.commit_if_due()
         except JobStopped as stopped:
-            await self._asker.stop()
-            await keeper.patiently(keeper.commit)
+            await self._dispatcher.stop()
+            await batch_state.retry_storage(batch_state.commit)
             await self._end_early(stopped)
             return
-        await finalize(keeper, self.batch, "completed")
+        await finalize_batch(batch_state, self.batch, "completed")
 
     async def _end_early(self, stopped: JobStopped) -> None:
-        self._keeper.say("ending", stopped.message)
+        self._batch_state.set_run_state("ending", stopped.message)
         await self._upstream.wind_up()
-        await end_early(self._keeper, self._means, stopped)
+        await end_batch_early(self._batch_state, self._deps, stopped)
 
     # Asking.
 
     async def _waits(self) -> bool:
         """Where no line is ready: whether some are on their way, or to be asked again or committed. Waits a moment."""
-        keeper = self._keeper
+        batch_state = self._batch_state
         self._upstream.close()
-        if self._asker.is_busy or self._queue.has_again or self._upstream.is_busy:
-            due = min(self._queue.soonest, keeper.commit_due) - self._means.clock()
-            await keeper.rest(max(0.01, due))
+        if self._dispatcher.is_busy or self._queue.has_retries or self._upstream.is_busy:
+            due = min(self._queue.next_retry_at, batch_state.commit_due) - self._deps.clock()
+            await batch_state.wait_until_woken(max(0.01, due))
             return True
-        if keeper.uncommitted:
-            await keeper.patiently(keeper.commit)
+        if batch_state.uncommitted:
+            await batch_state.retry_storage(batch_state.commit)
             return True
         return False
 
     async def _sift(self, lines: list[BatchLine]) -> list[BatchLine]:
-        return await self._upstream.sift(lines, self._asker.late)
+        return await self._upstream.sift(lines, self._dispatcher.late_lines)
 
     async def _ask_when_free(self, group: list[BatchLine]) -> None:
         # What a provider still has the time to do in a batch does not leave singly, for more.
-        while not self._asker.try_ask(group, may_leave=not self._upstream.has_time()):
-            await self._keeper.rest(LOOK_SECONDS)
-            await self._keeper.commit_in_time()
+        while not self._dispatcher.try_dispatch(group, may_leave=not self._upstream.has_time()):
+            await self._batch_state.wait_until_woken(LOOK_SECONDS)
+            await self._batch_state.commit_if_due()
             await self._allowed()
             self._upstream.close(GATHERING_SECONDS)
-            self._asker.look_ahead(self._upstream.lines)
-            if self._upstream.wants(self._queue.ready(group), self._asker.late):
-                self._queue.put_back(group)
+            self._dispatcher.update_forecast(self._upstream.lines)
+            if self._upstream.wants(self._queue.ready_lines(group), self._dispatcher.late_lines):
+                self._queue.refetch_group(group)
                 return
 
     async def _allowed(self) -> None:
@@ -190,30 +196,30 @@ class BatchRun:
             self._check_end()
             reason = await self._pause_reason()
             if reason is None:
-                if self._keeper.state != "running":
-                    self._means.alerts.clear("jobs_paused", self.batch.id)
-                    self._keeper.say("running", "")
-                    self._asker.begin()
+                if self._batch_state.run_state != "running":
+                    self._deps.alerts.clear("jobs_paused", self.batch.id)
+                    self._batch_state.set_run_state("running", "")
+                    self._dispatcher.restart_pace()
                 return
-            self._keeper.say("paused", reason)
-            await self._keeper.rest(LOOK_SECONDS)
-            await self._keeper.commit_in_time()
+            self._batch_state.set_run_state("paused", reason)
+            await self._batch_state.wait_until_woken(LOOK_SECONDS)
+            await self._batch_state.commit_if_due()
 
     async def _pause_reason(self) -> str | None:
-        if not is_open(self._means.config.hours, datetime.fromtimestamp(self._means.wall())):
-            return f"jobs run at {', '.join(self._means.config.hours)} here (jobs.hours)"
-        now = self._means.clock()
-        if self._keeper.state == "paused" or now - self._disk_looked >= _DISK_SECONDS:
+        if not is_within_hours(self._deps.config.hours, datetime.fromtimestamp(self._deps.wall_clock())):
+            return f"jobs run at {', '.join(self._deps.config.hours)} here (jobs.hours)"
+        now = self._deps.clock()
+        if self._batch_state.run_state == "paused" or now - self._disk_looked >= _DISK_SECONDS:
             self._disk_looked = now
             try:
-                await asyncio.to_thread(self._means.folder.check_space)
+                await asyncio.to_thread(self._deps.folder.check_space)
             except StorageFull as error:
-                self._means.alerts.warn("jobs_paused", f"batch {self.batch.id}: {error.message}", self.batch.id)
+                self._deps.alerts.warn("jobs_paused", f"batch {self.batch.id}: {error.message}", self.batch.id)
                 return error.message
         return None
 
     def _check_end(self) -> None:
-        stopped = self._stopped or self._asker.stopped
+        stopped = self._stopped or self._dispatcher.stopped
         if stopped is not None:
             raise stopped
         error = self._upstream.error
@@ -221,6 +227,6 @@ class BatchRun:
             raise JobStopped("failed", error.code, error.message)
         if error is not None:
             raise error
-        if self._means.wall() >= self.batch.expires_at:
+        if self._deps.wall_clock() >= self.batch.expires_at:
             text = f"the batch was not done within its completion window of {self.batch.completion_window}"
             raise JobStopped("expired", "batch_expired", text)

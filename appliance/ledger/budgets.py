@@ -29,12 +29,12 @@ class SpendCap:
     limit_usd: float | None = None
 
 
-def day_of(at: float) -> int:
+def utc_day(at: float) -> int:
     """The UTC day of a wall-clock moment, in days since the epoch."""
     return int(at // _SECONDS_PER_DAY)
 
 
-class CapCounting:
+class SpendSums:
     """The sums of one transaction: read when first needed, changed here, written together by `write`."""
 
     def __init__(self, connection: Connection) -> None:
@@ -43,9 +43,9 @@ class CapCounting:
         self._stored: set[tuple[int, str]] = set()
         self._changed: set[tuple[int, str]] = set()
 
-    def hold(self, caps: Sequence[SpendCap], nano: int, at: float) -> Mapping[str, int]:
+    def reserve(self, caps: Sequence[SpendCap], nano: int, at: float) -> Mapping[str, int]:
         """Count `nano` towards every cap, or raise BudgetExceeded and count nothing. Returns the new sums by scope."""
-        day = day_of(at)
+        day = utc_day(at)
         self._read(day, [cap.scope for cap in caps])
         for cap in caps:
             spent = self._sums[day, cap.scope]

@@ -33,7 +33,7 @@ def sqlite_url(path: Path) -> str:
 def open_writer(url: str) -> Engine:
     """The engine of the one writer, its tables migrated. Raises LedgerUnavailable naming place and remedy."""
     address = _parse(url)
-    with explained(address, "opened"):
+    with explaining_errors(address, "opened"):
         _create_file(address)
         engine = _create_engine(address, address)
         try:
@@ -70,25 +70,25 @@ def check_revision(connection: Connection, place: str) -> None:
 
 
 @contextmanager
-def explained(url: URL | str, verb: str) -> Iterator[None]:
+def explaining_errors(url: URL | str, verb: str) -> Iterator[None]:
     """Turn the database's errors into LedgerUnavailable. `verb` is what could not be done: opened, written, read."""
     address = _parse(url) if isinstance(url, str) else url
     try:
         yield
     except (SQLAlchemyError, OSError, ImportError) as error:
-        raise LedgerUnavailable(explain(error, address, verb)) from error
+        raise LedgerUnavailable(explain_error(error, address, verb)) from error
 
 
-def explain(error: BaseException, url: URL | str, verb: str) -> str:
+def explain_error(error: BaseException, url: URL | str, verb: str) -> str:
     """What happened, where, and what to do about it, in one line."""
     cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
     reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
     if isinstance(cause, OSError):
         reason = cause.strerror or reason
-    return f"the ledger {place_of(url)} cannot be {verb}: {reason}; {_remedy(reason, cause)}"
+    return f"the ledger {describe_place(url)} cannot be {verb}: {reason}; {_remedy(reason, cause)}"
 
 
-def place_of(url: URL | str) -> str:
+def describe_place(url: URL | str) -> str:
     """The file, or the URL without its password: what an operator recognises."""
     address = make_url(url)
     return repr(address.database) if _is_sqlite(address) else address.render_as_string(hide_password=True)
@@ -180,7 +180,7 @@ def _create_engine(address: URL, original: URL) -> Engine:
 
 
 def _bring_up_to_date(engine: Engine, address: URL) -> None:
-    place = place_of(address)
+    place = describe_place(address)
     with engine.execution_options(durable=True).begin() as connection:
         # Inside the writing transaction, so that of two nodes that start together one migrates and the other sees it.
         if _is_sqlite(address):

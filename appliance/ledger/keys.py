@@ -13,7 +13,7 @@ from sqlalchemy import Connection, RowMapping, func, insert, select, update
 
 from appliance.config import KeySettings
 from appliance.errors import NotFound, RequestError
-from appliance.ledger.database import explained, open_reader, open_writer
+from appliance.ledger.database import explaining_errors, open_reader, open_writer
 from appliance.ledger.tables import api_keys
 
 
@@ -30,7 +30,7 @@ def add_key(url: str, key: KeySettings) -> None:
     row = {"name": key.name, "sha256": key.sha256, "settings": json.dumps(settings), "created_at": time.time()}
     engine = open_writer(url)
     try:
-        with explained(url, "written"), engine.begin() as connection:
+        with explaining_errors(url, "written"), engine.begin() as connection:
             if connection.execute(select(api_keys.c.name).where(api_keys.c.name == key.name)).first():
                 raise RequestError(f"there is, or was, a key named {key.name!r}: choose another name")
             connection.execute(insert(api_keys), [row])
@@ -42,7 +42,7 @@ def revoke_key(url: str, name: str) -> None:
     """Make a key useless from now on. Raises NotFound where there is no such key in use, LedgerUnavailable."""
     engine = open_writer(url)
     try:
-        with explained(url, "written"), engine.begin() as connection:
+        with explaining_errors(url, "written"), engine.begin() as connection:
             in_use = (api_keys.c.name == name) & api_keys.c.revoked_at.is_(None)
             if not connection.execute(update(api_keys).where(in_use).values(revoked_at=time.time())).rowcount:
                 raise NotFound(f"there is no key {name!r} in use; `appliance keys list` shows those there are")
@@ -54,7 +54,7 @@ def list_keys(url: str) -> Sequence[StoredKey]:
     """Every key there is or was, oldest first. Raises LedgerUnavailable."""
     engine = open_reader(url)
     try:
-        with explained(url, "read"), engine.connect() as connection:
+        with explaining_errors(url, "read"), engine.connect() as connection:
             return read_keys(connection)
     finally:
         engine.dispose()
@@ -65,7 +65,7 @@ def read_keys(connection: Connection) -> Sequence[StoredKey]:
     return [_stored(row) for row in rows]
 
 
-def keys_mark(connection: Connection) -> tuple[Any, ...]:
+def read_keys_mark(connection: Connection) -> tuple[Any, ...]:
     """Changes when a key is added or revoked: cheap to ask for every second or two."""
     row = connection.execute(
         select(func.count(), func.max(api_keys.c.created_at), func.count(api_keys.c.revoked_at))

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, RowMapping, Table, and_, case, distinct, func, or_, select, true
 
 from appliance.core import Location
-from appliance.ledger.database import check_revision, explained, open_reader, place_of
+from appliance.ledger.database import check_revision, describe_place, explaining_errors, open_reader
 from appliance.ledger.rows import to_usd
 from appliance.ledger.tables import attempts, decisions, exclusions, reservations
 
@@ -91,11 +91,11 @@ class Report:
 
 def offline_report(url: str, *, since_at: float, until_at: float) -> Report:
     """The report of a node that may not be running, read-only. Blocking. Raises LedgerUnavailable."""
-    with explained(url, "read"):
+    with explaining_errors(url, "read"):
         engine = open_reader(url)
         try:
             with engine.connect() as connection:
-                check_revision(connection, place_of(url))
+                check_revision(connection, describe_place(url))
                 return read_report(connection, since_at=since_at, until_at=until_at)
         finally:
             engine.dispose()

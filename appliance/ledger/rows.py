@@ -27,7 +27,7 @@ def to_usd(nano: int) -> float:
     return nano / NANO_PER_USD
 
 
-def decision_row(outcome: Outcome) -> Row:
+def make_decision_row(outcome: Outcome) -> Row:
     """The request itself, and what the report counts of it."""
     profile = outcome.profile
     answered = next((attempt for attempt in outcome.attempts if attempt.result == "answered"), None)
@@ -66,7 +66,7 @@ def decision_row(outcome: Outcome) -> Row:
     }
 
 
-def attempt_rows(outcome: Outcome) -> list[Row]:
+def make_attempt_rows(outcome: Outcome) -> list[Row]:
     return [
         {
             "decision_id": outcome.decision_id,
@@ -94,7 +94,7 @@ def attempt_rows(outcome: Outcome) -> list[Row]:
     ]
 
 
-def exclusion_rows(outcome: Outcome) -> list[Row]:
+def make_exclusion_rows(outcome: Outcome) -> list[Row]:
     return [
         {
             "decision_id": outcome.decision_id,

@@ -39,7 +39,7 @@ class StoreSpec:
     adds_to: int | None = None
     """An older version that this one only adds tables to."""
 
-    def explained(self, error: Exception) -> ApplianceError:
+    def explain_error(self, error: Exception) -> ApplianceError:
         cause = getattr(error, "orig", None) or error
         reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         if "full" in reason or "No space" in reason:
@@ -64,15 +64,15 @@ class SqliteStore:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.dispose)
         self._thread.shutdown(wait=False)
 
-    async def _do(self, work: Callable[[Connection], Found]) -> Found:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._transact, work)
+    async def _transact(self, work: Callable[[Connection], Found]) -> Found:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._transact_blocking, work)
 
-    def _transact(self, work: Callable[[Connection], Found]) -> Found:
+    def _transact_blocking(self, work: Callable[[Connection], Found]) -> Found:
         try:
             with self._engine.begin() as connection:
                 return work(connection)
         except SQLAlchemyError as error:
-            raise self._kept.explained(error) from error
+            raise self._kept.explain_error(error) from error
 
 
 def _open(url: URL | str, kept: StoreSpec) -> Engine:
@@ -82,7 +82,7 @@ def _open(url: URL | str, kept: StoreSpec) -> Engine:
         kept.metadata.create_all(engine)
         found = _version(engine, kept)
     except (SQLAlchemyError, OSError, ImportError) as error:
-        raise kept.explained(error) from error
+        raise kept.explain_error(error) from error
     if found != kept.version:
         engine.dispose()
         raise kept.unavailable(kept.other_version.format(place=address.database, found=found, known=kept.version))

@@ -18,9 +18,9 @@ from sqlalchemy import Connection, Engine
 from appliance.config import KeySettings
 from appliance.core import Outcome, Target
 from appliance.errors import LedgerUnavailable
-from appliance.ledger.budgets import SpendCap, day_of
-from appliance.ledger.database import explained, open_reader, open_writer
-from appliance.ledger.keys import keys_mark, read_keys
+from appliance.ledger.budgets import SpendCap, utc_day
+from appliance.ledger.database import explaining_errors, open_reader, open_writer
+from appliance.ledger.keys import read_keys, read_keys_mark
 from appliance.ledger.queries import Report, read_decision, read_report
 from appliance.ledger.rows import to_nano, to_usd
 from appliance.ledger.writer import (
@@ -116,7 +116,7 @@ class Ledger:
             "location": target.location,
             "reserved_at": now,
             "reserved_nano_usd": to_nano(usd),
-            "day": day_of(now) if caps else None,
+            "day": utc_day(now) if caps else None,
             "scopes": json.dumps([cap.scope for cap in caps]) if caps else None,
         }
         reservation = Reservation(row, caps, _answer())
@@ -127,7 +127,7 @@ class Ledger:
             # Nobody is going to make the call. The writer does reservations first, so this finds it.
             self.settle(reservation_id, usd=0.0)
             raise
-        self._note_spent(day_of(now), reservation.spent)
+        self._note_spent(utc_day(now), reservation.spent)
         return reservation_id
 
     def _note_spent(self, day: int, spent: Mapping[str, int]) -> None:
@@ -157,19 +157,19 @@ class Ledger:
             shared.is_asleep = False
             shared.urgent.put(WakeCommand())
 
-    async def decision(self, decision_id: str) -> Mapping[str, Any] | None:
+    async def read_decision(self, decision_id: str) -> Mapping[str, Any] | None:
         """The whole story of a decision, or None if there is none. Raises LedgerUnavailable when it cannot be read."""
         return await self._read(lambda connection: read_decision(connection, decision_id))
 
-    async def report(self, *, since_at: float, until_at: float) -> Report:
+    async def read_report(self, *, since_at: float, until_at: float) -> Report:
         """What happened from `since_at` up to, not including, `until_at` (wall clock). Raises LedgerUnavailable."""
         return await self._read(lambda connection: read_report(connection, since_at=since_at, until_at=until_at))
 
-    async def keys_mark(self) -> tuple[Any, ...]:
+    async def read_keys_mark(self) -> tuple[Any, ...]:
         """Changes when an API key was added or revoked. Raises LedgerUnavailable when it cannot be read."""
-        return await asyncio.get_running_loop().run_in_executor(self._readers, self._query, keys_mark)
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._query, read_keys_mark)
 
-    async def keys(self) -> Sequence[KeySettings]:
+    async def list_keys(self) -> Sequence[KeySettings]:
         """The API keys made by command that are in use. Raises LedgerUnavailable when they cannot be read."""
         stored = await asyncio.get_running_loop().run_in_executor(self._readers, self._query, read_keys)
         return [one.key for one in stored if one.revoked_at is None]
@@ -214,7 +214,7 @@ class Ledger:
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._query, query)
 
     def _query(self, query: Callable[[Connection], Found]) -> Found:
-        with explained(self._url, "read"), self._reader.connect() as connection:
+        with explaining_errors(self._url, "read"), self._reader.connect() as connection:
             return query(connection)
 
 

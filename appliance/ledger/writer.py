@@ -20,8 +20,8 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError
 from appliance.core import Outcome
 from appliance.errors import BudgetExceeded, LedgerUnavailable
 from appliance.ledger import rows
-from appliance.ledger.budgets import CapCounting, SpendCap, day_of
-from appliance.ledger.database import LedgerFile, explain
+from appliance.ledger.budgets import SpendCap, SpendSums, utc_day
+from appliance.ledger.database import LedgerFile, explain_error
 from appliance.ledger.tables import attempts, decisions, exclusions, reservations, spend
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class WriteResult:
     loop: asyncio.AbstractEventLoop
     future: "asyncio.Future[None]"
 
-    def give(self, error: BaseException | None = None) -> None:
+    def set_result(self, error: BaseException | None = None) -> None:
         try:
             self.loop.call_soon_threadsafe(self._set, error)
         except RuntimeError:
@@ -146,7 +146,7 @@ class LedgerWriter(threading.Thread):
                 self._failed(error)
             self._answer_flushes()
         self._engine.dispose()
-        self._last.answer.give(self._unavailable() if self._backlog() else None)
+        self._last.answer.set_result(self._unavailable() if self._backlog() else None)
 
     # -- waiting ---------------------------------------------------------------------------------------------------
 
@@ -211,13 +211,13 @@ class LedgerWriter(threading.Thread):
             # Whatever it was, each of these has somebody waiting who must not call without it.
             self._failed(error)
             for reservation in waiting:
-                reservation.answer.give(self._unavailable())
+                reservation.answer.set_result(self._unavailable())
         else:
             # With a backlog left the trouble may not be over: a small write can fit where a large one does not.
             if not self._backlog():
                 self._succeeded()
             for index, reservation in enumerate(waiting):
-                reservation.answer.give(refused.get(index))
+                reservation.answer.set_result(refused.get(index))
 
     def _write_entries(self) -> None:
         """Write until nothing is left or somebody waits for a reservation."""
@@ -275,15 +275,15 @@ class LedgerWriter(threading.Thread):
         settled = [entry for entry in entries if isinstance(entry, Settlement)]
         outcomes = [entry for entry in entries if isinstance(entry, Outcome)]
         tables = (
-            (decisions, [rows.decision_row(outcome) for outcome in outcomes]),
-            (attempts, [row for outcome in outcomes for row in rows.attempt_rows(outcome)]),
-            (exclusions, [row for outcome in outcomes for row in rows.exclusion_rows(outcome)]),
+            (decisions, [rows.make_decision_row(outcome) for outcome in outcomes]),
+            (attempts, [row for outcome in outcomes for row in rows.make_attempt_rows(outcome)]),
+            (exclusions, [row for outcome in outcomes for row in rows.make_exclusion_rows(outcome)]),
         )
         with self._engine.begin() as connection:
             if not entries:
                 connection.execute(_PROBE)
             if settled:
-                counting = CapCounting(connection)
+                counting = SpendSums(connection)
                 counting.settle(settled)
                 counting.write()
             for table, values in tables:
@@ -293,7 +293,7 @@ class LedgerWriter(threading.Thread):
     # -- how it goes -----------------------------------------------------------------------------------------------
 
     def _failed(self, error: BaseException) -> None:
-        reason = explain(error, self._engine.url, "written")
+        reason = explain_error(error, self._engine.url, "written")
         if not self._shared.reason:
             logger.error("%s", reason)
         self._shared.reason = reason
@@ -316,9 +316,9 @@ class LedgerWriter(threading.Thread):
             if flush.is_last:
                 self._last = flush
             elif self._done >= flush.accepted:
-                flush.answer.give()
+                flush.answer.set_result()
             elif self._shared.reason:
-                flush.answer.give(self._unavailable())
+                flush.answer.set_result(self._unavailable())
             else:
                 self._flushes.append(flush)
 
@@ -330,7 +330,7 @@ class LedgerWriter(threading.Thread):
             return
         self._prune_at = time.monotonic() + PRUNE_SECONDS
         with self._engine.begin() as connection:
-            is_more = prune(connection, self._clock() - self._retention_seconds)
+            is_more = prune_old(connection, self._clock() - self._retention_seconds)
         if is_more:
             self._prune_at = time.monotonic() + PRUNE_PAUSE_SECONDS
 
@@ -338,11 +338,11 @@ class LedgerWriter(threading.Thread):
 def _reserve(connection: Connection, waiting: Sequence[Reservation]) -> dict[int, BudgetExceeded]:
     """Write those that no budget refuses; the refusals by position."""
     refused: dict[int, BudgetExceeded] = {}
-    counting = CapCounting(connection)
+    counting = SpendSums(connection)
     for index, reservation in enumerate(waiting):
         row = reservation.row
         try:
-            reservation.spent = counting.hold(reservation.caps, row["reserved_nano_usd"], row["reserved_at"])
+            reservation.spent = counting.reserve(reservation.caps, row["reserved_nano_usd"], row["reserved_at"])
         except BudgetExceeded as refusal:
             refused[index] = refusal
     granted = [reservation.row for index, reservation in enumerate(waiting) if index not in refused]
@@ -352,7 +352,7 @@ def _reserve(connection: Connection, waiting: Sequence[Reservation]) -> dict[int
     return refused
 
 
-def prune(connection: Connection, before_at: float) -> bool:
+def prune_old(connection: Connection, before_at: float) -> bool:
     """Remove up to a batch of decisions and of reservations from before `before_at`; whether there may be more."""
     old = select(decisions.c.decision_id).where(decisions.c.received_at < before_at).limit(BATCH)
     ids = connection.execute(old).scalars().all()
@@ -362,7 +362,7 @@ def prune(connection: Connection, before_at: float) -> bool:
     spent_ids = connection.execute(spent).scalars().all()
     if spent_ids:
         connection.execute(delete(reservations).where(reservations.c.reservation_id.in_(spent_ids)))
-    connection.execute(delete(spend).where(spend.c.day < day_of(before_at)))
+    connection.execute(delete(spend).where(spend.c.day < utc_day(before_at)))
     return BATCH in (len(ids), len(spent_ids))
 
 

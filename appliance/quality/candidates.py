@@ -19,7 +19,7 @@ _TEXTS_AT_ONCE: Final = 1_000
 _MOST_NEWS: Final = 20
 
 
-class TrainingReport(Protocol):
+class EncoderReply(Protocol):
     @property
     def status(self) -> int: ...
 
@@ -27,14 +27,14 @@ class TrainingReport(Protocol):
     def body(self) -> bytes: ...
 
 
-class TrainingClient(Protocol):
+class EncoderClient(Protocol):
     """The program that trains and keeps classifiers."""
 
-    async def ask(self, method: str, path: str, body: bytes = b"") -> TrainingReport: ...
+    async def ask(self, method: str, path: str, body: bytes = b"") -> EncoderReply: ...
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingSet:
+class CascadeClassifier:
     """A classifier that a route's cascade begins with, and what the route says of it."""
 
     name: str
@@ -51,35 +51,35 @@ class TrainingSet:
 class CandidateProgram:
     """The encoder program's own API, as far as learning needs it. Raises what it refuses as the error that it is."""
 
-    def __init__(self, encoders: TrainingClient) -> None:
+    def __init__(self, encoders: EncoderClient) -> None:
         self._encoders = encoders
 
-    async def show(self, name: str) -> Mapping[str, Any] | None:
+    async def get_classifier(self, name: str) -> Mapping[str, Any] | None:
         """None where no such classifier serves."""
         status, told = await self._ask("GET", _path(name))
         return None if status == 404 else _good(status, told)
 
-    async def train(self, name: str, examples: Sequence[Mapping[str, str]], *, serve: bool) -> None:
+    async def train_candidate(self, name: str, examples: Sequence[Mapping[str, str]], *, serve: bool) -> None:
         body = {"name": name, "examples": examples, "with_kept": True, "serve": serve}
         _good(*await self._ask("POST", "/v1/classifiers", body))
 
-    async def training(self, name: str) -> Mapping[str, Any] | None:
+    async def get_training(self, name: str) -> Mapping[str, Any] | None:
         status, told = await self._ask("GET", f"{_path(name)}/training")
         return None if status == 404 else _good(status, told)
 
-    async def threshold(self, name: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+    async def estimate_threshold(self, name: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
         return _good(*await self._ask("POST", f"{_path(name)}/threshold", body))
 
-    async def shadow(self, name: str, version: int) -> None:
+    async def start_shadow(self, name: str, version: int) -> None:
         _good(*await self._ask("POST", f"{_path(name)}/shadow", {"version": version}))
 
-    async def promote(self, name: str, version: int) -> None:
+    async def promote_version(self, name: str, version: int) -> None:
         _good(*await self._ask("POST", f"{_path(name)}/rollback", {"version": version}))
 
     async def remove_version(self, name: str, version: int) -> None:
         _good(*await self._ask("DELETE", f"{_path(name)}?version={version}"))
 
-    async def answers(self, name: str, version: int, texts: Sequence[str]) -> Sequence[str]:
+    async def classify_texts(self, name: str, version: int, texts: Sequence[str]) -> Sequence[str]:
         """The label of each text, as one version has it."""
         found: list[str] = []
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
@@ -115,18 +115,18 @@ class Candidates:
     def __init__(self, store: LearningStore, program: CandidateProgram, alerts: HealthAlerts) -> None:
         self._store, self._program, self._alerts = store, program, alerts
 
-    async def tend(self, lesson: TrainingSet, learnt: LearningState) -> LearningState:
+    async def advance(self, lesson: CascadeClassifier, learnt: LearningState) -> LearningState:
         match learnt.phase:
             case "training":
                 return await self._trained(lesson, learnt)
             case "shadow":
                 return await self._compared(lesson, learnt)
             case _:
-                counts = await self._store.counts(lesson.target)
+                counts = await self._store.count_labels(lesson.target)
                 due = rules.is_training_due(counts["texts"], learnt.examples_trained, lesson.cascade.learn_after)
                 return await self._begun(lesson, learnt, counts["texts"]) if due else learnt
 
-    async def begin(self, lesson: TrainingSet, learnt: LearningState) -> LearningState:
+    async def start_training(self, lesson: CascadeClassifier, learnt: LearningState) -> LearningState:
         """Train a candidate now. Raises RequestError for what is missing, and Busy while another training runs."""
         if learnt.phase != "idle":
             raise Busy(f"{lesson.target} is learning already ({learnt.phase})", retry_after_seconds=10)
@@ -135,7 +135,7 @@ class Candidates:
             raise RequestError(_mixed(lesson))
         return await self._train(lesson, learnt, rows)
 
-    async def _begun(self, lesson: TrainingSet, learnt: LearningState, texts: int) -> LearningState:
+    async def _begun(self, lesson: CascadeClassifier, learnt: LearningState, texts: int) -> LearningState:
         rows = await self._rows(lesson)
         if rows is None:
             self._alerts.warn("learning_mixed_keys", _mixed(lesson), lesson.route)
@@ -149,27 +149,27 @@ class Candidates:
             # Too few of a label, for example: with more examples it may be tried again.
             return _with_news(replace(learnt, examples_trained=texts), f"not trained: {error.message}")
 
-    async def _rows(self, lesson: TrainingSet) -> Sequence[Labelled] | None:
-        owners = await self._store.owners(lesson.target)
-        chosen = rules.owners_to_learn_from(owners, lesson.cascade.learn_from)
-        return None if chosen is None else await self._store.texts(lesson.target, chosen)
+    async def _rows(self, lesson: CascadeClassifier) -> Sequence[Labelled] | None:
+        owners = await self._store.list_owners(lesson.target)
+        chosen = rules.select_owners(owners, lesson.cascade.learn_from)
+        return None if chosen is None else await self._store.list_texts(lesson.target, chosen)
 
-    async def _train(self, lesson: TrainingSet, learnt: LearningState, rows: Sequence[Labelled]) -> LearningState:
-        serving = await self._program.show(lesson.name)
+    async def _train(self, lesson: CascadeClassifier, learnt: LearningState, rows: Sequence[Labelled]) -> LearningState:
+        serving = await self._program.get_classifier(lesson.name)
         labels = None if serving is None else serving["labels"]
         latest = {row.text: row.label for row in rows if row.text is not None}
-        examples = rules.trainable(list(latest.items()), labels)
+        examples = rules.select_examples(list(latest.items()), labels)
         if not examples:
             raise RequestError(f"{lesson.target} has no labelled texts to learn from yet: keep_texts, and wait")
-        await self._program.train(lesson.name, examples, serve=serving is None)
-        counts = await self._store.counts(lesson.target)
+        await self._program.train_candidate(lesson.name, examples, serve=serving is None)
+        counts = await self._store.count_labels(lesson.target)
         begun = replace(learnt, phase="training", candidate=None, tests=0, tested_rows=0)
         return _with_news(
             replace(begun, examples_trained=counts["texts"]), f"training on {len(examples)} texts from traffic"
         )
 
-    async def _trained(self, lesson: TrainingSet, learnt: LearningState) -> LearningState:
-        run = await self._program.training(lesson.name)
+    async def _trained(self, lesson: CascadeClassifier, learnt: LearningState) -> LearningState:
+        run = await self._program.get_training(lesson.name)
         if run is not None and run["state"] == "running":
             return learnt
         idle = replace(learnt, phase="idle")
@@ -177,20 +177,20 @@ class Candidates:
             reason = "the node was restarted" if run is None else run["error"] or run["state"]
             return _with_news(idle, f"the training came to nothing: {reason}")
         version = int(run["version"])
-        told = await self._program.show(lesson.name)
+        told = await self._program.get_classifier(lesson.name)
         if told is None or told["serving"] == version:
             return _with_news(idle, f"version {version} serves, the first one")
-        await self._program.shadow(lesson.name, version)
+        await self._program.start_shadow(lesson.name, version)
         return _with_news(replace(learnt, phase="shadow", candidate=version), f"version {version} is seen in shadow")
 
-    async def _compared(self, lesson: TrainingSet, learnt: LearningState) -> LearningState:
+    async def _compared(self, lesson: CascadeClassifier, learnt: LearningState) -> LearningState:
         assert learnt.candidate is not None
-        told = await self._program.show(lesson.name)
+        told = await self._program.get_classifier(lesson.name)
         if told is None or learnt.candidate not in told["versions"] or told["serving"] == learnt.candidate:
             return _with_news(replace(learnt, phase="idle", candidate=None), "the candidate was taken away")
         shadow = told["shadow"]
         if shadow is None or shadow["version"] != learnt.candidate:
-            await self._program.shadow(lesson.name, learnt.candidate)
+            await self._program.start_shadow(lesson.name, learnt.candidate)
             return learnt
         rows = [row for row in await self._rows(lesson) or () if row.text and rules.is_for_testing(row.text)]
         if not rules.is_test_due(len(rows), learnt.tested_rows, shadow["texts"]):
@@ -200,26 +200,30 @@ class Candidates:
         return await self._judged(lesson, learnt, match, shadow)
 
     async def _match(
-        self, lesson: TrainingSet, rows: Sequence[Labelled], serving: int, candidate: int
+        self, lesson: CascadeClassifier, rows: Sequence[Labelled], serving: int, candidate: int
     ) -> rules.CandidateComparison:
         texts = [row.text or "" for row in rows]
-        return rules.match_of(
+        return rules.compare_candidates(
             [row.label for row in rows],
-            await self._program.answers(lesson.name, serving, texts),
-            await self._program.answers(lesson.name, candidate, texts),
+            await self._program.classify_texts(lesson.name, serving, texts),
+            await self._program.classify_texts(lesson.name, candidate, texts),
             [row.audited for row in rows],
         )
 
     async def _judged(
-        self, lesson: TrainingSet, learnt: LearningState, match: rules.CandidateComparison, shadow: Mapping[str, Any]
+        self,
+        lesson: CascadeClassifier,
+        learnt: LearningState,
+        match: rules.CandidateComparison,
+        shadow: Mapping[str, Any],
     ) -> LearningState:
         version = learnt.candidate
         assert version is not None
         beside = f"{match}; in shadow it differed on {shadow['disagreed']} of {shadow['texts']} texts"
         ended = replace(learnt, phase="idle", candidate=None)
-        match rules.verdict(match, learnt.tests):
+        match rules.judge_candidate(match, learnt.tests):
             case "promote":
-                await self._program.promote(lesson.name, version)
+                await self._program.promote_version(lesson.name, version)
                 return _with_news(ended, f"version {version} serves: {beside}")
             case "reject":
                 await self._program.remove_version(lesson.name, version)
@@ -231,7 +235,7 @@ def _with_news(learnt: LearningState, text: str) -> LearningState:
     return replace(learnt, news=(text, *learnt.news)[:_MOST_NEWS])
 
 
-def _mixed(lesson: TrainingSet) -> str:
+def _mixed(lesson: CascadeClassifier) -> str:
     return (
         f"texts of several keys came by route {lesson.route!r}, and nobody said that {lesson.target} may learn from "
         "them together: name the keys in cascade.learn_from"

@@ -19,10 +19,17 @@ from appliance.config import LearningSettings as LearningRules
 from appliance.core import HealthAlerts
 from appliance.errors import ApplianceError, NotFound, RequestError
 from appliance.quality import rules as deciders
-from appliance.quality.candidates import CandidateProgram, Candidates, TrainingClient, TrainingSet
+from appliance.quality.candidates import CandidateProgram, Candidates, CascadeClassifier, EncoderClient
 from appliance.quality.models import FEEDBACK, DailyTraffic, Labelled, LearningState
 from appliance.quality.store import LearningStore
-from appliance.quality.traffic import SECONDS_PER_DAY, date_of, day_of, labelled_of, short, teaches
+from appliance.quality.traffic import (
+    SECONDS_PER_DAY,
+    count_traffic,
+    drop_unusable_text,
+    format_day,
+    is_example,
+    make_label,
+)
 from appliance.tasks.classify.cascade import CascadeCall, CascadeThresholds
 
 _PACE_SECONDS: Final = 2.0
@@ -50,8 +57,8 @@ class CascadeLearning:
     def __init__(
         self,
         store: LearningStore,
-        encoders: TrainingClient,
-        lessons: Callable[[], Mapping[str, TrainingSet]],
+        encoders: EncoderClient,
+        lessons: Callable[[], Mapping[str, CascadeClassifier]],
         alerts: HealthAlerts,
         rules: LearningRules,
         wall: Callable[[], float],
@@ -77,14 +84,14 @@ class CascadeLearning:
         """Since the start, by classifier."""
 
     async def start(self) -> None:
-        self._learnt = dict(await self.store.learnt())
+        self._learnt = dict(await self.store.read_states())
 
     async def run(self) -> None:
         """Runs until cancelled."""
         while True:
             self._wake.clear()
             try:
-                await self.tend()
+                await self.run_round()
                 self._alerts.clear(_UNWRITTEN)
             except ApplianceError as error:
                 self._alerts.warn(_UNWRITTEN, f"what classifiers learn from is not kept at present: {error.message}")
@@ -112,13 +119,13 @@ class CascadeLearning:
         return known
 
     def seen(self, call: CascadeCall) -> None:
-        call = replace(call, rows=tuple(map(short, call.rows)))
-        day = day_of(call)
+        call = replace(call, rows=tuple(map(drop_unusable_text, call.rows)))
+        day = count_traffic(call)
         place = (day.classifier, day.route, day.day)
         self._days[place] = self._days[place] + day if place in self._days else day
         total = self.totals.get(call.classifier)
         self.totals[call.classifier] = day if total is None else total + replace(day, day=total.day)
-        rows = [labelled_of(call, row) for row in call.rows if teaches(call, row)]
+        rows = [make_label(call, row) for row in call.rows if is_example(call, row)]
         self._rows += rows
         if any(row.audited for row in rows):
             self._doubt(call.classifier)
@@ -148,7 +155,7 @@ class CascadeLearning:
 
     # What callers say.
 
-    async def feedback(
+    async def add_feedback(
         self, owner: str, decision_id: str, index: int, label: str, *, sees_all: bool
     ) -> Mapping[str, Any]:
         """What was right for one text of a decision. Raises NotFound for one that is not known, or somebody else's."""
@@ -162,7 +169,9 @@ class CascadeLearning:
         await self._add(told, kept=row.label)
         return {"decision_id": decision_id, "index": index, "classifier": row.classifier, "answered": row.own}
 
-    async def teach(self, owner: str, classifier: str, text: str, label: str, residency: str) -> Mapping[str, Any]:
+    async def add_example(
+        self, owner: str, classifier: str, text: str, label: str, residency: str
+    ) -> Mapping[str, Any]:
         """A labelled text of the caller's own. Raises RequestError where no route keeps texts for the classifier."""
         lesson = self._lessons().get(classifier)
         if lesson is None or not lesson.keep_texts:
@@ -191,40 +200,40 @@ class CascadeLearning:
 
     async def _known(self, decision_id: str, index: int) -> Labelled | None:
         await self._flush()
-        found = await self.store.label(decision_id, index)
+        found = await self.store.get_label(decision_id, index)
         call = self._recent.get(decision_id)
         if found is not None or call is None or not 0 <= index < len(call.rows):
             return found
-        return labelled_of(call, call.rows[index])
+        return make_label(call, call.rows[index])
 
     async def _add(self, row: Labelled, *, kept: str | None) -> None:
         day = DailyTraffic(row.classifier, row.route, int(row.at // SECONDS_PER_DAY), feedback=1)
         if row.audited and kept != row.label:
             # The reference was corrected: agreement is with what is right.
             day = replace(day, agreed=(row.own == row.label) - (row.own == kept))
-        await self.store.add([row], [day])
+        await self.store.add_labels([row], [day])
         self._doubt(row.classifier)
 
-    async def forget(self, owner: str, classifier: str | None = None) -> int:
+    async def forget_owner(self, owner: str, classifier: str | None = None) -> int:
         """Remove a key's labels and texts; how many there were. Versions that were trained on them stay."""
         await self._flush()
         for decision_id in [name for name, call in self._recent.items() if call.owner == owner]:
             self._count(self._recent.pop(decision_id), -1)
-        gone = await self.store.forget(owner, classifier)
+        gone = await self.store.remove_owner(owner, classifier)
         self._stale |= set(self._standings)
         self._wake.set()
         return gone
 
     # What operators ask.
 
-    async def facts(self, name: str) -> Mapping[str, Any] | None:
+    async def describe_classifier(self, name: str) -> Mapping[str, Any] | None:
         """What came of a classifier's traffic; None where no route begins a cascade with it."""
         lesson = self._lessons().get(f"classifier/{name}")
         if lesson is None:
             return None
         await self._flush()
         since = int(self._wall() // SECONDS_PER_DAY) - _SHOWN_DAYS
-        days = await self.store.days(lesson.target, since)
+        days = await self.store.list_days(lesson.target, since)
         learnt = self._learnt.get(lesson.target, LearningState())
         cascade = lesson.cascade
         return {
@@ -237,39 +246,39 @@ class CascadeLearning:
                 for key, found in self._standings.items()
                 if key == _key(cascade, lesson.target, key[1])
             ],
-            "labels": await self.store.counts(lesson.target),
+            "labels": await self.store.count_labels(lesson.target),
             "learning": {"phase": learnt.phase, "candidate": learnt.candidate, "tests": learnt.tests},
             "news": list(learnt.news),
-            "days": [{"day": date_of(one.day), "route": one.route, **one.facts()} for one in days],
+            "days": [{"day": format_day(one.day), "route": one.route, **one.to_json()} for one in days],
         }
 
-    async def learn(self, name: str) -> Mapping[str, Any]:
+    async def start_training(self, name: str) -> Mapping[str, Any]:
         """Train a candidate now. Raises NotFound, RequestError, Busy."""
         lesson = self._lessons().get(f"classifier/{name}")
         if lesson is None:
             raise NotFound(f"no route begins a cascade with classifier/{name[:80]}: add one to the policy")
         await self._flush()
         async with self._changing:
-            learnt = await self._candidates.begin(lesson, self._learnt.get(lesson.target, LearningState()))
+            learnt = await self._candidates.start_training(lesson, self._learnt.get(lesson.target, LearningState()))
             await self._save(lesson.target, learnt)
         return {"name": name, "phase": learnt.phase, "news": list(learnt.news[:1])}
 
-    async def removed(self, name: str) -> None:
+    async def forget_classifier(self, name: str) -> None:
         """A classifier was removed with all its versions: what was learned for it goes too."""
         target = f"classifier/{name}"
         self._learnt.pop(target, None)
         self._asked.pop(target, None)
         self._stale = {key for key in self._stale if key[0] != target}
         self._standings = {key: found for key, found in self._standings.items() if key[0] != target}
-        await self.store.remove(target)
+        await self.store.remove_classifier(target)
 
     @property
-    def standings(self) -> Mapping[_Key, CascadeThresholds]:
+    def thresholds(self) -> Mapping[_Key, CascadeThresholds]:
         return self._standings
 
     # What is done in rounds.
 
-    async def tend(self) -> None:
+    async def run_round(self) -> None:
         """One round. Raises where labels cannot be kept; what cannot be done of the rest is tried again next time."""
         await self._flush()
         for lesson in self._lessons().values():
@@ -277,7 +286,7 @@ class CascadeLearning:
                 await self._estimate(lesson)
                 async with self._changing:
                     before = self._learnt.get(lesson.target, LearningState())
-                    await self._save(lesson.target, await self._candidates.tend(lesson, before))
+                    await self._save(lesson.target, await self._candidates.advance(lesson, before))
             except ApplianceError as error:
                 _log.warning("a classifier was not looked after", classifier=lesson.target, reason=error.message)
         now = self._wall()
@@ -290,7 +299,7 @@ class CascadeLearning:
         before = self._learnt.get(classifier, LearningState())
         if learnt != before:
             self._learnt[classifier] = learnt
-            await self.store.save(classifier, learnt)
+            await self.store.save_state(classifier, learnt)
             if learnt.news != before.news:
                 _log.info("classifier learns", classifier=classifier, news=learnt.news[0])
 
@@ -300,14 +309,14 @@ class CascadeLearning:
             return
         self._rows, self._days = [], {}
         try:
-            await self.store.add(rows, list(days.values()))
+            await self.store.add_labels(rows, list(days.values()))
         except ApplianceError:
             self._rows = (rows + self._rows)[-_RECENT_TEXTS:]
             for place, day in days.items():
                 self._days[place] = self._days[place] + day if place in self._days else day
             raise
 
-    async def _estimate(self, lesson: TrainingSet) -> None:
+    async def _estimate(self, lesson: CascadeClassifier) -> None:
         """The thresholds of the serving version and the candidate, where labels came or none is known."""
         if lesson.target not in self._asked and not await self._first_look(lesson):
             return
@@ -327,17 +336,17 @@ class CascadeLearning:
                 raise
         self._tell(lesson)
 
-    async def _first_look(self, lesson: TrainingSet) -> bool:
+    async def _first_look(self, lesson: CascadeClassifier) -> bool:
         """So that the first text need not wait for a threshold. The program is not started only to find nothing."""
-        told = await self._program.show(lesson.name) if self._is_served(lesson.target) else None
+        told = await self._program.get_classifier(lesson.name) if self._is_served(lesson.target) else None
         if told is None:
             return False
         self.standing(lesson.cascade, lesson.target, str(told["serving"]))
         return True
 
-    async def _standing(self, lesson: TrainingSet, key: _Key) -> CascadeThresholds:
+    async def _standing(self, lesson: CascadeClassifier, key: _Key) -> CascadeThresholds:
         classifier, version, bound, confidence, over_texts = key
-        live, complaints = await self.store.scores(classifier, version)
+        live, complaints = await self.store.list_scores(classifier, version)
         body = {
             "version": int(version),
             "bound": bound,
@@ -346,9 +355,9 @@ class CascadeLearning:
             "live": live,
             "complaints": complaints,
         }
-        return deciders.standing_of(await self._program.threshold(lesson.name, body), bound)
+        return deciders.combine_thresholds(await self._program.estimate_threshold(lesson.name, body), bound)
 
-    def _tell(self, lesson: TrainingSet) -> None:
+    def _tell(self, lesson: CascadeClassifier) -> None:
         found = self._standings.get(_key(lesson.cascade, lesson.target, self._asked[lesson.target]))
         if found is None or found.threshold is not None:
             self._alerts.clear(_UNPROVEN, lesson.route)

@@ -31,6 +31,6 @@ class LearningMetrics(Collector):
             "From which confidence on a classifier's answers stand; 2 where nothing keeps the bound, so all go on.",
             labels=["classifier", "version", "bound"],
         )
-        for key, found in self._learning.standings.items():
+        for key, found in self._learning.thresholds.items():
             threshold.add_metric([key[0], key[1], f"{key[2]:g}"], 2.0 if found.threshold is None else found.threshold)
         yield threshold

@@ -55,7 +55,7 @@ class DailyTraffic:
         sums = {name: getattr(self, name) + getattr(other, name) for name in COUNTS}
         return DailyTraffic(self.classifier, self.route, self.day, **sums)
 
-    def facts(self) -> Mapping[str, Any]:
+    def to_json(self) -> Mapping[str, Any]:
         counts: dict[str, Any] = {name: getattr(self, name) for name in COUNTS}
         counts["local_share"] = round(self.local / self.texts, 4) if self.texts else None
         counts["agreement"] = round(self.agreed / self.audited, 4) if self.audited else None

@@ -38,7 +38,7 @@ def is_for_testing(text: str) -> bool:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).digest()[0] % _TEST_SHARE == 0
 
 
-def standing_of(told: Mapping[str, Any], bound: float) -> CascadeThresholds:
+def combine_thresholds(told: Mapping[str, Any], bound: float) -> CascadeThresholds:
     """The threshold that both samples allow: held-out rows of the training, and audited traffic as soon as it suffices.
 
     `told` is the encoder program's answer. Held-out rows alone promise only for traffic like the examples; audited
@@ -84,7 +84,7 @@ def sign_test(won: int, lost: int) -> float:
     return float(Fraction(ways, 2**total))
 
 
-def match_of(
+def compare_candidates(
     truth: Sequence[str], serving: Sequence[str], candidate: Sequence[str], audited: Sequence[bool]
 ) -> CandidateComparison:
     pairs = [
@@ -104,7 +104,7 @@ def is_test_due(rows: int, tested_rows: int, shadow_texts: int) -> bool:
     return rows >= max(LEAST_TEST_ROWS, _GROWTH * tested_rows) and shadow_texts >= LEAST_SHADOW_TEXTS
 
 
-def verdict(match: CandidateComparison, tests: int) -> Verdict:
+def judge_candidate(match: CandidateComparison, tests: int) -> Verdict:
     """`tests`: how many there were, this one included. Labels come mostly from texts that the serving version was
     unsure of, so a candidate must not lose among those drawn by chance either."""
     level = SIGNIFICANCE / MOST_TESTS
@@ -119,14 +119,14 @@ def is_training_due(examples: int, examples_trained: int, learn_after: int | Non
     return learn_after is not None and examples - examples_trained >= learn_after
 
 
-def owners_to_learn_from(owners: Sequence[str], allowed: Sequence[str] | None) -> Sequence[str] | None:
+def select_owners(owners: Sequence[str], allowed: Sequence[str] | None) -> Sequence[str] | None:
     """Whose texts go into one classifier; None where several keys have some and nobody said that they may be mixed."""
     if allowed is not None:
         return [owner for owner in owners if owner in allowed]
     return owners if len(owners) <= 1 else None
 
 
-def trainable(rows: Sequence[tuple[str, str]], labels: Sequence[str] | None) -> Sequence[Mapping[str, str]]:
+def select_examples(rows: Sequence[tuple[str, str]], labels: Sequence[str] | None) -> Sequence[Mapping[str, str]]:
     """Examples (text, label) as a training takes them: of the labels that serve already, or, before there is a version,
     of those that have two texts."""
     seen = [(text, label) for text, label in rows if not is_for_testing(text)]

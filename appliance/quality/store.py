@@ -18,7 +18,7 @@ _MOST_SCORES: Final = 20_000
 """Audited rows that a threshold is estimated from: the newest. More would only remember older traffic."""
 
 
-KEPT: Final = StoreSpec(
+STORE_SPEC: Final = StoreSpec(
     name="learning-store",
     metadata=metadata,
     version=VERSION,
@@ -36,9 +36,9 @@ class LearningStore(SqliteStore):
 
     @classmethod
     async def open(cls, path: Path) -> "LearningStore":
-        return await cls._opened(URL.create("sqlite", database=str(path)), KEPT)
+        return await cls._opened(URL.create("sqlite", database=str(path)), STORE_SPEC)
 
-    async def add(self, rows: Sequence[Labelled], days: Sequence[DailyTraffic]) -> None:
+    async def add_labels(self, rows: Sequence[Labelled], days: Sequence[DailyTraffic]) -> None:
         """New labels, the newer one of a text counting, and numbers that are added to their days'."""
 
         def write(connection: Connection) -> None:
@@ -53,34 +53,34 @@ class LearningStore(SqliteStore):
                     added.on_conflict_do_update(index_elements=["classifier", "route", "day"], set_=sums)
                 )
 
-        await self._do(write)
+        await self._transact(write)
 
-    async def label(self, decision_id: str, index: int) -> Labelled | None:
+    async def get_label(self, decision_id: str, index: int) -> Labelled | None:
         here = (labelled.c.decision_id == decision_id) & (labelled.c.index == index)
-        row = await self._do(lambda one: one.execute(select(labelled).where(here)).mappings().first())
+        row = await self._transact(lambda one: one.execute(select(labelled).where(here)).mappings().first())
         return None if row is None else Labelled(**row)
 
-    async def owners(self, classifier: str) -> Sequence[str]:
+    async def list_owners(self, classifier: str) -> Sequence[str]:
         """Keys that have texts to learn from."""
         mine = (labelled.c.classifier == classifier) & labelled.c.text.is_not(None)
         query = select(labelled.c.owner).where(mine).distinct().order_by(labelled.c.owner)
-        return await self._do(lambda one: one.execute(query).scalars().all())
+        return await self._transact(lambda one: one.execute(query).scalars().all())
 
-    async def texts(self, classifier: str, owners: Sequence[str]) -> Sequence[Labelled]:
+    async def list_texts(self, classifier: str, owners: Sequence[str]) -> Sequence[Labelled]:
         """Rows that have a text, oldest first."""
         mine = (labelled.c.classifier == classifier) & labelled.c.text.is_not(None) & labelled.c.owner.in_(owners)
         query = select(labelled).where(mine).order_by(labelled.c.at)
-        rows = await self._do(lambda one: one.execute(query).mappings().all())
+        rows = await self._transact(lambda one: one.execute(query).mappings().all())
         return [Labelled(**row) for row in rows]
 
-    async def counts(self, classifier: str) -> Mapping[str, int]:
+    async def count_labels(self, classifier: str) -> Mapping[str, int]:
         """Rows in all, those with a text, and those that were audited."""
         columns = (func.count(), func.count(labelled.c.text), func.count().filter(labelled.c.audited))
         query = select(*columns).where(labelled.c.classifier == classifier)
-        rows, texts, audited = await self._do(lambda one: one.execute(query).one())
+        rows, texts, audited = await self._transact(lambda one: one.execute(query).one())
         return {"labels": rows, "texts": texts, "audited": audited}
 
-    async def scores(self, classifier: str, version: str) -> tuple[Sequence[tuple[float, bool]], Sequence[float]]:
+    async def list_scores(self, classifier: str, version: str) -> tuple[Sequence[tuple[float, bool]], Sequence[float]]:
         """Of one version's answers: confidence and rightness of the audited ones, and the confidences of those that
         were not drawn by chance and that feedback calls wrong."""
         columns = (labelled.c.own_confidence, labelled.c.own == labelled.c.label)
@@ -96,19 +96,19 @@ class LearningStore(SqliteStore):
             rows = [(score, bool(right)) for score, right in connection.execute(audited)]
             return rows, connection.execute(wrong).scalars().all()
 
-        return await self._do(read)
+        return await self._transact(read)
 
-    async def days(self, classifier: str, since_day: int) -> Sequence[DailyTraffic]:
+    async def list_days(self, classifier: str, since_day: int) -> Sequence[DailyTraffic]:
         query = select(traffic).where(traffic.c.classifier == classifier, traffic.c.day >= since_day)
-        rows = await self._do(lambda one: one.execute(query.order_by(traffic.c.day)).mappings().all())
+        rows = await self._transact(lambda one: one.execute(query.order_by(traffic.c.day)).mappings().all())
         return [DailyTraffic(**row) for row in rows]
 
-    async def forget(self, owner: str, classifier: str | None = None) -> int:
+    async def remove_owner(self, owner: str, classifier: str | None = None) -> int:
         """Remove a key's labels with their texts; how many there were."""
         mine = labelled.c.owner == owner
         if classifier is not None:
             mine &= labelled.c.classifier == classifier
-        return await self._do(lambda one: one.execute(delete(labelled).where(mine)).rowcount)
+        return await self._transact(lambda one: one.execute(delete(labelled).where(mine)).rowcount)
 
     async def prune(self, classifiers: Sequence[str], before_at: float, most: int) -> None:
         """Remove what is older than that, and of each classifier the oldest texts beyond `most`."""
@@ -122,26 +122,26 @@ class LearningStore(SqliteStore):
                 if oldest_kept is not None:
                     connection.execute(delete(labelled).where(mine, labelled.c.at <= oldest_kept))
 
-        await self._do(write)
+        await self._transact(write)
 
-    async def learnt(self) -> Mapping[str, LearningState]:
-        rows = await self._do(lambda one: one.execute(select(states)).mappings().all())
+    async def read_states(self) -> Mapping[str, LearningState]:
+        rows = await self._transact(lambda one: one.execute(select(states)).mappings().all())
         found = {}
         for row in rows:
             document = json.loads(row["document"])
             found[row["classifier"]] = LearningState(**{**document, "news": tuple(document["news"])})
         return found
 
-    async def save(self, classifier: str, learnt: LearningState) -> None:
+    async def save_state(self, classifier: str, learnt: LearningState) -> None:
         values = {"classifier": classifier, "document": json.dumps(asdict(learnt))}
         change = upsert(states).values(values).on_conflict_do_update(index_elements=["classifier"], set_=values)
-        await self._do(lambda one: one.execute(change))
+        await self._transact(lambda one: one.execute(change))
 
-    async def remove(self, classifier: str) -> None:
+    async def remove_classifier(self, classifier: str) -> None:
         """Everything of a classifier that was removed, so that another one of its name begins anew."""
 
         def write(connection: Connection) -> None:
             for table in (labelled, traffic, states):
                 connection.execute(delete(table).where(table.c.classifier == classifier))
 
-        await self._do(write)
+        await self._transact(write)

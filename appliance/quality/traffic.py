@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from appliance.config import Policy
-from appliance.quality.candidates import TrainingSet
+from appliance.quality.candidates import CascadeClassifier
 from appliance.quality.models import DailyTraffic, Labelled
 from appliance.tasks.classify.cascade import CascadeCall, CascadeText
 
@@ -15,25 +15,25 @@ _MOST_TEXT_CHARS: Final = 20_000
 """Longer texts are no examples: training refuses them, and with them all the others."""
 
 
-def lessons_of(policy: Policy) -> Mapping[str, TrainingSet]:
+def find_cascade_classifiers(policy: Policy) -> Mapping[str, CascadeClassifier]:
     """The cascades of a policy by classifier; of several routes that begin with the same one, the first."""
-    found: dict[str, TrainingSet] = {}
+    found: dict[str, CascadeClassifier] = {}
     for route in policy.routes:
         if route.cascade is not None:
             name = route.targets[0].partition("/")[2]
-            lesson = TrainingSet(name, route.name, route.cascade, route.keep_texts)
+            lesson = CascadeClassifier(name, route.name, route.cascade, route.keep_texts)
             found.setdefault(lesson.target, lesson)
     return found
 
 
-def teaches(call: CascadeCall, row: CascadeText) -> bool:
+def is_example(call: CascadeCall, row: CascadeText) -> bool:
     """Whether somebody better has labelled the text, and there is anything to be learned of it."""
     if row.answer is None or row.answered_by == call.classifier:
         return False
     return row.audited or (call.keep_texts and row.is_sure)
 
 
-def labelled_of(call: CascadeCall, row: CascadeText) -> Labelled:
+def make_label(call: CascadeCall, row: CascadeText) -> Labelled:
     return Labelled(
         decision_id=call.decision_id,
         index=row.index,
@@ -52,7 +52,7 @@ def labelled_of(call: CascadeCall, row: CascadeText) -> Labelled:
     )
 
 
-def day_of(call: CascadeCall) -> DailyTraffic:
+def count_traffic(call: CascadeCall) -> DailyTraffic:
     rows: Sequence[CascadeText] = call.rows
     return DailyTraffic(
         classifier=call.classifier,
@@ -67,10 +67,10 @@ def day_of(call: CascadeCall) -> DailyTraffic:
     )
 
 
-def date_of(day: int) -> str:
+def format_day(day: int) -> str:
     return datetime.fromtimestamp(day * SECONDS_PER_DAY, UTC).date().isoformat()
 
 
-def short(row: CascadeText) -> CascadeText:
+def drop_unusable_text(row: CascadeText) -> CascadeText:
     """Without its text where that can be no example."""
     return row if len(row.text) <= _MOST_TEXT_CHARS and row.text.strip() else replace(row, text="")

@@ -38,9 +38,9 @@ _log = structlog.get_logger(__name__)
 class KeySource(Protocol):
     """Where API keys made by command are kept (`Ledger`)."""
 
-    async def keys_mark(self) -> tuple[Any, ...]: ...
+    async def read_keys_mark(self) -> tuple[Any, ...]: ...
 
-    async def keys(self) -> Sequence[KeySettings]: ...
+    async def list_keys(self) -> Sequence[KeySettings]: ...
 
 
 class ReloadableNode:
@@ -126,9 +126,9 @@ class ReloadableNode:
         while True:
             with contextlib.suppress(LedgerUnavailable):  # the health page says so; keys stay as they are
                 async with self._changing:
-                    mark = await ledger.keys_mark()
+                    mark = await ledger.read_keys_mark()
                     if mark != known:
-                        self._use(replace(self._site, stored_keys=tuple(await ledger.keys())))
+                        self._use(replace(self._site, stored_keys=tuple(await ledger.list_keys())))
                     known = mark
             await sleep(_KEYS_SECONDS)
 

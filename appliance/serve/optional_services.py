@@ -23,7 +23,7 @@ from appliance.node.vllm.environments import load_vllm_adapters
 from appliance.quality.learning import CascadeLearning
 from appliance.quality.metrics import LearningMetrics
 from appliance.quality.store import LearningStore
-from appliance.quality.traffic import lessons_of
+from appliance.quality.traffic import find_cascade_classifiers
 from appliance.serve.startup_config import NodeSpec
 from appliance.state import State
 from appliance.telemetry.background import start_background_task
@@ -63,12 +63,12 @@ async def open_desk(
         desk = await JobManager.open(
             site.config.jobs,
             site.home,
-            answering=lines,
+            line_handler=lines,
             state=state,
             alerts=signals,
             clock=time.monotonic,
             wall=time.time,
-            posting=bulk,
+            provider_batches=bulk,
         )
         stack.push_async_callback(desk.aclose)
         await desk.start()
@@ -95,7 +95,7 @@ async def open_learning(
         learning = CascadeLearning(
             store,
             encoders,
-            lambda: lessons_of(policy()),
+            lambda: find_cascade_classifiers(policy()),
             signals,
             site.config.learning,
             wall=time.time,

@@ -24,7 +24,7 @@ import httpx
 
 from appliance.encoders.server import EncoderEndpoints, make_app
 from appliance.encoders.service import EncoderService
-from appliance.quality.rules import standing_of
+from appliance.quality.rules import combine_thresholds
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 SETS: Final[Mapping[str, int]] = {"banking77": 1200, "agnews": 600, "sms_spam": 600}
@@ -141,7 +141,7 @@ async def _stream(
     local = wrong = 0
     for start in range(0, len(texts), ANEW_TEXTS):
         body = {"bound": bound, "confidence": CONFIDENCE, "over_texts": len(texts), "live": audits}
-        standing = standing_of((await client.post(f"/v1/classifiers/{name}/threshold", json=body)).json(), bound)
+        standing = combine_thresholds((await client.post(f"/v1/classifiers/{name}/threshold", json=body)).json(), bound)
         for text in texts[start : start + ANEW_TEXTS]:
             if chance.random() < AUDIT_SHARE:
                 audits.append((text.sure, text.right))

@@ -197,7 +197,7 @@ class StandInLedger:
     def health(self) -> LedgerHealth:
         return LedgerHealth(not self.reason, self.reason, 0, 0)
 
-    async def decision(self, decision_id: str) -> Mapping[str, Any] | None:
+    async def read_decision(self, decision_id: str) -> Mapping[str, Any] | None:
         return self.stories.get(decision_id)
 
 

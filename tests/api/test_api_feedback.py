@@ -26,7 +26,7 @@ class Learning:
     def __init__(self) -> None:
         self.said: list[tuple[Any, ...]] = []
 
-    async def feedback(
+    async def add_feedback(
         self, owner: str, decision_id: str, index: int, label: str, *, sees_all: bool
     ) -> Mapping[str, Any]:
         if decision_id != "dec_1" or not (sees_all or owner == "one"):
@@ -34,21 +34,23 @@ class Learning:
         self.said.append((owner, index, label))
         return {"decision_id": decision_id, "index": index, "classifier": "classifier/mail", "answered": "a"}
 
-    async def teach(self, owner: str, classifier: str, text: str, label: str, residency: str) -> Mapping[str, Any]:
+    async def add_example(
+        self, owner: str, classifier: str, text: str, label: str, residency: str
+    ) -> Mapping[str, Any]:
         self.said.append((owner, classifier, text, label, residency))
         return {"classifier": classifier}
 
-    async def forget(self, owner: str, classifier: str | None = None) -> int:
+    async def forget_owner(self, owner: str, classifier: str | None = None) -> int:
         self.said.append(("forget", owner, classifier))
         return 3
 
-    async def facts(self, name: str) -> Mapping[str, Any] | None:
+    async def describe_classifier(self, name: str) -> Mapping[str, Any] | None:
         return None
 
-    async def learn(self, name: str) -> Mapping[str, Any]:
+    async def start_training(self, name: str) -> Mapping[str, Any]:
         return {}
 
-    async def removed(self, name: str) -> None: ...
+    async def forget_classifier(self, name: str) -> None: ...
 
 
 def key(name: str, **more: Any) -> KeySettings:

@@ -247,9 +247,9 @@ async def test_lines_of_jobs_name_tasks_too(pipeline: StandInPipeline) -> None:
     ]
     for number, (url, body) in enumerate(asked, 1):
         line = BatchLine(number, 0, 0, str(number), url, body, b"")
-        (done,) = await lines.ask([line], BatchTerms("batch", "somebody", "any", None, 60.0))
+        (done,) = await lines.execute([line], BatchTerms("batch", "somebody", "any", None, 60.0))
         assert done.status == 200, done.body
-        (refused,) = await lines.ask([line], BatchTerms("batch", "else", "any", None, 60.0))
+        (refused,) = await lines.execute([line], BatchTerms("batch", "else", "any", None, 60.0))
         assert refused.status == 404
     assert done.body["object"] == {"total": 1.5}
 

@@ -55,10 +55,10 @@ class Answers:
     def endpoints(self) -> Sequence[str]:
         return (CHAT,)
 
-    def kin(self, one: BatchLine) -> Hashable | None:
+    def group_key(self, one: BatchLine) -> Hashable | None:
         return "all" if self.together else None
 
-    async def ask(self, lines: Sequence[BatchLine], terms: BatchTerms) -> Sequence[LineAnswer]:
+    async def execute(self, lines: Sequence[BatchLine], terms: BatchTerms) -> Sequence[LineAnswer]:
         self.asked.append(tuple(one.number for one in lines))
         self.terms.append(terms)
         self.under_way += 1
@@ -111,7 +111,7 @@ class Office:
         desk = await JobManager.open(
             self.config,
             self.home,
-            answering=self.answers,
+            line_handler=self.answers,
             state=state,
             alerts=self.alerts,
             clock=lambda: self.clock,
@@ -127,9 +127,9 @@ class Office:
     async def upload(self, desk: JobManager, lines: Iterable[str | bytes], owner: str = "k") -> StoredFile:
         data = b"\n".join(one if isinstance(one, bytes) else one.encode() for one in lines)
         file_id = new_file_id()
-        with desk.folder.receiving(file_id) as receiver:
+        with desk.folder.receive_upload(file_id) as receiver:
             receiver.write(data)
-            receiver.keep()
+            receiver.commit()
         file = StoredFile(file_id, owner, "in.jsonl", "batch", len(data), self.wall, None)
         await desk.store.add_file(file)
         return file
@@ -155,11 +155,11 @@ async def until(true: Callable[[], bool | Awaitable[bool]], seconds: float = 20.
 
 async def ended(desk: JobManager, batch: Batch) -> Batch:
     async def is_over() -> bool:
-        found = await desk.store.batch(batch.id)
+        found = await desk.store.get_batch(batch.id)
         return found is not None and found.is_over and desk.progress(batch.id) is None
 
     await until(is_over)
-    found = await desk.store.batch(batch.id)
+    found = await desk.store.get_batch(batch.id)
     assert found is not None
     return found
 
@@ -167,4 +167,4 @@ async def ended(desk: JobManager, batch: Batch) -> Batch:
 def rows(desk: JobManager, file_id: str | None) -> list[Mapping[str, Any]]:
     if file_id is None:
         return []
-    return [json.loads(row) for row in desk.folder.path(file_id).read_text().splitlines()]
+    return [json.loads(row) for row in desk.folder.file_path(file_id).read_text().splitlines()]

@@ -100,12 +100,12 @@ class PostOffice:
         desk = await JobManager.open(
             self.config,
             self.home,
-            answering=self.answers or lines,
+            line_handler=self.answers or lines,
             state=scene.state,
             alerts=Alerts(),
             clock=lambda: self.clock,
             wall=lambda: self.wall,
-            posting=ProviderLines(lines, lambda: scene.pipeline),
+            provider_batches=ProviderLines(lines, lambda: scene.pipeline),
         )
         await desk.start()
         try:
@@ -117,9 +117,9 @@ class PostOffice:
     async def batch(self, desk: JobManager, lines: Sequence[str], seconds: float = WEEK, **more: Any) -> Batch:
         data = "\n".join(lines).encode()
         file_id = new_file_id()
-        with desk.folder.receiving(file_id) as receiver:
+        with desk.folder.receive_upload(file_id) as receiver:
             receiver.write(data)
-            receiver.keep()
+            receiver.commit()
         await desk.store.add_file(StoredFile(file_id, "k", "in.jsonl", "batch", len(data), self.wall, None))
         made = Batch(new_batch_id(), "k", CHAT, file_id, "7d", self.wall, self.wall + seconds, **more)
         return await desk.create(made)

@@ -64,10 +64,10 @@ def watched(lines_: LineExecutor, scene: Any) -> Seen:
 async def test_a_line_with_personal_data_is_not_asked_in_one_call_with_others(tmp_path: Path) -> None:
     office = PostOffice(tmp_path, "http://127.0.0.1:9/v1", policy=LOCAL_FIRST + SEARCHED, engine=True)
     async with office.desk() as desk:
-        lines_ = desk._means.answering
+        lines_ = desk._deps.line_handler
         assert isinstance(lines_, LineExecutor)
         seen = watched(lines_, office.scene)
-        answers = await lines_.ask(lines(), TERMS)
+        answers = await lines_.execute(lines(), TERMS)
     assert len(answers) == 4
     ((together, calls),) = seen.groups
     assert calls == 1, "the others are one call of the engine"
@@ -96,7 +96,7 @@ async def test_a_line_with_personal_data_stays_where_the_others_of_its_group_lea
             target = hosted_target(provider.address)
             office.scene.targets = (target, engine_target())
             office.scene.publish()
-            answers = await desk._means.answering.ask(lines(), TERMS)
+            answers = await desk._deps.line_handler.execute(lines(), TERMS)
         assert len(answers) == 4
         heard = b"\n".join(provider.heard).decode()
         assert all((text in heard) is (ADDRESS not in text) for text in TEXTS)

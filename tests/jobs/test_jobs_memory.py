@@ -29,10 +29,10 @@ async def test_a_hundred_thousand_lines_are_never_held_together(tmp_path: Path) 
     process, most = psutil.Process(os.getpid()), 0
     async with office.desk() as desk:
         file_id = new_file_id()
-        with desk.folder.receiving(file_id) as receiver:
+        with desk.folder.receive_upload(file_id) as receiver:
             for number in range(1, LINES + 1):
                 receiver.write(line(number, f"{number}: {TEXT}").encode() + b"\n")
-            receiver.keep()
+            receiver.commit()
         assert receiver.size_bytes > 50_000_000
         await desk.store.add_file(StoredFile(file_id, "k", "in.jsonl", "batch", receiver.size_bytes, 0.0, None))
         before = process.memory_info().rss
@@ -42,11 +42,11 @@ async def test_a_hundred_thousand_lines_are_never_held_together(tmp_path: Path) 
         async def over() -> bool:
             nonlocal most
             most = max(most, process.memory_info().rss - before)
-            found = await desk.store.batch(made.id)
+            found = await desk.store.get_batch(made.id)
             return found is not None and found.is_over
 
         await until(over, 280)
-        found = await desk.store.batch(made.id)
+        found = await desk.store.get_batch(made.id)
     assert found is not None
     assert found.counts.completed == LINES
     assert most < MOST_BYTES, f"{most / 1e6:.0f} MB"

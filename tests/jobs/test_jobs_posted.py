@@ -45,8 +45,8 @@ def expected(numbers: Sequence[int]) -> dict[str, str]:
 
 async def nudged_until_ended(desk: JobManager, batch: Batch) -> Batch:
     async def is_over() -> bool:
-        desk.nudge()
-        found = await desk.store.batch(batch.id)
+        desk.wake()
+        found = await desk.store.get_batch(batch.id)
         return found is not None and found.is_over and desk.progress(batch.id) is None
 
     await until(is_over)
@@ -119,7 +119,7 @@ async def test_a_bound_line_stays_while_the_others_leave(office: PostOffice, pro
     long = "what is it that holds the world together, " * 60
     async with office.desk() as desk:
         made = await office.batch(desk, [chat(1), chat(2, long), chat(3)])
-        await until(lambda: (desk.current(made).counts.completed) == 2)
+        await until(lambda: (desk.current_batch(made).counts.completed) == 2)
         assert "together" not in str(provider.bodies)
         assert {name.rpartition("-")[2] for name in provider.paid} == {"1", "3"}
         assert provider.alone == []
@@ -133,7 +133,7 @@ async def test_lines_beyond_the_budget_are_not_sent(office: PostOffice, provider
         assert provider.paths == []
         office.ledger.limit_usd = 0.005
         second = await office.batch(desk, [chat(n) for n in range(1, 41)])
-        await until(lambda: desk.current(second).counts.completed >= 8)
+        await until(lambda: desk.current_batch(second).counts.completed >= 8)
         assert sum(provider.paid.values()) < 40
 
 
@@ -149,9 +149,9 @@ async def test_what_would_be_late_on_site_leaves_in_a_batch(office: PostOffice, 
         assert provider.uploads == 0
         office.clock += 60_000.0  # twelve lines in so long: not half of them will be done in a week
         office.scene.publish()
-        desk.nudge()
+        desk.wake()
         await until(lambda: bool(provider.jobs))
-        await until(lambda: desk.current(made).counts.hosted >= 128)
+        await until(lambda: desk.current_batch(made).counts.hosted >= 128)
         for _ in range(300):
             allow.release()
         batch = await nudged_until_ended(desk, made)
@@ -193,8 +193,10 @@ async def test_cancelling_cancels_there_too_and_what_was_done_is_used(office: Po
     provider.at_once, provider.leaves = False, {str(number) for number in range(6, 11)}
     async with office.desk() as desk:
         made = await office.batch(desk, [chat(n) for n in range(1, 11)])
-        await until(lambda: (desk.progress(made.id) or pytest.fail("ended")).posted == 10 and bool(provider.jobs))
-        await desk.cancel(desk.current(made))
+        await until(
+            lambda: (desk.progress(made.id) or pytest.fail("ended")).lines_at_providers == 10 and bool(provider.jobs)
+        )
+        await desk.cancel(desk.current_batch(made))
         batch = await nudged_until_ended(desk, made)
         assert said(desk, batch) == expected(range(1, 6))
         assert {row["custom_id"] for row in rows(desk, batch.error_file_id)} == {f"c{n}" for n in range(6, 11)}
@@ -246,7 +248,7 @@ async def test_a_crash_while_results_are_read_answers_no_line_twice(
 ) -> None:
     commits = 0
     async with office.desk() as desk:
-        commit = desk.store.commit
+        commit = desk.store.commit_lines
 
         async def cut(*args: Any) -> None:
             nonlocal commits
@@ -255,7 +257,7 @@ async def test_a_crash_while_results_are_read_answers_no_line_twice(
                 raise RuntimeError("the power is gone")
             await commit(*args)
 
-        monkeypatch.setattr(desk.store, "commit", cut)
+        monkeypatch.setattr(desk.store, "commit_lines", cut)
         made = await office.batch(desk, [chat(n) for n in range(1, 201)])
         await until(lambda: commits == 2 and made.id not in desk.running)
         monkeypatch.undo()

@@ -5,13 +5,13 @@ import json
 
 import pytest
 
-from appliance.jobs.lines.reader import DuplicateTracker, check, read_at, scan
+from appliance.jobs.lines.reader import DuplicateTracker, parse_line, read_line_at, scan_lines
 from appliance.jobs.models import BadLine, BatchLine
 from tests.jobs.office import CHAT, line
 
 
 def checked(data: bytes, most: int = 10_000) -> list[BatchLine | BadLine]:
-    return [check(raw, CHAT) for raw in scan(io.BytesIO(data), most)]
+    return [parse_line(raw, CHAT) for raw in scan_lines(io.BytesIO(data), most)]
 
 
 def problem(text: str | bytes) -> tuple[str, str]:
@@ -27,7 +27,7 @@ def test_a_good_file_gives_its_lines_with_their_places() -> None:
     assert [one.number for one in found] == [1, 4, 5]
     for one in found:
         assert isinstance(one, BatchLine)
-        again = check(read_at(io.BytesIO(data), one.number, one.offset, one.length), CHAT)
+        again = parse_line(read_line_at(io.BytesIO(data), one.number, one.offset, one.length), CHAT)
         assert again == one
 
 
@@ -35,7 +35,7 @@ def test_a_byte_order_mark_is_no_mistake() -> None:
     (found,) = checked(b"\xef\xbb\xbf" + line(1).encode())
     assert isinstance(found, BatchLine)
     assert isinstance(
-        check(read_at(io.BytesIO(b"\xef\xbb\xbf" + line(1).encode()), 1, 0, found.length), CHAT), BatchLine
+        parse_line(read_line_at(io.BytesIO(b"\xef\xbb\xbf" + line(1).encode()), 1, 0, found.length), CHAT), BatchLine
     )
 
 
@@ -72,7 +72,7 @@ def test_a_line_that_is_too_long_is_skipped_without_being_held() -> None:
             return piece
 
     file = Counting(line(1).encode() + b"\n" + b"x" * 50_000_000 + b"\n" + line(3).encode())
-    found = [check(raw, CHAT) for raw in scan(file, 1_000)]
+    found = [parse_line(raw, CHAT) for raw in scan_lines(file, 1_000)]
     assert [type(one) for one in found] == [BatchLine, BadLine, BatchLine]
     assert isinstance(found[1], BadLine)
     assert found[1].problem.code == "line_too_long"
@@ -92,8 +92,8 @@ def test_a_custom_id_that_was_used_before_names_both_lines() -> None:
     one, two = (
         found for found in checked(f"{line(1)}\n{line(2, custom_id='c1')}".encode()) if isinstance(found, BatchLine)
     )
-    assert twins.see(one) is None
-    again = twins.see(two)
+    assert twins.check_line(one) is None
+    again = twins.check_line(two)
     assert isinstance(again, BadLine)
     assert again.problem.code == "duplicate_custom_id"
     assert "line 1" in again.problem.message
@@ -106,4 +106,4 @@ def test_the_same_request_in_another_spelling_is_a_twin() -> None:
     third = json.dumps({"custom_id": "c", "method": "POST", "url": CHAT, "body": {"y": [2, 1], "x": 1}})
     twins = DuplicateTracker()
     found = [one for one in checked("\n".join((first, second, third)).encode()) if isinstance(one, BatchLine)]
-    assert [twins.see(one) for one in found] == [None, 1, None]
+    assert [twins.check_line(one) for one in found] == [None, 1, None]

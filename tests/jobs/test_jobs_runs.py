@@ -106,7 +106,7 @@ async def test_what_was_busy_is_asked_again_when_its_time_has_come(office: Offic
         for count in range(1, 7):
             await until(lambda count=count: tries.count(1) == count)  # type: ignore[misc]
             office.clock += 100.0
-            desk.nudge()
+            desk.wake()
         batch = await ended(desk, made)
     assert (batch.counts.completed, tries.count(1)) == (2, 7)
 
@@ -118,7 +118,7 @@ async def test_a_target_that_keeps_failing_is_given_up(office: Office) -> None:
         for count in range(1, 5):
             await until(lambda count=count: len(office.answers.asked) == count)  # type: ignore[misc]
             office.clock += 100.0
-            desk.nudge()
+            desk.wake()
         batch = await ended(desk, made)
     assert (batch.counts.failed, len(office.answers.asked)) == (1, 4)
 
@@ -128,7 +128,7 @@ async def test_a_cancelled_batch_keeps_what_it_has_and_names_the_rest(office: Of
     async with office.desk() as desk:
         made = await office.batch(desk, [line(n) for n in range(1, 51)])
         await until(lambda: len(office.answers.asked) >= 6)
-        cancelling = await desk.cancel(desk.current(made))
+        cancelling = await desk.cancel(desk.current_batch(made))
         assert cancelling.status == "cancelling"
         batch = await ended(desk, made)
         good, bad = rows(desk, batch.output_file_id), rows(desk, batch.error_file_id)
@@ -145,7 +145,7 @@ async def test_what_is_not_done_in_time_expires(office: Office) -> None:
         made = await office.batch(desk, [line(n) for n in range(1, 11)], seconds=60)
         await until(lambda: len(office.answers.asked) >= 5)
         office.wall += 61
-        desk.nudge()
+        desk.wake()
         batch = await ended(desk, made)
         bad = rows(desk, batch.error_file_id)
     assert batch.status == "expired"
@@ -174,7 +174,7 @@ async def test_bytes_that_were_not_committed_are_cut_off(office: Office) -> None
     async with office.desk() as desk:
         made = await office.batch(desk, [line(n) for n in range(1, 11)])
         await until(lambda: len(office.answers.asked) >= 9)
-    torn = desk.folder.output_of(made.id)
+    torn = desk.folder.output_path(made.id)
     with torn.open("ab") as file:
         file.write(b'{"id":"batch_req_x","custom_id":"c9","line":9,"resp')
     office.answers = Answers()
@@ -192,14 +192,14 @@ async def test_a_crash_while_results_become_files_is_made_good(office: Office, m
             crashed.set()
             await asyncio.Event().wait()
 
-        monkeypatch.setattr(desk.store, "end", crash)
+        monkeypatch.setattr(desk.store, "end_batch", crash)
         made = await office.batch(desk, [line(1), "{"])
         await asyncio.wait_for(crashed.wait(), 20)
     async with office.desk() as desk:
         batch = await ended(desk, made)
         assert batch.status == "completed"
         assert len(rows(desk, batch.output_file_id)) == len(rows(desk, batch.error_file_id)) == 1
-        assert await desk.store.file(batch.output_file_id or "") is not None
+        assert await desk.store.get_file(batch.output_file_id or "") is not None
 
 
 async def test_a_full_disk_pauses_and_is_told_and_the_job_goes_on(office: Office) -> None:
@@ -210,12 +210,12 @@ async def test_a_full_disk_pauses_and_is_told_and_the_job_goes_on(office: Office
         progress = desk.progress(made.id)
         assert progress is not None
         assert "free some space" in progress.reason
-        assert desk.current(made).status == "in_progress"
+        assert desk.current_batch(made).status == "in_progress"
         assert ("jobs_paused", made.id) in office.alerts.warnings
         assert office.answers.asked == []
         office.free = 10**12
         office.clock += 100
-        desk.nudge()
+        desk.wake()
         batch = await ended(desk, made)
     assert batch.counts.completed == 10
     assert office.alerts.warnings == {}
@@ -223,21 +223,21 @@ async def test_a_full_disk_pauses_and_is_told_and_the_job_goes_on(office: Office
 
 async def test_results_that_find_no_room_are_written_later(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
     full = True
-    append = ResultFile.append
+    append = ResultFile.append_rows
 
     def refusing(self: ResultFile, data: list[bytes]) -> object:
         if full:
             raise StorageFull("no space is left")
         return append(self, data)
 
-    monkeypatch.setattr(ResultFile, "append", refusing)
+    monkeypatch.setattr(ResultFile, "append_rows", refusing)
     async with office.desk() as desk:
         made = await office.batch(desk, [line(n) for n in range(1, 6)])
         await until(lambda: len(office.answers.asked) == 5 or ("jobs_paused", made.id) in office.alerts.warnings)
         office.clock += 1
         await until(lambda: ("jobs_paused", made.id) in office.alerts.warnings)
         full = False
-        desk.nudge()
+        desk.wake()
         batch = await ended(desk, made)
         assert sorted(row["line"] for row in rows(desk, batch.output_file_id)) == [1, 2, 3, 4, 5]
     assert len(office.answers.asked) == 5  # what was answered is not asked again
@@ -256,26 +256,26 @@ async def test_outside_its_hours_a_job_waits_and_says_so(office: Office) -> None
         assert hours in progress.reason
         assert office.answers.asked == []
         office.wall += 2 * 3600 + 60
-        desk.nudge()
+        desk.wake()
         assert (await ended(desk, made)).counts.completed == 1
 
 
 async def test_a_batch_whose_end_finds_no_room_ends_later(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
     full = True
     async with office.desk() as desk:
-        save = desk.store.save
+        save = desk.store.save_batch
 
         async def refusing(batch: Batch) -> None:
             if full and batch.status == "finalizing":
                 raise StorageFull("no space is left")
             await save(batch)
 
-        monkeypatch.setattr(desk.store, "save", refusing)
+        monkeypatch.setattr(desk.store, "save_batch", refusing)
         made = await office.batch(desk, [line(1)])
         await until(lambda: ("jobs_paused", made.id) in office.alerts.warnings)
-        assert desk.current(made).status == "in_progress"
+        assert desk.current_batch(made).status == "in_progress"
         full = False
-        desk.nudge()
+        desk.wake()
         assert (await ended(desk, made)).counts.completed == 1
 
 
@@ -285,7 +285,7 @@ async def test_two_batches_share_the_engine(office: Office) -> None:
         first = await office.batch(desk, [line(n) for n in range(1, 31)])
         await until(lambda: office.answers.under_way == 6)
         second = await office.batch(desk, [line(n) for n in range(1, 31)])
-        await until(lambda: desk.current(second).status == "in_progress")
+        await until(lambda: desk.current_batch(second).status == "in_progress")
         for _ in range(60):
             office.answers.allow.release()
         await ended(desk, first)
@@ -305,13 +305,13 @@ async def test_a_file_deleted_while_its_job_runs_does_not_disturb_it(office: Off
             office.answers.allow.release()
         batch = await ended(desk, made)
         assert batch.counts.completed == 300
-        assert not desk.folder.input_of(made.id).exists()
+        assert not desk.folder.input_path(made.id).exists()
 
 
 async def test_a_file_that_is_gone_before_validation_fails_the_batch(office: Office) -> None:
     async with office.desk() as desk:
         file = await office.upload(desk, [line(1)])
-        desk.folder.remove(file.id)
+        desk.folder.remove_file(file.id)
         made = await office.batch(desk, [line(1)])
         from dataclasses import replace
 
@@ -360,12 +360,12 @@ async def test_what_would_be_late_leaves_unless_it_is_bound(office: Office, resi
             office.answers.allow.release()
         await until(lambda: len(office.answers.asked) == 18)
         office.clock += 10.0  # some twelve lines in ten seconds: not even half will be done in a minute
-        desk.nudge()
+        desk.wake()
         if leaves:
             await until(lambda: sum(terms.patience_seconds == 0.0 for terms in office.answers.terms) == 8)
         progress = desk.progress(made.id)
         assert progress is not None
-        await until(lambda: (desk.progress(made.id) or progress).late > 0)
+        await until(lambda: (desk.progress(made.id) or progress).late_lines > 0)
         gone = [terms for terms in office.answers.terms if terms.patience_seconds == 0.0]
         assert len(gone) == (8 if leaves else 0)
         assert all(terms.residency == residency for terms in office.answers.terms)
@@ -376,16 +376,16 @@ async def test_files_and_batches_that_have_had_their_time_are_removed(office: Of
         batch = await ended(desk, await office.batch(desk, [line(1)]))
         assert batch.output_file_id is not None
         office.wall += 31 * 86_400
-        await desk.sweep()
-        assert await desk.store.file(batch.output_file_id) is None
-        assert not desk.folder.path(batch.output_file_id).exists()
-        assert await desk.store.batch(batch.id) is None
+        await desk.remove_expired()
+        assert await desk.store.get_file(batch.output_file_id) is None
+        assert not desk.folder.file_path(batch.output_file_id).exists()
+        assert await desk.store.get_batch(batch.id) is None
 
 
 async def test_what_a_crash_left_of_an_upload_is_swept_away(office: Office) -> None:
     async with office.desk() as desk:
         file = await office.upload(desk, [line(1)])
-        folder = desk.folder.path(file.id).parent
+        folder = desk.folder.file_path(file.id).parent
         (folder / "file-00000000000000000000000000000000.part").write_bytes(b"half")
     async with office.desk():
         assert [path.name for path in folder.iterdir()] == [file.id]
@@ -401,13 +401,13 @@ async def test_a_hundred_thousand_lines_go_through_with_a_broken_one(office: Off
         del lines
 
         async def over() -> bool:
-            found = await desk.store.batch(made.id)
+            found = await desk.store.get_batch(made.id)
             return found is not None and found.is_over
 
         await until(over, 110)
-        batch = await desk.store.batch(made.id)
+        batch = await desk.store.get_batch(made.id)
         assert batch is not None
         assert (batch.counts.completed, batch.counts.failed) == (99_999, 1)
         assert [row["line"] for row in rows(desk, batch.error_file_id)] == [70_000]
-        with desk.folder.path(batch.output_file_id or "").open() as file:
+        with desk.folder.file_path(batch.output_file_id or "").open() as file:
             assert sum(json.loads(row)["line"] for row in file) == 100_000 * 100_001 // 2 - 70_000

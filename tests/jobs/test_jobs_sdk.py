@@ -101,7 +101,7 @@ async def node(home: Path, config: JobsSettings | None = None, free: int = 10**1
     desk = await JobManager.open(
         config or JobsSettings(min_free_bytes=1000),
         home,
-        answering=lines,
+        line_handler=lines,
         state=state,
         alerts=Alerts(),
         clock=lambda: NOW,
@@ -311,7 +311,7 @@ async def test_a_deleted_file_is_gone(tmp_path: Path) -> None:
         assert (await client.files.delete(file.id)).deleted
         with pytest.raises(openai.NotFoundError):
             await client.files.content(file.id)
-        assert not running.desk.folder.path(file.id).exists()
+        assert not running.desk.folder.file_path(file.id).exists()
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ async def test_uploads_that_are_too_long_or_find_no_room_leave_nothing_behind(tm
             assert "cut off" in found.json()["error"]["message"]
             found = await http.post(f"{running.url}/v1/files", json={})
             assert found.status_code == 415
-        assert list(running.desk.folder.path("file-" + "0" * 32).parent.iterdir()) == []
+        assert list(running.desk.folder.file_path("file-" + "0" * 32).parent.iterdir()) == []
     async with node(tmp_path, free=10) as running, running.client() as client:
         with pytest.raises(openai.InternalServerError, match="free some space") as full:
             await client.files.create(file=("a.jsonl", b"x"), purpose="batch")

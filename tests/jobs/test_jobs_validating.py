@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from appliance.jobs import runner
-from appliance.jobs.lines.validation import _chunks, validate
+from appliance.jobs.lines.validation import _chunks, validate_batch
 from appliance.jobs.models import Batch
 from tests.jobs.office import CHAT, Office, ended, line
 
@@ -32,11 +32,11 @@ async def test_no_more_files_are_looked_over_at_once_than_there_is_memory_for(
         most = max(most, now)
         await asyncio.sleep(0)
         try:
-            return await validate(*given, **more)
+            return await validate_batch(*given, **more)
         finally:
             now -= 1
 
-    monkeypatch.setattr(runner, "validate", watched)
+    monkeypatch.setattr(runner, "validate_batch", watched)
     office = Office(tmp_path)
     async with office.desk() as desk:
         made = [await office.batch(desk, [line(1)]) for _ in range(8)]

@@ -68,7 +68,7 @@ async def test_an_older_ledger_keeps_its_rows_and_a_reader_says_it_must_be_migra
     with pytest.raises(LedgerUnavailable, match="older schema"):
         offline_report(url_in(tmp_path), since_at=0, until_at=NOW_AT + 1)
     again = await Ledger.open(url_in(tmp_path))
-    assert await again.decision("dec_1") is not None
+    assert await again.read_decision("dec_1") is not None
     await again.close()
 
 

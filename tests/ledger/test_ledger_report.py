@@ -30,7 +30,7 @@ async def test_a_period_is_summed_by_target(tmp_path: Path) -> None:
     ledger.record(outcome("dec_5", overflowed, residency="region:EU", status=429, error_code="capacity_exceeded"))
     ledger.record(outcome("later", received_at=NOW_AT + 60))
 
-    report = await ledger.report(since_at=NOW_AT, until_at=NOW_AT + 60)
+    report = await ledger.read_report(since_at=NOW_AT, until_at=NOW_AT + 60)
 
     assert (report.requests, report.answered) == (5, 4)
     assert report.errors == {"capacity_exceeded": 1}
@@ -57,7 +57,7 @@ async def test_a_bound_request_that_left_is_never_overlooked(tmp_path: Path) -> 
     ledger = await Ledger.open(url_in(tmp_path))
     ledger.record(outcome("dec_1", hosted_attempt(), residency="onsite"))
 
-    report = await ledger.report(since_at=0, until_at=NOW_AT + 1)
+    report = await ledger.read_report(since_at=0, until_at=NOW_AT + 1)
 
     assert report.onsite_bound_left == 1
     await ledger.close()
@@ -67,7 +67,7 @@ async def test_a_hosted_attempt_that_was_never_allowed_out_has_not_left(tmp_path
     ledger = await Ledger.open(url_in(tmp_path))
     ledger.record(outcome("dec_1", hosted_attempt(result="failed", reservation=None, cost_usd=0.0), status=503))
 
-    assert (await ledger.report(since_at=0, until_at=NOW_AT + 1)).left_site == 0
+    assert (await ledger.read_report(since_at=0, until_at=NOW_AT + 1)).left_site == 0
     await ledger.close()
 
 
@@ -86,7 +86,7 @@ async def test_sums_agree_to_the_nano_dollar_with_a_count_kept_elsewhere(tmp_pat
     await asyncio.gather(*(ask(number, usage) for number, usage in enumerate(usages)))
     spent_nano = sum(usage.prompt_tokens * 3_000 + usage.completion_tokens * 15_000 for usage in usages)
 
-    report = await ledger.report(since_at=0, until_at=NOW_AT + 1)
+    report = await ledger.read_report(since_at=0, until_at=NOW_AT + 1)
 
     assert round(report.cost_usd * 1e9) == spent_nano
     assert report.targets[0].cost_usd == report.cost_usd
@@ -96,7 +96,7 @@ async def test_sums_agree_to_the_nano_dollar_with_a_count_kept_elsewhere(tmp_pat
 async def test_an_empty_period_is_all_zero(tmp_path: Path) -> None:
     ledger = await Ledger.open(url_in(tmp_path))
 
-    report = await ledger.report(since_at=0, until_at=1)
+    report = await ledger.read_report(since_at=0, until_at=1)
 
     assert (report.requests, report.cost_usd, report.targets, report.bound) == (0, 0, (), {})
     await ledger.close()
@@ -116,7 +116,7 @@ async def test_a_path_with_signs_that_mean_something_in_a_url_works(tmp_path: Pa
     ledger = await Ledger.open(url_in(folder))
     ledger.record(outcome("dec_1"))
     await ledger.flush()
-    assert (await ledger.report(since_at=0, until_at=NOW_AT + 1)).requests == 1
+    assert (await ledger.read_report(since_at=0, until_at=NOW_AT + 1)).requests == 1
     await ledger.close()
 
     assert offline_report(url_in(folder), since_at=0, until_at=NOW_AT + 1).requests == 1
@@ -127,8 +127,8 @@ async def test_an_unpriced_local_answer_has_an_unknown_cost_not_none(tmp_path: P
     ledger = await Ledger.open(url_in(tmp_path))
     ledger.record(outcome("dec_1", onsite_attempt(cost_usd=None)))
 
-    story = await ledger.decision("dec_1")
-    report = await ledger.report(since_at=0, until_at=NOW_AT + 1)
+    story = await ledger.read_decision("dec_1")
+    report = await ledger.read_report(since_at=0, until_at=NOW_AT + 1)
 
     assert story is not None
     assert story["cost_usd"] is None

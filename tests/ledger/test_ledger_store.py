@@ -29,7 +29,7 @@ async def test_a_decision_can_be_read_back_whole_right_after_it_was_recorded(tmp
     ledger.settle(reservation, usd=0.0123)
     ledger.record(outcome("dec_1", overflowed, hosted_attempt(index=1, cost_usd=0.0123, reservation=reservation)))
 
-    story = await ledger.decision("dec_1")
+    story = await ledger.read_decision("dec_1")
 
     assert story is not None
     assert story["profile"]["task"] == "chat"
@@ -42,7 +42,7 @@ async def test_a_decision_can_be_read_back_whole_right_after_it_was_recorded(tmp
     assert story["reservations"][0]["reserved_usd"] == 0.02
     assert story["reservations"][0]["settled_usd"] == 0.0123
     assert story["cost_is_final"] is True
-    assert await ledger.decision("dec_2") is None
+    assert await ledger.read_decision("dec_2") is None
     await ledger.close()
 
 
@@ -75,8 +75,8 @@ async def test_nothing_blocks_the_event_loop(tmp_path: Path) -> None:
         ledger.settle(reservation, usd=0.01)
         ledger.record(outcome())
         await ledger.flush()
-        assert await ledger.decision("dec_1") is not None
-        assert (await ledger.report(since_at=0, until_at=NOW_AT + 1)).requests == 1
+        assert await ledger.read_decision("dec_1") is not None
+        assert (await ledger.read_report(since_at=0, until_at=NOW_AT + 1)).requests == 1
         await ledger.close()
 
 
@@ -99,7 +99,7 @@ async def test_a_reservation_of_many_requests_at_once_is_one_of_each(tmp_path: P
         *(ledger.reserve(decision_id=f"dec_{number}", target=HOSTED, usd=0.001) for number in range(100))
     )
 
-    report = await ledger.report(since_at=NOW_AT, until_at=NOW_AT + 1)
+    report = await ledger.read_report(since_at=NOW_AT, until_at=NOW_AT + 1)
 
     assert len(set(ids)) == 100
     assert report.unsettled == 100
@@ -136,7 +136,7 @@ async def test_a_caller_who_leaves_while_money_is_reserved_costs_nothing(tmp_pat
     with pytest.raises(asyncio.CancelledError):
         await waiting
 
-    report = await ledger.report(since_at=0, until_at=NOW_AT + 1)
+    report = await ledger.read_report(since_at=0, until_at=NOW_AT + 1)
 
     assert report.cost_usd == 0
     assert report.unsettled == 0
@@ -150,7 +150,7 @@ async def test_only_the_first_settlement_counts(tmp_path: Path) -> None:
     ledger.settle(reservation, usd=0.01)
     ledger.settle(reservation, usd=0.5)
 
-    assert (await ledger.report(since_at=0, until_at=NOW_AT + 1)).cost_usd == 0.01
+    assert (await ledger.read_report(since_at=0, until_at=NOW_AT + 1)).cost_usd == 0.01
     await ledger.close()
 
 
@@ -182,7 +182,7 @@ async def test_an_entry_no_database_takes_is_dropped_and_those_behind_it_are_wri
     ledger.record(outcome("dec_3", model="a\ud800b\0c" + "d" * 1000))
     await ledger.flush()
 
-    story = await ledger.decision("dec_3")
+    story = await ledger.read_decision("dec_3")
 
     assert story is not None
     assert story["model"].startswith("a?b\N{REPLACEMENT CHARACTER}cd")
@@ -197,12 +197,12 @@ async def test_absurd_token_counts_of_a_hosted_target_are_cut_to_what_the_column
     absurd = type(usage)(prompt_tokens=10**30, completion_tokens=-5)
     ledger.record(outcome("dec_1", hosted_attempt(usage=absurd)))
 
-    story = await ledger.decision("dec_1")
+    story = await ledger.read_decision("dec_1")
 
     assert story is not None
     assert story["attempts"][0]["prompt_tokens"] == 2**63 - 1
     assert story["attempts"][0]["completion_tokens"] == 0
-    assert (await ledger.report(since_at=0, until_at=NOW_AT + 1)).targets[0].completion_tokens == 0
+    assert (await ledger.read_report(since_at=0, until_at=NOW_AT + 1)).targets[0].completion_tokens == 0
     await ledger.close()
 
 
@@ -258,14 +258,14 @@ async def test_old_rows_are_forgotten_and_new_ones_kept(tmp_path: Path) -> None:
     await ledger.close()
 
     ledger = await Ledger.open(url_in(tmp_path), retention_days=7, clock=lambda: NOW_AT + 9 * day)
-    last = await ledger.report(since_at=0, until_at=NOW_AT + 10 * day)
+    last = await ledger.read_report(since_at=0, until_at=NOW_AT + 10 * day)
     deadline = time.monotonic() + 20
     while last.requests > 1 or last.cost_usd > 0.01:
         assert time.monotonic() < deadline, f"{last.requests} requests are still there"
-        last = await ledger.report(since_at=0, until_at=NOW_AT + 10 * day)
+        last = await ledger.read_report(since_at=0, until_at=NOW_AT + 10 * day)
 
-    assert await ledger.decision("new") is not None
-    assert await ledger.decision("old_1") is None
+    assert await ledger.read_decision("new") is not None
+    assert await ledger.read_decision("old_1") is None
     assert [row.attempts for row in last.targets] == [1]
     await ledger.close()
 
@@ -300,8 +300,8 @@ async def test_money_reserved_before_a_kill_is_still_counted_after_it(tmp_path: 
 
     offline = offline_report(url_in(tmp_path), since_at=0, until_at=NOW_AT + 1)
     ledger = await Ledger.open(url_in(tmp_path))
-    story = await ledger.decision("dec_1")
-    report = await ledger.report(since_at=0, until_at=NOW_AT + 1)
+    story = await ledger.read_decision("dec_1")
+    report = await ledger.read_report(since_at=0, until_at=NOW_AT + 1)
 
     assert story is not None
     assert story["status"] is None
@@ -310,5 +310,5 @@ async def test_money_reserved_before_a_kill_is_still_counted_after_it(tmp_path: 
     assert (report.cost_usd, report.unsettled_usd, report.unsettled, report.left_site) == (0.25, 0.25, 1, 1)
     assert offline == report
     ledger.settle(reservation, usd=0.1)
-    assert (await ledger.report(since_at=0, until_at=NOW_AT + 1)).cost_usd == 0.1
+    assert (await ledger.read_report(since_at=0, until_at=NOW_AT + 1)).cost_usd == 0.1
     await ledger.close()

@@ -112,12 +112,12 @@ async def test_a_full_disk_stops_hosted_spend_and_heals_when_there_is_room_again
     assert not health.ok
     assert "full" in health.reason
     assert (health.pending, health.dropped) == (300, 100)
-    assert await ledger.decision("before") is not None, "reading goes on"
+    assert await ledger.read_decision("before") is not None, "reading goes on"
 
     disk.empty()
     await until(lambda: ledger.health().ok and ledger.health().pending == 0)
     await ledger.reserve(decision_id="dec_1", target=HOSTED, usd=0.001)
-    assert await ledger.decision("during_299") is not None
+    assert await ledger.read_decision("during_299") is not None
     assert ledger.health().dropped == 100
     await ledger.close()
 
@@ -145,7 +145,7 @@ async def test_settlements_are_kept_even_when_outcomes_are_dropped(disk: Disk) -
     disk.empty()
     await until(lambda: ledger.health().pending == 0)
 
-    story = await ledger.decision("dec_1")
+    story = await ledger.read_decision("dec_1")
 
     assert story is not None
     assert story["reservations"][0]["settled_usd"] == 0.5
@@ -232,7 +232,7 @@ async def test_damage_that_shows_in_use_is_told_with_the_remedy(tmp_path: Path) 
         file.write(b"\xa5" * (size - 4096))
 
     with pytest.raises(LedgerUnavailable, match=r"cannot be read: .*malformed; it is damaged: move the file"):
-        await ledger.report(since_at=0, until_at=NOW_AT + 1)
+        await ledger.read_report(since_at=0, until_at=NOW_AT + 1)
     await ledger.close()
 
 

@@ -15,7 +15,7 @@ from appliance.encoders.server import EncoderEndpoints, make_app
 from appliance.encoders.service import EncoderService
 from appliance.quality.learning import CascadeLearning
 from appliance.quality.store import LearningStore
-from appliance.quality.traffic import lessons_of
+from appliance.quality.traffic import find_cascade_classifiers
 from appliance.tasks.classify.cascade import CascadeCall, CascadeText, CascadeThresholds
 
 TARGET = "classifier/mail"
@@ -113,7 +113,7 @@ async def school(home: Path, **rules: Any) -> AsyncIterator[School]:
         made = School(home, desk, client)
         made.say()
         store = await LearningStore.open(home / "learning.sqlite")
-        lessons = lambda: lessons_of(made.policy)  # noqa: E731 - it reads what a test sets
+        lessons = lambda: find_cascade_classifiers(made.policy)  # noqa: E731 - it reads what a test sets
         made.learning = CascadeLearning(
             store, made, lessons, made, LearningRules(**rules), lambda: made.now, lambda name: made.is_served
         )

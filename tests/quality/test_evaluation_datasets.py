@@ -9,9 +9,9 @@ import pytest
 from appliance.errors import ConfigError, RequestError
 from appliance.quality.evaluation.adapters import load_adapters
 from appliance.quality.evaluation.client import EvalReply, EvalRequestOptions
-from appliance.quality.evaluation.datasets import Dataset, examples, read_dataset, sample
+from appliance.quality.evaluation.datasets import Dataset, pick_examples, read_dataset, sample_rows
 from appliance.quality.evaluation.record import AnswerRecord, identity
-from appliance.quality.evaluation.scoring import GradedRow, compared, score
+from appliance.quality.evaluation.scoring import GradedRow, compare_models, score_model
 from appliance.tasks.decisions import openai_shape
 from appliance.tasks.extract import extraction
 from tests.evaldata import evaluation_data
@@ -55,9 +55,9 @@ def test_a_files_kind_is_told_by_its_rows(tmp_path: Path, rows: list[dict[str, A
 def test_open_datasets_are_read_and_asked_about(part: str, adapter: str) -> None:
     found = read_dataset(evaluation_data(part), load_adapters())
     assert found.adapter.name == adapter and len(found.rows) > 300
-    shown = examples(found.rows, found.adapter, 2, seed=1)
+    shown = pick_examples(found.rows, found.adapter, 2, seed=1)
     asking = EvalRequestOptions(found.adapter, "auto", found.labels if adapter == "classification" else (), shown)
-    _, body = asking.body(asking.batches(found.rows)[0])
+    _, body = asking.make_body(asking.split_rows(found.rows)[0])
     # What is sent must be what the endpoints take, examples included.
     if adapter == "classification":
         openai_shape.read_batch(body)
@@ -94,9 +94,9 @@ def test_rows_may_have_fields_that_nobody_knows_and_a_byte_order_mark(tmp_path: 
 
 def test_a_seed_draws_the_same_rows_and_examples_are_drawn_for_each_label(tmp_path: Path) -> None:
     found = dataset(tmp_path, TOPICS)
-    drawn = sample(found.rows, 5, seed=1)
-    assert drawn == sample(found.rows, 5, seed=1) != sample(found.rows, 5, seed=2)
-    shown = examples(found.rows, found.adapter, 2, seed=1)
+    drawn = sample_rows(found.rows, 5, seed=1)
+    assert drawn == sample_rows(found.rows, 5, seed=1) != sample_rows(found.rows, 5, seed=2)
+    shown = pick_examples(found.rows, found.adapter, 2, seed=1)
     assert sorted(one["label"] for one in shown) == ["billing", "billing", "sports", "sports"]
 
 
@@ -120,13 +120,13 @@ def test_decisions_are_scored(tmp_path: Path) -> None:
     found = dataset(tmp_path, TOPICS)
     said = [{"answers": [{"choice": "billing", "confidence": 0.9, "label_mass": 0.5}]}] * 19
     results = [GradedRow(one, "onsite/x", 0.001, 10, 1) for one in said] + [GradedRow({"error": {"message": "full"}})]
-    scored = score(found.adapter, found.rows, results, 2.0, found.labels)
+    scored = score_model(found.adapter, found.rows, results, 2.0, found.labels)
     told = scored.report
     assert told["accuracy"]["value"] == 0.5 and told["errors"] == 1 and told["commonest_error"] == "full"
     assert told["cost_usd"] is None, "what an error cost nobody knows"
     assert (told["answers_per_second"], told["input_tokens"], told["label_mass"]) == (10.0, 190, 0.5)
     assert told["ece"] == pytest.approx(0.9 - 10 / 19)
-    best = score(
+    best = score_model(
         found.adapter,
         found.rows,
         [GradedRow({"answers": [{"choice": row["label"]}]}) for row in TOPICS],
@@ -134,12 +134,15 @@ def test_decisions_are_scored(tmp_path: Path) -> None:
         found.labels,
     )
     assert best.report["macro_f1"]["value"] == 1.0
-    assert compared(best, scored)["verdict"] == "better" and compared(best, best)["verdict"] == "no difference shown"
+    assert (
+        compare_models(best, scored)["verdict"] == "better"
+        and compare_models(best, best)["verdict"] == "no difference shown"
+    )
 
 
 def graded(tmp_path: Path, row: dict[str, Any], **said: Any) -> Any:
     found = dataset(tmp_path, [row])
-    return score(found.adapter, found.rows, [GradedRow(said)], 1.0, ()).report
+    return score_model(found.adapter, found.rows, [GradedRow(said)], 1.0, ()).report
 
 
 def test_objects_are_scored_field_by_field(tmp_path: Path) -> None:

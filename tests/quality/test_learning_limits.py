@@ -44,9 +44,9 @@ async def test_texts_that_no_training_takes_are_not_kept(tmp_path: Path) -> None
     learns = await learning(tmp_path)
     for number, text in enumerate(("good", "x" * MAX_TEXT_CHARS, "x" * (MAX_TEXT_CHARS + 1), " \n")):
         learns.seen(call(number, text))
-    await learns.tend()
-    assert (await learns.store.counts(TARGET))["labels"] == 4
-    assert [len(row.text or "") for row in await learns.store.texts(TARGET, ["ann"])] == [4, MAX_TEXT_CHARS]
+    await learns.run_round()
+    assert (await learns.store.count_labels(TARGET))["labels"] == 4
+    assert [len(row.text or "") for row in await learns.store.list_texts(TARGET, ["ann"])] == [4, MAX_TEXT_CHARS]
     await learns.aclose()
 
 
@@ -54,7 +54,7 @@ async def test_the_log_tells_no_text_however_much_it_tells(tmp_path: Path, caplo
     with caplog.at_level(logging.DEBUG, logger="sqlalchemy.engine"):
         learns = await learning(tmp_path)
         learns.seen(call(1, "a text of somebody's"))
-        await learns.tend()
+        await learns.run_round()
         await learns.aclose()
     assert "INSERT INTO labelled" in caplog.text
     assert "somebody" not in caplog.text
@@ -66,6 +66,6 @@ async def test_what_is_remembered_for_feedback_is_bounded_by_length_too(tmp_path
         learns.seen(call(number, "x" * MAX_TEXT_CHARS))
     held = sum(len(row.text) for one in learns._recent.values() for row in one.rows)
     assert held == 20_000_000
-    await learns.forget("ann")
+    await learns.forget_owner("ann")
     assert (learns._recent_texts, learns._recent_characters) == (0, 0)
     await learns.aclose()

@@ -5,7 +5,14 @@ import random
 import pytest
 
 from appliance.quality import rules
-from appliance.quality.rules import CandidateComparison, match_of, sign_test, standing_of, trainable, verdict
+from appliance.quality.rules import (
+    CandidateComparison,
+    combine_thresholds,
+    compare_candidates,
+    judge_candidate,
+    select_examples,
+    sign_test,
+)
 
 
 def side(threshold: float | None, *, enough: bool = True, rows: int = 500) -> dict[str, object]:
@@ -27,7 +34,7 @@ def side(threshold: float | None, *, enough: bool = True, rows: int = 500) -> di
 def test_a_threshold_must_be_allowed_by_both_samples_and_traffic_overrules_examples(
     held: object, live: object, threshold: float | None, reason: str
 ) -> None:
-    found = standing_of({"held_out": held, "live": live}, 0.05)
+    found = combine_thresholds({"held_out": held, "live": live}, 0.05)
     assert found.threshold == threshold
     assert reason in found.reason
 
@@ -40,7 +47,7 @@ def test_the_sign_test_is_the_exact_one() -> None:
 
 
 def test_only_texts_on_which_two_versions_differ_count() -> None:
-    found = match_of("aaab", serving="abba", candidate="abab", audited=[True, False, True, True])
+    found = compare_candidates("aaab", serving="abba", candidate="abab", audited=[True, False, True, True])
     assert found == CandidateComparison(rows=4, won=2, lost=0, audited_won=2, audited_lost=0)
 
 
@@ -56,7 +63,7 @@ def test_only_texts_on_which_two_versions_differ_count() -> None:
     ],
 )
 def test_a_candidate_serves_only_when_it_is_better(match: CandidateComparison, tests: int, what: str) -> None:
-    assert verdict(match, tests) == what
+    assert judge_candidate(match, tests) == what
 
 
 def test_a_candidate_that_is_no_better_is_hardly_ever_promoted() -> None:
@@ -67,7 +74,7 @@ def test_a_candidate_that_is_no_better_is_hardly_ever_promoted() -> None:
         for tests in range(1, rules.MOST_TESTS + 1):
             for _ in range(20):
                 won, lost = (won + 1, lost) if chance.random() < 0.5 else (won, lost + 1)
-            found = verdict(CandidateComparison(100, won, lost), tests)
+            found = judge_candidate(CandidateComparison(100, won, lost), tests)
             if found != "wait":
                 promoted += found == "promote"
                 break
@@ -86,15 +93,15 @@ def test_a_fifth_of_the_texts_is_never_trained_on() -> None:
     texts = [f"text {number}" for number in range(2_000)]
     kept_out = [text for text in texts if rules.is_for_testing(text)]
     assert 340 <= len(kept_out) <= 460
-    trained = trainable([(text, "a") for text in texts], ["a", "b"])
+    trained = select_examples([(text, "a") for text in texts], ["a", "b"])
     assert len(trained) == 2_000 - len(kept_out)
     assert not {row["text"] for row in trained} & set(kept_out)
 
 
 def test_before_there_is_a_version_labels_with_one_text_are_left_out() -> None:
     rows = [(f"text {number}", "a" if number else "rare") for number in range(20)]
-    assert {row["label"] for row in trainable(rows, None)} == {"a"}
-    assert {row["label"] for row in trainable(rows, ["rare"])} <= {"rare"}
+    assert {row["label"] for row in select_examples(rows, None)} == {"a"}
+    assert {row["label"] for row in select_examples(rows, ["rare"])} <= {"rare"}
 
 
 @pytest.mark.parametrize(
@@ -109,4 +116,4 @@ def test_before_there_is_a_version_labels_with_one_text_are_left_out() -> None:
 def test_texts_of_several_keys_are_mixed_only_where_somebody_said_so(
     owners: list[str], allowed: list[str] | None, chosen: list[str] | None
 ) -> None:
-    assert rules.owners_to_learn_from(owners, allowed) == chosen
+    assert rules.select_owners(owners, allowed) == chosen

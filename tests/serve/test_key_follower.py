@@ -28,13 +28,13 @@ class Keys:
         self.looks = 0
         self.fault: Exception | None = None
 
-    async def keys_mark(self) -> tuple[Any, ...]:
+    async def read_keys_mark(self) -> tuple[Any, ...]:
         self.looks += 1
         if self.fault is not None:
             raise self.fault
         return (tuple(self.names),)
 
-    async def keys(self) -> Sequence[KeySettings]:
+    async def list_keys(self) -> Sequence[KeySettings]:
         return [KeySettings(name=name, sha256=hashlib.sha256(name.encode()).hexdigest()) for name in self.names]
 
 
@@ -76,7 +76,7 @@ class Scene:
 
 async def test_a_key_revoked_after_the_follower_failed_is_refused(tmp_path: Path) -> None:
     keys = Keys("ann", "bob")
-    scene = Scene(tmp_path, keys, await keys.keys())
+    scene = Scene(tmp_path, keys, await keys.list_keys())
     follow = GuardedTask("keys", lambda: scene.node.follow_keys(keys, turn), scene.signals, sleep=turn)
     following = asyncio.create_task(follow.run())
     await until(lambda: keys.looks > 1)
@@ -94,7 +94,7 @@ async def test_a_key_revoked_after_the_follower_failed_is_refused(tmp_path: Path
 
 async def test_a_key_revoked_before_the_first_look_is_refused(tmp_path: Path) -> None:
     keys = Keys("ann", "bob")
-    scene = Scene(tmp_path, keys, await keys.keys())
+    scene = Scene(tmp_path, keys, await keys.list_keys())
     keys.names.remove("ann")
     following = asyncio.create_task(scene.node.follow_keys(keys, turn))
     await until(lambda: not scene.is_let_in("ann"))

@@ -65,7 +65,7 @@ class ClassifierEndpoints:
     async def show(self, http: Http) -> Response:
         query = f"?version={quote(http.query_params['version'])}" if "version" in http.query_params else ""
         shown = await self._shown(http, _path(http) + query)
-        traffic = None if self._learning is None else await self._learning.facts(http.path_params["name"])
+        traffic = None if self._learning is None else await self._learning.describe_classifier(http.path_params["name"])
         if shown.status_code != 200 or traffic is None:
             return shown
         return json_response({**orjson.loads(shown.body), "traffic": traffic})
@@ -75,7 +75,7 @@ class ClassifierEndpoints:
         self._rim.auth.caller(http.headers, "admin")
         if self._learning is None:
             raise Unavailable("this program keeps no labels: ask a node that `appliance serve` runs, and see /healthz")
-        return json_response(await self._learning.learn(http.path_params["name"]), status=202)
+        return json_response(await self._learning.start_training(http.path_params["name"]), status=202)
 
     async def evaluate(self, http: Http) -> Response:
         return await self._changed(http, "POST", f"{_path(http)}/evaluate")
@@ -90,7 +90,7 @@ class ClassifierEndpoints:
             return await self._changed(http, "DELETE", f"{_path(http)}?version={quote(version)}")
         gone = await self._changed(http, "DELETE", _path(http))
         if gone.status_code == 200 and self._learning is not None:
-            await self._learning.removed(http.path_params["name"])
+            await self._learning.forget_classifier(http.path_params["name"])
         return gone
 
     async def training(self, http: Http) -> Response:

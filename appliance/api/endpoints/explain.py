@@ -72,7 +72,7 @@ class ExplainEndpoints:
         """A decision that was made; other callers' decisions do not exist for a key without the scope admin."""
         caller = self._rim.auth.caller(http.headers)
         decision_id = http.path_params["decision_id"]
-        story = await self._ledger.decision(decision_id) if _DECISION_ID.fullmatch(decision_id) else None
+        story = await self._ledger.read_decision(decision_id) if _DECISION_ID.fullmatch(decision_id) else None
         if story is None or ("admin" not in caller.scopes and story.get("key_id") != caller.key_id):
             raise NotFound(
                 f"decision {decision_id[:80]!r} is not known: its answer had the id in the header x-appliance-decision"

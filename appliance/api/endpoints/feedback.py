@@ -28,19 +28,21 @@ _MOST_INDEX: Final = 10_000
 class FeedbackStore(Protocol):
     """What keeps labels and looks after candidates."""
 
-    async def feedback(
+    async def add_feedback(
         self, owner: str, decision_id: str, index: int, label: str, *, sees_all: bool
     ) -> Mapping[str, Any]: ...
 
-    async def teach(self, owner: str, classifier: str, text: str, label: str, residency: str) -> Mapping[str, Any]: ...
+    async def add_example(
+        self, owner: str, classifier: str, text: str, label: str, residency: str
+    ) -> Mapping[str, Any]: ...
 
-    async def forget(self, owner: str, classifier: str | None = None) -> int: ...
+    async def forget_owner(self, owner: str, classifier: str | None = None) -> int: ...
 
-    async def facts(self, name: str) -> Mapping[str, Any] | None: ...
+    async def describe_classifier(self, name: str) -> Mapping[str, Any] | None: ...
 
-    async def learn(self, name: str) -> Mapping[str, Any]: ...
+    async def start_training(self, name: str) -> Mapping[str, Any]: ...
 
-    async def removed(self, name: str) -> None: ...
+    async def forget_classifier(self, name: str) -> None: ...
 
 
 class FeedbackEndpoints:
@@ -56,10 +58,10 @@ class FeedbackEndpoints:
         if body.get("decision_id") is None and (body.get("input") is not None or body.get("classifier") is not None):
             classifier, text = _text(body, "classifier", _MOST_LABEL_CHARS), _text(body, "input", _MOST_TEXT_CHARS)
             bound = strictest(caller.residency, read_residency(http.headers) or ANYWHERE)
-            return json_response(await self._keeper.teach(caller.key_id, classifier, text, label, str(bound)))
+            return json_response(await self._keeper.add_example(caller.key_id, classifier, text, label, str(bound)))
         decision_id, index = _text(body, "decision_id", _MOST_LABEL_CHARS), _index(body)
         sees_all = "admin" in caller.scopes
-        told = await self._keeper.feedback(caller.key_id, decision_id, index, label, sees_all=sees_all)
+        told = await self._keeper.add_feedback(caller.key_id, decision_id, index, label, sees_all=sees_all)
         return json_response(told)
 
     async def forget(self, http: Http) -> Response:
@@ -67,7 +69,7 @@ class FeedbackEndpoints:
         owner = query.get("key", caller.key_id)
         if owner != caller.key_id and "admin" not in caller.scopes:
             raise Forbidden("the examples of another key are removed with the scope admin alone")
-        gone = await self._keeper.forget(owner, query.get("classifier"))
+        gone = await self._keeper.forget_owner(owner, query.get("classifier"))
         return json_response({"key": owner, "removed": gone})
 
     @property

@@ -20,7 +20,7 @@ from appliance.errors import BodyTooLarge, NotFound, RequestError
 from appliance.jobs.deps import JobProgress
 from appliance.jobs.manager import JobManager, new_batch_id
 from appliance.jobs.models import Batch, StoredFile
-from appliance.jobs.planner import read_window
+from appliance.jobs.planner import parse_window
 from appliance.jobs.storage.files import new_file_id
 from appliance.router.request_builder import TAG_HEADER, read_residency, read_tag
 
@@ -50,11 +50,11 @@ class JobEndpoints:
             )
         await asyncio.to_thread(desk.folder.check_space, announced)
         file_id = new_file_id()
-        with desk.folder.receiving(file_id) as receiver:
+        with desk.folder.receive_upload(file_id) as receiver:
             form = UploadForm(http.headers.get("content-type", ""), receiver.write)
             await receive_form(http, form)
             purpose, lifetime = _purpose(form.fields), _lifetime(form.fields)
-            await asyncio.to_thread(receiver.keep)
+            await asyncio.to_thread(receiver.commit)
         now = self._rim.wall_clock()
         kept = lifetime or desk.config.retention_days * 86_400.0
         filename = form.filename or "upload"
@@ -62,7 +62,7 @@ class JobEndpoints:
         try:
             await desk.store.add_file(file)
         except BaseException:
-            await asyncio.to_thread(desk.folder.remove, file_id)
+            await asyncio.to_thread(desk.folder.remove_file, file_id)
             raise
         return json_response(_file(file))
 
@@ -71,7 +71,7 @@ class JobEndpoints:
         limit, order = _limit(query.get("limit"), 10_000, 10_000), query.get("order", "desc")
         if order not in ("asc", "desc"):
             raise RequestError(f"order is {order[:20]!r}: use asc or desc", param="order")
-        rows = await self._desk.store.files(
+        rows = await self._desk.store.list_files(
             _owner(caller),
             after=query.get("after"),
             limit=limit + 1,
@@ -85,7 +85,7 @@ class JobEndpoints:
 
     async def content(self, http: Http) -> ASGIApp:
         file = await self._file(http)
-        path = self._desk.folder.path(file.id)
+        path = self._desk.folder.file_path(file.id)
         if not await asyncio.to_thread(path.exists):
             raise NotFound(f"the content of {file.id} is not on this node's disk any more")
         return FileResponse(path, media_type="application/octet-stream", filename=file.filename)
@@ -107,7 +107,7 @@ class JobEndpoints:
             )
         if not isinstance(window, str):
             raise RequestError("completion_window is missing: write for example 24h", param="completion_window")
-        seconds, metadata = read_window(window), _metadata(body.get("metadata"))
+        seconds, metadata = parse_window(window), _metadata(body.get("metadata"))
         file = await self._owned_file(caller, body.get("input_file_id"))
         if file.purpose != "batch":
             raise RequestError(
@@ -132,8 +132,8 @@ class JobEndpoints:
     async def batches(self, http: Http) -> Response:
         caller, query = self._rim.caller(http), http.query_params
         limit = _limit(query.get("limit"), 20, 100)
-        rows = await self._desk.store.batches(_owner(caller), after=query.get("after"), limit=limit + 1)
-        return json_response(_page([self._batch(self._desk.current(row)) for row in rows], limit))
+        rows = await self._desk.store.list_batches(_owner(caller), after=query.get("after"), limit=limit + 1)
+        return json_response(_page([self._batch(self._desk.current_batch(row)) for row in rows], limit))
 
     async def batch(self, http: Http) -> Response:
         return json_response(self._batch(await self._owned_batch(http)))
@@ -149,17 +149,17 @@ class JobEndpoints:
 
     async def _owned_file(self, caller: Caller, file_id: object) -> StoredFile:
         """Somebody else's does not exist for this caller."""
-        file = await self._desk.store.file(file_id) if isinstance(file_id, str) else None
+        file = await self._desk.store.get_file(file_id) if isinstance(file_id, str) else None
         if file is None or _owner(caller) not in (None, file.owner):
             raise NotFound(f"there is no file {str(file_id)[:80]!r}: GET /v1/files lists yours", param="file_id")
         return file
 
     async def _owned_batch(self, http: Http) -> Batch:
         caller, batch_id = self._rim.caller(http), http.path_params["batch_id"]
-        batch = await self._desk.store.batch(batch_id)
+        batch = await self._desk.store.get_batch(batch_id)
         if batch is None or _owner(caller) not in (None, batch.owner):
             raise NotFound(f"there is no batch {batch_id[:80]!r}: GET /v1/batches lists yours", param="batch_id")
-        return self._desk.current(batch)
+        return self._desk.current_batch(batch)
 
     def _batch(self, batch: Batch) -> Mapping[str, Any]:
         return batch_object(batch, self._desk.progress(batch.id), self._rim.wall_clock())
@@ -212,12 +212,12 @@ def _extension(batch: Batch, progress: JobProgress | None, now: float) -> Mappin
         told |= {
             "state": progress.state,
             "reason": progress.reason,
-            "lines_per_second": None if progress.per_second is None else round(progress.per_second, 3),
+            "lines_per_second": None if progress.lines_per_second is None else round(progress.lines_per_second, 3),
             "eta_seconds": None if left is None else round(left, 1),
             "eta_at": None if left is None else int(now + left),
-            "late": progress.late,
-            "under_way": progress.under_way,
-            "in_provider_batches": progress.posted,
+            "late": progress.late_lines,
+            "under_way": progress.lines_in_flight,
+            "in_provider_batches": progress.lines_at_providers,
         }
     return told
 

@@ -18,9 +18,9 @@ from appliance.cli.output import fail, guarded, say, say_json, stderr, stdout
 from appliance.config import load_config
 from appliance.quality.evaluation.adapters import load_adapters
 from appliance.quality.evaluation.client import EvalRequestOptions, NodeClient
-from appliance.quality.evaluation.datasets import Dataset, DatasetRow, examples, read_dataset, sample
+from appliance.quality.evaluation.datasets import Dataset, DatasetRow, pick_examples, read_dataset, sample_rows
 from appliance.quality.evaluation.record import AnswerRecord
-from appliance.quality.evaluation.scoring import ScoredModel, compared, score
+from appliance.quality.evaluation.scoring import ScoredModel, compare_models, score_model
 
 KEY_VARIABLE = "APPLIANCE_KEY"
 _FEWSHOT_SUFFIX = ("_test", "_fewshot")
@@ -74,7 +74,7 @@ def eval_command(
     if task is not None and (few_shot or debias or content_free):
         fail("--task brings its own examples and method: leave --few-shot, --debias and --content-free out")
     dataset = guarded(lambda: read_dataset(path, load_adapters(adapter_path)))
-    rows = sample(dataset.rows, limit, seed)
+    rows = sample_rows(dataset.rows, limit, seed)
     shown = _shown(dataset, rows, path, few_shot, few_shot_from, seed)
     record = guarded(lambda: AnswerRecord(answers_path))
     labels = dataset.labels if dataset.adapter.kind == "decision" else ()
@@ -140,7 +140,7 @@ def _shown(
     known = set(dataset.labels)
     if dataset.adapter.kind == "decision":
         pool = [row for row in pool if row.given[dataset.adapter.gold] in known]
-    return examples(pool, dataset.adapter, count, seed)
+    return pick_examples(pool, dataset.adapter, count, seed)
 
 
 def _asked(
@@ -159,11 +159,11 @@ def _asked(
     )
     with Progress(*columns, console=stderr) as progress:
         bar = progress.add_task(asking.model, total=len(rows), completed=len(known))
-        for reply in node.answers(asking, left, concurrency):
+        for reply in node.ask_rows(asking, left, concurrency):
             record.add(asking, reply)
             known |= {places[id(row)]: result for row, result in zip(reply.rows, reply.results, strict=True)}
             progress.advance(bar, len(reply.rows))
-    return score(
+    return score_model(
         asking.adapter, rows, [known[place] for place in range(len(rows))], record.seconds(asking), asking.labels
     )
 
@@ -186,7 +186,7 @@ def _report(
     if baseline is not None:
         found["baseline"] = baseline
         found["against_baseline"] = {
-            name: compared(one, scored[baseline]) for name, one in scored.items() if name != baseline
+            name: compare_models(one, scored[baseline]) for name, one in scored.items() if name != baseline
         }
     return found
 

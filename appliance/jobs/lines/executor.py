@@ -74,7 +74,7 @@ def _extracted(results: Sequence[Any], calls: Sequence[Any]) -> Any:
     return extraction.payload(results, calls) if is_single else extraction.texts_payload(results, calls)
 
 
-def readings(fits: TaskCalibrationStore) -> Mapping[str, LineEndpoint]:
+def make_line_endpoints(fits: TaskCalibrationStore) -> Mapping[str, LineEndpoint]:
     """By url. Tasks that are calibrated while the node runs are known from then on."""
     priors = Priors()
 
@@ -130,40 +130,40 @@ class LineExecutor:
         self._pipeline, self._auth = pipeline, auth
         self._clock, self._wall = clock, wall_clock
         self._known = KnownTasks(fits, saved or SavedTasks())
-        self.readings = readings(fits)
+        self.line_endpoints = make_line_endpoints(fits)
 
     @property
     def endpoints(self) -> Sequence[str]:
-        return tuple(self.readings)
+        return tuple(self.line_endpoints)
 
-    def kin(self, line: BatchLine) -> Hashable | None:
+    def group_key(self, line: BatchLine) -> Hashable | None:
         """Decisions that ask the same of different texts: an engine computes the question once for all of them."""
         if line.url != _DECISIONS or not isinstance(line.body.get("input"), str):
             return None
         rest = {name: value for name, value in line.body.items() if name != "input"}
         return hashlib.blake2b(orjson.dumps(rest, option=orjson.OPT_SORT_KEYS), digest_size=16).digest()
 
-    async def ask(self, lines: Sequence[BatchLine], terms: BatchTerms) -> Sequence[LineAnswer]:
+    async def execute(self, lines: Sequence[BatchLine], terms: BatchTerms) -> Sequence[LineAnswer]:
         """One answer for each line, in order. Raises Unauthorized where the key is no more."""
-        caller = self.caller(terms)
+        caller = self.find_caller(terms)
         if len(lines) == 1:
             return [await self._one(lines[0], caller, terms)]
         return await self._together(lines, caller, terms)
 
-    def caller(self, terms: BatchTerms) -> Caller:
+    def find_caller(self, terms: BatchTerms) -> Caller:
         """Raises Unauthorized where the key is no more."""
         return self._auth.named(terms.owner)
 
     async def _one(self, line: BatchLine, caller: Caller, terms: BatchTerms) -> LineAnswer:
-        name = request_id_of(line, terms)
+        name = make_request_id(line, terms)
         try:
-            asked, calls = await self.read(line, caller)
-            request = self.request(asked, name, caller, terms)
+            asked, calls = await self.read_calls(line, caller)
+            request = self.make_request(asked, name, caller, terms)
             results, facts = await self._results(request, calls)
-            payload = self.readings[line.url].payload(results, calls)
+            payload = self.line_endpoints[line.url].payload(results, calls)
         except ApplianceError as error:
             return _refused(error, name)
-        return good_answer(payload, name, facts, usage_of(payload), facts.cost_usd)
+        return make_answer(payload, name, facts, read_usage(payload), facts.cost_usd)
 
     async def _results(self, request: Request, calls: Sequence[Any]) -> tuple[Sequence[Any], ResponseMetadata]:
         """What every call came to. Raises the first error where none succeeded."""
@@ -180,16 +180,16 @@ class LineExecutor:
             raise failed[0]
         return many.results, many.facts
 
-    async def read(self, line: BatchLine, caller: Caller) -> tuple[ParsedRequest, Sequence[Any]]:
+    async def read_calls(self, line: BatchLine, caller: Caller) -> tuple[ParsedRequest, Sequence[Any]]:
         """By its endpoint's own reader. Raises RequestError and its like."""
-        reading = self.readings[line.url]
+        reading = self.line_endpoints[line.url]
         reader = reading.read if reading.shape is None else self._known.reading(reading.read, reading.shape, caller)
         raw = orjson.dumps(line.body)
         if len(raw) < IN_A_THREAD_BYTES:
             return reader(parse_body(raw))
         return await asyncio.to_thread(lambda: reader(parse_body(raw)))
 
-    def request(self, asked: ParsedRequest, name: str, caller: Caller, terms: BatchTerms) -> Request:
+    def make_request(self, asked: ParsedRequest, name: str, caller: Caller, terms: BatchTerms) -> Request:
         headers = {RESIDENCY_HEADER: terms.residency, **({TAG_HEADER: terms.tag} if terms.tag else {})}
         request = make_request(
             asked, headers=headers, caller=caller, request_id=name, now=self._clock(), wall=self._wall()
@@ -217,10 +217,10 @@ class LineExecutor:
         return [answers[line.number] for line in lines]
 
     async def _decided(self, line: BatchLine, caller: Caller, terms: BatchTerms) -> _Decided | LineAnswer:
-        name, pipeline = request_id_of(line, terms), self._pipeline()
+        name, pipeline = make_request_id(line, terms), self._pipeline()
         try:
-            asked, calls = await self.read(line, caller)
-            request = await pipeline.searched(self.request(asked, name, caller, terms))
+            asked, calls = await self.read_calls(line, caller)
+            request = await pipeline.searched(self.make_request(asked, name, caller, terms))
             call: DecisionsCall = calls[0]
             decision = pipeline.decide(request, prompt_tokens=call.prompt_tokens, output_tokens=call.output_tokens)
         except ApplianceError as error:
@@ -236,7 +236,7 @@ class LineExecutor:
         try:
             many = await self._pipeline().answer_many(request, calls, concurrency=len(calls))
         except ApplianceError as error:
-            return [_refused(error, request_id_of(one.line, terms)) for one in group]
+            return [_refused(error, make_request_id(one.line, terms)) for one in group]
         return [
             self._of_row(row, usage, one, terms, many.facts, len(group))
             for one, (row, usage) in zip(group, _rows(many.results, calls), strict=True)
@@ -257,7 +257,7 @@ class LineExecutor:
         inputs = tuple(one.call.inputs[0] for one in group)
         whole = replace(first.call, inputs=inputs, render=None)
         asked = openai_shape.make_asked(first.request.body, whole)
-        request = self.request(asked, request_id_of(first.line, terms), caller, terms)
+        request = self.make_request(asked, make_request_id(first.line, terms), caller, terms)
         pipeline = self._pipeline()
         request = await pipeline.searched(request)
         try:
@@ -270,13 +270,13 @@ class LineExecutor:
     def _of_row(
         self, row: Any, usage: Usage, one: _Decided, terms: BatchTerms, facts: ResponseMetadata, lines: int
     ) -> LineAnswer:
-        name = request_id_of(one.line, terms)
+        name = make_request_id(one.line, terms)
         if isinstance(row, ApplianceError):
             row.headers = row.headers or facts.headers()
             return _refused(row, name)
         payload = openai_shape.openai_payload(row, one.call.questions)
         cost = None if facts.cost_usd is None else facts.cost_usd / lines
-        return good_answer(payload, name, facts, usage, cost)
+        return make_answer(payload, name, facts, usage, cost)
 
 
 def _rows(
@@ -319,12 +319,12 @@ def _shares(usage: Usage, weights: Sequence[int]) -> Sequence[Usage]:
     return shares
 
 
-def request_id_of(line: BatchLine, terms: BatchTerms) -> str:
+def make_request_id(line: BatchLine, terms: BatchTerms) -> str:
     """The same however often the line is asked: what is sent twice can be told to be the same."""
     return f"{terms.batch_id}-{line.number}"
 
 
-def good_answer(payload: Any, name: str, facts: ResponseMetadata, usage: Usage, cost_usd: float | None) -> LineAnswer:
+def make_answer(payload: Any, name: str, facts: ResponseMetadata, usage: Usage, cost_usd: float | None) -> LineAnswer:
     return LineAnswer(200, payload, name, facts.location, usage, cost_usd, None, facts.decision_id)
 
 
@@ -349,7 +349,7 @@ def _again_after(error: ApplianceError) -> float | None:
     return None
 
 
-def usage_of(payload: Any) -> Usage:
+def read_usage(payload: Any) -> Usage:
     """What a payload of any endpoint says of its tokens."""
     usage = payload.get("usage") if isinstance(payload, dict) else None
     if not isinstance(usage, Mapping):

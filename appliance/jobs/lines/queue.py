@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from appliance.jobs.deps import JobDeps, JobStopped, grouped
+from appliance.jobs.deps import JobDeps, JobStopped, group_lines
 from appliance.jobs.models import BatchLine, LineAnswer
 from appliance.jobs.storage.batch_state import BatchState
 
@@ -17,11 +17,11 @@ _MOST_AGAIN: Final = 256
 _MOST_TRIES: Final = 4
 """Of a line whose target failed; one that was only busy is tried until the deadline."""
 
-Sift = Callable[[list[BatchLine]], Awaitable[list[BatchLine]]]
+LineSelector = Callable[[list[BatchLine]], Awaitable[list[BatchLine]]]
 
 
 @dataclass(slots=True)
-class _Again:
+class _RetryLine:
     line: BatchLine
     ready: float
 
@@ -29,45 +29,45 @@ class _Again:
 class LineQueue:
     """Lines are fetched in order, and again from where some came back to. None is handed out twice at a time."""
 
-    def __init__(self, means: JobDeps) -> None:
-        self._means = means
+    def __init__(self, deps: JobDeps) -> None:
+        self._deps = deps
         self._fetched_to = 0
         self._groups: deque[list[BatchLine]] = deque()
-        self._again: list[_Again] = []
+        self._again: list[_RetryLine] = []
         self._tries: dict[int, int] = {}
         self._in_hand: set[int] = set()
         """Fetched, and neither committed nor put back."""
 
     @property
-    def has_again(self) -> bool:
+    def has_retries(self) -> bool:
         return bool(self._again)
 
     @property
-    def soonest(self) -> float:
+    def next_retry_at(self) -> float:
         """When the next line may be asked again."""
         return min((one.ready for one in self._again), default=float("inf"))
 
-    def done(self, numbers: Iterable[int]) -> None:
+    def mark_done(self, numbers: Iterable[int]) -> None:
         """They are committed, or lie in a provider's batch by what is on disk."""
         self._in_hand.difference_update(numbers)
 
-    def back(self, numbers: Sequence[int]) -> None:
+    def requeue(self, numbers: Sequence[int]) -> None:
         """They wait again, by what is on disk."""
         if numbers:
             self._in_hand.difference_update(numbers)
             self._fetched_to = min(self._fetched_to, min(numbers) - 1)
 
-    def ready(self, group: Sequence[BatchLine]) -> Sequence[BatchLine]:
+    def ready_lines(self, group: Sequence[BatchLine]) -> Sequence[BatchLine]:
         """`group`, and what was fetched after it."""
         return [*group, *(line for one in self._groups for line in one)]
 
-    def put_back(self, group: Sequence[BatchLine]) -> None:
+    def refetch_group(self, group: Sequence[BatchLine]) -> None:
         """All that is ready is fetched anew: there may be another way for it now."""
-        numbers = [line.number for line in self.ready(group)]
+        numbers = [line.number for line in self.ready_lines(group)]
         self._groups.clear()
-        self.back(numbers)
+        self.requeue(numbers)
 
-    def again(self, line: BatchLine, answer: LineAnswer) -> bool:
+    def retry_later(self, line: BatchLine, answer: LineAnswer) -> bool:
         """Whether the line is to be asked once more, which it will be when its time has come."""
         tries = self._tries.pop(line.number, 0) + 1
         is_busy = answer.status in (429, 503)
@@ -75,33 +75,33 @@ class LineQueue:
             return False
         self._tries[line.number] = tries
         pause = max(answer.retry_after_seconds, min(60.0, 2.0 ** min(tries, 6)))
-        self._again.append(_Again(line, self._means.clock() + pause))
+        self._again.append(_RetryLine(line, self._deps.clock() + pause))
         return True
 
-    async def next_group(self, keeper: BatchState, sift: Sift) -> list[BatchLine] | None:
+    async def next_group(self, batch_state: BatchState, sift: LineSelector) -> list[BatchLine] | None:
         """Lines to be asked in one call; empty where none is ready now, None where `sift` took all that was fetched,
         and there may be more.
 
         Raises Stopped where the batch's input is gone.
         """
-        now = self._means.clock()
+        now = self._deps.clock()
         due = next((one for one in self._again if one.ready <= now), None)
         if due is not None:
             self._again.remove(due)
             return [due.line]
         if not self._groups and len(self._again) < _MOST_AGAIN:
-            fetched = await self._fetch(keeper)
+            fetched = await self._fetch(batch_state)
             lines = await sift(fetched)
             if fetched and not lines:
                 return None
-            self._groups += grouped(lines, self._means.answering.kin)
+            self._groups += group_lines(lines, self._deps.line_handler.group_key)
         return self._groups.popleft() if self._groups else []
 
-    async def _fetch(self, keeper: BatchState) -> list[BatchLine]:
+    async def _fetch(self, batch_state: BatchState) -> list[BatchLine]:
         """The next lines that wait and that nobody has in hand."""
         while True:
-            more = partial(self._means.store.to_ask, keeper.batch.id, self._fetched_to, _FETCHED_LINES)
-            places = await keeper.patiently(more)
+            more = partial(self._deps.store.list_ready_lines, batch_state.batch.id, self._fetched_to, _FETCHED_LINES)
+            places = await batch_state.retry_storage(more)
             size, taken = 0, 0
             while taken < len(places) and (not taken or size + places[taken].length <= _FETCHED_BYTES):
                 size, taken = size + places[taken].length, taken + 1
@@ -112,7 +112,7 @@ class LineQueue:
             if free:
                 break
         try:
-            lines = list(await keeper.results.read(free))
+            lines = list(await batch_state.results.read_lines(free))
         except FileNotFoundError as error:
             raise JobStopped("failed", "input_lost", f"the batch's input cannot be read any more: {error}") from error
         self._in_hand.update(line.number for line in lines)

@@ -28,7 +28,7 @@ class RawLine:
     data: bytes | None
 
 
-def scan(file: BinaryIO, max_line_bytes: int) -> Iterator[RawLine]:
+def scan_lines(file: BinaryIO, max_line_bytes: int) -> Iterator[RawLine]:
     """Every line with something in it, from the file's position on, which is the beginning of line 1."""
     number, offset = 0, file.tell()
     while first := file.readline(max_line_bytes + 1):
@@ -44,13 +44,13 @@ def scan(file: BinaryIO, max_line_bytes: int) -> Iterator[RawLine]:
         offset += length
 
 
-def read_at(file: BinaryIO, number: int, offset: int, length: int) -> RawLine:
+def read_line_at(file: BinaryIO, number: int, offset: int, length: int) -> RawLine:
     """A line that was seen before, from where it was then."""
     file.seek(offset)
     return RawLine(number, offset, length, file.read(length).removeprefix(_BOM).strip(b" \t\r\n"))
 
 
-def check(raw: RawLine, endpoint: str) -> BatchLine | BadLine:
+def parse_line(raw: RawLine, endpoint: str) -> BatchLine | BadLine:
     """The request in a line. Whether its body is a good one shows when it is asked."""
     if raw.data is None:
         return _bad(raw, None, "line_too_long", f"the line has {raw.length} bytes, more than a line may have here")
@@ -111,7 +111,7 @@ class DuplicateTracker:
         self._names: dict[bytes, int] = {}
         self._first: dict[bytes, int] = {}
 
-    def see(self, line: BatchLine) -> BadLine | int | None:
+    def check_line(self, line: BatchLine) -> BadLine | int | None:
         """A mistake where the line's custom_id was used before, the first line that asks the same, or None."""
         name = hashlib.blake2b(line.custom_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         earlier = self._names.setdefault(name, line.number)

@@ -6,7 +6,7 @@ from typing import Protocol, cast
 
 from appliance.core import Request, ResponseMetadata, Target, TaskCall
 from appliance.errors import ApplianceError
-from appliance.jobs.lines.executor import LineExecutor, good_answer, request_id_of, usage_of
+from appliance.jobs.lines.executor import LineExecutor, make_answer, make_request_id, read_usage
 from appliance.jobs.models import BatchLine, BatchTerms, LineAnswer
 from appliance.jobs.provider.models import ProviderBatch, SealedLine
 from appliance.router.provider_batches import PreparedLine, ProviderBatchSubmitter
@@ -30,7 +30,7 @@ class ProviderLines:
         return self._pipeline().bulk.takes(target)
 
     async def made_ready(self, lines: Sequence[BatchLine], terms: BatchTerms) -> Sequence[SealedLine | None]:
-        self._lines.caller(terms)
+        self._lines.find_caller(terms)
         return [await self._seal(line, terms) for line in lines]
 
     async def _seal(self, line: BatchLine, terms: BatchTerms) -> PreparedLine | None:
@@ -48,58 +48,70 @@ class ProviderLines:
         self._pipeline().bulk.release(ticket)
 
     async def send(
-        self, parcel: ProviderBatch, sealed: Sequence[SealedLine], note: Callable[[str], Awaitable[None]]
+        self, provider_batch: ProviderBatch, sealed: Sequence[SealedLine], note: Callable[[str], Awaitable[None]]
     ) -> str:
-        return await self._pipeline().bulk.send(parcel.name, cast(Sequence[PreparedLine], sealed), note)
+        return await self._pipeline().bulk.send(provider_batch.name, cast(Sequence[PreparedLine], sealed), note)
 
-    async def find(self, parcel: ProviderBatch) -> str | None:
+    async def find(self, provider_batch: ProviderBatch) -> str | None:
         bulk = self._pipeline().bulk
-        return await bulk.find(bulk.target(parcel.target), parcel.name)
+        return await bulk.find(bulk.target(provider_batch.target), provider_batch.name)
 
-    def finds(self, parcel: ProviderBatch) -> bool:
+    def finds(self, provider_batch: ProviderBatch) -> bool:
         bulk = self._pipeline().bulk
-        return bulk.finds(bulk.target(parcel.target))
+        return bulk.finds(bulk.target(provider_batch.target))
 
-    async def look(self, parcel: ProviderBatch) -> BatchStatus:
+    async def look(self, provider_batch: ProviderBatch) -> BatchStatus:
         bulk = self._pipeline().bulk
-        return await bulk.look(bulk.target(parcel.target), parcel.name, parcel.remote_id or "")
+        return await bulk.look(bulk.target(provider_batch.target), provider_batch.name, provider_batch.remote_id or "")
 
-    def rows(self, parcel: ProviderBatch, standing: BatchStatus) -> AsyncIterator[BatchResult]:
+    def rows(self, provider_batch: ProviderBatch, status: BatchStatus) -> AsyncIterator[BatchResult]:
         bulk = self._pipeline().bulk
-        return bulk.rows(bulk.target(parcel.target), parcel.name, parcel.remote_id or "", standing)
+        return bulk.rows(
+            bulk.target(provider_batch.target), provider_batch.name, provider_batch.remote_id or "", status
+        )
 
     async def read(
-        self, rows: Sequence[tuple[BatchLine, str, BatchResult]], terms: BatchTerms, parcel: ProviderBatch
+        self, rows: Sequence[tuple[BatchLine, str, BatchResult]], terms: BatchTerms, provider_batch: ProviderBatch
     ) -> Sequence[LineAnswer | None]:
-        return [await self._answer(line, ticket, row, terms, parcel) for line, ticket, row in rows]
+        return [await self._answer(line, ticket, row, terms, provider_batch) for line, ticket, row in rows]
 
     async def _answer(
-        self, line: BatchLine, ticket: str, row: BatchResult, terms: BatchTerms, parcel: ProviderBatch
+        self, line: BatchLine, ticket: str, row: BatchResult, terms: BatchTerms, provider_batch: ProviderBatch
     ) -> LineAnswer | None:
         await asyncio.sleep(0)
         request, call = await self._made(line, terms)
         bulk = self._pipeline().bulk
         if call is None:
             return None
-        found = bulk.read(request, call, bulk.target(parcel.target), ticket, parcel.remote_id or "", row)
+        found = bulk.read(
+            request, call, bulk.target(provider_batch.target), ticket, provider_batch.remote_id or "", row
+        )
         if found.error is not None:
             return None
-        payload = self._lines.readings[line.url].payload([found.payload], [call])
-        name = request_id_of(line, terms)
-        facts = ResponseMetadata(name, found.decision_id, parcel.target, "hosted", "", "", "", found.cost_usd, True)
-        return good_answer(payload, name, facts, usage_of(payload), found.cost_usd)
+        payload = self._lines.line_endpoints[line.url].payload([found.payload], [call])
+        name = make_request_id(line, terms)
+        facts = ResponseMetadata(
+            name, found.decision_id, provider_batch.target, "hosted", "", "", "", found.cost_usd, True
+        )
+        return make_answer(payload, name, facts, read_usage(payload), found.cost_usd)
 
-    async def cancel(self, parcel: ProviderBatch) -> None:
+    async def cancel(self, provider_batch: ProviderBatch) -> None:
         bulk = self._pipeline().bulk
-        await bulk.cancel(bulk.target(parcel.target), parcel.name, parcel.remote_id or "")
+        await bulk.cancel(bulk.target(provider_batch.target), provider_batch.name, provider_batch.remote_id or "")
 
-    async def forget(self, parcel: ProviderBatch, standing: BatchStatus | None) -> None:
+    async def forget(self, provider_batch: ProviderBatch, status: BatchStatus | None) -> None:
         bulk = self._pipeline().bulk
-        await bulk.forget(bulk.target(parcel.target), parcel.name, parcel.remote_id or "", parcel.uploaded, standing)
+        await bulk.forget(
+            bulk.target(provider_batch.target),
+            provider_batch.name,
+            provider_batch.remote_id or "",
+            provider_batch.uploaded,
+            status,
+        )
 
     async def _made(self, line: BatchLine, terms: BatchTerms) -> tuple[Request, TaskCall | None]:
         """The request, and its call where it is a single one."""
-        caller = self._lines.caller(terms)
-        asked, calls = await self._lines.read(line, caller)
-        request = self._lines.request(asked, request_id_of(line, terms), caller, terms)
+        caller = self._lines.find_caller(terms)
+        asked, calls = await self._lines.read_calls(line, caller)
+        request = self._lines.make_request(asked, make_request_id(line, terms), caller, terms)
         return request, calls[0] if len(calls) == 1 else None

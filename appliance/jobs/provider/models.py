@@ -52,28 +52,28 @@ class ProviderBatchLines(Protocol):
         """It was not asked, and is not billed."""
 
     async def send(
-        self, parcel: ProviderBatch, sealed: Sequence[SealedLine], note: Callable[[str], Awaitable[None]]
+        self, provider_batch: ProviderBatch, sealed: Sequence[SealedLine], note: Callable[[str], Awaitable[None]]
     ) -> str:
         """The provider's id of the batch; `note` is told of its file before."""
 
-    async def find(self, parcel: ProviderBatch) -> str | None:
+    async def find(self, provider_batch: ProviderBatch) -> str | None:
         """The provider's id of what was sent under the parcel's name; None where there is none, or none can be told."""
 
-    def finds(self, parcel: ProviderBatch) -> bool:
+    def finds(self, provider_batch: ProviderBatch) -> bool:
         """Whether `find` can tell that there is none."""
 
-    async def look(self, parcel: ProviderBatch) -> BatchStatus: ...
+    async def look(self, provider_batch: ProviderBatch) -> BatchStatus: ...
 
-    def rows(self, parcel: ProviderBatch, standing: BatchStatus) -> AsyncIterator[BatchResult]: ...
+    def rows(self, provider_batch: ProviderBatch, status: BatchStatus) -> AsyncIterator[BatchResult]: ...
 
     async def read(
-        self, rows: Sequence[tuple[BatchLine, str, BatchResult]], terms: BatchTerms, parcel: ProviderBatch
+        self, rows: Sequence[tuple[BatchLine, str, BatchResult]], terms: BatchTerms, provider_batch: ProviderBatch
     ) -> Sequence[LineAnswer | None]:
         """For a line, its ticket and its row: the answer, settled and written down; None: to be asked anew."""
 
-    async def cancel(self, parcel: ProviderBatch) -> None: ...
+    async def cancel(self, provider_batch: ProviderBatch) -> None: ...
 
-    async def forget(self, parcel: ProviderBatch, standing: BatchStatus | None) -> None:
+    async def forget(self, provider_batch: ProviderBatch, status: BatchStatus | None) -> None:
         """Have the provider delete what it keeps of it."""
 
 

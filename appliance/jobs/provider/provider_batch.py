@@ -68,10 +68,10 @@ class ProviderBatchRunner:
     """One run's. `sift` what is fetched; `close` what was gathered once no more comes; `wind_up` when it has to end."""
 
     def __init__(
-        self, means: JobDeps, keeper: BatchState, queue: LineQueue, terms: Callable[[bool], BatchTerms]
+        self, deps: JobDeps, batch_state: BatchState, queue: LineQueue, terms: Callable[[bool], BatchTerms]
     ) -> None:
         """`terms` of now, for lines that would be late or not."""
-        self._means, self._keeper, self._queue, self._terms = means, keeper, queue, terms
+        self._deps, self._batch_state, self._queue, self._terms = deps, batch_state, queue, terms
         self._gatherings: dict[tuple[str, str], _Gathering] = {}
         self._alone: set[int] = set()
         """Lines that came back once: they are asked the usual way."""
@@ -97,13 +97,13 @@ class ProviderBatchRunner:
 
     def has_time(self) -> bool:
         """Whether a provider that is known to be cheaper so has the time that it may take."""
-        means, now = self._means, self._means.wall()
-        window = means.config.provider_batch_seconds * (1.0 + _SPARE_SHARE)
-        if means.posting is None or self._withdraws or self._keeper.batch.expires_at - now < window:
+        deps, now = self._deps, self._deps.wall_clock()
+        window = deps.config.provider_batch_seconds * (1.0 + _SPARE_SHARE)
+        if deps.provider_batches is None or self._withdraws or self._batch_state.batch.expires_at - now < window:
             return False
-        bound = Residency.parse(self._keeper.batch.residency)
-        targets = means.state.snapshot.targets
-        return any(means.posting.takes(target) and bound.allows(target) for target in targets)
+        bound = Residency.parse(self._batch_state.batch.residency)
+        targets = deps.state.snapshot.targets
+        return any(deps.provider_batches.takes(target) and bound.allows(target) for target in targets)
 
     def wants(self, lines: Sequence[BatchLine], late: int) -> bool:
         """Whether lines that are ready to be asked the usual way had better be sifted anew: they will be late."""
@@ -111,20 +111,24 @@ class ProviderBatchRunner:
         return is_worth_it and self._is_open()
 
     def _is_open(self) -> bool:
-        return self._means.clock() >= self._not_before and self.has_time()
+        return self._deps.clock() >= self._not_before and self.has_time()
 
     async def resume(self) -> None:
         """Go on with what was sent, or was about to be, before a restart."""
-        for parcel in await self._keeper.patiently(partial(self._means.store.parcels, self._keeper.batch.id)):
-            if self._means.posting is None:  # nobody can ask about it any more; its money stays put aside
-                await self._keeper.patiently(partial(self._means.store.end_parcel, parcel))
+        for provider_batch in await self._batch_state.retry_storage(
+            partial(self._deps.store.list_provider_batches, self._batch_state.batch.id)
+        ):
+            if self._deps.provider_batches is None:  # nobody can ask about it any more; its money stays put aside
+                await self._batch_state.retry_storage(partial(self._deps.store.end_provider_batch, provider_batch))
                 continue
-            self.lines += await self._keeper.patiently(partial(self._means.store.posted, parcel))
-            self._spawn(self._carry(parcel, resumed=True))
+            self.lines += await self._batch_state.retry_storage(
+                partial(self._deps.store.count_unanswered, provider_batch)
+            )
+            self._spawn(self._carry(provider_batch, resumed=True))
 
     async def sift(self, lines: list[BatchLine], late: int) -> list[BatchLine]:
         """What is to be asked the usual way. `late`: so many more lines should leave the site than are on their way."""
-        posting = self._means.posting
+        posting = self._deps.provider_batches
         if posting is None or not lines or not self._is_open():
             self.close()
             return lines
@@ -144,7 +148,7 @@ class ProviderBatchRunner:
 
     def close(self, older_than_seconds: float = 0.0) -> None:
         """Send what was gathered."""
-        before = self._means.clock() - older_than_seconds
+        before = self._deps.clock() - older_than_seconds
         for key, gathering in tuple(self._gatherings.items()):
             if gathering.begun <= before:
                 self._post(key)
@@ -171,26 +175,28 @@ class ProviderBatchRunner:
             self._post(key)
             gathering = None
         if gathering is None:
-            gathering = self._gatherings[key] = _Gathering(self._means.clock())
+            gathering = self._gatherings[key] = _Gathering(self._deps.clock())
         gathering.sealed[number] = one
         gathering.size_bytes += one.size_bytes
         self.lines += 1
 
     def _post(self, key: tuple[str, str]) -> None:
         gathering = self._gatherings.pop(key)
-        name = f"{self._keeper.batch.id}-{secrets.token_hex(6)}"
-        parcel = ProviderBatch(name, self._keeper.batch.id, key[0], self._means.wall())
-        self._spawn(self._begin(parcel, gathering.sealed))
+        name = f"{self._batch_state.batch.id}-{secrets.token_hex(6)}"
+        provider_batch = ProviderBatch(name, self._batch_state.batch.id, key[0], self._deps.wall_clock())
+        self._spawn(self._begin(provider_batch, gathering.sealed))
 
     # One parcel.
 
-    async def _begin(self, parcel: ProviderBatch, sealed: dict[int, SealedLine]) -> None:
+    async def _begin(self, provider_batch: ProviderBatch, sealed: dict[int, SealedLine]) -> None:
         """Money first, then the intent on disk, then the provider."""
         tickets = dict[int, str]()
         try:
             await self._reserve(sealed, tickets)
             if tickets and not self._withdraws:
-                await self._keeper.patiently(partial(self._means.store.add_parcel, parcel, tickets))
+                await self._batch_state.retry_storage(
+                    partial(self._deps.store.add_provider_batch, provider_batch, tickets)
+                )
         except BaseException:
             self._release(tickets)
             raise
@@ -199,113 +205,124 @@ class ProviderBatchRunner:
             return
         self._return([number for number in sealed if number not in tickets])
         if tickets:
-            self._queue.done(tickets)
-            await self._send(parcel, [one for number, one in sealed.items() if number in tickets])
+            self._queue.mark_done(tickets)
+            await self._send(provider_batch, [one for number, one in sealed.items() if number in tickets])
 
-    async def _send(self, parcel: ProviderBatch, sealed: Sequence[SealedLine]) -> None:
-        _log.info("lines leave in a provider's batch", parcel=parcel.name, target=parcel.target, lines=len(sealed))
+    async def _send(self, provider_batch: ProviderBatch, sealed: Sequence[SealedLine]) -> None:
+        _log.info(
+            "lines leave in a provider's batch",
+            provider_batch=provider_batch.name,
+            target=provider_batch.target,
+            lines=len(sealed),
+        )
 
         async def note(uploaded: str) -> None:
-            nonlocal parcel
-            parcel = replace(parcel, uploaded=uploaded)
-            await self._keeper.patiently(partial(self._means.store.save_parcel, parcel))
+            nonlocal provider_batch
+            provider_batch = replace(provider_batch, uploaded=uploaded)
+            await self._batch_state.retry_storage(partial(self._deps.store.save_provider_batch, provider_batch))
 
         try:
-            remote_id = await self._posting.send(parcel, sealed, note)
-            parcel = await self._known_as(parcel, remote_id)
+            remote_id = await self._posting.send(provider_batch, sealed, note)
+            provider_batch = await self._known_as(provider_batch, remote_id)
         except ApplianceError as error:
-            self._not_before = self._means.clock() + _REFUSED_SECONDS
-            self._keeper.reason = f"a provider's batch was not made: {error.message}"
-            _log.warning("a provider's batch was not made", parcel=parcel.name, reason=error.message)
+            self._not_before = self._deps.clock() + _REFUSED_SECONDS
+            self._batch_state.reason = f"a provider's batch was not made: {error.message}"
+            _log.warning("a provider's batch was not made", provider_batch=provider_batch.name, reason=error.message)
             if _was_not_made(error):
-                await self._forget(parcel, None)
-                await self._end(parcel, bills_nothing=True)
+                await self._forget(provider_batch, None)
+                await self._end(provider_batch, bills_nothing=True)
                 return
-        await self._carry(parcel)
+        await self._carry(provider_batch)
 
-    async def _carry(self, parcel: ProviderBatch, *, resumed: bool = False) -> None:
+    async def _carry(self, provider_batch: ProviderBatch, *, resumed: bool = False) -> None:
         """From wherever it stands to its end. `resumed`: a restart may have kept it from being sent."""
-        if parcel.remote_id is None:
-            found = await self._persist(partial(self._posting.find, parcel))
+        if provider_batch.remote_id is None:
+            found = await self._persist(partial(self._posting.find, provider_batch))
             if found is None or found is _NEVER:
-                was_not_made = found is None and self._posting.finds(parcel)
-                await self._end(parcel, bills_nothing=was_not_made, alone=not (resumed and was_not_made))
+                was_not_made = found is None and self._posting.finds(provider_batch)
+                await self._end(provider_batch, bills_nothing=was_not_made, alone=not (resumed and was_not_made))
                 return
-            parcel = await self._known_as(parcel, found)
-        if not await self._keeper.patiently(partial(self._means.store.posted, parcel)):
-            await self._forget(parcel, await self._looked_at(parcel))
-            await self._end(parcel, bills_nothing=True)
+            provider_batch = await self._known_as(provider_batch, found)
+        if not await self._batch_state.retry_storage(partial(self._deps.store.count_unanswered, provider_batch)):
+            await self._forget(provider_batch, await self._looked_at(provider_batch))
+            await self._end(provider_batch, bills_nothing=True)
             return
-        standing = await self._watched(parcel)
-        is_read = standing is not None and await self._persist(partial(self._collect, parcel, standing)) is not _NEVER
+        status = await self._watched(provider_batch)
+        is_read = (
+            status is not None and await self._persist(partial(self._collect, provider_batch, status)) is not _NEVER
+        )
         if is_read:
-            await self._forget(parcel, standing)
-        await self._end(parcel, bills_nothing=is_read and self.error is None)
+            await self._forget(provider_batch, status)
+        await self._end(provider_batch, bills_nothing=is_read and self.error is None)
 
-    async def _known_as(self, parcel: ProviderBatch, remote_id: str) -> ProviderBatch:
-        known = replace(parcel, remote_id=remote_id)
-        await self._keeper.patiently(partial(self._means.store.save_parcel, known))
+    async def _known_as(self, provider_batch: ProviderBatch, remote_id: str) -> ProviderBatch:
+        known = replace(provider_batch, remote_id=remote_id)
+        await self._batch_state.retry_storage(partial(self._deps.store.save_provider_batch, known))
         return known
 
-    async def _forget(self, parcel: ProviderBatch, standing: BatchStatus | None) -> None:
+    async def _forget(self, provider_batch: ProviderBatch, status: BatchStatus | None) -> None:
         """Have what the provider keeps of it deleted, where that works."""
-        if parcel.remote_id is None and parcel.uploaded is None:
+        if provider_batch.remote_id is None and provider_batch.uploaded is None:
             return
         with contextlib.suppress(ApplianceError):
-            await self._posting.forget(parcel, standing)
+            await self._posting.forget(provider_batch, status)
 
-    async def _looked_at(self, parcel: ProviderBatch) -> BatchStatus | None:
+    async def _looked_at(self, provider_batch: ProviderBatch) -> BatchStatus | None:
         try:
-            return await self._posting.look(parcel)
+            return await self._posting.look(provider_batch)
         except ApplianceError:
             return None
 
-    async def _watched(self, parcel: ProviderBatch) -> BatchStatus | None:
+    async def _watched(self, provider_batch: ProviderBatch) -> BatchStatus | None:
         """How it stood when it was over; None where the provider did not say so in time."""
         pause, cancelled_at = _FIRST_LOOK_SECONDS, None
-        give_up = self._keeper.batch.expires_at - _SPARE_SHARE * self._means.config.provider_batch_seconds
+        give_up = self._batch_state.batch.expires_at - _SPARE_SHARE * self._deps.config.provider_batch_seconds
         while True:
-            now = self._means.wall()
+            now = self._deps.wall_clock()
             try:
-                standing = await self._posting.look(parcel)
-                if standing.is_over:
-                    if standing.said:
-                        self._keeper.reason = f"{parcel.target}: {standing.said}"
-                    return standing
+                status = await self._posting.look(provider_batch)
+                if status.is_over:
+                    if status.said:
+                        self._batch_state.reason = f"{provider_batch.target}: {status.said}"
+                    return status
                 if cancelled_at is None and (self._withdraws or now >= give_up):
-                    await self._posting.cancel(parcel)
+                    await self._posting.cancel(provider_batch)
                     cancelled_at, pause = now, _FIRST_LOOK_SECONDS
             except BackendRefused as error:
-                _log.warning("a provider does not know its batch", parcel=parcel.name, reason=error.message)
+                _log.warning(
+                    "a provider does not know its batch", provider_batch=provider_batch.name, reason=error.message
+                )
                 return None
             except ApplianceError as error:  # it is looked at again
-                _log.info("a provider's batch cannot be seen", parcel=parcel.name, reason=error.message)
+                _log.info("a provider's batch cannot be seen", provider_batch=provider_batch.name, reason=error.message)
             begun = cancelled_at if cancelled_at is not None else (now if self._withdraws else give_up)
             if now >= begun + _WITHDRAWING_SECONDS:
                 return None
             await self._rest(pause)
             pause = min(_LAST_LOOK_SECONDS, pause * 1.5)
 
-    async def _collect(self, parcel: ProviderBatch, standing: BatchStatus) -> None:
+    async def _collect(self, provider_batch: ProviderBatch, status: BatchStatus) -> None:
         """Its rows as answers. Those that were committed before a crash are passed over."""
         rows: dict[int, BatchResult] = {}
-        async for row in self._posting.rows(parcel, standing):
+        async for row in self._posting.rows(provider_batch, status):
             number = line_number(row.request_id)
             if number is not None and row.status == 200:
                 rows[number] = row
             if len(rows) >= _READ_AT_ONCE:
-                await self._read(parcel, rows)
+                await self._read(provider_batch, rows)
                 rows = {}
-        await self._read(parcel, rows)
+        await self._read(provider_batch, rows)
 
-    async def _read(self, parcel: ProviderBatch, rows: dict[int, BatchResult]) -> None:
+    async def _read(self, provider_batch: ProviderBatch, rows: dict[int, BatchResult]) -> None:
         if not rows:
             return
-        known = await self._keeper.patiently(partial(self._means.store.tickets, parcel, tuple(rows)))
-        lines = await self._keeper.results.read([place for place, _ in known])
+        known = await self._batch_state.retry_storage(
+            partial(self._deps.store.list_line_records, provider_batch, tuple(rows))
+        )
+        lines = await self._batch_state.results.read_lines([place for place, _ in known])
         asked = [(line, ticket, rows[line.number]) for line, (_, ticket) in zip(lines, known, strict=True)]
         try:
-            answers = await self._posting.read(asked, self._terms(False), parcel)
+            answers = await self._posting.read(asked, self._terms(False), provider_batch)
         except Unauthorized as error:  # nobody is there any more whom they could be given to
             self.error = error
             return
@@ -313,17 +330,17 @@ class ProviderBatchRunner:
             (line, answer) for (line, _, _), answer in zip(asked, answers, strict=True) if answer is not None
         ]
         if good:
-            await self._keeper.patiently(partial(self._keeper.put, good))
+            await self._batch_state.retry_storage(partial(self._batch_state.commit_answers, good))
             self.lines -= len(good)
-            self._keeper.nudge()
+            self._batch_state.wake()
 
-    async def _end(self, parcel: ProviderBatch, *, bills_nothing: bool, alone: bool = True) -> None:
+    async def _end(self, provider_batch: ProviderBatch, *, bills_nothing: bool, alone: bool = True) -> None:
         """What is left of it waits again, to be asked alone or not. What may have been billed stays put aside."""
-        tickets = await self._keeper.patiently(partial(self._means.store.end_parcel, parcel))
+        tickets = await self._batch_state.retry_storage(partial(self._deps.store.end_provider_batch, provider_batch))
         if bills_nothing:
             self._release(tickets)  # of one that was settled by its row this changes nothing
         self._return(list(tickets), alone=alone)
-        _log.info("a provider's batch ended", parcel=parcel.name, back=len(tickets))
+        _log.info("a provider's batch ended", provider_batch=provider_batch.name, back=len(tickets))
 
     def _release(self, tickets: Mapping[int, str]) -> None:
         for ticket in tickets.values():
@@ -333,8 +350,8 @@ class ProviderBatchRunner:
         self.lines -= len(numbers)
         if alone:
             self._alone.update(numbers)
-        self._queue.back(numbers)
-        self._keeper.nudge()
+        self._queue.requeue(numbers)
+        self._batch_state.wake()
 
     async def _reserve(self, sealed: Mapping[int, SealedLine], tickets: dict[int, str]) -> None:
         """Tickets for those lines that there is money for."""
@@ -348,7 +365,7 @@ class ProviderBatchRunner:
             for error in failed:
                 if not isinstance(error, ApplianceError):
                     raise error
-                self._keeper.reason = error.message
+                self._batch_state.reason = error.message
             if failed:  # the budget is spent: what is not reserved waits
                 break
 
@@ -362,7 +379,7 @@ class ProviderBatchRunner:
                 _log.info("a provider's batch cannot be seen", reason=error.message)
                 if isinstance(error, BackendRefused):  # it knows nothing of it, or not any more
                     return _NEVER
-                if self._means.wall() >= self._keeper.batch.expires_at or self._withdraws:
+                if self._deps.wall_clock() >= self._batch_state.batch.expires_at or self._withdraws:
                     return _NEVER
             await self._rest(pause)
             pause = min(_LAST_LOOK_SECONDS, pause * 1.5)
@@ -375,11 +392,11 @@ class ProviderBatchRunner:
 
     @property
     def _posting(self) -> ProviderBatchLines:
-        assert self._means.posting is not None
-        return self._means.posting
+        assert self._deps.provider_batches is not None
+        return self._deps.provider_batches
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(self._guarded(work), name=f"jobs {self._keeper.batch.id} upstream")
+        task = asyncio.create_task(self._guarded(work), name=f"jobs {self._batch_state.batch.id} upstream")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -389,7 +406,7 @@ class ProviderBatchRunner:
         except Exception as error:  # its lines stay where they are on disk, and the next start goes on with them
             self.error = error
         finally:
-            self._keeper.nudge()
+            self._batch_state.wake()
 
 
 def _was_not_made(error: ApplianceError) -> bool:

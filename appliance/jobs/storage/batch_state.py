@@ -27,12 +27,12 @@ _log = structlog.stdlib.get_logger(__name__)
 class BatchState:
     """Answers wait here until they are committed together. `lock` is held by whoever changes the batch."""
 
-    def __init__(self, batch: Batch, means: JobDeps, committed: Callable[[Sequence[int]], None]) -> None:
+    def __init__(self, batch: Batch, deps: JobDeps, committed: Callable[[Sequence[int]], None]) -> None:
         """`committed` is told the numbers of lines that are done."""
-        self._means, self._committed = means, committed
-        self.results = BatchResults(batch, means.folder, means.store)
+        self._deps, self._committed = deps, committed
+        self.results = BatchResults(batch, deps.folder, deps.store)
         self.lock = asyncio.Lock()
-        self.state: RunState = "validating"
+        self.run_state: RunState = "validating"
         self.reason = ""
         self._woken = asyncio.Event()
         self._answered: list[tuple[BatchLine, LineAnswer]] = []
@@ -51,64 +51,64 @@ class BatchState:
         """When the oldest answer wants to be committed; infinite where there is none."""
         return self._answered_since + _COMMIT_SECONDS if self._answered else float("inf")
 
-    def answered(self, line: BatchLine, answer: LineAnswer) -> None:
+    def add_answer(self, line: BatchLine, answer: LineAnswer) -> None:
         if not self._answered:
-            self._answered_since = self._means.clock()
+            self._answered_since = self._deps.clock()
         self._answered.append((line, answer))
 
-    async def commit_in_time(self) -> None:
-        if self._means.clock() >= self.commit_due or len(self._answered) >= _COMMIT_LINES:
-            await self.patiently(self.commit)
+    async def commit_if_due(self) -> None:
+        if self._deps.clock() >= self.commit_due or len(self._answered) >= _COMMIT_LINES:
+            await self.retry_storage(self.commit)
 
     async def commit(self) -> None:
         async with self.lock:
             answered = tuple(self._answered)
             if answered:
-                await self.results.put(answered)
+                await self.results.commit_answers(answered)
                 del self._answered[: len(answered)]
-                self._answered_since = self._means.clock()
+                self._answered_since = self._deps.clock()
                 self._committed([line.number for line, _ in answered])
 
-    async def put(self, answered: Sequence[tuple[BatchLine, LineAnswer]]) -> None:
+    async def commit_answers(self, answered: Sequence[tuple[BatchLine, LineAnswer]]) -> None:
         """Commit these at once."""
         async with self.lock:
-            await self.results.put(answered)
+            await self.results.commit_answers(answered)
 
-    async def patiently(self, work: Callable[[], Awaitable[Result]]) -> Result:
+    async def retry_storage(self, work: Callable[[], Awaitable[Result]]) -> Result:
         """Do it, however long there is no room for it on the disk."""
         while True:
             try:
                 return await work()
             except (StorageFull, JobsUnavailable) as error:
-                self._means.alerts.warn("jobs_paused", f"batch {self.batch.id}: {error.message}", self.batch.id)
-                self.say("paused", error.message)
-                await self.rest(LOOK_SECONDS)
+                self._deps.alerts.warn("jobs_paused", f"batch {self.batch.id}: {error.message}", self.batch.id)
+                self.set_run_state("paused", error.message)
+                await self.wait_until_woken(LOOK_SECONDS)
 
-    async def change(self, batch: Batch, status: Status) -> None:
+    async def set_status(self, batch: Batch, status: Status) -> None:
         """To the next stage; where it was cancelled meanwhile it stays so, and only what was found out is kept."""
         async with self.lock:
             if status == "in_progress" and self.batch.status == "cancelling":
                 await self.save(replace(batch, status="cancelling", times=self.batch.times))
             else:
-                await self.save(self.in_status(batch, status))
+                await self.save(self.with_status(batch, status))
 
     async def save(self, batch: Batch) -> None:
         """The lock is held."""
-        await self._means.store.save(batch)
+        await self._deps.store.save_batch(batch)
         self.results.batch = batch
 
-    def in_status(self, batch: Batch, status: Status) -> Batch:
-        return replace(batch, status=status, times={**batch.times, status: self._means.wall()})
+    def with_status(self, batch: Batch, status: Status) -> Batch:
+        return replace(batch, status=status, times={**batch.times, status: self._deps.wall_clock()})
 
-    def say(self, state: RunState, reason: str) -> None:
-        if (state, reason) != (self.state, self.reason):
+    def set_run_state(self, state: RunState, reason: str) -> None:
+        if (state, reason) != (self.run_state, self.reason):
             _log.info("batch", batch=self.batch.id, state=state, reason=reason)
-        self.state, self.reason = state, reason
+        self.run_state, self.reason = state, reason
 
-    def nudge(self) -> None:
+    def wake(self) -> None:
         self._woken.set()
 
-    async def rest(self, seconds: float) -> None:
+    async def wait_until_woken(self, seconds: float) -> None:
         """Until something happens, and no longer than that."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(seconds, LOOK_SECONDS)):

@@ -20,7 +20,7 @@ def new_file_id() -> str:
     return f"file-{secrets.token_hex(16)}"
 
 
-def free_bytes(folder: Path) -> int:
+def read_free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
@@ -36,7 +36,7 @@ class JobFolder:
         *,
         max_file_bytes: int,
         min_free_bytes: int,
-        free: Callable[[Path], int] = free_bytes,
+        free: Callable[[Path], int] = read_free_bytes,
     ) -> None:
         self._files, self._work = root / "files", root / "work"
         self._max_file_bytes, self._min_free_bytes = max_file_bytes, min_free_bytes
@@ -44,7 +44,7 @@ class JobFolder:
         for folder in (self._files, self._work):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
-    def path(self, file_id: str) -> Path:
+    def file_path(self, file_id: str) -> Path:
         assert _ID.fullmatch(file_id)
         return self._files / file_id
 
@@ -58,11 +58,11 @@ class JobFolder:
             raise StorageFull(f"{text}: free some space", retry_after_seconds=30.0)
 
     @contextlib.contextmanager
-    def receiving(self, file_id: str) -> "Iterator[UploadReceiver]":
+    def receive_upload(self, file_id: str) -> "Iterator[UploadReceiver]":
         """A file in the making. It is there once `keep` was called; whatever ends before leaves nothing behind."""
-        part = self.path(file_id).with_suffix(".part")
+        part = self.file_path(file_id).with_suffix(".part")
         file = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, OWNER_ONLY), "wb")
-        receiver = UploadReceiver(file, part, self.path(file_id), self._max_file_bytes, self.check_space)
+        receiver = UploadReceiver(file, part, self.file_path(file_id), self._max_file_bytes, self.check_space)
         try:
             yield receiver
         finally:
@@ -70,42 +70,42 @@ class JobFolder:
                 file.close()
             part.unlink(missing_ok=True)
 
-    def remove(self, file_id: str) -> None:
-        self.path(file_id).unlink(missing_ok=True)
+    def remove_file(self, file_id: str) -> None:
+        self.file_path(file_id).unlink(missing_ok=True)
 
     # What a batch works with.
 
-    def take(self, file_id: str, batch_id: str) -> None:
+    def link_input(self, file_id: str, batch_id: str) -> None:
         """Keep the input for a batch: its owner may delete the file meanwhile. Raises FileNotFoundError."""
-        target = self.input_of(batch_id)
+        target = self.input_path(batch_id)
         if target.exists():
             return
         try:
-            os.link(self.path(file_id), target)
+            os.link(self.file_path(file_id), target)
         except PermissionError:  # file systems without hard links
             with replacing_file(target, mode=OWNER_ONLY) as draft:
-                shutil.copyfile(self.path(file_id), draft)
+                shutil.copyfile(self.file_path(file_id), draft)
 
-    def input_of(self, batch_id: str) -> Path:
+    def input_path(self, batch_id: str) -> Path:
         return self._work / f"{batch_id}.in"
 
-    def output_of(self, batch_id: str) -> Path:
+    def output_path(self, batch_id: str) -> Path:
         return self._work / f"{batch_id}.out"
 
-    def errors_of(self, batch_id: str) -> Path:
+    def error_path(self, batch_id: str) -> Path:
         return self._work / f"{batch_id}.err"
 
-    def publish(self, work: Path, file_id: str, size_bytes: int) -> None:
+    def publish_result(self, work: Path, file_id: str, size_bytes: int) -> None:
         """Make a result a file, cut to what is committed. Doing so twice does no harm."""
         if work.exists():
             os.truncate(work, size_bytes)
-            work.replace(self.path(file_id))
+            work.replace(self.file_path(file_id))
 
-    def clear(self, batch_id: str) -> None:
-        for path in (self.input_of(batch_id), self.output_of(batch_id), self.errors_of(batch_id)):
+    def remove_work(self, batch_id: str) -> None:
+        for path in (self.input_path(batch_id), self.output_path(batch_id), self.error_path(batch_id)):
             path.unlink(missing_ok=True)
 
-    def sweep(self, known_files: frozenset[str], open_batches: frozenset[str]) -> int:
+    def remove_unknown(self, known_files: frozenset[str], open_batches: frozenset[str]) -> int:
         """Remove what nobody knows of: uploads that a crash cut short, work of batches that are no more."""
         found = [path for path in self._files.iterdir() if path.name not in known_files]
         found += [path for path in self._work.iterdir() if path.stem not in open_batches]
@@ -134,7 +134,7 @@ class UploadReceiver:
         except OSError as error:
             raise StorageFull(f"the file cannot be written: {error.strerror}", retry_after_seconds=30.0) from error
 
-    def keep(self) -> None:
+    def commit(self) -> None:
         """On disk, then visible."""
         try:
             self._file.flush()

@@ -33,7 +33,7 @@ class ResultFile:
         self.size = committed_bytes
         self._file: BinaryIO | None = None
 
-    def append(self, rows: Iterable[bytes]) -> Sequence[WrittenRow]:
+    def append_rows(self, rows: Iterable[bytes]) -> Sequence[WrittenRow]:
         """Write rows and see them on the disk. Raises StorageFull, and then the file is as it was."""
         before, written = self.size, []
         try:
@@ -53,12 +53,12 @@ class ResultFile:
             raise
         return written
 
-    def read(self, offset: int, length: int) -> bytes:
+    def read_row(self, offset: int, length: int) -> bytes:
         with self._path.open("rb") as file:
             file.seek(offset)
             return file.read(length)
 
-    def cut_back(self, committed_bytes: int) -> None:
+    def truncate(self, committed_bytes: int) -> None:
         """What was written since is not to count."""
         self.size = committed_bytes
         self._drop()
@@ -87,7 +87,7 @@ class ResultFile:
                 return
 
 
-def answer_row(batch_id: str, number: int, custom_id: str, answer: LineAnswer) -> bytes:
+def format_answer(batch_id: str, number: int, custom_id: str, answer: LineAnswer) -> bytes:
     """A line's answer, good or bad, in OpenAI's shape, with the decision that `/v1/explain` tells more of."""
     response: dict[str, Any] = {"status_code": answer.status, "request_id": answer.request_id, "body": answer.body}
     if answer.decision_id is not None:
@@ -95,16 +95,16 @@ def answer_row(batch_id: str, number: int, custom_id: str, answer: LineAnswer) -
     return _row(batch_id, number, custom_id, response, None)
 
 
-def problem_row(batch_id: str, number: int, custom_id: str | None, problem: BatchProblem) -> bytes:
+def format_problem(batch_id: str, number: int, custom_id: str | None, problem: BatchProblem) -> bytes:
     """A line that was never asked, and why."""
     return _row(batch_id, number, custom_id, None, problem.to_json())
 
 
-def bad_row(batch_id: str, bad: BadLine) -> bytes:
-    return problem_row(batch_id, bad.number, bad.custom_id, bad.problem)
+def format_bad_line(batch_id: str, bad: BadLine) -> bytes:
+    return format_problem(batch_id, bad.number, bad.custom_id, bad.problem)
 
 
-def copied_row(batch_id: str, number: int, custom_id: str, row: bytes) -> bytes:
+def format_copy(batch_id: str, number: int, custom_id: str, row: bytes) -> bytes:
     """Another line's row as that of an identical line."""
     original = orjson.loads(row)
     return _row(batch_id, number, custom_id, original["response"], original["error"])

@@ -53,7 +53,7 @@ class ResultPosition:
 class CopiedLine:
     """A line that waits for nothing but to be given the answer of an identical one."""
 
-    place: ResultPosition
+    position: ResultPosition
     state: int
     result_offset: int
     result_length: int
@@ -69,7 +69,7 @@ class FinishedLine:
     result_length: int | None = None
 
 
-KEPT: Final = StoreSpec(
+STORE_SPEC: Final = StoreSpec(
     name="jobs-store",
     metadata=metadata,
     version=VERSION,
@@ -89,18 +89,20 @@ class JobStore(SqliteStore):
     @classmethod
     async def open(cls, url: str) -> "JobStore":
         """Open or make the database at `url`, an SQLAlchemy address."""
-        return await cls._opened(url, KEPT)
+        return await cls._opened(url, STORE_SPEC)
 
     # Files.
 
     async def add_file(self, file: StoredFile) -> None:
-        await self._do(lambda connection: connection.execute(insert(files), [asdict(file)]))
+        await self._transact(lambda connection: connection.execute(insert(files), [asdict(file)]))
 
-    async def file(self, file_id: str) -> StoredFile | None:
-        row = await self._do(lambda one: one.execute(select(files).where(files.c.id == file_id)).mappings().first())
+    async def get_file(self, file_id: str) -> StoredFile | None:
+        row = await self._transact(
+            lambda one: one.execute(select(files).where(files.c.id == file_id)).mappings().first()
+        )
         return None if row is None else StoredFile(**row)
 
-    async def files(
+    async def list_files(
         self, owner: str | None, *, after: str | None, limit: int, newest_first: bool, purpose: str | None
     ) -> Sequence[StoredFile]:
         """Of one owner, or of all."""
@@ -109,38 +111,38 @@ class JobStore(SqliteStore):
         return [StoredFile(**row) for row in await self._rows(query)]
 
     async def remove_file(self, file_id: str) -> bool:
-        gone = await self._do(lambda one: one.execute(delete(files).where(files.c.id == file_id)).rowcount)
+        gone = await self._transact(lambda one: one.execute(delete(files).where(files.c.id == file_id)).rowcount)
         return bool(gone)
 
-    async def expired_files(self, now: float) -> Sequence[str]:
+    async def list_expired_files(self, now: float) -> Sequence[str]:
         rows = await self._rows(select(files.c.id).where(files.c.expires_at <= now))
         return [row["id"] for row in rows]
 
-    async def file_ids(self) -> frozenset[str]:
+    async def list_file_ids(self) -> frozenset[str]:
         return frozenset(row["id"] for row in await self._rows(select(files.c.id)))
 
     # Batches.
 
     async def add_batch(self, batch: Batch) -> None:
-        await self._do(lambda connection: connection.execute(insert(batches), [_batch_row(batch)]))
+        await self._transact(lambda connection: connection.execute(insert(batches), [_batch_row(batch)]))
 
-    async def batch(self, batch_id: str) -> Batch | None:
+    async def get_batch(self, batch_id: str) -> Batch | None:
         rows = await self._rows(select(batches).where(batches.c.id == batch_id))
         return _batch_of(rows[0]) if rows else None
 
-    async def batches(self, owner: str | None, *, after: str | None, limit: int) -> Sequence[Batch]:
+    async def list_batches(self, owner: str | None, *, after: str | None, limit: int) -> Sequence[Batch]:
         query = _page(select(batches), batches, owner, after, limit, newest_first=True)
         return [_batch_of(row) for row in await self._rows(query)]
 
-    async def open_batches(self) -> Sequence[Batch]:
+    async def list_open_batches(self) -> Sequence[Batch]:
         """Those that have not ended, oldest first."""
         query = select(batches).where(batches.c.status.not_in(ENDED)).order_by(batches.c.created_at)
         return [_batch_of(row) for row in await self._rows(query)]
 
-    async def save(self, batch: Batch) -> None:
-        await self._do(lambda connection: _save(connection, batch))
+    async def save_batch(self, batch: Batch) -> None:
+        await self._transact(lambda connection: _save(connection, batch))
 
-    async def end(self, batch: Batch, results: Sequence[StoredFile]) -> None:
+    async def end_batch(self, batch: Batch, results: Sequence[StoredFile]) -> None:
         """The batch as it ended, its results as files, and no more of its lines: all or nothing."""
 
         def write(connection: Connection) -> None:
@@ -150,18 +152,18 @@ class JobStore(SqliteStore):
             if results:
                 connection.execute(insert(files), [asdict(file) for file in results])
 
-        await self._do(write)
+        await self._transact(write)
 
     async def remove_old_batches(self, before: float) -> int:
         """Ended ones that were made before then."""
         old = and_(batches.c.created_at < before, batches.c.status.in_(ENDED))
-        return await self._do(lambda one: one.execute(delete(batches).where(old)).rowcount)
+        return await self._transact(lambda one: one.execute(delete(batches).where(old)).rowcount)
 
     # Lines.
 
-    async def begin_lines(self, batch_id: str) -> None:
+    async def clear_lines(self, batch_id: str) -> None:
         """Forget what an earlier validation, that did not come to its end, put down."""
-        await self._do(lambda one: one.execute(delete(lines).where(lines.c.batch_id == batch_id)))
+        await self._transact(lambda one: one.execute(delete(lines).where(lines.c.batch_id == batch_id)))
 
     async def add_lines(self, batch_id: str, found: Sequence[tuple[BatchLine, int | None]]) -> None:
         """Lines that wait, each with the first line that asks the same, if there is one."""
@@ -178,15 +180,15 @@ class JobStore(SqliteStore):
             for line, twin_of in found
         ]
         if rows:
-            await self._do(lambda connection: connection.execute(insert(lines), rows))
+            await self._transact(lambda connection: connection.execute(insert(lines), rows))
 
-    async def to_ask(self, batch_id: str, after: int, limit: int) -> Sequence[ResultPosition]:
+    async def list_ready_lines(self, batch_id: str, after: int, limit: int) -> Sequence[ResultPosition]:
         """Waiting lines beyond number `after`, without those that wait for an identical one."""
         mine = and_(lines.c.batch_id == batch_id, lines.c.state == WAITING, lines.c.number > after)
         query = select(lines.c.number, lines.c.offset, lines.c.length).where(mine, lines.c.twin_of.is_(None))
         return [ResultPosition(**row) for row in await self._rows(query.order_by(lines.c.number).limit(limit))]
 
-    async def to_copy(self, batch_id: str, limit: int) -> Sequence[CopiedLine]:
+    async def list_copyable_lines(self, batch_id: str, limit: int) -> Sequence[CopiedLine]:
         """Waiting lines whose identical first one has ended."""
         first = lines.alias()
         query = (
@@ -210,18 +212,18 @@ class JobStore(SqliteStore):
             for row in await self._rows(query)
         ]
 
-    async def waiting(self, batch_id: str, after: int, limit: int) -> Sequence[ResultPosition]:
+    async def list_unfinished_lines(self, batch_id: str, after: int, limit: int) -> Sequence[ResultPosition]:
         """Every line that has not ended, identical ones included."""
         open_ones = lines.c.state.in_((WAITING, POSTED))
         mine = and_(lines.c.batch_id == batch_id, open_ones, lines.c.number > after)
         query = select(lines.c.number, lines.c.offset, lines.c.length).where(mine)
         return [ResultPosition(**row) for row in await self._rows(query.order_by(lines.c.number).limit(limit))]
 
-    async def has_twins(self, batch_id: str) -> bool:
+    async def has_duplicates(self, batch_id: str) -> bool:
         query = select(lines.c.number).where(lines.c.batch_id == batch_id, lines.c.twin_of.is_not(None)).limit(1)
         return bool(await self._rows(query))
 
-    async def commit(self, batch: Batch, done: Sequence[FinishedLine]) -> None:
+    async def commit_lines(self, batch: Batch, done: Sequence[FinishedLine]) -> None:
         """Lines that have ended, together with the batch's counts and the sizes of its results."""
         rows = [{"n": one.number, "s": one.state, "o": one.result_offset, "l": one.result_length} for one in done]
         change = (
@@ -238,70 +240,74 @@ class JobStore(SqliteStore):
                 connection.execute(change, rows)
                 connection.execute(gone, [{"n": one.number} for one in done])
 
-        await self._do(write)
+        await self._transact(write)
 
     # Parcels: lines that lie in a provider's batch.
 
-    async def add_parcel(self, parcel: ProviderBatch, given: Mapping[int, str]) -> None:
+    async def add_provider_batch(self, provider_batch: ProviderBatch, given: Mapping[int, str]) -> None:
         """It is going to be sent, with the tickets of its lines: from now on they do not wait any more."""
-        mark = (update(lines).where(lines.c.batch_id == parcel.batch_id, lines.c.number == bindparam("n"))).values(
-            state=POSTED
-        )
+        mark = (
+            update(lines).where(lines.c.batch_id == provider_batch.batch_id, lines.c.number == bindparam("n"))
+        ).values(state=POSTED)
         rows = [
-            {"batch_id": parcel.batch_id, "number": number, "parcel": parcel.name, "ticket": ticket}
+            {"batch_id": provider_batch.batch_id, "number": number, "parcel": provider_batch.name, "ticket": ticket}
             for number, ticket in given.items()
         ]
 
         def write(connection: Connection) -> None:
-            connection.execute(insert(parcels), [asdict(parcel)])
+            connection.execute(insert(parcels), [asdict(provider_batch)])
             connection.execute(insert(tickets), rows)
             connection.execute(mark, [{"n": number} for number in given])
 
-        await self._do(write)
+        await self._transact(write)
 
-    async def save_parcel(self, parcel: ProviderBatch) -> None:
-        await self._do(
-            lambda one: one.execute(update(parcels).where(parcels.c.name == parcel.name).values(**asdict(parcel)))
+    async def save_provider_batch(self, provider_batch: ProviderBatch) -> None:
+        await self._transact(
+            lambda one: one.execute(
+                update(parcels).where(parcels.c.name == provider_batch.name).values(**asdict(provider_batch))
+            )
         )
 
-    async def parcels(self, batch_id: str) -> Sequence[ProviderBatch]:
+    async def list_provider_batches(self, batch_id: str) -> Sequence[ProviderBatch]:
         return [ProviderBatch(**row) for row in await self._rows(select(parcels).where(parcels.c.batch_id == batch_id))]
 
-    async def posted(self, parcel: ProviderBatch) -> int:
+    async def count_unanswered(self, provider_batch: ProviderBatch) -> int:
         """How many of its lines have not ended."""
-        query = select(func.count()).select_from(tickets).where(tickets.c.parcel == parcel.name)
-        return await self._do(lambda one: one.execute(query).scalar_one())
+        query = select(func.count()).select_from(tickets).where(tickets.c.parcel == provider_batch.name)
+        return await self._transact(lambda one: one.execute(query).scalar_one())
 
-    async def tickets(self, parcel: ProviderBatch, numbers: Sequence[int]) -> Sequence[tuple[ResultPosition, str]]:
+    async def list_line_records(
+        self, provider_batch: ProviderBatch, numbers: Sequence[int]
+    ) -> Sequence[tuple[ResultPosition, str]]:
         """Of those of the lines that have not ended."""
         here = and_(lines.c.batch_id == tickets.c.batch_id, lines.c.number == tickets.c.number)
         query = (
             select(lines.c.number, lines.c.offset, lines.c.length, tickets.c.ticket)
             .join(tickets, here)
-            .where(tickets.c.parcel == parcel.name, tickets.c.number.in_(numbers))
+            .where(tickets.c.parcel == provider_batch.name, tickets.c.number.in_(numbers))
         )
         return [
             (ResultPosition(row["number"], row["offset"], row["length"]), row["ticket"])
             for row in await self._rows(query)
         ]
 
-    async def end_parcel(self, parcel: ProviderBatch) -> Mapping[int, str]:
+    async def end_provider_batch(self, provider_batch: ProviderBatch) -> Mapping[int, str]:
         """Forget it. Those of its lines that have not ended wait again; returns their tickets."""
-        mine = tickets.c.parcel == parcel.name
+        mine = tickets.c.parcel == provider_batch.name
         numbers = select(tickets.c.number).where(mine)
 
         def write(connection: Connection) -> Mapping[int, str]:
             rows = connection.execute(select(tickets.c.number, tickets.c.ticket).where(mine)).all()
-            back = and_(lines.c.batch_id == parcel.batch_id, lines.c.number.in_(numbers))
+            back = and_(lines.c.batch_id == provider_batch.batch_id, lines.c.number.in_(numbers))
             connection.execute(update(lines).where(back).values(state=WAITING))
             connection.execute(delete(tickets).where(mine))
-            connection.execute(delete(parcels).where(parcels.c.name == parcel.name))
+            connection.execute(delete(parcels).where(parcels.c.name == provider_batch.name))
             return {row.number: row.ticket for row in rows}
 
-        return await self._do(write)
+        return await self._transact(write)
 
     async def _rows(self, query: Select[Any]) -> Sequence[RowMapping]:
-        return await self._do(lambda connection: connection.execute(query).mappings().all())
+        return await self._transact(lambda connection: connection.execute(query).mappings().all())
 
 
 def _page(

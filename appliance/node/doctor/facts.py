@@ -24,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from appliance.config import EngineSettings, NodeConfig, Provider
 from appliance.config.loader import read_secret
 from appliance.errors import ApplianceError, ConfigError, LedgerUnavailable
-from appliance.ledger.database import explained, open_reader, place_of
+from appliance.ledger.database import describe_place, explaining_errors, open_reader
 from appliance.ledger.tables import decisions
 from appliance.node.doctor.checks import (
     AddressState,
@@ -142,12 +142,12 @@ def read_folder_facts(home: Path) -> FolderFacts:
 
 def read_ledger_facts(url: str, *, full: bool) -> LedgerFacts:
     """Whether it can be read and its pages are sound, and when its last request came."""
-    where = place_of(url)
+    where = describe_place(url)
     try:
         path = Path(where.strip("'\"")) if url.startswith("sqlite") else None
         if path is not None and not path.exists():
             return LedgerFacts(where, exists=False)
-        with explained(url, "read"):
+        with explaining_errors(url, "read"):
             engine = open_reader(url)
             try:
                 with engine.connect() as connection:

@@ -39,7 +39,7 @@ class EvalRequestOptions:
     def is_classifier(self) -> bool:
         return self.model.startswith(CLASSIFIER)
 
-    def body(self, rows: Sequence[DatasetRow]) -> tuple[str, Mapping[str, Any]]:
+    def make_body(self, rows: Sequence[DatasetRow]) -> tuple[str, Mapping[str, Any]]:
         """Path and body of the request about `rows`."""
         body: dict[str, Any] = {"model": self.model, **self.options}
         texts = [row.text for row in rows]
@@ -62,7 +62,7 @@ class EvalRequestOptions:
         question = {"type": "choice", "name": "label", "instructions": self.adapter.prompt, "choices": choices}
         return {"questions": [question]} | ({"examples": list(self.examples)} if self.examples else {})
 
-    def batches(self, rows: Sequence[DatasetRow]) -> Sequence[Sequence[DatasetRow]]:
+    def split_rows(self, rows: Sequence[DatasetRow]) -> Sequence[Sequence[DatasetRow]]:
         most = _CLASSIFIER_TEXTS if self.is_classifier else _TEXTS[self.adapter.kind]
         if self.adapter.own_prompts and self.task is None:
             most = 1
@@ -95,11 +95,11 @@ class NodeClient:
         except httpx.HTTPError:
             return False
 
-    def answers(self, asking: EvalRequestOptions, rows: Sequence[DatasetRow], concurrency: int) -> Iterator[EvalReply]:
+    def ask_rows(self, asking: EvalRequestOptions, rows: Sequence[DatasetRow], concurrency: int) -> Iterator[EvalReply]:
         """Replies as they come. What a node refuses is a result with an error for each of its rows."""
         started = time.monotonic()
         with ThreadPoolExecutor(concurrency) as pool:
-            waiting = {pool.submit(self._asked, asking, batch): batch for batch in asking.batches(rows)}
+            waiting = {pool.submit(self._asked, asking, batch): batch for batch in asking.split_rows(rows)}
             try:
                 for done in as_completed(waiting):
                     yield EvalReply(waiting[done], done.result(), time.monotonic() - started)
@@ -107,7 +107,7 @@ class NodeClient:
                 pool.shutdown(cancel_futures=True)
 
     def _asked(self, asking: EvalRequestOptions, rows: Sequence[DatasetRow]) -> Sequence[GradedRow]:
-        path, body = asking.body(rows)
+        path, body = asking.make_body(rows)
         content = orjson.dumps(body)
         for attempt in range(_TRIES):
             reply = self._sent(path, content)

@@ -93,7 +93,7 @@ def _parsed(raw: bytes, path: Path, number: int) -> Mapping[str, Any]:
     return row
 
 
-def sample(rows: Sequence[DatasetRow], limit: int | None, seed: int) -> Sequence[DatasetRow]:
+def sample_rows(rows: Sequence[DatasetRow], limit: int | None, seed: int) -> Sequence[DatasetRow]:
     """`limit` rows drawn with `seed`; all of them where there are no more. The order is the file's."""
     if limit is None or limit >= len(rows):
         return rows
@@ -101,7 +101,7 @@ def sample(rows: Sequence[DatasetRow], limit: int | None, seed: int) -> Sequence
     return [rows[place] for place in drawn]
 
 
-def examples(rows: Sequence[DatasetRow], adapter: Adapter, count: int, seed: int) -> Sequence[Mapping[str, Any]]:
+def pick_examples(rows: Sequence[DatasetRow], adapter: Adapter, count: int, seed: int) -> Sequence[Mapping[str, Any]]:
     """Rows to show: `count` for each label of a decision, the labels mixed; `count` in all of an extraction."""
     shuffled = list(rows)
     random.Random(seed).shuffle(shuffled)

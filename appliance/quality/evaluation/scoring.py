@@ -40,7 +40,7 @@ class ScoredModel:
     """From 0 to 1, for comparing models row by row."""
 
 
-def score(
+def score_model(
     adapter: Adapter, rows: Sequence[DatasetRow], results: Sequence[GradedRow], seconds: float, labels: Sequence[str]
 ) -> ScoredModel:
     """`labels`: all that a decision may come to."""
@@ -50,7 +50,7 @@ def score(
     return ScoredModel({**_effort(results, seconds), **graded.report}, graded.by_row)
 
 
-def compared(ours: ScoredModel, theirs: ScoredModel) -> Mapping[str, Any]:
+def compare_models(ours: ScoredModel, theirs: ScoredModel) -> Mapping[str, Any]:
     gap = metrics.difference(ours.by_row, theirs.by_row)
     return {"difference": gap.told(), "verdict": metrics.verdict(gap)}
 
