@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from appliance.config.strict import Name, PositiveSeconds, StrictModel, check_residency
-from appliance.core import Endpoint, Format, LatencyClass, PersonalKind, Profiler, Residency, Stage, Task
+from appliance.core import Endpoint, Format, LatencyClass, PersonalKind, Profiler, Residency, Stage, Task, Verification
 
 Share = Annotated[float, Field(gt=0, le=1)]
 PositiveUsd = Annotated[float, Field(gt=0)]
@@ -280,6 +280,10 @@ class RouteRule(StrictModel):
     """What this route's requests may cost in hosted calls in one UTC day; empty: no limit."""
     retry_billed: bool = False
     """Whether the same target may be asked again after a failure that may have been billed."""
+    verify: Verification | None = None
+    """When streamed tool calls and JSON are verified: `whole` holds the answer until it was checked, so that another
+    target can be asked. `stream` passes it on as it comes; one that proves wrong ends in an error event. Empty: `whole`
+    where another attempt is left, else `stream`."""
     min_quality: float | None = Field(default=None, gt=0, le=1)
     """Quality floor: targets that declare less, or nothing, are left out."""
     max_cost_usd: PositiveUsd | None = None

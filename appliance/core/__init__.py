@@ -23,11 +23,21 @@ from appliance.core.literals import (
     Thinking,
     TokenLimit,
     ToolFormat,
+    Verification,
 )
 from appliance.core.money import Price, Usage
 from appliance.core.requests import Caller, ParsedRequest, PiiScanResult, Profile, Request
 from appliance.core.residency import ANYWHERE, ONSITE, Residency, strictest
-from appliance.core.results import AttemptOutcome, Outcome, ResponseMetadata, TaskCall, UpstreamCall, UpstreamReply
+from appliance.core.results import (
+    AttemptOutcome,
+    LateVerifiedCall,
+    Outcome,
+    ResponseMetadata,
+    StreamCheck,
+    TaskCall,
+    UpstreamCall,
+    UpstreamReply,
+)
 from appliance.core.routing import Attempt, Decision, EgressPermit, ExcludedTarget, Route
 from appliance.core.targets import (
     PLAIN,
@@ -67,6 +77,7 @@ __all__ = [
     "HealthAlerts",
     "HealthWarning",
     "KeyHeader",
+    "LateVerifiedCall",
     "LatencyClass",
     "Location",
     "NoAlerts",
@@ -86,6 +97,7 @@ __all__ = [
     "Scope",
     "Snapshot",
     "Stage",
+    "StreamCheck",
     "Target",
     "Task",
     "TaskCall",
@@ -96,5 +108,6 @@ __all__ = [
     "UpstreamCall",
     "UpstreamReply",
     "Usage",
+    "Verification",
     "strictest",
 ]

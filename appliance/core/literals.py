@@ -85,6 +85,9 @@ Stage = Literal["experimental", "managed", "deprecated"]
 """Life cycle of a route."""
 CostBasis = Literal["price", "measured", "configured", "assumed"]
 """How far a cost is known: by a price list, by a meter, by the operator's word, or by nobody."""
+Verification = Literal["whole", "stream"]
+"""Whether what must be verified is verified before its first byte leaves, or at the end of its stream."""
+
 AttemptCause = Literal["first", "overflow", "fallback", "rejected", "retry", "escalation", "degraded", "provider_batch"]
 """Why a target was asked. `first`: the route's own order put it there. `overflow`: a better one was full or not up.
 `fallback`: another one failed, or its route falls back on this one. `rejected`: another one's answer did not pass.

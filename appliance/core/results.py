@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from appliance.core.literals import AttemptCause, AttemptResult, CostBasis, Endpoint, Location
 from appliance.core.money import Usage
@@ -48,9 +48,27 @@ class TaskCall(Protocol):
     @property
     def output_tokens(self) -> int: ...
 
+    def verified_late(self) -> "LateVerifiedCall | None":
+        """The same work as a stream that is verified at its end; None where no stream of it is wanted."""
+
     def outgoing(self, target: Target) -> Sequence[UpstreamCall]: ...
 
     def read(self, target: Target, replies: Sequence[UpstreamReply]) -> Any: ...
+
+
+class StreamCheck(Protocol):
+    """Verifies one stream of a chat while it passes."""
+
+    def feed(self, block: bytes) -> None:
+        """Whole events of OpenAI's, in order."""
+
+    def finish(self) -> None:
+        """The stream is whole. Raises RejectedReply where it does not pass."""
+
+
+class LateVerifiedCall(NamedTuple):
+    call: TaskCall
+    check: StreamCheck
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from appliance.core.literals import AttemptCause, Stage
+from appliance.core.literals import AttemptCause, Stage, Verification
 from appliance.core.requests import Profile
 from appliance.core.residency import Residency
 from appliance.core.targets import Target
@@ -49,6 +49,8 @@ class Route:
     """For all attempts of the request together."""
     retry_billed: bool = False
     """Whether the same target may be asked again after a failure that may have been billed."""
+    verify: Verification | None = None
+    """When a streamed answer is verified; None: before its first byte only where another target could still answer."""
     escalations: tuple[Attempt, ...] = ()
     """Who is asked when an answer is unsure, in order."""
     standby: tuple[Attempt, ...] = ()

@@ -28,7 +28,7 @@ from appliance.core import (
     Target,
     TaskCall,
 )
-from appliance.errors import ApplianceError, ClientGone, StreamBroken, UnknownModel
+from appliance.errors import ApplianceError, ClientGone, RejectedReply, StreamBroken, UnknownModel
 from appliance.router.attempts.loop import AttemptLoop
 from appliance.router.attempts.runner import AttemptRunner
 from appliance.router.capacity.admission import Admission
@@ -51,6 +51,7 @@ from appliance.router.token_count import TokenCount, count_with
 from appliance.state import State
 from appliance.telemetry import traces
 from appliance.upstream.base import Transports
+from appliance.wire.sse import without_end
 
 
 class Pipeline:
@@ -287,11 +288,16 @@ class _Streaming:
             block = await self._stream.next_block()
         except StreamBroken as error:
             self._finish(error)
-            return b"data: " + orjson.dumps(error.to_openai()) + b"\n\n"
+            return _error_event(error)
         if not block:
             self._finish(None)
             raise StopAsyncIteration
         self._trial.wrote(block.count(b"data:"))
+        try:
+            self._trial.check_block(block, is_last=self._stream.is_whole)
+        except RejectedReply as error:
+            self._finish(error)
+            return without_end(block) + _error_event(error)
         return block
 
     async def aclose(self) -> None:
@@ -312,6 +318,8 @@ class _Streaming:
                 ended = trial.end("answered", "")
             case ClientGone():
                 ended = trial.end("cancelled", error.message)
+            case RejectedReply():
+                ended = trial.end("rejected", error.code)
             case _:
                 trial.fail_late()
                 ended = trial.end("failed", error.code)
@@ -332,6 +340,10 @@ async def _work(walk: AttemptLoop, waiting: Iterator[tuple[int, TaskCall]], resu
             _, results[index] = await walk.run(call)
         except ApplianceError as error:
             results[index] = error
+
+
+def _error_event(error: ApplianceError) -> bytes:
+    return b"data: " + orjson.dumps(error.to_openai()) + b"\n\n"
 
 
 def _cut_short(error: BaseException) -> ApplianceError:

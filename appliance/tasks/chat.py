@@ -6,7 +6,16 @@ from typing import Any
 
 import orjson
 
-from appliance.core import Ability, Endpoint, Format, ParsedRequest, Target, UpstreamCall, UpstreamReply
+from appliance.core import (
+    Ability,
+    Endpoint,
+    Format,
+    LateVerifiedCall,
+    ParsedRequest,
+    Target,
+    UpstreamCall,
+    UpstreamReply,
+)
 from appliance.errors import RequestError, Unsupported
 from appliance.wire.body_fields import (
     missing,
@@ -23,7 +32,7 @@ from appliance.wire.body_fields import (
 from appliance.wire.chat_ir import MAX_CHOICES, MAX_STOPS, MAX_TOP_LOGPROBS, REASONING_EFFORTS, ChatBody
 from appliance.wire.json_schema import check_schema
 from appliance.wire.openai.messages import check_messages, holds_more_than_text, message_text
-from appliance.wire.openai.reply_checks import check_json_choice, check_tool_calls, choices_of
+from appliance.wire.openai.reply_checks import ChatStreamCheck, check_json_choice, check_tool_calls, choices_of
 from appliance.wire.token_estimate import MESSAGE_TOKENS, estimate_tokens
 
 CHAT_ENDPOINTS: frozenset[Endpoint] = frozenset({"chat", "messages", "responses", "generate_content"})
@@ -45,7 +54,7 @@ whole context would make every engine look full."""
 
 @dataclass(frozen=True, slots=True)
 class ChatCall:
-    """One chat completion. What must be verified is asked for whole, also when the caller wants a stream."""
+    """One chat completion. What must be verified is asked for whole, or verified at the end of its stream."""
 
     body: Mapping[str, Any]
     stream: bool
@@ -65,6 +74,11 @@ class ChatCall:
         scores labels) writes no call that verification could reject."""
         return self.stream or (self.stream_where_held and target.provider is None and "labels" in target.abilities)
 
+    def verified_late(self) -> LateVerifiedCall | None:
+        if not self.body.get("stream") or self.stream:
+            return None
+        return LateVerifiedCall(replace(self, stream=True), ChatStreamCheck(self._check_choice))
+
     def outgoing(self, target: Target) -> Sequence[UpstreamCall]:
         """Raises Unsupported for an engine of this node where a field asks for more than an answer."""
         body = self.body
@@ -82,11 +96,14 @@ class ChatCall:
         """The target's payload, untouched. Raises BackendGarbage or RejectedReply."""
         payload = replies[0].payload
         for choice in choices_of(payload, "message"):
-            if self.wants_json:
-                check_json_choice(choice, self.schema)
-            if self.tools:
-                check_tool_calls(choice, self.tools)
+            self._check_choice(choice)
         return payload
+
+    def _check_choice(self, choice: Mapping[str, Any]) -> None:
+        if self.wants_json:
+            check_json_choice(choice, self.schema)
+        if self.tools:
+            check_tool_calls(choice, self.tools)
 
 
 def read(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[ChatCall]]:

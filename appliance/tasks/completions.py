@@ -27,6 +27,9 @@ class CompletionCall:
     def streams(self, target: Target) -> bool:
         return self.stream
 
+    def verified_late(self) -> None:
+        return None
+
     def outgoing(self, target: Target) -> Sequence[UpstreamCall]:
         return (UpstreamCall("/completions", self.body),)
 

@@ -26,6 +26,9 @@ class EmbeddingsCall:
     def streams(self, target: Target) -> bool:
         return False
 
+    def verified_late(self) -> None:
+        return None
+
     @property
     def output_tokens(self) -> int:
         return 0

@@ -107,6 +107,12 @@ class SseReader:
         return True
 
 
+def without_end(block: bytes) -> bytes:
+    """A stream's last block without its `[DONE]`."""
+    before, separator, last = block.rpartition(b"data:")
+    return before if separator and last.strip() == b"[DONE]" else block
+
+
 def _end_of_last_event(data: bytes) -> int:
     """The index behind the last blank line in `data`, or -1."""
     end = data.rfind(b"\n\n")

@@ -146,6 +146,9 @@ class ChatCall:
     def streams(self, target: Target) -> bool:
         return self.stream
 
+    def verified_late(self) -> None:
+        return None
+
     def outgoing(self, target: Target) -> Sequence[UpstreamCall]:
         return [UpstreamCall(self.path, self.body)] * self.calls
 

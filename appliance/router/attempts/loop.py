@@ -175,8 +175,9 @@ class AttemptLoop:
                 await self._means.pause(turn.pause_seconds)
             trial = self._trial(decided, made + len(tried), turn.attempt)
             try:
-                patience = self._patience(route, turn.following, stream=call.streams(trial.target))
-                payload = await trial.run(call, patience)
+                sent = self._streamed_or_whole(call, trial, self._holds_back(route, turn, made + len(tried) + 1))
+                patience = self._patience(route, turn.following, stream=sent.streams(trial.target))
+                payload = await trial.run(sent, patience)
             except ApplianceError as error:
                 tried.append((trial, error))
                 if not goes_on(error):
@@ -188,6 +189,22 @@ class AttemptLoop:
             self._note_first_byte()
             return await self._or_better(call, decided, trial, payload, made + len(tried) + 1)
         raise _last_of(tried)
+
+    def _holds_back(self, route: Route, turn: NextAttempt, made: int) -> bool:
+        """Whether what must be verified is verified before its first byte leaves: where another target can still be
+        asked, unless the route says otherwise."""
+        if route.verify is not None:
+            return route.verify == "whole"
+        has_others = turn.following is not None or route.standby or route.escalations
+        return bool(self._steps()) or (bool(has_others) and made < route.max_attempts)
+
+    @staticmethod
+    def _streamed_or_whole(call: TaskCall, trial: AttemptRunner, holds_back: bool) -> TaskCall:
+        late = None if holds_back or call.streams(trial.target) else call.verified_late()
+        if late is None:
+            return call
+        trial.stream_check = late.check
+        return late.call
 
     def _trial(self, decided: RoutingResult, index: int, attempt: Attempt) -> AttemptRunner:
         errand = AttemptContext(self._request, decided.decision, self._purse, decided.prefix, decided.leaves_free)

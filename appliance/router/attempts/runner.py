@@ -13,6 +13,7 @@ from appliance.core import (
     Decision,
     EgressPermit,
     Request,
+    StreamCheck,
     TaskCall,
     UpstreamReply,
     Usage,
@@ -79,6 +80,7 @@ class AttemptRunner:
         "outcome",
         "reason",
         "stream",
+        "stream_check",
         "target",
         "usage",
     )
@@ -100,6 +102,8 @@ class AttemptRunner:
         self.target = attempt.target
         self.reason = attempt.reason
         self.stream: client.ReplyStream | None = None
+        self.stream_check: StreamCheck | None = None
+        """What verifies its stream at the end, where that was not asked for whole."""
         self.usage = Usage()
         self.first_byte_seconds: float | None = None
         self.outcome: AttemptOutcome | None = None
@@ -194,8 +198,15 @@ class AttemptRunner:
             ended = begun + (ended - begun) * usage.completion_tokens / max(1, slot.load.output_tokens)
             taken = self._means.clock() - slot.entered
             experience.finish_pace.learn((name, kind), ended, taken)
-            if not call.streams(self.target):
+            if self.stream is None:
                 experience.first_byte_pace.learn((name, kind), ended, taken)
+
+    def check_block(self, block: bytes, *, is_last: bool) -> None:
+        """Verify a stream that is verified late. Raises RejectedReply with its last block, where it does not pass."""
+        if self.stream_check is not None:
+            self.stream_check.feed(block)
+            if is_last:
+                self.stream_check.finish()
 
     def fail_late(self) -> None:
         """The stream broke after it had begun: the next request should know."""

@@ -95,6 +95,7 @@ def _bare_route(request: Request, rule: RouteRule, policy: Policy, *, pinned: bo
         answer_budget_seconds=rule.answer_budget_seconds,
         max_cost_usd=rule.max_cost_usd,
         retry_billed=rule.retry_billed,
+        verify=rule.verify,
     )
     return route if request.patience_seconds is None else _patient(route, request.patience_seconds)
 

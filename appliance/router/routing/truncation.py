@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from appliance.config import DegradeRule, RouteRule
-from appliance.core import Target, TaskCall, UpstreamCall, UpstreamReply
+from appliance.core import LateVerifiedCall, Target, TaskCall, UpstreamCall, UpstreamReply
 from appliance.tasks.chat import CHAT_ENDPOINTS
 from appliance.wire.openai.messages import message_text
 from appliance.wire.token_estimate import MESSAGE_TOKENS, estimate_tokens
@@ -70,6 +70,10 @@ class TrimmedCall:
 
     def streams(self, target: Target) -> bool:
         return self.call.streams(target)
+
+    def verified_late(self) -> LateVerifiedCall | None:
+        late = self.call.verified_late()
+        return None if late is None else LateVerifiedCall(replace(self, call=late.call), late.check)
 
     def outgoing(self, target: Target) -> Sequence[UpstreamCall]:
         return [self._shaped(one) for one in self.call.outgoing(target)]

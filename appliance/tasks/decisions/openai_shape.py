@@ -90,6 +90,9 @@ class DecisionsCall:
     def streams(self, target: Target) -> bool:
         return False
 
+    def verified_late(self) -> None:
+        return None
+
     @property
     def prompt_tokens(self) -> int:
         """Every item whole, as engines report it: how much of it is shared and cached shows only when it was done.

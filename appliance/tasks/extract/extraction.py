@@ -95,6 +95,9 @@ class ExtractCall:
     def streams(self, target: Target) -> bool:
         return False
 
+    def verified_late(self) -> None:
+        return None
+
     @property
     def prompt_tokens(self) -> int:
         shown = sum(estimate_tokens(turn["content"]) + MESSAGE_TOKENS for turn in self.turns)

@@ -1,11 +1,12 @@
 """Checks on whole chat replies before a caller gets them. A rejected reply makes the loop ask another target."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
 
 from appliance.errors import BackendGarbage, RejectedReply
+from appliance.wire.chat_stream import events_of
 from appliance.wire.json_schema import check_value
 
 
@@ -65,3 +66,80 @@ def check_tool_calls(choice: Mapping[str, Any], names: frozenset[str]) -> None:
             raise RejectedReply(f"the arguments for tool {function['name']!r} are not JSON") from error
         if not isinstance(arguments, dict):
             raise RejectedReply(f"the arguments for tool {function['name']!r} are not a JSON object")
+
+
+class ChatStreamCheck:
+    """Puts the choices of a passing stream together, and gives each to `check` once the stream is whole."""
+
+    def __init__(self, check: Callable[[Mapping[str, Any]], object]) -> None:
+        self._check = check
+        self._choices: dict[int, _StreamedChoice] = {}
+        self._is_odd = False
+
+    def feed(self, block: bytes) -> None:
+        for data in events_of(block):
+            if data == b"[DONE]":
+                continue
+            try:
+                for choice in orjson.loads(data).get("choices") or ():
+                    self._choices.setdefault(choice.get("index", 0), _StreamedChoice()).add(choice)
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+                self._is_odd = True
+
+    def finish(self) -> None:
+        if self._is_odd:
+            raise RejectedReply("an event of the stream is not what the dialect promises")
+        if not self._choices:
+            raise RejectedReply("the reply has no choice at all")
+        for choice in self._choices.values():
+            self._check(choice.as_choice())
+
+
+class _StreamedChoice:
+    """One choice, as its deltas come."""
+
+    def __init__(self) -> None:
+        self._content: list[str] = []
+        self._refusal: list[str] = []
+        self._calls: dict[int, _StreamedCall] = {}
+        self._finish: str | None = None
+
+    def add(self, choice: Mapping[str, Any]) -> None:
+        delta = choice.get("delta") or {}
+        if delta.get("content"):
+            self._content.append(delta["content"])
+        if delta.get("refusal"):
+            self._refusal.append(delta["refusal"])
+        for part in delta.get("tool_calls") or ():
+            self._add_call(part)
+        self._finish = choice.get("finish_reason") or self._finish
+
+    def _add_call(self, part: Mapping[str, Any]) -> None:
+        """Some servers send each call whole, without an index."""
+        number = part.get("index")
+        if number is None:
+            number = len(self._calls) if part.get("id") else len(self._calls) - 1
+        call = self._calls.setdefault(number, _StreamedCall())
+        function = part.get("function")
+        if function is not None:
+            call.name = function.get("name") or call.name
+            call.arguments.append(function.get("arguments") or "")
+
+    def as_choice(self) -> Mapping[str, Any]:
+        calls = [call.as_call() for _, call in sorted(self._calls.items())]
+        content = "".join(self._content) if self._content else None
+        message = {"content": content, "refusal": "".join(self._refusal), "tool_calls": calls}
+        return {"message": message, "finish_reason": self._finish}
+
+
+class _StreamedCall:
+    """One tool call, as its pieces come. A custom tool's has no arguments."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.arguments: list[str] = []
+
+    def as_call(self) -> Mapping[str, Any]:
+        if self.name is None and not self.arguments:
+            return {}
+        return {"function": {"name": self.name, "arguments": "".join(self.arguments)}}
