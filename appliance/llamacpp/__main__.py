@@ -18,12 +18,12 @@ from appliance.errors import ModelFileError
 from appliance.llamacpp.chat.prompts import PromptBuilder
 from appliance.llamacpp.decode.constraints import GrammarCompiler
 from appliance.llamacpp.engine import LlamaEngine
-from appliance.llamacpp.kernels import PLAIN, Kernels, install
+from appliance.llamacpp.kernels import PLAIN_KERNELS, Kernels, install_kernels
 from appliance.llamacpp.memory_release import release_code_pages, release_freed
 from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.server.http import MAX_BODY_BYTES, EngineGate, ServerContext, make_app
 from appliance.llamacpp.tools.formats import SYNTAXES
-from appliance.llamacpp.weights import is_packed
+from appliance.llamacpp.weights import has_packed_weights
 from appliance.worker import EXIT_CLEAN, EXIT_ENGINE, EXIT_MODEL_FILE
 from appliance.worker.json_log import log, log_library_warnings
 from appliance.worker.server import add_worker_arguments, run_worker, serve_app
@@ -113,7 +113,7 @@ async def _work(
 
 
 def _load(options: argparse.Namespace) -> tuple[Kernels, LlamaModel, PromptBuilder, GrammarCompiler]:
-    kernels = PLAIN if options.plain_kernels else install()
+    kernels = PLAIN_KERNELS if options.plain_kernels else install_kernels()
     log("kernels", kernels=kernels.told)
     model = LlamaModel.load(
         options.model,
@@ -121,8 +121,8 @@ def _load(options: argparse.Namespace) -> tuple[Kernels, LlamaModel, PromptBuild
         context_tokens=options.context_tokens,
         sequences=options.sequences,
         batch_tokens=options.batch_tokens,
-        lanes=lanes_wanted(options.lane_tokens, kernels),
-        mapped=not (kernels.names and is_packed(options.model)),
+        lanes=choose_slot_setting(options.lane_tokens, kernels),
+        mapped=not (kernels.names and has_packed_weights(options.model)),
     )
     grammars = GrammarCompiler(model.vocab_pointer, model.end_tokens, vocabulary_size=model.vocabulary_size)
     template = None
@@ -134,7 +134,7 @@ def _load(options: argparse.Namespace) -> tuple[Kernels, LlamaModel, PromptBuild
     return kernels, model, PromptBuilder(model, template=template, tool_format=options.tool_format), grammars
 
 
-def lanes_wanted(asked: int | None, kernels: Kernels) -> int | None:
+def choose_slot_setting(asked: int | None, kernels: Kernels) -> int | None:
     """Cells of each sequence's lane; None: as many as fit.
 
     With an attention that looks at a query's own cells alone, lanes are no quicker than the shared memory (measured

@@ -109,7 +109,9 @@ class LlamaContext:
         lib.llama_set_n_threads(self._context, threads, threads)
 
 
-def context_params(*, cells: int, batch_tokens: int, ids: int, outputs: int, threads: int, attention: Attention) -> Any:
+def make_context_params(
+    *, cells: int, batch_tokens: int, ids: int, outputs: int, threads: int, attention: Attention
+) -> Any:
     """Parameters for one KV memory of `cells` that all sequences share."""
     params = lib.llama_context_default_params()
     params.n_ctx = cells

@@ -24,7 +24,7 @@ from appliance.llamacpp.engine_protocol import (
     SequenceRequest,
     TokenEvent,
 )
-from appliance.llamacpp.kv.prefix_cache import as_tokens
+from appliance.llamacpp.kv.prefix_cache import to_token_array
 from appliance.llamacpp.labels.jobs import LabelJob
 from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.rates import measure_first_rates
@@ -215,7 +215,7 @@ class LlamaEngine:
     # The loop's side.
 
     def _check(self, request: SequenceRequest) -> None:
-        prompt, context = as_tokens(request.prompt), self.model.sequence_context_tokens
+        prompt, context = to_token_array(request.prompt), self.model.sequence_context_tokens
         if len(prompt) + 1 > context:
             raise ContextTooLong(
                 f"the prompt is {len(prompt)} tokens and the context holds {context}, one of them for the answer: "

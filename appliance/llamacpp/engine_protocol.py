@@ -27,7 +27,7 @@ class Constraint(Protocol):
 
 
 @runtime_checkable
-class ForcedTool(Protocol):
+class LookaheadConstraint(Protocol):
     """A constraint that can tell when it leaves no choice."""
 
     def forced(self) -> list[int]:

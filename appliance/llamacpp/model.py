@@ -15,10 +15,10 @@ from typing import Any, Final
 from appliance.errors import EngineFailed
 from appliance.llamacpp.batch import DecodeBatch
 from appliance.llamacpp.binding import lib
-from appliance.llamacpp.context import Attention, LlamaContext, context_params
-from appliance.llamacpp.kv.per_sequence import PerSequenceKv, lane_tokens
+from appliance.llamacpp.context import Attention, LlamaContext, make_context_params
+from appliance.llamacpp.kv.per_sequence import PerSequenceKv, choose_slot_tokens
 from appliance.llamacpp.memory_release import release_file_pages
-from appliance.llamacpp.weights import LOG, check_file, load_weights
+from appliance.llamacpp.weights import LOG, check_gguf_file, load_weights
 
 _F16_BYTES: Final = 2
 _SPARE_ROWS: Final = 32
@@ -100,17 +100,21 @@ class LlamaModel(LlamaContext):
         Raises ModelFileError when the file is missing, truncated, corrupt or no language model; EngineFailed when
         the file is good and the context does not fit into memory.
         """
-        check_file(path)
+        check_gguf_file(path)
         LOG.listen()
         handle = load_weights(path, mapped=mapped)
         try:
             _check_memory(handle, context_tokens)
             forkable = _forkable(handle)
             if lanes is None:
-                lanes = lane_tokens(context_tokens, lib.llama_model_n_ctx_train(handle), sequences) if forkable else 0
+                lanes = (
+                    choose_slot_tokens(context_tokens, lib.llama_model_n_ctx_train(handle), sequences)
+                    if forkable
+                    else 0
+                )
             ids = min(256, sequences + _SPARE_SEQUENCES) if forkable else sequences + 1
             rows = sequences + _SPARE_ROWS
-            params = context_params(
+            params = make_context_params(
                 cells=context_tokens - lanes * sequences,
                 batch_tokens=max(batch_tokens, rows, ids),
                 ids=ids,

@@ -47,7 +47,7 @@ class _GgufInitParams(ctypes.Structure):
     _fields_ = (("no_alloc", ctypes.c_bool), ("context", ctypes.c_void_p))
 
 
-def check_file(path: Path) -> None:
+def check_gguf_file(path: Path) -> None:
     """Raises ModelFileError unless there is a file that begins as a GGUF file does."""
     try:
         with path.open("rb") as file:
@@ -60,7 +60,7 @@ def check_file(path: Path) -> None:
         raise ModelFileError(f"{str(path)!r} is not a GGUF file (it begins with {magic!r}): pull the model again")
 
 
-def is_packed(path: Path) -> bool:
+def has_packed_weights(path: Path) -> bool:
     """Whether most of a file's weights are of a kind that `kernels` packs. What cannot be read is not."""
     LOG.listen()
     init = lib._lib.gguf_init_from_file

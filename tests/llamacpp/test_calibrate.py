@@ -10,9 +10,9 @@ import pytest
 from appliance.errors import ConfigError, EngineFailed
 from appliance.llamacpp.calibrate import program, variant_quality
 from appliance.llamacpp.calibrate.interference import InterferenceSample, InterferenceStopwatch
-from appliance.llamacpp.calibrate.quantise import SPARE_BYTES, derive, estimated_bytes
+from appliance.llamacpp.calibrate.quantise import SPARE_BYTES, derive_variant, estimate_bytes
 from appliance.llamacpp.calibrate.speed import measure_decode, measure_prefill
-from appliance.llamacpp.calibrate.variant_quality import compare, read_source, texts
+from appliance.llamacpp.calibrate.variant_quality import compare_variant, load_quality_texts, read_source_model
 from appliance.llamacpp.model import LlamaModel
 
 PARAMETERS = 134_515_008
@@ -22,10 +22,10 @@ PARAMETERS = 134_515_008
 
 
 def test_the_texts_are_many_short_and_in_many_languages_and_each_is_asked_two_questions() -> None:
-    assert len(texts()) >= 60
-    assert len({text.language for text in texts()}) >= 10
-    assert len({text.text for text in texts()}) == len(texts())
-    for text in texts():
+    assert len(load_quality_texts()) >= 60
+    assert len({text.language for text in load_quality_texts()}) >= 10
+    assert len({text.text for text in load_quality_texts()}) == len(load_quality_texts())
+    for text in load_quality_texts():
         assert len(text.questions) == 2
         assert len(text.text) < 200
         for question in text.questions:
@@ -33,8 +33,8 @@ def test_the_texts_are_many_short_and_in_many_languages_and_each_is_asked_two_qu
 
 
 def test_the_first_few_texts_are_a_fair_sample() -> None:
-    first = texts()[:16]
-    assert len({text.questions for text in first}) == len({text.questions for text in texts()})
+    first = load_quality_texts()[:16]
+    assert len({text.questions for text in first}) == len({text.questions for text in load_quality_texts()})
     assert len({text.language for text in first}) >= 3
 
 
@@ -63,7 +63,7 @@ def test_a_lap_counts_time_and_cpu_time_since_the_last_one() -> None:
 
 def test_an_unknown_form_is_named_with_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'q3'.*bf16"):
-        derive(tmp_path / "a.gguf", tmp_path / "b.gguf", "q3", parameters=1, threads=1)
+        derive_variant(tmp_path / "a.gguf", tmp_path / "b.gguf", "q3", parameters=1, threads=1)
 
 
 def test_a_disk_that_is_too_full_is_told_in_bytes_before_anything_is_written(
@@ -72,7 +72,7 @@ def test_a_disk_that_is_too_full_is_told_in_bytes_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)._replace(free=SPARE_BYTES + 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(EngineFailed, match=r"bf16 takes about .* bytes and .* has .* free"):
-        derive(tmp_path / "a.gguf", tmp_path / "b.gguf", "bf16", parameters=PARAMETERS, threads=1)
+        derive_variant(tmp_path / "a.gguf", tmp_path / "b.gguf", "bf16", parameters=PARAMETERS, threads=1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -80,7 +80,7 @@ def test_a_source_that_cannot_be_converted_leaves_nothing_behind(tmp_path: Path)
     source = tmp_path / "a.gguf"
     source.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(EngineFailed, match=r"cannot make bf16 from a\.gguf"):
-        derive(source, tmp_path / "b.gguf", "bf16", parameters=1, threads=1)
+        derive_variant(source, tmp_path / "b.gguf", "bf16", parameters=1, threads=1)
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -90,8 +90,8 @@ def test_a_derived_file_is_about_as_large_as_estimated_and_no_larger(
     variant: str, smollm2_path: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / f"{variant}.gguf"
-    derive(smollm2_path, target, variant, parameters=PARAMETERS, threads=1)
-    assert 0.75 * estimated_bytes(PARAMETERS, variant) < target.stat().st_size <= estimated_bytes(PARAMETERS, variant)
+    derive_variant(smollm2_path, target, variant, parameters=PARAMETERS, threads=1)
+    assert 0.75 * estimate_bytes(PARAMETERS, variant) < target.stat().st_size <= estimate_bytes(PARAMETERS, variant)
     assert list(tmp_path.iterdir()) == [target]
 
 
@@ -108,15 +108,15 @@ def four_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_agrees_with_itself_and_a_coarser_one_lies_further_off(
     model: LlamaModel, smollm2_path: Path, tmp_path: Path
 ) -> None:
-    source = read_source(model, 4, 60.0)
-    same = compare(model, source)
+    source = read_source_model(model, 4, 60.0)
+    same = compare_variant(model, source)
     assert (same.questions, same.label_agreement, same.same_label) == (8, 1.0, 1.0)
     assert same.median_kl < 1e-6
     path = tmp_path / "q4_0.gguf"
-    derive(smollm2_path, path, "q4_0", parameters=PARAMETERS, threads=1)
+    derive_variant(smollm2_path, path, "q4_0", parameters=PARAMETERS, threads=1)
     coarse = LlamaModel.load(path, threads=1, context_tokens=512, sequences=4, batch_tokens=256)
     try:
-        other = compare(coarse, source)
+        other = compare_variant(coarse, source)
     finally:
         coarse.close()
     assert other.median_kl > 0.02
@@ -126,7 +126,7 @@ def test_a_model_agrees_with_itself_and_a_coarser_one_lies_further_off(
 
 @pytest.mark.slow
 def test_no_time_left_means_the_fewest_texts_that_say_something(model: LlamaModel) -> None:
-    assert len(read_source(model, 61, 0.0).texts) == 8
+    assert len(read_source_model(model, 61, 0.0).texts) == 8
     model.memory_clear()
 
 

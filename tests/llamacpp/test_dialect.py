@@ -12,14 +12,19 @@ from hypothesis import strategies as st
 
 from appliance.errors import ApplianceError, ContextTooLong, RequestError, UnknownModel, Unsupported
 from appliance.llamacpp.chat.message import MessageIn
-from appliance.llamacpp.chat.prompts import PromptBuilder, joint
+from appliance.llamacpp.chat.prompts import PromptBuilder, find_joint
 from appliance.llamacpp.decode.constraints import JSON_OBJECT
 from appliance.llamacpp.engine_protocol import LabelScores
 from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.server.generation import GenerationRequest
-from appliance.llamacpp.server.labels_api import LabelRequest, label_ask, label_reply, shares
-from appliance.llamacpp.server.openai_requests import DEFAULT_CHAT_TOKENS, chat_ask, check_model, completion_ask
-from appliance.llamacpp.server.request_models import ChatIn, CompletionIn, LabelsIn, parse
+from appliance.llamacpp.server.labels_api import LabelRequest, build_label_request, compute_shares, write_label_reply
+from appliance.llamacpp.server.openai_requests import (
+    DEFAULT_CHAT_TOKENS,
+    build_chat_request,
+    build_completion_request,
+    check_model,
+)
+from appliance.llamacpp.server.request_models import ChatIn, CompletionIn, LabelsIn, parse_request
 
 HI: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
 CONTEXT_TOKENS = 2_048
@@ -42,19 +47,19 @@ def body(**fields: Any) -> bytes:
 
 
 def chat(prompts: PromptBuilder, model: LlamaModel, **fields: Any) -> GenerationRequest:
-    return chat_ask(
-        parse(ChatIn, body(messages=HI) if not fields else body(**{"messages": HI, **fields})), prompts, model
+    return build_chat_request(
+        parse_request(ChatIn, body(messages=HI) if not fields else body(**{"messages": HI, **fields})), prompts, model
     )
 
 
 def completion(prompts: PromptBuilder, model: LlamaModel, **fields: Any) -> GenerationRequest:
-    return completion_ask(parse(CompletionIn, body(**{"prompt": "Once", **fields})), prompts, model)
+    return build_completion_request(parse_request(CompletionIn, body(**{"prompt": "Once", **fields})), prompts, model)
 
 
 def labels(prompts: PromptBuilder, model: LlamaModel, **fields: Any) -> LabelRequest:
     item = {"content": "my card was charged twice", "labels": "topic"}
     whole = {"label_sets": {"topic": ["billing", "delivery"]}, "items": [item], **fields}
-    return label_ask(parse(LabelsIn, body(**whole)), prompts, model)
+    return build_label_request(parse_request(LabelsIn, body(**whole)), prompts, model)
 
 
 def written(model: LlamaModel, tokens: Sequence[int]) -> str:
@@ -106,7 +111,7 @@ def written(model: LlamaModel, tokens: Sequence[int]) -> str:
 )
 def test_a_wrong_request_is_refused_by_field_and_value(sent: bytes, names: str) -> None:
     with pytest.raises(RequestError) as caught:
-        parse(ChatIn, sent)
+        parse_request(ChatIn, sent)
     assert names in caught.value.message
     assert caught.value.status == 400
     field = names.split(":")[0]
@@ -279,7 +284,7 @@ def test_a_message_cannot_end_its_turn_by_writing_the_token_for_it(prompts: Prom
     ],
 )
 def test_a_space_stands_between_words_and_nowhere_else(before: str, label: str, between: str) -> None:
-    assert joint(before, label) == between
+    assert find_joint(before, label) == between
 
 
 @pytest.mark.parametrize("cue", ["", "Category:", "Category: ", "Cat", "The topic is '", "Category:\n\n"])
@@ -292,7 +297,7 @@ def test_prompt_and_label_together_are_the_tokens_of_their_text(
     item = ask.items[0]
     for name, label in zip(names, item.labels, strict=True):
         assert label
-        assert [*item.prompt, *label] == model.tokenize(head + joint(head, name) + name)
+        assert [*item.prompt, *label] == model.tokenize(head + find_joint(head, name) + name)
 
 
 def test_a_call_says_how_exact_its_probabilities_must_be(prompts: PromptBuilder, model: LlamaModel) -> None:
@@ -391,7 +396,7 @@ def test_a_text_that_is_too_long_is_an_error_in_its_place(prompts: PromptBuilder
     ask = labels(prompts, model, items=[ITEM, {"content": "word " * 3_000, "labels": "topic"}, ITEM])
     assert list(ask.items) == [0, 2]
     scores = [LabelScores([-1.0, -2.0], 0.5, 10, 4), LabelScores([-3.0, -math.inf], 0.1, 10, 10)]
-    reply = label_reply(ask, scores, "smol")
+    reply = write_label_reply(ask, scores, "smol")
     first, second, third = reply["results"]
     assert second["error"]["code"] == "context_length_exceeded"
     assert str(CONTEXT_TOKENS) in second["error"]["message"]
@@ -404,8 +409,8 @@ def test_a_text_that_is_too_long_is_an_error_in_its_place(prompts: PromptBuilder
 
 @given(st.lists(st.floats(-800, 0), min_size=2, max_size=20))
 def test_probabilities_of_a_set_sum_to_one(logprobs: list[float]) -> None:
-    assert sum(shares(logprobs)) == pytest.approx(1)
+    assert sum(compute_shares(logprobs)) == pytest.approx(1)
 
 
 def test_labels_that_are_all_impossible_share_equally() -> None:
-    assert shares([-math.inf, -math.inf]) == [0.5, 0.5]
+    assert compute_shares([-math.inf, -math.inf]) == [0.5, 0.5]

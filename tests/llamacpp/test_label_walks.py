@@ -37,7 +37,7 @@ def items(model: LlamaModel, tolerance: float, texts: list[str] = TEXTS) -> list
 
 
 def shares(scores: LabelScores) -> npt.NDArray[np.float64]:
-    return np.array(labels_api.shares(scores.logprobs))
+    return np.array(labels_api.compute_shares(scores.logprobs))
 
 
 @pytest.mark.slow

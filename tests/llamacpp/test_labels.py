@@ -9,8 +9,8 @@ import pytest
 
 from appliance.llamacpp.decode.sequence import Sequence
 from appliance.llamacpp.engine_protocol import LabelItem, Sampling, SequenceRequest
-from appliance.llamacpp.kv.prefix_cache import as_tokens
-from appliance.llamacpp.labels.jobs import LabelJob, cut, grow, judge
+from appliance.llamacpp.kv.prefix_cache import to_token_array
+from appliance.llamacpp.labels.jobs import LabelJob, build_forest, prepare_item, split_into_pieces
 from appliance.llamacpp.labels.trie import LabelTrie
 from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.scheduler.step import StepRunner
@@ -52,8 +52,8 @@ def test_the_mass_is_that_of_the_union(labels: list[tuple[int, ...]], probabilit
 
 
 def test_a_forest_computes_shared_tokens_once_for_all_the_paths_under_them() -> None:
-    paths = [as_tokens(path) for path in ([1, 2, 3], [1, 2, 4], [1, 5], [6])]
-    forest = grow(paths, [10, 10, 10, 0], [0, 2, 1, 0])
+    paths = [to_token_array(path) for path in ([1, 2, 3], [1, 2, 4], [1, 5], [6])]
+    forest = build_forest(paths, [10, 10, 10, 0], [0, 2, 1, 0])
     assert forest.tokens.tolist() == [1, 2, 3, 4, 5, 6]
     assert forest.positions.tolist() == [10, 11, 12, 12, 11, 0]
     assert forest.starts.tolist() == [0, 0, 0, 1, 2, 3]
@@ -64,9 +64,9 @@ def test_a_forest_computes_shared_tokens_once_for_all_the_paths_under_them() -> 
 def test_an_item_with_many_chains_is_cut_and_every_node_is_read_once() -> None:
     labels = [(1, token, 9) for token in range(10)] + [(2, 9)]
     job = LabelJob([LabelItem([5, 6], labels)])
-    judged = judge(job, 0, 100, 100)
+    judged = prepare_item(job, 0, 100, 100)
     assert not isinstance(judged, str)
-    pieces = cut(judged, judged.trie.chains, 4)
+    pieces = split_into_pieces(judged, judged.trie.chains, 4)
     assert [len(piece.chains) for piece in pieces] == [4, 4, 3]
     read = [
         node
@@ -89,7 +89,7 @@ def test_an_item_with_many_chains_is_cut_and_every_node_is_read_once() -> None:
     ],
 )
 def test_an_impossible_item_is_told_why(item: LabelItem, words: str) -> None:
-    judged = judge(LabelJob([item]), 0, 10, 100)
+    judged = prepare_item(LabelJob([item]), 0, 10, 100)
     assert isinstance(judged, str)
     assert words in judged
 

@@ -10,7 +10,7 @@ import pytest
 
 from appliance.llamacpp.decode.sequence import Sequence
 from appliance.llamacpp.engine_protocol import Sampling, SequenceRequest
-from appliance.llamacpp.kv.per_sequence import lane_tokens
+from appliance.llamacpp.kv.per_sequence import choose_slot_tokens
 from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.scheduler.step import StepRunner
 
@@ -92,7 +92,7 @@ def in_shared_memory(
     ],
 )
 def test_lanes_get_what_the_longest_sequence_leaves(cells: int, trained: int, sequences: int, each: int) -> None:
-    assert lane_tokens(cells, trained, sequences) == each
+    assert choose_slot_tokens(cells, trained, sequences) == each
 
 
 def test_a_sequence_in_a_lane_and_back_has_the_same_logits(laned: LlamaModel) -> None:

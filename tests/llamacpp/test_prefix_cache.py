@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appliance.llamacpp.kv.prefix_cache import PrefixCache, PrefixNode, Tokens, as_tokens, common_prefix
+from appliance.llamacpp.kv.prefix_cache import PrefixCache, PrefixNode, Tokens, count_common_prefix, to_token_array
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Kitchen:
         self.tree = PrefixCache(self.table, self.free)
 
     def begin(self, prompt: list[int], salt: str = "") -> tuple[int, int, PrefixNode]:
-        tokens = as_tokens(prompt)
+        tokens = to_token_array(prompt)
         match = self.tree.match(tokens, salt, len(tokens) - 1)
         self.tree.pin(match.node)
         assert self.tree.free_up_ids(1)
@@ -59,7 +59,7 @@ class Kitchen:
 
     def end(self, prompt: list[int], begun: tuple[int, int, PrefixNode], salt: str = "") -> None:
         sequence, shared, node = begun
-        self.tree.insert(as_tokens(prompt), salt, sequence, shared)
+        self.tree.insert(to_token_array(prompt), salt, sequence, shared)
         self.table.memory_remove(sequence, 0)
         self.free.append(sequence)
         self.tree.unpin(node)
@@ -131,10 +131,10 @@ def test_a_prompt_nobody_will_ask_for_again_is_dropped_without_what_others_share
         kitchen.run(prompt)
     begun = kitchen.begin([1, 2, 5, 6, 7])
     for prompt in ([1, 2, 3, 4], [1, 2, 5, 6], [1, 2], [8]):
-        kitchen.tree.discard(as_tokens(prompt), "")
+        kitchen.tree.discard(to_token_array(prompt), "")
     assert kitchen.tree.tokens == kitchen.table.used - 1 == 4
     kitchen.end([1, 2, 5, 6, 7], begun)
-    kitchen.tree.discard(as_tokens([1, 2, 5, 6, 7]), "")
+    kitchen.tree.discard(to_token_array([1, 2, 5, 6, 7]), "")
     assert kitchen.tree.tokens == kitchen.table.used == 4
 
 
@@ -157,23 +157,23 @@ def test_sequence_ids_are_taken_from_cold_prefixes_when_they_run_out() -> None:
 def test_nothing_is_cached_when_every_id_is_in_use() -> None:
     kitchen = Kitchen(ids=1)
     begun = kitchen.begin([1, 2, 3])
-    assert kitchen.tree.insert(as_tokens([1, 2, 3]), "", begun[0], 0) is None
+    assert kitchen.tree.insert(to_token_array([1, 2, 3]), "", begun[0], 0) is None
     assert kitchen.tree.tokens == 0
 
 
 def test_a_lookup_for_a_new_tenant_leaves_no_trace() -> None:
     kitchen = Kitchen()
     for number in range(100):
-        kitchen.tree.match(as_tokens([1, 2]), f"tenant {number}", 1)
+        kitchen.tree.match(to_token_array([1, 2]), f"tenant {number}", 1)
     kitchen.run([1, 2], "kept")
     kitchen.tree.evict(10)
     assert not kitchen.tree._roots
 
 
 def test_common_prefix_counts_equal_leading_tokens() -> None:
-    assert common_prefix(as_tokens([1, 2, 3]), as_tokens([1, 2, 4, 5])) == 2
-    assert common_prefix(as_tokens([]), as_tokens([1])) == 0
-    assert common_prefix(as_tokens([1, 2]), as_tokens([1, 2])) == 2
+    assert count_common_prefix(to_token_array([1, 2, 3]), to_token_array([1, 2, 4, 5])) == 2
+    assert count_common_prefix(to_token_array([]), to_token_array([1])) == 0
+    assert count_common_prefix(to_token_array([1, 2]), to_token_array([1, 2])) == 2
 
 
 @settings(max_examples=150, deadline=None)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from appliance.llamacpp.decode.prompt_lookup import LONGEST, NgramTable, PerKeyTables, PromptLookup
+from appliance.llamacpp.decode.prompt_lookup import MAX_DRAFT_TOKENS, NgramTable, PerKeyTables, PromptLookup
 from appliance.llamacpp.decode.sequence import Sequence
-from appliance.llamacpp.decode.speculation import GROWTH, SpeculationPlanner
+from appliance.llamacpp.decode.speculation import MAX_STEP_GROWTH, SpeculationPlanner
 from appliance.llamacpp.engine_protocol import Sampling, SequenceRequest
 from appliance.llamacpp.rates import Rates
 
@@ -128,11 +128,11 @@ def drafted(plan: SpeculationPlanner, count: int, room: int = 1_000, *, read: bo
 
 
 def test_drafts_are_long_where_one_sequence_pays_for_reading_all_weights() -> None:
-    assert drafted(drafting(0.001, 0.010), 1) == [LONGEST]
+    assert drafted(drafting(0.001, 0.010), 1) == [MAX_DRAFT_TOKENS]
 
 
 def test_while_a_stream_is_read_drafts_make_no_step_longer_than_stated() -> None:
-    plan, most = drafting(0.001, 0.010), GROWTH * (0.010 + 8 * 0.001) / 0.001
+    plan, most = drafting(0.001, 0.010), MAX_STEP_GROWTH * (0.010 + 8 * 0.001) / 0.001
     assert 0 < sum(drafted(plan, 8)) <= most < sum(drafted(plan, 8, read=False))
 
 

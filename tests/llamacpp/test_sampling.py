@@ -7,12 +7,12 @@ import pytest
 
 from appliance.llamacpp.decode.sampling import (
     Sampler,
-    argmax_rows,
-    candidates,
-    log_normalizer,
-    most_probable,
-    pick,
-    top_logprobs,
+    compute_log_normalizer,
+    find_most_probable,
+    find_row_maxima,
+    find_top_logprobs,
+    pick_token,
+    select_candidates,
 )
 from appliance.llamacpp.engine_protocol import Logits, Sampling
 
@@ -60,21 +60,21 @@ class Only:
     ],
 )
 def test_truncation_keeps_these_tokens(sampling: Sampling, kept: set[int]) -> None:
-    tokens, weights = candidates(row(), sampling)
+    tokens, weights = select_candidates(row(), sampling)
     assert set(tokens.tolist()) == kept
     assert len(tokens) == len(weights)
 
 
 def test_top_p_is_the_share_of_the_mass_that_top_k_left() -> None:
-    tokens, _ = candidates(row(), Sampling(top_k=2, top_p=0.56))
+    tokens, _ = select_candidates(row(), Sampling(top_k=2, top_p=0.56))
     assert set(tokens.tolist()) == {1}
-    tokens, _ = candidates(row(), Sampling(top_k=2, top_p=0.58))
+    tokens, _ = select_candidates(row(), Sampling(top_k=2, top_p=0.58))
     assert set(tokens.tolist()) == {1, 3}
 
 
 def test_a_flat_distribution_over_more_tokens_than_the_head_is_cut_rightly() -> None:
     flat = np.zeros(1000, np.float32)
-    tokens, _ = candidates(flat, Sampling(top_p=0.5))
+    tokens, _ = select_candidates(flat, Sampling(top_p=0.5))
     assert len(tokens) == 500
 
 
@@ -83,7 +83,7 @@ def test_a_place_in_the_summed_weights_is_found_through_blocks(size: int) -> Non
     weights = np.random.default_rng(size).random(size).astype(np.float32)
     edges = np.cumsum(weights, dtype=np.float64)
     for share in (0.0, 0.1, 0.5, 0.77, 0.999):
-        assert pick(weights, share) == np.searchsorted(edges, share * edges[-1], side="right")
+        assert pick_token(weights, share) == np.searchsorted(edges, share * edges[-1], side="right")
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -185,15 +185,15 @@ def test_a_row_in_which_nothing_is_allowed_is_an_error(temperature: float) -> No
 
 
 def test_the_log_normalizer_survives_large_logits() -> None:
-    assert log_normalizer(np.array([1000.0, 1000.0], np.float32)) == pytest.approx(1000 + math.log(2))
+    assert compute_log_normalizer(np.array([1000.0, 1000.0], np.float32)) == pytest.approx(1000 + math.log(2))
 
 
 def test_ties_go_to_the_lower_id() -> None:
     tied = np.array([1.0, 2.0, 2.0, 0.0], np.float32)
-    assert most_probable(tied, 2).tolist() == [1, 2]
-    assert most_probable(tied, 9).tolist() == [1, 2, 0, 3]
-    assert argmax_rows(np.stack([tied, tied[::-1]])) == [1, 1]
-    assert top_logprobs(tied, 0.5, 2) == ((1, 1.5), (2, 1.5))
+    assert find_most_probable(tied, 2).tolist() == [1, 2]
+    assert find_most_probable(tied, 9).tolist() == [1, 2, 0, 3]
+    assert find_row_maxima(np.stack([tied, tied[::-1]])) == [1, 1]
+    assert find_top_logprobs(tied, 0.5, 2) == ((1, 1.5), (2, 1.5))
 
 
 @pytest.mark.parametrize("seed", [-1, -(2**63), 2**63 - 1])

@@ -8,20 +8,20 @@ from appliance.llamacpp.fair_queue import FairQueue
 from appliance.llamacpp.kv.capacity import BatchCapacity
 from appliance.llamacpp.rates import Rates
 from appliance.llamacpp.scheduler.scheduler import (
-    FOLLOW_TOKENS,
     OUTPUT_RESERVE_TOKENS,
     SLOW_STEP_TOKENS,
+    WORTH_WAITING_TOKENS,
     WaitQueue,
-    cache_limit,
-    gives_way,
-    leads,
-    promised_tokens,
-    share_prefill,
-    split_budget,
-    step_budget,
-    tokens_asked,
-    victim,
-    worth_a_lane,
+    allot_prompt_tokens,
+    choose_preempted,
+    choose_victim,
+    computes_shared_prefix,
+    count_charged_tokens,
+    count_promised_tokens,
+    is_worth_a_slot,
+    limit_cached_tokens,
+    plan_prefill_chunks,
+    plan_step_tokens,
 )
 
 
@@ -59,8 +59,8 @@ def test_room_counts_what_is_used_and_what_is_promised(used: int, promised: int,
 
 
 def test_a_sequence_is_promised_its_prompt_and_the_first_part_of_its_output() -> None:
-    assert promised_tokens(sequence(0, 100)) == 100 + OUTPUT_RESERVE_TOKENS
-    assert promised_tokens(sequence(0, 100, computed=90, max_tokens=5)) == 15
+    assert count_promised_tokens(sequence(0, 100)) == 100 + OUTPUT_RESERVE_TOKENS
+    assert count_promised_tokens(sequence(0, 100, computed=90, max_tokens=5)) == 15
 
 
 def test_the_end_of_the_context_limits_the_output() -> None:
@@ -88,7 +88,7 @@ def test_the_end_of_the_context_limits_the_output() -> None:
 def test_a_step_is_short_while_somebody_reads_a_stream(
     batch: int, decoding: int, readers: int, rate: float, budget: int
 ) -> None:
-    assert step_budget(batch, decoding, readers, rate, 0.15) == budget
+    assert plan_step_tokens(batch, decoding, readers, rate, 0.15) == budget
 
 
 @pytest.mark.parametrize(
@@ -106,32 +106,32 @@ def test_a_step_is_short_while_somebody_reads_a_stream(
 def test_prompts_and_labels_share_a_step_unless_one_is_more_urgent(
     prompts: int, prompt_priority: int, labels: int, label_priority: int | None, given: int
 ) -> None:
-    assert split_budget(100, prompts, prompt_priority, labels, label_priority) == given
+    assert allot_prompt_tokens(100, prompts, prompt_priority, labels, label_priority) == given
 
 
 def test_unused_prefixes_give_way_where_work_waits() -> None:
-    assert [cache_limit(16_384, crowded) for crowded in (False, True)] == [8_192, 2_048]
-    assert cache_limit(512, True) == 256
+    assert [limit_cached_tokens(16_384, crowded) for crowded in (False, True)] == [8_192, 2_048]
+    assert limit_cached_tokens(512, True) == 256
 
 
 def test_prompts_are_computed_in_order_of_rank_and_cut_at_the_budget() -> None:
     late, urgent, early = sequence(2, 100), sequence(3, 100, priority=-1), sequence(1, 100, computed=60)
-    assert share_prefill([late, urgent, early], 150, 8) == [(urgent, 100), (early, 40), (late, 10)]
-    assert share_prefill([late, urgent, early], 150, 1) == [(urgent, 100)]
-    assert share_prefill([late], 0, 8) == []
+    assert plan_prefill_chunks([late, urgent, early], 150, 8) == [(urgent, 100), (early, 40), (late, 10)]
+    assert plan_prefill_chunks([late, urgent, early], 150, 1) == [(urgent, 100)]
+    assert plan_prefill_chunks([late], 0, 8) == []
 
 
 def test_tenants_take_turns_in_the_line_and_one_that_was_put_back_keeps_its_own() -> None:
     line, turns = WaitQueue(), FairQueue()
     for number, salt in enumerate(["a", "a", "a", "b", "c", "b"]):
         waiting = sequence(number, salt=salt)
-        waiting.place = turns.place(salt, tokens_asked(waiting))
+        waiting.place = turns.place(salt, count_charged_tokens(waiting))
         line.push(waiting)
     order = [waiting.number for waiting in line.in_order()]
     assert order == [0, 3, 4, 1, 5, 2]
     first = line.in_order()[0]
     line.remove(first)
-    turns.begin(first.place, tokens_asked(first))
+    turns.begin(first.place, count_charged_tokens(first))
     line.push(first)
     assert line.in_order()[0] is first
 
@@ -151,41 +151,41 @@ def test_tenants_take_turns_in_the_line_and_one_that_was_put_back_keeps_its_own(
 def test_a_sequence_moves_to_a_lane_when_it_generates_and_the_lane_has_room_to_grow(
     computed: int, max_tokens: int, lane: int, running: int, worth: bool
 ) -> None:
-    assert worth_a_lane(sequence(0, 100, computed=computed, max_tokens=max_tokens), lane, running) is worth
+    assert is_worth_a_slot(sequence(0, 100, computed=computed, max_tokens=max_tokens), lane, running) is worth
 
 
 def test_a_sequence_in_a_lane_counts_on_no_shared_cells() -> None:
     laned = sequence(0, 100, computed=99)
     laned.lane = 0
-    assert (promised_tokens(laned), laned.private, laned.running) == (0, 0, True)
+    assert (count_promised_tokens(laned), laned.private, laned.running) == (0, 0, True)
 
 
 def test_only_the_less_urgent_give_way_to_one_that_waits() -> None:
     batch, later, peer = sequence(1, priority=5), sequence(2, priority=5), sequence(3)
-    assert gives_way([batch, later, peer], sequence(9)) is later
-    assert gives_way([peer], sequence(9)) is None
-    assert gives_way([], sequence(9)) is None
+    assert choose_preempted([batch, later, peer], sequence(9)) is later
+    assert choose_preempted([peer], sequence(9)) is None
+    assert choose_preempted([], sequence(9)) is None
 
 
 def test_the_youngest_of_the_least_urgent_gives_way() -> None:
     old, young, batch = sequence(1), sequence(9), sequence(3, priority=5)
-    assert victim([old, young]) is young
-    assert victim([old, batch, young]) is batch
+    assert choose_victim([old, young]) is young
+    assert choose_victim([old, batch, young]) is batch
 
 
 @pytest.mark.parametrize(
     ("leader", "cached", "waits"),
     [
         (sequence(0, 100), 0, True),
-        (sequence(0, 100), 99 - FOLLOW_TOKENS, True),
-        (sequence(0, 100), 100 - FOLLOW_TOKENS, False),
+        (sequence(0, 100), 99 - WORTH_WAITING_TOKENS, True),
+        (sequence(0, 100), 100 - WORTH_WAITING_TOKENS, False),
         (sequence(0, 100, computed=99), 0, False),
         (sequence(0, 100, salt="other"), 0, False),
-        (sequence(0, FOLLOW_TOKENS - 1), 0, False),
+        (sequence(0, WORTH_WAITING_TOKENS - 1), 0, False),
     ],
 )
 def test_a_prompt_waits_for_another_that_computes_the_same(leader: Sequence, cached: int, waits: bool) -> None:
-    assert leads(leader, sequence(1, 100), cached) is waits
+    assert computes_shared_prefix(leader, sequence(1, 100), cached) is waits
 
 
 def test_a_rate_that_nobody_measured_is_unknown() -> None:

@@ -15,7 +15,7 @@ from appliance.llamacpp.decode.constraints import ConstraintBroken, GrammarCompi
 from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.tools.formats import SYNTAXES
 from appliance.llamacpp.tools.grammar import ReplyGrammarSpec
-from appliance.llamacpp.tools.offered import offered_tools
+from appliance.llamacpp.tools.offered import check_offered_tools
 from appliance.llamacpp.tools.reading import ReplySyntaxes
 from tests.llamacpp.written_calls import SCHEMAS, TOOLS, TWO_CALLS, read
 
@@ -48,7 +48,7 @@ def grammars(model: LlamaModel) -> GrammarCompiler:
 def rules(
     format: ToolFormat, tools: list[Any], choice: Any = None, parallel: bool | None = None, **more: Any
 ) -> ReplyGrammarSpec:
-    return ReplyGrammarSpec(offered_tools(tools, choice, parallel), format, **more)
+    return ReplyGrammarSpec(check_offered_tools(tools, choice, parallel), format, **more)
 
 
 def write(model: LlamaModel, constraint: JsonConstraint, text: str) -> JsonConstraint:

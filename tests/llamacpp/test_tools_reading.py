@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appliance.core import ToolFormat
-from appliance.llamacpp.tools.formats import SYNTAXES, reasoning_format_of, tool_format_of
+from appliance.llamacpp.tools.formats import SYNTAXES, find_reasoning_format, find_tool_format
 from appliance.llamacpp.tools.reading import ReplySyntaxes, ToolCallBroken
 from tests.llamacpp.written_calls import ARGUMENTS, SCHEMAS, TWO_CALLS, deepseek, read
 
@@ -206,11 +206,11 @@ def test_a_reply_may_end_inside_its_thoughts() -> None:
     ],
 )
 def test_the_format_is_told_by_the_template(template: str, format: str | None) -> None:
-    assert tool_format_of(template) == format
+    assert find_tool_format(template) == format
 
 
 def test_reasoning_is_told_by_the_template() -> None:
-    assert reasoning_format_of("<think>\n\n</think>") == "think"
-    assert reasoning_format_of("[THINK][/THINK]") == "mistral_think"
-    assert reasoning_format_of("<|channel|><|message|>") == "harmony"
-    assert reasoning_format_of("{{ messages }}") is None
+    assert find_reasoning_format("<think>\n\n</think>") == "think"
+    assert find_reasoning_format("[THINK][/THINK]") == "mistral_think"
+    assert find_reasoning_format("<|channel|><|message|>") == "harmony"
+    assert find_reasoning_format("{{ messages }}") is None

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from appliance.llamacpp.weights import is_packed
+from appliance.llamacpp.weights import has_packed_weights
 
 
 def test_a_file_of_four_bit_weights_is_packed_when_it_is_loaded(smollm2_path: Path) -> None:
-    assert is_packed(smollm2_path)
+    assert has_packed_weights(smollm2_path)
 
 
 def test_a_file_of_floats_stays_mapped(f32_path: Path) -> None:
-    assert not is_packed(f32_path)
+    assert not has_packed_weights(f32_path)
 
 
 def test_a_file_type_that_is_no_number_is_not_packed(tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_a_file_type_that_is_no_number_is_not_packed(tmp_path: Path) -> None:
     odd.write_bytes(
         b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text(b"general.file_type") + struct.pack("<I", string) + text(b"q8")
     )
-    assert not is_packed(odd)
+    assert not has_packed_weights(odd)
 
 
 def test_what_cannot_be_read_is_not_packed_and_nothing_is_printed(
@@ -33,6 +33,6 @@ def test_what_cannot_be_read_is_not_packed_and_nothing_is_printed(
 ) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + b"\xff" * 60)
-    assert not is_packed(broken)
-    assert not is_packed(tmp_path / "missing.gguf")
+    assert not has_packed_weights(broken)
+    assert not has_packed_weights(tmp_path / "missing.gguf")
     assert capfd.readouterr() == ("", "")

@@ -319,7 +319,7 @@ def test_kernels_that_appear_make_another_llama_cpp(monkeypatch: pytest.MonkeyPa
     told = []
     for identity in ("plain", "kernels-01234567"):
         read_llama_cpp_identity.cache_clear()
-        monkeypatch.setattr(calibration_store, "identity", lambda identity=identity: identity)
+        monkeypatch.setattr(calibration_store, "identify_kernels", lambda identity=identity: identity)
         told.append(read_llama_cpp_identity())
     read_llama_cpp_identity.cache_clear()
     assert told[0].endswith("+plain") and told[1].endswith("+kernels-01234567")

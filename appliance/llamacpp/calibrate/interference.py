@@ -63,7 +63,7 @@ class InterferenceStopwatch:
         return total / 1e9
 
 
-def stolen_seconds() -> float | None:
+def read_stolen_seconds() -> float | None:
     """CPU time the hypervisor has given to other machines since this one started; None where nobody says."""
     try:
         first = _STAT.read_text().split("\n", 1)[0].split()
@@ -72,7 +72,7 @@ def stolen_seconds() -> float | None:
         return None
 
 
-def load_average() -> float | None:
+def read_load_average() -> float | None:
     """Processes that ran or wanted to, over the last minute."""
     try:
         return os.getloadavg()[0]

@@ -26,8 +26,8 @@ import orjson
 import psutil
 
 from appliance.errors import ApplianceError, ConfigError, ModelFileError
-from appliance.llamacpp.calibrate.interference import load_average, stolen_seconds
-from appliance.llamacpp.calibrate.quantise import FORMS, derive, estimated_bytes
+from appliance.llamacpp.calibrate.interference import read_load_average, read_stolen_seconds
+from appliance.llamacpp.calibrate.quantise import FORMS, derive_variant, estimate_bytes
 from appliance.llamacpp.calibrate.speed import (
     CONTEXT_TOKENS,
     MOST_SEQUENCES,
@@ -36,8 +36,14 @@ from appliance.llamacpp.calibrate.speed import (
     measure_decode,
     measure_prefill,
 )
-from appliance.llamacpp.calibrate.variant_quality import ModelReadings, QualityComparison, compare, read_source, texts
-from appliance.llamacpp.kernels import PLAIN, install
+from appliance.llamacpp.calibrate.variant_quality import (
+    ModelReadings,
+    QualityComparison,
+    compare_variant,
+    load_quality_texts,
+    read_source_model,
+)
+from appliance.llamacpp.kernels import PLAIN_KERNELS, install_kernels
 from appliance.llamacpp.model import LlamaModel
 from appliance.worker import EXIT_ARGUMENTS, EXIT_CLEAN, EXIT_ENGINE, EXIT_MODEL_FILE
 from appliance.worker.json_log import log
@@ -149,8 +155,8 @@ def calibrate(job: CalibrationJob) -> dict[str, Any]:
 
     What decides between variants comes first for all of them; other thread counts and numbers of sequences follow.
     """
-    kernels = PLAIN if job.plain_kernels else install()
-    began, load, stolen = time.monotonic(), load_average(), stolen_seconds()
+    kernels = PLAIN_KERNELS if job.plain_kernels else install_kernels()
+    began, load, stolen = time.monotonic(), read_load_average(), read_stolen_seconds()
     first, rest = job.speeds[:2], job.speeds[2:]
     progress = CalibrationProgress(len(job.variants) * (len(job.speeds) + 2) - 1, job.seconds)
     (source_name, source_path), *others = job.variants
@@ -159,7 +165,7 @@ def calibrate(job: CalibrationJob) -> dict[str, Any]:
     with _loaded(source, job) as model:
         parameters = model.n_params
         progress.begin(f"{source_name}: reading the texts that variants are compared on")
-        reading = read_source(model, job.most_texts, job.seconds * _SOURCE_SHARE) if others else None
+        reading = read_source_model(model, job.most_texts, job.seconds * _SOURCE_SHARE) if others else None
         _measure_speed(source, model, first, job, progress, 0.0)
     for name, path in others:
         variant = MeasuredVariant(name, path)
@@ -180,7 +186,7 @@ def calibrate(job: CalibrationJob) -> dict[str, Any]:
         "kernels": kernels.told,
         "system": lib.llama_print_system_info().decode("utf-8", "replace").strip(),
         "load_average": load,
-        "stolen_seconds": _grown(stolen, stolen_seconds()),
+        "stolen_seconds": _grown(stolen, read_stolen_seconds()),
         "seconds": round(time.monotonic() - began, 2),
     }
 
@@ -190,12 +196,12 @@ def _derived(
 ) -> bool:
     """Have the variant's file there; False where there is no time to make it."""
     is_there = variant.path.exists()
-    expected = 0.0 if is_there else estimated_bytes(parameters, variant.name) / _DERIVED_BYTES_PER_SECOND
+    expected = 0.0 if is_there else estimate_bytes(parameters, variant.name) / _DERIVED_BYTES_PER_SECOND
     if not progress.begin(f"{variant.name}: deriving it", expected):
         return False
     if not is_there:
         began = time.monotonic()
-        derive(source, variant.path, variant.name, parameters=parameters, threads=max(job.threads))
+        derive_variant(source, variant.path, variant.name, parameters=parameters, threads=max(job.threads))
         variant.derived_seconds = round(time.monotonic() - began, 2)
     return True
 
@@ -209,7 +215,7 @@ def _measure_variant(
 ) -> None:
     with _loaded(variant, job) as model:
         if progress.begin(f"{variant.name}: comparing its answers with the source's"):
-            variant.quality = compare(model, reading)
+            variant.quality = compare_variant(model, reading)
         _measure_speed(variant, model, speeds, job, progress, 0.0)
 
 
@@ -282,7 +288,7 @@ def _arguments(argv: Sequence[str] | None) -> tuple[CalibrationJob, int | None]:
     parser.add_argument("--threads", type=_numbers, required=True, help="thread counts, for example 2,1")
     parser.add_argument("--sequences", type=_numbers, default=SEQUENCES, help="sequences that generate at once")
     parser.add_argument("--figure-seconds", type=float, default=1.0, help="time for one figure's repeats")
-    parser.add_argument("--texts", type=int, default=len(texts()), help="most texts to compare on")
+    parser.add_argument("--texts", type=int, default=len(load_quality_texts()), help="most texts to compare on")
     parser.add_argument("--seconds", type=float, default=600.0, help="time after which nothing new is begun")
     parser.add_argument("--plain-kernels", action="store_true", help="measure llama.cpp's own kernels alone")
     parser.add_argument(

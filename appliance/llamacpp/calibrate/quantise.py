@@ -49,14 +49,14 @@ _LARGE_FORM_MARGIN: Final = 1.02
 _LARGE_FORM_BITS: Final = 8.0
 
 
-def estimated_bytes(parameters: int, variant: str) -> int:
+def estimate_bytes(parameters: int, variant: str) -> int:
     """About how large the file of `variant` becomes, on the safe side. Raises ConfigError for an unknown form."""
     bits = _form(variant).bits
     margin = _LARGE_FORM_MARGIN if bits >= _LARGE_FORM_BITS else _SMALL_FORM_MARGIN
     return int(parameters * bits / 8 * margin)
 
 
-def derive(source: Path, target: Path, variant: str, *, parameters: int, threads: int) -> None:
+def derive_variant(source: Path, target: Path, variant: str, *, parameters: int, threads: int) -> None:
     """Write `variant` of the GGUF `source` to `target`, which appears whole or not at all.
 
     `parameters` of the model tell beforehand whether the disk has room. Raises ConfigError for an unknown form,
@@ -64,7 +64,7 @@ def derive(source: Path, target: Path, variant: str, *, parameters: int, threads
     """
     form = _form(variant)
     target.parent.mkdir(parents=True, exist_ok=True)
-    needed, free = estimated_bytes(parameters, variant), shutil.disk_usage(target.parent).free
+    needed, free = estimate_bytes(parameters, variant), shutil.disk_usage(target.parent).free
     if needed + SPARE_BYTES > free:
         raise EngineFailed(
             f"{variant} takes about {needed:,} bytes and {target.parent} has {free:,} free, {SPARE_BYTES:,} of which "

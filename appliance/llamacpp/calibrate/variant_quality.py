@@ -20,11 +20,11 @@ import numpy.typing as npt
 from appliance.errors import EngineFailed
 from appliance.llamacpp.chat.message import MessageIn
 from appliance.llamacpp.chat.prompts import PromptBuilder
-from appliance.llamacpp.decode.sampling import log_normalizer
+from appliance.llamacpp.decode.sampling import compute_log_normalizer
 from appliance.llamacpp.labels.jobs import LabelJob
 from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.scheduler.step import StepRunner
-from appliance.llamacpp.server.labels_api import label_ask
+from appliance.llamacpp.server.labels_api import build_label_request
 from appliance.llamacpp.server.request_models import LabelItemIn, LabelsIn
 
 _TEXTS_FILE: Final = Path(__file__).with_name("quality_texts.json")
@@ -89,7 +89,7 @@ class QualityComparison:
 
 
 @cache
-def texts() -> tuple[QualityText, ...]:
+def load_quality_texts() -> tuple[QualityText, ...]:
     """All texts; fields and languages take turns, so that the first few are a fair sample."""
     table = json.loads(_TEXTS_FILE.read_text("utf-8"))
     questions = {name: QualityQuestion(one["ask"], tuple(one["labels"])) for name, one in table["questions"].items()}
@@ -99,11 +99,11 @@ def texts() -> tuple[QualityText, ...]:
     )
 
 
-def read_source(model: LlamaModel, most_texts: int, seconds: float) -> ModelReadings:
+def read_source_model(model: LlamaModel, most_texts: int, seconds: float) -> ModelReadings:
     """Read up to `most_texts` of the texts; fewer, but at least eight, where `seconds` are over before."""
     ends = time.monotonic() + seconds
     scores: list[Sequence[float]] = []
-    chosen = texts()[:most_texts]
+    chosen = load_quality_texts()[:most_texts]
     read = 0
     scorer = _Scorer(model)
     while read < len(chosen) and (read < _FEWEST_TEXTS or time.monotonic() < ends):
@@ -116,7 +116,7 @@ def read_source(model: LlamaModel, most_texts: int, seconds: float) -> ModelRead
     return ModelReadings(tuple(used), tuple(scores), tuple(distributions))
 
 
-def compare(model: LlamaModel, source: ModelReadings) -> QualityComparison:
+def compare_variant(model: LlamaModel, source: ModelReadings) -> QualityComparison:
     """How `model` differs from what was read with its source."""
     scorer = _Scorer(model)
     scores = scorer.scores(source.texts)
@@ -150,7 +150,7 @@ class _Scorer:
     def scores(self, some: Sequence[QualityText]) -> list[Sequence[float]]:
         """The labels' log probabilities, for every question of every text."""
         call = _call(some, has_template=self.prompts.template is not None)
-        ask = label_ask(call, self.prompts, self._model)
+        ask = build_label_request(call, self.prompts, self._model)
         if ask.errors:
             raise EngineFailed(f"the model cannot be asked for labels: {next(iter(ask.errors.values()))}")
         job = LabelJob([ask.items[position] for position in range(len(call.items))])
@@ -211,6 +211,6 @@ def _divergence(known: TokenDistribution, row: npt.NDArray[np.float32]) -> float
 
 def _with_rest(row: npt.NDArray[np.float32], tokens: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
     """Log probabilities of `tokens`, and last the one of all others together."""
-    logprobs = row[tokens].astype(np.float64) - log_normalizer(row)
+    logprobs = row[tokens].astype(np.float64) - compute_log_normalizer(row)
     rest = max(1e-12, 1.0 - float(np.sum(np.exp(logprobs))))
     return np.append(logprobs, np.log(rest))

@@ -16,7 +16,7 @@ from appliance.core import ToolFormat
 from appliance.errors import RequestError, Unsupported
 from appliance.llamacpp.binding import lib
 from appliance.llamacpp.chat.message import MessageIn
-from appliance.llamacpp.chat.reply_format import style_of
+from appliance.llamacpp.chat.reply_format import find_reply_format
 from appliance.llamacpp.chat.template import ChatTemplate
 from appliance.llamacpp.vocabulary import Vocabulary
 
@@ -57,7 +57,7 @@ class PromptBuilder:
         source = model.metadata.get("tokenizer.chat_template", "") if template is None else template
         bos_text, eos_text = _text(model, model.bos_token), _text(model, model.eos_token)
         self.template = ChatTemplate(source, bos_text=bos_text, eos_text=eos_text) if source else None
-        self.style = style_of(model, self.template, tool_format)
+        self.style = find_reply_format(model, self.template, tool_format)
         written = [text for text in self._control_texts if text in source or text in (bos_text, eos_text)]
         self._cut = _alternatives(_safe_cuts(written, control))
         self._adds_bos = bool(lib.llama_vocab_get_add_bos(model.vocab_pointer)) and model.bos_token >= 0
@@ -145,7 +145,7 @@ class PromptBuilder:
         "refund and no more" beside "refund request" and the two exclude each other.
         """
         bare = self.tokens(tail)
-        joined = [self.tokens(tail + joint(tail, label) + label) for label in labels]
+        joined = [self.tokens(tail + find_joint(tail, label) + label) for label in labels]
         shared = min((_common(bare, tokens) for tokens in joined), default=len(bare))
         rests = [tuple(tokens[shared:]) for tokens in joined]
         if ending and self.turn_end is not None:
@@ -211,7 +211,7 @@ class PromptBuilder:
         return self._model.eos_token if self._model.eos_token >= 0 else None
 
 
-def joint(before: str, label: str) -> str:
+def find_joint(before: str, label: str) -> str:
     """What stands between a text and the label that answers it: a space between words of written text, else nothing."""
     if not before or not label or not _is_latin_word(label[0]):
         return ""

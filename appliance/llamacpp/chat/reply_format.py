@@ -7,7 +7,7 @@ from typing import Final
 from appliance.core import Ability, ReasoningFormat, ToolFormat
 from appliance.llamacpp.binding import lib
 from appliance.llamacpp.chat.template import ChatTemplate
-from appliance.llamacpp.tools.formats import SYNTAXES, markers_of, reasoning_format_of, tool_format_of
+from appliance.llamacpp.tools.formats import SYNTAXES, find_reasoning_format, find_tool_format, list_markers
 from appliance.llamacpp.vocabulary import Vocabulary
 
 _ANY_MODEL: Final[frozenset[Ability]] = frozenset({"completions", "labels", "json_schema", "logprobs"})
@@ -37,12 +37,12 @@ class ReplyFormat:
         return frozenset(found)
 
 
-def style_of(model: Vocabulary, template: ChatTemplate | None, tool_format: ToolFormat | None) -> ReplyFormat:
+def find_reply_format(model: Vocabulary, template: ChatTemplate | None, tool_format: ToolFormat | None) -> ReplyFormat:
     source = template.source if template is not None else ""
     taught = template is not None and template.abilities.tools
-    tools = (tool_format or tool_format_of(source)) if taught else None
-    reasoning = reasoning_format_of(source)
-    specials, shown = _tokens_in(model, markers_of(tools, reasoning))
+    tools = (tool_format or find_tool_format(source)) if taught else None
+    reasoning = find_reasoning_format(source)
+    specials, shown = _tokens_in(model, list_markers(tools, reasoning))
     if tools is not None and SYNTAXES[tools].kind == "harmony":
         reasoning = "harmony"
     return ReplyFormat(tools, reasoning, specials, shown, chat=template is not None)

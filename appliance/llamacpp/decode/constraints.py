@@ -16,7 +16,7 @@ from appliance.errors import ApplianceError, EngineBusy, RequestError
 from appliance.llamacpp.binding import lib
 from appliance.llamacpp.engine_protocol import Logits
 from appliance.llamacpp.memory_release import release_freed
-from appliance.llamacpp.tools.grammar import ReplyGrammarSpec, lark_of
+from appliance.llamacpp.tools.grammar import ReplyGrammarSpec, write_grammar
 
 JSON_OBJECT: Mapping[str, Any] = {"type": "object"}
 
@@ -144,7 +144,7 @@ class GrammarCompiler:
         A tool whose schema uses what cannot be enforced gets arguments that are some JSON object, unless it is strict.
         Raises RequestError where it is, or where the schema of the content cannot be enforced.
         """
-        grammar = lark_of(rules, lambda name, schema: self._enforceable(rules, name, schema))
+        grammar = write_grammar(rules, lambda name, schema: self._enforceable(rules, name, schema))
         return self._remembered(grammar.encode(), lambda: self._matcher(grammar, "tools" if rules.offered else _FORMAT))
 
     @property

@@ -14,7 +14,7 @@ import numpy as np
 
 from appliance.llamacpp.kv.prefix_cache import Tokens
 
-LONGEST: Final = 8
+MAX_DRAFT_TOKENS: Final = 8
 """Tokens of one draft. Guesses that far ahead are rarely sure enough."""
 _TOKEN_BITS: Final = 20
 """Keys are three tokens in one integer. Larger vocabularies make different keys equal, which only spoils guesses."""

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from appliance.llamacpp.engine_protocol import Constraint, ForcedTool, Logits, Sampling, TokenEvent
+from appliance.llamacpp.engine_protocol import Constraint, Logits, LookaheadConstraint, Sampling, TokenEvent
 
 _GREEDY_TEMPERATURE: Final = 1e-5
 """At or below, the distribution is a single token in float32 anyway."""
@@ -22,7 +22,7 @@ _HEADS: Final = (1e-2, 1e-4, 0.0)
 _BLOCK: Final = 512
 
 
-def log_normalizer(logits: Logits) -> float:
+def compute_log_normalizer(logits: Logits) -> float:
     """log(sum(exp(logits))), computed without overflow."""
     top = float(logits.max())
     if top == -math.inf:
@@ -30,7 +30,7 @@ def log_normalizer(logits: Logits) -> float:
     return top + math.log(_weights(logits, top, 1.0)[1])
 
 
-def most_probable(logits: Logits, count: int) -> npt.NDArray[np.intp]:
+def find_most_probable(logits: Logits, count: int) -> npt.NDArray[np.intp]:
     """Indices of the `count` highest logits, best first, of equal ones the lower index first.
 
     Which of several equal ones at the very end are in is left open.
@@ -43,11 +43,11 @@ def most_probable(logits: Logits, count: int) -> npt.NDArray[np.intp]:
     return near[np.argsort(-logits[near], kind="stable")][:count]
 
 
-def top_logprobs(logits: Logits, normalizer: float, count: int) -> tuple[tuple[int, float], ...]:
+def find_top_logprobs(logits: Logits, normalizer: float, count: int) -> tuple[tuple[int, float], ...]:
     """The `count` most probable tokens with their log probabilities; forbidden tokens are left out."""
     if count <= 0:
         return ()
-    best = most_probable(logits, count)
+    best = find_most_probable(logits, count)
     pairs = zip(best.tolist(), (logits[best].astype(np.float64) - normalizer).tolist(), strict=True)
     return tuple((token, value) for token, value in pairs if value > -math.inf)
 
@@ -79,7 +79,7 @@ class Sampler:
     ) -> None:
         """`forbidden` tokens are never drawn; the log probabilities are those of the model with them all the same."""
         self._sampling, self._logprobs, self._constraint = sampling, logprobs, constraint
-        self._forcing = constraint if isinstance(constraint, ForcedTool) else None
+        self._forcing = constraint if isinstance(constraint, LookaheadConstraint) else None
         self._greedy = sampling.temperature <= _GREEDY_TEMPERATURE or sampling.top_k == 1
         self._random = None if self._greedy else np.random.default_rng(_seed(sampling.seed))
         self._counts: dict[int, int] = {}
@@ -115,8 +115,8 @@ class Sampler:
         top: tuple[tuple[int, float], ...] = ()
         known = logits
         if self._logprobs is not None:
-            normalizer = log_normalizer(logits)
-            top = top_logprobs(logits, normalizer, self._logprobs)
+            normalizer = compute_log_normalizer(logits)
+            top = find_top_logprobs(logits, normalizer, self._logprobs)
             known = logits.copy() if self._shifts else logits
         if self._shifts:
             self._shift(logits)
@@ -167,14 +167,14 @@ class Sampler:
         assert self._random is not None
         wanted = self._sampling
         if wanted.top_k <= 0 and wanted.top_p >= 1.0 and wanted.min_p <= 0.0:
-            return pick(_weights(logits, float(logits.max()), wanted.temperature)[0], self._random.random())
-        tokens, weights = candidates(logits, wanted)
+            return pick_token(_weights(logits, float(logits.max()), wanted.temperature)[0], self._random.random())
+        tokens, weights = select_candidates(logits, wanted)
         edges = np.cumsum(weights)
         place = int(np.searchsorted(edges, self._random.random() * edges[-1], side="right"))
         return int(tokens[min(place, len(tokens) - 1)])
 
 
-def candidates(logits: Logits, sampling: Sampling) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+def select_candidates(logits: Logits, sampling: Sampling) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
     """The tokens that may be drawn and their weights (not normalised): top_k, then top_p, then min_p, best first.
 
     All three look at the distribution after temperature.
@@ -182,7 +182,7 @@ def candidates(logits: Logits, sampling: Sampling) -> tuple[npt.NDArray[np.intp]
     top, temperature = float(logits.max()), sampling.temperature
     weights, total = _weights(logits, top, temperature)
     if sampling.top_k > 0:
-        tokens = most_probable(logits, sampling.top_k)
+        tokens = find_most_probable(logits, sampling.top_k)
         total = float(weights[tokens].sum(dtype=np.float64))
     else:
         tokens = _head(weights, total, sampling)
@@ -207,7 +207,7 @@ def _head(weights: Logits, total: float, sampling: Sampling) -> npt.NDArray[np.i
     return near[np.argsort(-weights[near], kind="stable")]
 
 
-def pick(weights: Logits, share: float) -> int:
+def pick_token(weights: Logits, share: float) -> int:
     """The token at `share` (0 to 1) of the summed weights. Sums blocks first: one running sum over all is slow."""
     starts = np.arange(0, len(weights), _BLOCK)
     blocks = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
@@ -232,7 +232,7 @@ def _seed(seed: int | None) -> int | None:
     return None if seed is None else seed % 2**64
 
 
-def argmax_rows(rows: npt.NDArray[np.float32]) -> Sequence[int]:
+def find_row_maxima(rows: npt.NDArray[np.float32]) -> Sequence[int]:
     """The best token of every row; ties go to the lower id."""
     best: Sequence[int] = rows.argmax(axis=1).tolist()
     return best

@@ -7,7 +7,7 @@ import numpy as np
 from appliance.llamacpp.decode.prompt_lookup import PromptLookup
 from appliance.llamacpp.decode.sampling import Sampler
 from appliance.llamacpp.engine_protocol import FinishReason, SequenceFinished, SequenceRequest, TokenEvent
-from appliance.llamacpp.kv.prefix_cache import PrefixNode, Tokens, as_tokens
+from appliance.llamacpp.kv.prefix_cache import PrefixNode, Tokens, to_token_array
 
 
 @dataclass(eq=False, slots=True)
@@ -47,7 +47,7 @@ class Sequence:
 
     @classmethod
     def of(cls, request: SequenceRequest, number: int, context_tokens: int, end_tokens: frozenset[int]) -> "Sequence":
-        prompt = as_tokens(request.prompt)
+        prompt = to_token_array(request.prompt)
         limit = min(len(prompt) + request.max_tokens, context_tokens)
         tokens = np.empty(limit, np.int32)
         tokens[: len(prompt)] = prompt

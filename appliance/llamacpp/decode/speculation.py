@@ -6,11 +6,11 @@ A row more costs what the step grows by. A draft that comes true saves its seque
 from collections.abc import Sequence as Ordered
 from typing import Final
 
-from appliance.llamacpp.decode.prompt_lookup import LONGEST, PerKeyTables, PromptLookup
+from appliance.llamacpp.decode.prompt_lookup import MAX_DRAFT_TOKENS, PerKeyTables, PromptLookup
 from appliance.llamacpp.decode.sequence import Sequence
 from appliance.llamacpp.rates import Rates
 
-GROWTH: Final = 1.0
+MAX_STEP_GROWTH: Final = 1.0
 """Drafts make a step longer by at most this share while somebody reads a stream of a sequence in it."""
 _UNMEASURED_LEAST: Final = 0.5
 
@@ -47,15 +47,15 @@ class SpeculationPlanner:
             habits = self._tenants.of(sequence.request.cache_salt)
             drafts = sequence.drafts = PromptLookup(sequence.tokens, sequence.prompt_length, habits)
         drafts.read(sequence.length)
-        return drafts.guess(min(LONGEST, sequence.remaining - 1), least)
+        return drafts.guess(min(MAX_DRAFT_TOKENS, sequence.remaining - 1), least)
 
     def _bounds(self, sequences: int) -> tuple[float, int]:
         """The least probability that pays, and the most rows that a step with readers may get."""
         known = self._rates.row_seconds(max(1, sequences))
         if known is None:
-            return _UNMEASURED_LEAST, LONGEST
+            return _UNMEASURED_LEAST, MAX_DRAFT_TOKENS
         one_more, average = known
-        return one_more / average, int(GROWTH * sequences * average / one_more)
+        return one_more / average, int(MAX_STEP_GROWTH * sequences * average / one_more)
 
 
 def _cutoff(shares: list[float], room: int) -> float:

@@ -12,7 +12,7 @@ from appliance.llamacpp.engine_protocol import Logits, TokenEvent
 from appliance.llamacpp.model import LlamaModel
 
 
-def write(sequence: Sequence, rows: Rows, best: Ordered[int], model: LlamaModel) -> int:
+def commit_tokens(sequence: Sequence, rows: Rows, best: Ordered[int], model: LlamaModel) -> int:
     """Choose the token after the last one and after each of the draft, until the draft says something else or the
     sequence ends; give how many of the draft's tokens came to be. Memory behind them is given back.
 

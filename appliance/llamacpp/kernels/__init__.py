@@ -1,7 +1,7 @@
 """Native kernels beside llama.cpp's own, in C++ for AVX-512 VNNI: quantised products, attention over float16.
 
 ggml asks each of its "extra buffer types" whether it wants a tensor or an operation; the library adds one. It is
-compiled when the engine is set up (`python -m appliance.llamacpp.kernels`) and loaded by `install`. Where it is
+compiled when the engine is set up (`python -m appliance.llamacpp.kernels`) and loaded by `install_kernels`. Where it is
 missing or does not fit, llama.cpp computes as ever, and the reason is told.
 """
 
@@ -19,7 +19,7 @@ from appliance.llamacpp.kernels.library import (
     check_llama_cpp,
     check_platform,
     check_processor,
-    find,
+    find_library,
 )
 
 NAMES: Final = ("products with Q8_0, Q4_0 and Q4_1 weights", "attention")
@@ -49,10 +49,10 @@ class Kernels:
         return f"llama.cpp's own: {self.reason}" + (f" -> {self.remedy}" if self.remedy else "")
 
 
-PLAIN: Final = Kernels(reason="left out by --plain-kernels")
+PLAIN_KERNELS: Final = Kernels(reason="left out by --plain-kernels")
 
 
-def install(maps: Path = Path("/proc/self/maps")) -> Kernels:
+def install_kernels(maps: Path = Path("/proc/self/maps")) -> Kernels:
     """Offer the kernels to every model that is loaded from now on. Never raises.
 
     llama_cpp must have been imported, and the process's first model must not have been loaded: ggml lists its buffer
@@ -62,7 +62,7 @@ def install(maps: Path = Path("/proc/self/maps")) -> Kernels:
         check_platform()
         check_llama_cpp()
         check_processor()
-        path = find()
+        path = find_library()
         if path is None:
             raise KernelsUnavailable("they have not been built", COMMAND)
         _share_symbols(maps)

@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from appliance.llamacpp.kernels.library import COMMAND, KernelsUnavailable, build, remove
+from appliance.llamacpp.kernels.library import COMMAND, KernelsUnavailable, build_library, remove_library
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--remove", action="store_true", help="take them away: llama.cpp then computes alone")
     options = parser.parse_args(argv)
     try:
-        paths = remove() if options.remove else (build(),)
+        paths = remove_library() if options.remove else (build_library(),)
     except KernelsUnavailable as error:
         remedy = f"; what to do: {error.remedy}" if error.remedy else ""
         sys.stderr.write(f"kernels: {error.message}{remedy}\n")

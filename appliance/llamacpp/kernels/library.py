@@ -79,7 +79,7 @@ def check_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> None:
 
 
 @cache
-def key() -> str:
+def compute_library_key() -> str:
     """A sha256 over everything that the library follows from."""
     try:
         version = importlib.metadata.version(_DISTRIBUTION)
@@ -92,18 +92,20 @@ def key() -> str:
     return digest.hexdigest()
 
 
-def folders() -> tuple[Path, ...]:
+def list_library_folders() -> tuple[Path, ...]:
     """Where the library may lie: the environment's own folder first, then the user's cache."""
     cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(sys.prefix) / "lib" / "appliance", cache_folder / "appliance" / "kernels"
 
 
-def find() -> Path | None:
+def find_library() -> Path | None:
     """The library that was built from these very sources, if it was."""
-    return next((path for folder in folders() if (path := folder / f"{key()}.so").is_file()), None)
+    return next(
+        (path for folder in list_library_folders() if (path := folder / f"{compute_library_key()}.so").is_file()), None
+    )
 
 
-def identity() -> str:
+def identify_kernels() -> str:
     """What figures measured with the kernels rest on; "plain" where llama.cpp computes alone."""
     try:
         check_llama_cpp()
@@ -111,20 +113,20 @@ def identity() -> str:
         check_processor()
     except KernelsUnavailable:
         return "plain"
-    return f"kernels-{key()[:8]}" if find() is not None else "plain"
+    return f"kernels-{compute_library_key()[:8]}" if find_library() is not None else "plain"
 
 
-def build() -> Path:
+def build_library() -> Path:
     """The library's path, compiled if it is not there yet. Raises KernelsUnavailable with what would help."""
     check_platform()
     check_llama_cpp()
-    found = find()
+    found = find_library()
     if found is not None:
         return found
     compiler, headers = _compiler(), _headers()
     problems = []
-    for folder in folders():
-        path = folder / f"{key()}.so"
+    for folder in list_library_folders():
+        path = folder / f"{compute_library_key()}.so"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with replacing_file(path) as draft:
@@ -137,10 +139,10 @@ def build() -> Path:
     raise KernelsUnavailable(f"no folder for the kernels can be written ({'; '.join(problems)})", "make one writable")
 
 
-def remove() -> tuple[Path, ...]:
+def remove_library() -> tuple[Path, ...]:
     """Take the library away wherever it lies; the paths it lay at. Raises KernelsUnavailable where that is refused."""
     removed = []
-    while (path := find()) is not None:
+    while (path := find_library()) is not None:
         try:
             path.unlink()
         except OSError as error:

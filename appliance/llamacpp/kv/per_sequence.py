@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from appliance.llamacpp.batch import DecodeBatch
 from appliance.llamacpp.binding import lib
-from appliance.llamacpp.context import Attention, LlamaContext, context_params
+from appliance.llamacpp.context import Attention, LlamaContext, make_context_params
 
 _ROUNDING_TOKENS: Final = 256
 _LEAST_LANE_TOKENS: Final = 512
@@ -28,7 +28,7 @@ _HEADER_WORDS: Final = 3
 number of its cells and, where that is not 0, what they hold."""
 
 
-def lane_tokens(cells: int, trained_tokens: int, sequences: int) -> int:
+def choose_slot_tokens(cells: int, trained_tokens: int, sequences: int) -> int:
     """How long each of `sequences` lanes may be within `cells` in all, or 0 for no lanes.
 
     The shared memory keeps at least room for one sequence as long as the model was trained for, so that lanes shorten
@@ -55,7 +55,7 @@ class PerSequenceKv(LlamaContext):
     ) -> "PerSequenceKv | None":
         """Lanes beside `main` for the same weights; None where this llama.cpp or this kind of memory cannot move a
         sequence between the two."""
-        params = context_params(
+        params = make_context_params(
             cells=count * tokens, batch_tokens=count, ids=count, outputs=count, threads=threads, attention=attention
         )
         params.kv_unified = False

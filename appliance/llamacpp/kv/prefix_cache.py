@@ -79,7 +79,7 @@ class PrefixCache:
             child = node.children.get(int(tokens[node.depth])) if node.depth < limit else None
             if child is None:
                 return PrefixMatch(node, node.depth)
-            shared = common_prefix(child.tokens, tokens[node.depth : limit])
+            shared = count_common_prefix(child.tokens, tokens[node.depth : limit])
             if shared < len(child.tokens):
                 child = self._split(child, shared)
                 child.used = now
@@ -93,7 +93,7 @@ class PrefixCache:
             child = node.children.get(int(tokens[node.depth]))
             if child is None:
                 break
-            shared = common_prefix(child.tokens, tokens[node.depth :])
+            shared = count_common_prefix(child.tokens, tokens[node.depth :])
             if shared < len(child.tokens):
                 return node.depth + shared
             node = child
@@ -232,12 +232,12 @@ class PrefixCache:
                 yield node
 
 
-def common_prefix(one: Tokens, other: Tokens) -> int:
+def count_common_prefix(one: Tokens, other: Tokens) -> int:
     """Number of leading tokens that are equal."""
     length = min(len(one), len(other))
     different = one[:length] != other[:length]
     return int(different.argmax()) if different.any() else length
 
 
-def as_tokens(tokens: Sequence[int]) -> Tokens:
+def to_token_array(tokens: Sequence[int]) -> Tokens:
     return np.asarray(tokens, dtype=np.int32)

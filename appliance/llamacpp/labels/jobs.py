@@ -14,11 +14,11 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from appliance.llamacpp.decode.sampling import log_normalizer
+from appliance.llamacpp.decode.sampling import compute_log_normalizer
 from appliance.llamacpp.engine_protocol import LabelItem, LabelScores, Logits
-from appliance.llamacpp.kv.prefix_cache import PrefixNode, Tokens, as_tokens, common_prefix
+from appliance.llamacpp.kv.prefix_cache import PrefixNode, Tokens, count_common_prefix, to_token_array
 from appliance.llamacpp.labels.search import LabelSearch
-from appliance.llamacpp.labels.trie import LabelTrie, Path, shared_length
+from appliance.llamacpp.labels.trie import LabelTrie, Path, count_shared_prefix
 
 Ints = npt.NDArray[np.int32]
 
@@ -76,7 +76,7 @@ class LabelJob:
 
 
 @dataclass(eq=False, slots=True)
-class LabelResult:
+class LabelItemState:
     """An item in work: what is known of its labels so far, and how many pieces are still out."""
 
     job: LabelJob
@@ -104,14 +104,14 @@ class LabelResult:
         self.job.answer(self.index, LabelScores(logprobs.tolist(), mass, len(self.prompt), cached))
 
     def fail(self, error: str) -> None:
-        self.job.answer(self.index, failed(len(self.prompt), error))
+        self.job.answer(self.index, failed_scores(len(self.prompt), error))
 
 
 @dataclass(eq=False, slots=True)
 class PromptPiece:
     """Some chains of an item that are computed together, and the nodes to be read along them."""
 
-    item: LabelResult
+    item: LabelItemState
     chains: list[Path]
     fresh: list[int]
     """Of every chain: how many of its nodes, counted from the prompt's end, are read already or by an earlier chain."""
@@ -132,25 +132,25 @@ class PromptPiece:
     @property
     def tokens(self) -> int:
         """Cells it needs at most: the rest of the prompt and the chains' own nodes."""
-        repeated = sum(shared_length(before, chain) for before, chain in pairwise(self.chains))
+        repeated = sum(count_shared_prefix(before, chain) for before, chain in pairwise(self.chains))
         return len(self.item.prompt) - self.depth + sum(map(len, self.chains)) - repeated
 
 
-def common(before: PromptPiece, piece: PromptPiece) -> int:
+def count_shared_tokens(before: PromptPiece, piece: PromptPiece) -> int:
     """Tokens of what is left of its prompt that a piece has in common with the one before it: both must leave the
     prefix tree at the same point, for equal tokens behind different ones are not the same."""
     if before.depth != piece.depth or before.item.salt != piece.item.salt:
         return 0
     if before.node is not piece.node and piece.depth:
         return 0
-    return common_prefix(before.item.prompt[piece.depth :], piece.item.prompt[piece.depth :])
+    return count_common_prefix(before.item.prompt[piece.depth :], piece.item.prompt[piece.depth :])
 
 
-def failed(prompt_tokens: int, error: str) -> LabelScores:
+def failed_scores(prompt_tokens: int, error: str) -> LabelScores:
     return LabelScores((), 0.0, prompt_tokens, 0, error)
 
 
-def judge(job: LabelJob, index: int, context_tokens: int, vocabulary: int) -> LabelResult | str:
+def prepare_item(job: LabelJob, index: int, context_tokens: int, vocabulary: int) -> LabelItemState | str:
     """Check an item and make it ready; the text of what is wrong with it otherwise."""
     item = job.items[index]
     if not item.prompt:
@@ -161,13 +161,13 @@ def judge(job: LabelJob, index: int, context_tokens: int, vocabulary: int) -> La
     needed = len(item.prompt) + trie.longest - 1
     if needed > context_tokens:
         return f"prompt and longest label are {needed} tokens and the context holds {context_tokens}: shorten the text"
-    prompt = as_tokens(item.prompt)
+    prompt = to_token_array(item.prompt)
     if min(trie.lowest, int(prompt.min())) < 0 or max(trie.highest, int(prompt.max())) >= vocabulary:
         return f"a token id is outside of the vocabulary of {vocabulary}"
-    return LabelResult(job, index, LabelSearch(trie), prompt)
+    return LabelItemState(job, index, LabelSearch(trie), prompt)
 
 
-def cut(item: LabelResult, chains: Sequence[Path], chains_at_once: int) -> list[PromptPiece]:
+def split_into_pieces(item: LabelItemState, chains: Sequence[Path], chains_at_once: int) -> list[PromptPiece]:
     """Pieces of at most so many of the chains, which are sorted and none a prefix of another; nodes that two pieces
     pass are read in the first only."""
     pieces: list[PromptPiece] = []
@@ -177,7 +177,7 @@ def cut(item: LabelResult, chains: Sequence[Path], chains_at_once: int) -> list[
             pieces.append(PromptPiece(item, [], []))
         read = next((step for step, node in enumerate(item.trie.nodes(chain)) if not item.walk.has_read(node)), 0)
         pieces[-1].chains.append(chain)
-        pieces[-1].fresh.append(read if before is None else max(read, shared_length(before, chain) + 1))
+        pieces[-1].fresh.append(read if before is None else max(read, count_shared_prefix(before, chain) + 1))
         before = chain
     item.pieces_open = len(pieces)
     return pieces
@@ -205,7 +205,7 @@ class LabelForest:
         return self.first[path] + offset - self.shared[path]
 
 
-def grow(paths: Sequence[Tokens], depths: Sequence[int], shared: Sequence[int]) -> LabelForest:
+def build_forest(paths: Sequence[Tokens], depths: Sequence[int], shared: Sequence[int]) -> LabelForest:
     """Lay out paths. Number i begins at position `depths[i]` and has its first `shared[i]` tokens in common with path
     i - 1 (0 for the first)."""
     starts: list[int] = []
@@ -249,14 +249,14 @@ class LabelWindow:
     forest: LabelForest
     ids: Ints
     wanted: npt.NDArray[np.int8]
-    reads: dict[int, list[tuple[LabelResult, int]]]
+    reads: dict[int, list[tuple[LabelItemState, int]]]
     """By entry: whose node it is."""
     paths_of: list[int]
     """The first path of every piece."""
     cursor: int = 0
     """Entries computed so far."""
     wanted_before: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
-    found: list[tuple[LabelResult, int, npt.NDArray[np.float64]]] = field(default_factory=list)
+    found: list[tuple[LabelItemState, int, npt.NDArray[np.float64]]] = field(default_factory=list)
     """What was read so far. It counts once the whole window is computed, so that one that fails leaves no trace."""
 
     @property
@@ -278,7 +278,7 @@ class LabelWindow:
         """Read the rows of the entries up to `stop`, which are computed now."""
         entries = self.cursor + np.flatnonzero(self.wanted[self.cursor : stop])
         for entry, row in zip(entries.tolist(), rows, strict=True):
-            normalizer = log_normalizer(row)
+            normalizer = compute_log_normalizer(row)
             for item, node in self.reads[entry]:
                 self.found.append((item, node, row[item.trie.read_tokens[node]].astype(np.float64) - normalizer))
         self.cursor = stop
@@ -290,7 +290,7 @@ class LabelWindow:
         self.found.clear()
 
 
-def open_window(pieces: Sequence[PromptPiece], ids: Sequence[int], *, merge: bool) -> LabelWindow:
+def build_window(pieces: Sequence[PromptPiece], ids: Sequence[int], *, merge: bool) -> LabelWindow:
     """Lay out pieces (attached to the prefix tree already). `merge` is off for models whose memory cannot be forked."""
     ordered = sorted(pieces, key=lambda piece: (piece.item.salt, piece.item.prompt.tolist()))
     paths: list[Tokens] = []
@@ -301,16 +301,16 @@ def open_window(pieces: Sequence[PromptPiece], ids: Sequence[int], *, merge: boo
     for piece in ordered:
         paths_of.append(len(paths))
         suffix = piece.item.prompt[piece.depth :]
-        in_common = common(before, piece) if merge and before is not None else 0
+        in_common = count_shared_tokens(before, piece) if merge and before is not None else 0
         for number, chain in enumerate(piece.chains):
             if number and merge:
-                in_common = len(suffix) + shared_length(piece.chains[number - 1], chain)
-            paths.append(np.concatenate([suffix, as_tokens(chain)]) if chain else suffix)
+                in_common = len(suffix) + count_shared_prefix(piece.chains[number - 1], chain)
+            paths.append(np.concatenate([suffix, to_token_array(chain)]) if chain else suffix)
             depths.append(piece.depth)
             shared.append(in_common)
         before = piece
-    forest = grow(paths, depths, shared)
-    reads: dict[int, list[tuple[LabelResult, int]]] = {}
+    forest = build_forest(paths, depths, shared)
+    reads: dict[int, list[tuple[LabelItemState, int]]] = {}
     for piece, path in zip(ordered, paths_of, strict=True):
         _note_reads(piece, path, forest, reads)
         if piece.item.cached_tokens < 0:
@@ -324,7 +324,7 @@ def open_window(pieces: Sequence[PromptPiece], ids: Sequence[int], *, merge: boo
 
 
 def _note_reads(
-    piece: PromptPiece, path: int, forest: LabelForest, reads: dict[int, list[tuple[LabelResult, int]]]
+    piece: PromptPiece, path: int, forest: LabelForest, reads: dict[int, list[tuple[LabelItemState, int]]]
 ) -> None:
     end = len(piece.item.prompt) - piece.depth - 1
     for number, (chain, known) in enumerate(zip(piece.chains, piece.fresh, strict=True)):

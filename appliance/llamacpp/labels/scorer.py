@@ -14,17 +14,17 @@ from typing import Final
 
 from appliance.llamacpp.fair_queue import FairQueue
 from appliance.llamacpp.kv.capacity import BatchCapacity
-from appliance.llamacpp.kv.prefix_cache import PrefixCache, PrefixNode, Tokens, as_tokens, common_prefix
+from appliance.llamacpp.kv.prefix_cache import PrefixCache, PrefixNode, Tokens, count_common_prefix, to_token_array
 from appliance.llamacpp.labels.jobs import (
+    LabelItemState,
     LabelJob,
-    LabelResult,
     LabelWindow,
     PromptPiece,
-    common,
-    cut,
-    failed,
-    judge,
-    open_window,
+    build_window,
+    count_shared_tokens,
+    failed_scores,
+    prepare_item,
+    split_into_pieces,
 )
 from appliance.llamacpp.labels.search import SearchBudget
 from appliance.llamacpp.model import LlamaModel
@@ -126,7 +126,7 @@ class LabelScorer:
             yield from ((piece.item.prompt, piece.item.salt) for piece in job.pieces)
         for job in nsmallest(_CALLS_KEPT_WARM, self._jobs, key=attrgetter("rank")):
             if job.following is not None:
-                yield as_tokens(job.following.prompt), job.following.cache_salt
+                yield to_token_array(job.following.prompt), job.following.cache_salt
 
     def add(self, job: LabelJob) -> None:
         self._open.append(job)
@@ -243,7 +243,7 @@ class LabelScorer:
         if not pieces:
             return
         ids = [self._free_ids.pop() for _ in range(paths)]
-        self._window = window = open_window(pieces, ids, merge=self._model.forkable)
+        self._window = window = build_window(pieces, ids, merge=self._model.forkable)
         self._evict_for_window()
         for piece, first in zip(window.pieces, window.paths_of, strict=True):
             if piece.node is not None:
@@ -263,9 +263,9 @@ class LabelScorer:
             index, job.cursor = job.cursor, job.cursor + 1
             self._turns.begin(job.place, len(job.items[index].prompt))
             self._queue(job)
-            item = judge(job, index, self._model.sequence_context_tokens, self._model.vocabulary_size)
+            item = prepare_item(job, index, self._model.sequence_context_tokens, self._model.vocabulary_size)
             if isinstance(item, str):
-                job.answer(index, failed(len(job.items[index].prompt), item))
+                job.answer(index, failed_scores(len(job.items[index].prompt), item))
             else:
                 job.pieces = self._first_pieces(item)
         piece = job.pieces.pop(0) if job.pieces else None
@@ -273,12 +273,12 @@ class LabelScorer:
             self._jobs.remove(job)
         return piece
 
-    def _first_pieces(self, item: LabelResult) -> list[PromptPiece]:
+    def _first_pieces(self, item: LabelItemState) -> list[PromptPiece]:
         """The whole trie, or the prompt alone where the rest depends on what is read at its end."""
         if not self._model.forkable:
-            return cut(item, item.trie.chains, 1)
+            return split_into_pieces(item, item.trie.chains, 1)
         walks = self._thrift.worth_walking(item.trie, len(item.job.items), item.job.items[item.index].tolerance)
-        return cut(item, [()] if walks else item.trie.chains, _CHAINS_AT_ONCE)
+        return split_into_pieces(item, [()] if walks else item.trie.chains, _CHAINS_AT_ONCE)
 
     def _give_back(self, piece: PromptPiece, *, impossible: bool) -> None:
         """A piece that does not fit now comes first next time, or is refused where it could never fit."""
@@ -298,7 +298,7 @@ class LabelScorer:
         if job not in self._jobs:
             self._jobs.append(job)
 
-    def _drop_pieces(self, item: LabelResult) -> None:
+    def _drop_pieces(self, item: LabelItemState) -> None:
         job = item.job
         job.pieces = [other for other in job.pieces if other.item is not item]
         if job in self._jobs and not job.untaken:
@@ -323,7 +323,7 @@ class LabelScorer:
         """Cells a piece adds to a window; what it shares with the piece before it is computed once."""
         if not pieces or not self._model.forkable:
             return piece.tokens
-        return piece.tokens - common(pieces[-1], piece)
+        return piece.tokens - count_shared_tokens(pieces[-1], piece)
 
     def _fits(self, tokens: int, paths: int) -> bool:
         return self._room().fits(tokens) and self._tree.free_up_ids(paths)
@@ -338,7 +338,7 @@ class LabelScorer:
         window, self._window, self._stop = self._window, None, 0
         assert window is not None
         over = self._settle(window) if keep_prefixes else set()
-        seen: set[LabelResult] = set()
+        seen: set[LabelItemState] = set()
         for piece, path in zip(window.pieces, window.paths_of, strict=True):
             sequence, first = int(window.ids[path]), piece.item not in seen
             seen.add(piece.item)
@@ -349,20 +349,20 @@ class LabelScorer:
             self._model.memory_remove(sequence, 0)
             self._free_ids.append(sequence)
 
-    def _settle(self, window: LabelWindow) -> set[LabelResult]:
+    def _settle(self, window: LabelWindow) -> set[LabelItemState]:
         """Let what was read count: answer the items that are done, and queue the next wave of those that are not.
 
         Gives the items of which nothing follows.
         """
         window.settle()
-        over: set[LabelResult] = set()
+        over: set[LabelItemState] = set()
         for item in (piece.item for piece in window.pieces):
             item.pieces_open -= 1
             if item.job.cancelled:
                 over.add(item)
             elif not item.pieces_open:
                 chains = item.next_chains()
-                for following in reversed(cut(item, chains, _CHAINS_AT_ONCE)):
+                for following in reversed(split_into_pieces(item, chains, _CHAINS_AT_ONCE)):
                     self._return(following)
                 if not chains:
                     if item.walk.spent_tokens:
@@ -382,9 +382,11 @@ class LabelScorer:
                 self._unpin(piece)
                 self._tree.discard(prompt, salt)
             worth = _WORTH_CACHING_TOKENS
-            shared = max((common_prefix(prompt, other) for kept, other in self._recent if kept == salt), default=0)
+            shared = max(
+                (count_common_prefix(prompt, other) for kept, other in self._recent if kept == salt), default=0
+            )
             self._recent.append((salt, prompt))
             if following is not None and following.cache_salt == salt:
-                shared = max(shared, common_prefix(prompt, as_tokens(following.prompt)))
+                shared = max(shared, count_common_prefix(prompt, to_token_array(following.prompt)))
         if shared - self._tree.depth(prompt[:shared], salt) >= worth:
             self._tree.insert(prompt[:shared], salt, sequence, min(piece.depth, self._tree.depth(prompt, salt)))

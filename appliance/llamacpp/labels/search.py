@@ -20,7 +20,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from appliance.llamacpp.labels.trie import LabelTrie, Path, shared_length
+from appliance.llamacpp.labels.trie import LabelTrie, Path, count_shared_prefix
 
 _HOPEFUL_WAVES: Final = 2
 """So many waves leave out what would not matter if all that is computed led to labels; later ones only what does not
@@ -94,7 +94,7 @@ class LabelSearch:
         if chains:
             self._waves += 1
             nodes = sum(map(len, chains)) - sum(len(self.trie.paths[node]) - 1 for node in heads)
-            repeated = sum(shared_length(one, other) for one, other in pairwise(chains))
+            repeated = sum(count_shared_prefix(one, other) for one, other in pairwise(chains))
             self.spent_tokens += sum(map(len, chains)) - repeated + _ROW_TOKENS * nodes + _WAVE_TOKENS
         return chains
 

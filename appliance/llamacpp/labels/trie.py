@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-PROMPT: Final = 0
+ROOT: Final = 0
 """The trie's root: the end of the prompt."""
 
 Path = tuple[int, ...]
@@ -20,7 +20,7 @@ class LabelTrie:
 
     def __init__(self, labels: Sequence[Sequence[int]]) -> None:
         self.labels = [tuple(label) for label in labels]
-        nodes: dict[Path, int] = {(): PROMPT}
+        nodes: dict[Path, int] = {(): ROOT}
         for label in self.labels:
             for length in range(1, len(label)):
                 nodes.setdefault(label[:length], len(nodes))
@@ -116,6 +116,6 @@ class LabelTrie:
         return min(1.0, float(np.exp(np.asarray(logprobs)[self.least]).sum()))
 
 
-def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
+def count_shared_prefix(one: Sequence[int], other: Sequence[int]) -> int:
     """Number of leading tokens that are equal."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

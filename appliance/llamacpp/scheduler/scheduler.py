@@ -11,28 +11,28 @@ from collections.abc import Sequence as Ordered
 from typing import Final
 
 from appliance.llamacpp.decode.sequence import Sequence
-from appliance.llamacpp.kv.prefix_cache import common_prefix
+from appliance.llamacpp.kv.prefix_cache import count_common_prefix
 
 OUTPUT_RESERVE_TOKENS: Final = 64
 """Output promised at admission. Most answers are shorter than what max_tokens would reserve; longer ones take what is
 free when they get there."""
-FOLLOW_TOKENS: Final = 32
+WORTH_WAITING_TOKENS: Final = 32
 """A prompt waits for another that is computing at least this many of its tokens; for fewer, waiting costs more."""
 TILE_TOKENS: Final = 64
 """llama.cpp's flash attention works on so many tokens at once, and takes a slow path for fewer: 63 tokens of a long
 prompt take twice as long as 64, and 96 as long as 128."""
 SLOW_STEP_TOKENS: Final = 32
 """The least part of a prompt, where a model is so slow that a tile takes seconds; less wastes the matrix kernels."""
-PATIENT_STEP_SECONDS: Final = 0.04
+BACKGROUND_STEP_SECONDS: Final = 0.04
 """Of a step in which nothing is urgent: what a reader who comes in its middle does not notice."""
-QUIET_SECONDS: Final = 10.0
+BACKGROUND_AFTER_SECONDS: Final = 10.0
 """After so long without anything urgent nobody is expected, and steps are as long as is quickest."""
-NOTHING_URGENT: Final = 1 << 30
+IDLE_PRIORITY: Final = 1 << 30
 CROWDED_CACHE_TOKENS: Final = 2048
 CACHED_SHARE: Final = 0.5
-LANE_MARGIN_TOKENS: Final = 64
+SLOT_MARGIN_TOKENS: Final = 64
 """Room to grow that makes moving into a lane worth its copy."""
-LANE_LEAST_OUTPUT_TOKENS: Final = 8
+SLOT_MIN_OUTPUT_TOKENS: Final = 8
 
 
 class WaitQueue:
@@ -59,25 +59,25 @@ def _rank(sequence: Sequence) -> tuple[int, float, int]:
     return sequence.rank
 
 
-def promised_tokens(sequence: Sequence) -> int:
+def count_promised_tokens(sequence: Sequence) -> int:
     """Cells of the shared memory that an admitted sequence may still count on."""
     if sequence.lane >= 0:
         return 0
     return sequence.pending + min(sequence.remaining, OUTPUT_RESERVE_TOKENS)
 
 
-def worth_a_lane(sequence: Sequence, lane_tokens: int, running: int) -> bool:
+def is_worth_a_slot(sequence: Sequence, lane_tokens: int, running: int) -> bool:
     """Whether a generating sequence should leave the shared memory: where others run too, each pays for all cells."""
-    fits = sequence.length + min(sequence.remaining, LANE_MARGIN_TOKENS) <= lane_tokens
-    return running > 1 and fits and sequence.pending == 1 and sequence.remaining >= LANE_LEAST_OUTPUT_TOKENS
+    fits = sequence.length + min(sequence.remaining, SLOT_MARGIN_TOKENS) <= lane_tokens
+    return running > 1 and fits and sequence.pending == 1 and sequence.remaining >= SLOT_MIN_OUTPUT_TOKENS
 
 
-def tokens_asked(sequence: Sequence) -> int:
+def count_charged_tokens(sequence: Sequence) -> int:
     """What a request counts for in its tenant's turn: its prompt and the first part of its output."""
     return sequence.length + min(sequence.remaining, OUTPUT_RESERVE_TOKENS)
 
 
-def leads(leader: Sequence, follower: Sequence, cached: int) -> bool:
+def computes_shared_prefix(leader: Sequence, follower: Sequence, cached: int) -> bool:
     """Whether `leader` is computing a good part of what `follower` would compute, so that waiting for it saves work.
 
     `cached` is what `follower` finds in the prefix tree already.
@@ -85,17 +85,17 @@ def leads(leader: Sequence, follower: Sequence, cached: int) -> bool:
     if leader.pending <= 1 or leader.request.cache_salt != follower.request.cache_salt:
         return False
     # At least the last token of a prompt is computed by each for itself.
-    shared = common_prefix(leader.tokens[: leader.length], follower.tokens[: follower.length - 1])
-    return shared - cached >= FOLLOW_TOKENS
+    shared = count_common_prefix(leader.tokens[: leader.length], follower.tokens[: follower.length - 1])
+    return shared - cached >= WORTH_WAITING_TOKENS
 
 
-def most_urgent(running: Iterable[int], labels: int | None) -> int:
+def find_urgent_priority(running: Iterable[int], labels: int | None) -> int:
     """The least of the priorities of what runs: everything else holds still until that is done."""
-    urgent = min(running, default=NOTHING_URGENT)
+    urgent = min(running, default=IDLE_PRIORITY)
     return urgent if labels is None else min(urgent, labels)
 
 
-def step_budget(
+def plan_step_tokens(
     batch_tokens: int,
     decoding: int,
     readers: int,
@@ -115,7 +115,7 @@ def step_budget(
     costs 11 ms of CPU for one sequence of SmolLM2-135M in BF16 and 80 ms for 32.
     """
     if can_wait:
-        tiles = max(1, int(prefill_tokens_per_second * PATIENT_STEP_SECONDS) // TILE_TOKENS)
+        tiles = max(1, int(prefill_tokens_per_second * BACKGROUND_STEP_SECONDS) // TILE_TOKENS)
         return max(min(batch_tokens, tiles * TILE_TOKENS), decoding + 1)
     batch_tokens = max(batch_tokens, decoding + 1)
     if not readers:
@@ -127,7 +127,7 @@ def step_budget(
     return min(batch_tokens, tiles * TILE_TOKENS)
 
 
-def cache_limit(context_tokens: int, crowded: bool) -> int:
+def limit_cached_tokens(context_tokens: int, crowded: bool) -> int:
     """How many cells unused prefixes may keep: a share of all, but while more work waits than a step takes, few.
 
     Attention passes every cell in use, whoever holds it: 4,000 idle ones make prompts and labels of SmolLM2-135M take
@@ -137,7 +137,9 @@ def cache_limit(context_tokens: int, crowded: bool) -> int:
     return min(kept, CROWDED_CACHE_TOKENS) if crowded else kept
 
 
-def split_budget(tokens: int, prompts: int, prompt_priority: int, labels: int, label_priority: int | None) -> int:
+def allot_prompt_tokens(
+    tokens: int, prompts: int, prompt_priority: int, labels: int, label_priority: int | None
+) -> int:
     """How many of `tokens` go to prompts, which need `prompts`, when `labels` wait too (priority None: none do).
 
     The more urgent take all they need. Equally urgent ones get half each, and what the others leave.
@@ -148,7 +150,7 @@ def split_budget(tokens: int, prompts: int, prompt_priority: int, labels: int, l
     return min(prompts, max(left, tokens // 2) if prompt_priority == label_priority else left)
 
 
-def share_prefill(sequences: Iterable[Sequence], tokens: int, outputs: int) -> list[tuple[Sequence, int]]:
+def plan_prefill_chunks(sequences: Iterable[Sequence], tokens: int, outputs: int) -> list[tuple[Sequence, int]]:
     """Chunks of prompts in order of rank until `tokens` are given out; each sequence that ends needs an output row."""
     chunks: list[tuple[Sequence, int]] = []
     for sequence in sorted(sequences, key=_rank):
@@ -161,12 +163,12 @@ def share_prefill(sequences: Iterable[Sequence], tokens: int, outputs: int) -> l
     return chunks
 
 
-def victim(running: Ordered[Sequence]) -> Sequence:
+def choose_victim(running: Ordered[Sequence]) -> Sequence:
     """Who gives way when KV room runs out: the one that ranks last. It waited least, and has least to recompute."""
     return max(running, key=_rank)
 
 
-def gives_way(running: Ordered[Sequence], arrived: Sequence) -> Sequence | None:
+def choose_preempted(running: Ordered[Sequence], arrived: Sequence) -> Sequence | None:
     """Who is put back for one that waits and is more urgent; never one of the same priority."""
     last = max(running, key=_rank, default=None)
     return last if last is not None and last.request.priority > arrived.request.priority else None

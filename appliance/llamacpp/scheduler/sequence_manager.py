@@ -13,14 +13,14 @@ from appliance.llamacpp.labels.scorer import LabelScorer
 from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.scheduler.kv_allocator import KvAllocator
 from appliance.llamacpp.scheduler.scheduler import (
-    NOTHING_URGENT,
+    IDLE_PRIORITY,
     WaitQueue,
-    gives_way,
-    leads,
-    promised_tokens,
-    tokens_asked,
-    victim,
-    worth_a_lane,
+    choose_preempted,
+    choose_victim,
+    computes_shared_prefix,
+    count_charged_tokens,
+    count_promised_tokens,
+    is_worth_a_slot,
 )
 
 Chunk = tuple[Sequence, int]
@@ -38,14 +38,14 @@ class SequenceManager:
         self.turns = FairQueue()
         self.line = WaitQueue()
         self.running: list[Sequence] = []
-        self.urgent = NOTHING_URGENT
+        self.urgent = IDLE_PRIORITY
         """Priority of the most urgent of what is running."""
         self.suspects: deque[Sequence] = deque()
         """Sequences of a step that failed. Each runs alone until it has computed what it had, or has failed again."""
         self.scorer = LabelScorer(model, self.tree, free_ids, self.turns, self.room)
 
     def submit(self, sequence: Sequence) -> None:
-        sequence.place = self.turns.place(sequence.request.cache_salt, tokens_asked(sequence))
+        sequence.place = self.turns.place(sequence.request.cache_salt, count_charged_tokens(sequence))
         self.line.push(sequence)
 
     def leave(self, sequence: Sequence) -> None:
@@ -64,7 +64,11 @@ class SequenceManager:
     def _start_before(self, sequence: Sequence) -> bool:
         """Start a sequence, in the place of less urgent ones where that is needed; False when it has to wait."""
         while not self._start(sequence):
-            last = victim(self.running) if self.running and self.suspects else gives_way(self.running, sequence)
+            last = (
+                choose_victim(self.running)
+                if self.running and self.suspects
+                else choose_preempted(self.running, sequence)
+            )
             if last is None:
                 return False
             self.cells.keep(last, self.spare_cells())
@@ -75,18 +79,18 @@ class SequenceManager:
         if not self.model.forkable:
             return False
         cached = self.tree.depth(sequence.tokens[: sequence.length - 1], sequence.request.cache_salt)
-        return any(leads(leader, sequence, cached) for leader in self.running)
+        return any(computes_shared_prefix(leader, sequence, cached) for leader in self.running)
 
     def _start(self, sequence: Sequence) -> bool:
         """Give a sequence its id and cells if they fit; False when it has to wait."""
         if len(self.running) >= self.model.sequences or not self.tree.free_up_ids(1):
             return False
         self.cells.find(sequence)
-        if not self.room().fits(promised_tokens(sequence)) and (self.running or self.scorer.window_tokens):
+        if not self.room().fits(count_promised_tokens(sequence)) and (self.running or self.scorer.window_tokens):
             self.cells.let_go(sequence)
             return False
         self.line.remove(sequence)
-        self.turns.begin(sequence.place, tokens_asked(sequence))
+        self.turns.begin(sequence.place, count_charged_tokens(sequence))
         self.cells.seat(sequence)
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.computed
@@ -119,12 +123,12 @@ class SequenceManager:
             if not self.cells.to_shared(sequence, self.spare_cells()):
                 self.put_back(sequence)
         for sequence in self.running:
-            if sequence.lane < 0 and worth_a_lane(sequence, self.cells.lane_tokens, len(self.running)):
+            if sequence.lane < 0 and is_worth_a_slot(sequence, self.cells.lane_tokens, len(self.running)):
                 self.cells.to_lane(sequence)
 
     def room(self) -> BatchCapacity:
         used = sum(sequence.private for sequence in self.running)
-        promised = sum(promised_tokens(sequence) for sequence in self.running)
+        promised = sum(count_promised_tokens(sequence) for sequence in self.running)
         used += self.tree.pinned_tokens + self.scorer.window_tokens
         return BatchCapacity(self.model.context_tokens, used, promised)
 
@@ -139,7 +143,7 @@ class SequenceManager:
             shared = [sequence for sequence in self.running if sequence.lane < 0]
             if free + self.tree.evict(needed - free) >= needed or not shared:
                 return chunks
-            self.put_back(victim(shared))
+            self.put_back(choose_victim(shared))
             decoding[:] = [sequence for sequence in decoding if sequence.id >= 0]
             chunks = [chunk for chunk in chunks if chunk[0].id >= 0]
 

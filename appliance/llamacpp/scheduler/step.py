@@ -13,22 +13,22 @@ from typing import Final
 from appliance.errors import EngineFailed
 from appliance.llamacpp.batch import DecodeBatch
 from appliance.llamacpp.context import ABORTED, NO_KV_ROOM, LlamaContext, Rows
-from appliance.llamacpp.decode.sampling import argmax_rows
+from appliance.llamacpp.decode.sampling import find_row_maxima
 from appliance.llamacpp.decode.sequence import Sequence
 from appliance.llamacpp.decode.speculation import SpeculationPlanner
-from appliance.llamacpp.decode.token_commit import write
+from appliance.llamacpp.decode.token_commit import commit_tokens
 from appliance.llamacpp.engine_protocol import EngineLoadReport
 from appliance.llamacpp.labels.jobs import LabelJob
 from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.rates import Rates
 from appliance.llamacpp.scheduler.scheduler import (
-    NOTHING_URGENT,
-    QUIET_SECONDS,
-    cache_limit,
-    most_urgent,
-    share_prefill,
-    split_budget,
-    step_budget,
+    BACKGROUND_AFTER_SECONDS,
+    IDLE_PRIORITY,
+    allot_prompt_tokens,
+    find_urgent_priority,
+    limit_cached_tokens,
+    plan_prefill_chunks,
+    plan_step_tokens,
 )
 from appliance.llamacpp.scheduler.sequence_manager import Chunk, SequenceManager
 from appliance.llamacpp.scheduler.thread_governor import ThreadGovernor
@@ -124,14 +124,16 @@ class StepRunner:
             self._step_shared()
         waiting = self._scorer.waiting_tokens + sum(one.pending for one in self._running if one.lane < 0)
         crowded = len(self._line) > 0 or waiting > self._batch_tokens
-        kept = max(cache_limit(self.model.context_tokens, crowded), self._scorer.keep_warm())
+        kept = max(limit_cached_tokens(self.model.context_tokens, crowded), self._scorer.keep_warm())
         self._tree.evict(self._tree.evictable_tokens - kept)
         self._told.jobs = self._scorer.take_answered()
         told, self._told = self._told, StepResult()
         return told
 
     def _look_for_urgent(self) -> None:
-        self._roster.urgent = most_urgent((one.request.priority for one in self._running), self._scorer.priority)
+        self._roster.urgent = find_urgent_priority(
+            (one.request.priority for one in self._running), self._scorer.priority
+        )
         if self._roster.urgent <= 0:
             self._was_urgent = self._clock()
 
@@ -182,19 +184,20 @@ class StepRunner:
         batch, scorer = self.batch, self._scorer
         batch.clear()
         next_tokens = sum(sequence.pending for sequence in decoding)
-        budget = step_budget(
+        budget = plan_step_tokens(
             self._batch_tokens,
             next_tokens,
             sum(sequence.request.streamed for sequence in (*decoding, *self._cells.in_lanes)),
             self.rates.prefill_tokens_per_second,
             self._step_seconds,
-            can_wait=0 < self._roster.urgent < NOTHING_URGENT and self._clock() - self._was_urgent < QUIET_SECONDS,
+            can_wait=0 < self._roster.urgent < IDLE_PRIORITY
+            and self._clock() - self._was_urgent < BACKGROUND_AFTER_SECONDS,
         )
         prefilling = self._roster.trial([one for one in self._running if one.lane < 0 and not self._decodes(one)])
         pending = sum(sequence.pending for sequence in prefilling)
         urgent = min((sequence.request.priority for sequence in prefilling), default=0)
-        for_prompts = split_budget(budget - next_tokens, pending, urgent, scorer.waiting_tokens, scorer.priority)
-        chunks = share_prefill(prefilling, for_prompts, batch.outputs_max - len(decoding))
+        for_prompts = allot_prompt_tokens(budget - next_tokens, pending, urgent, scorer.waiting_tokens, scorer.priority)
+        chunks = plan_prefill_chunks(prefilling, for_prompts, batch.outputs_max - len(decoding))
         chunks = self._roster.make_room(decoding, chunks)
         self._plan_drafts(decoding, chunks)
         _add_next_tokens(batch, decoding)
@@ -240,7 +243,7 @@ class StepRunner:
     def _read_decoding(self, decoding: list[Sequence], rows: Rows) -> int:
         """Take what the rows of `decoding` say; give the first row that is not theirs."""
         wanted = sum(1 + len(sequence.draft) for sequence in decoding)
-        best = argmax_rows(rows[:wanted]) if any(one.sampler.plain_greedy for one in decoding) else ()
+        best = find_row_maxima(rows[:wanted]) if any(one.sampler.plain_greedy for one in decoding) else ()
         row = 0
         for sequence in list(decoding):  # lanes close up when one of them ends
             after = row + 1 + len(sequence.draft)
@@ -256,11 +259,11 @@ class StepRunner:
                     self._cells.cache(sequence, sequence.length)
                 rows = self.model.rows[row : row + 1 + len(sequence.draft)]
                 row += len(rows)
-                self._write(sequence, rows, argmax_rows(rows) if sequence.sampler.plain_greedy else ())
+                self._write(sequence, rows, find_row_maxima(rows) if sequence.sampler.plain_greedy else ())
         return row
 
     def _write(self, sequence: Sequence, rows: Rows, best: Ordered[int]) -> None:
-        self._drafting.accepted_total += write(sequence, rows, best, self.model)
+        self._drafting.accepted_total += commit_tokens(sequence, rows, best, self.model)
         if sequence.finished is not None:
             self._retire(sequence)
         else:

@@ -19,10 +19,17 @@ from appliance.llamacpp.chat.prompts import PromptBuilder
 from appliance.llamacpp.decode.constraints import GrammarCompiler
 from appliance.llamacpp.kernels import Kernels
 from appliance.llamacpp.server.generation import GenerationRequest, RunningGeneration, SequenceEngine
-from appliance.llamacpp.server.labels_api import label_ask, label_reply
+from appliance.llamacpp.server.labels_api import build_label_request, write_label_reply
 from appliance.llamacpp.server.openai_replies import Kind, ReplyWriter
-from appliance.llamacpp.server.openai_requests import chat_ask, check_model, completion_ask
-from appliance.llamacpp.server.request_models import ChatIn, CompletionIn, LabelsIn, SampledIn, TokenizeIn, parse
+from appliance.llamacpp.server.openai_requests import build_chat_request, build_completion_request, check_model
+from appliance.llamacpp.server.request_models import (
+    ChatIn,
+    CompletionIn,
+    LabelsIn,
+    SampledIn,
+    TokenizeIn,
+    parse_request,
+)
 from appliance.llamacpp.vocabulary import Vocabulary
 from appliance.worker.body_limits import read_body
 from appliance.worker.json_log import log
@@ -134,7 +141,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
-class RequestTranslator:
+class EngineEndpoints:
     """The endpoints. One instance for one desk."""
 
     def __init__(self, desk: EngineGate) -> None:
@@ -180,7 +187,7 @@ class RequestTranslator:
     async def tokenize(self, request: Request) -> Response:
         serving = self._loaded()
         body = await read_body(request, self.desk.max_body_bytes)
-        call = parse(TokenizeIn, body)
+        call = parse_request(TokenizeIn, body)
         if (call.content is None) == (call.messages is None):
             raise RequestError("content: give exactly one of content and messages", param="content")
 
@@ -195,28 +202,28 @@ class RequestTranslator:
     async def chat(self, request: Request) -> Response:
         serving = self.desk.ready()
         body = await read_body(request, self.desk.max_body_bytes)
-        call = parse(ChatIn, body)
+        call = parse_request(ChatIn, body)
         check_model(call.model, serving.alias)
-        ask = await _off_loop(len(body), lambda: chat_ask(call, serving.prompts, serving.model))
+        ask = await _off_loop(len(body), lambda: build_chat_request(call, serving.prompts, serving.model))
         return await self._generate(request, serving, "chat", call, ask)
 
     async def completions(self, request: Request) -> Response:
         serving = self.desk.ready()
         body = await read_body(request, self.desk.max_body_bytes)
-        call = parse(CompletionIn, body)
+        call = parse_request(CompletionIn, body)
         check_model(call.model, serving.alias)
-        ask = await _off_loop(len(body), lambda: completion_ask(call, serving.prompts, serving.model))
+        ask = await _off_loop(len(body), lambda: build_completion_request(call, serving.prompts, serving.model))
         return await self._generate(request, serving, "completion", call, ask)
 
     async def labels(self, request: Request) -> Response:
         serving = self.desk.ready()
-        call = parse(LabelsIn, await read_body(request, self.desk.max_body_bytes))
+        call = parse_request(LabelsIn, await read_body(request, self.desk.max_body_bytes))
         check_model(call.model, serving.alias)
 
         async def reply() -> bytes:
-            ask = await asyncio.to_thread(label_ask, call, serving.prompts, serving.model)
+            ask = await asyncio.to_thread(build_label_request, call, serving.prompts, serving.model)
             scores = await serving.engine.score(list(ask.items.values())) if ask.items else []
-            return await asyncio.to_thread(lambda: orjson.dumps(label_reply(ask, scores, serving.alias)))
+            return await asyncio.to_thread(lambda: orjson.dumps(write_label_reply(ask, scores, serving.alias)))
 
         with self.desk.requests.track():
             return raw_json_response(await _unless_gone(request.receive, reply()))
@@ -250,7 +257,7 @@ class RequestTranslator:
 
 
 def make_app(desk: EngineGate) -> Starlette:
-    dialect = RequestTranslator(desk)
+    dialect = EngineEndpoints(desk)
     return Starlette(
         routes=[
             Route("/health", dialect.health, methods=["GET"]),

@@ -26,8 +26,8 @@ from appliance.llamacpp.chat.message import MessageIn
 from appliance.llamacpp.chat.prompts import LabelTail, PromptBuilder
 from appliance.llamacpp.engine_protocol import LabelItem, LabelScores
 from appliance.llamacpp.server.generation import TokenUsage
-from appliance.llamacpp.server.openai_replies import IMPOSSIBLE_LOGPROB, usage_json
-from appliance.llamacpp.server.openai_requests import ModelLimits, check_length, salt
+from appliance.llamacpp.server.openai_replies import IMPOSSIBLE_LOGPROB, write_usage
+from appliance.llamacpp.server.openai_requests import ModelLimits, check_length, join_cache_salt
 from appliance.llamacpp.server.request_models import LabelItemIn, LabelsIn
 
 MAX_LABELS = 1_024
@@ -43,7 +43,7 @@ class LabelRequest:
     """The labels of every item, in the caller's words."""
 
 
-def label_ask(call: LabelsIn, prompts: PromptBuilder, limits: ModelLimits) -> LabelRequest:
+def build_label_request(call: LabelsIn, prompts: PromptBuilder, limits: ModelLimits) -> LabelRequest:
     """Tokenises everything: 10,000 texts take about a second, so this belongs in a thread.
 
     Raises RequestError when the call as a whole is wrong. What is wrong with one item only stands in its place.
@@ -64,7 +64,7 @@ def label_ask(call: LabelsIn, prompts: PromptBuilder, limits: ModelLimits) -> La
     return LabelRequest(items, errors, [call.label_sets[item.labels] for item in call.items])
 
 
-def label_reply(ask: LabelRequest, scores: Sequence[LabelScores], model: str) -> dict[str, Any]:
+def write_label_reply(ask: LabelRequest, scores: Sequence[LabelScores], model: str) -> dict[str, Any]:
     """The reply's body. `scores` are those of `ask.items`, in order."""
     usage = TokenUsage()
     results: list[dict[str, Any]] = []
@@ -83,10 +83,10 @@ def label_reply(ask: LabelRequest, scores: Sequence[LabelScores], model: str) ->
             results.append(dict(failure.to_openai()))
         else:
             results.append(_result(names, score))
-    return {"object": "list", "model": model, "results": results, "usage": usage_json(usage)}
+    return {"object": "list", "model": model, "results": results, "usage": write_usage(usage)}
 
 
-def shares(logprobs: Sequence[float]) -> list[float]:
+def compute_shares(logprobs: Sequence[float]) -> list[float]:
     """Softmax. Equal shares when every label was impossible."""
     highest = max(logprobs)
     if not math.isfinite(highest):
@@ -99,7 +99,7 @@ def shares(logprobs: Sequence[float]) -> list[float]:
 def _result(names: Sequence[str], score: LabelScores) -> dict[str, Any]:
     labels = [
         {"label": name, "logprob": max(float(logprob), IMPOSSIBLE_LOGPROB), "probability": share}
-        for name, logprob, share in zip(names, score.logprobs, shares(score.logprobs), strict=True)
+        for name, logprob, share in zip(names, score.logprobs, compute_shares(score.logprobs), strict=True)
     ]
     return {
         "labels": labels,
@@ -162,7 +162,11 @@ def _item(
         raise RequestError(f"{field}: is empty and this model has no token to begin with; write something", param=field)
     check_length(len(prompt) + max(map(len, labels.labels)) - 1, limits, field)
     return LabelItem(
-        prompt, labels.labels, salt(call.cache_salt, call.prompt_cache_key), call.priority, tolerance=call.tolerance
+        prompt,
+        labels.labels,
+        join_cache_salt(call.cache_salt, call.prompt_cache_key),
+        call.priority,
+        tolerance=call.tolerance,
     )
 
 

@@ -19,7 +19,7 @@ IMPOSSIBLE_LOGPROB = -9999.0
 """OpenAI's figure for "minus infinity", which JSON cannot hold."""
 
 
-def usage_json(usage: TokenUsage) -> Json:
+def write_usage(usage: TokenUsage) -> Json:
     written: Json = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -53,7 +53,7 @@ class ReplyWriter:
         return {
             **self._head("chat.completion" if self.kind == "chat" else "text_completion"),
             "choices": [written(index, choice) for index, choice in enumerate(choices)],
-            "usage": usage_json(usage),
+            "usage": write_usage(usage),
         }
 
     def opening(self, index: int) -> Json | None:
@@ -85,7 +85,7 @@ class ReplyWriter:
         """The chunk with the usage, where it was asked for."""
         if not self.include_usage:
             return None
-        return {**self._head(self._chunk_object), "choices": [], "usage": usage_json(usage)}
+        return {**self._head(self._chunk_object), "choices": [], "usage": write_usage(usage)}
 
     def _event_chunks(self, index: int, part: MessagePart) -> list[Json]:
         """One chunk for each event; the log probabilities of the content go with the first of its chunks."""

@@ -13,7 +13,7 @@ from appliance.llamacpp.server.generation import GenerationRequest
 from appliance.llamacpp.server.request_models import ChatIn, CompletionIn, ResponseFormatIn, SampledIn
 from appliance.llamacpp.tools.formats import THINKING
 from appliance.llamacpp.tools.grammar import ReplyGrammarSpec
-from appliance.llamacpp.tools.offered import OfferedTools, offered_tools
+from appliance.llamacpp.tools.offered import OfferedTools, check_offered_tools
 from appliance.llamacpp.tools.reading import ReplySyntaxes
 
 DEFAULT_CHAT_TOKENS = 1_024
@@ -42,24 +42,26 @@ def check_model(asked: str | None, served: str) -> None:
         raise UnknownModel(f"model: {asked!r} is not served here; ask for {served!r} or leave model out", param="model")
 
 
-def chat_ask(call: ChatIn, prompts: PromptBuilder, limits: ModelLimits) -> GenerationRequest:
+def build_chat_request(call: ChatIn, prompts: PromptBuilder, limits: ModelLimits) -> GenerationRequest:
     """Raises RequestError, Unsupported or ContextTooLong. Tokenises, so a long call belongs in a thread."""
     if call.top_logprobs is not None and not call.logprobs:
         raise RequestError(
             "top_logprobs: needs logprobs to be true; set it or leave top_logprobs out", param="top_logprobs"
         )
-    offered = offered_tools(call.tools, call.tool_choice, call.parallel_tool_calls)
+    offered = check_offered_tools(call.tools, call.tool_choice, call.parallel_tool_calls)
     if offered is not None:
-        check_can_call(prompts)
-    text = prompts.rendered(call.messages, offered.tools if offered is not None else None, variables_of(call, prompts))
+        check_tools_supported(prompts)
+    text = prompts.rendered(
+        call.messages, offered.tools if offered is not None else None, build_template_variables(call, prompts)
+    )
     asked = call.max_completion_tokens or call.max_tokens
     logprobs = (call.top_logprobs or 0) if call.logprobs else None
     ask = _ask(call, [prompts.raw(text)], asked or DEFAULT_CHAT_TOKENS, logprobs, limits, "messages")
     thinks = call.reasoning_effort not in (None, "none")
-    return as_message(ask, prompts.style, offered, text, thinks=thinks)
+    return with_reply_format(ask, prompts.style, offered, text, thinks=thinks)
 
 
-def completion_ask(call: CompletionIn, prompts: PromptBuilder, limits: ModelLimits) -> GenerationRequest:
+def build_completion_request(call: CompletionIn, prompts: PromptBuilder, limits: ModelLimits) -> GenerationRequest:
     """Raises RequestError, Unsupported or ContextTooLong. Tokenises, so a long call belongs in a thread."""
     if call.echo:
         raise Unsupported("echo: true is not supported; put prompt and reply together yourself", param="echo")
@@ -71,7 +73,7 @@ def completion_ask(call: CompletionIn, prompts: PromptBuilder, limits: ModelLimi
     return _ask(call, given, call.max_tokens or DEFAULT_COMPLETION_TOKENS, call.logprobs, limits, "prompt")
 
 
-def salt(cache_salt: str | None, prompt_cache_key: str | None) -> str:
+def join_cache_salt(cache_salt: str | None, prompt_cache_key: str | None) -> str:
     """One salt of both: prefixes are shared only where both are equal. NUL stands in neither."""
     return f"{cache_salt or ''}\0{prompt_cache_key or ''}" if cache_salt or prompt_cache_key else ""
 
@@ -115,7 +117,7 @@ def _ask(
         schema=_schema(call.response_format),
         ignore_eos=call.ignore_eos,
         priority=call.priority,
-        cache_salt=salt(call.cache_salt, call.prompt_cache_key),
+        cache_salt=join_cache_salt(call.cache_salt, call.prompt_cache_key),
         streamed=bool(call.stream),
     )
 
@@ -185,7 +187,7 @@ def _is_ids(given: Sequence[Any]) -> bool:
     return bool(given) and isinstance(given[0], int)
 
 
-def check_can_call(prompts: PromptBuilder) -> None:
+def check_tools_supported(prompts: PromptBuilder) -> None:
     """Raises Unsupported where the model was not taught to call tools in a way that can be read."""
     if prompts.style.tools is not None:
         return
@@ -197,7 +199,7 @@ def check_can_call(prompts: PromptBuilder) -> None:
     raise Unsupported(f"tools: {why}; leave them out, or ask a model with the ability tools", param="tools")
 
 
-def variables_of(call: ChatIn, prompts: PromptBuilder) -> Mapping[str, Any]:
+def build_template_variables(call: ChatIn, prompts: PromptBuilder) -> Mapping[str, Any]:
     """What the template is told besides the messages. Raises Unsupported where it would not listen."""
     variables: dict[str, Any] = {}
     effort, template, style = call.reasoning_effort, prompts.template, prompts.style
@@ -228,7 +230,7 @@ def wants_json(call: ChatIn) -> bool:
     return call.response_format is not None and call.response_format.type != "text"
 
 
-def as_message(
+def with_reply_format(
     ask: GenerationRequest, style: ReplyFormat, offered: OfferedTools | None, prompt: str, *, thinks: bool
 ) -> GenerationRequest:
     """The call with what its replies are held to and read by; unchanged where they can be text alone.

@@ -126,7 +126,7 @@ class LabelsIn(_Strict):
     prompt_cache_key: Salt | None = None
 
 
-def parse(envelope: type[Envelope], body: bytes) -> Envelope:
+def parse_request(envelope: type[Envelope], body: bytes) -> Envelope:
     """The checked request. Raises RequestError naming field and value."""
     value = _json(body)
     if not isinstance(value, dict):

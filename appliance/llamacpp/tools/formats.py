@@ -200,19 +200,19 @@ _TELLS: Final[tuple[tuple[ToolFormat, tuple[str, ...]], ...]] = (
 """Texts that together stand in no other family's template, the most particular first."""
 
 
-def tool_format_of(template: str) -> ToolFormat | None:
+def find_tool_format(template: str) -> ToolFormat | None:
     """The format a template teaches its model; None where it is none we can read."""
     return next((name for name, tells in _TELLS if all(tell in template for tell in tells)), None)
 
 
-def reasoning_format_of(template: str) -> ReasoningFormat | None:
+def find_reasoning_format(template: str) -> ReasoningFormat | None:
     """How a model with this template writes what it thinks before it answers; None where it does not."""
     if "<|channel|>" in template and "<|message|>" in template:
         return "harmony"
     return next((name for name, (_, close) in THINKING.items() if close in template), None)
 
 
-def markers_of(tools: ToolFormat | None, reasoning: ReasoningFormat | None) -> frozenset[str]:
+def list_markers(tools: ToolFormat | None, reasoning: ReasoningFormat | None) -> frozenset[str]:
     """All texts that structure a reply, so that those which are control tokens are shown to its reader."""
     texts: set[str] = set(THINKING.get(reasoning, ())) if reasoning is not None else set()
     if reasoning == "harmony":

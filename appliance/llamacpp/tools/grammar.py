@@ -41,7 +41,7 @@ class ReplyGrammarSpec:
     """Texts of control tokens and their ids; whatever else stands in a marker is letters."""
 
 
-def lark_of(rules: ReplyGrammarSpec, enforceable: Enforceable) -> str:
+def write_grammar(rules: ReplyGrammarSpec, enforceable: Enforceable) -> str:
     """The grammar of a reply, beginning where the prompt ends."""
     return _Writer(rules, enforceable).grammar()
 

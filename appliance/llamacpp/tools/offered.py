@@ -25,7 +25,7 @@ class OfferedTools:
     """Several calls in one reply. A tool that is asked for by name is called once."""
 
 
-def offered_tools(tools: Sequence[Any] | None, choice: Any, parallel: bool | None) -> OfferedTools | None:
+def check_offered_tools(tools: Sequence[Any] | None, choice: Any, parallel: bool | None) -> OfferedTools | None:
     """None where the model may call nothing. Raises RequestError or Unsupported, naming the field."""
     if not tools:
         if choice == "required" or isinstance(choice, Mapping):

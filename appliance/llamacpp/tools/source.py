@@ -117,7 +117,7 @@ class ReplyCursor:
         written = "".join(self._arguments)
         if not written.strip():
             self.arguments("{}")
-        elif not isinstance(parsed(written), dict):
+        elif not isinstance(parse_json(written), dict):
             raise MalformedReply(f"arguments that are no JSON object: {written:.80}")
         self.calls += 1
         self.call_open = False
@@ -211,7 +211,7 @@ class ReplyCursor:
         """One JSON value. Raises Malformed where it is none."""
         parts: list[str] = []
         yield from self.json(parts.append)
-        value = parsed("".join(parts))
+        value = parse_json("".join(parts))
         if value is _NOTHING:
             raise MalformedReply("no JSON")
         return value
@@ -265,7 +265,7 @@ class ReplyCursor:
 _NOTHING: Final = object()
 
 
-def parsed(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """The JSON value, or a value that equals nothing else."""
     try:
         return json.loads(text, parse_constant=_no_constant)

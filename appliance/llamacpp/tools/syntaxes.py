@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from appliance.llamacpp.tools.formats import DEEPSEEK_CALL_END, WRAPPERS, ToolSyntax
-from appliance.llamacpp.tools.source import MalformedReply, ReplyCursor, Step, TruncatedReply, is_value, parsed
+from appliance.llamacpp.tools.source import MalformedReply, ReplyCursor, Step, TruncatedReply, is_value, parse_json
 
 Schemas = Mapping[str, Mapping[str, Any]]
 """The parameters' JSON schema of every tool that was offered, by name."""
@@ -169,7 +169,7 @@ def _arguments(source: ReplyCursor, *, streamed: bool) -> Step[str]:
     parts: list[str] = []
     yield from source.json(parts.append)
     text = "".join(parts)
-    value = parsed(text)
+    value = parse_json(text)
     if isinstance(value, str):
         text = value
     elif value is None:
@@ -283,7 +283,7 @@ def _tagged_value(source: ReplyCursor, schema: Any, ends: tuple[str, ...]) -> St
         source.arguments('"')
         return
     text, _ = yield from source.collect_until(ends)
-    value = parsed(text.strip())
+    value = parse_json(text.strip())
     plain = not is_value(value) or ("string" in _types(schema) and not _fits(value, schema))
     source.arguments(_json(text) if plain else text.strip())
 
@@ -405,7 +405,7 @@ def _literal(source: ReplyCursor) -> Step[str]:
 
 
 def _as_json(text: str) -> str:
-    if is_value(parsed(text)):
+    if is_value(parse_json(text)):
         return text
     try:
         return json.dumps(ast.literal_eval(text), ensure_ascii=False, allow_nan=False)

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from appliance.errors import ApplianceError, BackendGarbage
 from appliance.files import replace_file
-from appliance.llamacpp.kernels.library import identity
+from appliance.llamacpp.kernels.library import identify_kernels
 from appliance.node.calibrate.calibration import Calibration, CalibrationKey, Measurement, explain_staleness
 
 _DISTRIBUTION: Final = "llama-cpp-python"
@@ -81,7 +81,7 @@ def read_llama_cpp_identity() -> str:
     record = distribution.read_text("RECORD") or ""
     libraries = sorted(line for line in record.splitlines() if ".so" in line or ".dylib" in line or ".dll" in line)
     digest = hashlib.sha256("\n".join(libraries).encode()).hexdigest()
-    return f"{distribution.version}+{digest[:8]}+{identity()}"
+    return f"{distribution.version}+{digest[:8]}+{identify_kernels()}"
 
 
 def identify_file(path: Path, sha256: str | None) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from appliance.llamacpp.kernels.library import KernelsUnavailable, build, check_processor
+from appliance.llamacpp.kernels.library import KernelsUnavailable, build_library, check_processor
 from tests.llamacpp.kernels import graphs
 
 Run = Callable[..., Any]
@@ -27,7 +27,7 @@ def built() -> None:
     """The library, as set-up makes it."""
     try:
         check_processor()
-        build()
+        build_library()
     except KernelsUnavailable as error:
         pytest.skip(f"no kernels here: {error}")
 

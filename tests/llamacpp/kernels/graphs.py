@@ -14,7 +14,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from appliance.llamacpp.kernels import PLAIN, Kernels, install
+from appliance.llamacpp.kernels import PLAIN_KERNELS, Kernels, install_kernels
 
 Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.float16]
@@ -47,7 +47,7 @@ class _InitParams(ctypes.Structure):
 def begin(plain: bool) -> None:
     """Once in each process, before anything is computed."""
     llama_cpp.llama_backend_init()
-    _state["kernels"] = PLAIN if plain else install()
+    _state["kernels"] = PLAIN_KERNELS if plain else install_kernels()
 
 
 def kernels() -> Kernels:

@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from appliance.llamacpp.kernels import install, library
+from appliance.llamacpp.kernels import install_kernels, library
 from appliance.llamacpp.kernels.__main__ import main
 from appliance.llamacpp.kernels.library import (
     FLAGS,
     LLAMA_CPP_PYTHON,
     PROCESSOR_FLAGS,
     KernelsUnavailable,
-    build,
+    build_library,
     check_processor,
-    find,
-    identity,
-    key,
-    remove,
+    compute_library_key,
+    find_library,
+    identify_kernels,
+    remove_library,
 )
 from tests.llamacpp.engine_program import end, health, start, until
 
@@ -43,7 +43,7 @@ exit 1
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """Two empty folders to build into, on a processor that has everything."""
     folders = (tmp_path / "environment", tmp_path / "cache")
-    monkeypatch.setattr(library, "folders", lambda: folders)
+    monkeypatch.setattr(library, "list_library_folders", lambda: folders)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr("appliance.llamacpp.kernels.check_processor", lambda: None)
@@ -78,19 +78,19 @@ def test_another_source_version_or_machine_makes_another_library(
 ) -> None:
     sources = tmp_path / "sources"
     shutil.copytree(Path(library.__file__).parent, sources)
-    keys = [key.__wrapped__()]
+    keys = [compute_library_key.__wrapped__()]
     monkeypatch.setattr(library, "_FOLDER", sources)
-    assert key.__wrapped__() == keys[0], "wherever the sources lie"
+    assert compute_library_key.__wrapped__() == keys[0], "wherever the sources lie"
     (sources / "products.cpp").write_text((sources / "products.cpp").read_text() + "\n")
-    keys.append(key.__wrapped__())
+    keys.append(compute_library_key.__wrapped__())
     (sources / "another.h").write_text("")
-    keys.append(key.__wrapped__())
+    keys.append(compute_library_key.__wrapped__())
     monkeypatch.setattr(platform, "machine", lambda: "another")
-    keys.append(key.__wrapped__())
+    keys.append(compute_library_key.__wrapped__())
     other_version(monkeypatch)
-    keys.append(key.__wrapped__())
+    keys.append(compute_library_key.__wrapped__())
     monkeypatch.setattr(library, "FLAGS", ("-O1",))
-    keys.append(key.__wrapped__())
+    keys.append(compute_library_key.__wrapped__())
     assert len(set(keys)) == len(keys)
 
 
@@ -114,28 +114,28 @@ def test_the_sources_compile_without_a_warning(tmp_path: Path) -> None:
 def test_the_library_is_built_once_and_found_then(
     places: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert find() is None and identity() == "plain"
+    assert find_library() is None and identify_kernels() == "plain"
     assert main([]) == 0
-    path = places[0] / f"{key()}.so"
+    path = places[0] / f"{compute_library_key()}.so"
     assert capsys.readouterr().out == f"{path}\n"
-    assert list(places[0].iterdir()) == [path] and find() == path
-    assert identity() == f"kernels-{key()[:8]}"
+    assert list(places[0].iterdir()) == [path] and find_library() == path
+    assert identify_kernels() == f"kernels-{compute_library_key()[:8]}"
     path.write_text("as it was")
-    assert build() == path and path.read_text() == "as it was\n"[:-1]
+    assert build_library() == path and path.read_text() == "as it was\n"[:-1]
 
     assert main(["--remove"]) == 0
-    assert find() is None and remove() == ()
+    assert find_library() is None and remove_library() == ()
 
 
 @pytest.mark.usefixtures("compiler")
 def test_where_the_environment_cannot_be_written_the_users_cache_is(places: tuple[Path, Path]) -> None:
     places[0].write_text("a file, and no folder")
-    assert build() == places[1] / f"{key()}.so" == find()
-    remove()
+    assert build_library() == places[1] / f"{compute_library_key()}.so" == find_library()
+    remove_library()
     places[1].rmdir()
     places[1].write_text("a file as well")
     with pytest.raises(KernelsUnavailable, match=r"environment: .*; .*cache: "):
-        build()
+        build_library()
 
 
 def test_a_machine_without_a_compiler_is_told_what_to_install(
@@ -148,7 +148,7 @@ def test_a_machine_without_a_compiler_is_told_what_to_install(
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(KernelsUnavailable, match=r"g\+\+, c\+\+, clang\+\+"):
-        build()
+        build_library()
 
 
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing_behind(
@@ -169,12 +169,12 @@ def test_unknown_arguments_end_the_program_with_2() -> None:
 
 @pytest.mark.usefixtures("places", "compiler")
 def test_another_llama_cpp_is_neither_built_for_nor_loaded_into(monkeypatch: pytest.MonkeyPatch) -> None:
-    build()
+    build_library()
     other_version(monkeypatch)
     with pytest.raises(KernelsUnavailable, match=rf"{LLAMA_CPP_PYTHON}.*0\.3\.99"):
-        build()
-    told = install()
-    assert not told.names and identity() == "plain"
+        build_library()
+    told = install_kernels()
+    assert not told.names and identify_kernels() == "plain"
     assert LLAMA_CPP_PYTHON in told.reason and "0.3.99" in told.reason and LLAMA_CPP_PYTHON in told.remedy
 
 
@@ -184,8 +184,8 @@ def test_other_platforms_do_without(system: str, machine: str, monkeypatch: pyte
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(platform, "machine", lambda: machine)
     with pytest.raises(KernelsUnavailable, match=f"{system} on {machine}"):
-        build()
-    assert machine in install().reason and not install().remedy
+        build_library()
+    assert machine in install_kernels().reason and not install_kernels().remedy
 
 
 # ---- loading ----
@@ -204,22 +204,22 @@ def test_a_processor_that_lacks_an_instruction_is_told_which(tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("places")
 def test_kernels_that_are_not_built_are_told_with_the_command_that_builds_them() -> None:
-    told = install()
+    told = install_kernels()
     assert not told.names and "not been built" in told.reason
     assert told.remedy in told.told and told.remedy == "python -m appliance.llamacpp.kernels"
 
 
 @pytest.mark.usefixtures("places", "compiler")
 def test_a_library_that_does_not_load_is_a_reason_and_no_error(tmp_path: Path) -> None:
-    build()
+    build_library()
     import llama_cpp
 
     assert llama_cpp.__version__ == LLAMA_CPP_PYTHON
-    told = install()
+    told = install_kernels()
     assert not told.names and "does not load" in told.reason and "--remove" in told.remedy
     nothing = tmp_path / "maps"
     nothing.write_text("7f00-7f01 r-xp 00000000 08:01 17 /usr/lib/libc.so.6\n7f01-7f02 rw-p 00000000 00:00 0\n")
-    assert "llama.cpp is not loaded" in install(nothing).reason
+    assert "llama.cpp is not loaded" in install_kernels(nothing).reason
 
 
 @pytest.mark.usefixtures("built")
@@ -255,4 +255,4 @@ def test_the_engine_tells_which_kernels_compute(more: list[str], smollm2_path: P
     if more:
         assert "left out by --plain-kernels" in told
     else:
-        assert ("AVX-512 VNNI" in told) == (identity() != "plain"), json.dumps(told)
+        assert ("AVX-512 VNNI" in told) == (identify_kernels() != "plain"), json.dumps(told)

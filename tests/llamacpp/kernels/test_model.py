@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from appliance.llamacpp.calibrate.quantise import derive
-from appliance.llamacpp.calibrate.variant_quality import texts
+from appliance.llamacpp.calibrate.quantise import derive_variant
+from appliance.llamacpp.calibrate.variant_quality import load_quality_texts
 from tests.llamacpp.kernels import reading
 from tests.llamacpp.kernels.conftest import Run
 from tests.llamacpp.kernels.reading import LogProbs
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def q8_0(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path = tmp_path_factory.mktemp("q8_0") / "q8_0.gguf"
-    derive(smollm2_path, path, "q8_0", parameters=PARAMETERS, threads=2)
+    derive_variant(smollm2_path, path, "q8_0", parameters=PARAMETERS, threads=2)
     yield path
     path.unlink()
 
@@ -47,7 +47,7 @@ def same_top(one: LogProbs, other: LogProbs) -> float:
 
 
 def test_the_next_tokens_are_those_of_llama_cpps_own_kernels(q8_0: Path, kernels: Run, plain: Run) -> None:
-    prompts = [text.text for text in texts()[:24]]
+    prompts = [text.text for text in load_quality_texts()[:24]]
     own, ours = (run(reading.last_positions, q8_0, prompts) for run in (plain, kernels))
     assert len(own) >= 150
     assert same_top(own, ours) >= 0.9
