@@ -96,7 +96,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class BatchLine:
-    """A line that may be asked. `digest` is the same for the same url and body."""
+    """A line that may be asked. `digest` is the same for the same url and body, whatever the order of its fields."""
 
     number: int
     """From 1, as editors count."""

@@ -29,7 +29,7 @@ def load(sequences: int = 4) -> EngineLoad:
 
 
 def line(number: int, text: str | None = None, **more: Any) -> str:
-    body = {"messages": [{"role": "user", "content": text or f"question {number}"}]}
+    body = {"temperature": 0, "messages": [{"role": "user", "content": text or f"question {number}"}]}
     return json.dumps({"custom_id": f"c{number}", "method": "POST", "url": CHAT, "body": body, **more})
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from appliance.jobs.lines.reader import DuplicateTracker, parse_line, read_line_at, scan_lines
+from appliance.jobs.lines.reader import DuplicateTracker, is_deterministic, parse_line, read_line_at, scan_lines
 from appliance.jobs.models import BadLine, BatchLine
 from tests.jobs.office import CHAT, line
 
@@ -88,22 +88,52 @@ def test_a_line_as_long_as_allowed_is_read_whatever_ends_it() -> None:
 
 
 def test_a_custom_id_that_was_used_before_names_both_lines() -> None:
-    twins = DuplicateTracker()
+    tracker = DuplicateTracker()
     one, two = (
         found for found in checked(f"{line(1)}\n{line(2, custom_id='c1')}".encode()) if isinstance(found, BatchLine)
     )
-    assert twins.check_line(one) is None
-    again = twins.check_line(two)
+    assert tracker.check_line(one) is None
+    again = tracker.check_line(two)
     assert isinstance(again, BadLine)
     assert again.problem.code == "duplicate_custom_id"
     assert "line 1" in again.problem.message
     assert again.problem.line == 2
 
 
-def test_the_same_request_in_another_spelling_is_a_twin() -> None:
-    first = json.dumps({"custom_id": "a", "method": "POST", "url": CHAT, "body": {"x": 1, "y": [1, 2]}})
-    second = json.dumps({"custom_id": "b", "method": "POST", "url": CHAT, "body": {"y": [1, 2], "x": 1}})
-    third = json.dumps({"custom_id": "c", "method": "POST", "url": CHAT, "body": {"y": [2, 1], "x": 1}})
-    twins = DuplicateTracker()
+def test_the_same_request_in_another_spelling_is_a_duplicate() -> None:
+    first = json.dumps({"custom_id": "a", "method": "POST", "url": CHAT, "body": {"top_k": 1, "y": [1, 2]}})
+    second = json.dumps({"custom_id": "b", "method": "POST", "url": CHAT, "body": {"y": [1, 2], "top_k": 1}})
+    third = json.dumps({"custom_id": "c", "method": "POST", "url": CHAT, "body": {"y": [2, 1], "top_k": 1}})
+    tracker = DuplicateTracker()
     found = [one for one in checked("\n".join((first, second, third)).encode()) if isinstance(one, BatchLine)]
-    assert [twins.check_line(one) for one in found] == [None, 1, None]
+    assert [tracker.check_line(one) for one in found] == [None, 1, None]
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "shared"),
+    [
+        (CHAT, {}, False),
+        (CHAT, {"temperature": 0.7}, False),
+        (CHAT, {"temperature": 1, "seed": 7}, False),
+        (CHAT, {"temperature": 0}, True),
+        (CHAT, {"temperature": 0.0, "n": 1}, True),
+        (CHAT, {"temperature": 0, "n": 2}, False),
+        (CHAT, {"temperature": False}, False),
+        (CHAT, {"temperature": None, "top_k": 1}, True),
+        ("/v1/completions", {"temperature": 0, "best_of": 3}, False),
+        ("/v1/messages", {"top_k": 1, "max_tokens": 5}, True),
+        ("/v1/messages", {"top_k": 40}, False),
+        ("/v1/responses", {"temperature": 0}, True),
+        ("/v1/responses", {}, False),
+        ("/v1/embeddings", {}, True),
+        ("/v1/decisions", {}, True),
+        ("/v1/systemone", {}, True),
+        ("/v1/extract", {}, True),
+        ("/v1/unknown", {}, False),
+    ],
+)
+def test_only_deterministic_requests_share_an_answer(url: str, body: dict[str, object], shared: bool) -> None:
+    tracker = DuplicateTracker()
+    found = [BatchLine(number, 0, 0, f"c{number}", url, body, b"same") for number in (1, 2)]
+    assert is_deterministic(found[0]) is shared
+    assert [tracker.check_line(one) for one in found] == [None, 1 if shared else None]

@@ -80,6 +80,14 @@ async def test_identical_lines_are_asked_once_and_copied(office: Office) -> None
     assert batch.cost_usd == pytest.approx(11 * 0.5)
 
 
+async def test_identical_lines_that_sample_are_each_asked(office: Office) -> None:
+    body = {"temperature": 0.8, "seed": 3, "messages": [{"role": "user", "content": "a name for a cat"}]}
+    async with office.desk() as desk:
+        batch = await ended(desk, await office.batch(desk, [line(n, body=body) for n in range(1, 6)]))
+    assert sorted(office.answers.asked) == [(n,) for n in range(1, 6)]
+    assert (batch.counts.completed, batch.counts.copied) == (5, 0)
+
+
 async def test_a_refusal_is_copied_too_and_counts_as_failed(office: Office) -> None:
     office.answers.reply = lambda one, terms: LineAnswer(400, {"error": {"message": "no"}}, "r")
     async with office.desk() as desk:

@@ -16,6 +16,8 @@ from appliance.jobs.models import BadLine, BatchLine, BatchProblem
 MAX_CUSTOM_ID_CHARS: Final = 512
 _PIECE_BYTES: Final = 1_048_576
 _BOM: Final = b"\xef\xbb\xbf"
+_DETERMINISTIC_ENDPOINTS: Final = frozenset({"/v1/embeddings", "/v1/decisions", "/v1/systemone", "/v1/extract"})
+"""They have no sampling options: vectors and label scores are computed, extractions are decoded greedily."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,20 +106,40 @@ def _bad(raw: RawLine, custom_id: str | None, code: str, message: str, param: st
     return BadLine(raw.number, raw.offset, raw.length, custom_id, BatchProblem(code, message, raw.number, param))
 
 
+def is_deterministic(line: BatchLine) -> bool:
+    """Whether asking the same again would give the same answer, so that identical lines may share one.
+
+    What samples does not: its author wants several answers. A seed does not change that: hosted targets take it as a
+    hint or not at all.
+    """
+    if line.url in _DETERMINISTIC_ENDPOINTS:
+        return True
+    body = line.body
+    if any(body.get(name) not in (None, 1) for name in ("n", "best_of")):
+        return False
+    return _is_number(body.get("temperature"), 0) or _is_number(body.get("top_k"), 1)
+
+
+def _is_number(value: Any, wanted: int) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == wanted
+
+
 class DuplicateTracker:
-    """Sees every line of a file once, and knows the ones it has seen before."""
+    """Sees every line of a file once, and knows the custom ids and the deterministic requests it has seen before."""
 
     def __init__(self) -> None:
         self._names: dict[bytes, int] = {}
         self._first: dict[bytes, int] = {}
 
     def check_line(self, line: BatchLine) -> BadLine | int | None:
-        """A mistake where the line's custom_id was used before, the first line that asks the same, or None."""
+        """A mistake where the line's custom_id was used before, the first line whose answer it shares, or None."""
         name = hashlib.blake2b(line.custom_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         earlier = self._names.setdefault(name, line.number)
         if earlier != line.number:
             text = f"custom_id {line.custom_id[:80]!r} is that of line {earlier} too: give every line its own"
             problem = BatchProblem("duplicate_custom_id", text, line.number, "custom_id")
             return BadLine(line.number, line.offset, line.length, line.custom_id, problem)
+        if not is_deterministic(line):
+            return None
         first = self._first.setdefault(line.digest, line.number)
         return None if first == line.number else first

@@ -51,7 +51,7 @@ class ResultPosition:
 
 @dataclass(frozen=True, slots=True)
 class CopiedLine:
-    """A line that waits for nothing but to be given the answer of an identical one."""
+    """A line that waits for nothing but the answer of an identical, deterministic one."""
 
     position: ResultPosition
     state: int
@@ -166,7 +166,7 @@ class JobStore(SqliteStore):
         await self._transact(lambda one: one.execute(delete(lines).where(lines.c.batch_id == batch_id)))
 
     async def add_lines(self, batch_id: str, found: Sequence[tuple[BatchLine, int | None]]) -> None:
-        """Lines that wait, each with the first line that asks the same, if there is one."""
+        """Lines that wait, each with the first line whose answer it shares, if there is one."""
         rows = [
             {
                 "batch_id": batch_id,

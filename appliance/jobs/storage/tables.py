@@ -47,7 +47,7 @@ lines = Table(
     Column("offset", Integer, nullable=False),
     Column("length", Integer, nullable=False),
     Column("digest", LargeBinary, nullable=False),
-    # The first line that asks the same; empty for that one itself.
+    # The first line that asks the same, where the answer may be shared; empty for that one itself.
     Column("twin_of", Integer),
     # 0 waits, 1 answered, 2 failed, 3 lies in a provider's batch.
     Column("state", Integer, nullable=False),
