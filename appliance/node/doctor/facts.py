@@ -71,8 +71,8 @@ if any(len(list(folder.glob("libggml-cpu-*.so"))) > 1 for folder in folders):
 import llama_cpp
 llama_cpp.llama_backend_init()
 print(llama_cpp.llama_print_system_info().decode())
-from appliance.llamacpp.kernels import install
-kernels = install()
+from appliance.llamacpp.kernels import install_kernels
+kernels = install_kernels()
 print("kernels", kernels.told if kernels.names else "", kernels.reason, kernels.remedy, sep="\t")
 """
 _BUILD_SECONDS: Final = 60.0

@@ -237,7 +237,7 @@ def test_another_backend_in_memory_is_not_mistaken_for_the_one_in_use() -> None:
 
 def test_the_control_plane_asks_for_their_identity_without_llama_cpp() -> None:
     code = (
-        "import sys; from appliance.node.calibrate.calibration_store import llama_cpp_identity as told; "
+        "import sys; from appliance.node.calibrate.calibration_store import read_llama_cpp_identity as told; "
         "print(told(), [name for name in sys.modules if name.startswith('llama_cpp')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
