@@ -24,7 +24,7 @@ from appliance.config.policy_diff import differences
 from appliance.core import Ability, Caller, Profile, Request, Residency, Snapshot, Target
 from appliance.errors import ApplianceError, ConfigError, UnknownModel
 from appliance.router.capacity.predictor import NOT_PREDICTED, Prediction
-from appliance.router.cost import reserve_usd
+from appliance.router.cost import worst_case_usd
 from appliance.router.pii.scanner import PiiScanner, detector_for
 from appliance.router.profile import profile
 from appliance.router.request_builder import make_request
@@ -190,7 +190,7 @@ def _rank(request: Request, made: Profile, policy: Policy, targets: tuple[Target
             made.prompt_tokens // 2,
             usd=0.0
             if target.price is None
-            else reserve_usd(target.price, prompt_tokens=made.prompt_tokens, output_tokens=made.output_tokens),
+            else worst_case_usd(target.price, prompt_tokens=made.prompt_tokens, output_tokens=made.output_tokens),
         )
         for target in targets
     }

@@ -53,7 +53,7 @@ class Route:
     """When a streamed answer is verified; None: before its first byte only where another target could still answer."""
     escalations: tuple[Attempt, ...] = ()
     """Who is asked when an answer is unsure, in order."""
-    standby: tuple[Attempt, ...] = ()
+    cold_targets: tuple[Attempt, ...] = ()
     """Engines that are not up now: waited for only where every attempt has come to nothing."""
 
 

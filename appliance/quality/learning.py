@@ -107,7 +107,7 @@ class CascadeLearning:
 
     # What the pipeline asks and tells.
 
-    def standing(self, cascade: CascadeRule, classifier: str, version: str | None) -> CascadeThresholds:
+    def get_thresholds(self, cascade: CascadeRule, classifier: str, version: str | None) -> CascadeThresholds:
         if version is None:
             return CascadeThresholds(None, "its version is not known")
         self._asked[classifier] = version
@@ -118,7 +118,7 @@ class CascadeLearning:
             return CascadeThresholds(None, "no threshold was estimated yet")
         return known
 
-    def seen(self, call: CascadeCall) -> None:
+    def record_cascade(self, call: CascadeCall) -> None:
         call = replace(call, rows=tuple(map(drop_unusable_text, call.rows)))
         day = count_traffic(call)
         place = (day.classifier, day.route, day.day)
@@ -341,7 +341,7 @@ class CascadeLearning:
         told = await self._program.get_classifier(lesson.name) if self._is_served(lesson.target) else None
         if told is None:
             return False
-        self.standing(lesson.cascade, lesson.target, str(told["serving"]))
+        self.get_thresholds(lesson.cascade, lesson.target, str(told["serving"]))
         return True
 
     async def _standing(self, lesson: CascadeClassifier, key: _Key) -> CascadeThresholds:

@@ -43,7 +43,7 @@ def make_label(call: CascadeCall, row: CascadeText) -> Labelled:
         residency=call.residency,
         version=call.version,
         own=row.own,
-        own_confidence=row.own_confidence,
+        own_confidence=row.classifier_confidence,
         label=row.answer or "",
         source=row.answered_by,
         audited=row.audited,

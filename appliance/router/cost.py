@@ -17,14 +17,14 @@ _PROMPT_MARGIN: Final = 1.2
 """Our token count of a prompt may be too low; what is reserved must not be."""
 
 
-def reserve_usd(price: Price, *, prompt_tokens: int, output_tokens: int) -> float:
+def worst_case_usd(price: Price, *, prompt_tokens: int, output_tokens: int) -> float:
     """The most an attempt is expected to cost: the whole output, no cached input, or all of it put into a cache."""
     prompt = round(prompt_tokens * _PROMPT_MARGIN)
     input_usd = max(price.input_usd, price.cache_write_usd or 0.0)
     return Price(input_usd, price.output_usd).cost_usd(Usage(prompt, output_tokens))
 
 
-def hosted_usd(price: Price, usage: Usage, reserved_usd: float) -> float:
+def hosted_cost_usd(price: Price, usage: Usage, reserved_usd: float) -> float:
     """By the reported tokens; where the target reported none, what was reserved: unknown is not free."""
     return reserved_usd if usage == Usage() else price.cost_usd(usage)
 
@@ -40,7 +40,7 @@ class CostEstimate:
     energy_basis: CostBasis | None = None
 
 
-def onsite_bill(
+def estimate_onsite_cost(
     target: Target, view: EngineStatus | None, usage: Usage, cost: CostSettings, cores: int
 ) -> CostEstimate | None:
     """Energy and hardware for the seconds of engine time that `usage` stands for; None where nothing tells the time."""
@@ -57,8 +57,10 @@ def onsite_bill(
     return CostEstimate(seconds * usd_per_busy_second(view, cost, cores), basis, seconds * watts, energy_basis)
 
 
-def onsite_usd(target: Target, view: EngineStatus | None, usage: Usage, cost: CostSettings, cores: int) -> float | None:
-    bill = onsite_bill(target, view, usage, cost, cores)
+def estimate_onsite_usd(
+    target: Target, view: EngineStatus | None, usage: Usage, cost: CostSettings, cores: int
+) -> float | None:
+    bill = estimate_onsite_cost(target, view, usage, cost, cores)
     return None if bill is None else bill.usd
 
 

@@ -1,8 +1,8 @@
-"""Requests that leave in a provider's own batch: decided, permitted and paid for one by one, sent together.
+"""Requests that leave in a provider's own batch: routing, permitted and paid for one by one, sent together.
 
 A request may leave so where its route's first target is hosted, takes batches, and is known to be cheaper that way. It
 then has a permit and a reservation of its own like any other; what comes back is verified and read as if it had been
-asked alone. What was decided is kept as text (a ticket), because the answer may come after a restart.
+asked alone. What was routing is kept as text (a ticket), because the answer may come after a restart.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -26,12 +26,12 @@ from appliance.core import (
     Usage,
 )
 from appliance.errors import ApplianceError, BackendError, BackendRefused, ResidencyRefused, Unavailable, Unsupported
-from appliance.router.attempts.outcome import detail_of, outcome_of, result_of
-from appliance.router.attempts.verify import read_verified
-from appliance.router.cost import hosted_usd, reserve_usd
+from appliance.router.attempts.outcome import build_outcome, classify_error, describe_error
+from appliance.router.attempts.verify import read_verified_reply
+from appliance.router.cost import hosted_cost_usd, worst_case_usd
 from appliance.router.deps import RouterDeps
 from appliance.router.routing.router import RoutingResult
-from appliance.router.routing.truncation import shaped
+from appliance.router.routing.truncation import trim_call
 from appliance.telemetry.redaction import scrub_text
 from appliance.upstream import client
 from appliance.upstream.label_scoring import tokens as token_labels
@@ -75,12 +75,12 @@ class ReadLine:
 class ProviderBatchSubmitter:
     """The pipeline's side of providers' batches. What is sent, and when, is for the caller to say."""
 
-    def __init__(self, means: RouterDeps) -> None:
-        self._means = means
+    def __init__(self, deps: RouterDeps) -> None:
+        self._deps = deps
 
     def target(self, name: str) -> Target:
         """Raises Unavailable where it is not configured any more."""
-        found = self._means.state.snapshot.target(name)
+        found = self._deps.state.snapshot.target(name)
         if found is None or found.wire.batches is None:
             raise Unavailable(f"{name} is not configured, or takes no batches", retry_after_seconds=60.0)
         return found
@@ -89,45 +89,45 @@ class ProviderBatchSubmitter:
         """Whether `target` is known to be cheaper in batches, and is well."""
         if target.location != "hosted" or target.batch_price is None or target.wire.batches is None:
             return False
-        return self._means.breakers.blocked_until(target.name, self._means.clock()) is None
+        return self._deps.breakers.blocked_until(target.name, self._deps.clock()) is None
 
-    def prepare(self, request: Request, call: TaskCall, decided: RoutingResult) -> PreparedLine | None:
+    def prepare(self, request: Request, call: TaskCall, routing: RoutingResult) -> PreparedLine | None:
         """None where this request is better asked the usual way. Nothing is reserved or sent yet."""
-        route = decided.decision.route
-        if decided.refusal is not None or not route.attempts or not self.takes(route.attempts[0].target):
+        route = routing.decision.route
+        if routing.refusal is not None or not route.attempts or not self.takes(route.attempts[0].target):
             return None
-        if route.standby and request.patience_seconds:
+        if route.cold_targets and request.patience_seconds:
             return None  # an engine of this node is only down for now
         attempt = route.attempts[0]
-        target, whole = attempt.target, shaped(call, request.body, decided.shape)
+        target, whole = attempt.target, trim_call(call, request.body, routing.trim)
         try:
-            letter = _letter(request, whole, target)
-            permit = self._means.permits.permit(request, target, route.residency)
+            wire_request = _letter(request, whole, target)
+            permit = self._deps.permits.permit(request, target, route.residency)
         except (Unsupported, ResidencyRefused):
             return None
-        endpoint = None if letter is None else _api(target).endpoint(letter)
-        if letter is None or endpoint is None:
+        endpoint = None if wire_request is None else _api(target).endpoint(wire_request)
+        if wire_request is None or endpoint is None:
             return None
         assert target.batch_price is not None
-        tokens = self._means.memory.experience.tokens.correct(target.name, whole.prompt_tokens)
-        usd = reserve_usd(target.batch_price, prompt_tokens=tokens, output_tokens=whole.output_tokens)
+        tokens = self._deps.stats.estimators.tokens.correct(target.name, whole.prompt_tokens)
+        usd = worst_case_usd(target.batch_price, prompt_tokens=tokens, output_tokens=whole.output_tokens)
         if route.max_cost_usd is not None and usd > route.max_cost_usd:
             return None
-        outcome = outcome_of(request, decided.decision, (), error=None, first_byte_seconds=None, total_seconds=0.0)
-        line = _api(target).line(letter, request.id)
+        outcome = build_outcome(request, routing.decision, (), error=None, first_byte_seconds=None, total_seconds=0.0)
+        line = _api(target).line(wire_request, request.id)
         return PreparedLine(target, endpoint, line, permit, usd, outcome, attempt.reason)
 
     async def reserve(self, sealed: PreparedLine) -> str:
         """Put down what it may cost; returns its ticket. Raises BudgetExceeded, LedgerUnavailable."""
         outcome = sealed.outcome
-        reservation = await self._means.ledger.reserve(
+        reservation = await self._deps.ledger.reserve(
             decision_id=outcome.decision_id,
             target=sealed.target,
             usd=sealed.usd,
             route=outcome.route,
             key_id=outcome.key_id,
         )
-        self._means.memory.of_late.took(outcome.route, self._means.clock())
+        self._deps.stats.windows.record_request(outcome.route, self._deps.clock())
         assert sealed.target.batch_price is not None
         return _Ticket(
             outcome, sealed.target.name, sealed.reason, sealed.target.batch_price, reservation, sealed.usd
@@ -136,14 +136,14 @@ class ProviderBatchSubmitter:
     def release(self, ticket: str) -> None:
         """It was not answered there, and is not billed."""
         found = _Ticket.read(ticket)
-        self._means.ledger.settle(found.reservation, usd=0.0)
+        self._deps.ledger.settle(found.reservation, usd=0.0)
 
     # The batch as a whole.
 
     def carrier(self, target: Target, name: str) -> BatchClient:
         """Raises ResidencyRefused where no door leads there any more."""
         return BatchClient(
-            self._means.doors.for_batches(target), target, self._means.permits.batch_permit(name, target)
+            self._deps.transports.for_batches(target), target, self._deps.permits.batch_permit(name, target)
         )
 
     async def send(self, name: str, sealed: Sequence[PreparedLine], note: Callable[[str], Awaitable[None]]) -> str:
@@ -154,9 +154,9 @@ class ProviderBatchSubmitter:
             batch = await _api(target).send(self.carrier(target, name), name, endpoint, lines, note)
         except BackendError as error:
             if not isinstance(error, BackendRefused):
-                self._means.breakers.fail(target.name, self._means.clock(), error.retry_after_seconds)
+                self._deps.breakers.fail(target.name, self._deps.clock(), error.retry_after_seconds)
             raise
-        self._means.breakers.succeed(target.name)
+        self._deps.breakers.succeed(target.name)
         return batch
 
     async def find(self, target: Target, name: str) -> str | None:
@@ -191,33 +191,33 @@ class ProviderBatchSubmitter:
         try:
             if row.status != 200:
                 raise BackendError(f"{target.name}: {_NOT_DONE}")
-            letter = _letter(request, call, target)
-            if letter is None:
+            wire_request = _letter(request, call, target)
+            if wire_request is None:
                 raise BackendError(f"{target.name} was asked otherwise than this node asks now")
-            reply = client.read_batched(letter, row.payload)
+            reply = client.read_batched(wire_request, row.payload)
             usage = reply.usage
-            payload = read_verified(call, target, [letter.outgoing], [reply])
+            payload = read_verified_reply(call, target, [wire_request.outgoing], [reply])
         except ApplianceError as problem:
             error = problem
-        cost_usd = hosted_usd(found.price, usage, found.usd) if row.status == 200 else 0.0
-        self._means.ledger.settle(found.reservation, usd=cost_usd)
+        cost_usd = hosted_cost_usd(found.price, usage, found.usd) if row.status == 200 else 0.0
+        self._deps.ledger.settle(found.reservation, usd=cost_usd)
         if row.status == 200:  # what was not answered costs nothing, and is told by what is done about it
-            self._means.ledger.record(self._ended(found, batch, usage, cost_usd, error))
+            self._deps.ledger.record(self._ended(found, batch, usage, cost_usd, error))
         return ReadLine(found.outcome.decision_id, usage, cost_usd, payload, error)
 
     def _ended(
         self, ticket: "_Ticket", batch: str, usage: Usage, cost_usd: float, error: ApplianceError | None
     ) -> Outcome:
         outcome = ticket.outcome
-        result: AttemptResult = "answered" if error is None else result_of(error)
-        took = max(0.0, self._means.wall() - outcome.received_at)
+        result: AttemptResult = "answered" if error is None else classify_error(error)
+        took = max(0.0, self._deps.wall() - outcome.received_at)
         attempt = AttemptOutcome(
             index=0,
             target=ticket.target,
             location="hosted",
             reason=f"in batch {batch}: {ticket.reason}",
             result=result,
-            detail="" if error is None else scrub_text(detail_of(error)),
+            detail="" if error is None else scrub_text(describe_error(error)),
             started_at=outcome.received_at,
             first_byte_seconds=None,
             total_seconds=took,
@@ -233,7 +233,7 @@ class ProviderBatchSubmitter:
 
 @dataclass(frozen=True, slots=True)
 class _Ticket:
-    """What was decided of a line when it left, as it is kept."""
+    """What was routing of a line when it left, as it is kept."""
 
     outcome: Outcome
     target: str
@@ -264,8 +264,8 @@ def _letter(request: Request, call: TaskCall, target: Target) -> WireRequest | N
     if len(outgoing) != 1 or call.streams(target):
         return None
     salt = client.salt_of(request.caller.key_id)
-    letter = client.write(target, outgoing[0], stream=False, salt=salt)
-    return None if token_labels.is_asked(letter) else letter
+    wire_request = client.write(target, outgoing[0], stream=False, salt=salt)
+    return None if token_labels.is_asked(wire_request) else wire_request
 
 
 def _api(target: Target) -> BatchApiClient:

@@ -38,7 +38,7 @@ class TokenCount:
         }
 
 
-async def count_with(door: Transport, target: Target, chat: Mapping[str, Any]) -> int | None:
+async def count_with(transport: Transport, target: Target, chat: Mapping[str, Any]) -> int | None:
     """The engine's own count of a chat; None where it does not tell. Only engines of this node are asked."""
     if target.provider is not None:
         return None
@@ -46,7 +46,7 @@ async def count_with(door: Transport, target: Target, chat: Mapping[str, Any]) -
     with contextlib.suppress(ApplianceError, TimeoutError):
         async with asyncio.timeout(SECONDS):
             body = orjson.dumps({"model": target.model, **asked})
-            response = await door.open(target, "/tokenize", body, permit=None, at_root=True)
+            response = await transport.open(target, "/tokenize", body, permit=None, at_root=True)
             try:
                 raw = b""
                 async for part in response.aiter_bytes():

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from appliance.quality.learning import CascadeLearning
 from appliance.router.accounting import SpendAccounting, SpendCaps
 from appliance.router.capacity.admission import Admission
 from appliance.router.capacity.breaker import Breakers
-from appliance.router.deps import RuntimeStats
+from appliance.router.deps import NoFeedback, RouterDeps, RuntimeStats
 from appliance.router.pipeline import Pipeline
 from appliance.router.residency import EgressPermitIssuer
 from appliance.serve.startup_config import NodeSpec
@@ -61,8 +62,8 @@ class ReloadableNode:
     ) -> None:
         self._site, self._reread, self._learning = site, reread, learning
         self._state, self._signals, self._books = state, signals, books
-        self._office, self._breakers, self._memory = EgressPermitIssuer(), Breakers(), RuntimeStats()
-        self._admission = Admission(state, time.monotonic, self._memory.experience, signals)
+        self._office, self._breakers, self._stats = EgressPermitIssuer(), Breakers(), RuntimeStats()
+        self._admission = Admission(state, time.monotonic, self._stats.estimators, signals)
         self._retired: list[Transports] = []
         self._changing = asyncio.Lock()
         """What was read first comes into force first: an older reading never replaces a newer one."""
@@ -151,17 +152,17 @@ class ReloadableNode:
         return Transports(local, EgressTransport(hosted, secrets, self._office.key))
 
     def _make_pipeline(self, site: NodeSpec) -> Pipeline:
-        return Pipeline(
-            policy=site.policy,
-            config=site.config,
-            detector=site.detector,
+        deps = RouterDeps(
             state=self._state,
             ledger=self._books,
             admission=self._admission,
             breakers=self._breakers,
-            memory=self._memory,
-            doors=self._doors,
+            stats=self._stats,
+            transports=self._doors,
             permits=self._office,
+            cost=site.config.cost,
+            cores=site.config.engine.threads or len(os.sched_getaffinity(0)),
             alerts=self._signals,
-            learning=self._learning,
+            feedback=self._learning or NoFeedback(),
         )
+        return Pipeline(site.policy, deps, site.detector)

@@ -20,7 +20,8 @@ from appliance.node.supervise.launcher import ChildLauncher
 from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor
 from appliance.node.supervise.swapper import Swapper
-from appliance.router.capacity.admission import Admission, RequestLoad
+from appliance.router.capacity.admission import Admission
+from appliance.router.capacity.request_load import RequestLoad
 from appliance.state import State
 from tests.node.processes import eventually
 from tests.node.vllm_stage import fake_installed, placement
@@ -56,8 +57,8 @@ class Scene:
         target = self.state.snapshot.target(f"onsite/{model}")
         assert target is not None
         started = time.monotonic()
-        slot = await self.admission.enter(target, RequestLoad(10, 10), first=False, wait_seconds=seconds)
-        slot.leave()
+        slot = await self.admission.enter(target, RequestLoad(10, 10), is_residency_bound=False, wait_seconds=seconds)
+        slot.release()
         return time.monotonic() - started
 
 

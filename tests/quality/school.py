@@ -65,7 +65,7 @@ class School:
         self.alerts.pop(code, None)
 
     def standing(self, version: int = 1) -> CascadeThresholds:
-        return self.learning.standing(self.cascade, TARGET, str(version))
+        return self.learning.get_thresholds(self.cascade, TARGET, str(version))
 
     async def train(self, examples: Sequence[Mapping[str, str]], **more: Any) -> None:
         body = {"name": "mail", "examples": list(examples), "keep_examples": True, **more}
@@ -87,13 +87,15 @@ class School:
         decision_id = f"dec_{next(_ids)}"
         keeps = self.policy.routes[0].keep_texts
         call = CascadeCall("intents", TARGET, version, decision_id, owner, residency, keeps, self.now, rows)
-        self.learning.seen(call)
+        self.learning.record_cascade(call)
         return decision_id
 
 
 def labelled_by(target: str, text: str, label: str, own: str | None, sure: float = 0.4, **more: Any) -> CascadeText:
     given: dict[str, Any] = {"index": 0, "is_sure": True, "went_on": True, "audited": False, "is_reference": True}
-    return CascadeText(text=text, own=own, own_confidence=sure, answer=label, answered_by=target, **{**given, **more})
+    return CascadeText(
+        text=text, own=own, classifier_confidence=sure, answer=label, answered_by=target, **{**given, **more}
+    )
 
 
 def stood(text: str, label: str, sure: float, index: int = 0) -> CascadeText:

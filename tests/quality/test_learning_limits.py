@@ -27,7 +27,7 @@ class Nobody:
 
 
 def call(number: int, text: str) -> CascadeCall:
-    row: Mapping[str, Any] = {"own": "a", "own_confidence": 0.5, "answer": "b", "answered_by": "cloud/big"}
+    row: Mapping[str, Any] = {"own": "a", "classifier_confidence": 0.5, "answer": "b", "answered_by": "cloud/big"}
     seen = CascadeText(
         index=0, text=text, is_sure=True, went_on=True, audited=False, is_reference=True, capped=False, **row
     )
@@ -43,7 +43,7 @@ async def learning(folder: Path) -> CascadeLearning:
 async def test_texts_that_no_training_takes_are_not_kept(tmp_path: Path) -> None:
     learns = await learning(tmp_path)
     for number, text in enumerate(("good", "x" * MAX_TEXT_CHARS, "x" * (MAX_TEXT_CHARS + 1), " \n")):
-        learns.seen(call(number, text))
+        learns.record_cascade(call(number, text))
     await learns.run_round()
     assert (await learns.store.count_labels(TARGET))["labels"] == 4
     assert [len(row.text or "") for row in await learns.store.list_texts(TARGET, ["ann"])] == [4, MAX_TEXT_CHARS]
@@ -53,7 +53,7 @@ async def test_texts_that_no_training_takes_are_not_kept(tmp_path: Path) -> None
 async def test_the_log_tells_no_text_however_much_it_tells(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="sqlalchemy.engine"):
         learns = await learning(tmp_path)
-        learns.seen(call(1, "a text of somebody's"))
+        learns.record_cascade(call(1, "a text of somebody's"))
         await learns.run_round()
         await learns.aclose()
     assert "INSERT INTO labelled" in caplog.text
@@ -63,7 +63,7 @@ async def test_the_log_tells_no_text_however_much_it_tells(tmp_path: Path, caplo
 async def test_what_is_remembered_for_feedback_is_bounded_by_length_too(tmp_path: Path) -> None:
     learns = await learning(tmp_path)
     for number in range(1_500):
-        learns.seen(call(number, "x" * MAX_TEXT_CHARS))
+        learns.record_cascade(call(number, "x" * MAX_TEXT_CHARS))
     held = sum(len(row.text) for one in learns._recent.values() for row in one.rows)
     assert held == 20_000_000
     await learns.forget_owner("ann")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from appliance.config import NodeConfig, Policy, parse_policy
+from appliance.config import Policy, parse_policy
 from appliance.core import (
     Caller,
     EngineLoad,
@@ -25,7 +25,7 @@ from appliance.core import (
 from appliance.errors import BudgetExceeded, LedgerUnavailable, RejectedReply
 from appliance.router.capacity.admission import Admission
 from appliance.router.capacity.breaker import Breakers
-from appliance.router.deps import RuntimeStats
+from appliance.router.deps import FeedbackSink, NoFeedback, RouterDeps, RuntimeStats
 from appliance.router.pii.scanner import PiiDetector, detector_for
 from appliance.router.pipeline import Answer, Pipeline
 from appliance.router.residency import EgressPermitIssuer
@@ -86,7 +86,7 @@ def hosted_target(address: str = "http://127.0.0.1:9/v1", name: str = "cloud/big
     return Target(name=name, address=address, **{**given, **fields})
 
 
-def load_of(**fields: Any) -> EngineLoad:
+def make_request_load(**fields: Any) -> EngineLoad:
     given: dict[str, Any] = {
         "queued_requests": 0,
         "running_sequences": 0,
@@ -106,7 +106,7 @@ def load_of(**fields: Any) -> EngineLoad:
 
 
 def view_of(target: str = "onsite/tiny", *, seen: float, **fields: Any) -> EngineStatus:
-    given: dict[str, Any] = {"state": "ready", "load": load_of()}
+    given: dict[str, Any] = {"state": "ready", "load": make_request_load()}
     return EngineStatus(target=target, seen=seen, **{**given, **fields})
 
 
@@ -202,12 +202,13 @@ class RecordingLedger:
 class Scene:
     """State, doors and pipeline over given targets. `engine_is` says what the control plane would publish."""
 
-    def __init__(self, *targets: Target, policy: str = LOCAL_FIRST) -> None:
+    def __init__(self, *targets: Target, policy: str = LOCAL_FIRST, feedback: FeedbackSink | None = None) -> None:
+        self.feedback = feedback or NoFeedback()
         self.now = time.monotonic
         self.state = State(self.now)
         self.ledger = RecordingLedger()
-        self.memory = RuntimeStats()
-        self.admission = Admission(self.state, self.now, self.memory.experience)
+        self.stats = RuntimeStats()
+        self.admission = Admission(self.state, self.now, self.stats.estimators)
         self.breakers = Breakers()
         self.pauses: list[float] = []
         """What was waited before retries; no test waits for it."""
@@ -220,29 +221,28 @@ class Scene:
         egress = (
             EgressTransport(addresses, dict.fromkeys(addresses, "sk-secret"), self.permits.key) if addresses else None
         )
-        self.doors = Transports(LocalTransport(), egress)
+        self.transports = Transports(LocalTransport(), egress)
         self.targets = targets
         self.pipeline = self.reload(policy)
         self.publish()
 
     def reload(self, policy: str) -> Pipeline:
         written = policy_of(policy)
-        self.pipeline = Pipeline(
-            policy=written,
-            config=NodeConfig(),
-            detector=self.detector or detector_for(written),
+        deps = RouterDeps(
             state=self.state,
             ledger=self.ledger,
             admission=self.admission,
             breakers=self.breakers,
-            memory=self.memory,
-            doors=self.doors,
+            stats=self.stats,
+            transports=self.transports,
             permits=self.permits,
             alerts=self,
-            pause=self.pause,
-            chance=lambda: 0.5,
+            feedback=self.feedback,
+            sleep=self.pause,
+            draw=lambda: 0.5,
             wall=self.wall,
         )
+        self.pipeline = Pipeline(written, deps, self.detector or detector_for(written))
         return self.pipeline
 
     def wall(self) -> float:
@@ -270,7 +270,7 @@ class Scene:
 
     async def aclose(self) -> None:
         await self.admission.aclose()
-        await self.doors.aclose()
+        await self.transports.aclose()
 
     def check_nothing_is_held(self) -> None:
         assert self.admission.total == 0

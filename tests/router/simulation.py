@@ -16,12 +16,12 @@ from typing import Any
 import httpx
 import orjson
 
-from appliance.config import NodeConfig, parse_policy
+from appliance.config import parse_policy
 from appliance.core import EgressPermit, Residency, Snapshot, Target
 from appliance.errors import ApplianceError
 from appliance.router.capacity.admission import Admission
 from appliance.router.capacity.breaker import Breakers
-from appliance.router.deps import RuntimeStats
+from appliance.router.deps import RouterDeps, RuntimeStats
 from appliance.router.pipeline import Pipeline
 from appliance.router.residency import EgressPermitIssuer
 from appliance.state import State
@@ -31,7 +31,7 @@ from tests.router.scene import (
     RecordingLedger,
     engine_target,
     hosted_target,
-    load_of,
+    make_request_load,
     request_of,
     view_of,
 )
@@ -134,7 +134,7 @@ class SimulatedEngine:
     def load(self) -> Any:
         left = [*self.queue, *self.running]
         rates = {count: self.rate(count) for count in (1, 4, 8, self.sequences) if count <= self.sequences}
-        return load_of(
+        return make_request_load(
             queued_requests=len(self.queue),
             running_sequences=len(self.running),
             sequences_capacity=self.sequences,
@@ -254,22 +254,21 @@ async def _simulate(
     engine_fields: dict[str, Any], arrivals: Sequence[Arrival], policy: str, to_the_end: bool
 ) -> Result:
     loop = asyncio.get_running_loop()
-    engine, memory, state = SimulatedEngine(**engine_fields), RuntimeStats(), State(loop.time)
+    engine, stats, state = SimulatedEngine(**engine_fields), RuntimeStats(), State(loop.time)
     local, hosted = engine_target(context_tokens=None), hosted_target(context_tokens=None)
     egress = SimulatedDoor(None, _HOSTED_FIRST_SECONDS)
-    admission = Admission(state, loop.time, memory.experience)
-    pipeline = Pipeline(
-        policy=parse_policy(policy, "policy.toml"),
-        config=NodeConfig(),
+    admission = Admission(state, loop.time, stats.estimators)
+    deps = RouterDeps(
         state=state,
         ledger=RecordingLedger(),
         admission=admission,
         breakers=Breakers(),
-        memory=memory,
-        doors=Transports(SimulatedDoor(engine), egress),
+        stats=stats,
+        transports=Transports(SimulatedDoor(engine), egress),
         permits=EgressPermitIssuer(),
         clock=loop.time,
     )
+    pipeline = Pipeline(parse_policy(policy, "policy.toml"), deps)
 
     async def publish() -> None:
         while True:

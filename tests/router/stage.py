@@ -4,7 +4,8 @@ import asyncio
 from typing import Any
 
 from appliance.core import TimeLimits
-from appliance.router.capacity.admission import RequestLoad, Slot
+from appliance.router.capacity.request_load import RequestLoad
+from appliance.router.capacity.target_queue import Slot
 from tests.router.scene import LOCAL_FIRST, Scene, engine_target, hosted_target
 from tests.standin import StandIn
 
@@ -20,7 +21,10 @@ class Stage(Scene):
     async def fill_engine(self) -> list[Slot]:
         """Take every place that the engine has, with work for many seconds."""
         loads = [RequestLoad(2000, 4000), *[RequestLoad(10, 10)] * 5]
-        return [await self.admission.enter(self.targets[0], load, first=False, wait_seconds=0) for load in loads]
+        return [
+            await self.admission.enter(self.targets[0], load, is_residency_bound=False, wait_seconds=0)
+            for load in loads
+        ]
 
 
 async def settled() -> None:

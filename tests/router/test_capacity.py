@@ -8,12 +8,12 @@ from appliance.config import CostSettings
 from appliance.core import Price, UpstreamCall, UpstreamReply, Usage
 from appliance.engines.rates import interpolate_decode_rate
 from appliance.errors import BackendGarbage, RejectedReply
-from appliance.router.attempts.verify import read_verified
+from appliance.router.attempts.verify import read_verified_reply
 from appliance.router.capacity.breaker import CLOSED, Breaker, Breakers, after_failure, after_nothing, after_start
 from appliance.router.capacity.predictor import STALE_SECONDS, InFlight, Prediction, predict
-from appliance.router.cost import hosted_usd, onsite_usd, reserve_usd, usd_per_busy_second
+from appliance.router.cost import estimate_onsite_usd, hosted_cost_usd, usd_per_busy_second, worst_case_usd
 from appliance.router.stats.estimators import TokenEstimateCorrection
-from tests.router.scene import PRICE, ChatCall, engine_target, load_of, view_of
+from tests.router.scene import PRICE, ChatCall, engine_target, make_request_load, view_of
 
 NOW = 100.0
 IDLE = view_of(seen=NOW)
@@ -39,8 +39,8 @@ def test_what_we_have_sent_and_what_waits_here_comes_first() -> None:
 
 def test_pitfall_9_the_engines_gauges_only_correct_our_own_ledger_upwards() -> None:
     own = InFlight(sequences=2, prompt_tokens=4000, output_tokens=100, kv_tokens=4100)
-    lagging = predicted(view_of(seen=NOW, load=load_of()), own)
-    knowing = predicted(view_of(seen=NOW, load=load_of(queued_prompt_tokens=9000)), own)
+    lagging = predicted(view_of(seen=NOW, load=make_request_load()), own)
+    knowing = predicted(view_of(seen=NOW, load=make_request_load(queued_prompt_tokens=9000)), own)
     assert lagging.first_byte_seconds > 4.0, "a gauge at zero does not make the engine free"
     assert knowing.first_byte_seconds > lagging.first_byte_seconds + 4.0
 
@@ -80,7 +80,7 @@ def test_a_full_kv_cache_keeps_a_request_out_until_there_is_room() -> None:
     made = predicted(inflight=nearly, prompt=500)
     assert not made.fits_kv and not made.can_enter and "KV" in made.reason
     assert made.first_byte_seconds > predicted(prompt=500).first_byte_seconds
-    used = predicted(view_of(seen=NOW, load=load_of(kv_used_tokens=8100)))
+    used = predicted(view_of(seen=NOW, load=make_request_load(kv_used_tokens=8100)))
     assert not used.fits_kv
 
 
@@ -89,7 +89,7 @@ def test_a_request_that_fills_the_whole_cache_enters_an_empty_engine() -> None:
 
 
 def test_an_engine_without_measurements_is_taken_for_a_slow_one() -> None:
-    unmeasured = load_of(prefill_tokens_per_second=0.0, decode_tokens_per_second={})
+    unmeasured = make_request_load(prefill_tokens_per_second=0.0, decode_tokens_per_second={})
     made = predicted(view_of(seen=NOW, load=unmeasured))
     assert made.ready and made.first_byte_seconds == pytest.approx(1.0) and made.finish_seconds == pytest.approx(6.0)
 
@@ -177,25 +177,25 @@ def test_a_success_closes_the_breaker() -> None:
 
 def test_hosted_cost_is_price_times_reported_tokens() -> None:
     usage = Usage(1000, 500, cached_tokens=400)
-    assert hosted_usd(Price(2.0, 8.0, 1.0), usage, 9.0) == pytest.approx((600 * 2 + 400 * 1 + 500 * 8) / 1e6)
-    assert hosted_usd(PRICE, usage, 9.0) == pytest.approx((1000 * 2 + 500 * 8) / 1e6)
+    assert hosted_cost_usd(Price(2.0, 8.0, 1.0), usage, 9.0) == pytest.approx((600 * 2 + 400 * 1 + 500 * 8) / 1e6)
+    assert hosted_cost_usd(PRICE, usage, 9.0) == pytest.approx((1000 * 2 + 500 * 8) / 1e6)
 
 
 def test_usage_that_is_not_reported_costs_what_was_reserved() -> None:
-    assert hosted_usd(PRICE, Usage(), 0.25) == 0.25
+    assert hosted_cost_usd(PRICE, Usage(), 0.25) == 0.25
 
 
 def test_a_reservation_is_the_most_a_call_can_cost() -> None:
-    usd = reserve_usd(Price(2.0, 8.0, 0.1), prompt_tokens=1000, output_tokens=500)
+    usd = worst_case_usd(Price(2.0, 8.0, 0.1), prompt_tokens=1000, output_tokens=500)
     assert usd == pytest.approx((1200 * 2 + 500 * 8) / 1e6)
 
 
 def test_local_cost_is_the_energy_of_the_engine_time() -> None:
     view = view_of(seen=NOW)
-    usd = onsite_usd(engine_target(), view, Usage(1000, 100), CostSettings(), 2)
+    usd = estimate_onsite_usd(engine_target(), view, Usage(1000, 100), CostSettings(), 2)
     seconds = 1000 / 1000 + 100 / 100
     assert usd == pytest.approx(seconds * 20 / 1000 * 0.30 / 3600)
-    cached = onsite_usd(engine_target(), view, Usage(1000, 100, cached_tokens=1000), CostSettings(), 2)
+    cached = estimate_onsite_usd(engine_target(), view, Usage(1000, 100, cached_tokens=1000), CostSettings(), 2)
     assert cached is not None and usd is not None and cached < usd
 
 
@@ -206,9 +206,9 @@ def test_a_measured_power_and_the_operators_prices_override_assumptions() -> Non
 
 
 def test_a_local_cost_that_nothing_tells_is_unknown_and_not_zero() -> None:
-    assert onsite_usd(engine_target(), None, Usage(10, 10), CostSettings(), 2) is None
+    assert estimate_onsite_usd(engine_target(), None, Usage(10, 10), CostSettings(), 2) is None
     priced = engine_target("http://127.0.0.1:1/v1", "lan/big", provider="lan", price=Price(1.0, 1.0))
-    assert onsite_usd(priced, None, Usage(10, 10), CostSettings(), 2) == pytest.approx(20 / 1e6)
+    assert estimate_onsite_usd(priced, None, Usage(10, 10), CostSettings(), 2) == pytest.approx(20 / 1e6)
 
 
 # --- verify
@@ -218,7 +218,7 @@ SCHEMA_BODY = {"response_format": {"type": "json_schema"}}
 
 def verified(payload: Any, body: Any = None, path: str = "/chat/completions") -> Any:
     reply = UpstreamReply(payload, Usage(), 0.1, 0.2)
-    return read_verified(ChatCall({}), engine_target(), [UpstreamCall(path, body or {})], [reply])
+    return read_verified_reply(ChatCall({}), engine_target(), [UpstreamCall(path, body or {})], [reply])
 
 
 def test_a_whole_reply_passes() -> None:

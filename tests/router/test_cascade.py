@@ -9,7 +9,6 @@ import pytest
 
 from appliance.config import CascadeRule
 from appliance.core import ONSITE, Request
-from appliance.router.pipeline import Pipeline
 from appliance.tasks.classify.cascade import CascadeCall, CascadeText, CascadeThresholds
 from appliance.tasks.decisions import openai_shape, systemone
 from tests.router.scene import Scene, engine_target, hosted_target, request_of
@@ -33,10 +32,10 @@ class Known:
     threshold: float | None = 0.8
     told: list[CascadeCall] = field(default_factory=list)
 
-    def standing(self, cascade: CascadeRule, classifier: str, version: str | None) -> CascadeThresholds:
+    def get_thresholds(self, cascade: CascadeRule, classifier: str, version: str | None) -> CascadeThresholds:
         return CascadeThresholds(self.threshold, f"version {version} stands from {self.threshold}")
 
-    def seen(self, call: CascadeCall) -> None:
+    def record_cascade(self, call: CascadeCall) -> None:
         self.told.append(call)
 
     @property
@@ -64,14 +63,8 @@ class Cascading(Scene):
             engine_target(engine.address, "onsite/tiny", abilities=decides | {"chat"}),
             hosted_target(provider.address, abilities=decides),
             policy=POLICY.replace("MORE", ""),
+            feedback=self.known,
         )
-
-    def reload(self, policy: str) -> Pipeline:
-        pipeline = super().reload(policy)
-        pipeline._means = pipeline._means.__class__(  # the scene knows nothing of what is learned
-            **{name: getattr(pipeline._means, name) for name in pipeline._means.__slots__} | {"learning": self.known}
-        )
-        return pipeline
 
     def policy(self, more: str) -> None:
         self.reload(POLICY.replace("MORE", more))
@@ -170,7 +163,7 @@ async def test_a_text_out_of_scope_goes_on_however_sure_the_classifier_is(scene:
     scene.known.threshold = 0.1
     _, answers = await scene.decide("? 9 x", "2 9 x")
     assert by(answers) == ["onsite/tiny", "classifier/mail"]
-    assert [row.own_confidence for row in scene.known.rows] == [0.0, pytest.approx(0.8)]
+    assert [row.classifier_confidence for row in scene.known.rows] == [0.0, pytest.approx(0.8)]
 
 
 async def test_where_too_few_labels_are_known_every_text_goes_on(scene: Cascading) -> None:

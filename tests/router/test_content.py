@@ -115,7 +115,7 @@ async def test_while_the_engine_is_full_or_down_personal_data_waits_and_never_le
     assert not waiting.done()
     assert searching.provider.calls == 0
     for slot in slots:
-        slot.leave()
+        slot.release()
     assert (await waiting).facts.location == "onsite"
     searching.engine.mood = "server_error"
     with pytest.raises(Exception, match="onsite/tiny"):

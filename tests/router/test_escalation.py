@@ -9,7 +9,7 @@ import pytest
 from appliance.config import EscalationRule
 from appliance.core import ONSITE, Usage
 from appliance.errors import ContextTooLong
-from appliance.router.attempts.escalation import confidence_of, doubt, label_mass_of
+from appliance.router.attempts.escalation import confidence_of, find_doubt, label_mass_of
 from appliance.tasks.decisions.openai_shape import DecisionResult
 from appliance.tasks.decisions.questions import QuestionResult
 from appliance.tasks.extract.extraction import Extracted
@@ -75,8 +75,8 @@ def test_little_label_mass_makes_an_answer_unsure_where_the_route_says_so() -> N
     plain = EscalationRule(below_confidence=0.7, max_rate=1.0, to=("hosted",))
     strict = EscalationRule(below_confidence=0.7, below_label_mass=0.2, max_rate=1.0, to=("hosted",))
     assert label_mass_of(judged) == 0.1 and label_mass_of({"answers": [{"label_mass": 0.4}]}) == 0.4
-    assert doubt(judged, plain) is None
-    assert doubt(judged, strict) == "label mass 0.10 is below 0.20"
+    assert find_doubt(judged, plain) is None
+    assert find_doubt(judged, strict) == "label mass 0.10 is below 0.20"
 
 
 # --- what happens then

@@ -8,10 +8,11 @@ import pytest
 
 from appliance.core import Snapshot
 from appliance.errors import Busy
-from appliance.router.capacity.admission import Admission, RequestLoad
+from appliance.router.capacity.admission import Admission
+from appliance.router.capacity.request_load import RequestLoad
 from appliance.router.stats.estimators import Averages, Estimators, LatencyCorrection
 from appliance.state import State
-from tests.router.scene import engine_target, hosted_target, load_of, read_stream, view_of
+from tests.router.scene import engine_target, hosted_target, make_request_load, read_stream, view_of
 from tests.router.stage import Stage, settled
 
 pytestmark = pytest.mark.anyio
@@ -33,19 +34,22 @@ class Room:
     def __init__(self) -> None:
         self.clock = Clock()
         self.state = State(self.clock)
-        self.experience = Estimators()
-        self.admission = Admission(self.state, self.clock, self.experience)
+        self.estimators = Estimators()
+        self.admission = Admission(self.state, self.clock, self.estimators)
         self.publish()
 
     def publish(self, **load: object) -> None:
         self.clock.now += 0.001
         fields = {"decode_tokens_per_second": {1: 50.0, 4: 200.0}, "kv_capacity_tokens": 100_000, **load}
-        view = view_of(seen=self.clock(), load=load_of(**fields))
+        view = view_of(seen=self.clock(), load=make_request_load(**fields))
         self.state.publish(Snapshot(self.clock(), (LOCAL,), {LOCAL.name: view}))
 
-    def first_byte(self, load: RequestLoad, *, may_leave: bool = False) -> float:
+    def first_byte(self, load: RequestLoad, *, can_fall_back: bool = False) -> float:
         """As predicted, without the caution of those who have learned nothing yet."""
-        return self.admission.predict(LOCAL, load, may_leave=may_leave).first_byte_seconds / LatencyCorrection.FIRST
+        return (
+            self.admission.predict(LOCAL, load, can_fall_back=can_fall_back).first_byte_seconds
+            / LatencyCorrection.FIRST
+        )
 
 
 @pytest.fixture
@@ -97,75 +101,84 @@ def test_the_pace_settles_where_few_exceed_it_and_never_beyond_its_bounds() -> N
 
 
 def test_answers_are_expected_to_be_as_long_as_those_with_about_the_same_limit() -> None:
-    experience = Estimators()
-    assert experience.output_tokens("t", "chat", 4096) == 4096, "careful until something was learned"
+    estimators = Estimators()
+    assert estimators.output_tokens("t", "chat", 4096) == 4096, "careful until something was learned"
     for _ in range(10):
-        experience.learn_output("t", "chat", 4096, 200)
-    assert experience.output_tokens("t", "chat", 4096) == pytest.approx(250, abs=2)
-    assert experience.output_tokens("t", "chat", 32) == 32, "another limit, another answer"
-    assert experience.output_tokens("t", "extract", 4096) == 4096
+        estimators.learn_output("t", "chat", 4096, 200)
+    assert estimators.output_tokens("t", "chat", 4096) == pytest.approx(250, abs=2)
+    assert estimators.output_tokens("t", "chat", 32) == 32, "another limit, another answer"
+    assert estimators.output_tokens("t", "extract", 4096) == 4096
 
 
 def test_prompts_that_begin_alike_are_expected_to_be_cached_alike() -> None:
-    experience = Estimators()
-    assert experience.uncached_tokens("t", "p", 1000) == 1000
-    experience.learn_cached("t", "p", 1000, 0)
+    estimators = Estimators()
+    assert estimators.uncached_tokens("t", "p", 1000) == 1000
+    estimators.learn_cached("t", "p", 1000, 0)
     for _ in range(8):
-        experience.learn_cached("t", "p", 1000, 800)
-    assert experience.uncached_tokens("t", "p", 1000) == pytest.approx(200, abs=10)
-    assert experience.uncached_tokens("t", "other", 1000) == 1000
-    experience.learn_cached("t", "whole", 100, 500)
-    assert experience.uncached_tokens("t", "whole", 100) == 5, "something is always computed"
+        estimators.learn_cached("t", "p", 1000, 800)
+    assert estimators.uncached_tokens("t", "p", 1000) == pytest.approx(200, abs=10)
+    assert estimators.uncached_tokens("t", "other", 1000) == 1000
+    estimators.learn_cached("t", "whole", 100, 500)
+    assert estimators.uncached_tokens("t", "whole", 100) == 5, "something is always computed"
 
 
 # --- the ledger of one engine
 
 
 async def test_a_stream_takes_less_and_less_while_it_runs(room: Room) -> None:
-    slots = [await room.admission.enter(LOCAL, RequestLoad(10, 500), first=False, wait_seconds=0) for _ in range(4)]
+    slots = [
+        await room.admission.enter(LOCAL, RequestLoad(10, 500), is_residency_bound=False, wait_seconds=0)
+        for _ in range(4)
+    ]
     for slot in slots:
-        slot.first_token()
+        slot.mark_first_token()
     full = room.first_byte(RequestLoad(10, 10))
-    slots[0].wrote(450)
+    slots[0].count_tokens(450)
     nearly = room.first_byte(RequestLoad(10, 10))
     assert full == pytest.approx(10.0, abs=0.2) and nearly == pytest.approx(1.0, abs=0.2)
     assert room.admission.inflight(LOCAL.name).output_tokens == 1550
     for slot in slots:
-        slot.leave()
+        slot.release()
 
 
 async def test_whole_answers_are_believed_to_advance_with_time(room: Room) -> None:
-    slots = [await room.admission.enter(LOCAL, RequestLoad(100, 500), first=False, wait_seconds=0) for _ in range(4)]
+    slots = [
+        await room.admission.enter(LOCAL, RequestLoad(100, 500), is_residency_bound=False, wait_seconds=0)
+        for _ in range(4)
+    ]
     before = room.first_byte(RequestLoad(10, 10))
     room.clock.now += 5.0
     room.publish()
     assert room.first_byte(RequestLoad(10, 10)) < before - 4.0
     assert room.admission.inflight(LOCAL.name).prompt_tokens == 0, "their prompts are long computed"
     for slot in slots:
-        slot.leave()
+        slot.release()
 
 
 async def test_pitfall_9_a_gauge_that_is_late_does_not_count_again_what_has_left(room: Room) -> None:
-    slots = [await room.admission.enter(LOCAL, RequestLoad(1000, 10), first=False, wait_seconds=0) for _ in range(3)]
+    slots = [
+        await room.admission.enter(LOCAL, RequestLoad(1000, 10), is_residency_bound=False, wait_seconds=0)
+        for _ in range(3)
+    ]
     room.publish(queued_prompt_tokens=3000, kv_used_tokens=3000)
     during = room.first_byte(RequestLoad(10, 10))
     for slot in slots:
-        slot.leave()
+        slot.release()
     assert during > 3.0 and room.first_byte(RequestLoad(10, 10)) < 0.1
 
 
 async def test_pitfall_9_what_a_gauge_shows_beyond_our_ledger_is_somebody_elses(room: Room) -> None:
-    slot = await room.admission.enter(LOCAL, RequestLoad(1000, 10), first=False, wait_seconds=0)
+    slot = await room.admission.enter(LOCAL, RequestLoad(1000, 10), is_residency_bound=False, wait_seconds=0)
     room.publish(queued_prompt_tokens=5000)
     assert room.first_byte(RequestLoad(10, 10)) > 5.0
-    slot.leave()
+    slot.release()
     assert 4.0 < room.first_byte(RequestLoad(10, 10)) < 5.0
 
 
 async def test_predictions_are_corrected_by_what_was_observed_for_each_kind_of_work(room: Room) -> None:
     plain = room.first_byte(RequestLoad(500, 10, kind="chat"))
     for _ in range(30):
-        room.experience.first_byte_pace.learn((LOCAL.name, "chat"), 0.5, 1.0)
+        room.estimators.first_byte_correction.learn((LOCAL.name, "chat"), 0.5, 1.0)
     assert room.first_byte(RequestLoad(500, 10, kind="chat")) == pytest.approx(
         2 / LatencyCorrection.FIRST * plain, rel=0.15
     )
@@ -175,54 +188,58 @@ async def test_predictions_are_corrected_by_what_was_observed_for_each_kind_of_w
 # --- places for bound requests
 
 
-async def test_places_reserved_for_bound_requests_are_left_free_by_those_who_may_leave(room: Room) -> None:
+async def test_places_reserved_for_bound_requests_are_left_free_by_those_who_can_fall_back(room: Room) -> None:
     def load() -> RequestLoad:
-        return RequestLoad(10, 400, leaves_free=0.25)
+        return RequestLoad(10, 400, reserved_share=0.25)
 
     slots = [
-        await room.admission.enter(LOCAL, load(), first=False, wait_seconds=0, budget_seconds=1.0) for _ in range(3)
+        await room.admission.enter(LOCAL, load(), is_residency_bound=False, wait_seconds=0, budget_seconds=1.0)
+        for _ in range(3)
     ]
     with pytest.raises(Busy):
-        await room.admission.enter(LOCAL, load(), first=False, wait_seconds=0.01, budget_seconds=1.0)
-    slots.append(await room.admission.enter(LOCAL, load(), first=True, wait_seconds=0))
+        await room.admission.enter(LOCAL, load(), is_residency_bound=False, wait_seconds=0.01, budget_seconds=1.0)
+    slots.append(await room.admission.enter(LOCAL, load(), is_residency_bound=True, wait_seconds=0))
     assert room.admission.inflight(LOCAL.name).sequences == 4
     for slot in slots:
-        slot.leave()
+        slot.release()
 
 
 async def test_without_anywhere_else_to_go_the_reserved_places_are_not_left_empty(room: Room) -> None:
-    load = RequestLoad(10, 400, leaves_free=0.25)
-    slots = [await room.admission.enter(LOCAL, load, first=False, wait_seconds=0) for _ in range(4)]
+    load = RequestLoad(10, 400, reserved_share=0.25)
+    slots = [await room.admission.enter(LOCAL, load, is_residency_bound=False, wait_seconds=0) for _ in range(4)]
     assert room.admission.inflight(LOCAL.name).sequences == 4
     for slot in slots:
-        slot.leave()
+        slot.release()
 
 
 async def test_cells_are_reserved_too(room: Room) -> None:
     room.publish(kv_capacity_tokens=1000)
-    unbound = RequestLoad(10, 10, kv_tokens=800, leaves_free=0.25)
+    unbound = RequestLoad(10, 10, kv_tokens=800, reserved_share=0.25)
     with pytest.raises(Busy):
-        first = await room.admission.enter(LOCAL, RequestLoad(10, 300), first=False, wait_seconds=0)
+        first = await room.admission.enter(LOCAL, RequestLoad(10, 300), is_residency_bound=False, wait_seconds=0)
         try:
-            await room.admission.enter(LOCAL, unbound, first=False, wait_seconds=0, budget_seconds=0.05)
+            await room.admission.enter(LOCAL, unbound, is_residency_bound=False, wait_seconds=0, budget_seconds=0.05)
         finally:
-            first.leave()
+            first.release()
 
 
 async def test_who_would_come_too_late_is_sent_on_before_its_budget_is_gone(room: Room) -> None:
     """It waits in line; then the engine has more to do than was known, and it is told as soon as a place is free."""
-    slots = [await room.admission.enter(LOCAL, RequestLoad(10, 25), first=False, wait_seconds=0) for _ in range(6)]
+    slots = [
+        await room.admission.enter(LOCAL, RequestLoad(10, 25), is_residency_bound=False, wait_seconds=0)
+        for _ in range(6)
+    ]
     waiting = asyncio.create_task(
-        room.admission.enter(LOCAL, RequestLoad(10, 25), first=False, wait_seconds=60, budget_seconds=2.0)
+        room.admission.enter(LOCAL, RequestLoad(10, 25), is_residency_bound=False, wait_seconds=60, budget_seconds=2.0)
     )
     await settled()
     assert not waiting.done()
     room.publish(queued_prompt_tokens=5000)
-    slots.pop().leave()
+    slots.pop().release()
     with pytest.raises(Busy, match="to the first token"):
         await waiting
     for slot in slots:
-        slot.leave()
+        slot.release()
     assert room.admission.total == 0
 
 
@@ -241,12 +258,12 @@ async def test_a_relayed_stream_shrinks_its_own_entry_and_teaches(stage: Stage) 
     await answer.aclose()
     for _ in range(3):
         await read_stream(await stage.ask(stream=True, call={"output_tokens": 400, "prompt_tokens": 30}))
-    assert stage.memory.experience.output_tokens(LOCAL.name, "chat", 400) == 50
+    assert stage.stats.estimators.output_tokens(LOCAL.name, "chat", 400) == 50
 
 
 async def test_a_hosted_target_that_is_slow_to_begin_is_expected_to_be(stage: Stage) -> None:
     hosted = hosted_target()
     assert stage.admission.predict(hosted, RequestLoad(10, 10, stream=True)).first_byte_seconds == 0.0
-    stage.memory.experience.learn_first_byte(hosted.name, True, 3.0)
+    stage.stats.estimators.learn_first_byte(hosted.name, True, 3.0)
     assert stage.admission.predict(hosted, RequestLoad(10, 10, stream=True)).first_byte_seconds == 3.0
     assert stage.admission.predict(hosted, RequestLoad(10, 10)).first_byte_seconds == 0.0

@@ -43,7 +43,7 @@ async def test_every_attempt_says_its_cause_in_one_word(stage: Stage) -> None:
     slots = await stage.fill_engine()
     await stage.ask()
     for slot in slots:
-        slot.leave()
+        slot.release()
     causes = [[attempt.cause for attempt in outcome.attempts] for outcome in stage.ledger.outcomes]
     assert causes == [["first", "fallback", "retry"], ["overflow"]]
 

@@ -172,7 +172,7 @@ async def test_an_onsite_server_may_speak_any_dialect(stack: AsyncExitStack) -> 
     api = await stack.enter_async_context(api_of("anthropic"))
     target = target_of(row_of("anthropic", api.address, name="lan", location="onsite"))
     scene = Scene(engine_target(), target, policy=HOSTED.replace('["hosted"]', '["lan/big-model"]'))
-    scene.doors.local._secrets["lan"] = "sk-secret"  # type: ignore[attr-defined]
+    scene.transports.local._secrets["lan"] = "sk-secret"  # type: ignore[attr-defined]
     stack.push_async_callback(scene.aclose)
     answer = await Out(scene, [api]).ask({})
     assert answer.facts.location == "onsite" and api.wrongs == []

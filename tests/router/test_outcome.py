@@ -8,9 +8,9 @@ from opentelemetry.trace import SpanContext, TraceFlags
 from opentelemetry.util.types import AttributeValue
 
 from appliance.core import AttemptOutcome, Decision, Profile
-from appliance.router.attempts.outcome import facts_of
+from appliance.router.attempts.outcome import make_response_metadata
 from appliance.router.attempts.runner import AttemptContext, AttemptRunner
-from appliance.router.deps import RequestBudget
+from appliance.router.limits import RequestBudget
 from appliance.router.routing.rank import no_route
 from tests.router.scene import policy_of, read_stream, request_of
 from tests.router.stage import Stage
@@ -101,8 +101,8 @@ async def test_details_and_reasons_carry_no_secrets(stage: Stage) -> None:
     target = stage.targets[0]
     attempt = stage.pipeline.decide(request, prompt_tokens=1, output_tokens=1).route.attempts[0]
     assert attempt.target == target
-    trial = AttemptRunner(stage.pipeline._means, AttemptContext(request, decision, RequestBudget(None), 0), 0, attempt)
+    trial = AttemptRunner(stage.pipeline._deps, AttemptContext(request, decision, RequestBudget(None), 0), 0, attempt)
     outcome: AttemptOutcome = trial.end("failed", f"it said: Authorization: Bearer {KEY}")
     assert KEY not in outcome.detail and outcome.detail
-    facts = facts_of(request, decision, (), reason=f"fallback: key {KEY} was refused")
+    facts = make_response_metadata(request, decision, (), reason=f"fallback: key {KEY} was refused")
     assert KEY not in facts.headers()["x-appliance-reason"]

@@ -24,8 +24,8 @@ from appliance.errors import (
     UnknownModel,
 )
 from appliance.router.attempts.runner import AttemptContext, AttemptRunner
-from appliance.router.capacity.admission import RequestLoad
-from appliance.router.deps import AttemptTimeouts, RequestBudget
+from appliance.router.capacity.request_load import RequestLoad
+from appliance.router.limits import AttemptTimeouts, RequestBudget
 from tests.router.scene import (
     LOCAL_FIRST,
     PRICE,
@@ -118,7 +118,7 @@ async def test_a_full_engine_overflows_before_the_first_byte(stage: Stage) -> No
     assert answer.facts.reason.startswith("overflow: onsite/tiny would need")
     assert stage.engine.calls == 0
     for slot in slots:
-        slot.leave()
+        slot.release()
 
 
 async def test_an_engines_own_full_queue_overflows_too(stage: Stage) -> None:
@@ -235,7 +235,7 @@ async def test_pitfall_6_a_bound_request_waits_while_others_overflow_and_then_is
     assert caught.value.status == 429 and (caught.value.retry_after_seconds or 0) >= 1
     assert stage.provider.calls == 1
     for slot in slots:
-        slot.leave()
+        slot.release()
 
 
 async def test_a_bound_request_that_waits_is_answered_here_when_a_place_is_free(stage: Stage) -> None:
@@ -244,7 +244,7 @@ async def test_a_bound_request_that_waits_is_answered_here_when_a_place_is_free(
     await settled()
     assert stage.admission.inflight("onsite/tiny").waiting == 1
     for slot in slots:
-        slot.leave()
+        slot.release()
     assert (await asking).facts.target == "onsite/tiny"
     assert stage.provider.calls == 0
 
@@ -377,9 +377,9 @@ async def test_pitfall_2_who_is_turned_away_by_a_breaker_does_not_free_the_probe
     decision = stage.pipeline.decide(request, prompt_tokens=1, output_tokens=1)
     (attempt,) = decision.route.attempts
     stage.breakers.start("cloud/big", stage.now())
-    trial = AttemptRunner(stage.pipeline._means, AttemptContext(request, decision, RequestBudget(None), 0), 0, attempt)
+    trial = AttemptRunner(stage.pipeline._deps, AttemptContext(request, decision, RequestBudget(None), 0), 0, attempt)
     with pytest.raises(Unavailable, match="keeps failing"):
-        await trial.run(call_of(request), AttemptTimeouts(1.0, 0.0, None, first=False))
+        await trial.run(call_of(request), AttemptTimeouts(1.0, 0.0, None, is_residency_bound=False))
     assert stage.breakers.blocked_until("cloud/big", stage.now()) is not None
     stage.breakers.release("cloud/big")
     assert stage.breakers.blocked_until("cloud/big", stage.now()) is None

@@ -13,7 +13,7 @@ from appliance.errors import (
 from tests.router.scene import (
     call_of,
     caller_of,
-    load_of,
+    make_request_load,
     read_stream,
     request_of,
 )
@@ -103,7 +103,7 @@ async def test_a_caller_that_leaves_while_the_next_event_is_awaited_holds_nothin
 
 
 async def test_twenty_streams_survive_the_death_of_their_engine_with_clear_errors(stage: Stage) -> None:
-    stage.publish(load=load_of(sequences_capacity=20))
+    stage.publish(load=make_request_load(sequences_capacity=20))
     stage.engine.mood = "silent_stream"
     answers = [await stage.ask(stream=True, residency=ONSITE) for _ in range(20)]
     reading = [asyncio.create_task(read_stream(answer)) for answer in answers]
@@ -144,7 +144,7 @@ async def test_results_of_many_calls_stand_in_the_calls_order(stage: Stage) -> N
 
 
 async def test_many_bound_calls_wait_their_turn_and_never_leave(stage: Stage) -> None:
-    stage.publish(load=load_of(sequences_capacity=1))
+    stage.publish(load=make_request_load(sequences_capacity=1))
     request = request_of(residency=ONSITE)
     many = await stage.pipeline.answer_many(request, [call_of(request)] * 40, concurrency=16)
     assert not [result for result in many.results if isinstance(result, ApplianceError)]

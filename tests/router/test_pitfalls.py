@@ -22,8 +22,8 @@ async def test_pitfall_8_nothing_is_answered_from_a_cache_of_answers(stage: Stag
 async def test_pitfall_8_what_engines_cache_of_prompts_is_kept_apart_by_caller(stage: Stage) -> None:
     for key in ("key-1", "key-1", "key-2"):
         await stage.ask("What is my balance?", caller=caller_of(key_id=key))
-    first, again, other = (body["cache_salt"] for body in stage.engine.bodies)
-    assert first == again != other
+    first, redecide, other = (body["cache_salt"] for body in stage.engine.bodies)
+    assert first == redecide != other
 
 
 @pytest.mark.parametrize("endpoint", ["chat", "completions", "decisions", "extract"])

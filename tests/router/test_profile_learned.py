@@ -93,10 +93,10 @@ def _saved(weights: LinearWeights) -> io.BytesIO:
 def test_saved_weights_are_read_as_they_were_and_saved_alike() -> None:
     shipped = shipped_weights()
     first = _saved(shipped)
-    again = read_weights(first)
-    assert np.array_equal(again.table, shipped.table) and np.array_equal(again.marks, shipped.marks)
-    assert again.difficulty_scale == pytest.approx(shipped.difficulty_scale)
-    assert first.getvalue() == _saved(again).getvalue()
+    redecide = read_weights(first)
+    assert np.array_equal(redecide.table, shipped.table) and np.array_equal(redecide.marks, shipped.marks)
+    assert redecide.difficulty_scale == pytest.approx(shipped.difficulty_scale)
+    assert first.getvalue() == _saved(redecide).getvalue()
 
 
 def test_weights_of_another_version_or_damaged_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ async def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
 
 
 def asking_of(stage: Scene) -> LlmProfiler:
-    return stage.pipeline._asking
+    return stage.pipeline._profiler
 
 
 async def test_the_models_opinion_decides_the_route(stage: Stage) -> None:
@@ -94,22 +94,22 @@ async def test_the_same_text_of_the_same_caller_is_asked_about_once(stage: Stage
 async def test_the_opinions_kept_are_bounded(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llm_profiler, "MOST_OPINIONS", 2)
     for text in ("one", "two", "one", "three", "one", "two"):
-        await asking_of(stage).opinion(request_of(text))
+        await asking_of(stage).llm_profile(request_of(text))
     # "one" was used again before "three" came, so "two" had to go
     assert stage.engine.paths["/labels"] == 4
 
 
 async def test_no_hosted_target_is_ever_asked_for_a_profile(stage: Stage) -> None:
     stage.publish(state="failed")
-    opinion = await asking_of(stage).opinion(request_of("Make it go faster"))
-    assert opinion == "no engine of this node that scores labels is ready"
+    llm_profile = await asking_of(stage).llm_profile(request_of("Make it go faster"))
+    assert llm_profile == "no engine of this node that scores labels is ready"
     assert stage.provider.calls == 0 and stage.engine.calls == 0
 
 
 async def test_a_server_of_the_site_that_is_not_ours_is_not_asked_either(tmp_path: Path) -> None:
     neighbour = engine_target("http://127.0.0.1:9/v1", name="lab/box", provider="lab")
     scene = Scene(neighbour, hosted_target(), policy=POLICY)
-    assert "no engine" in str(await asking_of(scene).opinion(request_of("hello")))
+    assert "no engine" in str(await asking_of(scene).llm_profile(request_of("hello")))
     await scene.aclose()
 
 
@@ -125,14 +125,14 @@ async def test_a_model_that_hangs_costs_its_time_once_and_the_rules_speak(
 ) -> None:
     monkeypatch.setattr(llm_profiler, "SECONDS", 0.05)
     stage.engine.mood = "hang"
-    first = await asking_of(stage).opinion(request_of("Translate to French: good morning"))
+    first = await asking_of(stage).llm_profile(request_of("Translate to French: good morning"))
     assert first == "onsite/tiny was not asked or did not answer: backend_timeout"
-    second = await asking_of(stage).opinion(request_of("Write a poem"))
+    second = await asking_of(stage).llm_profile(request_of("Write a poem"))
     assert "asked again in" in str(second)
     assert stage.engine.calls == 1
     await stage.engine.caller_left.wait()
     made = profile(
-        request_of("Translate to French: hi"), prompt_tokens=5, output_tokens=5, profiler="llm", opinion=first
+        request_of("Translate to French: hi"), prompt_tokens=5, output_tokens=5, profiler="llm", llm_profile=first
     )
     assert made.task == "translation"
     assert made.reasons[-1] == f"by rules: {first}"
@@ -141,8 +141,8 @@ async def test_a_model_that_hangs_costs_its_time_once_and_the_rules_speak(
 async def test_after_its_rest_a_model_is_asked_again(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llm_profiler, "REST_SECONDS", 0.0)
     stage.engine.moods = ["garbage"]
-    assert "backend_garbage" in str(await asking_of(stage).opinion(request_of("Make it go faster")))
-    assert isinstance(await asking_of(stage).opinion(request_of("Make it go faster")), LlmProfile)
+    assert "backend_garbage" in str(await asking_of(stage).llm_profile(request_of("Make it go faster")))
+    assert isinstance(await asking_of(stage).llm_profile(request_of("Make it go faster")), LlmProfile)
 
 
 @pytest.mark.parametrize("mood", ["server_error", "not_an_object", "error_in_200", "half_body", "bad_request"])
@@ -155,11 +155,11 @@ async def test_whatever_goes_wrong_with_the_question_the_request_is_answered(sta
 
 async def test_where_the_engine_is_full_nobody_waits_to_ask_it(stage: Stage) -> None:
     slots = await stage.fill_engine()
-    opinion = await asking_of(stage).opinion(request_of("Make it go faster"))
-    assert "capacity_exceeded" in str(opinion)
+    llm_profile = await asking_of(stage).llm_profile(request_of("Make it go faster"))
+    assert "capacity_exceeded" in str(llm_profile)
     assert stage.engine.calls == 0
     for slot in slots:
-        slot.leave()
+        slot.release()
 
 
 async def test_the_question_is_counted_while_it_runs_and_over_before_the_request_is_admitted(stage: Stage) -> None:
@@ -186,7 +186,7 @@ async def test_a_caller_who_leaves_while_the_model_is_asked_leaves_nothing_behin
 
 @pytest.mark.parametrize("fields", [{"endpoint": "decisions"}, {"endpoint": "extract"}, {"format": "tools"}])
 async def test_where_endpoint_or_format_say_the_task_nobody_is_asked(stage: Stage, fields: dict[str, Any]) -> None:
-    assert "say the task" in str(await asking_of(stage).opinion(request_of("x", **fields)))
+    assert "say the task" in str(await asking_of(stage).llm_profile(request_of("x", **fields)))
     assert stage.engine.calls == 0
 
 
@@ -224,9 +224,9 @@ async def test_an_unsure_model_is_not_believed(stage: Stage) -> None:
 
 def test_a_hard_text_is_more_complex_than_an_easy_one_and_labels_never_are() -> None:
     def complexity(task: Any, difficulty: float) -> float:
-        opinion = LlmProfile("onsite/tiny", task, 0.9, difficulty)
+        llm_profile = LlmProfile("onsite/tiny", task, 0.9, difficulty)
         asked: Request = request_of("x")
-        return profile(asked, prompt_tokens=1, output_tokens=1, profiler="llm", opinion=opinion).complexity
+        return profile(asked, prompt_tokens=1, output_tokens=1, profiler="llm", llm_profile=llm_profile).complexity
 
     assert complexity("chat", 0.0) < complexity("chat", 0.5) < complexity("chat", 1.0)
     assert complexity("code", 0.0) < 0.7 <= complexity("code", 0.5)

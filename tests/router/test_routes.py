@@ -201,11 +201,11 @@ def test_escalations_are_those_that_are_allowed_and_able() -> None:
 
 def test_a_quota_is_a_share_of_all_requests_and_passes_the_others_on() -> None:
     policy = policy_of(f'[[routes]]\nname = "some"\ntargets = ["hosted"]\nquota = 0.25\n{REST}')
-    of_late, taken = SlidingWindows(), []
+    windows, taken = SlidingWindows(), []
     for number in range(40):
-        over = of_late.over_quota(policy.routes, float(number))
+        over = windows.over_quota(policy.routes, float(number))
         rule = route_of(request_of(), PROFILE, policy, over)
-        of_late.took(rule.name, float(number))
+        windows.record_request(rule.name, float(number))
         taken.append(rule.name)
     assert taken.count("some") == 10 and taken[3] == "some"
     assert all(taken[: end + 1].count("some") <= 0.25 * (end + 1) for end in range(40)), "never more, at any moment"
@@ -228,14 +228,14 @@ def test_a_window_forgets() -> None:
 
 
 def test_the_cost_of_a_success_counts_failures_and_waits_for_enough_of_them() -> None:
-    of_late = SlidingWindows()
+    windows = SlidingWindows()
     for number in range(20):
-        assert of_late.usd_per_success("r", "t", 1.0) is None
-        of_late.spent("r", "t", 0.01, answered=number % 4 == 0, now=1.0)
-    of_late.spent("r", "t", None, answered=False, now=1.0)
-    assert of_late.usd_per_success("r", "t", 1.0) == pytest.approx(0.04)
-    assert of_late.usd_per_success("other", "t", 1.0) is None
-    assert of_late.usd_per_success("r", "t", 4000.0) is None, "an hour later it may try again"
+        assert windows.usd_per_success("r", "t", 1.0) is None
+        windows.record_cost("r", "t", 0.01, answered=number % 4 == 0, now=1.0)
+    windows.record_cost("r", "t", None, answered=False, now=1.0)
+    assert windows.usd_per_success("r", "t", 1.0) == pytest.approx(0.04)
+    assert windows.usd_per_success("other", "t", 1.0) is None
+    assert windows.usd_per_success("r", "t", 4000.0) is None, "an hour later it may try again"
 
 
 def test_a_target_without_a_merit_keeps_the_routes_order() -> None:

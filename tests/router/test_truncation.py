@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from appliance.config import DegradeRule
-from appliance.router.routing.truncation import AS_IT_IS, PromptTrim, shape_of_step, shaped, static_answer
+from appliance.router.routing.truncation import NO_TRIM, PromptTrim, make_static_answer, tighten_trim, trim_call
 from appliance.tasks import chat, completions
 from appliance.tasks.extract import extraction
 from tests.router.scene import engine_target
@@ -22,7 +22,7 @@ def sent(body: dict[str, Any], shape: PromptTrim, reader: Any = chat) -> tuple[d
     """The body that a target would get, and the shaped call."""
     before = copy.deepcopy(body)
     _, (call,) = reader.read(body)
-    made = shaped(call, body, shape)
+    made = trim_call(call, body, shape)
     out = dict(made.outgoing(TARGET)[0].body)
     assert body == before, "the caller's body is not changed"
     return out, made
@@ -31,7 +31,7 @@ def sent(body: dict[str, Any], shape: PromptTrim, reader: Any = chat) -> tuple[d
 def test_nothing_is_touched_where_nothing_is_cut() -> None:
     body = {"messages": [message("user")], "max_tokens": 10}
     _, (call,) = chat.read(body)
-    assert shaped(call, body, AS_IT_IS) is call
+    assert trim_call(call, body, NO_TRIM) is call
     assert sent(body, PromptTrim(max_output_tokens=50, keep_tokens=10_000))[0] == body
 
 
@@ -95,12 +95,12 @@ def test_completions_get_the_limit_and_extractions_keep_their_own_messages() -> 
 
 def test_a_step_never_allows_more_than_its_route() -> None:
     step = DegradeRule(step="constrained", max_output_tokens=500, keep_tokens=50)
-    assert shape_of_step(PromptTrim(100, None), step) == PromptTrim(100, 50)
-    assert shape_of_step(AS_IT_IS, DegradeRule(step="reduced_scope")).last_only
+    assert tighten_trim(PromptTrim(100, None), step) == PromptTrim(100, 50)
+    assert tighten_trim(NO_TRIM, DegradeRule(step="reduced_scope")).last_only
 
 
 def test_a_static_answer_has_the_form_of_its_endpoint() -> None:
     step = DegradeRule(step="static", text="Please call us.")
-    told = static_answer(step, "req-1", "chat", 7)
+    told = make_static_answer(step, "req-1", "chat", 7)
     assert told["choices"][0]["message"] == {"role": "assistant", "content": "Please call us."}
-    assert static_answer(step, "req-1", "completions", 7)["choices"][0]["text"] == "Please call us."
+    assert make_static_answer(step, "req-1", "completions", 7)["choices"][0]["text"] == "Please call us."

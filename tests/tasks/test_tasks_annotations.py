@@ -7,7 +7,7 @@ import orjson
 import pytest
 
 from appliance.config import EscalationRule
-from appliance.router.attempts.escalation import doubt
+from appliance.router.attempts.escalation import find_doubt
 from appliance.tasks.extract import extraction
 from appliance.tasks.extract.evidence import evidence
 from tests.tasks.rows import LOCAL, chat_payload, refusal, reply
@@ -104,9 +104,9 @@ def test_an_invented_value_is_marked_and_makes_the_answer_unsure() -> None:
     assert told["evidence"] == {"/company": None, "/status": None} and told["not_in_text"] == ["/company"]
     assert told["confidence"] == {"/company": 0.0, "/status": pytest.approx(0.9)}
     rule = EscalationRule(below_confidence=0.5, max_rate=1.0, to=("hosted",))
-    assert doubt(result, rule) == "confidence 0.00 is below 0.50"
+    assert find_doubt(result, rule) == "confidence 0.00 is below 0.50"
     unknown, _ = answered({"evidence": True}, {"company": "ACME"})
-    assert doubt(unknown, rule) is not None  # even of a target that tells no probabilities
+    assert find_doubt(unknown, rule) is not None  # even of a target that tells no probabilities
 
 
 def test_places_in_a_long_text_are_those_of_the_whole() -> None:

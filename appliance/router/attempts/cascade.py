@@ -1,9 +1,9 @@
 """A cascade's steps: the classifier is asked about all texts at once, each further step only about those that the one
-before was unsure of. Answers are put together in the order of the texts, and every one says who gave it.
+before was unsure of. Answers are combined in the order of the texts, and each names the target that gave it.
 
-A text goes on where the classifier is less sure than its bound wants, where it is out of its scope, or where it was
-drawn to be audited: then the last step is asked straight away. The steps are the words of the route's `targets`, and
-what a bound request may not reach was left out before it came here.
+A text escalates where the classifier is less sure than its bound wants, where the text is out of its scope, or where it
+was drawn to be audited: then the last step is asked at once. The steps are the words of the route's `targets`; targets
+that a residency-bound request may not reach have been left out before.
 """
 
 import asyncio
@@ -37,255 +37,265 @@ _CAPPED: Final = "escalation_capped"
 
 
 class StepExecutor(Protocol):
-    """The walk that a cascade is part of."""
+    """The attempt loop that a cascade is part of."""
 
-    async def ask(self, call: TaskCall, route: Route, made: int, *, retries: bool) -> tuple[AttemptRunner, Any]: ...
+    async def run_step(
+        self, call: TaskCall, route: Route, attempts_used: int, *, retries: bool
+    ) -> tuple[AttemptRunner, Any]: ...
 
-    def reword(self, trial: AttemptRunner, result: AttemptResult, detail: str, *, is_unsure: bool) -> None: ...
+    def amend_outcome(self, runner: AttemptRunner, result: AttemptResult, detail: str, *, is_unsure: bool) -> None: ...
 
 
 @dataclass(slots=True)
-class _Text:
-    """One text on its way."""
+class _TextState:
+    """One text so far."""
 
-    own: Row | None = None
+    classifier_row: Row | None = None
     """What the classifier said."""
-    given: CascadeAnswer | None = None
-    rank: int = -1
+    answer: CascadeAnswer | None = None
+    step: int = -1
     """The step whose answer that is."""
     error: ApplianceError | None = None
-    goes_on: bool = False
+    escalates: bool = False
     is_audited: bool = False
     is_capped: bool = False
-    """It would have gone on, and there was no room."""
+    """It would have escalated, and the rate was used up."""
 
 
 class CascadeRunner:
-    """One request's way through a cascade. `run` it once; then `told` puts what it came to into the headers."""
+    """One request's way through a cascade. `run` it once, then `combine_metadata`."""
 
     def __init__(
-        self, asker: StepExecutor, means: RouterDeps, request: Request, decided: RoutingResult, at_once: int
+        self, executor: StepExecutor, deps: RouterDeps, request: Request, routing: RoutingResult, at_once: int
     ) -> None:
-        assert decided.rule is not None and decided.rule.cascade is not None
-        self._asker, self._means, self._request = asker, means, request
-        self._rule, self._cascade, self._route = decided.rule, decided.rule.cascade, decided.decision.route
-        self._classifier = decided.rule.targets[0]
-        self._ranks = _ranks(decided.rule.targets, means.state.snapshot.targets)
+        assert routing.rule is not None and routing.rule.cascade is not None
+        self._executor, self._deps, self._request = executor, deps, request
+        self._rule, self._cascade, self._route = routing.rule, routing.rule.cascade, routing.decision.route
+        self._classifier = routing.rule.targets[0]
+        self._step_of_target = _step_of_target(routing.rule.targets, deps.state.snapshot.targets)
         self._gate = asyncio.Semaphore(max(1, at_once))
-        self._texts: list[_Text] = []
-        self._trials: list[tuple[AttemptRunner, Sequence[int]]] = []
+        self._texts: list[_TextState] = []
+        self._runners: list[tuple[AttemptRunner, Sequence[int]]] = []
         self._usage = Usage()
         self._version: str | None = None
 
     async def run(self, calls: Sequence[DecisionsCall]) -> DecisionResult:
         """Raises what every text failed with, where none was answered."""
-        whole = tasks.joined(calls)
-        self._texts = [_Text() for _ in whole.inputs]
-        fallback = await self._classify(whole)
-        unasked = [place for place, text in enumerate(self._texts) if text.own is None]
-        going, why = self._judge(whole)
-        audited = [place for place in going if self._texts[place].is_audited]
-        unsure = [place for place in going if not self._texts[place].is_audited]
+        whole = tasks.join_calls(calls)
+        self._texts = [_TextState() for _ in whole.inputs]
+        fallback = await self._ask_classifier(whole)
+        unclassified = [index for index, text in enumerate(self._texts) if text.classifier_row is None]
+        escalating, why = self._select_escalations(whole)
+        audited = [index for index in escalating if self._texts[index].is_audited]
+        unsure = [index for index in escalating if not self._texts[index].is_audited]
         last = len(self._rule.targets) - 1
         await asyncio.gather(
-            self._further(whole, unasked, 0, "fallback", fallback, 1),
-            self._further(whole, unsure, 0, "escalation", f"escalation: {self._classifier} {why}", 1),
-            self._further(whole, audited, last - 1, "escalation", f"escalation: audit of {self._classifier}", 1),
+            self._ask_next_step(whole, unclassified, 0, "fallback", fallback, 1),
+            self._ask_next_step(whole, unsure, 0, "escalation", f"escalation: {self._classifier} {why}", 1),
+            self._ask_next_step(whole, audited, last - 1, "escalation", f"escalation: audit of {self._classifier}", 1),
         )
-        return self._ended(whole)
+        return self._combine_answers(whole)
 
-    def told(self, facts: ResponseMetadata) -> ResponseMetadata:
+    def combine_metadata(self, metadata: ResponseMetadata) -> ResponseMetadata:
         """Where several targets answered, all of them; hosted as soon as one text's answer came from there."""
-        given = [text.given for text in self._texts if text.given is not None]
-        counts = tasks.told(given)
+        answers = [text.answer for text in self._texts if text.answer is not None]
+        counts = tasks.count_by_target(answers)
         if len(counts) < 2:
-            return facts
+            return metadata
         by = ", ".join(f"{count} by {name}" for name, count in counts.items())
         return replace(
-            facts,
+            metadata,
             target=", ".join(counts),
-            location="hosted" if any(one.location == "hosted" for one in given) else "onsite",
+            location="hosted" if any(one.location == "hosted" for one in answers) else "onsite",
             reason=f"cascade of {len(self._texts)} texts: {by}",
         )
 
     # The classifier.
 
-    async def _classify(self, whole: DecisionsCall) -> str:
-        """Ask it about every text, and say why it was not, for the attempts that follow."""
+    async def _ask_classifier(self, whole: DecisionsCall) -> str:
+        """Ask it about every text; returns why the texts without an answer have none."""
         attempts = tuple(one for one in self._route.attempts if one.target.name == self._classifier)
-        if not tasks.could_learn(whole.questions) or any(text.has_image for text in whole.inputs):
+        if not tasks.is_classifier_question(whole.questions) or any(text.has_image for text in whole.inputs):
             return f"fallback: {self._classifier} answers one choice among texts"
         if not attempts:
             return f"fallback: {self._classifier} is not served"
-        route = replace(self._route, attempts=attempts, standby=())
+        route = replace(self._route, attempts=attempts, cold_targets=())
         at, reason = 0, f"fallback: {self._classifier} failed"
-        for call in openai_shape.split(tasks.for_classifier(whole)):
-            places = range(at, at + len(call.inputs))
+        for call in openai_shape.split(tasks.make_classifier_call(whole)):
+            indices = range(at, at + len(call.inputs))
             at += len(call.inputs)
             try:
-                trial, judgement = await self._asker.ask(call, route, 0, retries=False)
+                runner, result = await self._executor.run_step(call, route, 0, retries=False)
             except ApplianceError as error:
                 reason = f"fallback: {self._classifier} {error.code}"
                 continue
-            self._trials.append((trial, places))
-            self._usage += judgement.usage
-            self._version = judgement.variant
-            for place, row in zip(places, judgement.rows, strict=True):
-                self._texts[place].own = row
-                self._texts[place].given = CascadeAnswer(row, trial.target.name, judgement.model, trial.target.location)
-                self._texts[place].rank = 0
+            self._runners.append((runner, indices))
+            self._usage += result.usage
+            self._version = result.variant
+            for index, row in zip(indices, result.rows, strict=True):
+                self._texts[index].classifier_row = row
+                self._texts[index].answer = CascadeAnswer(row, runner.target.name, result.model, runner.target.location)
+                self._texts[index].step = 0
         return reason
 
-    def _judge(self, whole: DecisionsCall) -> tuple[Sequence[int], str]:
-        """Which of the texts that were classified go on, inside the rate that the route allows, and why."""
-        asked = [place for place, text in enumerate(self._texts) if text.own is not None]
+    def _select_escalations(self, whole: DecisionsCall) -> tuple[Sequence[int], str]:
+        """Which of the classified texts escalate, inside the rate that the route allows, and why."""
+        asked = [index for index, text in enumerate(self._texts) if text.classifier_row is not None]
         if not asked:
             return (), ""
-        of_late, now, name = self._means.memory.of_late, self._means.clock(), self._route.name
-        standing = self._means.learning.standing(self._cascade, self._classifier, self._version)
-        unsure = [place for place in asked if not self._stands(self._own(place), standing)]
-        audited = self._drawn(asked)
-        for place in unsure:
-            self._doubt(place)
-        unsure.sort(key=lambda place: tasks.own_confidence(self._own(place)))
-        wanted = [*audited, *(place for place in unsure if place not in audited)]
-        of_late.judged(name, self._cascade, now, len(asked))
-        room = of_late.room(name, self._cascade, now)
-        going = wanted[:room]
-        of_late.escalated(name, self._cascade, now, len(going))
-        capped = set(wanted[room:]) & set(unsure)
-        for place in going:
-            self._texts[place].goes_on, self._texts[place].is_audited = True, place in audited
-        for place in capped:
-            self._texts[place].is_capped = True
-        self._alert(len(capped))
-        return sorted(going), f"unsure of {len(unsure)} of {len(asked)} texts ({standing.reason})"
+        windows, now, name = self._deps.stats.windows, self._deps.clock(), self._route.name
+        thresholds = self._deps.feedback.get_thresholds(self._cascade, self._classifier, self._version)
+        unsure = [index for index in asked if not self._is_sure_enough(self._classifier_row(index), thresholds)]
+        audited = self._draw_audit_sample(asked)
+        for index in unsure:
+            self._mark_unsure(index)
+        unsure.sort(key=lambda index: tasks.classifier_confidence(self._classifier_row(index)))
+        wanted = [*audited, *(index for index in unsure if index not in audited)]
+        windows.record_answers(name, self._cascade, now, len(asked))
+        allowed = windows.escalations_left(name, self._cascade, now)
+        escalating = wanted[:allowed]
+        windows.record_escalations(name, self._cascade, now, len(escalating))
+        capped = set(wanted[allowed:]) & set(unsure)
+        for index in escalating:
+            self._texts[index].escalates, self._texts[index].is_audited = True, index in audited
+        for index in capped:
+            self._texts[index].is_capped = True
+        self._alert_if_capped(len(capped))
+        return sorted(escalating), f"unsure of {len(unsure)} of {len(asked)} texts ({thresholds.reason})"
 
-    def _doubt(self, place: int) -> None:
-        """What is given so far is unsure, and says so if it has to stand."""
-        text = self._texts[place]
-        if text.given is not None:
-            text.given = replace(text.given, unsure=True)
+    def _mark_unsure(self, index: int) -> None:
+        """The answer so far is unsure, and says so if it stands."""
+        text = self._texts[index]
+        if text.answer is not None:
+            text.answer = replace(text.answer, unsure=True)
 
-    def _own(self, place: int) -> Row:
-        own = self._texts[place].own
-        assert own is not None
-        return own
+    def _classifier_row(self, index: int) -> Row:
+        row = self._texts[index].classifier_row
+        assert row is not None
+        return row
 
-    def _stands(self, row: Row, standing: CascadeThresholds) -> bool:
-        threshold = standing.threshold
+    def _is_sure_enough(self, row: Row, thresholds: CascadeThresholds) -> bool:
+        threshold = thresholds.threshold
         if threshold is None and self._cascade.until_known == "below_confidence":
             threshold = self._cascade.below_confidence
-        return threshold is not None and not tasks.is_out_of_scope(row) and tasks.own_confidence(row) >= threshold
+        return (
+            threshold is not None and not tasks.is_out_of_scope(row) and tasks.classifier_confidence(row) >= threshold
+        )
 
-    def _drawn(self, places: Sequence[int]) -> frozenset[int]:
-        """Each by the same chance, whatever the classifier said of it: only then do the audited ones tell of all."""
-        if not self._cascade.audit_rate or not self._after(len(self._rule.targets) - 2):
+    def _draw_audit_sample(self, indices: Sequence[int]) -> frozenset[int]:
+        """Each text by the same chance, whatever the classifier said: only then does the sample stand for all."""
+        if not self._cascade.audit_rate or not self._attempts_after(len(self._rule.targets) - 2):
             return frozenset()
-        return frozenset(place for place in places if self._means.chance() < self._cascade.audit_rate)
+        return frozenset(index for index in indices if self._deps.draw() < self._cascade.audit_rate)
 
-    def _alert(self, capped: int) -> None:
-        of_late, now, name = self._means.memory.of_late, self._means.clock(), self._route.name
+    def _alert_if_capped(self, capped: int) -> None:
+        windows, now, name = self._deps.stats.windows, self._deps.clock(), self._route.name
         if capped:
             text = (
                 f"route {name!r} would escalate more than {self._cascade.max_rate:.0%} of its texts; unsure answers of "
                 f"{self._classifier} stand, outside the bound of {self._cascade.bound:.0%}"
             )
-            self._means.alerts.warn(_CAPPED, text, name)
-        elif of_late.has_room(name, self._cascade, now):
-            self._means.alerts.clear(_CAPPED, name)
+            self._deps.alerts.warn(_CAPPED, text, name)
+        elif windows.is_under_rate(name, self._cascade, now):
+            self._deps.alerts.clear(_CAPPED, name)
 
     # The steps after it.
 
-    def _after(self, rank: int) -> tuple[Attempt, ...]:
-        """Who may be asked after the step `rank`, in the route's order."""
-        return self._later(self._route.attempts, rank)
+    def _attempts_after(self, step: int) -> tuple[Attempt, ...]:
+        """The attempts of the steps after `step`, in the route's order."""
+        return self._of_later_steps(self._route.attempts, step)
 
-    def _later(self, attempts: Iterable[Attempt], rank: int) -> tuple[Attempt, ...]:
-        return tuple(one for one in attempts if self._ranks.get(one.target.name, 0) > rank)
+    def _of_later_steps(self, attempts: Iterable[Attempt], step: int) -> tuple[Attempt, ...]:
+        return tuple(one for one in attempts if self._step_of_target.get(one.target.name, 0) > step)
 
-    async def _further(
-        self, whole: DecisionsCall, places: Sequence[int], rank: int, cause: AttemptCause, reason: str, made: int
+    async def _ask_next_step(
+        self,
+        whole: DecisionsCall,
+        indices: Sequence[int],
+        step: int,
+        cause: AttemptCause,
+        reason: str,
+        attempts_used: int,
     ) -> None:
-        """Put some of the texts to whoever comes after `rank`, cut into calls that an engine answers in seconds."""
-        if not places:
+        """Send some of the texts to the steps after `step`, split into calls that an engine answers in seconds."""
+        if not indices:
             return
-        attempts = tuple(replace(one, reason=reason, cause=cause) for one in self._after(rank))
-        standby = self._later(self._route.standby, rank)
-        if not attempts and not standby:
-            self._unanswered(places, Unavailable("no target is left for this text"))
+        attempts = tuple(replace(one, reason=reason, cause=cause) for one in self._attempts_after(step))
+        cold = self._of_later_steps(self._route.cold_targets, step)
+        if not attempts and not cold:
+            self._set_errors(indices, Unavailable("no target is left for this text"))
             return
-        route = replace(self._route, attempts=attempts or standby, standby=standby if attempts else ())
-        at, pieces = 0, []
-        for call in openai_shape.split(tasks.only(whole, places)):
-            pieces.append(self._piece(whole, call, places[at : at + len(call.inputs)], route, made))
+        route = replace(self._route, attempts=attempts or cold, cold_targets=cold if attempts else ())
+        at, parts = 0, []
+        for call in openai_shape.split(tasks.select_inputs(whole, indices)):
+            parts.append(self._ask_part(whole, call, indices[at : at + len(call.inputs)], route, attempts_used))
             at += len(call.inputs)
-        await asyncio.gather(*pieces)
+        await asyncio.gather(*parts)
 
-    async def _piece(
-        self, whole: DecisionsCall, call: DecisionsCall, places: Sequence[int], route: Route, made: int
+    async def _ask_part(
+        self, whole: DecisionsCall, call: DecisionsCall, indices: Sequence[int], route: Route, attempts_used: int
     ) -> None:
         try:
             async with self._gate:
-                trial, judgement = await self._asker.ask(call, route, made, retries=True)
+                runner, result = await self._executor.run_step(call, route, attempts_used, retries=True)
         except ApplianceError as error:
-            self._unanswered(places, error)
+            self._set_errors(indices, error)
             return
-        self._trials.append((trial, places))
-        self._usage += judgement.usage
-        rank = self._ranks.get(trial.target.name, len(self._rule.targets) - 1)
-        # The reference is right by definition. Whoever is last only because a bound ends there is not.
-        is_reference = rank == len(self._rule.targets) - 1
+        self._runners.append((runner, indices))
+        self._usage += result.usage
+        step = self._step_of_target.get(runner.target.name, len(self._rule.targets) - 1)
+        # The reference is right by definition; a target that is last only because of a residency bound is not.
+        is_reference = step == len(self._rule.targets) - 1
         unsure = []
-        for place, row in zip(places, judgement.rows, strict=True):
-            sure = is_reference or tasks.stands(row, self._cascade.below_confidence)
-            self._give(
-                place, CascadeAnswer(row, trial.target.name, judgement.model, trial.target.location, not sure), rank
+        for index, row in zip(indices, result.rows, strict=True):
+            sure = is_reference or tasks.is_sure(row, self._cascade.below_confidence)
+            self._set_answer(
+                index, CascadeAnswer(row, runner.target.name, result.model, runner.target.location, not sure), step
             )
             if not sure:
-                unsure.append(place)
-        if self._after(rank):
-            reason = f"escalation: {trial.target.name} unsure of {len(unsure)} of {len(places)} texts"
-            await self._further(whole, unsure, rank, "escalation", reason, made + 1)
+                unsure.append(index)
+        if self._attempts_after(step):
+            reason = f"escalation: {runner.target.name} unsure of {len(unsure)} of {len(indices)} texts"
+            await self._ask_next_step(whole, unsure, step, "escalation", reason, attempts_used + 1)
 
-    def _give(self, place: int, given: CascadeAnswer, rank: int) -> None:
+    def _set_answer(self, index: int, answer: CascadeAnswer, step: int) -> None:
         """An answer replaces the one before; an error only where there is none."""
-        text = self._texts[place]
-        if isinstance(given.row, ApplianceError):
-            text.error = given.row
+        text = self._texts[index]
+        if isinstance(answer.row, ApplianceError):
+            text.error = answer.row
             return
-        text.given, text.rank = given, rank
+        text.answer, text.step = answer, step
 
-    def _unanswered(self, places: Sequence[int], error: ApplianceError) -> None:
-        """Nobody better answered: what is there stands, unsure or not."""
-        for place in places:
-            self._texts[place].error = error
+    def _set_errors(self, indices: Sequence[int], error: ApplianceError) -> None:
+        """No later step answered: the answers so far stand, unsure or not."""
+        for index in indices:
+            self._texts[index].error = error
 
     # The end.
 
-    def _ended(self, whole: DecisionsCall) -> DecisionResult:
-        given = []
+    def _combine_answers(self, whole: DecisionsCall) -> DecisionResult:
+        answers = []
         for text in self._texts:
             error = text.error or Unavailable("nobody answered this text")
-            given.append(text.given or CascadeAnswer(error, "none", "none", "onsite"))
-        self._reword_all()
-        self._means.learning.seen(self._seen(whole))
-        return tasks.merged(given, self._usage)
+            answers.append(text.answer or CascadeAnswer(error, "none", "none", "onsite"))
+        self._amend_outcomes()
+        self._deps.feedback.record_cascade(self._training_record(whole))
+        return tasks.merge_answers(answers, self._usage)
 
-    def _reword_all(self) -> None:
-        """Whose answers were replaced by somebody better's is told of the attempt."""
-        for trial, places in self._trials:
-            finals = Counter(given.target for place in places if (given := self._texts[place].given) is not None)
-            kept = finals[trial.target.name]
+    def _amend_outcomes(self) -> None:
+        """An attempt whose answers were replaced by a better target's says so."""
+        for runner, indices in self._runners:
+            finals = Counter(answer.target for index in indices if (answer := self._texts[index].answer) is not None)
+            kept = finals[runner.target.name]
             if not kept:
-                self._asker.reword(trial, "rejected", "unsure: every text went on", is_unsure=True)
-            elif kept < len(places):
-                self._asker.reword(
-                    trial, "answered", f"{len(places) - kept} of {len(places)} texts went on", is_unsure=False
+                self._executor.amend_outcome(runner, "rejected", "unsure: every text went on", is_unsure=True)
+            elif kept < len(indices):
+                self._executor.amend_outcome(
+                    runner, "answered", f"{len(indices) - kept} of {len(indices)} texts went on", is_unsure=False
                 )
 
-    def _seen(self, whole: DecisionsCall) -> CascadeCall:
-        rows = tuple(self._seen_text(whole, place, text) for place, text in enumerate(self._texts))
+    def _training_record(self, whole: DecisionsCall) -> CascadeCall:
+        rows = tuple(self._training_row(whole, index, text) for index, text in enumerate(self._texts))
         return CascadeCall(
             route=self._route.name,
             classifier=self._classifier,
@@ -294,31 +304,33 @@ class CascadeRunner:
             owner=self._request.caller.key_id,
             residency=str(self._route.residency),
             keep_texts=self._rule.keep_texts,
-            at=self._means.wall(),
-            rows=rows if tasks.could_learn(whole.questions) else (),
+            at=self._deps.wall(),
+            rows=rows if tasks.is_classifier_question(whole.questions) else (),
         )
 
-    def _seen_text(self, whole: DecisionsCall, place: int, text: _Text) -> CascadeText:
-        given = text.given
+    def _training_row(self, whole: DecisionsCall, index: int, text: _TextState) -> CascadeText:
+        answer = text.answer
         return CascadeText(
-            index=place,
-            text=whole.inputs[place].text if self._rule.keep_texts else "",
-            own=None if text.own is None else tasks.chosen(text.own, whole.questions),
-            own_confidence=0.0 if text.own is None else tasks.own_confidence(text.own),
-            answer=None if given is None else tasks.chosen(given.row, whole.questions),
-            answered_by="none" if given is None else given.target,
-            is_sure=given is not None and not given.unsure,
-            went_on=text.goes_on or text.own is None,
-            audited=text.is_audited and text.rank == len(self._rule.targets) - 1,
-            is_reference=text.rank == len(self._rule.targets) - 1,
+            index=index,
+            text=whole.inputs[index].text if self._rule.keep_texts else "",
+            own=None if text.classifier_row is None else tasks.chosen_label(text.classifier_row, whole.questions),
+            classifier_confidence=0.0
+            if text.classifier_row is None
+            else tasks.classifier_confidence(text.classifier_row),
+            answer=None if answer is None else tasks.chosen_label(answer.row, whole.questions),
+            answered_by="none" if answer is None else answer.target,
+            is_sure=answer is not None and not answer.unsure,
+            went_on=text.escalates or text.classifier_row is None,
+            audited=text.is_audited and text.step == len(self._rule.targets) - 1,
+            is_reference=text.step == len(self._rule.targets) - 1,
             capped=text.is_capped,
         )
 
 
-def _ranks(words: Sequence[str], targets: Sequence[Target]) -> dict[str, int]:
-    """Which step each target belongs to: the first of the route's words that names it."""
-    ranks: dict[str, int] = {}
-    for rank, word in enumerate(words):
+def _step_of_target(words: Sequence[str], targets: Sequence[Target]) -> dict[str, int]:
+    """Which step each target belongs to: the first word of the route that names it."""
+    steps: dict[str, int] = {}
+    for step, word in enumerate(words):
         for target in in_order((word,), targets):
-            ranks.setdefault(target.name, rank)
-    return ranks
+            steps.setdefault(target.name, step)
+    return steps

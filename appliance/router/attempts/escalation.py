@@ -9,7 +9,7 @@ from appliance.tasks.decisions.openai_shape import DecisionResult
 from appliance.tasks.extract.extraction import Extracted
 
 
-def doubt(payload: Any, rule: EscalationRule) -> str | None:
+def find_doubt(payload: Any, rule: EscalationRule) -> str | None:
     """Why `payload` counts as unsure, or None. An answer that tells no confidence is never unsure."""
     confidence, mass = confidence_of(payload), label_mass_of(payload)
     if confidence is not None and confidence < rule.below_confidence:

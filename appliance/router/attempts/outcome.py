@@ -1,4 +1,4 @@
-"""What a request says of itself when it has ended: the facts for its headers, the row for the ledger. Pure."""
+"""A request that has ended: the metadata for its headers and the row for the ledger. Pure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,7 +29,7 @@ _WARNINGS: Final[Mapping[str, str]] = {
 }
 
 
-def facts_of(
+def make_response_metadata(
     request: Request, decision: Decision, attempts: Sequence[AttemptOutcome], *, reason: str | None = None
 ) -> ResponseMetadata:
     """For an answer or an error: the last attempt that answered is the target, and every attempt's cost counts."""
@@ -43,14 +43,14 @@ def facts_of(
         route=decision.route.name,
         reason=_one_line(reason or (by.reason if by else decision.route.residency_reason)),
         policy_version=decision.route.policy_version,
-        cost_usd=total_usd(attempts),
+        cost_usd=sum_cost_usd(attempts),
         cost_is_final=True,
-        cost_basis=weakest([attempt.cost_basis for attempt in attempts]),
+        cost_basis=weakest_basis([attempt.cost_basis for attempt in attempts]),
         warning=_WARNINGS.get(decision.route.stage),
     )
 
 
-def total_usd(attempts: Sequence[AttemptOutcome]) -> float | None:
+def sum_cost_usd(attempts: Sequence[AttemptOutcome]) -> float | None:
     """None where an attempt that did something has an unknown cost."""
     total = 0.0
     for attempt in attempts:
@@ -65,12 +65,12 @@ def total_usd(attempts: Sequence[AttemptOutcome]) -> float | None:
 _WEAKEST_FIRST: Final[Sequence[CostBasis]] = ("assumed", "configured", "measured", "price")
 
 
-def weakest(bases: Sequence[CostBasis | None]) -> CostBasis | None:
-    """A sum is known no better than the part of it that is known least. None: nothing was charged."""
+def weakest_basis(bases: Sequence[CostBasis | None]) -> CostBasis | None:
+    """The least certain basis of a sum's parts. None: nothing was charged."""
     return next((basis for basis in _WEAKEST_FIRST if basis in bases), None)
 
 
-def outcome_of(
+def build_outcome(
     request: Request,
     decision: Decision,
     attempts: Sequence[AttemptOutcome],
@@ -91,7 +91,7 @@ def outcome_of(
         residency=str(decision.route.residency),
         residency_reason=decision.route.residency_reason,
         profile=decision.profile,
-        attempts=added_up(attempts),
+        attempts=merge_attempts(attempts),
         excluded=decision.route.excluded,
         status=200 if error is None else error.status,
         error_code=None if error is None else error.code,
@@ -101,7 +101,7 @@ def outcome_of(
     )
 
 
-def added_up(attempts: Sequence[AttemptOutcome]) -> tuple[AttemptOutcome, ...]:
+def merge_attempts(attempts: Sequence[AttemptOutcome]) -> tuple[AttemptOutcome, ...]:
     """The attempts as they were, or, where they are too many, one row for each target and result."""
     if len(attempts) <= _MAX_ATTEMPTS_KEPT:
         return tuple(replace(attempt, index=index) for index, attempt in enumerate(attempts))
@@ -128,9 +128,9 @@ def _sum(index: int, group: Sequence[AttemptOutcome]) -> AttemptOutcome:
         usage=usage,
         cost_usd=None if None in costs else sum(cost for cost in costs if cost is not None),
         reservation=None,
-        cost_basis=weakest([attempt.cost_basis for attempt in group]),
+        cost_basis=weakest_basis([attempt.cost_basis for attempt in group]),
         energy_joules=sum(joules) if joules else None,
-        energy_basis=weakest([attempt.energy_basis for attempt in group]),
+        energy_basis=weakest_basis([attempt.energy_basis for attempt in group]),
         is_unsure=False,
     )
 
@@ -139,7 +139,7 @@ def _one_line(text: str) -> str:
     return scrub_text(" ".join(text.split())[:_REASON_CHARACTERS])
 
 
-def result_of(error: ApplianceError) -> AttemptResult:
+def classify_error(error: ApplianceError) -> AttemptResult:
     match error:
         case EngineBusy() | Busy():
             return "overflowed"
@@ -155,8 +155,8 @@ def result_of(error: ApplianceError) -> AttemptResult:
             return "failed"
 
 
-def detail_of(error: ApplianceError) -> str:
-    """For headers and the ledger: our own words only. What a target says may quote the prompt or the answer."""
+def describe_error(error: ApplianceError) -> str:
+    """For headers and the ledger: never a target's words, which may quote the prompt or the answer."""
     if isinstance(error, Busy | Unavailable) and not isinstance(error, EngineBusy):
         return error.message
     return f"{error.code} ({error.status})" if isinstance(error, BackendRefused) else error.code

@@ -9,7 +9,7 @@ from appliance.errors import BackendGarbage, RejectedReply
 _MUST_HAVE = {"/chat/completions": "choices", "/completions": "choices", "/decisions": "answers"}
 
 
-def read_verified(
+def read_verified_reply(
     call: TaskCall, target: Target, outgoing: Sequence[UpstreamCall], replies: Sequence[UpstreamReply]
 ) -> Any:
     """What the caller gets. Raises BackendGarbage (not what the dialect promises) or RejectedReply (does not pass)."""

@@ -1,5 +1,4 @@
-"""How an attempt's calls are written for whoever is to answer them: in their turn, and so that one that is sent again
-can be told to be the same. Pure."""
+"""What an attempt adds to its requests: a priority for batch work, and a key that marks a repeated request. Pure."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,30 +10,30 @@ from appliance.wire.dialect import WireRequest
 
 IDEMPOTENCY_HEADER: Final = "idempotency-key"
 BATCH_PRIORITY: Final = 1
-"""Of work that can wait, at engines; lower values go first, and everything else has 0."""
+"""Of batch work, at engines; lower values go first, and everything else has 0."""
 
 
-def in_turn(request: Request, target: Target, outgoing: Sequence[UpstreamCall]) -> Sequence[UpstreamCall]:
-    """Work that can wait is marked so for this node's engines, which do everything else before it. Whoever asks may let
-    others go first, and cannot go before them."""
+def set_priority(request: Request, target: Target, outgoing: Sequence[UpstreamCall]) -> Sequence[UpstreamCall]:
+    """Mark batch work for this node's engines, which do everything else before it. A client may lower its own
+    priority and cannot raise it."""
     if target.provider is not None:
         return outgoing
-    first = BATCH_PRIORITY if request.latency_class == "batch" else 0
-    return [_not_before(one, first) for one in outgoing]
+    lowest = BATCH_PRIORITY if request.latency_class == "batch" else 0
+    return [_with_priority(one, lowest) for one in outgoing]
 
 
-def sealed_once(request: Request, letter: WireRequest) -> WireRequest:
-    """A line of a job that is sent again after a crash says that it is the same, for providers that look."""
-    target = letter.target
+def add_idempotency_key(request: Request, wire_request: WireRequest) -> WireRequest:
+    """A job line that is sent again after a crash carries the same key, for providers that honour it."""
+    target = wire_request.target
     if request.latency_class != "batch" or target.location == "onsite":
-        return letter
-    said = f"{request.id}\n{target.name}\n".encode() + letter.body
+        return wire_request
+    said = f"{request.id}\n{target.name}\n".encode() + wire_request.body
     key = hashlib.sha256(said).hexdigest()[:48]
-    return replace(letter, headers={**letter.headers, IDEMPOTENCY_HEADER: key})
+    return replace(wire_request, headers={**wire_request.headers, IDEMPOTENCY_HEADER: key})
 
 
-def _not_before(outgoing: UpstreamCall, first: int) -> UpstreamCall:
+def _with_priority(outgoing: UpstreamCall, lowest: int) -> UpstreamCall:
     given = outgoing.body.get("priority", 0)
-    if given == first or (type(given) is int and given > first):
+    if given == lowest or (type(given) is int and given > lowest):
         return outgoing
-    return replace(outgoing, body={**outgoing.body, "priority": first})
+    return replace(outgoing, body={**outgoing.body, "priority": lowest})

@@ -26,15 +26,15 @@ def profile(
     prompt_tokens: int,
     output_tokens: int | None,
     profiler: Profiler = "rules",
-    opinion: LlmProfile | str = "no local model was asked",
+    llm_profile: LlmProfile | str = "no local model was asked",
 ) -> Profile:
     """The profile of `request`. Token counts are the caller's estimates; None: the usual length of an answer.
 
-    `opinion`: what a local model said, or why there is nothing; only the profiler "llm" looks at it. Raises
+    `llm_profile`: what a local model said, or why there is nothing; only the profiler "llm" looks at it. Raises
     ConfigError where "learned" is chosen and its weights cannot be used; `check_profiler` says so beforehand.
     """
     sample = take_sample(request.text)
-    made = _guess(request, sample, prompt_tokens, profiler, opinion)
+    made = _guess(request, sample, prompt_tokens, profiler, llm_profile)
     return Profile(
         task=made.task,
         complexity=made.complexity,
@@ -55,12 +55,12 @@ def check_profiler(profiler: Profiler) -> None:
 
 
 def _guess(
-    request: Request, sample: TextSample, prompt_tokens: int, profiler: Profiler, opinion: LlmProfile | str
+    request: Request, sample: TextSample, prompt_tokens: int, profiler: Profiler, llm_profile: LlmProfile | str
 ) -> ProfileEstimate:
     if profiler == "learned":
         return linear_model.guess(request, sample, linear_model.shipped_weights())
     by_rules = rules.guess(request, sample, prompt_tokens=prompt_tokens)
-    return by_rules if profiler == "rules" else guess_by(opinion, by_rules)
+    return by_rules if profiler == "rules" else guess_by(llm_profile, by_rules)
 
 
 def _latency_class(request: Request) -> LatencyClass:

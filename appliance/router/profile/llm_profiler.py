@@ -10,7 +10,7 @@ from typing import Final
 
 from appliance.core import Profiler, Request, Target
 from appliance.errors import ApplianceError, BackendUnreachable
-from appliance.router.capacity.admission import RequestLoad
+from appliance.router.capacity.request_load import RequestLoad
 from appliance.router.deps import RouterDeps
 from appliance.router.profile.estimate import LlmProfile, given_task
 from appliance.router.profile.llm_prompt import SEQUENCES, excerpt, prompt_tokens, question_about, read_opinion
@@ -31,9 +31,9 @@ _KIND: Final = "profile"
 class LlmProfiler:
     """Opinions of a local model, where the policy wants them; those of late are kept, by caller and text."""
 
-    def __init__(self, profiler: Profiler, means: RouterDeps) -> None:
+    def __init__(self, profiler: Profiler, deps: RouterDeps) -> None:
         self._profiler = profiler
-        self._means = means
+        self._deps = deps
         self._kept: OrderedDict[bytes, LlmProfile] = OrderedDict()
         self._rests_until = float("-inf")
 
@@ -45,7 +45,7 @@ class LlmProfiler:
             return "endpoint or format say the task"
         return self._recall(_key(request)) or "no model was asked about this text yet"
 
-    async def opinion(self, request: Request) -> LlmProfile | str:
+    async def llm_profile(self, request: Request) -> LlmProfile | str:
         """What a model of this node says within SECONDS, or why none did. Raises nothing but CancelledError."""
         if self._profiler != "llm" or given_task(request) is not None:
             return self.known(request)
@@ -56,19 +56,19 @@ class LlmProfiler:
         target = self._able()
         if target is None:
             return "no engine of this node that scores labels is ready"
-        now = self._means.clock()
+        now = self._deps.clock()
         if now < self._rests_until:
             return f"{target.name} was too slow or failed; asked again in {self._rests_until - now:.0f} s"
         try:
-            opinion = await self._ask(target, request)
+            llm_profile = await self._ask(target, request)
         except ApplianceError as error:
             return f"{target.name} was not asked or did not answer: {error.code}"
-        self._keep(key, opinion)
-        return opinion
+        self._keep(key, llm_profile)
+        return llm_profile
 
     def _able(self) -> Target | None:
         """The first engine of this node that is up; servers that somebody else runs are not asked, not even on-site."""
-        snapshot = self._means.state.snapshot
+        snapshot = self._deps.state.snapshot
         for target in snapshot.targets:
             view = snapshot.engines.get(target.name)
             is_own = target.location == "onsite" and target.provider is None and "labels" in target.abilities
@@ -77,22 +77,24 @@ class LlmProfiler:
         return None
 
     async def _ask(self, target: Target, request: Request) -> LlmProfile:
-        means, seen = self._means, excerpt(request.text)
+        deps, seen = self._deps, excerpt(request.text)
         load = RequestLoad(prompt_tokens(seen), SEQUENCES, share=SEQUENCES, kind=_KIND)
         # no waiting: whoever cannot be asked at once is not asked
-        slot = await means.admission.enter(target, load, first=False, wait_seconds=0.0, budget_seconds=SECONDS)
+        slot = await deps.admission.enter(
+            target, load, is_residency_bound=False, wait_seconds=0.0, budget_seconds=SECONDS
+        )
         try:
             salt = client.salt_of(request.caller.key_id)
-            letter = client.write(target, question_about(seen), stream=False, salt=salt)
-            reply = await client.send(means.doors.local, letter, permit=None, seconds=SECONDS)
+            wire_request = client.write(target, question_about(seen), stream=False, salt=salt)
+            reply = await client.send(deps.transports.local, wire_request, permit=None, seconds=SECONDS)
             return read_opinion(target, reply)
         except ApplianceError as error:
-            self._rests_until = means.clock() + REST_SECONDS
+            self._rests_until = deps.clock() + REST_SECONDS
             if isinstance(error, BackendUnreachable):
-                means.admission.doubt(target.name)
+                deps.admission.mark_suspect(target.name)
             raise
         finally:
-            slot.leave()
+            slot.release()
 
     def _recall(self, key: bytes) -> LlmProfile | None:
         kept = self._kept.get(key)
@@ -100,8 +102,8 @@ class LlmProfiler:
             self._kept.move_to_end(key)
         return kept
 
-    def _keep(self, key: bytes, opinion: LlmProfile) -> None:
-        self._kept[key] = opinion
+    def _keep(self, key: bytes, llm_profile: LlmProfile) -> None:
+        self._kept[key] = llm_profile
         if len(self._kept) > MOST_OPINIONS:
             self._kept.popitem(last=False)
 

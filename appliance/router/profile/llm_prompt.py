@@ -81,18 +81,18 @@ def read_opinion(target: Target, reply: UpstreamReply) -> LlmProfile:
     return LlmProfile(target.name, known[chosen], task.confidence, difficulty.score / highest)
 
 
-def guess_by(opinion: LlmProfile | str, by_rules: ProfileEstimate) -> ProfileEstimate:
+def guess_by(llm_profile: LlmProfile | str, by_rules: ProfileEstimate) -> ProfileEstimate:
     """What the model said, or what the rules say and why the model did not."""
-    if isinstance(opinion, str):
-        return ProfileEstimate(by_rules.task, by_rules.complexity, (*by_rules.reasons, f"by rules: {opinion}"))
-    who = f"{opinion.target}, confidence {opinion.confidence:.2f}"
-    if opinion.confidence < SURE:
-        why = f"by rules: {who} for {opinion.task} is too little"
+    if isinstance(llm_profile, str):
+        return ProfileEstimate(by_rules.task, by_rules.complexity, (*by_rules.reasons, f"by rules: {llm_profile}"))
+    who = f"{llm_profile.target}, confidence {llm_profile.confidence:.2f}"
+    if llm_profile.confidence < SURE:
+        why = f"by rules: {who} for {llm_profile.task} is too little"
         return ProfileEstimate(by_rules.task, by_rules.complexity, (*by_rules.reasons, why))
-    scale = SIMPLE_SCALE if opinion.task in SIMPLE else 1.0
-    moved = BASE_COMPLEXITY[opinion.task] + scale * _REACH * (opinion.difficulty - 0.5)
+    scale = SIMPLE_SCALE if llm_profile.task in SIMPLE else 1.0
+    moved = BASE_COMPLEXITY[llm_profile.task] + scale * _REACH * (llm_profile.difficulty - 0.5)
     complexity = round(min(max(moved, 0.0), 1.0), 4)
-    because = f"{opinion.task}, difficulty {opinion.difficulty:.2f} says {opinion.target}"
+    because = f"{llm_profile.task}, difficulty {llm_profile.difficulty:.2f} says {llm_profile.target}"
     return ProfileEstimate(
-        opinion.task, complexity, (f"{opinion.task}: {who}", f"complexity {complexity:.2f}: {because}")
+        llm_profile.task, complexity, (f"{llm_profile.task}: {who}", f"complexity {complexity:.2f}: {because}")
     )

@@ -70,9 +70,9 @@ def rank(
         return RankedTargets(route, unknown_model(request, AUTO, snapshot.targets))
     case = _Case(request, rule, route, outlooks)
     judged = _judge_all(case, policy, snapshot.targets) if pinned is None else _judge_in_order(case, pinned)
-    attempts, standby, excluded = _arrange(judged, case, profile)
+    attempts, cold_targets, excluded = _arrange(judged, case, profile)
     escalations = () if pinned is not None or rule.escalation is None else _escalations(case, snapshot.targets)
-    route = replace(route, attempts=attempts, standby=standby, excluded=excluded, escalations=escalations)
+    route = replace(route, attempts=attempts, cold_targets=cold_targets, excluded=excluded, escalations=escalations)
     return RankedTargets(route, None if attempts else refusal_of(request, route, judged))
 
 
@@ -230,9 +230,9 @@ def _arrange(
     waiting = [one for one in judged if one.kind == "waiting"]
     usable = [*now, *late] or waiting
     attempts = tuple(_attempt(one, judged, case, profile) for one in usable)
-    standby = tuple(_attempt(one, judged, case, profile) for one in waiting if one not in usable)
+    cold_targets = tuple(_attempt(one, judged, case, profile) for one in waiting if one not in usable)
     excluded = tuple(ExcludedTarget(one.target.name, one.reason) for one in judged if one not in usable)
-    return attempts, standby, excluded
+    return attempts, cold_targets, excluded
 
 
 def _attempt(one: RejectedCandidate, judged: Sequence[RejectedCandidate], case: _Case, profile: Profile) -> Attempt:

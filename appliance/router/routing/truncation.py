@@ -36,15 +36,15 @@ class PromptTrim:
         return tokens if self.max_output_tokens is None else min(tokens, self.max_output_tokens)
 
 
-AS_IT_IS: Final = PromptTrim()
+NO_TRIM: Final = PromptTrim()
 
 
-def shape_of(rule: RouteRule) -> PromptTrim:
+def make_trim(rule: RouteRule) -> PromptTrim:
     keep = rule.prune_context.keep_tokens if rule.prune_context else None
     return PromptTrim(rule.max_output_tokens, keep)
 
 
-def shape_of_step(shape: PromptTrim, step: DegradeRule) -> PromptTrim:
+def tighten_trim(shape: PromptTrim, step: DegradeRule) -> PromptTrim:
     """The route's own shape with a step's limits where those are tighter."""
     return PromptTrim(
         _tighter(shape.max_output_tokens, step.max_output_tokens),
@@ -92,9 +92,9 @@ class TrimmedCall:
         return outgoing if body is outgoing.body else replace(outgoing, body=body)
 
 
-def shaped(call: TaskCall, body: Mapping[str, Any], shape: PromptTrim) -> TaskCall:
+def trim_call(call: TaskCall, body: Mapping[str, Any], shape: PromptTrim) -> TaskCall:
     """`call`, whose chat messages `body` holds, cut down to `shape`; the call itself where nothing is to be cut."""
-    if shape == AS_IT_IS:
+    if shape == NO_TRIM:
         return call
     while isinstance(call, TrimmedCall):
         call = call.call
@@ -153,7 +153,7 @@ def _tokens(messages: Sequence[Message]) -> int:
     return estimate_tokens(message_text(messages)) + MESSAGE_TOKENS * len(messages)
 
 
-def static_answer(step: DegradeRule, request_id: str, endpoint: str, created: int) -> Mapping[str, Any]:
+def make_static_answer(step: DegradeRule, request_id: str, endpoint: str, created: int) -> Mapping[str, Any]:
     """The payload of a static step, as a target would give it."""
     is_chat = endpoint in CHAT_ENDPOINTS
     content: Mapping[str, Any] = (

@@ -14,8 +14,8 @@ _MOST_KEPT: Final = 4096
 class Averages:
     """Running averages by key, with how often each has been told. The first ones count more."""
 
-    def __init__(self, learning: float) -> None:
-        self._learning = learning
+    def __init__(self, feedback: float) -> None:
+        self._learning = feedback
         self._known: dict[Hashable, tuple[float, int]] = {}
 
     def get(self, key: Hashable) -> tuple[float, int] | None:
@@ -104,8 +104,8 @@ class Estimators:
 
     def __init__(self) -> None:
         self.tokens = TokenEstimateCorrection()
-        self.first_byte_pace = LatencyCorrection()
-        self.finish_pace = LatencyCorrection()
+        self.first_byte_correction = LatencyCorrection()
+        self.finish_correction = LatencyCorrection()
         self._cached = Averages(0.5)
         self._written = Averages(0.1)
         self._first_bytes = Averages(0.1)

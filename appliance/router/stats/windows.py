@@ -1,6 +1,6 @@
-"""What routes have done of late, in windows of time: shares of traffic, escalations, cost of an answer. Pure.
+"""What routes did recently, in sliding windows: shares of traffic, escalations, cost of an answer. Pure.
 
-Outlives reloads. Written by requests alone, on the event loop; `now` is monotonic, so that setting the clock changes
+Outlives reloads. Written by requests alone, on the event loop; `now` is monotonic, so setting the clock changes
 nothing.
 """
 
@@ -13,13 +13,13 @@ from appliance.router.routing.match import QUOTA_WINDOW_SECONDS
 
 _BUCKETS: Final = 60
 _COST_WINDOW_SECONDS: Final = 3600.0
-_ROOM: Final = 0.8
+_UNDER_RATE: Final = 0.8
 _FEW: Final = 20
 """Attempts that have to be seen before a cost for each success is held against a target."""
 
 
-class EventCounts(Protocol):
-    """What limits how often a route asks somebody better."""
+class EscalationRate(Protocol):
+    """What limits how often a route escalates."""
 
     @property
     def max_rate(self) -> float: ...
@@ -79,8 +79,8 @@ class SlidingWindows:
         total = self._all.sums(now)[0] + 1
         return {rule.name for rule in limited if self._taken(rule.name, now) + 1 > (rule.quota or 0.0) * total}
 
-    def took(self, route: str, now: float) -> None:
-        """A request went by `route`."""
+    def record_request(self, route: str, now: float) -> None:
+        """Count a request of `route`."""
         self._all.add(now, 1)
         self._routes.setdefault(route, Window(QUOTA_WINDOW_SECONDS)).add(now, 1)
 
@@ -88,33 +88,33 @@ class SlidingWindows:
         window = self._routes.get(route)
         return 0.0 if window is None else window.sums(now)[0]
 
-    def judged(self, route: str, rule: EventCounts, now: float, answers: int = 1) -> None:
-        """So many answers of `route` told their confidence."""
+    def record_answers(self, route: str, rule: EscalationRate, now: float, answers: int = 1) -> None:
+        """Count `answers` of `route` that have a confidence."""
         self._escalation(route, rule).add(now, answers)
 
-    def room(self, route: str, rule: EventCounts, now: float) -> int:
+    def escalations_left(self, route: str, rule: EscalationRate, now: float) -> int:
         """How many more may escalate inside the rate."""
         judged, escalated = self._escalation(route, rule).sums(now)
         return max(0, int(rule.max_rate * judged - escalated + 1e-9))
 
-    def may_escalate(self, route: str, rule: EventCounts, now: float) -> bool:
+    def may_escalate(self, route: str, rule: EscalationRate, now: float) -> bool:
         """Whether one more stays inside the rate."""
         judged, escalated = self._escalation(route, rule).sums(now)
         return escalated + 1 <= rule.max_rate * judged
 
-    def has_room(self, route: str, rule: EventCounts, now: float) -> bool:
-        """Whether the rate is well below its cap: at the cap itself every other answer would say something else."""
+    def is_under_rate(self, route: str, rule: EscalationRate, now: float) -> bool:
+        """Whether the rate is well below its cap: at the cap itself the alert would flap."""
         judged, escalated = self._escalation(route, rule).sums(now)
-        return escalated <= _ROOM * rule.max_rate * judged
+        return escalated <= _UNDER_RATE * rule.max_rate * judged
 
-    def escalated(self, route: str, rule: EventCounts, now: float, answers: int = 1) -> None:
+    def record_escalations(self, route: str, rule: EscalationRate, now: float, answers: int = 1) -> None:
         self._escalation(route, rule).add(now, 0, answers)
 
-    def _escalation(self, route: str, rule: EventCounts) -> Window:
+    def _escalation(self, route: str, rule: EscalationRate) -> Window:
         return self._escalations.setdefault((route, rule.window_seconds), Window(rule.window_seconds))
 
-    def spent(self, route: str, target: str, usd: float | None, *, answered: bool, now: float) -> None:
-        """An attempt of `route` at `target` ended. A cost that nobody knows is left out."""
+    def record_cost(self, route: str, target: str, usd: float | None, *, answered: bool, now: float) -> None:
+        """Count an ended attempt of `route` at `target`. An unknown cost is left out."""
         if usd is None:
             return
         key = (route, target)

@@ -31,7 +31,7 @@ class CascadeText:
     text: str
     """Empty where the route keeps no texts."""
     own: str | None
-    own_confidence: float
+    classifier_confidence: float
     """0 for a text out of scope: such an answer never stands."""
     answer: str | None
     """What the caller was told; None where nobody knew."""
@@ -61,29 +61,29 @@ class CascadeCall:
     rows: tuple[CascadeText, ...]
 
 
-def could_learn(questions: Sequence[Question]) -> bool:
+def is_classifier_question(questions: Sequence[Question]) -> bool:
     """Whether a classifier could ever answer these: one choice among texts."""
     if len(questions) != 1 or questions[0].kind != "choice":
         return False
     return all(isinstance(option.value, str) for option in questions[0].options)
 
 
-def for_classifier(call: DecisionsCall) -> DecisionsCall:
+def make_classifier_call(call: DecisionsCall) -> DecisionsCall:
     """The call as the classifier is to be asked: for all of its labels or not at all, for its confidence is of them."""
     return replace(call, render=None, for_classifier=True, every_label=True)
 
 
-def only(call: DecisionsCall, places: Sequence[int]) -> DecisionsCall:
+def select_inputs(call: DecisionsCall, places: Sequence[int]) -> DecisionsCall:
     """The same questions about some of the inputs."""
     return replace(call, inputs=tuple(call.inputs[place] for place in places), render=None)
 
 
-def joined(calls: Sequence[DecisionsCall]) -> DecisionsCall:
+def join_calls(calls: Sequence[DecisionsCall]) -> DecisionsCall:
     """Calls that one was cut into, as one again."""
     return replace(calls[0], inputs=tuple(one for call in calls for one in call.inputs), render=None)
 
 
-def own_confidence(row: Row) -> float:
+def classifier_confidence(row: Row) -> float:
     """Of a classifier's answer; 0 where the text is out of scope or there is no answer."""
     if isinstance(row, ApplianceError) or row[0].probabilities is None:
         return 0.0
@@ -94,7 +94,7 @@ def is_out_of_scope(row: Row) -> bool:
     return not isinstance(row, ApplianceError) and (row[0].strangeness or 0.0) > 0
 
 
-def chosen(row: Row, questions: Sequence[Question]) -> str | None:
+def chosen_label(row: Row, questions: Sequence[Question]) -> str | None:
     """The label that a row chooses; None where it chooses none that is a text."""
     if isinstance(row, ApplianceError) or row[0].probabilities is None or questions[0].kind != "choice":
         return None
@@ -102,7 +102,7 @@ def chosen(row: Row, questions: Sequence[Question]) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def stands(row: Row, below_confidence: float) -> bool:
+def is_sure(row: Row, below_confidence: float) -> bool:
     """Whether a model's answer to one text is sure in all of its parts. A text that failed is not."""
     if isinstance(row, ApplianceError):
         return False
@@ -127,7 +127,7 @@ class CascadeAnswer:
     unsure: bool = False
 
 
-def merged(given: Sequence[CascadeAnswer], usage: Usage) -> DecisionResult:
+def merge_answers(given: Sequence[CascadeAnswer], usage: Usage) -> DecisionResult:
     """One judgement of rows that came from several targets; every answer says whose it is."""
     models = ", ".join(dict.fromkeys(one.model for one in given))
     targets = ", ".join(dict.fromkeys(one.target for one in given))
@@ -140,7 +140,7 @@ def _signed(one: CascadeAnswer) -> Row:
     return tuple(replace(judged, answered_by=one.target, unsure=one.unsure or judged.unsure) for judged in one.row)
 
 
-def cut(judgement: DecisionResult, calls: Sequence[DecisionsCall]) -> list[Any]:
+def split_result(judgement: DecisionResult, calls: Sequence[DecisionsCall]) -> list[Any]:
     """The rows given back to the calls they are of; a call whose rows all failed is their error. What was used stands
     with the first."""
     results: list[Any] = []
@@ -157,7 +157,7 @@ def cut(judgement: DecisionResult, calls: Sequence[DecisionsCall]) -> list[Any]:
     return results
 
 
-def told(given: Sequence[CascadeAnswer]) -> Mapping[str, int]:
+def count_by_target(given: Sequence[CascadeAnswer]) -> Mapping[str, int]:
     """How many texts each target answered."""
     counts: dict[str, int] = {}
     for one in given:
