@@ -16,6 +16,7 @@ from appliance.jobs.metrics import JobMetrics
 from appliance.jobs.provider.lines import ProviderLines
 from appliance.node.plan.planner import ENGINE_ADAPTERS
 from appliance.node.supervise.encoder_host import EncoderHost
+from appliance.node.supervise.engine_supervisor import SupervisorDeps
 from appliance.node.supervise.launcher import ChildLauncher
 from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor
@@ -37,16 +38,15 @@ def supervisor_of(site: NodeSpec, signals: StatusPublisher) -> Supervisor:
     for placement in site.placements:
         if placement.engine == "vllm" and "vllm" not in found:
             raise EngineFailed(f"{placement.model} needs vLLM, which is not here: `appliance engines install vllm`")
-    return Supervisor(
-        site.placements,
+    deps = SupervisorDeps(
         launcher=ChildLauncher(site.home / "logs"),
-        signals=signals,
+        status=signals,
         config=site.config.engine,
         drain_seconds=site.config.server.drain_seconds,
         runtime_folder=site.home / "run",
         watts_per_busy_core=site.config.cost.watts_per_busy_core,
-        engines={**ENGINE_ADAPTERS, "encoder": Encoder(), **found},
     )
+    return Supervisor(site.placements, deps, {**ENGINE_ADAPTERS, "encoder": Encoder(), **found})
 
 
 async def open_desk(

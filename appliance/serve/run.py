@@ -21,10 +21,10 @@ from appliance.jobs.lines.executor import LineExecutor
 from appliance.jobs.provider.lines import ProviderLines
 from appliance.ledger.store import Ledger
 from appliance.node.energy.sampler import EnergyMeters, EnergySampler
-from appliance.node.hardware.gpu_watch import watch_gpus
 from appliance.node.hardware.nvidia import load_nvml
 from appliance.node.plan.swap import SwapRules, find_initially_unloaded
 from appliance.node.supervise.encoder_host import EncoderHost
+from appliance.node.supervise.gpu_watch import watch_gpus
 from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor
 from appliance.node.supervise.swapper import Swapper

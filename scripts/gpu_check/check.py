@@ -36,7 +36,7 @@ from appliance.node.models.model_store import ModelStore
 from appliance.node.plan.serving_plan import build_serving_plan
 from appliance.node.plan.variant_selection import list_candidates
 from appliance.node.supervise import orphans
-from appliance.node.supervise.engine_supervisor import KEY_FILE
+from appliance.node.supervise.engine_process import KEY_FILE
 from scripts.gpu_check import judge, load
 from scripts.gpu_check.environment import vllm_of
 from tests.running import RunningNode, running_node

@@ -13,6 +13,7 @@ from appliance.config import EngineSettings
 from appliance.core import Target
 from appliance.engines.encoder import Encoder, has_encoder_work
 from appliance.node.supervise.encoder_host import EncoderHost
+from appliance.node.supervise.engine_supervisor import SupervisorDeps
 from appliance.node.supervise.launcher import ChildLauncher
 from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor
@@ -29,12 +30,14 @@ async def host(home: Path) -> AsyncIterator[tuple[EncoderHost, State]]:
     signals = StatusPublisher(state, time.monotonic)
     supervisor = Supervisor(
         [],
-        launcher=ChildLauncher(home / "logs"),
-        signals=signals,
-        config=EngineSettings(),
-        drain_seconds=5.0,
-        runtime_folder=home / "run",
-        engines={"encoder": Encoder()},
+        SupervisorDeps(
+            launcher=ChildLauncher(home / "logs"),
+            status=signals,
+            config=EngineSettings(),
+            drain_seconds=5.0,
+            runtime_folder=home / "run",
+        ),
+        {"encoder": Encoder()},
     )
     await supervisor.start()
     made = EncoderHost(supervisor, signals, home, 1)

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pynvml
 import pytest
 
-from appliance.node.hardware.gpu_watch import find_gpu_problems, watch_gpus
 from appliance.node.hardware.nvidia import read_gpus
+from appliance.node.supervise.gpu_watch import find_gpu_problems, watch_gpus
 from appliance.node.supervise.status import StatusPublisher
 from appliance.state import State
 from tests.node.machines import recorded_nvml
+from tests.node.processes import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -73,3 +74,14 @@ async def test_a_warning_comes_with_the_trouble_and_goes_with_it() -> None:
     with pytest.raises(asyncio.CancelledError):
         await watching
     assert nvml.shut_down >= 1
+
+
+async def test_a_watch_that_fails_takes_its_warnings_back_since_the_next_one_does_not_know_them() -> None:
+    state = State(lambda: 0.0)
+    nvml = recorded_nvml("h200-one-lost")
+    watching = asyncio.create_task(watch_gpus(StatusPublisher(state, lambda: 0.0, ()), nvml, seconds=0.001))
+    await eventually(lambda: bool(state.snapshot.warnings), "a warning")
+    watching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await watching
+    assert state.snapshot.warnings == ()

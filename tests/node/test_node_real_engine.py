@@ -19,6 +19,7 @@ from appliance.errors import EngineFailed
 from appliance.node.hardware.probe import probe_hardware
 from appliance.node.plan.models import ModelCandidate
 from appliance.node.plan.planner import plan_placements
+from appliance.node.supervise.engine_supervisor import SupervisorDeps
 from appliance.node.supervise.launcher import ChildLauncher
 from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor
@@ -67,11 +68,13 @@ def _scene(home: Path, model: Path) -> Scene:
     state = State(time.monotonic)
     supervisor = Supervisor(
         [placement],
-        launcher=ChildLauncher(home / "logs"),
-        signals=StatusPublisher(state, time.monotonic),
-        config=CONFIG,
-        drain_seconds=5,
-        runtime_folder=home / "run",
+        SupervisorDeps(
+            launcher=ChildLauncher(home / "logs"),
+            status=StatusPublisher(state, time.monotonic),
+            config=CONFIG,
+            drain_seconds=5,
+            runtime_folder=home / "run",
+        ),
     )
     return Scene(state, supervisor, placement, home)
 

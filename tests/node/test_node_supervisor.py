@@ -17,6 +17,7 @@ from appliance.config import EngineSettings as EngineConfig
 from appliance.core import Ability, EngineState, EngineStatus, Target
 from appliance.engines.base import EngineDefaults, EngineMemory, EngineShape, Placement
 from appliance.errors import EngineFailed
+from appliance.node.supervise.engine_supervisor import SupervisorDeps
 from appliance.node.supervise.launcher import Child, ChildLauncher
 from appliance.node.supervise.sockets import SocketFolder
 from appliance.node.supervise.status import StatusPublisher
@@ -99,13 +100,15 @@ class Stage:
         self.seen: list[EngineState] = []
         self.supervisor = Supervisor(
             [placement],
-            launcher=self.launcher,
-            signals=self.signals,
-            config=EngineConfig(start_seconds=20.0, stall_seconds=stall_seconds),
-            drain_seconds=drain_seconds,
-            runtime_folder=folder / "run",
-            watts_per_busy_core=4.0,
-            engines={"llamacpp": FakeKind(*options)},
+            SupervisorDeps(
+                launcher=self.launcher,
+                status=self.signals,
+                config=EngineConfig(start_seconds=20.0, stall_seconds=stall_seconds),
+                drain_seconds=drain_seconds,
+                runtime_folder=folder / "run",
+                watts_per_busy_core=4.0,
+            ),
+            {"llamacpp": FakeKind(*options)},
         )
 
     @property

@@ -16,6 +16,7 @@ from appliance.engines.base import EngineMemory, EngineShape, Placement
 from appliance.engines.llamacpp import LlamaCpp
 from appliance.engines.vllm import Vllm
 from appliance.node.plan.swap import RAM, SwapRules, find_initially_unloaded
+from appliance.node.supervise.engine_supervisor import SupervisorDeps
 from appliance.node.supervise.launcher import ChildLauncher
 from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor
@@ -35,14 +36,16 @@ class Scene:
         self.admission = Admission(self.state, time.monotonic)
         self.supervisor = Supervisor(
             placements,
-            launcher=ChildLauncher(folder / "logs"),
-            signals=StatusPublisher(self.state, time.monotonic),
-            config=EngineConfig(start_seconds=60.0),
-            drain_seconds=7.0,
-            runtime_folder=folder / "run",
-            engines={"llamacpp": LlamaCpp(), "vllm": Vllm(fake_installed(folder / "vllm"))},
+            SupervisorDeps(
+                launcher=ChildLauncher(folder / "logs"),
+                status=StatusPublisher(self.state, time.monotonic),
+                config=EngineConfig(start_seconds=60.0),
+                drain_seconds=7.0,
+                runtime_folder=folder / "run",
+            ),
+            {"llamacpp": LlamaCpp(), "vllm": Vllm(fake_installed(folder / "vllm"))},
         )
-        self.resting = find_initially_unloaded(placements, {RAM: room})
+        self.unloaded = find_initially_unloaded(placements, {RAM: room})
         models = [placed.model for placed in placements]
         self.swapper = Swapper(self.supervisor, self.state, time.monotonic, {RAM: room}, rules, models)
 
@@ -65,7 +68,7 @@ class Scene:
 @asynccontextmanager
 async def scene(folder: Path, placements: list[Placement], room: int, rules: SwapRules) -> AsyncIterator[Scene]:
     made = Scene(folder, placements, room, rules)
-    await made.supervisor.start(made.resting)
+    await made.supervisor.start(made.unloaded)
     swapping = asyncio.create_task(made.swapper.run())
     try:
         yield made
@@ -83,7 +86,7 @@ def _small(model: str) -> Placement:
 async def test_demand_swaps_the_unused_model_out_and_the_request_is_let_in(tmp_path: Path) -> None:
     rules = SwapRules(least_residence_seconds=0.5, cool_down_seconds=0.5)
     async with scene(tmp_path, [_small("m"), _small("n")], 100, rules) as stage:
-        assert set(stage.resting) == {"n"}
+        assert set(stage.unloaded) == {"n"}
         await eventually(lambda: stage.is_ready("m"), "the first model")
         assert stage.view("n").state == "stopped" and "loaded when wanted" in stage.view("n").reason
         await stage.request("n")

@@ -247,13 +247,13 @@ async def test_a_model_on_a_gpu_sleeps_instead_and_keeps_its_process(tmp_path: P
         )
 
 
-async def test_a_probe_that_is_refused_is_no_sign_of_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_probe_that_is_refused_is_no_sign_of_a_hang(tmp_path: Path) -> None:
     async with stage(tmp_path, stall_seconds=0.4) as scene:
         (keeper,) = scene.supervisor.engines
-        monkeypatch.setattr(keeper, "_key", "wrong")
+        keeper.process.key = "wrong"
         await scene.supervisor.start()
         await scene.supervisor.wait_ready(20)
-        monkeypatch.setattr(keeper, "_key", "another")
-        await eventually(lambda: not keeper._can_probe, "a refusal")
+        keeper.process.key = "another"
+        await eventually(lambda: keeper.monitor is not None and not keeper.monitor.sends_probes, "a refusal")
         await asyncio.sleep(1.0)  # longer than a hang takes to be noticed
         assert scene.view.state == "ready" and scene.view.restarts == 0

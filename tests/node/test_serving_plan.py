@@ -94,8 +94,8 @@ def test_models_that_fit_together_are_loaded_and_the_rest_takes_turns(store: Mod
     ]
     small = lined(store, "h100-sxm", *wishes)
     assert [one.model for one in small.loaded.placements] == ["gpt-oss-120b", "smollm2-1.7b-instruct"]
-    (resting,) = small.on_demand
-    assert (resting.model, resting.variant) == ("llama-3.3-70b-instruct", "awq")
+    (on_demand,) = small.on_demand
+    assert (on_demand.model, on_demand.variant) == ("llama-3.3-70b-instruct", "awq")
     assert [one.model for one in small.placements] == [
         "gpt-oss-120b",
         "smollm2-1.7b-instruct",

@@ -21,7 +21,7 @@ from appliance.node.plan.swap import (
 POOLS = {RAM: 100}
 RULES = SwapRules(idle_unload_seconds=300, least_residence_seconds=60, cool_down_seconds=20)
 A = LoadedModel("a", (RAM,), 70, "loaded", since=0, used_at=50)
-B = LoadedModel("b", (RAM,), 70, "resting", since=0, used_at=0)
+B = LoadedModel("b", (RAM,), 70, "unloaded", since=0, used_at=0)
 
 
 def _kinds(moves: tuple[SwapMove, ...]) -> list[tuple[str, str]]:
@@ -84,7 +84,7 @@ def test_pools_do_not_help_each_other() -> None:
 @given(st.lists(st.sampled_from(["a", "b", ""]), min_size=600, max_size=600))
 def test_however_they_are_wanted_swaps_are_rare(wishes: list[str]) -> None:
     """Ten minutes of wishes, one a second at most, for two models where one fits."""
-    residence: dict[str, tuple[str, float]] = {"a": ("loaded", 0.0), "b": ("resting", 0.0)}
+    residence: dict[str, tuple[str, float]] = {"a": ("loaded", 0.0), "b": ("unloaded", 0.0)}
     wanted: dict[str, float] = {}
     used = {"a": 0.0, "b": 0.0}
     swaps = 0
@@ -98,7 +98,7 @@ def test_however_they_are_wanted_swaps_are_rare(wishes: list[str]) -> None:
             for name, (state, since) in residence.items()
         ]
         for move in decide_swaps(float(now), rows, POOLS, RULES):
-            residence[move.model] = ("loaded" if move.kind == "load" else "resting", float(now))
+            residence[move.model] = ("loaded" if move.kind == "load" else "unloaded", float(now))
             swaps += move.kind == "load"
     assert sum(state == "loaded" for state, _ in residence.values()) <= 1
     assert swaps <= 600 / RULES.least_residence_seconds
@@ -111,8 +111,8 @@ def _placement(model: str, size: int) -> Placement:
 
 def test_at_first_those_are_loaded_that_fit_in_their_order() -> None:
     placements = [_placement("a", 60), _placement("b", 60), _placement("c", 30)]
-    resting = find_initially_unloaded(placements, POOLS)
-    assert resting == {"b": "needs 60 bytes where 40 are left; loaded when wanted"}
+    unloaded = find_initially_unloaded(placements, POOLS)
+    assert unloaded == {"b": "needs 60 bytes where 40 are left; loaded when wanted"}
 
 
 def test_devices_that_are_shared_in_part_are_not_promised_twice() -> None:

@@ -14,6 +14,7 @@ from appliance.core import EngineState, EngineStatus
 from appliance.engines.base import EngineMemory, EngineShape, Placement
 from appliance.engines.vllm import InstalledVllm, Vllm
 from appliance.node.supervise import orphans
+from appliance.node.supervise.engine_supervisor import SupervisorDeps
 from appliance.node.supervise.launcher import Child, ChildLauncher
 from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor
@@ -65,12 +66,14 @@ class Stage:
         self.launcher = NotingLauncher(folder / "logs")
         self.supervisor = Supervisor(
             [placed],
-            launcher=self.launcher,
-            signals=self.signals,
-            config=EngineConfig(start_seconds=20.0, stall_seconds=stall_seconds),
-            drain_seconds=drain_seconds,
-            runtime_folder=self.home,
-            engines={"vllm": Vllm(fake_installed(folder / "vllm"))},
+            SupervisorDeps(
+                launcher=self.launcher,
+                status=self.signals,
+                config=EngineConfig(start_seconds=20.0, stall_seconds=stall_seconds),
+                drain_seconds=drain_seconds,
+                runtime_folder=self.home,
+            ),
+            {"vllm": Vllm(fake_installed(folder / "vllm"))},
         )
 
     @property

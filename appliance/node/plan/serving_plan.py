@@ -73,13 +73,13 @@ def build_serving_plan(
         wider = [own if own and own[0].model.name in placed else group for own, group in zip(here, can, strict=True)]
         outcome = _planned(hardware, wider, config, records)
         placed = {one.model for one in outcome.placements}
-    resting: list[Placement] = []
+    on_demand: list[Placement] = []
     for group in can:
         if group and group[0].model.name not in placed:
-            resting += _planned(hardware, [group], config, records).placements
+            on_demand += _planned(hardware, [group], config, records).placements
     items = {(item.model.name, item.variant.name): item for group in can for item in group}
-    taken = {one.model: items[one.model, one.variant] for one in (*outcome.placements, *resting)}
-    return ServingPlan(replace(outcome, refusals=(*outcome.refusals, *refused)), tuple(resting), taken)
+    taken = {one.model: items[one.model, one.variant] for one in (*outcome.placements, *on_demand)}
+    return ServingPlan(replace(outcome, refusals=(*outcome.refusals, *refused)), tuple(on_demand), taken)
 
 
 _NOT_HERE: Mapping[str, str] = {

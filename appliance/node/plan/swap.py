@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 from appliance.engines.base import Placement
 
-Residence = Literal["loaded", "moving", "resting"]
+Residence = Literal["loaded", "moving", "unloaded"]
 
 RAM: Final = "ram"
 _DEMAND_SECONDS: Final = 60.0
@@ -67,9 +67,9 @@ def decide_swaps(
         if _is_idle(one, now, rules)
     ]
     leaving = {move.model for move in moves}
-    wanted = [one for one in residents if one.residence == "resting" and _is_wanted(one, now)]
+    wanted = [one for one in residents if one.residence == "unloaded" and _is_wanted(one, now)]
     free = {
-        pool: room - sum(one.bytes for one in residents if pool in one.pools and one.residence != "resting")
+        pool: room - sum(one.bytes for one in residents if pool in one.pools and one.residence != "unloaded")
         for pool, room in pools.items()
     }
     for one in sorted(wanted, key=lambda one: one.requested_at or 0.0):
@@ -87,15 +87,15 @@ def decide_swaps(
 def find_initially_unloaded(placements: Sequence[Placement], pools: Mapping[str, int]) -> Mapping[str, str]:
     """Those of `placements`, in their order of preference, that do not fit beside the ones before them, and why."""
     left = dict(pools)
-    resting = {}
+    unloaded = {}
     for placement in placements:
         taken, needed = list_memory_pools(placement), placement.memory.total_bytes
         least = min(left.get(pool, 0) for pool in taken)
         if needed <= least:
             left |= {pool: left[pool] - needed for pool in taken}
         else:
-            resting[placement.model] = f"needs {needed:,} bytes where {least:,} are left; loaded when wanted"
-    return resting
+            unloaded[placement.model] = f"needs {needed:,} bytes where {least:,} are left; loaded when wanted"
+    return unloaded
 
 
 def list_memory_pools(placement: Placement) -> tuple[str, ...]:

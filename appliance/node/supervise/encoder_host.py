@@ -1,12 +1,13 @@
-"""The node's one encoder program: started when there is something for it, asked for trainings, and watched for what it
-serves, which becomes rows that requests can name."""
+"""The node's one encoder program: started when there is work for it, asked to train, watched for what it serves.
+
+What it serves becomes targets that requests can name.
+"""
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, TypedDict
 
 import httpx
 import structlog
@@ -31,9 +32,22 @@ _EMBEDS: Final[frozenset[Ability]] = frozenset({"embeddings"})
 _log = structlog.get_logger(__name__)
 
 
+class _ServedModel(TypedDict):
+    name: str
+    max_tokens: int | None
+
+
+class _Served(TypedDict):
+    """The program's answer to `/v1/served`."""
+
+    models: list[_ServedModel]
+    classifiers: list[str]
+    is_training: bool
+
+
 @dataclass(frozen=True, slots=True)
 class EncoderHostReply:
-    """What the program answered: a status and a JSON body, whatever they are."""
+    """What the program answered: an HTTP status and a JSON body."""
 
     status: int
     body: bytes
@@ -41,19 +55,19 @@ class EncoderHostReply:
 
 
 class EncoderHost:
-    """Everything is called on the event loop."""
+    """Starts, asks and watches the encoder program. Everything is called on the event loop."""
 
-    def __init__(self, supervisor: Supervisor, signals: StatusPublisher, home: Path, threads: int) -> None:
-        self._supervisor, self._signals = supervisor, signals
+    def __init__(self, supervisor: Supervisor, status: StatusPublisher, home: Path, threads: int) -> None:
+        self._supervisor, self._status = supervisor, status
         self._home = home
         self._placement: Placement = build_encoder_placement(home, threads)
-        self._keeper: EngineSupervisor | None = None
+        self._engine: EngineSupervisor | None = None
         self._client: httpx.AsyncClient | None = None
         self._watching: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
 
     async def start_if_needed(self) -> None:
-        """Start the program where a classifier or an embedding model lies here."""
+        """Start the program if a classifier or an embedding model lies in the data directory."""
         if await asyncio.to_thread(has_encoder_work, self._home):
             self._start()
 
@@ -65,15 +79,15 @@ class EncoderHost:
             await self._client.aclose()
 
     async def ask(self, method: str, path: str, body: bytes = b"") -> EncoderHostReply:
-        """Ask the program, which is started if it is not running. Raises Unavailable where it does not answer."""
-        keeper = self._start()
+        """Ask the program, which is started if it is not running. Raises Unavailable when it does not answer."""
+        engine = self._start()
         try:
             async with asyncio.timeout(_START_SECONDS):
-                await keeper.wait_for(lambda life: life.phase in ("ready", "failed"))
+                await engine.wait_for(lambda lifecycle: lifecycle.phase in ("ready", "failed"))
         except TimeoutError:
-            pass  # told below
-        if keeper.lifecycle.phase != "ready":
-            reason = keeper.lifecycle.reason or "it is not ready yet"
+            pass  # the phase below says why
+        if engine.lifecycle.phase != "ready":
+            reason = engine.lifecycle.reason or "it is not ready yet"
             raise Unavailable(f"the encoder program cannot answer: {reason}; try again", retry_after_seconds=5)
         try:
             assert self._client is not None
@@ -83,68 +97,66 @@ class EncoderHost:
                 f"the encoder program did not answer ({type(error).__name__}); try again", retry_after_seconds=5
             ) from error
         if method != "GET":
-            await self._look()
+            await self._refresh_targets()
             self._changed.set()
         return EncoderHostReply(response.status_code, response.content, response.headers.get("retry-after"))
 
     def _start(self) -> EngineSupervisor:
-        if self._keeper is None:
-            self._signals.set_served_targets(self._placement.target, ())
-            self._keeper = self._supervisor.add(self._placement)
+        if self._engine is None:
+            self._status.set_served_targets(self._placement.target, ())
+            self._engine = self._supervisor.add(self._placement)
             transport = httpx.AsyncHTTPTransport(uds=self._socket, verify=False)
             self._client = httpx.AsyncClient(
                 transport=transport, base_url="http://encoders", timeout=_ANSWER_SECONDS, trust_env=False
             )
             self._watching = asyncio.create_task(
-                GuardedTask("encoders", self._watch, self._signals).run(), name="encoders"
+                GuardedTask("encoders", self._watch, self._status).run(), name="encoders"
             )
-        return self._keeper
+        return self._engine
 
     @property
     def _address(self) -> str:
-        assert self._keeper is not None
-        return self._keeper.target.address
+        assert self._engine is not None
+        return self._engine.target.address
 
     @property
     def _socket(self) -> str:
         return self._address.removeprefix("unix:")
 
     async def _watch(self) -> None:
-        """Keep the rows as the program tells them: models are pulled, and trainings end, at any time."""
+        """Keep the targets as the program reports them: models are pulled, and trainings end, at any time."""
         while True:
             pause = _WATCH_SECONDS
-            keeper = self._keeper
-            assert keeper is not None
-            await keeper.wait_for(lambda life: life.phase == "ready")
-            if await self._look():
+            engine = self._engine
+            assert engine is not None
+            await engine.wait_for(lambda lifecycle: lifecycle.phase == "ready")
+            if await self._refresh_targets():
                 pause = _WATCH_TRAINING_SECONDS
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._changed.wait()
 
-    async def _look(self) -> bool:
-        """Publish what is served; whether a training is under way."""
+    async def _refresh_targets(self) -> bool:
+        """Publish what is served. Returns whether a training is under way."""
         assert self._client is not None
         try:
             response = await self._client.get("/v1/served")
-            told = response.json()
-            targets = tuple(_rows(told, self._address))
+            served: _Served = response.json()
+            targets = tuple(_list_targets(served, self._address))
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-            _log.warning("the encoder program does not tell what it serves", reason=repr(error))
+            _log.warning("the encoder program does not say what it serves", reason=repr(error))
             return False
-        self._signals.set_served_targets(self._placement.target, targets)
-        return bool(told["is_training"])
+        self._status.set_served_targets(self._placement.target, targets)
+        return bool(served["is_training"])
 
 
-def _rows(told: Mapping[str, Any], address: str) -> list[Target]:
-    rows = []
-    for model in told["models"]:
-        name, tokens = model["name"], model["max_tokens"]
-        rows.append(_target(f"onsite/{name}", name, address, _EMBEDS, tokens))
-    for name in told["classifiers"]:
-        rows.append(_target(f"classifier/{name}", name, address, _CLASSIFIES, None))
-    return rows
+def _list_targets(served: _Served, address: str) -> list[Target]:
+    models = [
+        _target(f"onsite/{one['name']}", one["name"], address, _EMBEDS, one["max_tokens"]) for one in served["models"]
+    ]
+    names = served["classifiers"]
+    return models + [_target(f"classifier/{name}", name, address, _CLASSIFIES, None) for name in names]
 
 
 def _target(name: str, model: str, address: str, abilities: frozenset[Ability], tokens: int | None) -> Target:

@@ -1,4 +1,4 @@
-"""One engine's life as a pure machine: (life, event, now) -> the next life and what to do. No clock, no process.
+"""One engine's life cycle as a pure state machine: (state, event, now) -> next state and actions. No clock, no process.
 
     stopped --Start--> starting --Healthy--> ready --Stop--> stopping --Exited--> stopped
                           |                    |                 +--drain over--> killing

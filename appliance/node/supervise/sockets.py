@@ -29,17 +29,17 @@ class SocketFolder:
 
         Folders that earlier processes left in `preferred` are removed.
         """
-        self.left_sessions: set[int] = set()
+        self.orphaned_sessions: set[int] = set()
         """Those of engines whose node has died."""
         # Where the folder cannot be made, another one will do.
         with contextlib.suppress(OSError):
             preferred.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.left_sessions |= _sweep(preferred)
+            self.orphaned_sessions |= _sweep(preferred)
         folder = _short_enough(preferred)
         prefix = "" if folder == preferred.absolute() else _ELSEWHERE
         if prefix:
             with contextlib.suppress(OSError):
-                self.left_sessions |= _sweep(folder, prefix)
+                self.orphaned_sessions |= _sweep(folder, prefix)
         try:
             self.path = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=folder))
         except OSError as error:

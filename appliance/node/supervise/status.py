@@ -1,24 +1,14 @@
-"""What the control plane sees, made into snapshots for the requests; and the line on which engines are asked."""
+"""Publishes what the control plane sees as snapshots for the requests."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Final
 
-import httpx
-
-from appliance.core import CostBasis, EngineLoad, EngineStatus, HealthWarning, Snapshot, Target
-from appliance.engines.base import LoadEndpointReader, LoadReader, ProbeRequest
-from appliance.errors import BackendGarbage
+from appliance.core import CostBasis, EngineStatus, HealthWarning, Snapshot, Target
 from appliance.state import State
-
-_ANSWER_SECONDS: Final = 5.0
-"""An engine computes without holding its interpreter, so even a busy one answers within a step."""
 
 
 class StatusPublisher:
-    """Keeps targets, engine views and warnings, and publishes them together. The only writer of snapshots.
+    """Keeps targets, engine statuses and warnings, and publishes them together. The only writer of snapshots.
 
     Every change is published at once: a request must not be sent to an engine that is known to be down.
     """
@@ -28,7 +18,7 @@ class StatusPublisher:
         self._configured = tuple(configured)
         self._own: tuple[Target, ...] = ()
         self._served: dict[str, tuple[Target, ...]] = {}
-        self._views: dict[str, EngineStatus] = {}
+        self._statuses: dict[str, EngineStatus] = {}
         self._warnings: dict[tuple[str, str], HealthWarning] = {}
         self._watts: Mapping[str, tuple[float, CostBasis]] = {}
 
@@ -38,14 +28,14 @@ class StatusPublisher:
         self._publish()
 
     def set_engine_targets(self, targets: Sequence[Target]) -> None:
-        """Replace the rows of this node's own engines; views of others are forgotten."""
+        """Replace the rows of this node's own engines; statuses of others are forgotten."""
         self._own = tuple(targets)
         names = {target.name for target in self._own}
-        self._views = {name: view for name, view in self._views.items() if name in names}
+        self._statuses = {name: status for name, status in self._statuses.items() if name in names}
         self._publish()
 
     def set_served_targets(self, engine: str, targets: Sequence[Target]) -> None:
-        """What an engine serves in place of its own row: one program may be many targets. They share its view."""
+        """Replace an engine's own row by what it serves: one program may be many targets. They share its status."""
         if self._served.get(engine) != tuple(targets):
             self._served[engine] = tuple(targets)
             self._publish()
@@ -55,12 +45,12 @@ class StatusPublisher:
         self._own = tuple(target if one.name == target.name else one for one in self._own)
         self._publish()
 
-    def publish_status(self, view: EngineStatus) -> None:
-        self._views[view.target] = view
+    def publish_status(self, status: EngineStatus) -> None:
+        self._statuses[status.target] = status
         self._publish()
 
     def set_watts(self, watts: Mapping[str, tuple[float, CostBasis]]) -> None:
-        """What engines draw while busy, by target, and how that is known. It takes the place of what views say."""
+        """Set what engines draw while busy, by target, and how that is known. It replaces what statuses say."""
         if watts != self._watts:
             self._watts = dict(watts)
             self._publish()
@@ -79,85 +69,19 @@ class StatusPublisher:
 
     def _publish(self) -> None:
         own = [row for target in self._own for row in self._served.get(target.name, (target,))]
-        views = {name: self._powered(view) for name, view in self._views.items()}
+        statuses = {name: self._with_watts(status) for name, status in self._statuses.items()}
         for engine, targets in self._served.items():
-            view = views.pop(engine, None)
-            if view is not None:
-                views.update({target.name: replace(view, target=target.name) for target in targets})
+            status = statuses.pop(engine, None)
+            if status is not None:
+                statuses.update({target.name: replace(status, target=target.name) for target in targets})
         snapshot = Snapshot(
             at=self._clock(),
             targets=(*own, *self._configured),
-            engines=views,
+            engines=statuses,
             warnings=tuple(self._warnings.values()),
         )
         self._state.publish(snapshot)
 
-    def _powered(self, view: EngineStatus) -> EngineStatus:
-        known = self._watts.get(view.target)
-        return view if known is None else replace(view, watts=known[0], watts_basis=known[1])
-
-
-class EngineClient:
-    """Asks one engine how it is, over its unix socket. Answers of anything but HTTP 200 count as no answer."""
-
-    def __init__(self, socket: Path, key: str = "") -> None:
-        # verify=False: there is no TLS on a unix socket, and reading the certificates takes longer than the call.
-        transport = httpx.AsyncHTTPTransport(uds=str(socket), verify=False)
-        self._client = httpx.AsyncClient(
-            transport=transport,
-            base_url="http://engine",
-            timeout=_ANSWER_SECONDS,
-            trust_env=False,
-            headers={"authorization": f"Bearer {key}"} if key else {},
-        )
-
-    async def check_health(self) -> str | None:
-        """None when it is ready, else what it answered or why it did not."""
-        answer = await self._get("/health")
-        return answer if isinstance(answer, str) else None
-
-    async def fetch_load(
-        self, gauges: LoadReader | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> EngineLoad | str:
-        """Its load, or why it cannot be had."""
-        gauges = gauges or LoadEndpointReader()
-        answer = await self._get(gauges.path)
-        if isinstance(answer, str):
-            return answer
-        try:
-            return gauges.read(answer.text, clock())
-        except BackendGarbage as error:
-            return str(error)
-
-    async def fetch_abilities(self) -> frozenset[str] | None:
-        """What the engine found that its model can do; None where it does not say."""
-        answer = await self._get("/v1/models")
-        if isinstance(answer, str):
-            return None
-        try:
-            found = answer.json()["data"][0]["meta"]["abilities"]
-        except (ValueError, LookupError, TypeError):
-            return None
-        return frozenset(str(one) for one in found) if isinstance(found, list) else None
-
-    async def send_probe(self, probe: ProbeRequest, timeout_seconds: float) -> int | None:
-        """The status that a probe is answered with; None where there is no answer in time."""
-        return await self.post(probe.path, probe.body, timeout_seconds)
-
-    async def post(self, path: str, body: Mapping[str, Any], timeout_seconds: float) -> int | None:
-        try:
-            response = await self._client.post(path, json=body, timeout=timeout_seconds)
-        except httpx.HTTPError:
-            return None
-        return response.status_code
-
-    async def aclose(self) -> None:
-        await self._client.aclose()
-
-    async def _get(self, path: str) -> Any:
-        """The response, or a text that says why there is none."""
-        try:
-            response = await self._client.get(path)
-        except httpx.HTTPError as error:
-            return f"{path}: {type(error).__name__} {error}".rstrip()
-        return response if response.status_code == httpx.codes.OK else f"{path}: HTTP {response.status_code}"
+    def _with_watts(self, status: EngineStatus) -> EngineStatus:
+        known = self._watts.get(status.target)
+        return status if known is None else replace(status, watts=known[0], watts_basis=known[1])

@@ -1,4 +1,4 @@
-"""Does what `swap` decides: loads models that are wanted, unloads those that nobody uses or that stand in the way."""
+"""Carries out swap decisions: loads models on demand, unloads those that are idle or occupy memory others need."""
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping
@@ -28,7 +28,7 @@ class Swapper:
         rules: SwapRules,
         models: Collection[str],
     ) -> None:
-        """`models` are those that take turns; engines that somebody else has added come and go by themselves."""
+        """`models` are those that take turns. Engines that were added by other code are left alone."""
         self._supervisor, self._state, self._clock = supervisor, state, clock
         self._pools, self._rules, self._models = pools, rules, frozenset(models)
         self._seen: dict[str, tuple[Residence, float]] = {}
@@ -43,31 +43,33 @@ class Swapper:
                 await asyncio.sleep(_LOOK_SECONDS)
 
     def decide_moves(self) -> tuple[SwapMove, ...]:
+        """The moves to make now."""
         now = self._clock()
-        keepers = [keeper for keeper in self._supervisor.engines if keeper.placement.model in self._models]
-        return decide_swaps(now, [self._resident(keeper, now) for keeper in keepers], self._pools, self._rules)
+        engines = [engine for engine in self._supervisor.engines if engine.placement.model in self._models]
+        models = [self._describe(engine, now) for engine in engines]
+        return decide_swaps(now, models, self._pools, self._rules)
 
     async def _make(self, move: SwapMove) -> None:
-        keeper = next((one for one in self._supervisor.engines if one.placement.model == move.model), None)
-        if keeper is None:
+        engine = next((one for one in self._supervisor.engines if one.placement.model == move.model), None)
+        if engine is None:
             return
         _log.info("model", model=move.model, move=move.kind, reason=move.reason)
         if move.kind == "load":
-            await keeper.wake()
+            await engine.wake()
             return
         self._unloading.add(move.model)
         try:
-            await keeper.unload(f"{move.reason}; loaded again when wanted")
+            await engine.unload(f"{move.reason}; loaded again when wanted")
         finally:
             self._unloading.discard(move.model)
 
-    def _resident(self, keeper: EngineSupervisor, now: float) -> LoadedModel:
-        placement, target = keeper.placement, keeper.placement.target
+    def _describe(self, engine: EngineSupervisor, now: float) -> LoadedModel:
+        placement, target = engine.placement, engine.placement.target
         residence: Residence = "loaded"
-        if placement.model in self._unloading or not (keeper.is_unloaded or keeper.lifecycle.phase == "ready"):
+        if placement.model in self._unloading or not (engine.is_unloaded or engine.lifecycle.phase == "ready"):
             residence = "moving"
-        elif keeper.is_unloaded:
-            residence = "resting"
+        elif engine.is_unloaded:
+            residence = "unloaded"
         before, since = self._seen.get(placement.model, ("", now))
         if before != residence:
             since = now
@@ -79,6 +81,6 @@ class Swapper:
             residence=residence,
             since=since,
             used_at=self._state.used.get(target, 0.0),
-            is_busy=keeper.is_busy,
+            is_busy=engine.is_busy,
             requested_at=self._state.demand.get(target),
         )

@@ -1,4 +1,4 @@
-"""Looks at the GPUs while a node runs, and says on the health page what has become of them."""
+"""Watches the GPUs while a node runs and warns of faults on the health page."""
 
 import asyncio
 from collections.abc import Mapping
@@ -7,13 +7,13 @@ from typing import Any, Final
 from appliance.node.hardware.nvidia import GpuReader, Gpus
 from appliance.node.supervise.status import StatusPublisher
 
-_SECONDS: Final = 10.0
+_READ_SECONDS: Final = 10.0
 _HOT_REASONS: Final = frozenset({"hardware slowdown", "hardware thermal slowdown", "power brake"})
-"""What slows a device down that somebody ought to see to; a power cap is how it is meant to work."""
+"""Throttling that the operator has to mend. A power cap is how a device is meant to work."""
 
 
 def find_gpu_problems(gpus: Gpus, seen: Gpus) -> Mapping[str, str]:
-    """What is wrong, by device or `driver`. `seen`: as they were when the node started."""
+    """What is wrong, by device index or `driver`. `seen`: the GPUs as they were when the node started."""
     found = {}
     if gpus.state == "gone":
         found["driver"] = f"the GPUs cannot be read: {gpus.reason}; engines on them will fail"
@@ -23,22 +23,22 @@ def find_gpu_problems(gpus: Gpus, seen: Gpus) -> Mapping[str, str]:
         found[str(lost.index)] = f"GPU {lost.index} is lost: {lost.reason}; {remedy}"
     errors = {one.index: one.ecc_uncorrected_errors or 0 for one in seen.devices}
     for gpu in gpus.devices:
-        told = []
+        faults = []
         if (gpu.ecc_uncorrected_errors or 0) > errors.get(gpu.index, 0):
-            told.append(f"{gpu.ecc_uncorrected_errors} uncorrected memory errors: its answers may be wrong")
+            faults.append(f"{gpu.ecc_uncorrected_errors} uncorrected memory errors: its answers may be wrong")
         hot = [reason for reason in gpu.throttled or () if reason in _HOT_REASONS]
         if hot:
             at = f" at {gpu.temperature_celsius} C" if gpu.temperature_celsius is not None else ""
-            told.append(f"slowed down by {', '.join(hot)}{at}: look at its cooling and power")
-        if told:
-            found[str(gpu.index)] = f"GPU {gpu.index} ({gpu.name}): {'; '.join(told)}"
+            faults.append(f"slowed down by {', '.join(hot)}{at}: look at its cooling and power")
+        if faults:
+            found[str(gpu.index)] = f"GPU {gpu.index} ({gpu.name}): {'; '.join(faults)}"
     return found
 
 
-async def watch_gpus(signals: StatusPublisher, nvml: Any, seconds: float = _SECONDS) -> None:
-    """Warn of what is wrong and take the warning back once it is over. Runs until cancelled."""
+async def watch_gpus(status: StatusPublisher, nvml: Any, seconds: float = _READ_SECONDS) -> None:
+    """Warn of what is wrong, and clear the warning once it is over. Runs until cancelled."""
     reader = GpuReader(nvml)
-    said: set[str] = set()
+    warned: set[str] = set()
     seen: Gpus | None = None
     try:
         while True:
@@ -46,10 +46,12 @@ async def watch_gpus(signals: StatusPublisher, nvml: Any, seconds: float = _SECO
             seen = seen or gpus
             found = find_gpu_problems(gpus, seen)
             for about, text in found.items():
-                signals.warn("gpu", text, about)
-            for about in said - found.keys():
-                signals.clear("gpu", about)
-            said = set(found)
+                status.warn("gpu", text, about)
+            for about in warned - found.keys():
+                status.clear("gpu", about)
+            warned = set(found)
             await asyncio.sleep(seconds)
     finally:
+        for about in warned:
+            status.clear("gpu", about)  # the next run of this task does not know of them
         reader.close()
