@@ -15,7 +15,7 @@ from appliance import __version__
 from appliance.api.auth import Authenticator
 from appliance.api.caller_dialect import error_response
 from appliance.api.endpoints.admin import AdminEndpoints
-from appliance.api.endpoints.classifiers import ClassifierEndpoints, EncoderClient
+from appliance.api.endpoints.classifiers import ClassifierEndpoints
 from appliance.api.endpoints.explain import ExplainEndpoints
 from appliance.api.endpoints.feedback import FeedbackEndpoints, FeedbackStore
 from appliance.api.endpoints.gemini import GeminiEndpoints
@@ -31,6 +31,7 @@ from appliance.api.protocols import LedgerReader, MetricsPage, RequestPipeline, 
 from appliance.config import ServerSettings
 from appliance.errors import ApplianceError, NotFound, RequestError
 from appliance.jobs.manager import JobManager
+from appliance.quality.candidates import EncoderClient
 from appliance.tasks.calibration_store import TaskCalibrationStore
 from appliance.tasks.store import KnownTasks, SavedTasks
 

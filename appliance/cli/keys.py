@@ -16,8 +16,6 @@ from appliance.config import KeySettings, load_config
 from appliance.ledger.keys import add_key, list_keys, revoke_key
 from appliance.serve import ledger_url
 
-app = typer.Typer(help="API keys for the node's HTTP API.", no_args_is_help=True)
-
 _PREFIX = "apl_"
 
 NameArgument = Annotated[str, typer.Argument(help="Who uses the key, for example billing-batch.")]
@@ -29,8 +27,7 @@ MinuteOption = Annotated[int | None, typer.Option(help="Requests it may send in 
 DailyOption = Annotated[float | None, typer.Option(help="What it may cost in hosted calls a day.")]
 
 
-@app.command()
-def create(
+def create_command(
     name: NameArgument,
     residency: ResidencyOption = "any",
     admin: AdminOption = False,
@@ -63,7 +60,6 @@ def create(
     say(f"The key of {name}, shown this once:\n\n    {text}\n")
 
 
-@app.command("list")
 def list_command(config_path: ConfigOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
     """Every key made by command, with what it may do. Nobody can read the keys themselves."""
     url = _url(config_path, data_dir)
@@ -84,8 +80,7 @@ def list_command(config_path: ConfigOption = None, data_dir: DataDirOption = Non
     stdout.print(table)
 
 
-@app.command()
-def revoke(name: NameArgument, config_path: ConfigOption = None, data_dir: DataDirOption = None) -> None:
+def revoke_command(name: NameArgument, config_path: ConfigOption = None, data_dir: DataDirOption = None) -> None:
     """Make a key useless; a running node refuses it within seconds."""
     url = _url(config_path, data_dir)
     guarded(lambda: revoke_key(url, name))

@@ -30,8 +30,6 @@ from appliance.router.profile import profile
 from appliance.router.request_builder import make_request
 from appliance.router.routing.rank import RankedTargets, TargetEstimate, rank
 
-app = typer.Typer(help="The routing policy.", no_args_is_help=True)
-
 Local = Literal["ready", "busy", "down"]
 
 _LOCAL: dict[Local, Prediction] = {
@@ -43,8 +41,7 @@ _ANY_ENGINE: frozenset[Ability] = frozenset({"chat", "completions", "labels", "d
 """What an engine of this node can do with a model that is not in the catalogue."""
 
 
-@app.command()
-def check(
+def check_command(
     path: Annotated[Path | None, typer.Argument(help="A policy file; empty: the one the configuration names.")] = None,
     config_path: ConfigOption = None,
 ) -> None:
@@ -59,8 +56,7 @@ def check(
     say(f"{path}: valid, {len(policy.routes)} routes, version {policy.version}")
 
 
-@app.command()
-def show(
+def show_command(
     path: Annotated[Path | None, typer.Argument(help="A policy file; empty: the one that comes along.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, with every default filled in.")] = False,
 ) -> None:
@@ -72,8 +68,7 @@ def show(
         say((path or DEFAULT_POLICY_PATH).read_text().rstrip())
 
 
-@app.command()
-def diff(
+def diff_command(
     old_path: Annotated[Path, typer.Argument(metavar="OLD", help="A policy file.")],
     new_path: Annotated[Path, typer.Argument(metavar="NEW", help="The one to compare it with.")],
 ) -> None:
@@ -83,8 +78,7 @@ def diff(
     say("\n".join(lines) if lines else "they say the same")
 
 
-@app.command()
-def explain(
+def explain_command(
     path: Annotated[Path, typer.Argument(metavar="POLICY", help="A policy file.")],
     body_path: Annotated[Path, typer.Argument(metavar="BODY", help="A request as JSON; `endpoint` may name its API.")],
     config_path: ConfigOption = None,

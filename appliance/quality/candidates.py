@@ -26,6 +26,9 @@ class EncoderReply(Protocol):
     @property
     def body(self) -> bytes: ...
 
+    @property
+    def retry_after(self) -> str | None: ...
+
 
 class EncoderClient(Protocol):
     """The program that trains and keeps classifiers."""

@@ -21,7 +21,7 @@ _CHATTY = ("aiohttp.access", "alembic", "httpcore", "httpx", "sqlalchemy", "uvic
 _WITH_HANDLERS = ("uvicorn", "uvicorn.access", "uvicorn.error", "uvicorn.asgi", "sqlalchemy", "sqlalchemy.engine")
 
 
-class LineHandler(logging.StreamHandler[TextIO]):
+class LogLineHandler(logging.StreamHandler[TextIO]):
     """Our handler, told apart from others' by its class so that a second set-up replaces it."""
 
 
@@ -40,7 +40,7 @@ def setup_logging(level: Level = "info", format: Format = "auto", *, stream: Tex
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
     ]
-    handler = LineHandler(stream)
+    handler = LogLineHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[structlog.stdlib.ExtraAdder(), *known],
@@ -48,7 +48,7 @@ def setup_logging(level: Level = "info", format: Format = "auto", *, stream: Tex
         )
     )
     root = logging.getLogger()
-    for old in [old for old in root.handlers if isinstance(old, LineHandler)]:
+    for old in [old for old in root.handlers if isinstance(old, LogLineHandler)]:
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(level.upper())

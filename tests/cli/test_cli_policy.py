@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from appliance.cli.policy import app
+from appliance.cli import app
 
 RUN = CliRunner()
 
@@ -44,7 +44,7 @@ targets = ["onsite", "hosted"]
 
 
 def run(*arguments: object) -> Result:
-    return RUN.invoke(app, [str(argument) for argument in arguments])
+    return RUN.invoke(app, ["policy", *(str(argument) for argument in arguments)])
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from appliance.cli.keys import app
+from appliance.cli import app
 from appliance.ledger.database import sqlite_url
 from appliance.ledger.keys import list_keys
 
@@ -15,7 +15,7 @@ RUN = CliRunner()
 
 
 def run(home: Path, *arguments: str) -> Result:
-    return RUN.invoke(app, [*arguments, "--data-dir", str(home)])
+    return RUN.invoke(app, ["keys", *arguments, "--data-dir", str(home)])
 
 
 def test_a_key_is_shown_once_and_only_its_hash_is_kept(tmp_path: Path) -> None:

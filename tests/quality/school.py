@@ -26,6 +26,7 @@ _ids = itertools.count(1)
 class Told:
     status: int
     body: bytes
+    retry_after: str | None = None
 
 
 @dataclass

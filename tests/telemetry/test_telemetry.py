@@ -34,7 +34,7 @@ from appliance.core import (
     Usage,
 )
 from appliance.telemetry import traces
-from appliance.telemetry.logs import LineHandler, setup_logging
+from appliance.telemetry.logs import LogLineHandler, setup_logging
 from appliance.telemetry.metrics import Metrics
 from appliance.telemetry.redaction import scrub_text
 
@@ -71,7 +71,7 @@ def stream() -> Iterator[io.StringIO]:
     yield io.StringIO()
     structlog.reset_defaults()
     root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if isinstance(handler, LineHandler)]:
+    for handler in [handler for handler in root.handlers if isinstance(handler, LogLineHandler)]:
         root.removeHandler(handler)
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)

@@ -8,7 +8,7 @@ features that may be used (`words` or `encoder`). It answers 202 with the traini
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Final, Protocol
+from typing import Final
 from urllib.parse import quote
 
 import orjson
@@ -20,26 +20,10 @@ from appliance.api.endpoints.feedback import FeedbackStore
 from appliance.api.intake import RequestIntake
 from appliance.api.json_responses import json_response
 from appliance.errors import NotFound, Unavailable
+from appliance.quality.candidates import EncoderClient, EncoderReply
 
 _PATH: Final = "/v1/classifiers"
 _PROGRESS_SECONDS: Final = 0.5
-
-
-class EncoderReply(Protocol):
-    @property
-    def status(self) -> int: ...
-
-    @property
-    def body(self) -> bytes: ...
-
-    @property
-    def retry_after(self) -> str | None: ...
-
-
-class EncoderClient(Protocol):
-    """The program that trains and keeps classifiers."""
-
-    async def ask(self, method: str, path: str, body: bytes = b"") -> EncoderReply: ...
 
 
 class ClassifierEndpoints:

@@ -1,6 +1,5 @@
 """appliance eval: how good models are on rows whose answers are known, side by side."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,16 +12,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from appliance.cli.evaluate.temporary_node import started_node
+from appliance.cli.node_client import KEY_VARIABLE, configured_url, read_key
 from appliance.cli.options import ConfigOption, DataDirOption, JsonOption
 from appliance.cli.output import fail, guarded, say, say_json, stderr, stdout
-from appliance.config import load_config
 from appliance.quality.evaluation.adapters import load_adapters
 from appliance.quality.evaluation.client import EvalRequestOptions, NodeClient
 from appliance.quality.evaluation.datasets import Dataset, DatasetRow, pick_examples, read_dataset, sample_rows
 from appliance.quality.evaluation.record import AnswerRecord
 from appliance.quality.evaluation.scoring import ScoredModel, compare_models, score_model
 
-KEY_VARIABLE = "APPLIANCE_KEY"
 _FEWSHOT_SUFFIX = ("_test", "_fewshot")
 ONSITE = "onsite/"
 
@@ -109,11 +107,7 @@ def _node(
             yield client
             client.close()
         return
-    server = guarded(lambda: load_config(config_path)).server
-    host = "127.0.0.1" if server.host in ("0.0.0.0", "::") else server.host
-    client = NodeClient(
-        url or f"http://{f'[{host}]' if ':' in host else host}:{server.port}", key or os.environ.get(KEY_VARIABLE)
-    )
+    client = NodeClient(url or configured_url(config_path), read_key(key))
     if not client.is_ready():
         fail(f"no node answers at {client.url}: start one with `appliance serve`, name it with --node, or give --start")
     yield client

@@ -11,12 +11,9 @@ from appliance.config import load_config
 from appliance.node.vllm.environments import list_installed, locate_engines_folder, select_installed
 from appliance.node.vllm.install import install_vllm, is_complete, read_pins, remove_environment
 
-app = typer.Typer(help="vLLM: install, list and remove. The CPU engine (llama.cpp) comes with the appliance.")
-
 _EngineArgument = Annotated[str, typer.Argument(help="vllm")]
 
 
-@app.command("install")
 def install_command(
     engine: _EngineArgument = "vllm",
     cpu: Annotated[bool, typer.Option("--cpu", help="The build for CPUs, for machines without a GPU.")] = False,
@@ -37,7 +34,6 @@ def install_command(
     say(f"vLLM {made.version} is in {made.folder}; the node uses the newest one (engine.vllm names another)")
 
 
-@app.command("list")
 def list_command(config_path: ConfigOption = None, as_json: JsonOption = False) -> None:
     """The vLLMs on this machine, and which one the node uses."""
     config = guarded(lambda: load_config(config_path))
@@ -66,7 +62,6 @@ def list_command(config_path: ConfigOption = None, as_json: JsonOption = False) 
         say(f"vllm {row['version']:<14} {row['folder']}  {state}".rstrip())
 
 
-@app.command("remove")
 def remove_command(
     version: Annotated[str, typer.Argument(help="As `appliance engines list` shows it.")],
 ) -> None:

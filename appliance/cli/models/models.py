@@ -16,16 +16,13 @@ from appliance.config import load_config
 from appliance.node.models.download import PullProgress
 from appliance.node.models.model_store import ModelStore, StoredModel
 
-app = typer.Typer(help="Models: the catalogue, and what lies on this machine.", no_args_is_help=True)
-
 NameArgument = Annotated[str, typer.Argument(help="A name from `appliance models list`.")]
 VariantOption = Annotated[str | None, typer.Option("--variant", help="Which form of it; empty: its first.")]
 
 _PLAIN_EVERY_SECONDS = 5.0
 
 
-@app.command("list")
-def list_models(config_path: ConfigOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
+def list_command(config_path: ConfigOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
     """Every model of the catalogue and every file that lies here."""
     catalog, store = _open(config_path, data_dir)
     rows = [_row(model, variant, store) for model in catalog.models for variant in model.variants]
@@ -45,8 +42,7 @@ def list_models(config_path: ConfigOption = None, data_dir: DataDirOption = None
     stdout.print(table)
 
 
-@app.command()
-def show(name: NameArgument, config_path: ConfigOption = None, data_dir: DataDirOption = None) -> None:
+def show_command(name: NameArgument, config_path: ConfigOption = None, data_dir: DataDirOption = None) -> None:
     """Everything that is known of one model, as JSON."""
     catalog, store = _open(config_path, data_dir)
     model = _model(catalog, name)
@@ -55,8 +51,7 @@ def show(name: NameArgument, config_path: ConfigOption = None, data_dir: DataDir
     say_json({**facts, "variants": rows})
 
 
-@app.command()
-def pull(
+def pull_command(
     name: NameArgument, variant: VariantOption = None, config_path: ConfigOption = None, data_dir: DataDirOption = None
 ) -> None:
     """Get a model: resumed where an earlier pull stopped, proven by checksum. Nothing is fetched twice."""
@@ -66,8 +61,7 @@ def pull(
     say(str(path))
 
 
-@app.command()
-def verify(
+def verify_command(
     name: NameArgument, variant: VariantOption = None, config_path: ConfigOption = None, data_dir: DataDirOption = None
 ) -> None:
     """Read a model again and compare it with the checksum that was recorded."""
@@ -77,8 +71,7 @@ def verify(
     say(f"{stored.path}: whole, sha256 {stored.sha256}")
 
 
-@app.command()
-def remove(
+def remove_command(
     name: NameArgument, variant: VariantOption = None, config_path: ConfigOption = None, data_dir: DataDirOption = None
 ) -> None:
     """Delete a model from this machine."""

@@ -1,20 +1,18 @@
 """appliance calibrate-task: make the probabilities of a task's decisions true, from labelled examples."""
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import orjson
 import typer
 from rich.table import Table
 
+from appliance.cli.node_client import KEY_VARIABLE, NodeApiClient, UrlOption
 from appliance.cli.options import ConfigOption, JsonOption
-from appliance.cli.output import fail, guarded, say, say_json, stderr, stdout
-from appliance.config import load_config
+from appliance.cli.output import fail, say, say_json, stderr, stdout
+from appliance.core.json_types import JsonObject, MutableJsonObject
 
-KEY_VARIABLE = "APPLIANCE_KEY"
 _PATH = "/v1/decisions/calibrate"
 
 
@@ -33,7 +31,7 @@ def calibrate_task_command(
         bool, typer.Option("--content-free", help="Take off what the model says to a text that says nothing.")
     ] = False,
     short: Annotated[bool, typer.Option("--short", help="Ask in the short layout, which saves tokens.")] = False,
-    url: Annotated[str | None, typer.Option(help="Where the node is; empty: as configured, on this machine.")] = None,
+    url: UrlOption = None,
     key: Annotated[str | None, typer.Option(help=f"An API key with the scope admin; empty: {KEY_VARIABLE}.")] = None,
     config_path: ConfigOption = None,
     as_json: JsonOption = False,
@@ -42,7 +40,7 @@ def calibrate_task_command(
 
     Requests that name the task are answered with them. `after` is measured on examples that were not fitted on.
     """
-    body: dict[str, Any] = {
+    body: MutableJsonObject = {
         "task": task,
         "questions": _questions(questions_path),
         "examples": _examples(examples_path),
@@ -53,19 +51,14 @@ def calibrate_task_command(
     }
     if model is not None:
         body["model"] = model
-    text = key or os.environ.get(KEY_VARIABLE)
+    # No limit to the wait: thousands of examples take a small machine minutes.
+    node = NodeApiClient(url, key, config_path, timeout_seconds=None)
     with stderr.status(f"asking {len(body['examples'])} examples"):
-        report = _ask(url or _url(config_path), body, {"authorization": f"Bearer {text}"} if text else {})
+        report = node.post(_PATH, body)
     if as_json:
         say_json(report)
     else:
         _print(report)
-
-
-def _url(config_path: Path | None) -> str:
-    server = guarded(lambda: load_config(config_path)).server
-    host = "127.0.0.1" if server.host in ("0.0.0.0", "::") else server.host
-    return f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
 
 
 def _questions(path: Path) -> Sequence[Any]:
@@ -102,21 +95,7 @@ def _parsed(text: bytes, place: str) -> Any:
         fail(f"{place} is not valid JSON: {error}")
 
 
-def _ask(url: str, body: Mapping[str, Any], headers: Mapping[str, str]) -> Mapping[str, Any]:
-    try:
-        # No limit to the wait: thousands of examples take a small machine minutes.
-        reply = httpx.post(url.rstrip("/") + _PATH, content=orjson.dumps(body), headers=headers, timeout=None)
-        told = reply.json()
-    except (httpx.HTTPError, ValueError) as error:
-        fail(f"{url} did not answer as a node does ({error or type(error).__name__}): start it or give --url")
-    if reply.status_code != 200:
-        reason = told.get("error") if isinstance(told, dict) else None
-        fail(str(reason.get("message") if isinstance(reason, dict) else told))
-    found: Mapping[str, Any] = told
-    return found
-
-
-def _print(report: Mapping[str, Any]) -> None:
+def _print(report: JsonObject) -> None:
     say(f"task {report['task']!r} on {report['target']}, variant {report['variant'] or 'unknown'}:")
     table = Table("question", "", "accuracy", "ECE", "Brier", "log loss", box=None, pad_edge=False)
     for row in report["questions"]:

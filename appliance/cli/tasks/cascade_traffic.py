@@ -1,17 +1,17 @@
 """What `appliance classifiers show` tells of a classifier's traffic: thresholds, local share, agreement, candidates."""
 
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from rich.table import Table
 
 from appliance.cli.output import say, stdout
+from appliance.core.json_types import JsonObject
 
 _SHOWN_DAYS: Final = 14
 _SHOWN_NEWS: Final = 5
 
 
-def print_traffic(traffic: Mapping[str, Any], shadow: Mapping[str, Any] | None) -> None:
+def print_traffic(traffic: JsonObject, shadow: JsonObject | None) -> None:
     over = f"each {traffic['over_texts']} texts" if traffic["over_texts"] else "the long run"
     say(
         f"route {traffic['route']}: at most {traffic['bound']:.1%} of {over} answered here and wrong, "

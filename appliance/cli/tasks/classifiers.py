@@ -1,26 +1,20 @@
 """appliance classifiers: train them on labelled examples, look at how good they are, keep their versions."""
 
-import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import quote
 
-import httpx
-import orjson
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from appliance.cli.node_client import KEY_VARIABLE, NodeApiClient, UrlOption
 from appliance.cli.options import ConfigOption, JsonOption
-from appliance.cli.output import fail, guarded, say, say_json, stderr, stdout
+from appliance.cli.output import fail, say, say_json, stderr, stdout
 from appliance.cli.tasks.cascade_traffic import print_traffic
-from appliance.config import load_config
+from appliance.core.json_types import JsonObject, MutableJsonObject
 
-app = typer.Typer(help="Classifiers: trained here on labelled examples.", no_args_is_help=True)
-
-KEY_VARIABLE = "APPLIANCE_KEY"
 _PATH = "/v1/classifiers"
 _POLL_SECONDS = 0.3
 _LONGEST_LINE_BYTES = 1_000_000
@@ -28,38 +22,12 @@ _SHOWN_CLASSES = 10
 
 NameArgument = Annotated[str, typer.Argument(help="The classifier; requests name it as classifier/NAME.")]
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="JSON Lines or CSV with text and label.")]
-UrlOption = Annotated[str | None, typer.Option(help="Where the node is; empty: as configured, on this machine.")]
 KeyOption = Annotated[str | None, typer.Option(help=f"An API key with the scope admin; empty: {KEY_VARIABLE}.")]
 EncodingOption = Annotated[str, typer.Option(help="How the file is written, for example latin-1.")]
 VersionOption = Annotated[int | None, typer.Option("--version", help="Which version; empty: the one that serves.")]
 
 
-class _Node:
-    """The node's API for classifiers; mistakes end the program with their sentence."""
-
-    def __init__(self, url: str | None, key: str | None, config_path: Path | None) -> None:
-        text = key or os.environ.get(KEY_VARIABLE)
-        self._url = (url or _url(config_path)).rstrip("/")
-        self._headers = {"authorization": f"Bearer {text}"} if text else {}
-
-    def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
-        content = None if body is None else orjson.dumps(body)
-        headers = {**self._headers, "content-type": "application/json"}
-        try:
-            # No limit to the wait: many examples take a small machine minutes.
-            reply = httpx.request(method, self._url + path, content=content, headers=headers, timeout=None)
-            told = reply.json()
-        except (httpx.HTTPError, ValueError) as error:
-            fail(f"{self._url} did not answer as a node does ({error or type(error).__name__}): start it or give --url")
-        if reply.status_code >= 400:
-            reason = told.get("error") if isinstance(told, dict) else None
-            fail(str(reason.get("message") if isinstance(reason, dict) else told))
-        found: Mapping[str, Any] = told
-        return found
-
-
-@app.command()
-def train(
+def train_command(
     name: NameArgument,
     examples_path: FileArgument,
     accuracy: Annotated[
@@ -78,28 +46,27 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a new version at the running node; it serves as soon as it is written. Ctrl-C cancels."""
-    node = _Node(url, key, config_path)
-    body: dict[str, Any] = {"name": name, **_examples(examples_path, encoding), "tier": tier}
+    node = _node(url, key, config_path)
+    body: MutableJsonObject = {"name": name, **_examples(examples_path, encoding), "tier": tier}
     body["keep_examples"] = keep_examples
     body |= {field: value for field, value in (("accuracy", accuracy), ("encoder", encoder)) if value is not None}
-    node.ask("POST", _PATH, body)
+    node.post(_PATH, body)
     try:
         run = _follow(node, name)
     except KeyboardInterrupt:
-        node.ask("DELETE", f"{_one(name)}/training")
+        node.delete(f"{_classifier_path(name)}/training")
         fail("cancelled; what served before still serves", code=130)
     if run["state"] != "done":
         fail(f"the training {run['state']}: {run['error'] or 'no reason was given'}")
-    told = node.ask("GET", _one(name))
-    say_json(told) if as_json else _print(told)
+    facts = node.get(_classifier_path(name))
+    say_json(facts) if as_json else _print_classifier(facts)
 
 
-@app.command("list")
 def list_command(
     url: UrlOption = None, key: KeyOption = None, config_path: ConfigOption = None, as_json: JsonOption = False
 ) -> None:
     """Every classifier of the node."""
-    rows = _Node(url, key, config_path).ask("GET", _PATH)["data"]
+    rows = _node(url, key, config_path).get(_PATH)["data"]
     if as_json:
         say_json(rows)
         return
@@ -112,8 +79,7 @@ def list_command(
     stdout.print(table)
 
 
-@app.command()
-def show(
+def show_command(
     name: NameArgument,
     version: VersionOption = None,
     url: UrlOption = None,
@@ -123,12 +89,11 @@ def show(
 ) -> None:
     """How good a classifier is on examples that it was not fitted on."""
     query = "" if version is None else f"?version={version}"
-    told = _Node(url, key, config_path).ask("GET", _one(name) + query)
-    say_json(told) if as_json else _print(told)
+    facts = _node(url, key, config_path).get(_classifier_path(name) + query)
+    say_json(facts) if as_json else _print_classifier(facts)
 
 
-@app.command()
-def evaluate(
+def evaluate_command(
     name: NameArgument,
     examples_path: FileArgument,
     version: VersionOption = None,
@@ -142,17 +107,16 @@ def evaluate(
     body = _examples(examples_path, encoding)
     if version is not None:
         body["version"] = version
-    told = _Node(url, key, config_path).ask("POST", f"{_one(name)}/evaluate", body)
+    facts = _node(url, key, config_path).post(f"{_classifier_path(name)}/evaluate", body)
     if as_json:
-        say_json(told)
+        say_json(facts)
         return
-    say(f"classifier/{name}, version {told['version']}, on {told['rows']} examples:")
-    _print_report(told)
-    say(f"{told['texts_per_second']:,.0f} texts/s; {told['out_of_scope_share']:.1%} called out of scope")
+    say(f"classifier/{name}, version {facts['version']}, on {facts['rows']} examples:")
+    _print_report(facts)
+    say(f"{facts['texts_per_second']:,.0f} texts/s; {facts['out_of_scope_share']:.1%} called out of scope")
 
 
-@app.command()
-def rollback(
+def rollback_command(
     name: NameArgument,
     version: Annotated[
         int | None, typer.Option("--version", help="Which one is to serve; empty: the one before.")
@@ -163,26 +127,27 @@ def rollback(
 ) -> None:
     """Let an earlier version serve again. No version is lost."""
     body = {} if version is None else {"version": version}
-    told = _Node(url, key, config_path).ask("POST", f"{_one(name)}/rollback", body)
-    say(f"classifier/{name} now serves version {told['serving']} of {', '.join(map(str, told['versions']))}")
+    facts = _node(url, key, config_path).post(f"{_classifier_path(name)}/rollback", body)
+    say(f"classifier/{name} now serves version {facts['serving']} of {', '.join(map(str, facts['versions']))}")
 
 
-@app.command()
-def remove(name: NameArgument, url: UrlOption = None, key: KeyOption = None, config_path: ConfigOption = None) -> None:
+def remove_command(
+    name: NameArgument, url: UrlOption = None, key: KeyOption = None, config_path: ConfigOption = None
+) -> None:
     """Delete a classifier with all its versions."""
-    _Node(url, key, config_path).ask("DELETE", _one(name))
+    _node(url, key, config_path).delete(_classifier_path(name))
     say(f"classifier/{name} is removed")
 
 
-@app.command()
-def learn(name: NameArgument, url: UrlOption = None, key: KeyOption = None, config_path: ConfigOption = None) -> None:
+def learn_command(
+    name: NameArgument, url: UrlOption = None, key: KeyOption = None, config_path: ConfigOption = None
+) -> None:
     """Train a candidate on what traffic has taught; it serves once it is found better."""
-    told = _Node(url, key, config_path).ask("POST", f"{_one(name)}/learn", {})
-    say(f"classifier/{name}: {told['news'][0]}")
+    facts = _node(url, key, config_path).post(f"{_classifier_path(name)}/learn", {})
+    say(f"classifier/{name}: {facts['news'][0]}")
 
 
-@app.command()
-def forget(
+def forget_command(
     owner: Annotated[str, typer.Argument(metavar="KEY", help="Name of the key whose texts are removed.")],
     classifier: Annotated[str | None, typer.Option(help="Of one classifier alone.")] = None,
     url: UrlOption = None,
@@ -194,21 +159,20 @@ def forget(
     if classifier is not None:
         target = f"classifier/{classifier.removeprefix('classifier/')}"
         query += f"&classifier={quote(target, safe='')}"
-    told = _Node(url, key, config_path).ask("DELETE", f"/v1/examples{query}")
-    say(f"{told['removed']} labelled texts of key {told['key']} are removed")
+    facts = _node(url, key, config_path).delete(f"/v1/examples{query}")
+    say(f"{facts['removed']} labelled texts of key {facts['key']} are removed")
 
 
-def _one(name: str) -> str:
+def _node(url: str | None, key: str | None, config_path: Path | None) -> NodeApiClient:
+    """Without a limit to the wait: many examples take a small machine minutes."""
+    return NodeApiClient(url, key, config_path, timeout_seconds=None)
+
+
+def _classifier_path(name: str) -> str:
     return f"{_PATH}/{quote(name, safe='')}"
 
 
-def _url(config_path: Path | None) -> str:
-    server = guarded(lambda: load_config(config_path)).server
-    host = "127.0.0.1" if server.host in ("0.0.0.0", "::") else server.host
-    return f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
-
-
-def _examples(path: Path, encoding: str) -> dict[str, Any]:
+def _examples(path: Path, encoding: str) -> MutableJsonObject:
     """The file as the node takes it. What no node could read is said here, with its line."""
     try:
         raw = path.read_bytes()
@@ -227,14 +191,14 @@ def _examples(path: Path, encoding: str) -> dict[str, Any]:
     return {"examples": text, "format": "csv" if path.suffix.lower() in (".csv", ".tsv") else "jsonl"}
 
 
-def _follow(node: _Node, name: str) -> Mapping[str, Any]:
+def _follow(node: NodeApiClient, name: str) -> JsonObject:
     """Show the training until it has ended."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         task = progress.add_task("starting", total=1.0)
         said = ""
         while True:
-            run = node.ask("GET", f"{_one(name)}/training")
+            run = node.get(f"{_classifier_path(name)}/training")
             progress.update(task, description=run["step"], completed=run["share"])
             if not stderr.is_terminal and run["step"] != said:
                 said = run["step"]
@@ -244,11 +208,11 @@ def _follow(node: _Node, name: str) -> Mapping[str, Any]:
             time.sleep(_POLL_SECONDS)
 
 
-def _print(told: Mapping[str, Any]) -> None:
-    report = told["report"]
-    versions = ", ".join(map(str, told["versions"]))
-    say(f"classifier/{told['name']}, version {told['version']} (version {told['serving']} of {versions} serves):")
-    say(f"{len(told['labels'])} labels, {report['examples']} examples, features: {report['recipe']}")
+def _print_classifier(facts: JsonObject) -> None:
+    report = facts["report"]
+    versions = ", ".join(map(str, facts["versions"]))
+    say(f"classifier/{facts['name']}, version {facts['version']} (version {facts['serving']} of {versions} serves):")
+    say(f"{len(facts['labels'])} labels, {report['examples']} examples, features: {report['recipe']}")
     for row in report["tried"]:
         say(f"  tried {row['recipe']}: accuracy {row['accuracy']:.3f} in {row['seconds']:.1f} s")
     if report.get("asked_share"):
@@ -256,11 +220,11 @@ def _print(told: Mapping[str, Any]) -> None:
     _print_report(report)
     for note in report["notes"]:
         say(f"note: {note}")
-    if told.get("traffic") is not None:
-        print_traffic(told["traffic"], told.get("shadow"))
+    if facts.get("traffic") is not None:
+        print_traffic(facts["traffic"], facts.get("shadow"))
 
 
-def _print_report(report: Mapping[str, Any]) -> None:
+def _print_report(report: JsonObject) -> None:
     say(
         f"accuracy {report['accuracy']:.3f}, macro F1 {report['macro_f1']:.3f}, ECE {report['ece']:.3f}, "
         f"Brier {report['brier']:.3f}"

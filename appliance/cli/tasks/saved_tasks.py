@@ -1,36 +1,29 @@
 """appliance tasks: what is asked again and again, saved at a node under a name."""
 
-import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
 
-import httpx
 import orjson
 import typer
 from rich.table import Table
 
+from appliance.cli.node_client import KEY_VARIABLE, NodeApiClient, UrlOption
 from appliance.cli.options import ConfigOption, JsonOption
-from appliance.cli.output import fail, guarded, say, say_json, stdout
-from appliance.config import load_config
+from appliance.cli.output import fail, say, say_json, stdout
+from appliance.core.json_types import JsonObject, MutableJsonObject
 
-app = typer.Typer(help="Saved tasks of a running node.", no_args_is_help=True)
-
-KEY_VARIABLE = "APPLIANCE_KEY"
 _PATH = "/v1/tasks"
-_SECONDS = 60.0
 
 NameArgument = Annotated[str, typer.Argument(help="What requests give in their field `task`.")]
-UrlOption = Annotated[str | None, typer.Option(help="Where the node is; empty: as configured, on this machine.")]
 KeyOption = Annotated[
     str | None, typer.Option(help=f"An API key; empty: {KEY_VARIABLE}. Changes need the scope admin.")
 ]
 
 
-@app.command()
-def save(
+def save_command(
     name: NameArgument,
     path: Annotated[
         Path, typer.Argument(metavar="FILE", help="JSON or TOML: questions or a schema, and what goes with them.")
@@ -46,20 +39,19 @@ def save(
     as_json: JsonOption = False,
 ) -> None:
     """Save a task, or a new version of it. FILE has the fields of `POST /v1/tasks` but the name."""
-    body: dict[str, Any] = {**_definition(path), "name": name}
+    body: MutableJsonObject = {**_definition(path), "name": name}
     if examples_path is not None:
         body["examples"] = _examples(examples_path, extraction="schema" in body)
     body |= {field: value for field, value in (("classifier", classifier), ("model", model)) if value is not None}
-    told = _ask("POST", _PATH, url, key, config_path, body)
-    say_json(told) if as_json else say(f"saved {told['kind']} {told['name']}, version {told['version']}")
+    saved = NodeApiClient(url, key, config_path).post(_PATH, body)
+    say_json(saved) if as_json else say(f"saved {saved['kind']} {saved['name']}, version {saved['version']}")
 
 
-@app.command("list")
 def list_command(
     url: UrlOption = None, key: KeyOption = None, config_path: ConfigOption = None, as_json: JsonOption = False
 ) -> None:
     """Every task that the key may use, and names that were calibrated without being saved."""
-    rows = _ask("GET", _PATH, url, key, config_path)["data"]
+    rows = NodeApiClient(url, key, config_path).get(_PATH)["data"]
     if as_json:
         say_json(rows)
         return
@@ -72,8 +64,7 @@ def list_command(
     stdout.print(table)
 
 
-@app.command()
-def show(
+def show_command(
     name: NameArgument,
     version: Annotated[int | None, typer.Option("--version", help="Which version; empty: the newest.")] = None,
     url: UrlOption = None,
@@ -82,28 +73,29 @@ def show(
 ) -> None:
     """One task as JSON, as it can be saved again."""
     query = "" if version is None else f"?version={version}"
-    say_json(_ask("GET", f"{_one(name)}{query}", url, key, config_path))
+    say_json(NodeApiClient(url, key, config_path).get(f"{_task_path(name)}{query}"))
 
 
-@app.command()
-def remove(name: NameArgument, url: UrlOption = None, key: KeyOption = None, config_path: ConfigOption = None) -> None:
+def remove_command(
+    name: NameArgument, url: UrlOption = None, key: KeyOption = None, config_path: ConfigOption = None
+) -> None:
     """Delete a task with all its versions, and what was calibrated under its name."""
-    _ask("DELETE", _one(name), url, key, config_path)
+    NodeApiClient(url, key, config_path).delete(_task_path(name))
     say(f"removed {name}")
 
 
-def _one(name: str) -> str:
+def _task_path(name: str) -> str:
     return f"{_PATH}/{quote(name)}"
 
 
-def _asks(row: Mapping[str, Any]) -> str:
+def _asks(row: JsonObject) -> str:
     if row["kind"] == "extraction":
         return ", ".join((row["schema"].get("properties") or {}).keys())
     names = [str(one.get("name") or one["type"]) for one in row.get("questions") or ()]
     return ", ".join([*names, *([f"classifier/{row['classifier']}"] if row.get("classifier") else [])])
 
 
-def _definition(path: Path) -> Mapping[str, Any]:
+def _definition(path: Path) -> JsonObject:
     raw = _read(path)
     try:
         found = tomllib.loads(raw.decode()) if path.suffix == ".toml" else orjson.loads(raw)
@@ -112,8 +104,8 @@ def _definition(path: Path) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         fail(f"{path} holds no object: it has the fields of POST /v1/tasks")
     # What `show` printed can be saved again.
-    told = ("object", "version", "versions", "made_at", "calibrated")
-    return {field: value for field, value in found.items() if field not in told and value is not None}
+    given_by_node = ("object", "version", "versions", "made_at", "calibrated")
+    return {field: value for field, value in found.items() if field not in given_by_node and value is not None}
 
 
 def _examples(path: Path, *, extraction: bool) -> Sequence[Any]:
@@ -139,33 +131,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         fail(f"{path} cannot be read: {error.strerror}")
-
-
-def _ask(
-    method: str,
-    path: str,
-    url: str | None,
-    key: str | None,
-    config_path: Path | None,
-    body: Mapping[str, Any] | None = None,
-) -> Mapping[str, Any]:
-    text = key or os.environ.get(KEY_VARIABLE)
-    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {text}"} if text else {})
-    at = (url or _url(config_path)).rstrip("/")
-    content = None if body is None else orjson.dumps(body)
-    try:
-        reply = httpx.request(method, at + path, content=content, headers=headers, timeout=_SECONDS)
-        told = reply.json()
-    except (httpx.HTTPError, ValueError) as error:
-        fail(f"{at} did not answer as a node does ({error or type(error).__name__}): start it or give --url")
-    if reply.status_code >= 400:
-        reason = told.get("error") if isinstance(told, dict) else None
-        fail(str(reason.get("message") if isinstance(reason, dict) else told))
-    found: Mapping[str, Any] = told
-    return found
-
-
-def _url(config_path: Path | None) -> str:
-    server = guarded(lambda: load_config(config_path)).server
-    host = "127.0.0.1" if server.host in ("0.0.0.0", "::") else server.host
-    return f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
