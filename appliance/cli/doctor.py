@@ -11,10 +11,10 @@ from appliance.api.auth import is_loopback
 from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, data_dir_of
 from appliance.cli.output import say_json, stdout
 from appliance.config import NodeConfig, load_config
-from appliance.errors import ConfigError, LedgerUnavailable
-from appliance.ledger.keys import list_keys
-from appliance.node.doctor.checks import DoctorFacts, run_checks
-from appliance.node.doctor.facts import gather_facts
+from appliance.errors import ConfigError
+from appliance.node.doctor.checks import run_checks
+from appliance.node.doctor.gather import gather_facts
+from appliance.node.doctor.models import DoctorFacts
 from appliance.serve import ledger_url
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
@@ -53,21 +53,12 @@ def _gather(config_path: Path | None, data_dir: Path | None, *, full: bool) -> D
     except ConfigError as error:
         config, problem = NodeConfig(), str(error)
     home = data_dir_of(data_dir, config)
-    url = ledger_url(config, home)
     return gather_facts(
         config,
         home,
-        ledger=url,
-        has_keys=bool(config.keys) or _has_stored_keys(url),
+        ledger_url=ledger_url(config, home),
         is_loopback=is_loopback(config.server.host),
         config_path=config_path,
         config_problem=problem,
         full=full,
     )
-
-
-def _has_stored_keys(url: str) -> bool:
-    try:
-        return any(one.revoked_at is None for one in list_keys(url))
-    except LedgerUnavailable:
-        return False

@@ -13,17 +13,19 @@ import pytest
 from appliance.config import EngineSettings, Provider
 from appliance.ledger.database import sqlite_url
 from appliance.ledger.store import Ledger
-from appliance.node.doctor import facts
-from appliance.node.doctor.checks import (
+from appliance.node.doctor import gather
+from appliance.node.doctor.checks import run_checks
+from appliance.node.doctor.gpu_checks import check_gpus
+from appliance.node.doctor.models import (
     DoctorFacts,
     EngineBuild,
     FolderFacts,
+    GpuFacts,
     LedgerFacts,
     ModelFacts,
     SecretFacts,
-    run_checks,
+    VllmFacts,
 )
-from appliance.node.doctor.gpu_checks import GpuFacts, VllmFacts, check_gpus
 from appliance.node.hardware.cgroup import MemoryLimit
 from appliance.node.hardware.cpu import Cpu, Ram
 from appliance.node.hardware.nvidia import Gpus, LostGpu, read_gpus
@@ -42,15 +44,14 @@ WELL = DoctorFacts(
     cpu=CPU,
     ram=RAM,
     gpus=BARE,
-    place=FolderFacts("/data", True, True, True, 0o700, 500 * GIB, None),
+    data_dir=FolderFacts("/data", True, True, True, 0o700, 500 * GIB, None),
     ledger=LedgerFacts("/data/ledger.sqlite", last_at=NOW_AT - 10),
     build=BUILD,
     address="127.0.0.1:8080",
-    address_held="free",
+    address_state="free",
     has_keys=False,
     is_loopback=True,
     now_at=NOW_AT,
-    monotonic_seconds=1000.0,
     clock_steps_back=False,
     files_limit=65_536,
     max_connections=1024,
@@ -60,8 +61,8 @@ WELL = DoctorFacts(
 )
 
 
-def place(**changes: Any) -> FolderFacts:
-    return replace(WELL.place, **changes)
+def data_dir(**changes: Any) -> FolderFacts:
+    return replace(WELL.data_dir, **changes)
 
 
 def test_a_machine_that_is_well_has_nothing_but_ok() -> None:
@@ -73,23 +74,23 @@ def test_a_machine_that_is_well_has_nothing_but_ok() -> None:
     [
         ({"config_problem": "a.toml:3: no such field"}, "configuration", "error", "a.toml:3", "correct"),
         ({"config_path": "a.toml", "config_mode": 0o666}, "configuration", "error", "mode 666", "chmod go-w a.toml"),
-        ({"place": place(is_writable=False)}, "data directory", "error", "cannot be written", "--data-dir"),
-        ({"place": place(mode=0o777)}, "data directory", "error", "mode 777", "chmod go-w /data"),
-        ({"place": place(mode=0o755)}, "data directory", "warning", "prompts", "chmod o-rx /data"),
-        ({"place": place(is_mine=False)}, "data directory", "warning", "another user", "chown"),
-        ({"place": place(exists=False, mode=0o777)}, "data directory", "ok", "to be made", ""),
-        ({"place": place(free_bytes=10**8)}, "disk", "error", "0.1 GB", "hosted provider"),
-        ({"place": place(free_bytes=5 * 10**9)}, "disk", "warning", "5.0 GB", "models"),
-        ({"place": place(free_inodes=10)}, "disk", "error", "10 more files", "delete"),
+        ({"data_dir": data_dir(is_writable=False)}, "data directory", "error", "cannot be written", "--data-dir"),
+        ({"data_dir": data_dir(mode=0o777)}, "data directory", "error", "mode 777", "chmod go-w /data"),
+        ({"data_dir": data_dir(mode=0o755)}, "data directory", "warning", "prompts", "chmod o-rx /data"),
+        ({"data_dir": data_dir(is_mine=False)}, "data directory", "warning", "another user", "chown"),
+        ({"data_dir": data_dir(exists=False, mode=0o777)}, "data directory", "ok", "to be made", ""),
+        ({"data_dir": data_dir(free_bytes=10**8)}, "disk", "error", "0.1 GB", "hosted provider"),
+        ({"data_dir": data_dir(free_bytes=5 * 10**9)}, "disk", "warning", "5.0 GB", "models"),
+        ({"data_dir": data_dir(free_inodes=10)}, "disk", "error", "10 more files", "delete"),
         ({"ledger": LedgerFacts("l", "it is damaged; restore a copy")}, "ledger", "error", "damaged", "restore a copy"),
         ({"ledger": LedgerFacts("l", exists=False)}, "ledger", "ok", "none yet", ""),
         ({"now_at": 1000.0, "ledger": LedgerFacts("l")}, "clock", "error", "before 2025", "timedatectl"),
         ({"now_at": NOW_AT - 90}, "clock", "warning", "80 s behind", "timedatectl"),
         ({"now_at": NOW_AT - 90_000}, "clock", "error", "set back", "timedatectl"),
         ({"clock_steps_back": True}, "clock", "error", "backwards", "clock source"),
-        ({"address_held": "ours"}, "address", "ok", "the node that runs", ""),
-        ({"address_held": "taken"}, "address", "error", "another program", "ss -ltnp"),
-        ({"address_held": "unusable"}, "address", "error", "cannot be listened on", "server.host"),
+        ({"address_state": "ours"}, "address", "ok", "the node that runs", ""),
+        ({"address_state": "taken"}, "address", "error", "another program", "ss -ltnp"),
+        ({"address_state": "unusable"}, "address", "error", "cannot be listened on", "server.host"),
         ({"is_loopback": False}, "API keys", "error", "no API keys", "appliance keys create"),
         (
             {"secrets": (SecretFacts("p", "the environment variable K", "K is empty"),)},
@@ -112,7 +113,13 @@ def test_a_machine_that_is_well_has_nothing_but_ok() -> None:
             "MemoryMax",
         ),
         ({"build": EngineBuild(exit_code=-4)}, "llama.cpp", "error", "illegal instruction", "scripts/setup"),
-        ({"build": EngineBuild(exit_code=1, said="No module")}, "llama.cpp", "error", "No module", "scripts/setup"),
+        (
+            {"build": EngineBuild(exit_code=1, last_line="No module")},
+            "llama.cpp",
+            "error",
+            "No module",
+            "scripts/setup",
+        ),
         ({"build": EngineBuild(frozenset({"AVX2"}))}, "llama.cpp", "warning", "without AVX512", "scripts/setup"),
         ({"build": EngineBuild(frozenset({"AVX2"}), has_variants=True)}, "llama.cpp", "ok", "AVX2", ""),
         ({"build": replace(BUILD, kernels="attention (AVX-512 VNNI)")}, "kernels", "ok", "attention", ""),
@@ -218,7 +225,7 @@ TWO = replace(GOOD.gpus, devices=GOOD.gpus.devices * 2)
         ),
         ({"vllm": None}, "vLLM", "warning", "no vLLM", "engines install vllm"),
         ({"vllm": None, "vllm_problem": "/x is no environment"}, "vLLM", "error", "/x", "engine.vllm"),
-        ({"vllm": replace(VLLM, is_whole=False)}, "vLLM", "error", "not finished", "install"),
+        ({"vllm": replace(VLLM, is_complete=False)}, "vLLM", "error", "not finished", "install"),
         ({"vllm": replace(VLLM, is_cpu=True)}, "vLLM", "warning", "build for CPUs", "install"),
         ({"gpus": NO_GPU, "pci_devices": 0, "device_files": 0}, "vLLM", "warning", "there is none", "remove"),
         ({"gpus": TWO, "shared_memory_bytes": 64 << 20}, "shared memory", "warning", "0.1 GB", "--ipc=host"),
@@ -241,31 +248,31 @@ def test_who_holds_an_address_is_told_apart(tmp_path: Path) -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        assert facts.read_address_state("127.0.0.1", port, tmp_path) == "taken"
+        assert gather.read_address_state("127.0.0.1", port, tmp_path) == "taken"
         import fcntl
 
         with (tmp_path / "node.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            assert facts.read_address_state("127.0.0.1", port, tmp_path) == "ours"
-    assert facts.read_address_state("127.0.0.1", port, tmp_path) == "free"
-    assert facts.read_address_state("192.0.2.1", port, tmp_path) == "unusable"
+            assert gather.read_address_state("127.0.0.1", port, tmp_path) == "ours"
+    assert gather.read_address_state("127.0.0.1", port, tmp_path) == "free"
+    assert gather.read_address_state("192.0.2.1", port, tmp_path) == "unusable"
 
 
 @pytest.mark.anyio
 async def test_a_ledger_is_read_and_a_damaged_one_is_told(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     url = sqlite_url(path)
-    assert not facts.read_ledger_facts(url, full=False).exists
+    assert not gather.read_ledger_facts(url, full=False).exists
     ledger = await Ledger.open(url)
     ledger.record(outcome())
     await ledger.close()
-    sound = facts.read_ledger_facts(url, full=True)
+    sound = gather.read_ledger_facts(url, full=True)
     assert sound.problem is None and sound.last_at == pytest.approx(NOW_AT)
     size = path.stat().st_size
     with path.open("r+b") as file:
         file.seek(4096)
         file.write(os.urandom(size - 4096))
-    assert facts.read_ledger_facts(url, full=False).problem is not None
+    assert gather.read_ledger_facts(url, full=False).problem is not None
 
 
 def test_another_database_is_no_ledger(tmp_path: Path) -> None:
@@ -273,7 +280,7 @@ def test_another_database_is_no_ledger(tmp_path: Path) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE notes (id)")
     connection.close()
-    problem = facts.read_ledger_facts(sqlite_url(path), full=False).problem
+    problem = gather.read_ledger_facts(sqlite_url(path), full=False).problem
     assert problem is not None and "decisions" in problem
 
 
@@ -287,19 +294,19 @@ def test_a_models_checksum_is_compared(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(gguf_bytes())
     right = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert facts.read_model_facts(stored(path, right), full=False) == ModelFacts("m q4")
-    wrong = facts.read_model_facts(stored(path, "0" * 64), full=False)
+    assert gather.read_model_facts(stored(path, right), full=False) == ModelFacts("m q4")
+    wrong = gather.read_model_facts(stored(path, "0" * 64), full=False)
     assert wrong.problem is not None and right in wrong.problem
     path.write_bytes(b"GGUF")
-    assert facts.read_model_facts(stored(path, right), full=False).problem
+    assert gather.read_model_facts(stored(path, right), full=False).problem
 
 
 def test_an_engine_that_dies_of_an_illegal_instruction_is_a_fact_and_no_crash() -> None:
     import sys
 
     dies = (sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGILL)")
-    assert facts.read_engine_build(dies).exit_code == -4
-    real = facts.read_engine_build()
+    assert gather.read_engine_build(dies).exit_code == -4
+    real = gather.read_engine_build()
     assert real.exit_code == 0 and real.features
     assert bool(real.kernels) != bool(real.kernels_missing)
 
@@ -313,11 +320,11 @@ def test_a_missing_key_and_the_mode_of_a_keys_file_are_facts(tmp_path: Path, mon
         "models": ({"name": "m"},),
     }
     by_variable = Provider.model_validate({**given, "key_env": "NO_SUCH_KEY"})
-    assert "NO_SUCH_KEY" in (facts.read_secret_facts(by_variable).problem or "")
+    assert "NO_SUCH_KEY" in (gather.read_secret_facts(by_variable).problem or "")
     path = tmp_path / "key"
     path.write_text("secret")
     path.chmod(0o640)
-    found = facts.read_secret_facts(Provider.model_validate({**given, "key_file": str(path)}))
+    found = gather.read_secret_facts(Provider.model_validate({**given, "key_file": str(path)}))
     assert found.mode == 0o640 and "secret" not in repr(found)
 
 
@@ -335,12 +342,12 @@ def test_gpus_that_the_kernel_sees_and_the_cuda_of_an_environment_are_counted(tm
             "env/lib/python3.12/site-packages/nvidia_cuda_runtime-13.0.96.dist-info/METADATA": "",
         },
     )
-    found = facts.read_gpu_facts(NO_GPU, EngineSettings(), tmp_path, tmp_path)
+    found = gather.read_gpu_facts(NO_GPU, EngineSettings(), tmp_path, tmp_path)
     assert (found.pci_devices, found.device_files, found.in_container) == (1, 1, True)
-    assert facts.read_cuda_major(tmp_path / "env") == 13
-    assert facts.read_cuda_major(tmp_path) is None
+    assert gather.read_cuda_major(tmp_path / "env") == 13
+    assert gather.read_cuda_major(tmp_path) is None
 
 
 def test_of_a_data_directory_that_is_not_there_the_folder_above_is_looked_at(tmp_path: Path) -> None:
-    found = facts.read_folder_facts(tmp_path / "a" / "b")
+    found = gather.read_folder_facts(tmp_path / "a" / "b")
     assert not found.exists and found.path == str(tmp_path) and found.free_bytes > 0

@@ -1,4 +1,4 @@
-"""What the doctor looks at, gathered from this machine. Changes nothing, and raises for nothing that may be ill."""
+"""Gathers the doctor's facts from this machine. Changes nothing, and does not raise for what a check may report."""
 
 import errno
 import fcntl
@@ -25,17 +25,19 @@ from appliance.config import EngineSettings, NodeConfig, Provider
 from appliance.config.loader import read_secret
 from appliance.errors import ApplianceError, ConfigError, LedgerUnavailable
 from appliance.ledger.database import describe_place, explaining_errors, open_reader
+from appliance.ledger.keys import list_keys
 from appliance.ledger.tables import decisions
-from appliance.node.doctor.checks import (
+from appliance.node.doctor.models import (
     AddressState,
     DoctorFacts,
     EngineBuild,
     FolderFacts,
+    GpuFacts,
     LedgerFacts,
     ModelFacts,
     SecretFacts,
+    VllmFacts,
 )
-from appliance.node.doctor.gpu_checks import GpuFacts, VllmFacts
 from appliance.node.energy.meters import find_rapl
 from appliance.node.hardware.cgroup import read_cpu_quota
 from appliance.node.hardware.nvidia import Gpus
@@ -46,10 +48,10 @@ from appliance.node.models.model_store import ModelStore, StoredModel
 from appliance.node.vllm.environments import select_installed
 from appliance.node.vllm.install import is_complete
 
-_READ_FOR_A_LOOK_BYTES: Final = 1 << 30
-_CHECKED_FOR_A_LOOK_BYTES: Final = 256 << 20
+_QUICK_READ_BYTES: Final = 1 << 30
+_QUICK_CHECK_BYTES: Final = 256 << 20
 """A ledger of this size is gone through in about two seconds."""
-_STEERING: Final = (
+_THREAD_VARIABLES: Final = (
     "OMP_NUM_THREADS",
     "OMP_WAIT_POLICY",
     "OMP_PROC_BIND",
@@ -83,8 +85,7 @@ def gather_facts(
     config: NodeConfig,
     home: Path,
     *,
-    ledger: str,
-    has_keys: bool,
+    ledger_url: str,
     is_loopback: bool,
     config_path: Path | None,
     config_problem: str | None,
@@ -99,15 +100,14 @@ def gather_facts(
         cpu=hardware.cpu,
         ram=hardware.ram,
         gpus=read_gpu_facts(hardware.gpus, config.engine, home),
-        place=read_folder_facts(home),
-        ledger=read_ledger_facts(ledger, full=full),
+        data_dir=read_folder_facts(home),
+        ledger=read_ledger_facts(ledger_url, full=full),
         build=read_engine_build(),
         address=f"{server.host}:{server.port}",
-        address_held=read_address_state(server.host, server.port, home),
-        has_keys=has_keys,
+        address_state=read_address_state(server.host, server.port, home),
+        has_keys=bool(config.keys) or _has_stored_keys(ledger_url),
         is_loopback=is_loopback,
         now_at=time.time(),
-        monotonic_seconds=time.monotonic(),
         clock_steps_back=_steps_back(),
         files_limit=_files_limit(),
         max_connections=server.max_connections,
@@ -121,7 +121,7 @@ def gather_facts(
         config_mode=_mode(config_path),
         config_problem=config_problem,
         quota_cores=None if quota is None else quota.cores,
-        environment={name: os.environ[name] for name in _STEERING if name in os.environ},
+        environment={name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ},
     )
 
 
@@ -151,7 +151,7 @@ def read_ledger_facts(url: str, *, full: bool) -> LedgerFacts:
             engine = open_reader(url)
             try:
                 with engine.connect() as connection:
-                    if path is not None and (full or path.stat().st_size <= _CHECKED_FOR_A_LOOK_BYTES):
+                    if path is not None and (full or path.stat().st_size <= _QUICK_CHECK_BYTES):
                         found = str(connection.execute(text("PRAGMA quick_check(1)")).scalar_one())
                         if found != "ok":
                             return LedgerFacts(
@@ -203,7 +203,7 @@ def read_model_facts(model: StoredModel, *, full: bool) -> ModelFacts:
         read_gguf_header(model.path)
         if model.sha256 is None:
             return ModelFacts(name)
-        if model.path.stat().st_size > _READ_FOR_A_LOOK_BYTES and not full:
+        if model.path.stat().st_size > _QUICK_READ_BYTES and not full:
             return ModelFacts(name, was_read=False)
         with model.path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -223,7 +223,7 @@ def read_gpu_facts(gpus: Gpus, engine: EngineSettings, home: Path, root: Path = 
                 str(found.folder),
                 found.is_cpu,
                 read_cuda_major(found.folder),
-                is_whole=is_complete(found),
+                is_complete=is_complete(found),
             )
     except ConfigError as error:
         problem = str(error)
@@ -254,7 +254,7 @@ def read_engine_build(command: Sequence[str] = (sys.executable, "-c", _ASK_BUILD
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return EngineBuild(exit_code=None, said=str(error))
+        return EngineBuild(exit_code=None, last_line=str(error))
     words = (done.stderr or done.stdout).strip().splitlines()
     told = [line.split("\t")[1:] for line in done.stdout.splitlines() if line.startswith("kernels\t")]
     names, missing, remedy = told[-1] if told else ("", "", "")
@@ -265,7 +265,7 @@ def read_engine_build(command: Sequence[str] = (sys.executable, "-c", _ASK_BUILD
         kernels_missing=missing,
         kernels_remedy=remedy,
         exit_code=done.returncode,
-        said=words[-1] if words else "",
+        last_line=words[-1] if words else "",
     )
 
 
@@ -290,6 +290,13 @@ def _packages() -> tuple[list[str], int]:
         if match["version"] and here != match["version"]:
             wrong.append(f"{match['name']} is {here}, pinned is {match['version']}")
     return wrong, seen
+
+
+def _has_stored_keys(ledger_url: str) -> bool:
+    try:
+        return any(key.revoked_at is None for key in list_keys(ledger_url))
+    except LedgerUnavailable:
+        return False
 
 
 def _stored(home: Path) -> Sequence[StoredModel]:
