@@ -60,7 +60,7 @@ async def translated(
         source = answer.stream or as_stream(stream_of(answer.payload, {**opened.request.body, **_WITH_USAGE}))
         translation = StreamRewriter(writer())
         return StreamResponse(answer, DialectResponse(source, translation), translation.fail, content_type)
-    headers = answer.facts.headers()
+    headers = answer.metadata.headers()
     try:
         return json_response(whole(answer.payload), status=answer.status, headers=headers)
     except ApplianceError as error:

@@ -93,4 +93,4 @@ class RequestIntake:
 
     async def count(self, http: Http, opened: InboundRequest[Any]) -> PipelineTokenCount:
         """The tokens of a request's prompt, which nobody is asked to answer."""
-        return await unless_gone(http.receive, self.pipeline.count(opened.request, opened.calls[0]))
+        return await unless_gone(http.receive, self.pipeline.count_tokens(opened.request, opened.calls[0]))

@@ -13,15 +13,15 @@ AUTO: Final = "auto"
 
 def found(pipeline: RequestPipeline, caller: Caller, name: str) -> Target | None:
     """What a request for `name` would be given; None where the policy chooses. Raises UnknownModel."""
-    meant = pipeline.meant(name)
-    if meant == AUTO:
+    resolve_alias = pipeline.resolve_alias(name)
+    if resolve_alias == AUTO:
         return None
-    there = pipeline.models(caller)
+    there = pipeline.list_models(caller)
     for target in there:
-        if target.name == meant:
+        if target.name == resolve_alias:
             return target
     for target in there:
-        if bare_name(target) == meant:
+        if bare_name(target) == resolve_alias:
             return target
     raise UnknownModel(f"model {name[:256]!r} is not known here: list the models to see those that are")
 

@@ -100,7 +100,7 @@ class StreamResponse:
             await asyncio.shield(asyncio.ensure_future(self._answer.aclose()))
 
     async def _relay(self, send: Send) -> None:
-        headers = {**STREAM_HEADERS, **self._content_type, **self._answer.facts.headers()}
+        headers = {**STREAM_HEADERS, **self._content_type, **self._answer.metadata.headers()}
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
         try:
             await send({"type": "http.response.start", "status": self._answer.status, "headers": raw})
@@ -120,7 +120,7 @@ class StreamResponse:
         except ApplianceError as error:
             yield self._failure(error)
         except Exception:
-            log.error("stream failed unexpectedly", request_id=self._answer.facts.request_id, exc_info=True)
+            log.error("stream failed unexpectedly", request_id=self._answer.metadata.request_id, exc_info=True)
             yield self._failure(StreamBroken("the appliance failed unexpectedly in the middle of this stream"))
 
 

@@ -351,7 +351,7 @@ class Policy(StrictModel):
     target, or a model. `*` stands for anything, as in `"claude-*" = "auto"`; the first that fits counts."""
     routes: tuple[RouteRule, ...] = Field(min_length=1)
 
-    def meant(self, model: str) -> str:
+    def resolve_alias(self, model: str) -> str:
         """What a client that asks for `model` is given: what an alias says, else that very name."""
         if model in self.aliases:
             return self.aliases[model]

@@ -52,13 +52,13 @@ class Pipeline:
         self._deps = deps
         check_profiler(policy.defaults.profiler)
         self._router = Router(policy, self._deps)
-        self._inspector = PiiScanner(policy.residency, detector, deps.alerts) if policy.searches_content else None
+        self._pii_scanner = PiiScanner(policy.residency, detector, deps.alerts) if policy.searches_content else None
         self._profiler = LlmProfiler(policy.defaults.profiler, self._deps)
-        self.bulk = ProviderBatchSubmitter(self._deps)
+        self.provider_batches = ProviderBatchSubmitter(self._deps)
 
-    async def searched(self, request: Request) -> Request:
+    async def with_pii_scan(self, request: Request) -> Request:
         """The request, its content searched for personal data where the policy wants that. `decide` wants it so."""
-        return request if self._inspector is None else await self._inspector.search(request)
+        return request if self._pii_scanner is None else await self._pii_scanner.search(request)
 
     def decide(self, request: Request, *, prompt_tokens: int, output_tokens: int | None) -> Decision:
         """Everything before the first call: what explain shows. No attempts means that it would be refused.
@@ -73,7 +73,7 @@ class Pipeline:
 
     async def answer(self, request: Request, call: TaskCall) -> "Answer":
         """Answer `request`. The caller must `aclose` what it gets. Raises ApplianceError, its `headers` set."""
-        request = await self.searched(request)
+        request = await self.with_pii_scan(request)
         llm_profile = await self._profiler.llm_profile(request)
         loop, close = self._start(request, call.prompt_tokens, call.output_tokens, llm_profile)
         try:
@@ -97,7 +97,7 @@ class Pipeline:
         Raises ApplianceError where the decision itself is a refusal.
         """
         prompt_tokens = max(call.prompt_tokens for call in calls)
-        request = await self.searched(request)
+        request = await self.with_pii_scan(request)
         llm_profile = await self._profiler.llm_profile(request)
         loop, close = self._start(request, prompt_tokens, max(call.output_tokens for call in calls), llm_profile)
         results: list[Any] = [None] * len(calls)
@@ -116,22 +116,22 @@ class Pipeline:
             close(_as_internal_error(error))
             raise
         errors = [result for result in results if isinstance(result, ApplianceError)]
-        facts = close(errors[0] if len(errors) == len(results) else None)
-        return BatchAnswer(facts, results)
+        metadata = close(errors[0] if len(errors) == len(results) else None)
+        return BatchAnswer(metadata, results)
 
-    async def sealed(self, request: Request, call: TaskCall) -> PreparedLine | None:
+    async def prepare_batch_line(self, request: Request, call: TaskCall) -> PreparedLine | None:
         """The request, decided and ready to leave in a provider's batch; None where it is better asked alone.
 
         Raises what `decide` does.
         """
-        request = await self.searched(request)
+        request = await self.with_pii_scan(request)
         llm_profile = await self._profiler.llm_profile(request)
         routing = self._router.decide(request, call.prompt_tokens, call.output_tokens, llm_profile)
-        return self.bulk.prepare(request, call, routing)
+        return self.provider_batches.prepare(request, call, routing)
 
-    async def count(self, request: Request, call: TaskCall) -> TokenCount:
+    async def count_tokens(self, request: Request, call: TaskCall) -> TokenCount:
         """The tokens of the request's prompt, for the target that would be asked first. Raises what `decide` does."""
-        request = await self.searched(request)
+        request = await self.with_pii_scan(request)
         decision = self.decide(request, prompt_tokens=call.prompt_tokens, output_tokens=1)
         targets = [attempt.target for attempt in decision.route.attempts[:1]]
         # A prompt that fits nowhere is counted all the same: that is what a caller wants to know then.
@@ -145,11 +145,11 @@ class Pipeline:
         estimate = self._deps.stats.estimators.tokens.correct(target.name, call.prompt_tokens)
         return TokenCount(estimate, decision, target.name, "estimate")
 
-    def meant(self, model: str) -> str:
+    def resolve_alias(self, model: str) -> str:
         """What a caller that asks for `model` is given: the policy may know it by another name."""
-        return self.policy.meant(model)
+        return self.policy.resolve_alias(model)
 
-    def models(self, caller: Caller) -> tuple[Target, ...]:
+    def list_models(self, caller: Caller) -> tuple[Target, ...]:
         """The targets that `caller` could be answered by."""
         return visible_targets(caller, self._deps.state.snapshot.targets)
 
@@ -177,14 +177,14 @@ class Pipeline:
 
     def _close(self, loop: AttemptLoop, error: ApplianceError | None) -> ResponseMetadata:
         """Write the request down and give an error its facts."""
-        facts = loop.response_metadata()
+        metadata = loop.response_metadata()
         if error is not None:
-            error.headers = facts.headers()
+            error.headers = metadata.headers()
         outcome = loop.outcome(error)
         loop.record_costs()
         traces.end_request(loop.span, loop.decision, outcome)
         self._deps.ledger.record(outcome)
-        return facts
+        return metadata
 
 
 class Answer:
@@ -194,9 +194,11 @@ class Answer:
     event and then without it) is set.
     """
 
-    def __init__(self, facts: ResponseMetadata, *, payload: Any = None, streaming: "_Streaming | None" = None) -> None:
+    def __init__(
+        self, metadata: ResponseMetadata, *, payload: Any = None, streaming: "_Streaming | None" = None
+    ) -> None:
         self.status = 200
-        self.facts = facts
+        self.metadata = metadata
         self.payload = payload
         self._streaming = streaming
 
@@ -214,7 +216,7 @@ class Answer:
 class BatchAnswer:
     """What came of many calls under one decision: in the calls' order, a result or the error in its place."""
 
-    facts: ResponseMetadata
+    metadata: ResponseMetadata
     results: list[Any]
 
 

@@ -1,8 +1,8 @@
-"""Requests that leave in a provider's own batch: routing, permitted and paid for one by one, sent together.
+"""Requests that leave in a provider's own batch: decided, permitted and paid for one by one, sent together.
 
 A request may leave so where its route's first target is hosted, takes batches, and is known to be cheaper that way. It
-then has a permit and a reservation of its own like any other; what comes back is verified and read as if it had been
-asked alone. What was routing is kept as text (a ticket), because the answer may come after a restart.
+has a permit and a reservation of its own like any other; its answer is verified and read like that of a single call.
+What was decided is kept as text (a line record), because the answer may come after a restart.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -63,7 +63,7 @@ class PreparedLine:
 
 @dataclass(frozen=True, slots=True)
 class ReadLine:
-    """What came of a line. Either `payload`, or `error`: then it is to be asked anew."""
+    """The result of a line. Either `payload`, or `error`: then it is asked again."""
 
     decision_id: str
     usage: Usage
@@ -73,7 +73,7 @@ class ReadLine:
 
 
 class ProviderBatchSubmitter:
-    """The pipeline's side of providers' batches. What is sent, and when, is for the caller to say."""
+    """The pipeline's side of providers' batches. Jobs decide what is sent, and when."""
 
     def __init__(self, deps: RouterDeps) -> None:
         self._deps = deps
@@ -86,7 +86,7 @@ class ProviderBatchSubmitter:
         return found
 
     def takes(self, target: Target) -> bool:
-        """Whether `target` is known to be cheaper in batches, and is well."""
+        """Whether `target` is known to be cheaper in batches, and its breaker is closed."""
         if target.location != "hosted" or target.batch_price is None or target.wire.batches is None:
             return False
         return self._deps.breakers.blocked_until(target.name, self._deps.clock()) is None
@@ -99,9 +99,9 @@ class ProviderBatchSubmitter:
         if route.cold_targets and request.patience_seconds:
             return None  # an engine of this node is only down for now
         attempt = route.attempts[0]
-        target, whole = attempt.target, trim_call(call, request.body, routing.trim)
+        target, trimmed = attempt.target, trim_call(call, request.body, routing.trim)
         try:
-            wire_request = _letter(request, whole, target)
+            wire_request = _write_request(request, trimmed, target)
             permit = self._deps.permits.permit(request, target, route.residency)
         except (Unsupported, ResidencyRefused):
             return None
@@ -109,49 +109,49 @@ class ProviderBatchSubmitter:
         if wire_request is None or endpoint is None:
             return None
         assert target.batch_price is not None
-        tokens = self._deps.stats.estimators.tokens.correct(target.name, whole.prompt_tokens)
-        usd = worst_case_usd(target.batch_price, prompt_tokens=tokens, output_tokens=whole.output_tokens)
+        tokens = self._deps.stats.estimators.tokens.correct(target.name, trimmed.prompt_tokens)
+        usd = worst_case_usd(target.batch_price, prompt_tokens=tokens, output_tokens=trimmed.output_tokens)
         if route.max_cost_usd is not None and usd > route.max_cost_usd:
             return None
         outcome = build_outcome(request, routing.decision, (), error=None, first_byte_seconds=None, total_seconds=0.0)
         line = _api(target).line(wire_request, request.id)
         return PreparedLine(target, endpoint, line, permit, usd, outcome, attempt.reason)
 
-    async def reserve(self, sealed: PreparedLine) -> str:
-        """Put down what it may cost; returns its ticket. Raises BudgetExceeded, LedgerUnavailable."""
-        outcome = sealed.outcome
+    async def reserve(self, line: PreparedLine) -> str:
+        """Reserve what it may cost; returns its record as text. Raises BudgetExceeded, LedgerUnavailable."""
+        outcome = line.outcome
         reservation = await self._deps.ledger.reserve(
             decision_id=outcome.decision_id,
-            target=sealed.target,
-            usd=sealed.usd,
+            target=line.target,
+            usd=line.usd,
             route=outcome.route,
             key_id=outcome.key_id,
         )
         self._deps.stats.windows.record_request(outcome.route, self._deps.clock())
-        assert sealed.target.batch_price is not None
-        return _Ticket(
-            outcome, sealed.target.name, sealed.reason, sealed.target.batch_price, reservation, sealed.usd
+        assert line.target.batch_price is not None
+        return _LineRecord(
+            outcome, line.target.name, line.reason, line.target.batch_price, reservation, line.usd
         ).text()
 
-    def release(self, ticket: str) -> None:
+    def release(self, record: str) -> None:
         """It was not answered there, and is not billed."""
-        found = _Ticket.read(ticket)
+        found = _LineRecord.read(record)
         self._deps.ledger.settle(found.reservation, usd=0.0)
 
-    # The batch as a whole.
+    # The batch as a trimmed.
 
-    def carrier(self, target: Target, name: str) -> BatchClient:
-        """Raises ResidencyRefused where no door leads there any more."""
+    def make_client(self, target: Target, name: str) -> BatchClient:
+        """Raises ResidencyRefused where no transport leads there any more."""
         return BatchClient(
             self._deps.transports.for_batches(target), target, self._deps.permits.batch_permit(name, target)
         )
 
-    async def send(self, name: str, sealed: Sequence[PreparedLine], note: Callable[[str], Awaitable[None]]) -> str:
+    async def send(self, name: str, prepared: Sequence[PreparedLine], note: Callable[[str], Awaitable[None]]) -> str:
         """Send them, of one target and endpoint, as the batch `name`; returns its id there. Raises ApplianceError."""
-        target, endpoint = sealed[0].target, sealed[0].endpoint
-        lines = [(one.permit, one.line) for one in sealed]
+        target, endpoint = prepared[0].target, prepared[0].endpoint
+        lines = [(one.permit, one.line) for one in prepared]
         try:
-            batch = await _api(target).send(self.carrier(target, name), name, endpoint, lines, note)
+            batch = await _api(target).send(self.make_client(target, name), name, endpoint, lines, note)
         except BackendError as error:
             if not isinstance(error, BackendRefused):
                 self._deps.breakers.fail(target.name, self._deps.clock(), error.retry_after_seconds)
@@ -160,38 +160,38 @@ class ProviderBatchSubmitter:
         return batch
 
     async def find(self, target: Target, name: str) -> str | None:
-        return await _api(target).find(self.carrier(target, name), name)
+        return await _api(target).find(self.make_client(target, name), name)
 
     def finds(self, target: Target) -> bool:
         """Whether the provider can tell that there is no batch of some name."""
         return _api(target).finds
 
     async def look(self, target: Target, name: str, batch: str) -> BatchStatus:
-        return await _api(target).look(self.carrier(target, name), batch)
+        return await _api(target).look(self.make_client(target, name), batch)
 
-    def rows(self, target: Target, name: str, batch: str, standing: BatchStatus) -> AsyncIterator[BatchResult]:
-        return _api(target).rows(self.carrier(target, name), batch, standing)
+    def rows(self, target: Target, name: str, batch: str, status: BatchStatus) -> AsyncIterator[BatchResult]:
+        return _api(target).rows(self.make_client(target, name), batch, status)
 
     async def cancel(self, target: Target, name: str, batch: str) -> None:
-        await _api(target).cancel(self.carrier(target, name), batch)
+        await _api(target).cancel(self.make_client(target, name), batch)
 
     async def forget(
-        self, target: Target, name: str, batch: str, uploaded: str | None, standing: BatchStatus | None
+        self, target: Target, name: str, batch: str, uploaded: str | None, status: BatchStatus | None
     ) -> None:
-        await _api(target).forget(self.carrier(target, name), batch, uploaded, standing)
+        await _api(target).forget(self.make_client(target, name), batch, uploaded, status)
 
     # A line's answer.
 
     def read(
-        self, request: Request, call: TaskCall, target: Target, ticket: str, batch: str, row: BatchResult
+        self, request: Request, call: TaskCall, target: Target, record: str, batch: str, row: BatchResult
     ) -> ReadLine:
         """Verify and read what came back for it, settle what it cost, and write it down."""
-        found = _Ticket.read(ticket)
+        found = _LineRecord.read(record)
         usage, payload, error = Usage(), None, None
         try:
             if row.status != 200:
                 raise BackendError(f"{target.name}: {_NOT_DONE}")
-            wire_request = _letter(request, call, target)
+            wire_request = _write_request(request, call, target)
             if wire_request is None:
                 raise BackendError(f"{target.name} was asked otherwise than this node asks now")
             reply = client.read_batched(wire_request, row.payload)
@@ -201,39 +201,39 @@ class ProviderBatchSubmitter:
             error = problem
         cost_usd = hosted_cost_usd(found.price, usage, found.usd) if row.status == 200 else 0.0
         self._deps.ledger.settle(found.reservation, usd=cost_usd)
-        if row.status == 200:  # what was not answered costs nothing, and is told by what is done about it
-            self._deps.ledger.record(self._ended(found, batch, usage, cost_usd, error))
+        if row.status == 200:  # a line that was not answered costs nothing and is asked again
+            self._deps.ledger.record(self._make_outcome(found, batch, usage, cost_usd, error))
         return ReadLine(found.outcome.decision_id, usage, cost_usd, payload, error)
 
-    def _ended(
-        self, ticket: "_Ticket", batch: str, usage: Usage, cost_usd: float, error: ApplianceError | None
+    def _make_outcome(
+        self, record: "_LineRecord", batch: str, usage: Usage, cost_usd: float, error: ApplianceError | None
     ) -> Outcome:
-        outcome = ticket.outcome
+        outcome = record.outcome
         result: AttemptResult = "answered" if error is None else classify_error(error)
-        took = max(0.0, self._deps.wall() - outcome.received_at)
+        elapsed = max(0.0, self._deps.wall() - outcome.received_at)
         attempt = AttemptOutcome(
             index=0,
-            target=ticket.target,
+            target=record.target,
             location="hosted",
-            reason=f"in batch {batch}: {ticket.reason}",
+            reason=f"in batch {batch}: {record.reason}",
             result=result,
             detail="" if error is None else scrub_text(describe_error(error)),
             started_at=outcome.received_at,
             first_byte_seconds=None,
-            total_seconds=took,
+            total_seconds=elapsed,
             usage=usage,
             cost_usd=cost_usd,
-            reservation=ticket.reservation,
+            reservation=record.reservation,
             cost_basis="price",
             cause="provider_batch",
         )
         status, code = (200, None) if error is None else (error.status, error.code)
-        return replace(outcome, attempts=(attempt,), status=status, error_code=code, total_seconds=took)
+        return replace(outcome, attempts=(attempt,), status=status, error_code=code, total_seconds=elapsed)
 
 
 @dataclass(frozen=True, slots=True)
-class _Ticket:
-    """What was routing of a line when it left, as it is kept."""
+class _LineRecord:
+    """What was decided of a line when it was sent, as jobs keep it between restarts."""
 
     outcome: Outcome
     target: str
@@ -246,7 +246,7 @@ class _Ticket:
         return orjson.dumps(asdict(self)).decode()
 
     @classmethod
-    def read(cls, text: str) -> "_Ticket":
+    def read(cls, text: str) -> "_LineRecord":
         fields = orjson.loads(text)
         said = fields["outcome"]
         profile = Profile(**{**said["profile"], "reasons": tuple(said["profile"]["reasons"])})
@@ -255,7 +255,7 @@ class _Ticket:
         return cls(**{**fields, "outcome": outcome, "price": Price(**fields["price"])})
 
 
-def _letter(request: Request, call: TaskCall, target: Target) -> WireRequest | None:
+def _write_request(request: Request, call: TaskCall, target: Target) -> WireRequest | None:
     """The request as it is written for `target`; None where it would become several calls, or a stream.
 
     Raises Unsupported where it cannot be written.

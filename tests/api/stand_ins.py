@@ -49,7 +49,7 @@ SMALL = Target(
 )
 
 
-def facts(request: Request) -> ResponseMetadata:
+def make_metadata(request: Request) -> ResponseMetadata:
     return ResponseMetadata(request.id, "dec_1", SMALL.name, "onsite", "general", "first choice", "sha256:0", 0.0, True)
 
 
@@ -80,7 +80,7 @@ class StandInStream:
 
 @dataclass
 class StandInAnswer:
-    facts: ResponseMetadata
+    metadata: ResponseMetadata
     payload: Any = None
     stream: StandInStream | None = None
     status: int = 200
@@ -92,7 +92,7 @@ class StandInAnswer:
 
 @dataclass(frozen=True)
 class StandInMany:
-    facts: ResponseMetadata
+    metadata: ResponseMetadata
     results: Sequence[Any]
 
 
@@ -124,7 +124,7 @@ class StandInPipeline:
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     answered: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def searched(self, request: Request) -> Request:
+    async def with_pii_scan(self, request: Request) -> Request:
         return request
 
     def decide(self, request: Request, *, prompt_tokens: int, output_tokens: int) -> Decision:
@@ -145,7 +145,7 @@ class StandInPipeline:
                 self.cancelled.set()
                 if not self.late:
                     raise
-        answer = StandInAnswer(facts(request))
+        answer = StandInAnswer(make_metadata(request))
         self.answers.append(answer)
         self.answered.set()
         if self.error is not None:
@@ -169,18 +169,18 @@ class StandInPipeline:
                 results.append(self._read(call))
             except ApplianceError as error:
                 results.append(error)
-        return StandInMany(facts(request), results)
+        return StandInMany(make_metadata(request), results)
 
-    async def count(self, request: Request, call: TaskCall) -> StandInCounted:
+    async def count_tokens(self, request: Request, call: TaskCall) -> StandInCounted:
         self.requests.append(request)
         if self.error is not None:
             raise self.error
         return StandInCounted(call.prompt_tokens)
 
-    def models(self, caller: Caller) -> Sequence[Target]:
+    def list_models(self, caller: Caller) -> Sequence[Target]:
         return (SMALL,)
 
-    def meant(self, model: str) -> str:
+    def resolve_alias(self, model: str) -> str:
         return {"gpt-old": SMALL.name, "claude-old": "auto"}.get(model, model)
 
     def _read(self, call: TaskCall) -> Any:

@@ -133,8 +133,8 @@ async def test_a_client_that_left_before_the_stream_began_still_gets_its_answer_
         raise OSError("nobody there")
 
     stream = StandInStream(PIECES, hangs_after=0)
-    facts = ResponseMetadata("req", "dec", SMALL.name, "onsite", "general", "first choice", "sha256:0", None, False)
-    answer = StandInAnswer(facts, stream=stream)
+    metadata = ResponseMetadata("req", "dec", SMALL.name, "onsite", "general", "first choice", "sha256:0", None, False)
+    answer = StandInAnswer(metadata, stream=stream)
     await StreamResponse(answer, stream)({"type": "http"}, receive, send)
     assert answer.closed.is_set()
 

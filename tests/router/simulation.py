@@ -293,7 +293,7 @@ async def _simulate(
             first = loop.time() - began
             async for _ in answer.stream:
                 pass
-        return Ended(arrival, first, answer.facts.location or "none")
+        return Ended(arrival, first, answer.metadata.location or "none")
 
     background = [asyncio.create_task(publish()), asyncio.create_task(engine.run())]
     await asyncio.sleep(0)

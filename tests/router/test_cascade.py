@@ -97,7 +97,7 @@ class Cascading(Scene):
         many = await self.pipeline.answer_many(_request(asked, fields), calls, concurrency=4)
         rows = openai_shape.batch_payload(many.results, calls)["results"]
         assert [row["index"] for row in rows] == list(range(len(texts)))
-        return many.facts, [row["answers"][0] if "answers" in row else row["error"] for row in rows]
+        return many.metadata, [row["answers"][0] if "answers" in row else row["error"] for row in rows]
 
 
 def _answer(value: str, share: float) -> dict[str, Any]:
@@ -124,13 +124,13 @@ def by(answers: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 async def test_each_text_goes_as_far_as_it_needs_and_says_who_answered(scene: Cascading) -> None:
-    facts, answers = await scene.decide("9 9 x", "5 9 x", "5 5 x", "9 5 x")
+    metadata, answers = await scene.decide("9 9 x", "5 9 x", "5 5 x", "9 5 x")
     assert by(answers) == ["classifier/mail", "onsite/tiny", "cloud/big", "classifier/mail"]
     assert [answer["choice"] for answer in answers] == ["a", "b", "b", "a"]
     assert scene.classified == [4]
     assert (sorted(scene.asked_model), scene.asked_provider) == (["5 5 x", "5 9 x"], ["5 5 x"])
-    assert (facts.target, facts.location) == ("classifier/mail, onsite/tiny, cloud/big", "hosted")
-    assert facts.reason == "cascade of 4 texts: 2 by classifier/mail, 1 by onsite/tiny, 1 by cloud/big"
+    assert (metadata.target, metadata.location) == ("classifier/mail, onsite/tiny, cloud/big", "hosted")
+    assert metadata.reason == "cascade of 4 texts: 2 by classifier/mail, 1 by onsite/tiny, 1 by cloud/big"
 
 
 async def test_of_256_texts_ten_unsure_ones_cost_ten_texts_at_the_model(scene: Cascading) -> None:
@@ -144,11 +144,11 @@ async def test_of_256_texts_ten_unsure_ones_cost_ten_texts_at_the_model(scene: C
 async def test_a_bound_request_never_leaves_however_unsure_everybody_is(scene: Cascading) -> None:
     scene.policy(", until_known = 'escalate'")
     scene.known.threshold = None
-    facts, answers = await scene.decide("5 5 x", "? 9 x", residency=ONSITE)
+    metadata, answers = await scene.decide("5 5 x", "? 9 x", residency=ONSITE)
     assert by(answers) == ["onsite/tiny"] * 2
     assert [answer.get("unsure", False) for answer in answers] == [True, False]
     assert [row.is_sure for row in scene.known.rows] == [False, True], "an unsure answer teaches nobody"
-    assert facts.location == "onsite"
+    assert metadata.location == "onsite"
     assert scene.provider.calls == 0
     assert scene.known.told[-1].residency == "onsite"
 
@@ -217,7 +217,7 @@ async def test_a_question_with_other_choices_than_the_labels_is_not_the_classifi
     asked, calls = openai_shape.read({"input": "9 9 x", "questions": [question]})
     answer = await scene.pipeline.answer(_request(asked, {}), calls[0])
     assert answer.payload["answers"][0]["answered_by"] == "onsite/tiny"
-    assert answer.facts.reason == "fallback: classifier/mail unsupported_feature"
+    assert answer.metadata.reason == "fallback: classifier/mail unsupported_feature"
 
 
 async def test_one_text_is_answered_in_its_own_wire_format(scene: Cascading) -> None:
@@ -226,13 +226,13 @@ async def test_one_text_is_answered_in_its_own_wire_format(scene: Cascading) -> 
     answer = await scene.pipeline.answer(_request(asked, {}), calls[0])
     assert answer.payload["answers"]["q"]["choice"] == "b"
     assert answer.payload["answers"]["q"]["answered_by"] == "onsite/tiny"
-    assert answer.facts.reason == "escalation: classifier/mail unsure of 1 of 1 texts (version 3 stands from 0.8)"
+    assert answer.metadata.reason == "escalation: classifier/mail unsure of 1 of 1 texts (version 3 stands from 0.8)"
     rows = [(one.target, one.result, one.detail) for one in scene.ledger.outcomes[-1].attempts]
     assert rows == [("classifier/mail", "rejected", "unsure: every text went on"), ("onsite/tiny", "answered", "")]
 
 
 async def test_the_ledger_has_every_attempt_of_a_batch(scene: Cascading) -> None:
-    facts, _ = await scene.decide("9 9 x", "5 9 x", "5 5 x")
+    metadata, _ = await scene.decide("9 9 x", "5 9 x", "5 5 x")
     rows = {one.target: (one.result, one.detail) for one in scene.ledger.outcomes[-1].attempts}
     assert rows == {
         "classifier/mail": ("answered", "2 of 3 texts went on"),
@@ -240,7 +240,7 @@ async def test_the_ledger_has_every_attempt_of_a_batch(scene: Cascading) -> None
         "cloud/big": ("answered", ""),
     }
     hosted = [one.cost_usd or 0.0 for one in scene.ledger.outcomes[-1].attempts if one.location == "hosted"]
-    assert facts.cost_usd == pytest.approx(sum(one.cost_usd or 0.0 for one in scene.ledger.outcomes[-1].attempts))
+    assert metadata.cost_usd == pytest.approx(sum(one.cost_usd or 0.0 for one in scene.ledger.outcomes[-1].attempts))
     assert sum(hosted) > 0
 
 

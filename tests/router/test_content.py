@@ -59,36 +59,36 @@ async def searching(tmp_path: Path) -> AsyncIterator[Stage]:
 
 
 async def decided(scene: Scene, request: Request) -> Decision:
-    return scene.pipeline.decide(await scene.pipeline.searched(request), prompt_tokens=10, output_tokens=10)
+    return scene.pipeline.decide(await scene.pipeline.with_pii_scan(request), prompt_tokens=10, output_tokens=10)
 
 
 async def test_personal_data_keeps_a_request_here_and_the_reason_names_kinds_alone(searching: Stage) -> None:
     answer = await searching.ask(f"Write to {SECRET} about card {CARD}")
     outcome = searching.ledger.outcomes[-1]
-    assert answer.facts.location == "onsite"
+    assert answer.metadata.location == "onsite"
     assert searching.provider.calls == 0
     assert outcome.residency == "onsite"
     assert outcome.residency_reason == "onsite by its content (e-mail address, card number)"
     assert outcome.profile.risk == "personal_data"
-    told = f"{answer.facts.headers()}{outcome}"
+    told = f"{answer.metadata.headers()}{outcome}"
     assert SECRET not in told
     assert "4111" not in told
-    assert (await searching.ask("Write to nobody")).facts.location == "hosted"
+    assert (await searching.ask("Write to nobody")).metadata.location == "hosted"
 
 
 async def test_a_route_that_does_not_care_lets_it_go(searching: Stage) -> None:
-    assert (await searching.ask(f"Write to {SECRET}", tag="careless")).facts.location == "hosted"
+    assert (await searching.ask(f"Write to {SECRET}", tag="careless")).metadata.location == "hosted"
 
 
 async def test_nothing_is_searched_where_no_route_asks_for_it(stage: Stage) -> None:
     assert detector_for(policy_of()) is None
     request = request_of(SECRET)
-    assert await stage.pipeline.searched(request) is request
+    assert await stage.pipeline.with_pii_scan(request) is request
 
 
 async def test_a_header_that_says_any_does_not_loosen_what_the_content_binds(searching: Stage) -> None:
     answer = await searching.ask(SECRET, residency=Residency("any"))
-    assert answer.facts.location == "onsite"
+    assert answer.metadata.location == "onsite"
     assert "the stricter wins over: the request's header says any" in searching.ledger.outcomes[-1].residency_reason
 
 
@@ -116,7 +116,7 @@ async def test_while_the_engine_is_full_or_down_personal_data_waits_and_never_le
     assert searching.provider.calls == 0
     for slot in slots:
         slot.release()
-    assert (await waiting).facts.location == "onsite"
+    assert (await waiting).metadata.location == "onsite"
     searching.engine.mood = "server_error"
     with pytest.raises(Exception, match="onsite/tiny"):
         await searching.ask(SECRET)
@@ -288,14 +288,14 @@ async def test_pitfall_7_a_detector_that_hangs_binds_and_hanging_ones_do_not_pil
     searching.detector = hanging
     searching.reload(SEARCHING.replace("timeout_seconds = 5.0", "timeout_seconds = 0.2"))
     answers = await asyncio.gather(*(searching.ask("harmless") for _ in range(10)))
-    assert {answer.facts.location for answer in answers} == {"onsite"}
+    assert {answer.metadata.location for answer in answers} == {"onsite"}
     assert searching.provider.calls == 0
     reason = searching.ledger.outcomes[-1].residency_reason
     assert reason == "onsite by its content (not searched: the search took longer than 0.2 s)"
     assert hanging.begun == SEARCHES_AT_ONCE
     assert "took longer than 0.2 s" in searching.alerts["content_not_searched", ""]
     hanging.go_on.set()
-    assert (await searching.ask("harmless")).facts.location == "hosted", "and when it is back, it is used again"
+    assert (await searching.ask("harmless")).metadata.location == "hosted", "and when it is back, it is used again"
     assert not searching.alerts
 
 
@@ -305,7 +305,7 @@ async def test_pitfall_7_a_detector_that_crashes_binds_and_its_words_stay_with_i
     with capture_logs() as logs:
         short = await searching.ask(f"short {SECRET}")
         long = await searching.ask(f"long {SECRET} " + "word " * 20_000)
-    assert {short.facts.location, long.facts.location} == {"onsite"}
+    assert {short.metadata.location, long.metadata.location} == {"onsite"}
     for outcome in searching.ledger.outcomes:
         assert outcome.residency_reason == "onsite by its content (not searched: the detector failed (ValueError))"
     assert [log["error"] for log in logs if "detector" in log["event"]] == ["ValueError"] * 2
@@ -317,12 +317,12 @@ async def test_two_megabytes_are_searched_whole_while_the_loop_goes_on(searching
     assert len(text) > 2_000_000
     request = request_of(text)
     longest = 0.0
-    searched = asyncio.ensure_future(searching.pipeline.searched(request))
-    while not searched.done():
+    with_pii_scan = asyncio.ensure_future(searching.pipeline.with_pii_scan(request))
+    while not with_pii_scan.done():
         started = time.perf_counter()
         await asyncio.sleep(0.001)
         longest = max(longest, time.perf_counter() - started)
-    content = searched.result().content
+    content = with_pii_scan.result().content
     assert content is not None
     assert content.kinds == ("email",)
     assert longest < 0.5, "others had to wait"

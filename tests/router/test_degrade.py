@@ -40,8 +40,8 @@ async def test_a_failing_target_is_asked_for_less_and_then_a_static_answer_guide
     stage.engine.mood = "server_error"
     answer = await ask(stage)
     assert answer.payload["choices"][0]["message"]["content"] == "Please call 555-0100."
-    assert answer.facts.reason == "degraded (static): backend_error"
-    assert (answer.facts.target, answer.facts.location, answer.facts.cost_usd) == ("static", "onsite", 0.0)
+    assert answer.metadata.reason == "degraded (static): backend_error"
+    assert (answer.metadata.target, answer.metadata.location, answer.metadata.cost_usd) == ("static", "onsite", 0.0)
     assert attempts(stage) == [("onsite/tiny", "failed")] * 3 + [("static", "answered")]
     causes = [attempt.cause for attempt in stage.ledger.outcomes[0].attempts]
     assert causes[0] == "first" and set(causes[1:]) == {"degraded"}
@@ -52,7 +52,7 @@ async def test_a_constrained_answer_says_that_it_is_one(stage: Stage) -> None:
     stage.reload(policy(ALL))
     stage.engine.moods = ["server_error"]
     answer = await ask(stage, long_chat(), tokens=1500)
-    assert answer.facts.reason.startswith("degraded (constrained): backend_error; first choice")
+    assert answer.metadata.reason.startswith("degraded (constrained): backend_error; first choice")
     sent = stage.engine.bodies[-1]
     assert sent["max_tokens"] == 5 and len(sent["messages"]) < 20
     assert sent["messages"][0]["content"] == "Be kind." and sent["messages"][-1]["content"] == "And now?"
@@ -66,14 +66,14 @@ async def test_a_prompt_too_long_for_every_context_is_cut_where_the_route_says_s
         await ask(stage, long_chat(), tokens=3000, residency=ONSITE)
     stage.reload(policy('degrade = [{ step = "constrained", keep_tokens = 100 }]'))
     answer = await ask(stage, long_chat(), tokens=3000, residency=ONSITE)
-    assert answer.facts.reason.startswith("degraded (constrained): context_length_exceeded")
+    assert answer.metadata.reason.startswith("degraded (constrained): context_length_exceeded")
     assert stage.provider.calls == 0
 
 
 async def test_a_route_may_prune_from_the_start(stage: Stage) -> None:
     stage.reload(policy("prune_context = { keep_tokens = 100 }\nmax_output_tokens = 7"))
     answer = await ask(stage, long_chat(), tokens=3000)
-    assert answer.facts.reason == "first choice of route r"
+    assert answer.metadata.reason == "first choice of route r"
     assert len(stage.engine.bodies[0]["messages"]) < 10 and stage.engine.bodies[0]["max_tokens"] == 7
 
 
@@ -90,7 +90,7 @@ async def test_a_bound_request_may_be_given_a_static_answer_and_still_stays(stag
     stage.reload(policy('degrade = [{ step = "static", text = "Later, please." }]', more="max_wait_seconds = 0.02"))
     stage.publish(state="failed", reason="exit code 1")
     answer = await ask(stage, residency=ONSITE)
-    assert answer.facts.target == "static" and stage.provider.calls == 0
+    assert answer.metadata.target == "static" and stage.provider.calls == 0
 
 
 async def test_an_answer_that_must_be_json_gets_no_static_text(stage: Stage) -> None:
@@ -105,7 +105,7 @@ async def test_an_answer_that_must_be_json_gets_no_static_text(stage: Stage) -> 
 async def test_steps_down_share_the_one_number_of_attempts(stage: Stage) -> None:
     stage.reload(policy(ALL, more="max_attempts = 2"))
     stage.engine.mood = "server_error"
-    assert (await ask(stage)).facts.target == "static"
+    assert (await ask(stage)).metadata.target == "static"
     assert stage.engine.calls == 2
 
 
@@ -119,10 +119,10 @@ async def test_a_stream_that_cannot_be_had_may_become_a_static_answer(stage: Sta
 
 async def test_a_deprecated_route_says_so_in_a_header(stage: Stage) -> None:
     stage.reload(policy("", more='stage = "deprecated"'))
-    headers = (await ask(stage)).facts.headers()
+    headers = (await ask(stage)).metadata.headers()
     assert "deprecated" in headers["x-appliance-warning"]
     stage.reload(policy("", more='stage = "experimental"'))
-    assert "x-appliance-warning" not in (await ask(stage)).facts.headers()
+    assert "x-appliance-warning" not in (await ask(stage)).metadata.headers()
 
 
 async def test_explain_shows_a_cut_down_request_as_it_would_go_out(stage: Stage) -> None:

@@ -71,7 +71,7 @@ async def test_personal_data_in_any_dialect_binds(stage: Stage, endpoint: str) -
 async def test_an_unbound_request_goes_on_to_a_hosted_target_as_a_chat(stage: Stage, endpoint: str) -> None:
     stage.engine.mood = "server_error"
     answer = await ask(stage, endpoint)
-    assert answer.facts.location == "hosted" and answer.payload["choices"]
+    assert answer.metadata.location == "hosted" and answer.payload["choices"]
     await answer.aclose()
 
 
@@ -107,7 +107,7 @@ async def test_a_prompt_that_is_too_long_is_the_fault_of_the_callers_own_field(
 async def test_a_count_falls_back_to_an_estimate_and_says_so(stage: Stage, endpoint: str) -> None:
     """The stand-in has no tokenizer."""
     request, call = read(endpoint)
-    counted = await stage.pipeline.count(request, call)
+    counted = await stage.pipeline.count_tokens(request, call)
     assert counted.tokens >= call.prompt_tokens
     assert counted.headers()["x-appliance-count"] == "estimate"
     assert stage.ledger.outcomes == []

@@ -86,8 +86,8 @@ async def test_pitfall_16_an_escalated_answer_is_the_better_targets_alone(unsure
     answer = await unsure.ask()
     assert answer.payload["by"] == "provider"
     assert answer.payload["choices"] == told(0.9)["choices"], "no score of the first model"
-    assert (answer.facts.target, answer.facts.location) == ("cloud/big", "hosted")
-    assert answer.facts.reason == "escalation: onsite/tiny confidence 0.40 is below 0.70"
+    assert (answer.metadata.target, answer.metadata.location) == ("cloud/big", "hosted")
+    assert answer.metadata.reason == "escalation: onsite/tiny confidence 0.40 is below 0.70"
     assert attempts(unsure) == [("onsite/tiny", "rejected"), ("cloud/big", "answered")]
     first, second = unsure.ledger.outcomes[0].attempts
     assert (first.cause, second.cause) == ("first", "escalation")
@@ -99,37 +99,37 @@ async def test_pitfall_17_both_stages_of_an_escalation_are_on_the_bill(unsure: S
     answer = await unsure.ask()
     first, second = unsure.ledger.outcomes[0].attempts
     assert first.cost_usd and second.cost_usd
-    assert answer.facts.cost_usd == pytest.approx(first.cost_usd + second.cost_usd)
+    assert answer.metadata.cost_usd == pytest.approx(first.cost_usd + second.cost_usd)
 
 
 async def test_a_sure_answer_stays(unsure: Stage) -> None:
     unsure.engine.reply = lambda path, body: told(0.8)
-    assert (await unsure.ask()).facts.target == "onsite/tiny"
+    assert (await unsure.ask()).metadata.target == "onsite/tiny"
     assert unsure.provider.calls == 0
 
 
 async def test_an_answer_that_tells_no_confidence_is_not_escalated(unsure: Stage) -> None:
     unsure.engine.reply = None
-    assert (await unsure.ask()).facts.target == "onsite/tiny"
+    assert (await unsure.ask()).metadata.target == "onsite/tiny"
     assert unsure.provider.calls == 0
 
 
 async def test_a_bound_answer_is_never_escalated_off_the_site(unsure: Stage) -> None:
-    assert (await unsure.ask(residency=ONSITE)).facts.target == "onsite/tiny"
+    assert (await unsure.ask(residency=ONSITE)).metadata.target == "onsite/tiny"
     assert unsure.provider.calls == 0
 
 
 async def test_an_unsure_answer_stands_where_nobody_better_answers(unsure: Stage) -> None:
     unsure.provider.mood = "server_error"
     answer = await unsure.ask()
-    assert answer.payload["by"] == "engine" and answer.facts.target == "onsite/tiny"
+    assert answer.payload["by"] == "engine" and answer.metadata.target == "onsite/tiny"
     assert attempts(unsure) == [("onsite/tiny", "answered"), ("cloud/big", "failed")]
     assert unsure.ledger.outcomes[0].attempts[0].detail.endswith("nobody better answered")
 
 
 async def test_escalations_are_capped_by_their_share_and_an_alert_says_so(unsure: Stage) -> None:
     unsure.reload(policy(rate=0.25))
-    places = [(await unsure.ask()).facts.target for _ in range(12)]
+    places = [(await unsure.ask()).metadata.target for _ in range(12)]
     assert places.count("cloud/big") == 3, "a quarter of those that were judged"
     ((code, route), text), *others = unsure.alerts.items()
     assert (code, route, others) == ("escalation_capped", "r", []) and "more than 25%" in text
@@ -144,7 +144,7 @@ async def test_escalations_are_capped_by_their_share_and_an_alert_says_so(unsure
 
 async def test_an_escalation_counts_as_an_attempt_of_the_one_budget(unsure: Stage) -> None:
     unsure.reload("[defaults]\nmax_attempts = 1\n" + policy())
-    assert (await unsure.ask()).facts.target == "onsite/tiny"
+    assert (await unsure.ask()).metadata.target == "onsite/tiny"
     assert unsure.provider.calls == 0
 
 

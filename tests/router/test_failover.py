@@ -31,7 +31,7 @@ ONLY_HOSTED = '[[routes]]\nname = "out"\ntargets = ["hosted"]\n'
 async def test_the_only_target_is_asked_again_after_a_failure_that_passes(stage: Stage) -> None:
     stage.engine.moods = ["server_error"]
     answer = await stage.ask(residency=ONSITE)
-    assert answer.facts.reason == "retry: onsite/tiny backend_error"
+    assert answer.metadata.reason == "retry: onsite/tiny backend_error"
     assert attempts(stage) == [("onsite/tiny", "failed"), ("onsite/tiny", "answered")]
     assert stage.pauses == [pytest.approx(0.1)]
 
@@ -76,7 +76,7 @@ async def test_pitfall_4_what_may_have_been_billed_is_not_asked_for_twice(stage:
 async def test_a_route_may_allow_to_pay_twice(stage: Stage) -> None:
     stage.reload(ONLY_HOSTED + "retry_billed = true\n")
     stage.provider.moods = ["garbage"]
-    assert (await stage.ask()).facts.reason == "retry: cloud/big backend_garbage"
+    assert (await stage.ask()).metadata.reason == "retry: cloud/big backend_garbage"
     assert len(stage.ledger.settled) == 2, "each attempt on its own account"
 
 
@@ -84,7 +84,7 @@ async def test_a_route_may_allow_to_pay_twice(stage: Stage) -> None:
 async def test_a_target_that_cannot_answer_the_request_is_followed_by_another(stage: Stage, mood: Mood) -> None:
     stage.provider.mood = mood
     answer = await stage.ask("Prove that 2 is prime")
-    assert answer.facts.target == "onsite/tiny" and answer.facts.reason.startswith("fallback: cloud/big ")
+    assert answer.metadata.target == "onsite/tiny" and answer.metadata.reason.startswith("fallback: cloud/big ")
     assert stage.provider.calls == 1
     assert attempts(stage) == [("cloud/big", "refused"), ("onsite/tiny", "answered")]
     assert stage.ledger.outcomes[-1].attempts[0].cost_usd == 0.0
@@ -127,7 +127,7 @@ async def test_a_rejected_answer_is_not_asked_for_again_where_it_was_rejected(st
 
 async def test_a_retry_waits_as_long_as_it_was_asked_to_or_is_left(stage: Stage) -> None:
     stage.engine.moods, stage.engine.retry_after = ["overloaded"], "3"
-    assert (await stage.ask(residency=ONSITE)).facts.reason == "retry: onsite/tiny engine_busy"
+    assert (await stage.ask(residency=ONSITE)).metadata.reason == "retry: onsite/tiny engine_busy"
     assert stage.pauses == [3.0]
     stage.engine.moods, stage.engine.retry_after = ["overloaded"], "30"
     with pytest.raises(ApplianceError):
@@ -178,7 +178,7 @@ async def test_pitfall_3_a_hosted_target_that_is_silent_falls_back_by_its_own_li
     async with StandIn(uds=str(tmp_path / "e.sock")) as engine, StandIn(mood="hang") as provider:
         stage = Stage(engine, provider, first_byte_seconds=0.05)
         answer = await stage.ask("Prove that 2 is prime", stream=True)
-        assert answer.facts.reason == "fallback: cloud/big backend_timeout"
+        assert answer.metadata.reason == "fallback: cloud/big backend_timeout"
         await answer.aclose()
         await stage.aclose()
 
@@ -187,8 +187,8 @@ async def test_an_engine_that_does_not_begin_in_time_is_given_up_for_another_tar
     stage.reload(LOCAL_FIRST.replace("budget_seconds = 2.0", "budget_seconds = 0.2"))
     stage.engine.mood = "hang"
     answer = await stage.ask(stream=True)
-    assert answer.facts.target == "cloud/big"
-    assert answer.facts.reason.startswith("overflow: onsite/tiny had not begun to answer after 0.")
+    assert answer.metadata.target == "cloud/big"
+    assert answer.metadata.reason.startswith("overflow: onsite/tiny had not begun to answer after 0.")
     await answer.aclose()
     await asyncio.wait_for(stage.engine.caller_left.wait(), 5)
     assert attempts(stage)[0] == ("onsite/tiny", "overflowed")
@@ -203,7 +203,7 @@ async def test_a_bound_request_is_waited_for_beyond_its_budget(stage: Stage) -> 
     assert not asking.done() and stage.provider.calls == 0
     stage.engine.hold.set()
     answer = await asking
-    assert answer.facts.target == "onsite/tiny"
+    assert answer.metadata.target == "onsite/tiny"
     await answer.aclose()
 
 
@@ -211,7 +211,7 @@ async def test_a_whole_answer_that_takes_too_long_here_is_had_elsewhere(stage: S
     stage.reload('[[routes]]\nname = "r"\ntargets = ["onsite", "hosted"]\nanswer_budget_seconds = 0.6\n')
     stage.engine.mood = "hang"
     answer = await stage.ask()
-    assert answer.facts.reason.startswith("overflow: onsite/tiny had not answered after 0.")
+    assert answer.metadata.reason.startswith("overflow: onsite/tiny had not answered after 0.")
 
 
 # --- money
@@ -233,7 +233,7 @@ async def test_one_ceiling_for_the_whole_chain(stage: Stage) -> None:
 async def test_a_target_whose_answers_became_too_dear_is_left_out_for_a_while(stage: Stage) -> None:
     text = '[[routes]]\nname = "r"\ntargets = ["hosted", "onsite"]\nmax_cost_per_success_usd = 0.00001\n'
     stage.reload(text)
-    places = [(await stage.ask()).facts.target for _ in range(24)]
+    places = [(await stage.ask()).metadata.target for _ in range(24)]
     assert places[:20] == ["cloud/big"] * 20 and set(places[20:]) == {"onsite/tiny"}
     (excluded,) = stage.ledger.outcomes[-1].excluded
     assert "USD an answer of late" in excluded.reason
@@ -248,7 +248,7 @@ async def test_setting_the_clock_changes_nothing_but_dates(stage: Stage, monkeyp
     monkeypatch.setattr(stage, "wall", lambda: (-1) ** (number := next(jumps)) * 1e9 * number)
     stage.reload("[defaults]\nmax_wait_seconds = 5.0\n" + ONLY_HOSTED)
     for _ in range(3):
-        assert (await stage.ask()).facts.target == "cloud/big"
+        assert (await stage.ask()).metadata.target == "cloud/big"
     stage.provider.mood, stage.provider.retry_after = "rate_limited", "20"
     with pytest.raises(BackendOverloaded):
         await stage.ask()
@@ -296,5 +296,5 @@ async def test_a_remote_engine_of_the_site_is_retried_like_any_other(stage: Stag
     lan = engine_target(stage.provider.address, "lan/big", provider="lan")
     scene = Scene(lan, policy='[[routes]]\nname = "r"\ntargets = ["onsite"]\n')
     stage.provider.moods = ["server_error"]
-    assert (await scene.ask(residency=ONSITE)).facts.reason == "retry: lan/big backend_error"
+    assert (await scene.ask(residency=ONSITE)).metadata.reason == "retry: lan/big backend_error"
     await scene.aclose()

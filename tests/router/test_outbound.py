@@ -73,8 +73,8 @@ async def test_an_answer_is_written_down_with_what_it_cost(stack: AsyncExitStack
     out.apis[0].says = Say(text="Fine.", prompt_tokens=1000, output_tokens=100, thought_tokens=60)
     answer = await out.ask({})
     assert answer.payload["choices"][0]["message"]["content"] == "Fine."
-    assert answer.facts.target == "p0/big-model" and answer.facts.cost_usd == pytest.approx((2000 + 800) / 1e6)
-    assert out.scene.ledger.usd == pytest.approx(answer.facts.cost_usd)
+    assert answer.metadata.target == "p0/big-model" and answer.metadata.cost_usd == pytest.approx((2000 + 800) / 1e6)
+    assert out.scene.ledger.usd == pytest.approx(answer.metadata.cost_usd)
     out.scene.check_nothing_is_held()
 
 
@@ -113,7 +113,7 @@ async def test_what_an_overloaded_provider_refuses_another_dialect_answers(
     other: Spoken = "gemini" if spoken == "anthropic" else "anthropic"
     out = await out_to(stack, spoken, other)
     out.apis[0].says = Fail(529, "overloaded_error", headers={"retry-after": "30"})
-    assert (await out.ask({})).facts.target == "p1/big-model"
+    assert (await out.ask({})).metadata.target == "p1/big-model"
     assert out.attempts == [("p0/big-model", "failed"), ("p1/big-model", "answered")]
     await out.ask({})
     assert out.attempts == [("p1/big-model", "answered")], "it asked to be left alone"
@@ -122,7 +122,7 @@ async def test_what_an_overloaded_provider_refuses_another_dialect_answers(
 async def test_what_one_dialect_cannot_be_given_another_answers_and_nothing_is_reserved(stack: AsyncExitStack) -> None:
     out = await out_to(stack, "anthropic", "gemini")
     answer = await out.ask({"seed": 7})
-    assert answer.facts.target == "p1/big-model"
+    assert answer.metadata.target == "p1/big-model"
     assert out.attempts == [("p0/big-model", "refused"), ("p1/big-model", "answered")]
     assert out.apis[0].bodies == [] and len(out.scene.ledger.reserved) == 1
 
@@ -143,9 +143,9 @@ async def test_a_provider_whose_limit_is_used_up_is_spared_until_it_is_renewed(
     out = await out_to(stack, "openai", "anthropic")
     out.apis[0].limits = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "20s"}
     first = await out.ask({"stream": stream})
-    assert first.facts.target == "p0/big-model"
+    assert first.metadata.target == "p0/big-model"
     await first.aclose()
-    assert (await out.ask({})).facts.target == "p1/big-model"
+    assert (await out.ask({})).metadata.target == "p1/big-model"
     until = out.scene.breakers.blocked_until("p0/big-model", out.scene.now())
     assert until is not None and out.scene.breakers.blocked_until("p0/big-model", until) is None
 
@@ -165,7 +165,7 @@ async def test_what_is_put_into_a_cache_is_paid_for_and_was_reserved(stack: Asyn
     out.apis[0].says = CACHED
     answer = await out.ask({})
     fresh, read, short, long = 100 * 2.0, 600 * 2.0, 200 * 2.5, 100 * 4.0
-    assert answer.facts.cost_usd == pytest.approx((fresh + read + short + long + 9 * 8.0) / 1e6)
+    assert answer.metadata.cost_usd == pytest.approx((fresh + read + short + long + 9 * 8.0) / 1e6)
 
 
 async def test_an_onsite_server_may_speak_any_dialect(stack: AsyncExitStack) -> None:
@@ -175,7 +175,7 @@ async def test_an_onsite_server_may_speak_any_dialect(stack: AsyncExitStack) -> 
     scene.transports.local._secrets["lan"] = "sk-secret"  # type: ignore[attr-defined]
     stack.push_async_callback(scene.aclose)
     answer = await Out(scene, [api]).ask({})
-    assert answer.facts.location == "onsite" and api.wrongs == []
+    assert answer.metadata.location == "onsite" and api.wrongs == []
 
 
 # --- what is reserved

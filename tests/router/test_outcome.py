@@ -104,5 +104,5 @@ async def test_details_and_reasons_carry_no_secrets(stage: Stage) -> None:
     trial = AttemptRunner(stage.pipeline._deps, AttemptContext(request, decision, RequestBudget(None), 0), 0, attempt)
     outcome: AttemptOutcome = trial.end("failed", f"it said: Authorization: Bearer {KEY}")
     assert KEY not in outcome.detail and outcome.detail
-    facts = make_response_metadata(request, decision, (), reason=f"fallback: key {KEY} was refused")
-    assert KEY not in facts.headers()["x-appliance-reason"]
+    metadata = make_response_metadata(request, decision, (), reason=f"fallback: key {KEY} was refused")
+    assert KEY not in metadata.headers()["x-appliance-reason"]

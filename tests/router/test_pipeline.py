@@ -49,10 +49,10 @@ async def test_a_plain_request_is_answered_here_and_written_down(stage: Stage) -
     answer = await stage.ask()
     assert answer.payload["choices"][0]["message"]["content"] == stage.engine.text
     assert (stage.engine.calls, stage.provider.calls) == (1, 0)
-    facts = answer.facts
-    assert (facts.target, facts.location, facts.route) == ("onsite/tiny", "onsite", "general")
-    assert facts.reason == "first choice of route general"
-    assert facts.cost_is_final and facts.cost_usd is not None and 0 < facts.cost_usd < 1e-3
+    metadata = answer.metadata
+    assert (metadata.target, metadata.location, metadata.route) == ("onsite/tiny", "onsite", "general")
+    assert metadata.reason == "first choice of route general"
+    assert metadata.cost_is_final and metadata.cost_usd is not None and 0 < metadata.cost_usd < 1e-3
     (outcome,) = stage.ledger.outcomes
     assert (outcome.status, outcome.error_code, outcome.residency) == (200, None, "any")
     (attempt,) = outcome.attempts
@@ -64,12 +64,12 @@ async def test_a_plain_request_is_answered_here_and_written_down(stage: Stage) -
 
 async def test_a_complex_request_goes_out_and_its_money_is_reserved_first(stage: Stage) -> None:
     answer = await stage.ask("Prove that there are infinitely many primes")
-    assert (answer.facts.target, answer.facts.location) == ("cloud/big", "hosted")
-    assert answer.facts.reason.startswith("complex:")
+    assert (answer.metadata.target, answer.metadata.location) == ("cloud/big", "hosted")
+    assert answer.metadata.reason.startswith("complex:")
     assert stage.ledger.log == ["reserve cloud/big", "settle cloud/big"]
     usage = stage.ledger.outcomes[0].attempts[0].usage
     assert stage.ledger.usd == pytest.approx(PRICE.cost_usd(usage)) == pytest.approx(stage.provider.usd)
-    assert answer.facts.cost_usd == pytest.approx(stage.provider.usd)
+    assert answer.metadata.cost_usd == pytest.approx(stage.provider.usd)
 
 
 async def test_explain_is_the_decision_without_the_calls(stage: Stage) -> None:
@@ -114,8 +114,8 @@ async def test_a_key_without_a_route_is_refused_and_written_down_with_its_header
 async def test_a_full_engine_overflows_before_the_first_byte(stage: Stage) -> None:
     slots = await stage.fill_engine()
     answer = await stage.ask()
-    assert answer.facts.target == "cloud/big"
-    assert answer.facts.reason.startswith("overflow: onsite/tiny would need")
+    assert answer.metadata.target == "cloud/big"
+    assert answer.metadata.reason.startswith("overflow: onsite/tiny would need")
     assert stage.engine.calls == 0
     for slot in slots:
         slot.release()
@@ -125,7 +125,7 @@ async def test_an_engines_own_full_queue_overflows_too(stage: Stage) -> None:
     stage.engine.mood = "overloaded"
     answer = await stage.ask()
     assert attempts(stage) == [("onsite/tiny", "overflowed"), ("cloud/big", "answered")]
-    assert answer.facts.reason == "overflow: onsite/tiny engine_busy"
+    assert answer.metadata.reason == "overflow: onsite/tiny engine_busy"
 
 
 FAILURES: list[Mood] = ["server_error", "rate_limited", "garbage", "not_an_object", "no_choices", "half_body"]
@@ -136,9 +136,9 @@ FAILURES += ["hang_up", "error_in_200", "unauthorized", "redirect"]
 async def test_a_failing_provider_is_not_noticed_where_the_engine_can_answer(stage: Stage, mood: Mood) -> None:
     stage.provider.mood = mood
     answer = await stage.ask("Prove that 2 is prime")
-    assert answer.facts.target == "onsite/tiny"
+    assert answer.metadata.target == "onsite/tiny"
     assert attempts(stage) == [("cloud/big", "failed"), ("onsite/tiny", "answered")]
-    assert answer.facts.reason.startswith("fallback: cloud/big backend_")
+    assert answer.metadata.reason.startswith("fallback: cloud/big backend_")
 
 
 @pytest.mark.parametrize("mood", FAILURES)
@@ -167,7 +167,7 @@ async def test_pitfall_13_a_request_that_is_wrong_is_not_sent_out(stage: Stage) 
 async def test_an_answer_that_does_not_pass_is_asked_for_elsewhere(stage: Stage) -> None:
     request = request_of()
     answer = await stage.pipeline.answer(request, call_of(request, rejects=("onsite/tiny",)))
-    assert answer.facts.reason == "rejected: onsite/tiny reply_rejected"
+    assert answer.metadata.reason == "rejected: onsite/tiny reply_rejected"
     assert attempts(stage) == [("onsite/tiny", "rejected"), ("cloud/big", "answered")]
 
 
@@ -186,7 +186,7 @@ async def test_an_engine_that_dies_while_it_answers_is_replaced_and_doubted(stag
     await stage.engine.stop()
     answer = await asking
     assert attempts(stage) == [("onsite/tiny", "failed"), ("cloud/big", "answered")]
-    assert answer.facts.target == "cloud/big"
+    assert answer.metadata.target == "cloud/big"
     assert not stage.admission.predict(stage.targets[0], RequestLoad(1, 1)).ready, "until a newer view says so"
 
 
@@ -229,7 +229,7 @@ async def test_pitfall_6_a_bound_request_waits_while_others_overflow_and_then_is
 ) -> None:
     stage.reload(LOCAL_FIRST.replace("max_wait_seconds = 5.0", "max_wait_seconds = 0.05"))
     slots = await stage.fill_engine()
-    assert (await stage.ask()).facts.target == "cloud/big"
+    assert (await stage.ask()).metadata.target == "cloud/big"
     with pytest.raises(Busy) as caught:
         await stage.ask(residency=ONSITE)
     assert caught.value.status == 429 and (caught.value.retry_after_seconds or 0) >= 1
@@ -245,7 +245,7 @@ async def test_a_bound_request_that_waits_is_answered_here_when_a_place_is_free(
     assert stage.admission.inflight("onsite/tiny").waiting == 1
     for slot in slots:
         slot.release()
-    assert (await asking).facts.target == "onsite/tiny"
+    assert (await asking).metadata.target == "onsite/tiny"
     assert stage.provider.calls == 0
 
 
@@ -292,7 +292,7 @@ async def test_a_pinned_local_model_is_not_replaced_when_it_fails(stage: Stage) 
 async def test_pitfall_5_money_is_reserved_before_the_call_and_always_settled(stage: Stage) -> None:
     stage.ledger.is_full = True
     answer = await stage.ask("Prove that 2 is prime")
-    assert answer.facts.target == "onsite/tiny" and stage.provider.calls == 0, "what cannot be recorded is not spent"
+    assert answer.metadata.target == "onsite/tiny" and stage.provider.calls == 0, "what cannot be recorded is not spent"
     with pytest.raises(LedgerUnavailable):
         await stage.ask(model="cloud/big")
     assert stage.provider.calls == 0
@@ -350,7 +350,7 @@ async def test_pitfall_2_one_number_of_attempts_for_the_whole_chain(stage: Stage
 async def test_pitfall_2_a_target_that_keeps_failing_is_left_alone(stage: Stage) -> None:
     stage.provider.mood = "server_error"
     for _ in range(10):
-        assert (await stage.ask("Prove that 2 is prime")).facts.target == "onsite/tiny"
+        assert (await stage.ask("Prove that 2 is prime")).metadata.target == "onsite/tiny"
     assert stage.provider.calls == 3, "the breaker opened"
     with pytest.raises(Unavailable, match="keeps failing") as caught:
         await stage.ask(model="cloud/big")
@@ -367,7 +367,7 @@ async def test_pitfall_2_a_burst_sends_one_probe_to_a_target_that_may_be_well_ag
     stage.provider.hold.set()
     answers = await asyncio.gather(*asking)
     assert stage.provider.calls == 1 and done
-    assert sorted(answer.facts.target or "" for answer in answers) == ["cloud/big"] + ["onsite/tiny"] * 4
+    assert sorted(answer.metadata.target or "" for answer in answers) == ["cloud/big"] + ["onsite/tiny"] * 4
 
 
 async def test_pitfall_2_who_is_turned_away_by_a_breaker_does_not_free_the_probe_of_another(stage: Stage) -> None:
@@ -409,6 +409,6 @@ async def test_a_provider_that_hangs_is_given_up_and_the_engine_answers(tmp_path
         request = request_of("Prove that 2 is prime")
         limited = {**request.body, "max_tokens": 1}
         answer = await stage.pipeline.answer(request, call_of(request, body=limited, output_tokens=1))
-        assert answer.facts.reason == "fallback: cloud/big backend_timeout"
+        assert answer.metadata.reason == "fallback: cloud/big backend_timeout"
         await stage.aclose()
         stage.check_nothing_is_held()

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.anyio
 
 async def test_a_stream_is_relayed_and_written_down_when_it_ends(stage: Stage) -> None:
     answer = await stage.ask(stream=True)
-    assert not answer.facts.cost_is_final and not stage.ledger.outcomes
+    assert not answer.metadata.cost_is_final and not stage.ledger.outcomes
     got = await read_stream(answer)
     assert got.endswith(b"data: [DONE]\n\n") and b"forty" in got
     (outcome,) = stage.ledger.outcomes
@@ -41,7 +41,7 @@ async def test_a_stream_is_relayed_and_written_down_when_it_ends(stage: Stage) -
 async def test_pitfall_1_before_the_first_event_another_target_takes_over(stage: Stage, mood: Mood) -> None:
     stage.provider.mood = mood
     answer = await stage.ask("Prove that 2 is prime", stream=True)
-    assert answer.facts.target == "onsite/tiny"
+    assert answer.metadata.target == "onsite/tiny"
     got = await read_stream(answer)
     assert got.count(b"[DONE]") == 1 and got.count(b"forty") == 1
     assert attempts(stage) == [("cloud/big", "failed"), ("onsite/tiny", "answered")]
@@ -132,7 +132,7 @@ async def test_many_calls_share_one_decision_and_fail_alone(stage: Stage) -> Non
         ("onsite/tiny", "refused"),
     ]
     assert sum(attempt.usage.completion_tokens for attempt in outcome.attempts) == 199 * 5
-    assert many.facts.target == "onsite/tiny" and many.facts.decision_id == request.decision_id
+    assert many.metadata.target == "onsite/tiny" and many.metadata.decision_id == request.decision_id
 
 
 async def test_results_of_many_calls_stand_in_the_calls_order(stage: Stage) -> None:
@@ -170,14 +170,14 @@ async def test_one_of_many_calls_failing_fails_the_attempt_and_counts_its_cost(s
     stage.provider.moods = ["well", "well", "server_error"]
     request = request_of("Prove it")
     answer = await stage.pipeline.answer(request, call_of(request, calls=3))
-    assert answer.facts.target == "onsite/tiny"
+    assert answer.metadata.target == "onsite/tiny"
     first = stage.ledger.outcomes[0].attempts[0]
     assert first.result == "failed" and first.usage == Usage() and (first.cost_usd or 0) >= stage.provider.usd
 
 
 async def test_models_are_those_the_key_may_be_answered_by(stage: Stage) -> None:
-    assert [target.name for target in stage.pipeline.models(caller_of())] == ["onsite/tiny", "cloud/big"]
-    assert [target.name for target in stage.pipeline.models(caller_of(residency=ONSITE))] == ["onsite/tiny"]
+    assert [target.name for target in stage.pipeline.list_models(caller_of())] == ["onsite/tiny", "cloud/big"]
+    assert [target.name for target in stage.pipeline.list_models(caller_of(residency=ONSITE))] == ["onsite/tiny"]
 
 
 async def test_a_hundred_mixed_requests_at_once_leave_nothing_behind(stage: Stage) -> None:
@@ -193,7 +193,7 @@ async def test_a_hundred_mixed_requests_at_once_leave_nothing_behind(stage: Stag
         if answer.stream is not None and index % 4:
             await read_stream(answer)
         await answer.aclose()
-        return answer.facts.location or ""
+        return answer.metadata.location or ""
 
     places = await asyncio.gather(*(ask(index) for index in range(100)))
     assert len(stage.ledger.outcomes) == 100

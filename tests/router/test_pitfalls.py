@@ -39,12 +39,12 @@ async def test_pitfall_17_every_endpoint_goes_through_the_same_policy(stage: Sta
 
 async def test_pitfall_18_while_an_engine_loads_those_who_may_go_elsewhere_do(stage: Stage) -> None:
     stage.publish(state="starting")
-    assert (await stage.ask()).facts.reason == "overflow: onsite/tiny engine starting"
+    assert (await stage.ask()).metadata.reason == "overflow: onsite/tiny engine starting"
     waiting = asyncio.create_task(stage.ask(residency=ONSITE))
     await settled()
     assert not waiting.done() and "onsite/tiny" in stage.state.demand
     stage.publish()
-    assert (await waiting).facts.target == "onsite/tiny"
+    assert (await waiting).metadata.target == "onsite/tiny"
 
 
 async def test_an_engine_that_loads_is_waited_for_where_money_keeps_the_hosted_target_out(stage: Stage) -> None:
@@ -54,7 +54,7 @@ async def test_an_engine_that_loads_is_waited_for_where_money_keeps_the_hosted_t
     await settled()
     assert not waiting.done() and "onsite/tiny" in stage.state.demand
     stage.publish()
-    assert (await waiting).facts.target == "onsite/tiny"
+    assert (await waiting).metadata.target == "onsite/tiny"
     assert attempts(stage) == [("cloud/big", "overflowed"), ("onsite/tiny", "answered")]
     assert stage.provider.calls == 0
 

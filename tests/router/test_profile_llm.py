@@ -74,7 +74,7 @@ def asking_of(stage: Scene) -> LlmProfiler:
 
 async def test_the_models_opinion_decides_the_route(stage: Stage) -> None:
     answer = await stage.ask("Make it go faster, please")
-    assert answer.facts.target == "cloud/big"
+    assert answer.metadata.target == "cloud/big"
     outcome = stage.ledger.outcomes[-1]
     assert outcome.route == "code"
     assert outcome.profile.task == "code"
@@ -115,7 +115,7 @@ async def test_a_server_of_the_site_that_is_not_ours_is_not_asked_either(tmp_pat
 
 async def test_a_bound_request_is_profiled_on_the_spot_and_never_leaves(stage: Stage) -> None:
     answer = await stage.ask("Make it go faster, please", residency=ONSITE)
-    assert answer.facts.location == "onsite"
+    assert answer.metadata.location == "onsite"
     assert stage.engine.paths["/labels"] == 1
     assert stage.provider.calls == 0
 
@@ -149,7 +149,7 @@ async def test_after_its_rest_a_model_is_asked_again(stage: Stage, monkeypatch: 
 async def test_whatever_goes_wrong_with_the_question_the_request_is_answered(stage: Stage, mood: Any) -> None:
     stage.engine.moods = [mood]
     answer = await stage.ask("Who painted the Mona Lisa?")
-    assert answer.facts.target == "onsite/tiny"
+    assert answer.metadata.target == "onsite/tiny"
     assert "by rules: onsite/tiny" in stage.ledger.outcomes[-1].profile.reasons[-1]
 
 

@@ -57,7 +57,7 @@ class ExplainEndpoints:
         caller = self._rim.auth.caller(http.headers)
         opened = await self._rim.open(http, lambda body: read_any(self._meant(body, caller)))
         pipeline = self._rim.pipeline
-        request = await pipeline.searched(opened.request)
+        request = await pipeline.with_pii_scan(opened.request)
         decision = pipeline.decide(request, prompt_tokens=opened.prompt_tokens, output_tokens=opened.output_tokens)
         return json_response(_story(decision, opened.request.endpoint, len(opened.calls)))
 

@@ -36,7 +36,7 @@ class GeminiEndpoints:
 
     async def models(self, http: Http) -> Response:
         caller = self._rim.auth.caller(http.headers)
-        rows = [_model_row(AUTO, None), *(_model_row(one.name, one) for one in self._rim.pipeline.models(caller))]
+        rows = [_model_row(AUTO, None), *(_model_row(one.name, one) for one in self._rim.pipeline.list_models(caller))]
         return json_response({"models": rows})
 
     async def model(self, http: Http) -> Response:

@@ -47,7 +47,7 @@ class MessagesEndpoints:
     async def models(self, http: Http) -> Response:
         """All on one page."""
         caller = self._rim.auth.caller(http.headers)
-        targets = self._rim.pipeline.models(caller)
+        targets = self._rim.pipeline.list_models(caller)
         rows = [self._row(AUTO, None), *(self._row(one.name, one) for one in targets)]
         return json_response({"data": rows, "has_more": False, "first_id": rows[0]["id"], "last_id": rows[-1]["id"]})
 

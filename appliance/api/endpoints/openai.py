@@ -48,7 +48,9 @@ class OpenAIEndpoints:
             answer = await self._rim.answer(http, opened)
         except Unsupported as error:
             able = [
-                one.name for one in self._rim.pipeline.models(opened.request.caller) if "embeddings" in one.abilities
+                one.name
+                for one in self._rim.pipeline.list_models(opened.request.caller)
+                if "embeddings" in one.abilities
             ]
             serve = f"these do: {', '.join(able)}" if able else _NO_EMBEDDINGS
             error.message = f"{opened.request.model!r} makes no embeddings; {serve}"
@@ -66,7 +68,7 @@ class OpenAIEndpoints:
 
     async def models(self, http: Http) -> Response:
         caller = self._rim.auth.caller(http.headers)
-        return json_response({"object": "list", "data": self._models(self._rim.pipeline.models(caller))})
+        return json_response({"object": "list", "data": self._models(self._rim.pipeline.list_models(caller))})
 
     async def model(self, http: Http) -> Response:
         caller = self._rim.auth.caller(http.headers)
@@ -90,7 +92,7 @@ class OpenAIEndpoints:
 
 async def whole(answer: PipelineAnswer, payload: Any) -> Response:
     """A whole answer as a response, and the answer closed."""
-    headers = answer.facts.headers()
+    headers = answer.metadata.headers()
     try:
         return json_response(payload, status=answer.status, headers=headers)
     except ApplianceError as error:

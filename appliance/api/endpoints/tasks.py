@@ -85,7 +85,7 @@ class TaskEndpoints:
         try:
             return _rows(many, await asyncio.to_thread(extraction.payload, results, opened.calls))
         except ApplianceError as error:
-            error.headers = {**many.facts.headers(), **error.headers}
+            error.headers = {**many.metadata.headers(), **error.headers}
             raise
 
     def _judging(self, http: Http, read: Callable[..., Any], shape: Shape) -> Reader[DecisionsCall]:
@@ -98,10 +98,10 @@ def _some(many: PipelineBatchAnswer) -> Sequence[Any]:
     """The results, unless every call failed: then the request failed, and says so with its status."""
     failed = [result for result in many.results if isinstance(result, ApplianceError)]
     if failed and len(failed) == len(many.results):
-        failed[0].headers = {**many.facts.headers(), **failed[0].headers}
+        failed[0].headers = {**many.metadata.headers(), **failed[0].headers}
         raise failed[0]
     return many.results
 
 
 def _rows(many: PipelineBatchAnswer, payload: Mapping[str, Any]) -> Response:
-    return json_response(payload, headers=many.facts.headers())
+    return json_response(payload, headers=many.metadata.headers())

@@ -159,26 +159,26 @@ class LineExecutor:
         try:
             asked, calls = await self.read_calls(line, caller)
             request = self.make_request(asked, name, caller, terms)
-            results, facts = await self._results(request, calls)
+            results, metadata = await self._results(request, calls)
             payload = self.line_endpoints[line.url].payload(results, calls)
         except ApplianceError as error:
             return _refused(error, name)
-        return make_answer(payload, name, facts, read_usage(payload), facts.cost_usd)
+        return make_answer(payload, name, metadata, read_usage(payload), metadata.cost_usd)
 
     async def _results(self, request: Request, calls: Sequence[Any]) -> tuple[Sequence[Any], ResponseMetadata]:
         """What every call came to. Raises the first error where none succeeded."""
         if len(calls) == 1:
             answer = await self._pipeline().answer(request, calls[0])
             try:
-                return [answer.payload], answer.facts
+                return [answer.payload], answer.metadata
             finally:
                 await answer.aclose()
         many = await self._pipeline().answer_many(request, calls, concurrency=_CALLS_AT_ONCE)
         failed = [result for result in many.results if isinstance(result, ApplianceError)]
         if len(failed) == len(many.results):
-            failed[0].headers = many.facts.headers()
+            failed[0].headers = many.metadata.headers()
             raise failed[0]
-        return many.results, many.facts
+        return many.results, many.metadata
 
     async def read_calls(self, line: BatchLine, caller: Caller) -> tuple[ParsedRequest, Sequence[Any]]:
         """By its endpoint's own reader. Raises RequestError and its like."""
@@ -220,7 +220,7 @@ class LineExecutor:
         name, pipeline = make_request_id(line, terms), self._pipeline()
         try:
             asked, calls = await self.read_calls(line, caller)
-            request = await pipeline.searched(self.make_request(asked, name, caller, terms))
+            request = await pipeline.with_pii_scan(self.make_request(asked, name, caller, terms))
             call: DecisionsCall = calls[0]
             decision = pipeline.decide(request, prompt_tokens=call.prompt_tokens, output_tokens=call.output_tokens)
         except ApplianceError as error:
@@ -238,7 +238,7 @@ class LineExecutor:
         except ApplianceError as error:
             return [_refused(error, make_request_id(one.line, terms)) for one in group]
         return [
-            self._of_row(row, usage, one, terms, many.facts, len(group))
+            self._of_row(row, usage, one, terms, many.metadata, len(group))
             for one, (row, usage) in zip(group, _rows(many.results, calls), strict=True)
         ]
 
@@ -259,7 +259,7 @@ class LineExecutor:
         asked = openai_shape.make_asked(first.request.body, whole)
         request = self.make_request(asked, make_request_id(first.line, terms), caller, terms)
         pipeline = self._pipeline()
-        request = await pipeline.searched(request)
+        request = await pipeline.with_pii_scan(request)
         try:
             decision = pipeline.decide(request, prompt_tokens=whole.prompt_tokens, output_tokens=whole.output_tokens)
         except ApplianceError:
@@ -268,15 +268,15 @@ class LineExecutor:
         return (request, whole) if together.way == first.way else None
 
     def _of_row(
-        self, row: Any, usage: Usage, one: _Decided, terms: BatchTerms, facts: ResponseMetadata, lines: int
+        self, row: Any, usage: Usage, one: _Decided, terms: BatchTerms, metadata: ResponseMetadata, lines: int
     ) -> LineAnswer:
         name = make_request_id(one.line, terms)
         if isinstance(row, ApplianceError):
-            row.headers = row.headers or facts.headers()
+            row.headers = row.headers or metadata.headers()
             return _refused(row, name)
         payload = openai_shape.openai_payload(row, one.call.questions)
-        cost = None if facts.cost_usd is None else facts.cost_usd / lines
-        return make_answer(payload, name, facts, usage, cost)
+        cost = None if metadata.cost_usd is None else metadata.cost_usd / lines
+        return make_answer(payload, name, metadata, usage, cost)
 
 
 def _rows(
@@ -324,8 +324,10 @@ def make_request_id(line: BatchLine, terms: BatchTerms) -> str:
     return f"{terms.batch_id}-{line.number}"
 
 
-def make_answer(payload: Any, name: str, facts: ResponseMetadata, usage: Usage, cost_usd: float | None) -> LineAnswer:
-    return LineAnswer(200, payload, name, facts.location, usage, cost_usd, None, facts.decision_id)
+def make_answer(
+    payload: Any, name: str, metadata: ResponseMetadata, usage: Usage, cost_usd: float | None
+) -> LineAnswer:
+    return LineAnswer(200, payload, name, metadata.location, usage, cost_usd, None, metadata.decision_id)
 
 
 def _refused(error: ApplianceError, name: str) -> LineAnswer:

@@ -15,9 +15,9 @@ from appliance.upstream.provider_batches import BatchResult, BatchStatus
 
 class ProviderBatchPipeline(Protocol):
     @property
-    def bulk(self) -> ProviderBatchSubmitter: ...
+    def provider_batches(self) -> ProviderBatchSubmitter: ...
 
-    async def sealed(self, request: Request, call: TaskCall) -> PreparedLine | None: ...
+    async def prepare_batch_line(self, request: Request, call: TaskCall) -> PreparedLine | None: ...
 
 
 class ProviderLines:
@@ -27,7 +27,7 @@ class ProviderLines:
         self._lines, self._pipeline = lines, pipeline
 
     def takes(self, target: Target) -> bool:
-        return self._pipeline().bulk.takes(target)
+        return self._pipeline().provider_batches.takes(target)
 
     async def made_ready(self, lines: Sequence[BatchLine], terms: BatchTerms) -> Sequence[SealedLine | None]:
         self._lines.find_caller(terms)
@@ -37,37 +37,41 @@ class ProviderLines:
         await asyncio.sleep(0)  # a decision takes a fraction of a millisecond: others are not to wait for all
         try:
             request, call = await self._made(line, terms)
-            return None if call is None else await self._pipeline().sealed(request, call)
+            return None if call is None else await self._pipeline().prepare_batch_line(request, call)
         except ApplianceError:
             return None  # asked the usual way it is told what is the matter
 
     async def reserve(self, sealed: SealedLine) -> str:
-        return await self._pipeline().bulk.reserve(cast(PreparedLine, sealed))
+        return await self._pipeline().provider_batches.reserve(cast(PreparedLine, sealed))
 
     def release(self, ticket: str) -> None:
-        self._pipeline().bulk.release(ticket)
+        self._pipeline().provider_batches.release(ticket)
 
     async def send(
         self, provider_batch: ProviderBatch, sealed: Sequence[SealedLine], note: Callable[[str], Awaitable[None]]
     ) -> str:
-        return await self._pipeline().bulk.send(provider_batch.name, cast(Sequence[PreparedLine], sealed), note)
+        return await self._pipeline().provider_batches.send(
+            provider_batch.name, cast(Sequence[PreparedLine], sealed), note
+        )
 
     async def find(self, provider_batch: ProviderBatch) -> str | None:
-        bulk = self._pipeline().bulk
-        return await bulk.find(bulk.target(provider_batch.target), provider_batch.name)
+        batches = self._pipeline().provider_batches
+        return await batches.find(batches.target(provider_batch.target), provider_batch.name)
 
     def finds(self, provider_batch: ProviderBatch) -> bool:
-        bulk = self._pipeline().bulk
-        return bulk.finds(bulk.target(provider_batch.target))
+        batches = self._pipeline().provider_batches
+        return batches.finds(batches.target(provider_batch.target))
 
     async def look(self, provider_batch: ProviderBatch) -> BatchStatus:
-        bulk = self._pipeline().bulk
-        return await bulk.look(bulk.target(provider_batch.target), provider_batch.name, provider_batch.remote_id or "")
+        batches = self._pipeline().provider_batches
+        return await batches.look(
+            batches.target(provider_batch.target), provider_batch.name, provider_batch.remote_id or ""
+        )
 
     def rows(self, provider_batch: ProviderBatch, status: BatchStatus) -> AsyncIterator[BatchResult]:
-        bulk = self._pipeline().bulk
-        return bulk.rows(
-            bulk.target(provider_batch.target), provider_batch.name, provider_batch.remote_id or "", status
+        batches = self._pipeline().provider_batches
+        return batches.rows(
+            batches.target(provider_batch.target), provider_batch.name, provider_batch.remote_id or "", status
         )
 
     async def read(
@@ -80,29 +84,29 @@ class ProviderLines:
     ) -> LineAnswer | None:
         await asyncio.sleep(0)
         request, call = await self._made(line, terms)
-        bulk = self._pipeline().bulk
+        batches = self._pipeline().provider_batches
         if call is None:
             return None
-        found = bulk.read(
-            request, call, bulk.target(provider_batch.target), ticket, provider_batch.remote_id or "", row
+        found = batches.read(
+            request, call, batches.target(provider_batch.target), ticket, provider_batch.remote_id or "", row
         )
         if found.error is not None:
             return None
         payload = self._lines.line_endpoints[line.url].payload([found.payload], [call])
         name = make_request_id(line, terms)
-        facts = ResponseMetadata(
+        metadata = ResponseMetadata(
             name, found.decision_id, provider_batch.target, "hosted", "", "", "", found.cost_usd, True
         )
-        return make_answer(payload, name, facts, read_usage(payload), found.cost_usd)
+        return make_answer(payload, name, metadata, read_usage(payload), found.cost_usd)
 
     async def cancel(self, provider_batch: ProviderBatch) -> None:
-        bulk = self._pipeline().bulk
-        await bulk.cancel(bulk.target(provider_batch.target), provider_batch.name, provider_batch.remote_id or "")
+        batches = self._pipeline().provider_batches
+        await batches.cancel(batches.target(provider_batch.target), provider_batch.name, provider_batch.remote_id or "")
 
     async def forget(self, provider_batch: ProviderBatch, status: BatchStatus | None) -> None:
-        bulk = self._pipeline().bulk
-        await bulk.forget(
-            bulk.target(provider_batch.target),
+        batches = self._pipeline().provider_batches
+        await batches.forget(
+            batches.target(provider_batch.target),
             provider_batch.name,
             provider_batch.remote_id or "",
             provider_batch.uploaded,

@@ -64,7 +64,7 @@ def rank(
     An empty set of attempts stays empty: `refusal` says why. Raises Forbidden or BudgetExceeded as `route_of` does.
     """
     rule = rule or route_of(request, profile, policy)
-    pinned = pinned_targets(policy.meant(request.model), snapshot.targets)
+    pinned = pinned_targets(policy.resolve_alias(request.model), snapshot.targets)
     route = _bare_route(request, rule, policy, pinned=pinned is not None)
     if pinned == ():
         return RankedTargets(route, unknown_model(request, AUTO, snapshot.targets))
