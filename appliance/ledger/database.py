@@ -1,28 +1,27 @@
-"""Opening the database, and every sentence that depends on which one it is. Blocking: never called on the event loop.
+"""Opening the ledger's database, its migrations, and what its errors mean to the operator. Blocking: for threads."""
 
-SQLite and PostgreSQL differ here and nowhere else: pragmas, who may write, and what an error means to the operator.
-"""
-
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
+from sqlalchemy import URL, Connection, Engine, inspect, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from appliance.errors import LedgerUnavailable
+from appliance.ledger.sql_engine import (
+    find_damage,
+    is_sqlite,
+    open_read_only_engine,
+    open_sql_engine,
+    read_reason,
+    sqlite_path,
+)
 from appliance.ledger.tables import REVISIONS
 
 BUSY_SECONDS = 2.0
 """How long to wait for another process's lock: a hosted request waits for its reservation this long at most."""
 _WAL_BYTES = 16 * 1024 * 1024
 """The log is cut back to this after a checkpoint, so that one long read does not leave a huge file behind."""
-_FULLY_CHECKED_BYTES = 16 * 1024 * 1024
-"""Up to this size (some 30,000 decisions) every page is looked at when opening, which takes less than 60 ms. Larger
-ledgers show damage in use."""
 
 
 def sqlite_url(path: Path) -> str:
@@ -34,8 +33,9 @@ def open_writer(url: str) -> Engine:
     """The engine of the one writer, its tables migrated. Raises LedgerUnavailable naming place and remedy."""
     address = _parse(url)
     with explaining_errors(address, "opened"):
-        _create_file(address)
-        engine = _create_engine(address, address)
+        pragmas = ("journal_mode=WAL", f"journal_size_limit={_WAL_BYTES}")
+        # Not durable unless asked: NORMAL is good enough for what is told, not for what is spent.
+        engine = open_sql_engine(address, busy_seconds=BUSY_SECONDS, pragmas=pragmas, durable=False)
         try:
             _bring_up_to_date(engine, address)
         except BaseException:
@@ -47,17 +47,11 @@ def open_writer(url: str) -> Engine:
 def open_reader(url: str) -> Engine:
     """An engine that can only read, for two threads at most. Raises LedgerUnavailable when there is nothing to read."""
     address = _parse(url)
-    if _is_sqlite(address):
-        path = Path(address.database or "")
-        if not path.exists():
-            raise LedgerUnavailable(
-                f"there is no ledger at {str(path)!r}: start the node once with this data directory, or name another"
-            )
-        read_only = URL.create("sqlite", database=f"file:{quote(str(path))}", query={"mode": "ro", "uri": "true"})
-        engine = _create_engine(read_only, address)
-    else:
-        engine = _create_engine(address, address)
-    return engine
+    if is_sqlite(address) and not sqlite_path(address).exists():
+        raise LedgerUnavailable(
+            f"there is no ledger at {address.database!r}: start the node once with this data directory, or name another"
+        )
+    return open_read_only_engine(address, busy_seconds=BUSY_SECONDS)
 
 
 def check_revision(connection: Connection, place: str) -> None:
@@ -82,16 +76,14 @@ def explaining_errors(url: URL | str, verb: str) -> Iterator[None]:
 def explain_error(error: BaseException, url: URL | str, verb: str) -> str:
     """What happened, where, and what to do about it, in one line."""
     cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-    reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-    if isinstance(cause, OSError):
-        reason = cause.strerror or reason
+    reason = read_reason(cause)
     return f"the ledger {describe_place(url)} cannot be {verb}: {reason}; {_remedy(reason, cause)}"
 
 
 def describe_place(url: URL | str) -> str:
     """The file, or the URL without its password: what an operator recognises."""
     address = make_url(url)
-    return repr(address.database) if _is_sqlite(address) else address.render_as_string(hide_password=True)
+    return repr(address.database) if is_sqlite(address) else address.render_as_string(hide_password=True)
 
 
 _REMEDIES = (
@@ -127,80 +119,26 @@ def _parse(url: str) -> URL:
         raise LedgerUnavailable(
             "ledger.url is not a database URL: write sqlite:///PATH or postgresql+psycopg://USER@HOST/NAME"
         ) from error
-    if _is_sqlite(address) and (address.database or ":memory:") == ":memory:":
+    if is_sqlite(address) and (address.database or ":memory:") == ":memory:":
         raise LedgerUnavailable("ledger.url names a database in memory, which nobody else can read: use sqlite:///PATH")
     return address
-
-
-def _is_sqlite(address: URL) -> bool:
-    return address.get_backend_name() == "sqlite"
-
-
-def _create_file(address: URL) -> None:
-    """Make the file ourselves, readable by its owner alone; SQLite gives its companions the same mode."""
-    if _is_sqlite(address):
-        path = Path(address.database or "")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-
-
-def _create_engine(address: URL, original: URL) -> Engine:
-    if not _is_sqlite(address):
-        return create_engine(address, pool_pre_ping=True, hide_parameters=True)
-    can_write = address is original
-    # One connection for the writer; a few for readers, who never wait for it nor for each other.
-    engine = create_engine(
-        address,
-        pool_size=1 if can_write else 2,
-        max_overflow=0,
-        hide_parameters=True,
-        connect_args={"timeout": BUSY_SECONDS},
-    )
-
-    @event.listens_for(engine, "connect")
-    def set_up(connection: Any, _record: Any) -> None:
-        # The driver's own transaction handling leaves DDL outside; "begin" below opens every transaction instead.
-        connection.isolation_level = None
-        if can_write:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute(f"PRAGMA journal_size_limit={_WAL_BYTES}")
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        if not can_write:
-            connection.exec_driver_sql("BEGIN")
-            return
-        # FULL syncs the log before commit returns. NORMAL may lose the last commits to a power cut, never to a crash of
-        # ours: good enough for what is told, not for what is spent.
-        durable = connection.get_execution_options().get("durable", False)
-        connection.exec_driver_sql(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    return engine
 
 
 def _bring_up_to_date(engine: Engine, address: URL) -> None:
     place = describe_place(address)
     with engine.execution_options(durable=True).begin() as connection:
         # Inside the writing transaction, so that of two nodes that start together one migrates and the other sees it.
-        if _is_sqlite(address):
-            _check_pages(connection, Path(address.database or ""), place)
+        damage = find_damage(connection, address)
+        if damage is not None:
+            raise LedgerUnavailable(
+                f"the ledger {place} cannot be opened: it is damaged ({damage}); "
+                "move the file and its -wal and -shm away (a new one is made) or restore a copy"
+            )
         if _revision(connection, place) == REVISIONS[-1]:
             return
         from appliance.ledger.migrate import upgrade  # noqa: PLC0415 Alembic: 0.3 s that only a migration needs
 
         upgrade(connection)
-
-
-def _check_pages(connection: Connection, path: Path, place: str) -> None:
-    if path.stat().st_size > _FULLY_CHECKED_BYTES:
-        return
-    found = connection.execute(text("PRAGMA quick_check(1)")).scalar_one()
-    if found != "ok":
-        raise LedgerUnavailable(
-            f"the ledger {place} cannot be opened: it is damaged ({str(found).splitlines()[-1]}); "
-            "move the file and its -wal and -shm away (a new one is made) or restore a copy"
-        )
 
 
 def _revision(connection: Connection, place: str) -> str | None:
@@ -226,7 +164,7 @@ class LedgerFile:
     """The file that an engine has open. SQLite would go on writing into one that was deleted, and nobody would know."""
 
     def __init__(self, engine: Engine) -> None:
-        self._path = Path(engine.url.database or "") if _is_sqlite(engine.url) else None
+        self._path = sqlite_path(engine.url) if is_sqlite(engine.url) else None
         self._identity = self._look()
 
     def check(self) -> None:

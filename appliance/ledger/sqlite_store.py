@@ -1,19 +1,17 @@
-"""A database that one room keeps for itself beside the ledger: a thread of its own, one transaction a call, and tables
-of one version, which is written into a table `about`."""
+"""A store that a package keeps beside the ledger: a thread of its own, one transaction a call, and tables of one
+version, which is written into a table `about`."""
 
 import asyncio
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final, Self, TypeVar
+from typing import Final, Self, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, MetaData, create_engine, event, insert, make_url, select, update
+from sqlalchemy import URL, Connection, Engine, MetaData, insert, make_url, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from appliance.errors import ApplianceError, StorageFull, Unavailable
-from appliance.files import OWNER_ONLY
+from appliance.ledger.sql_engine import find_damage, open_sql_engine, read_reason
 
 Found = TypeVar("Found")
 
@@ -22,7 +20,7 @@ _BUSY_SECONDS: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class StoreSpec:
-    """What a room keeps, and the words for what can go wrong with it."""
+    """A store's tables, and the words for what can go wrong with it."""
 
     name: str
     """Of its thread."""
@@ -40,31 +38,30 @@ class StoreSpec:
     """An older version that this one only adds tables to."""
 
     def explain_error(self, error: Exception) -> ApplianceError:
-        cause = getattr(error, "orig", None) or error
-        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        reason = read_reason(error)
         if "full" in reason or "No space" in reason:
             return StorageFull(self.cannot_grow.format(reason=reason), retry_after_seconds=30)
         return self.unavailable(self.cannot_be_used.format(reason=reason))
 
 
 class SqliteStore:
-    """Open it with what the room keeps, and `close` it. Raises its `unavailable`, or StorageFull where the disk has no
-    room, from any method."""
+    """`open` it, and `close` it. Every method raises the spec's `unavailable`, or StorageFull for want of space."""
 
-    def __init__(self, engine: Engine, kept: StoreSpec) -> None:
-        self._engine, self._kept = engine, kept
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=kept.name)
+    def __init__(self, engine: Engine, spec: StoreSpec) -> None:
+        self._engine, self._spec = engine, spec
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=spec.name)
 
     @classmethod
-    async def _opened(cls, url: URL | str, kept: StoreSpec) -> Self:
+    async def _open(cls, url: URL | str, spec: StoreSpec) -> Self:
         """The database at `url`, an SQLAlchemy address, made where it is not there."""
-        return cls(await asyncio.to_thread(_open, url, kept), kept)
+        return cls(await asyncio.to_thread(_open_engine, url, spec), spec)
 
     async def close(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.dispose)
         self._thread.shutdown(wait=False)
 
     async def _transact(self, work: Callable[[Connection], Found]) -> Found:
+        """Run `work` in a transaction of its own, in the store's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._transact_blocking, work)
 
     def _transact_blocking(self, work: Callable[[Connection], Found]) -> Found:
@@ -72,53 +69,35 @@ class SqliteStore:
             with self._engine.begin() as connection:
                 return work(connection)
         except SQLAlchemyError as error:
-            raise self._kept.explain_error(error) from error
+            raise self._spec.explain_error(error) from error
 
 
-def _open(url: URL | str, kept: StoreSpec) -> Engine:
+def _open_engine(url: URL | str, spec: StoreSpec) -> Engine:
     try:
         address = make_url(url)
-        engine = _make_engine(address, kept)
-        kept.metadata.create_all(engine)
-        found = _version(engine, kept)
+        engine = open_sql_engine(address, busy_seconds=_BUSY_SECONDS, pragmas=spec.pragmas)
+        try:
+            _prepare_tables(engine, address, spec)
+        except BaseException:
+            engine.dispose()
+            raise
     except (SQLAlchemyError, OSError, ImportError) as error:
-        raise kept.explain_error(error) from error
-    if found != kept.version:
-        engine.dispose()
-        raise kept.unavailable(kept.other_version.format(place=address.database, found=found, known=kept.version))
+        raise spec.explain_error(error) from error
     return engine
 
 
-def _make_engine(address: URL, kept: StoreSpec) -> Engine:
-    is_sqlite = address.get_backend_name() == "sqlite"
-    more: Mapping[str, Any] = {"pool_size": 1, "connect_args": {"timeout": _BUSY_SECONDS}} if is_sqlite else {}
-    if is_sqlite:
-        path = Path(address.database or "")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Callers' texts may lie in it: its owner alone may read it.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, OWNER_ONLY))
-    engine = create_engine(address, hide_parameters=True, **more)
-    if is_sqlite:
-
-        def set_up(connection: Any, _record: Any) -> None:
-            connection.isolation_level = None
-            for pragma in kept.pragmas:
-                connection.execute(f"PRAGMA {pragma}")
-
-        event.listen(engine, "connect", set_up)
-        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-    return engine
-
-
-def _version(engine: Engine, kept: StoreSpec) -> int:
-    """Of the tables that are there, brought up to date where nothing but tables was missing."""
-    about = kept.metadata.tables["about"]
+def _prepare_tables(engine: Engine, address: URL, spec: StoreSpec) -> None:
+    """Make what is missing. Tables of another version are refused, unless only tables are missing in them."""
+    about = spec.metadata.tables["about"]
     with engine.begin() as connection:
-        known = connection.execute(select(about.c.version)).scalars().all()
-        if not known:
-            connection.execute(insert(about), [{"version": kept.version}])
-        elif known[0] == kept.adds_to:
-            connection.execute(update(about).values(version=kept.version))
-        else:
-            return int(known[0])
-    return kept.version
+        damage = find_damage(connection, address)
+        if damage is not None:
+            raise spec.unavailable(spec.cannot_be_used.format(reason=f"it is damaged: {damage}"))
+        spec.metadata.create_all(connection)
+        found = connection.execute(select(about.c.version)).scalars().first()
+        if found is None:
+            connection.execute(insert(about), [{"version": spec.version}])
+        elif found == spec.adds_to:
+            connection.execute(update(about).values(version=spec.version))
+        elif found != spec.version:
+            raise spec.unavailable(spec.other_version.format(place=address.database, found=found, known=spec.version))

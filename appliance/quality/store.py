@@ -36,7 +36,7 @@ class LearningStore(SqliteStore):
 
     @classmethod
     async def open(cls, path: Path) -> "LearningStore":
-        return await cls._opened(URL.create("sqlite", database=str(path)), STORE_SPEC)
+        return await cls._open(URL.create("sqlite", database=str(path)), STORE_SPEC)
 
     async def add_labels(self, rows: Sequence[Labelled], days: Sequence[DailyTraffic]) -> None:
         """New labels, the newer one of a text counting, and numbers that are added to their days'."""

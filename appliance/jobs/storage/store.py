@@ -89,7 +89,7 @@ class JobStore(SqliteStore):
     @classmethod
     async def open(cls, url: str) -> "JobStore":
         """Open or make the database at `url`, an SQLAlchemy address."""
-        return await cls._opened(url, STORE_SPEC)
+        return await cls._open(url, STORE_SPEC)
 
     # Files.
 
