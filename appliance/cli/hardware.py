@@ -16,12 +16,12 @@ from appliance.node.calibrate.gpu_memory_records import read_gpu_records
 from appliance.node.hardware.gpu_devices import list_usable_devices
 from appliance.node.hardware.nvidia import Gpu
 from appliance.node.hardware.probe import Hardware, probe_hardware
+from appliance.node.models.candidates import list_candidates
 from appliance.node.models.model_store import ModelStore
 from appliance.node.plan.gpu_fit import OverheadRecords
 from appliance.node.plan.hypothetical_hardware import build_hypothetical_hardware
 from appliance.node.plan.models import ModelCandidate, Plan
 from appliance.node.plan.planner import plan_placements
-from appliance.node.plan.variant_selection import list_candidates
 
 
 def probe_command(as_json: JsonOption = False) -> None:

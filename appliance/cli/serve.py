@@ -24,12 +24,12 @@ from appliance.node.calibrate.calibration import Calibration
 from appliance.node.calibrate.gpu_memory_records import read_gpu_records
 from appliance.node.hardware.gpu_devices import list_usable_devices
 from appliance.node.hardware.probe import Hardware, probe_hardware
+from appliance.node.models.candidates import list_candidates, select_candidate
 from appliance.node.models.model_store import ModelStore
 from appliance.node.plan.models import ModelCandidate, Plan
 from appliance.node.plan.planner import plan_placements
 from appliance.node.plan.recommendation import recommend_model
 from appliance.node.plan.serving_plan import build_serving_plan
-from appliance.node.plan.variant_selection import list_candidates, select_candidate
 from appliance.node.vllm.environments import load_vllm_adapters
 from appliance.serve import NodeSpec, RunningNode, check_free, prepare, serve
 

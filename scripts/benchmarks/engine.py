@@ -25,8 +25,8 @@ from rich.table import Table
 from appliance.cli.models.calibrate import first_start
 from appliance.config import EngineSettings
 from appliance.node.hardware.probe import probe_hardware
+from appliance.node.models.candidates import read_gguf_candidate
 from appliance.node.models.model_store import ModelStore
-from appliance.node.plan.variant_selection import read_gguf_candidate
 from scripts.benchmarks.arena import FAILURES, Arena
 from scripts.benchmarks.bench import QUICK, Bench, Kind, Sizes
 from scripts.benchmarks.decision_rows import choose_their_way

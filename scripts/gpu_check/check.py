@@ -32,9 +32,9 @@ from appliance.node.calibrate.gpu_memory_records import add_gpu_records, measure
 from appliance.node.energy.sampler import EnergyMeters
 from appliance.node.hardware.nvidia import Gpus, load_nvml, read_gpus
 from appliance.node.hardware.probe import Hardware, probe_hardware
+from appliance.node.models.candidates import list_candidates
 from appliance.node.models.model_store import ModelStore
 from appliance.node.plan.serving_plan import build_serving_plan
-from appliance.node.plan.variant_selection import list_candidates
 from appliance.node.supervise import orphans
 from appliance.node.supervise.engine_process import KEY_FILE
 from scripts.gpu_check import judge, load

@@ -22,10 +22,10 @@ from appliance.node.calibrate.calibrator import (
     calibrate_model,
 )
 from appliance.node.hardware.probe import probe_hardware
+from appliance.node.models.candidates import select_candidate, select_measured_variants
 from appliance.node.models.model_store import ModelStore
 from appliance.node.plan.models import ModelCandidate
 from appliance.node.plan.planner import plan_placements
-from appliance.node.plan.variant_selection import select_candidate, select_measured_variants
 from tests.node.gguf_bytes import gguf_bytes
 from tests.node.test_calibration import GOOD, KEY, calibration, measurement, variant
 

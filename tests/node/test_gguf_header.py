@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from appliance.catalog import load_catalog
 from appliance.errors import ModelFileError
 from appliance.node.models import gguf_header
-from appliance.node.models.gguf_header import BLOCKS, build_gguf_spec, read_gguf_header
+from appliance.node.models.gguf_header import build_gguf_spec, read_gguf_header
+from appliance.node.models.gguf_types import BLOCKS
 from tests.node.gguf_bytes import Entry, gguf_bytes, text
 
 

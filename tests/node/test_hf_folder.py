@@ -12,10 +12,10 @@ from appliance.catalog import load_catalog
 from appliance.config import EngineSettings
 from appliance.engines.vllm_memory import explain_refusal
 from appliance.errors import ModelFileError
+from appliance.node.models.candidates import read_folder_candidate
 from appliance.node.models.hf_folder import read_folder_spec
 from appliance.node.plan.hypothetical_hardware import build_hypothetical_hardware
 from appliance.node.plan.planner import plan_placements
-from appliance.node.plan.variant_selection import read_folder_candidate
 
 PLAIN = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -8,10 +8,10 @@ import pytest
 from appliance.catalog import Catalog, load_catalog
 from appliance.config import EngineModel, EngineSettings
 from appliance.errors import ModelFileError, UnknownModel
+from appliance.node.models.candidates import list_candidates
 from appliance.node.models.model_store import ModelStore
 from appliance.node.plan.hypothetical_hardware import build_hypothetical_hardware
 from appliance.node.plan.serving_plan import ServingPlan, build_serving_plan
-from appliance.node.plan.variant_selection import list_candidates
 from tests.node.gguf_bytes import gguf_bytes
 from tests.node.test_hf_folder import PLAIN, folder
 

@@ -33,9 +33,9 @@ from appliance.node.calibrate.calibrator import (
     calibrate_model,
 )
 from appliance.node.hardware.probe import Hardware, probe_hardware
+from appliance.node.models.candidates import select_candidate, select_measured_variants
 from appliance.node.models.model_store import ModelStore
 from appliance.node.plan.models import ModelCandidate
-from appliance.node.plan.variant_selection import select_candidate, select_measured_variants
 
 _PLAIN_EVERY_SECONDS = 5.0
 

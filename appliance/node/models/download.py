@@ -246,3 +246,27 @@ def hash_file(path: Path, shown: PullProgress, report: PullReporter) -> str:
             done += len(chunk)
             report(replace(shown, done_bytes=done, total_bytes=total))
     return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class PullContext:
+    """Where a pull works, and who is told of its progress."""
+
+    folder: Path
+    """Holds what is only half there; it survives until the pull succeeds."""
+    client: httpx.Client
+    report: PullReporter
+
+
+def require_checksum(step: str, expected: str | None, found: str) -> None:
+    """Raise PullError unless `found` is the expected sha256, or none is expected."""
+    if expected is not None and found != expected:
+        raise PullError(f"{step}: expected sha256 {expected}, got {found}; pull again, or report a changed source")
+
+
+def resolve_inside(folder: Path, file: str) -> Path:
+    """The path of `file` in `folder`. Raises PullError when it would lie outside."""
+    target = (folder / file).resolve()
+    if not target.is_relative_to(folder.resolve()):
+        raise PullError(f"the source names a file outside the model's folder: {file!r}")
+    return target

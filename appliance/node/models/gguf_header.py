@@ -1,109 +1,34 @@
 """Reads the header of a GGUF file: what the model is, its dimensions, and whether the file is whole.
 
-Nothing in the file is trusted: every count is checked against the bytes that are there before anything is allocated,
-and whatever is wrong becomes a ModelFileError that names the file and the place.
+Nothing in the file is trusted: what is wrong becomes a ModelFileError that names the file and the place.
 """
 
 import math
 import re
-import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from appliance.catalog import FileSource, ModelSpec, Variant
 from appliance.core import Ability
 from appliance.errors import ModelFileError
+from appliance.node.models.gguf_reader import (
+    ARRAY,
+    HEADER_LIMIT_BYTES,
+    DamagedHeader,
+    GgufReader,
+    NeedsMoreBytes,
+    Value,
+)
+from appliance.node.models.gguf_types import BLOCKS, FILE_TYPES
 
 FIRST_READ_BYTES = 4 << 20
-HEADER_LIMIT_BYTES = 256 << 20
-"""Far above real headers: 150,000 tokens with their merges take about 6 MB."""
-KEPT_STRING_BYTES = 1 << 20
-KEPT_ARRAY_LENGTH = 4096
-"""Longer arrays are vocabularies; of them only the length is kept."""
 ENTRY_LIMIT = 1_000_000
-
-# Elements in a block and bytes of a block, by ggml's number of the tensor type.
-BLOCKS: Mapping[int, tuple[str, int, int]] = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34),
-    10: ("Q2_K", 256, 84),
-    11: ("Q3_K", 256, 110),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
-    16: ("IQ2_XXS", 256, 66),
-    17: ("IQ2_XS", 256, 74),
-    18: ("IQ3_XXS", 256, 98),
-    19: ("IQ1_S", 256, 50),
-    20: ("IQ4_NL", 32, 18),
-    21: ("IQ3_S", 256, 110),
-    22: ("IQ2_S", 256, 82),
-    23: ("IQ4_XS", 256, 136),
-    24: ("I8", 1, 1),
-    25: ("I16", 1, 2),
-    26: ("I32", 1, 4),
-    27: ("I64", 1, 8),
-    28: ("F64", 1, 8),
-    29: ("IQ1_M", 256, 56),
-    30: ("BF16", 1, 2),
-    34: ("TQ1_0", 256, 54),
-    35: ("TQ2_0", 256, 66),
-    39: ("MXFP4", 32, 17),
-}
-
-# llama.cpp's name of a whole file's mixture, by general.file_type.
-FILE_TYPES: Mapping[int, str] = {
-    0: "F32",
-    1: "F16",
-    2: "Q4_0",
-    3: "Q4_1",
-    7: "Q8_0",
-    8: "Q5_0",
-    9: "Q5_1",
-    10: "Q2_K",
-    11: "Q3_K_S",
-    12: "Q3_K_M",
-    13: "Q3_K_L",
-    14: "Q4_K_S",
-    15: "Q4_K_M",
-    16: "Q5_K_S",
-    17: "Q5_K_M",
-    18: "Q6_K",
-    25: "IQ4_NL",
-    30: "IQ4_XS",
-    32: "BF16",
-    38: "MXFP4_MOE",
-}
-
-_SCALARS: Mapping[int, str] = {
-    0: "<B",
-    1: "<b",
-    2: "<H",
-    3: "<h",
-    4: "<I",
-    5: "<i",
-    6: "<f",
-    7: "<?",
-    10: "<Q",
-    11: "<q",
-    12: "<d",
-}
-_STRING, _ARRAY = 8, 9
 
 TEXT_ABILITIES: tuple[Ability, ...] = ("completions", "labels", "decisions", "json_schema", "logprobs")
 """What the CPU engine can do with any model that writes text."""
-
-Scalar = int | float | bool | str
-Value = Scalar | tuple[Scalar, ...] | None
-"""None: an array too long to keep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,14 +73,6 @@ def read_gguf_header(path: Path) -> GgufHeader:
         raise ModelFileError(f"{path}: cannot be read ({error.strerror}); pull the model again") from error
 
 
-class _NeedsMore(Exception):
-    """The bytes read so far end inside the header."""
-
-
-class _Damaged(Exception):
-    """What is wrong, without the file's name."""
-
-
 def _parse_growing(path: Path, size_bytes: int, file: BinaryIO) -> GgufHeader:
     """Read more and more of the file until the header is whole; most headers lie in the first read."""
     window = FIRST_READ_BYTES
@@ -163,8 +80,8 @@ def _parse_growing(path: Path, size_bytes: int, file: BinaryIO) -> GgufHeader:
         file.seek(0)
         buffer = file.read(min(window, size_bytes, HEADER_LIMIT_BYTES))
         try:
-            return _parse(path, size_bytes, _Reader(buffer))
-        except _NeedsMore:
+            return _parse(path, size_bytes, GgufReader(buffer))
+        except NeedsMoreBytes:
             if len(buffer) >= HEADER_LIMIT_BYTES:
                 raise ModelFileError(f"{path}: its header is larger than {HEADER_LIMIT_BYTES} bytes") from None
             if len(buffer) >= size_bytes:
@@ -172,113 +89,53 @@ def _parse_growing(path: Path, size_bytes: int, file: BinaryIO) -> GgufHeader:
                     f"{path}: truncated: has {size_bytes} bytes and ends inside its header; pull the model again"
                 ) from None
             window *= 4
-        except _Damaged as error:
+        except DamagedHeader as error:
             raise ModelFileError(f"{path}: {error}; pull the model again") from None
 
 
-class _Reader:
-    """A cursor over the bytes that were read; every step is checked against their end."""
-
-    def __init__(self, buffer: bytes) -> None:
-        self.buffer = buffer
-        self.at = 0
-
-    def scalar(self, pattern: str) -> Any:
-        start = self.at
-        self.skip(struct.calcsize(pattern))
-        return struct.unpack_from(pattern, self.buffer, start)[0]
-
-    def skip(self, length: int) -> None:
-        if self.at + length > len(self.buffer):
-            raise _NeedsMore
-        self.at += length
-
-    def string(self) -> str:
-        length: int = self.scalar("<Q")
-        if length > HEADER_LIMIT_BYTES:
-            raise _Damaged(f"damaged: a string of {length} bytes at byte {self.at}")
-        start = self.at
-        self.skip(length)
-        return self.buffer[start : start + min(length, KEPT_STRING_BYTES)].decode("utf-8", "replace")
-
-    def value(self, kind: int, depth: int = 0) -> Value:
-        if kind == _STRING:
-            return self.string()
-        if kind == _ARRAY:
-            return self._array(depth)
-        if kind not in _SCALARS:
-            raise _Damaged(f"damaged: a value of unknown type {kind} at byte {self.at}")
-        number: Scalar = self.scalar(_SCALARS[kind])
-        return number
-
-    def _array(self, depth: int) -> Value:
-        kind: int = self.scalar("<I")
-        length: int = self.scalar("<Q")
-        if length > HEADER_LIMIT_BYTES or (kind == _ARRAY and (depth > 1 or length > KEPT_ARRAY_LENGTH)):
-            raise _Damaged(f"damaged: an array of {length} items of type {kind} at byte {self.at}")
-        if kind in _SCALARS and length > KEPT_ARRAY_LENGTH:
-            self.skip(length * struct.calcsize(_SCALARS[kind]))
-            return None
-        if kind == _STRING and length > KEPT_ARRAY_LENGTH:
-            self._skip_strings(length)
-            return None
-        items = [self.value(kind, depth + 1) for _ in range(length)]
-        return tuple(item for item in items if isinstance(item, Scalar))
-
-    def _skip_strings(self, count: int) -> None:
-        buffer, at, end = self.buffer, self.at, len(self.buffer)
-        unpack = struct.Struct("<Q").unpack_from
-        for _ in range(count):
-            if at + 8 > end:
-                raise _NeedsMore
-            at += 8 + unpack(buffer, at)[0]
-        self.at = at
-        self.skip(0)
-
-
-def _parse(path: Path, size_bytes: int, reader: _Reader) -> GgufHeader:
+def _parse(path: Path, size_bytes: int, reader: GgufReader) -> GgufHeader:
     version, tensor_count, entry_count = _preamble(reader)
     metadata: dict[str, Value] = {}
     lengths: dict[str, int] = {}
     for _ in range(entry_count):
-        key = reader.string()
-        kind: int = reader.scalar("<I")
+        key = reader.read_string()
+        kind: int = reader.read_scalar("<I")
         lengths[key] = _length_ahead(reader, kind)
-        metadata[key] = reader.value(kind)
+        metadata[key] = reader.read_value(kind)
     if _number(metadata, "split.count", 1) > 1:
-        raise _Damaged("is one part of a split model; only models in one file can be served")
+        raise DamagedHeader("is one part of a split model; only models in one file can be served")
     tensors = _tensors(reader, tensor_count)
     alignment = _number(metadata, "general.alignment", 32)
     if not 0 < alignment <= 1 << 20:
-        raise _Damaged(f"damaged: general.alignment is {alignment}")
+        raise DamagedHeader(f"damaged: general.alignment is {alignment}")
     data_start = -(-reader.at // alignment) * alignment
     needed_bytes = data_start + max((tensor.offset + tensor.bytes for tensor in tensors), default=0)
     if size_bytes < needed_bytes:
-        raise _Damaged(f"truncated: has {size_bytes} bytes, needs {needed_bytes}")
+        raise DamagedHeader(f"truncated: has {size_bytes} bytes, needs {needed_bytes}")
     return _describe(path, version, metadata, lengths, tensors, needed_bytes, size_bytes)
 
 
-def _preamble(reader: _Reader) -> tuple[int, int, int]:
-    magic: bytes = reader.scalar("<4s")
+def _preamble(reader: GgufReader) -> tuple[int, int, int]:
+    magic: bytes = reader.read_scalar("<4s")
     if magic != b"GGUF":
-        raise _Damaged(f"is not a GGUF file (it starts with {magic!r})")
-    version: int = reader.scalar("<I")
+        raise DamagedHeader(f"is not a GGUF file (it starts with {magic!r})")
+    version: int = reader.read_scalar("<I")
     if version not in (2, 3):
-        raise _Damaged(f"is GGUF version {version}; versions 2 and 3 are read")
-    tensor_count: int = reader.scalar("<Q")
-    entry_count: int = reader.scalar("<Q")
+        raise DamagedHeader(f"is GGUF version {version}; versions 2 and 3 are read")
+    tensor_count: int = reader.read_scalar("<Q")
+    entry_count: int = reader.read_scalar("<Q")
     if max(tensor_count, entry_count) > ENTRY_LIMIT:
-        raise _Damaged(f"damaged: it claims {tensor_count} tensors and {entry_count} header entries")
+        raise DamagedHeader(f"damaged: it claims {tensor_count} tensors and {entry_count} header entries")
     return version, tensor_count, entry_count
 
 
-def _length_ahead(reader: _Reader, kind: int) -> int:
+def _length_ahead(reader: GgufReader, kind: int) -> int:
     """How many items the array at the cursor has; 0 where it is not one. The cursor stays."""
-    if kind != _ARRAY:
+    if kind != ARRAY:
         return 0
     at = reader.at
-    reader.scalar("<I")
-    length: int = reader.scalar("<Q")
+    reader.read_scalar("<I")
+    length: int = reader.read_scalar("<Q")
     reader.at = at
     return length
 
@@ -291,18 +148,18 @@ class _Tensor:
     bytes: int
 
 
-def _tensors(reader: _Reader, count: int) -> list[_Tensor]:
+def _tensors(reader: GgufReader, count: int) -> list[_Tensor]:
     tensors = []
     for _ in range(count):
-        name = reader.string()
-        dimension_count: int = reader.scalar("<I")
+        name = reader.read_string()
+        dimension_count: int = reader.read_scalar("<I")
         if dimension_count > 4:
-            raise _Damaged(f"damaged: tensor {name[:80]!r} has {dimension_count} dimensions")
-        elements = math.prod([reader.scalar("<Q") for _ in range(dimension_count)])
-        kind: int = reader.scalar("<I")
-        offset: int = reader.scalar("<Q")
+            raise DamagedHeader(f"damaged: tensor {name[:80]!r} has {dimension_count} dimensions")
+        elements = math.prod([reader.read_scalar("<Q") for _ in range(dimension_count)])
+        kind: int = reader.read_scalar("<I")
+        offset: int = reader.read_scalar("<Q")
         if max(elements, offset) > 1 << 50:
-            raise _Damaged(f"damaged: tensor {name[:80]!r} claims {elements} elements at offset {offset}")
+            raise DamagedHeader(f"damaged: tensor {name[:80]!r} claims {elements} elements at offset {offset}")
         # A type newer than this table: its size is unknown, so only its start can be checked.
         label, block, block_bytes = BLOCKS.get(kind, (f"type {kind}", 1, 0))
         tensors.append(_Tensor(label, elements, offset, elements // block * block_bytes))
@@ -320,7 +177,7 @@ def _describe(
 ) -> GgufHeader:
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
-        raise _Damaged("does not say its architecture (general.architecture)")
+        raise DamagedHeader("does not say its architecture (general.architecture)")
     layers = _needed(metadata, f"{architecture}.block_count")
     embedding = _needed(metadata, f"{architecture}.embedding_length")
     heads = _needed(metadata, f"{architecture}.attention.head_count")
@@ -363,14 +220,14 @@ def _number(metadata: Mapping[str, Value], key: str, default: int) -> int:
     if value is None:
         return default
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 1 << 40:
-        raise _Damaged(f"damaged: {key} is {value!r}")
+        raise DamagedHeader(f"damaged: {key} is {value!r}")
     return value
 
 
 def _needed(metadata: Mapping[str, Value], key: str) -> int:
     value = _number(metadata, key, 0)
     if not 0 < value <= 1 << 31:
-        raise _Damaged(f"its header gives no usable {key} (found {metadata.get(key)!r})")
+        raise DamagedHeader(f"its header gives no usable {key} (found {metadata.get(key)!r})")
     return value
 
 

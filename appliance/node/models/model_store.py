@@ -23,11 +23,17 @@ import httpx
 from appliance.catalog import ModelSpec, Source, Variant
 from appliance.errors import ModelFileError, NotFound, PullError
 from appliance.files import replace_file
-from appliance.node.models.download import PullProgress, PullReporter, explain_disk_error, hash_file, require_space
+from appliance.node.models.download import (
+    PullContext,
+    PullProgress,
+    PullReporter,
+    explain_disk_error,
+    hash_file,
+    require_space,
+)
 from appliance.node.models.gguf_header import read_gguf_header
 from appliance.node.models.hf_folder import check_weight_files
 from appliance.node.models.sources import (
-    PullContext,
     describe_source,
     estimate_peak_bytes,
     make_http_client,
@@ -133,7 +139,7 @@ class ModelStore:
     def remove(self, model: str, variant: str) -> int:
         """Delete the variant and what is left of its pulls; the bytes freed. NotFound if there is nothing."""
         with self._lock(model, variant, lambda _: None):
-            places = [self.locate(model, variant), self._stamp_path(model, variant), self._workshop(model, variant)]
+            places = [self.locate(model, variant), self._stamp_path(model, variant), self._pull_folder(model, variant)]
             freed = sum(_size_bytes(place) for place in places if place.exists())
             if freed == 0:
                 raise NotFound(f"{model} {variant} is not here; appliance models list shows what is")
@@ -148,7 +154,7 @@ class ModelStore:
 
     def locate_draft(self, model: str, variant: str) -> Path:
         """Where a variant that is being derived lies until `adopt` takes it over; `remove` and `discard` clear it."""
-        return self._workshop(model, variant) / f"{variant}.gguf"
+        return self._pull_folder(model, variant) / f"{variant}.gguf"
 
     def adopt_draft(self, model: str, variant: str, *, source: str, derived_from: str) -> StoredModel:
         """Take a finished draft over, with its checksum and what it was made from. What was put there by hand is set
@@ -167,7 +173,7 @@ class ModelStore:
 
     def discard_draft(self, model: str, variant: str) -> None:
         """Clear an unfinished draft."""
-        shutil.rmtree(self._workshop(model, variant), ignore_errors=True)
+        shutil.rmtree(self._pull_folder(model, variant), ignore_errors=True)
 
     # ---- how a pull goes ----
 
@@ -197,10 +203,10 @@ class ModelStore:
     def _pull_from_any(self, spec: ModelSpec, variant: Variant, report: PullReporter) -> None:
         problems: list[PullError] = []
         with self._make_client() as client:
-            shop = PullContext(self._workshop(spec.name, variant.name), client, report)
+            context = PullContext(self._pull_folder(spec.name, variant.name), client, report)
             for source in variant.sources:
                 try:
-                    return self._pull_from(source, spec, variant, shop)
+                    return self._pull_from(source, spec, variant, context)
                 except PullError as problem:
                     problems.append(problem)
                     report(PullProgress("retry", describe_source(source), note=problem.message))
@@ -208,27 +214,27 @@ class ModelStore:
             raise problems[0]
         raise PullError("; ".join(f"{number}. {problem.message}" for number, problem in enumerate(problems, start=1)))
 
-    def _pull_from(self, source: Source, spec: ModelSpec, variant: Variant, shop: PullContext) -> None:
+    def _pull_from(self, source: Source, spec: ModelSpec, variant: Variant, context: PullContext) -> None:
         what = f"{spec.name} {variant.name}"
         try:
-            shop.folder.mkdir(parents=True, exist_ok=True)
-            still_to_come = estimate_peak_bytes(source, variant) - _size_bytes(shop.folder)
-            require_space(shop.folder, max(0, still_to_come), what)
+            context.folder.mkdir(parents=True, exist_ok=True)
+            still_to_come = estimate_peak_bytes(source, variant) - _size_bytes(context.folder)
+            require_space(context.folder, max(0, still_to_come), what)
             name = variant.name if variant.is_folder else f"{variant.name}.gguf"
-            made, final = shop.folder / name, self.folder / spec.name / name
+            made, final = context.folder / name, self.folder / spec.name / name
             if variant.is_folder:
-                sums = obtain_folder(source, made, shop)
+                sums = obtain_folder(source, made, context)
                 sha256 = _sha256_of_sums(sums)
                 _check_folder(made, variant)
             else:
-                sha256 = obtain_file(source, variant, made, shop)
+                sha256 = obtain_file(source, variant, made, context)
                 _check_whole(made, variant, sha256)
             self._clear(spec.name, variant.name, final)
             made.replace(final)
             self._write_stamp(spec.name, variant.name, final, sha256, describe_source(source))
-            shutil.rmtree(shop.folder)
+            shutil.rmtree(context.folder)
         except OSError as error:
-            raise explain_disk_error(error, shop.folder, what) from error
+            raise explain_disk_error(error, context.folder, what) from error
 
     def _clear(self, model: str, variant: str, final: Path) -> None:
         """Make way for what was pulled. What somebody put there by hand is set aside, not deleted."""
@@ -289,7 +295,7 @@ class ModelStore:
     def _stamp_path(self, model: str, variant: str) -> Path:
         return self.folder / model / f"{variant}.stamp.json"
 
-    def _workshop(self, model: str, variant: str) -> Path:
+    def _pull_folder(self, model: str, variant: str) -> Path:
         return self.folder / model / f"{variant}.pull"
 
     def _lock_path(self, model: str, variant: str) -> Path:
