@@ -1,13 +1,14 @@
 """What the documentation says of settings, commands, errors, metrics, headers and paths is what the code has now."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from appliance.config import NodeConfig, Policy
 from appliance.node.supervise.launcher import build_engine_environment
-from scripts.docs import DOCS, ROOT, TABLES, commands, error_classes, metrics, pages, render, settings_of
+from scripts.docs import DOCS, README, ROOT, TABLES, commands, error_classes, metrics, pages, render, settings_of
 
 ALL = "\n".join(page.read_text("utf-8") for page in pages())
 SOURCES = "\n".join(path.read_text("utf-8") for path in sorted((ROOT / "appliance").rglob("*.py")))
@@ -90,3 +91,14 @@ def test_every_script_that_is_named_exists() -> None:
     assert {"serve", "test"} <= named
     folder = ROOT / "scripts"
     assert not {name for name in named if not (folder / name).exists() and not (folder / f"{name}.py").exists()}
+
+
+def test_the_readme_is_short() -> None:
+    text = README.read_bytes()
+    assert len(text.splitlines()) <= 300 and len(text) <= 14_000
+
+
+def test_the_licence_is_in_the_tree_and_named_for_the_wheel() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert project["license"] == "Apache-2.0" and project["license-files"] == ["LICENSE"]
+    assert "Apache License" in (ROOT / "LICENSE").read_text("utf-8")[:200]
