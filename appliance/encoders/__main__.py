@@ -35,11 +35,11 @@ async def serve(options: argparse.Namespace, listener: socket.socket) -> int:
     service = EncoderService(data=options.data, models=options.models, threads=options.threads)
     endpoints = EncoderEndpoints(service)
     async with serve_app(make_app(endpoints), listener) as stop:
-        models, classifiers = list(service.library.kinds()), list(service.versions.names())
+        models, classifiers = list(service.model_cache.list_kinds()), list(service.store.list_names())
         log("ready", models=models, classifiers=classifiers, threads=options.threads)
         await stop.wait()
         endpoints.is_draining = True
-        await service.runs.aclose()
+        await service.training_jobs.aclose()
         with suppress(TimeoutError):
             await asyncio.wait_for(service.requests.wait_until_none(), options.drain_seconds)
     log("stopped")

@@ -63,7 +63,7 @@ class Embedder(Protocol):
         """Raises ContextTooLong, naming the text, unless `truncate`."""
 
 
-def unit_rows(rows: Floats) -> Floats:
+def normalise_rows(rows: Floats) -> Floats:
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     unit: Floats = rows / np.maximum(norms, _SMALLEST_NORM)
     return unit
@@ -105,7 +105,7 @@ class StaticEmbedder:
             if ids.size:
                 rows[place] = self.table[ids[: self.max_tokens]].mean(axis=0)
         self.steps += 1
-        return Embedded(unit_rows(rows), counts)
+        return Embedded(normalise_rows(rows), counts)
 
 
 class OnnxEmbedder:
@@ -150,7 +150,7 @@ class OnnxEmbedder:
         ):
             rows[places] = found
             self.steps += 1
-        return Embedded(unit_rows(rows), counts)
+        return Embedded(normalise_rows(rows), counts)
 
     def _run(self, ids: Sequence[Sequence[int]]) -> Floats:
         width = max(1, max(len(one) for one in ids))

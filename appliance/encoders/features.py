@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from appliance.encoders.embedders import StaticEmbedder, unit_rows
+from appliance.encoders.embedders import StaticEmbedder, normalise_rows
 
 Floats = npt.NDArray[np.float32]
 Rows = list[list[int]]
@@ -31,7 +31,7 @@ _PIECE_CHARS: Final = (2, 3, 4, 5)
 _SMALLEST: Final = 1e-12
 
 
-def words_of(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """The text's words and marks in lower case, in order."""
     found = WORD.findall(text.lower())[:MAX_WORDS_PER_TEXT]
     if any(len(word) > MAX_WORD_CHARS for word in found):
@@ -39,7 +39,7 @@ def words_of(text: str) -> list[str]:
     return found[:MAX_WORDS_PER_TEXT]
 
 
-def pieces_of(word: str) -> list[str]:
+def split_pieces(word: str) -> list[str]:
     padded = f" {word} "
     return [padded[at : at + size] for size in _PIECE_CHARS for at in range(len(padded) - size + 1)]
 
@@ -74,14 +74,14 @@ class FeatureVocabulary:
     def learn(
         cls, texts: Sequence[str], vectors: StaticEmbedder | None, most: int = MOST_PER_BLOCK
     ) -> "FeatureVocabulary":
-        split = [words_of(text) for text in texts]
+        split = [split_words(text) for text in texts]
         word_texts: Counter[str] = Counter()
         pair_texts: Counter[str] = Counter()
         for words in split:
             word_texts.update(set(words))
-            pair_texts.update(set(pairs_of(words)))
+            pair_texts.update(set(list_pairs(words)))
         piece_texts: Counter[str] = Counter()
-        by_word = {word: set(pieces_of(word)) for word in word_texts}
+        by_word = {word: set(split_pieces(word)) for word in word_texts}
         for words in split:
             piece_texts.update(set().union(*(by_word[word] for word in set(words))))
         words, pairs = _most(word_texts, most, 1), _most(pair_texts, most, 1)
@@ -95,45 +95,47 @@ class FeatureVocabulary:
 
     def blocks(self, texts: Sequence[str]) -> FeatureBlocks:
         """The features of `texts` as they are trained on."""
-        split = [words_of(text) for text in texts]
+        split = [split_words(text) for text in texts]
         table: dict[str, int] = {}
         rows = [sorted({table.setdefault(word, len(table)) for word in words}) for words in split]
         known = list(table)
-        membership = incidence(rows, len(known))
+        membership = build_incidence(rows, len(known))
         pieces = self.piece_rows(known)
         piece_squares = np.asarray(pieces.multiply(pieces).sum(axis=1), dtype=np.float32).ravel()
-        by_piece = scaled(membership @ pieces, membership @ piece_squares)
+        by_piece = scale_rows(membership @ pieces, membership @ piece_squares)
         by_word = self._word_block(split)
         if self.vectors is None:
             return FeatureBlocks(by_word, by_piece, None)
-        return FeatureBlocks(by_word, by_piece, unit_rows(membership @ self.vectors.sums(known)))
+        return FeatureBlocks(by_word, by_piece, normalise_rows(membership @ self.vectors.sums(known)))
 
     def piece_rows(self, words: Sequence[str]) -> Any:
         """Weighted piece counts of single words, as a sparse matrix."""
-        rows = [[self.piece_place[one] for one in pieces_of(word) if one in self.piece_place] for word in words]
-        counted = incidence(rows, len(self.pieces))
+        rows = [[self.piece_place[one] for one in split_pieces(word) if one in self.piece_place] for word in words]
+        counted = build_incidence(rows, len(self.pieces))
         counted.sum_duplicates()
         return counted.multiply(self.weights["pieces"]).tocsr()
 
     def pair_rows(self, split: Iterable[Sequence[str]]) -> Rows:
         place = self.pair_place
-        return [sorted({place[pair] for pair in pairs_of(words) if pair in place}) for words in split]
+        return [sorted({place[pair] for pair in list_pairs(words) if pair in place}) for words in split]
 
     def _word_block(self, split: Sequence[Sequence[str]]) -> Any:
         place = self.word_place
-        words = incidence([sorted({place[word] for word in row if word in place}) for row in split], len(self.words))
-        pairs = incidence(self.pair_rows(split), len(self.pairs))
+        words = build_incidence(
+            [sorted({place[word] for word in row if word in place}) for row in split], len(self.words)
+        )
+        pairs = build_incidence(self.pair_rows(split), len(self.pairs))
         both = sparse.hstack(
             [words.multiply(self.weights["words"]), pairs.multiply(self.weights["pairs"])], format="csr"
         )
-        return scaled(both, np.asarray(both.multiply(both).sum(axis=1)).ravel())
+        return scale_rows(both, np.asarray(both.multiply(both).sum(axis=1)).ravel())
 
 
-def pairs_of(words: Sequence[str]) -> list[str]:
+def list_pairs(words: Sequence[str]) -> list[str]:
     return [f"{one} {other}" for one, other in pairwise(words)]
 
 
-def incidence(rows: Rows, width: int) -> Any:
+def build_incidence(rows: Rows, width: int) -> Any:
     """Row i has a 1 for every place in `rows[i]`."""
     counts = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
     ends = np.concatenate([[0], np.cumsum(counts)])
@@ -141,7 +143,7 @@ def incidence(rows: Rows, width: int) -> Any:
     return sparse.csr_matrix((np.ones(len(places), dtype=np.float32), places, ends), shape=(len(rows), width))
 
 
-def scaled(rows: Any, squares: npt.ArrayLike) -> Any:
+def scale_rows(rows: Any, squares: npt.ArrayLike) -> Any:
     """Sparse `rows` over the root of `squares`, one for each row."""
     norms = np.sqrt(np.maximum(np.asarray(squares, dtype=np.float32), _SMALLEST))
     return sparse.diags((1.0 / norms).astype(np.float32)) @ rows

@@ -10,8 +10,8 @@ import numpy.typing as npt
 from scipy import sparse
 from scipy.special import expit, softmax
 
-from appliance.encoders.embedders import Embedder, StaticEmbedder, unit_rows
-from appliance.encoders.features import FeatureBlocks, FeatureVocabulary, incidence, words_of
+from appliance.encoders.embedders import Embedder, StaticEmbedder, normalise_rows
+from appliance.encoders.features import FeatureBlocks, FeatureVocabulary, build_incidence, split_words
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -58,7 +58,7 @@ class LinearModel:
     bias: Floats
 
 
-def stacked(blocks: Mapping[str, Any], recipe: FeatureRecipe) -> Any:
+def stack_blocks(blocks: Mapping[str, Any], recipe: FeatureRecipe) -> Any:
     """All features of `recipe` side by side, in the order of its shares."""
     parts = [sparse.csr_matrix(blocks[name]) * np.float32(share) for name, share in recipe.shares.items()]
     return sparse.hstack(parts, format="csr")
@@ -74,7 +74,7 @@ def split_weights(weights: Floats, blocks: Mapping[str, Any], recipe: FeatureRec
     return found
 
 
-def softmax_of(scores: Floats, temperature: float) -> Floats:
+def compute_softmax(scores: Floats, temperature: float) -> Floats:
     shares: Floats = softmax(scores / np.float32(temperature), axis=1).astype(np.float32)
     return shares
 
@@ -91,7 +91,7 @@ class ProbabilityCalibration:
     offset: float = 0.0
 
     def probabilities(self, scores: Floats) -> Floats:
-        shares = softmax_of(scores, self.temperature)
+        shares = compute_softmax(scores, self.temperature)
         rows = np.arange(len(shares))
         best = shares.argmax(axis=1)
         top = np.clip(shares[rows, best].astype(np.float64), CLIP, 1 - CLIP)
@@ -107,7 +107,7 @@ class ProbabilityCalibration:
         return calibrated
 
 
-def strangeness(scores: Floats) -> Floats:
+def compute_ood_scores(scores: Floats) -> Floats:
     """How little a text is like any label: the highest score, turned round. Scores of one label against the rest are
     all low for a text that is like none of them, which their softmax hides."""
     highest: Floats = -scores.max(axis=1)
@@ -140,22 +140,22 @@ class LinearScorer:
         return self._lexicon.vectors.dimensions if self._lexicon.vectors is not None and self._uses_static else 0
 
     def scores(self, texts: Sequence[str]) -> Floats:
-        split = [words_of(text) for text in texts]
+        split = [split_words(text) for text in texts]
         with self._lock:
             unique = self._learn_words(split)
             rows = self._rows
             place = self._place
             places = [[place[word] for word in words] for words in unique]
             total = np.tile(self._linear.bias, (len(texts), 1))
-            member = incidence(places, len(place))
+            member = build_incidence(places, len(place))
             if self._uses_words:
-                pairs = incidence(self._lexicon.pair_rows(split), len(self._lexicon.pairs))
+                pairs = build_incidence(self._lexicon.pair_rows(split), len(self._lexicon.pairs))
                 squares = member @ rows.word_squares + pairs @ self._pair_squares
                 total += (member @ rows.word_scores + pairs @ self._pair_scores) / _roots(squares)
             if self._uses_pieces:
                 total += (member @ rows.piece_scores) / _roots(member @ rows.piece_squares)
             if self._uses_static:
-                total += unit_rows(member @ rows.sums) @ self._linear.weights["static"]
+                total += normalise_rows(member @ rows.sums) @ self._linear.weights["static"]
             return total
 
     def _learn_words(self, split: Sequence[Sequence[str]]) -> list[set[str]]:
@@ -220,7 +220,7 @@ class _WordRows:
         )
 
 
-def named_blocks(blocks: FeatureBlocks, encoded: Floats | None) -> Mapping[str, Any]:
+def name_blocks(blocks: FeatureBlocks, encoded: Floats | None) -> Mapping[str, Any]:
     """The blocks there are, by name."""
     found = {
         "words": blocks.words,
@@ -231,7 +231,7 @@ def named_blocks(blocks: FeatureBlocks, encoded: Floats | None) -> Mapping[str, 
     return {name: block for name, block in found.items() if block is not None}
 
 
-def possible(recipe: FeatureRecipe, vectors: StaticEmbedder | None, encoder: Embedder | None) -> bool:
+def is_possible(recipe: FeatureRecipe, vectors: StaticEmbedder | None, encoder: Embedder | None) -> bool:
     """Whether the models that are here suffice for it."""
     return (vectors is not None or "static" not in recipe.shares) and (
         encoder is not None or "encoder" not in recipe.shares

@@ -19,11 +19,11 @@ class ModelCache:
         self._loaded: dict[str, Embedder] = {}
         self._lock = threading.Lock()
 
-    def kinds(self) -> Mapping[str, Kind]:
+    def list_kinds(self) -> Mapping[str, Kind]:
         found = find_models(self._models)
         return {name: "onnx" if (folder / "model.onnx").is_file() else "static" for name, folder in found.items()}
 
-    def embedder(self, name: str) -> Embedder:
+    def get_embedder(self, name: str) -> Embedder:
         """Raises UnknownModel, and ModelFileError where its files cannot be read."""
         with self._lock:
             if name not in self._loaded:
@@ -34,17 +34,17 @@ class ModelCache:
                 self._loaded[name] = load_embedder(name, found[name], self._threads)
             return self._loaded[name]
 
-    def vectors(self) -> StaticEmbedder | None:
+    def find_static(self) -> StaticEmbedder | None:
         """The static model that heads build on."""
-        for name, kind in self.kinds().items():
+        for name, kind in self.list_kinds().items():
             if kind == "static":
-                model = self.embedder(name)
+                model = self.get_embedder(name)
                 if isinstance(model, StaticEmbedder):
                     return model
         return None
 
-    def encoders(self) -> Mapping[str, Embedder]:
-        return {name: self.embedder(name) for name, kind in self.kinds().items() if kind == "onnx"}
+    def load_encoders(self) -> Mapping[str, Embedder]:
+        return {name: self.get_embedder(name) for name, kind in self.list_kinds().items() if kind == "onnx"}
 
     @property
     def steps(self) -> int:

@@ -20,73 +20,75 @@ _MOST_DIGITS = 10
 
 class EncoderEndpoints:
     def __init__(self, desk: EncoderService) -> None:
-        self.desk = desk
+        self.service = desk
         self.is_draining = False
 
     async def health(self, request: Request) -> Response:
         return json_response({"status": "draining"}, 503) if self.is_draining else json_response({"status": "ok"})
 
     async def load(self, request: Request) -> Response:
-        return json_response(self.desk.load())
+        return json_response(self.service.load())
 
     async def models(self, request: Request) -> Response:
-        return json_response({"object": "list", "data": self.desk.models()})
+        return json_response({"object": "list", "data": self.service.models()})
 
     async def served(self, request: Request) -> Response:
         """What the router may send here, by name."""
-        return json_response(await asyncio.to_thread(self.desk.served))
+        return json_response(await asyncio.to_thread(self.service.served))
 
     async def embeddings(self, request: Request) -> Response:
-        return await self._work(request, self.desk.embed)
+        return await self._work(request, self.service.embed)
 
     async def classify(self, request: Request) -> Response:
-        return await self._work(request, self.desk.classify)
+        return await self._work(request, self.service.classify)
 
     async def _work(self, request: Request, work: Callable[[JsonObject], Awaitable[bytes]]) -> Response:
         if self.is_draining:
             raise Unavailable("the encoder program is stopping; try again", retry_after_seconds=2)
         body = await _body(request)
-        with self.desk.requests.track():
+        with self.service.requests.track():
             return raw_json_response(await work(body))
 
     async def train(self, request: Request) -> Response:
-        run = await self.desk.train(await _body(request))
+        run = await self.service.train(await _body(request))
         return json_response(run.facts(), 202)
 
     async def classifiers(self, request: Request) -> Response:
-        rows = await asyncio.to_thread(self.desk.list)
-        running = self.desk.runs.running
+        rows = await asyncio.to_thread(self.service.list)
+        running = self.service.training_jobs.running
         return json_response({"object": "list", "data": rows, "training": running and running.facts()})
 
     async def show(self, request: Request) -> Response:
-        return json_response(await asyncio.to_thread(self.desk.show, request.path_params["name"], _version(request)))
+        return json_response(await asyncio.to_thread(self.service.show, request.path_params["name"], _version(request)))
 
     async def evaluate(self, request: Request) -> Response:
-        return json_response(await self.desk.evaluate(request.path_params["name"], await _body(request)))
+        return json_response(await self.service.evaluate(request.path_params["name"], await _body(request)))
 
     async def roll_back(self, request: Request) -> Response:
         body = await _body(request)
-        return json_response(self.desk.roll_back(request.path_params["name"], body.get("version")))
+        return json_response(self.service.roll_back(request.path_params["name"], body.get("version")))
 
     async def threshold(self, request: Request) -> Response:
-        return json_response(await self.desk.threshold(request.path_params["name"], await _body(request)))
+        return json_response(await self.service.threshold(request.path_params["name"], await _body(request)))
 
     async def shadow(self, request: Request) -> Response:
-        return json_response(await self.desk.shadow(request.path_params["name"], (await _body(request)).get("version")))
+        return json_response(
+            await self.service.shadow(request.path_params["name"], (await _body(request)).get("version"))
+        )
 
     async def remove(self, request: Request) -> Response:
         version = _version(request)
         if version is not None:
             return json_response(
-                await asyncio.to_thread(self.desk.remove_version, request.path_params["name"], version)
+                await asyncio.to_thread(self.service.remove_version, request.path_params["name"], version)
             )
-        return json_response(await asyncio.to_thread(self.desk.remove, request.path_params["name"]))
+        return json_response(await asyncio.to_thread(self.service.remove, request.path_params["name"]))
 
     async def training(self, request: Request) -> Response:
-        return json_response(self.desk.runs.get(request.path_params["name"]).facts())
+        return json_response(self.service.training_jobs.get(request.path_params["name"]).facts())
 
     async def cancel(self, request: Request) -> Response:
-        return json_response(self.desk.runs.cancel(request.path_params["name"]).facts())
+        return json_response(self.service.training_jobs.cancel(request.path_params["name"]).facts())
 
 
 def make_app(endpoints: EncoderEndpoints) -> Starlette:

@@ -19,10 +19,10 @@ from appliance.encoders.model_cache import ModelCache
 from appliance.encoders.shadow import Shadows
 from appliance.encoders.training.examples import read_examples
 from appliance.encoders.training.jobs import TrainingJob, TrainingJobs
-from appliance.encoders.training.metrics import report
-from appliance.encoders.training.selective_risk import RiskThreshold, bounds_table, suffices, threshold_for
+from appliance.encoders.training.metrics import build_report
+from appliance.encoders.training.selective_risk import RiskThreshold, find_threshold, has_enough_rows, tabulate_bounds
 from appliance.encoders.two_stage import ClassifierHead, StageAnswers
-from appliance.encoders.versions import Versions, check_name
+from appliance.encoders.versions import ClassifierStore, check_name
 from appliance.errors import RequestError
 from appliance.worker.server import ActiveRequests
 
@@ -40,9 +40,9 @@ class EncoderService:
     """One for the program. Work of any length runs in threads; versions change on the event loop alone."""
 
     def __init__(self, *, data: Path, models: Path, threads: int) -> None:
-        self.library = ModelCache(models, threads)
-        self.versions = Versions(data)
-        self.runs = TrainingJobs(data, models, max(1, threads - 1), self._trained)
+        self.model_cache = ModelCache(models, threads)
+        self.store = ClassifierStore(data)
+        self.training_jobs = TrainingJobs(data, models, max(1, threads - 1), self._trained)
         self.shadows = Shadows(lambda head, texts: self._answers(head, texts).probabilities)
         self.classified_batches = 0
         self.tokens_total = 0
@@ -57,7 +57,7 @@ class EncoderService:
         return await asyncio.to_thread(self._embed, name, texts, width, encoding)
 
     def _embed(self, name: str, texts: Sequence[str], width: Any, encoding: str) -> bytes:
-        model = self.library.embedder(name)
+        model = self.model_cache.get_embedder(name)
         if width is not None and (type(width) is not int or not 1 <= width <= model.dimensions):
             raise RequestError(
                 f"dimensions is {width!r}: {name} has {model.dimensions}, so from 1 to that", param="dimensions"
@@ -81,7 +81,7 @@ class EncoderService:
         name, texts = check_name(body.get("model")), _texts(body.get("texts"), "texts", MAX_TEXTS)
         payload, answers = await asyncio.to_thread(self._classify, name, body.get("version"), texts)
         if body.get("version") is None:
-            self.shadows.offer(name, texts, answers)
+            self.shadows.observe(name, texts, answers)
         return payload
 
     def _classify(self, name: str, version: Any, texts: Sequence[str]) -> tuple[bytes, Sequence[str]]:
@@ -94,8 +94,8 @@ class EncoderService:
             "version": number,
             "labels": head.labels,
             "probabilities": np.ascontiguousarray(found.probabilities),
-            "out_of_scope": np.ascontiguousarray(found.strangeness - np.float32(head.strange_from)),
-            "encoder_asked": int(found.asked.sum()),
+            "out_of_scope": np.ascontiguousarray(found.ood_scores - np.float32(head.ood_threshold)),
+            "encoder_asked": int(found.escalated.sum()),
             "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
         }
         answers = [head.labels[place] for place in found.probabilities.argmax(axis=1)] if self.shadows.get(name) else ()
@@ -108,18 +108,18 @@ class EncoderService:
             self.classified_batches += 1
         return StageAnswers(
             np.vstack([part.probabilities for part in parts]),
-            np.concatenate([part.strangeness for part in parts]),
-            np.concatenate([part.asked for part in parts]),
+            np.concatenate([part.ood_scores for part in parts]),
+            np.concatenate([part.escalated for part in parts]),
         )
 
     def _head(self, name: str, version: Any) -> tuple[int, ClassifierHead]:
-        number = self.versions.serving(name) if version is None else _whole(version)
+        number = self.store.find_serving(name) if version is None else _whole(version)
         kept = self._heads.get(name)
         if kept is not None and kept[0] == number:
             return kept
         with self._loading:
-            head = self.versions.load(name, number, self.library.vectors(), self.library.encoders())
-            if version is None or self.versions.serving(name) == number:
+            head = self.store.load(name, number, self.model_cache.find_static(), self.model_cache.load_encoders())
+            if version is None or self.store.find_serving(name) == number:
                 self._heads[name] = (number, head)
             return number, head
 
@@ -137,7 +137,9 @@ class EncoderService:
             given = await asyncio.to_thread(self._with_kept, name, given)
         found = await asyncio.to_thread(read_examples, given, format, labels, at_least=_MIN_EXAMPLES)
         if _flag(body, "keep_examples"):
-            await asyncio.to_thread(self.versions.keep, name, found.texts, [found.labels[at] for at in found.truth])
+            await asyncio.to_thread(
+                self.store.keep_examples, name, found.texts, [found.labels[at] for at in found.truth]
+            )
         job = {
             "serve": _flag(body, "serve", usual=True),
             "name": name,
@@ -149,31 +151,31 @@ class EncoderService:
             "dearest": dearest,
             "encoder": body.get("encoder"),
         }
-        return self.runs.start(name, job)
+        return self.training_jobs.start(name, job)
 
     def _with_kept(self, name: str, given: Any) -> Any:
         """More examples together with those that were given and kept before. The newer label of a text counts."""
         if not isinstance(given, list):
             raise RequestError("with_kept adds to a list of {text, label}: give examples as one", param="examples")
         newer = {row.get("text") for row in given if isinstance(row, Mapping)}
-        return [*(row for row in self.versions.kept(name) if row["text"] not in newer), *given]
+        return [*(row for row in self.store.read_kept_examples(name) if row["text"] not in newer), *given]
 
     def _trained(self, run: TrainingJob) -> None:
         self._heads.pop(run.name, None)
 
     def list(self) -> Sequence[Mapping[str, Any]]:
-        return [self.show(name, None, short=True) for name in self.versions.names()]
+        return [self.show(name, None, short=True) for name in self.store.list_names()]
 
     def show(self, name: str, version: int | None, *, short: bool = False) -> Mapping[str, Any]:
-        stored = self.versions.describe(name, version)
-        serving, run = self.versions.serving(name), self.runs.find(name)
+        stored = self.store.describe(name, version)
+        serving, run = self.store.find_serving(name), self.training_jobs.find(name)
         told = stored.facts["report"]
         facts: dict[str, Any] = {
             "name": name,
             "model": f"classifier/{name}",
             "version": stored.version,
             "serving": serving,
-            "versions": self.versions.numbers(name),
+            "versions": self.store.list_versions(name),
             "made_at": stored.facts["made_at"],
             "labels": stored.facts["labels"],
         }
@@ -201,32 +203,34 @@ class EncoderService:
         if not isinstance(bound, float) or not isinstance(confidence, float):
             raise RequestError("bound and confidence must be numbers between 0 and 1", param="bound")
         next_rows = body.get("over_texts") or None
-        number = self.versions.serving(name) if body.get("version") is None else _whole(body["version"])
+        number = self.store.find_serving(name) if body.get("version") is None else _whole(body["version"])
         wrong = [(float(score), False) for score in body.get("complaints") or ()]
         live = [(float(score), bool(right)) for score, right in body.get("live") or ()]
-        held = self.versions.held_out(name, number)
-        strange = held["strangeness"] > float(self.versions.describe(name, number).facts["strange_from"])
+        held = self.store.read_held_out(name, number)
+        strange = held["strangeness"] > float(self.store.describe(name, number).facts["strange_from"])
         scores = np.where(strange, 0.0, held["confidence"]).tolist()
         rows = list(zip(scores, held["right"].astype(bool).tolist(), strict=True))
         try:
-            by_held_out = threshold_for(bound, confidence, rows + wrong, next_rows=next_rows)
-            by_live = threshold_for(bound, confidence, live + wrong, next_rows=next_rows)
+            by_held_out = find_threshold(bound, confidence, rows + wrong, next_rows=next_rows)
+            by_live = find_threshold(bound, confidence, live + wrong, next_rows=next_rows)
         except ValueError as error:
             raise RequestError(str(error), param="bound") from error
-        enough = suffices(len(live), bound, confidence, next_rows=next_rows)
+        enough = has_enough_rows(len(live), bound, confidence, next_rows=next_rows)
         return {
             "version": number,
-            "held_out": _threshold_facts(by_held_out, suffices(len(rows), bound, confidence, next_rows=next_rows)),
+            "held_out": _threshold_facts(
+                by_held_out, has_enough_rows(len(rows), bound, confidence, next_rows=next_rows)
+            ),
             "live": _threshold_facts(by_live, enough),
         }
 
     async def shadow(self, name: str, version: Any) -> Mapping[str, Any]:
         """Have a version see what the serving one answers; None: no more."""
         if version is None:
-            self.shadows.clear(check_name(name))
+            self.shadows.stop(check_name(name))
             return {"name": name, "shadow": None}
         number, head = await asyncio.to_thread(self._head, check_name(name), version)
-        self.shadows.put(name, number, head)
+        self.shadows.start(name, number, head)
         return {"name": name, "shadow": {"version": number, "texts": 0, "disagreed": 0}}
 
     async def evaluate(self, name: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -244,52 +248,52 @@ class EncoderService:
         return {
             "name": name,
             "version": number,
-            **report(shares, examples.truth, head.labels),
-            "bounds": bounds_table(shares.max(axis=1), right),
-            "out_of_scope_share": float((found.strangeness > head.strange_from).mean()),
-            "asked_share": float(found.asked.mean()) if head.first.encoder is None else 1.0,
+            **build_report(shares, examples.truth, head.labels),
+            "bounds": tabulate_bounds(shares.max(axis=1), right),
+            "out_of_scope_share": float((found.ood_scores > head.ood_threshold).mean()),
+            "asked_share": float(found.escalated.mean()) if head.first.encoder is None else 1.0,
             "texts_per_second": len(examples.texts) / max(seconds, 1e-9),
             "notes": list(examples.notes),
         }
 
     def roll_back(self, name: str, version: Any) -> Mapping[str, Any]:
-        number = self.versions.roll_back(check_name(name), None if version is None else _whole(version))
+        number = self.store.roll_back(check_name(name), None if version is None else _whole(version))
         self._heads.pop(name, None)
-        self.shadows.clear(name)
-        return {"name": name, "serving": number, "versions": self.versions.numbers(name)}
+        self.shadows.stop(name)
+        return {"name": name, "serving": number, "versions": self.store.list_versions(name)}
 
     def remove_version(self, name: str, version: int) -> Mapping[str, Any]:
         """One that does not serve."""
-        self.versions.remove_version(check_name(name), version)
+        self.store.remove_version(check_name(name), version)
         shadow = self.shadows.get(name)
         if shadow is not None and shadow.version == version:
-            self.shadows.clear(name)
+            self.shadows.stop(name)
         return {"name": name, "removed": version}
 
     def remove(self, name: str) -> Mapping[str, Any]:
-        self.shadows.clear(name)
-        running = self.runs.find(name)
+        self.shadows.stop(name)
+        running = self.training_jobs.find(name)
         if running is not None and running.state == "running":
-            self.runs.cancel(name)
-        self.versions.remove(check_name(name))
+            self.training_jobs.cancel(name)
+        self.store.remove(check_name(name))
         self._heads.pop(name, None)
         return {"name": name, "removed": True}
 
     def models(self) -> Sequence[Mapping[str, Any]]:
         return [
             {"id": name, "object": "model", "created": 0, "owned_by": "onsite", "kind": kind}
-            for name, kind in self.library.kinds().items()
+            for name, kind in self.model_cache.list_kinds().items()
         ]
 
     def served(self) -> Mapping[str, Any]:
         models = [
             {"name": name, "max_tokens": ONNX_MAX_TOKENS if kind == "onnx" else STATIC_MAX_TOKENS}
-            for name, kind in self.library.kinds().items()
+            for name, kind in self.model_cache.list_kinds().items()
         ]
         return {
             "models": models,
-            "classifiers": list(self.versions.names()),
-            "is_training": self.runs.running is not None,
+            "classifiers": list(self.store.list_names()),
+            "is_training": self.training_jobs.running is not None,
         }
 
     def load(self) -> Mapping[str, Any]:
@@ -303,7 +307,7 @@ class EncoderService:
             "kv_used_tokens": 0,
             "kv_cached_tokens": 0,
             "kv_capacity_tokens": _ROOM_TOKENS,
-            "steps": self.classified_batches + self.library.steps,
+            "steps": self.classified_batches + self.model_cache.steps,
             "prefill_tokens_total": self.tokens_total,
             "decode_tokens_total": 0,
             "prefill_tokens_per_second": _TOKENS_PER_SECOND,

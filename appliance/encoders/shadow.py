@@ -35,16 +35,16 @@ class Shadows:
         self._of: dict[str, Shadow] = {}
         self._task: asyncio.Task[None] | None = None
 
-    def put(self, name: str, version: int, head: ClassifierHead) -> None:
+    def start(self, name: str, version: int, head: ClassifierHead) -> None:
         self._of[name] = Shadow(version, head)
 
-    def clear(self, name: str) -> None:
+    def stop(self, name: str) -> None:
         self._of.pop(name, None)
 
     def get(self, name: str) -> Shadow | None:
         return self._of.get(name)
 
-    def offer(self, name: str, texts: Sequence[str], answers: Sequence[str]) -> None:
+    def observe(self, name: str, texts: Sequence[str], answers: Sequence[str]) -> None:
         """Texts that the serving version has answered."""
         shadow = self._of.get(name)
         if shadow is not None and (self._task is None or self._task.done()):

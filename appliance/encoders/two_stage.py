@@ -20,7 +20,7 @@ from appliance.encoders.linear_models import (
     LinearModel,
     LinearScorer,
     ProbabilityCalibration,
-    strangeness,
+    compute_ood_scores,
 )
 
 Floats = npt.NDArray[np.float32]
@@ -31,7 +31,7 @@ SHOWN_SHARES: Final = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
-class FittedStages:
+class FittedStage:
     """A step as numbers."""
 
     recipe: FeatureRecipe
@@ -55,7 +55,7 @@ class StageModel:
         return total
 
 
-def make_step(
+def build_stage(
     lexicon: FeatureVocabulary, linear: LinearModel, encoder: Embedder | None, calibration: ProbabilityCalibration
 ) -> StageModel:
     """`encoder` is left out where the weights have nothing for it."""
@@ -68,9 +68,9 @@ class StageAnswers:
     """A row for each text."""
 
     probabilities: Floats
-    strangeness: Floats
+    ood_scores: Floats
     """By the first step, whoever answered."""
-    asked: Flags
+    escalated: Flags
     """Whether the second step answered."""
 
 
@@ -80,10 +80,10 @@ class ClassifierHead:
 
     labels: tuple[str, ...]
     first: StageModel
-    strange_from: float
+    ood_threshold: float
     """Strangeness from which on a text counts as out of scope."""
     second: StageModel | None = None
-    ask_below: float = 0.0
+    escalate_below: float = 0.0
     """Texts whose margin is smaller are asked of the second step."""
 
     def answer(self, texts: Sequence[str]) -> StageAnswers:
@@ -91,12 +91,12 @@ class ClassifierHead:
         shares = self.first.calibration.probabilities(scores)
         asked = np.zeros(len(texts), dtype=bool)
         if self.second is not None:
-            asked = margins(scores) < self.ask_below
+            asked = compute_margins(scores) < self.escalate_below
             places = np.flatnonzero(asked).tolist()
             if places:
                 found = self.second.scores([texts[place] for place in places])
                 shares[places] = self.second.calibration.probabilities(found)
-        return StageAnswers(shares, strangeness(scores), asked)
+        return StageAnswers(shares, compute_ood_scores(scores), asked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,29 +104,29 @@ class TrainedClassifier:
     """A fitted head in numbers, before it is written down."""
 
     labels: tuple[str, ...]
-    lexicon: FeatureVocabulary
-    first: FittedStages
-    second: FittedStages | None
+    vocabulary: FeatureVocabulary
+    first: FittedStage
+    second: FittedStage | None
     """What texts with a margin below `ask_below` are asked of."""
-    ask_below: float
-    strange_from: float
+    escalate_below: float
+    ood_threshold: float
     report: Mapping[str, Any]
     held_confidences: Floats
     """Of each example by a head that had not seen it; in the examples' order."""
     held_right: Flags
-    held_strangeness: Floats
+    held_ood_scores: Floats
 
     def head(self, encoder: Embedder | None) -> ClassifierHead:
         """Ready to answer. `encoder`: the one that it was trained with, if there was one."""
         steps = [
-            None if one is None else make_step(self.lexicon, one.linear, encoder, one.calibration)
+            None if one is None else build_stage(self.vocabulary, one.linear, encoder, one.calibration)
             for one in (self.first, self.second)
         ]
         assert steps[0] is not None
-        return ClassifierHead(self.labels, steps[0], self.strange_from, steps[1], self.ask_below)
+        return ClassifierHead(self.labels, steps[0], self.ood_threshold, steps[1], self.escalate_below)
 
 
-def margins(scores: Floats) -> Floats:
+def compute_margins(scores: Floats) -> Floats:
     """How far the highest score is above the next one."""
     two = np.partition(scores, -2, axis=1)[:, -2:]
     apart: Floats = two[:, 1] - two[:, 0]
@@ -134,7 +134,7 @@ def margins(scores: Floats) -> Floats:
 
 
 @dataclass(frozen=True, slots=True)
-class ThresholdChoice:
+class EscalationThreshold:
     """What asking the second step below a margin comes to on held-out rows."""
 
     below: float
@@ -142,24 +142,24 @@ class ThresholdChoice:
     accuracy: float
 
 
-def least_asked(first: Floats, second: Floats, truth: Ints, wanted: float) -> ThresholdChoice:
+def choose_escalation(first: Floats, second: Floats, truth: Ints, wanted: float) -> EscalationThreshold:
     """The smallest share of texts with which `wanted` is reached; where it cannot be, the one that comes closest.
 
     `first` and `second` are both steps' scores of the same rows, which neither was fitted on.
     """
-    apart = margins(first)
+    apart = compute_margins(first)
     order = np.argsort(apart, kind="stable")
     gained = _accuracies(first, second, truth, order)
     enough = np.flatnonzero(gained >= wanted)
     count = int(enough[0]) if enough.size else int(gained.argmax())
     below = float("inf") if count == truth.size else float(apart[order[count]])
     asked = apart < below
-    return ThresholdChoice(below, float(asked.mean()), float(gained[int(asked.sum())]))
+    return EscalationThreshold(below, float(asked.mean()), float(gained[int(asked.sum())]))
 
 
-def accuracy_by_share(first: Floats, second: Floats, truth: Ints) -> Sequence[dict[str, float]]:
+def tabulate_accuracy_by_share(first: Floats, second: Floats, truth: Ints) -> Sequence[dict[str, float]]:
     """What accuracy comes of asking the second step about so many of all texts, the least sure ones."""
-    gained = _accuracies(first, second, truth, np.argsort(margins(first), kind="stable"))
+    gained = _accuracies(first, second, truth, np.argsort(compute_margins(first), kind="stable"))
     return [{"asked_share": share, "accuracy": float(gained[round(share * truth.size)])} for share in SHOWN_SHARES]
 
 
@@ -172,7 +172,7 @@ def _accuracies(first: Floats, second: Floats, truth: Ints, order: Ints) -> npt.
     return sums
 
 
-def calibrated(
+def calibrate_probabilities(
     calibrations: Sequence[ProbabilityCalibration], first: Floats, second: Floats | None, asked: Flags
 ) -> Floats:
     """Each row's probabilities by the step that answers it."""

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from appliance.encoders.embedders import Embedder, StaticEmbedder
 from appliance.encoders.features import FeatureVocabulary
 from appliance.encoders.linear_models import LinearModel, ProbabilityCalibration
-from appliance.encoders.two_stage import ClassifierHead, StageModel, TrainedClassifier, make_step
+from appliance.encoders.two_stage import ClassifierHead, StageModel, TrainedClassifier, build_stage
 from appliance.errors import ModelFileError, NotFound, RequestError
 from appliance.files import OWNER_ONLY, replace_file, replacing_file, sync_to_disk
 
@@ -52,34 +52,34 @@ def check_name(name: object) -> str:
     return name
 
 
-class Versions:
+class ClassifierStore:
     """All classifiers of one data directory. One writer at a time for each name."""
 
     def __init__(self, data: Path) -> None:
         self.data = data
 
-    def names(self) -> Sequence[str]:
+    def list_names(self) -> Sequence[str]:
         """Those that have a version to serve."""
         return [path.parent.name for path in sorted(self.data.glob(f"*/{_SERVING}"))]
 
-    def serving(self, name: str) -> int:
+    def find_serving(self, name: str) -> int:
         """Raises NotFound."""
         check_name(name)
         try:
             return int(json.loads((self.data / name / _SERVING).read_text())["version"])
         except FileNotFoundError:
-            known = ", ".join(self.names()) or "there is none yet"
+            known = ", ".join(self.list_names()) or "there is none yet"
             raise NotFound(f"no classifier {name!r} here ({known})") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelFileError(f"{self.data / name / _SERVING} cannot be read ({error!r}): roll back") from error
 
-    def numbers(self, name: str) -> Sequence[int]:
+    def list_versions(self, name: str) -> Sequence[int]:
         folders = (self.data / name).glob("v*")
         return sorted(int(one.name[1:]) for one in folders if one.name[1:].isdigit() and (one / "head.json").is_file())
 
     def describe(self, name: str, version: int | None = None) -> StoredClassifier:
         """Raises NotFound, naming the versions there are."""
-        number = self.serving(name) if version is None else version
+        number = self.find_serving(name) if version is None else version
         folder = self.data / name / f"v{number}"
         facts = dict(self._head(name, number))
         facts.pop("lexicon", None)
@@ -114,9 +114,9 @@ class Versions:
 
     def roll_back(self, name: str, version: int | None) -> int:
         """Let an earlier version serve: the one named, or the last before the serving one. Raises NotFound."""
-        current = self.serving(name)
+        current = self.find_serving(name)
         if version is None:
-            earlier = [number for number in self.numbers(name) if number < current]
+            earlier = [number for number in self.list_versions(name) if number < current]
             if not earlier:
                 raise NotFound(f"classifier {name!r} has no version before {current}")
             version = earlier[-1]
@@ -126,19 +126,19 @@ class Versions:
 
     def remove_version(self, name: str, version: int) -> None:
         """Raises NotFound, and RequestError for the one that serves."""
-        if self.serving(name) == version:
+        if self.find_serving(name) == version:
             raise RequestError(f"version {version} of {name!r} serves: roll back to another one first", param="version")
         self._head(name, version)
         shutil.rmtree(self.data / name / f"v{version}")
 
-    def keep(self, name: str, texts: Sequence[str], labels: Sequence[str]) -> None:
+    def keep_examples(self, name: str, texts: Sequence[str], labels: Sequence[str]) -> None:
         """Keep examples beside the versions, in place of those kept before, so that it can be trained on them again."""
         folder = self.data / check_name(name)
         folder.mkdir(parents=True, exist_ok=True)
         rows = (orjson.dumps({"text": text, "label": label}) for text, label in zip(texts, labels, strict=True))
         replace_file(folder / _KEPT, b"\n".join(rows), mode=OWNER_ONLY)
 
-    def kept(self, name: str) -> Sequence[Mapping[str, str]]:
+    def read_kept_examples(self, name: str) -> Sequence[Mapping[str, str]]:
         path = self.data / check_name(name) / _KEPT
         try:
             return [orjson.loads(line) for line in path.read_bytes().splitlines()]
@@ -149,7 +149,7 @@ class Versions:
 
     def remove(self, name: str) -> None:
         """Raises NotFound."""
-        self.serving(name)
+        self.find_serving(name)
         # Out of sight first: what is half deleted must not serve.
         (self.data / name / _SERVING).unlink()
         shutil.rmtree(self.data / name)
@@ -158,7 +158,7 @@ class Versions:
         self, name: str, version: int | None, vectors: StaticEmbedder | None, encoders: Mapping[str, Embedder]
     ) -> ClassifierHead:
         """Raises NotFound, and ModelFileError where a file is damaged or a model that it builds on is not here."""
-        number = self.serving(name) if version is None else version
+        number = self.find_serving(name) if version is None else version
         facts = self._head(name, number)
         path = self.data / name / f"v{number}" / "weights.safetensors"
         try:
@@ -167,9 +167,9 @@ class Versions:
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise ModelFileError(f"{path} cannot be used ({error!r}): roll back or train again") from error
 
-    def held_out(self, name: str, version: int | None = None) -> Mapping[str, Any]:
+    def read_held_out(self, name: str, version: int | None = None) -> Mapping[str, Any]:
         """Of each held-out row: `confidence`, `right`, `strangeness`. No texts."""
-        number = self.serving(name) if version is None else version
+        number = self.find_serving(name) if version is None else version
         self._head(name, number)
         tensors = load_file(self.data / name / f"v{number}" / "weights.safetensors")
         return {name.removeprefix("held."): rows for name, rows in tensors.items() if name.startswith("held.")}
@@ -179,7 +179,7 @@ class Versions:
         try:
             facts: Mapping[str, Any] = orjson.loads(path.read_bytes())
         except FileNotFoundError:
-            known = ", ".join(str(number) for number in self.numbers(name)) or "none"
+            known = ", ".join(str(number) for number in self.list_versions(name)) or "none"
             raise NotFound(f"classifier {name!r} has no version {version}; it has {known}") from None
         except (OSError, ValueError) as error:
             raise ModelFileError(f"{path} cannot be read ({error}): roll back or train again") from error
@@ -198,17 +198,17 @@ def _tensors(trained: TrainedClassifier) -> dict[str, Any]:
             linear = step.linear
             tensors |= {f"{prefix}linear.{name}": np.ascontiguousarray(one) for name, one in linear.weights.items()}
             tensors[f"{prefix}bias"] = np.ascontiguousarray(linear.bias)
-    tensors |= {f"rarity.{name}": np.ascontiguousarray(rows) for name, rows in trained.lexicon.weights.items()}
+    tensors |= {f"rarity.{name}": np.ascontiguousarray(rows) for name, rows in trained.vocabulary.weights.items()}
     tensors["held.confidence"] = trained.held_confidences.astype(np.float32)
     tensors["held.right"] = trained.held_right.astype(np.uint8)
-    tensors["held.strangeness"] = trained.held_strangeness.astype(np.float32)
+    tensors["held.strangeness"] = trained.held_ood_scores.astype(np.float32)
     return tensors
 
 
 def _facts(
     name: str, number: int, trained: TrainedClassifier, made_at: str, models: Mapping[str, str]
 ) -> Mapping[str, Any]:
-    lexicon = trained.lexicon
+    lexicon = trained.vocabulary
     return {
         "format": FORMAT,
         "name": name,
@@ -217,7 +217,7 @@ def _facts(
         "labels": list(trained.labels),
         "calibration": asdict(trained.first.calibration),
         "second": None if trained.second is None else _second_facts(trained),
-        "strange_from": trained.strange_from,
+        "strange_from": trained.ood_threshold,
         "models": dict(models),
         "report": trained.report,
         "lexicon": {
@@ -230,7 +230,7 @@ def _facts(
 
 def _second_facts(trained: TrainedClassifier) -> Mapping[str, Any]:
     assert trained.second is not None
-    return {"calibration": asdict(trained.second.calibration), "ask_below": trained.ask_below}
+    return {"calibration": asdict(trained.second.calibration), "ask_below": trained.escalate_below}
 
 
 def _head(
@@ -254,9 +254,9 @@ def _head(
     return ClassifierHead(
         labels=tuple(facts["labels"]),
         first=_step(tensors, "", lexicon, encoder, facts["calibration"]),
-        strange_from=float(facts["strange_from"]),
+        ood_threshold=float(facts["strange_from"]),
         second=None if second is None else _step(tensors, _SECOND, lexicon, encoder, second["calibration"]),
-        ask_below=0.0 if second is None else float(second["ask_below"]),
+        escalate_below=0.0 if second is None else float(second["ask_below"]),
     )
 
 
@@ -270,7 +270,7 @@ def _step(
     start = f"{prefix}linear."
     weights = {name.removeprefix(start): rows for name, rows in tensors.items() if name.startswith(start)}
     linear = LinearModel(weights, tensors[f"{prefix}bias"])
-    return make_step(lexicon, linear, encoder, ProbabilityCalibration(**calibration))
+    return build_stage(lexicon, linear, encoder, ProbabilityCalibration(**calibration))
 
 
 def _check_same(wanted: str | None, here: str | None) -> None:

@@ -116,7 +116,7 @@ class LlamaCpp(EngineDefaults):
 
 
 def _buffers_bytes(model: ModelSpec, sequences: int, cells: int) -> int:
-    """The logits that are read and their double in the graph, shared and the lanes', the attention mask (f16), and the
+    """The logits that are read and their double in the graph, shared and the slots', the attention mask (f16), and the
     activations."""
     logits = 2 * 4 * (sequences + _SPARE_ROWS + sequences) * model.vocabulary_tokens
     mask = 2 * _PASS_TOKENS * cells

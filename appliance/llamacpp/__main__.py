@@ -41,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def serve(options: argparse.Namespace, listener: socket.socket) -> int:
     """Answer on `listener` from the first moment (503 while loading) until a signal or the engine ends it."""
-    desk = EngineGate(max_body_bytes=options.max_body_bytes)
-    async with serve_app(make_app(desk), listener) as stop:
-        return await _live(options, desk, stop)
+    gate = EngineGate(max_body_bytes=options.max_body_bytes)
+    async with serve_app(make_app(gate), listener) as stop:
+        return await _live(options, gate, stop)
 
 
-async def _live(options: argparse.Namespace, desk: EngineGate, stop: asyncio.Event) -> int:
+async def _live(options: argparse.Namespace, gate: EngineGate, stop: asyncio.Event) -> int:
     log("loading", model=str(options.model), threads=options.threads, context_tokens=options.context_tokens)
     loading = asyncio.ensure_future(_in_daemon_thread(lambda: _load(options)))
     stopping = asyncio.create_task(stop.wait())
@@ -55,20 +55,20 @@ async def _live(options: argparse.Namespace, desk: EngineGate, stop: asyncio.Eve
         if not loading.done():
             log("stopped", reason="told to stop while loading")
             return EXIT_CLEAN
-        desk.kernels, model, prompts, grammars = loading.result()
+        gate.kernels, model, prompts, grammars = loading.result()
     except ModelFileError as error:
-        desk.close("failed", error.message)
+        gate.close("failed", error.message)
         log("model_file_error", reason=error.message)
         return EXIT_MODEL_FILE
     except Exception as error:  # whatever keeps the engine from starting is told once, in one line
-        desk.close("failed", str(error))
+        gate.close("failed", str(error))
         log("engine_failed", reason=f"{type(error).__name__}: {error}")
         return EXIT_ENGINE
     finally:
         if not loading.done():
             stopping.cancel()
     try:
-        return await _work(options, desk, stopping, model, prompts, grammars)
+        return await _work(options, gate, stopping, model, prompts, grammars)
     finally:
         stopping.cancel()
         grammars.close()
@@ -77,7 +77,7 @@ async def _live(options: argparse.Namespace, desk: EngineGate, stop: asyncio.Eve
 
 async def _work(
     options: argparse.Namespace,
-    desk: EngineGate,
+    gate: EngineGate,
     stopping: "asyncio.Task[bool]",
     model: LlamaModel,
     prompts: PromptBuilder,
@@ -85,43 +85,43 @@ async def _work(
 ) -> int:
     engine = LlamaEngine(model, max_queued_requests=options.max_queued_requests)
     engine.start()
-    desk.reason = "the engine measures its speed"
-    failing = asyncio.create_task(engine.until_failed())
-    ready = asyncio.create_task(engine.ready())
+    gate.reason = "the engine measures its speed"
+    failing = asyncio.create_task(engine.wait_until_failed())
+    ready = asyncio.create_task(engine.wait_until_ready())
     await asyncio.wait({stopping, failing, ready}, return_when=asyncio.FIRST_COMPLETED)
     if ready.done() and ready.exception() is None:
         release_freed()
         release_code_pages()
         alias = options.alias or options.model.stem
-        desk.open(ServerContext(alias, model, engine, prompts, grammars))
+        gate.open(ServerContext(alias, model, engine, prompts, grammars))
         log("ready", model=alias, context_tokens=model.context_tokens, sequences=model.sequences, threads=model.threads)
         await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
     ready.cancel()
     failing.cancel()
     if engine.failed is not None:
-        desk.close("failed", engine.failed.message)
+        gate.close("failed", engine.failed.message)
         log("engine_failed", reason=engine.failed.message)
         await engine.close(0)
     else:
-        desk.close("draining", "the engine was told to stop")
-        log("draining", requests=desk.requests.count, seconds=options.drain_seconds)
+        gate.close("draining", "the engine was told to stop")
+        log("draining", requests=gate.requests.count, seconds=options.drain_seconds)
         await engine.close(options.drain_seconds)
     with suppress(TimeoutError):
-        await asyncio.wait_for(desk.requests.wait_until_none(), _LAST_WORDS_SECONDS)
+        await asyncio.wait_for(gate.requests.wait_until_none(), _LAST_WORDS_SECONDS)
     log("stopped")
     return EXIT_CLEAN if engine.failed is None else EXIT_ENGINE
 
 
 def _load(options: argparse.Namespace) -> tuple[Kernels, LlamaModel, PromptBuilder, GrammarCompiler]:
     kernels = PLAIN_KERNELS if options.plain_kernels else install_kernels()
-    log("kernels", kernels=kernels.told)
+    log("kernels", kernels=kernels.summary)
     model = LlamaModel.load(
         options.model,
         threads=options.threads,
         context_tokens=options.context_tokens,
         sequences=options.sequences,
         batch_tokens=options.batch_tokens,
-        lanes=choose_slot_setting(options.lane_tokens, kernels),
+        slot_tokens=choose_slot_setting(options.slot_tokens, kernels),
         mapped=not (kernels.names and has_packed_weights(options.model)),
     )
     grammars = GrammarCompiler(model.vocab_pointer, model.end_tokens, vocabulary_size=model.vocabulary_size)
@@ -135,9 +135,9 @@ def _load(options: argparse.Namespace) -> tuple[Kernels, LlamaModel, PromptBuild
 
 
 def choose_slot_setting(asked: int | None, kernels: Kernels) -> int | None:
-    """Cells of each sequence's lane; None: as many as fit.
+    """Cells of each sequence's slot; None: as many as fit.
 
-    With an attention that looks at a query's own cells alone, lanes are no quicker than the shared memory (measured
+    With an attention that looks at a query's own cells alone, slots are no quicker than the shared memory (measured
     with 8 and 32 sequences: within 1 %), where forced tokens and drafts share a step with everybody's next tokens.
     """
     return 0 if asked is None and kernels.names else asked
@@ -148,7 +148,7 @@ async def _in_daemon_thread(work: Callable[[], Result]) -> Result:
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Result] = loop.create_future()
 
-    def tell(result: Result | None, error: BaseException | None) -> None:
+    def deliver(result: Result | None, error: BaseException | None) -> None:
         if done.cancelled():
             return
         if error is not None:
@@ -163,7 +163,7 @@ async def _in_daemon_thread(work: Callable[[], Result]) -> Result:
         except Exception as error:
             problem = error
         with suppress(RuntimeError):  # the loop is closed when nobody waits any more
-            loop.call_soon_threadsafe(tell, result, problem)
+            loop.call_soon_threadsafe(deliver, result, problem)
 
     threading.Thread(target=run, name="load", daemon=True).start()
     return await done
@@ -176,7 +176,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=_positive, default=_usable_cpus(), help="default: all usable CPUs")
     parser.add_argument("--context-tokens", type=_positive, default=8_192, help="KV cells, shared by all sequences")
     parser.add_argument(
+        "--slot-tokens",
         "--lane-tokens",
+        dest="slot_tokens",
         type=int,
         help="of the KV cells, how many each sequence gets for itself (0: none; "
         "default: what is left beside one sequence of the model's full length; none with the native kernels)",
@@ -195,10 +197,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_worker_arguments(parser)
     options = parser.parse_args(argv)
     if (
-        options.lane_tokens is not None
-        and not 0 <= options.lane_tokens <= options.context_tokens // 2 // options.sequences
+        options.slot_tokens is not None
+        and not 0 <= options.slot_tokens <= options.context_tokens // 2 // options.sequences
     ):
-        parser.error(f"--lane-tokens {options.lane_tokens} for each sequence is not within half of --context-tokens")
+        parser.error(f"--slot-tokens {options.slot_tokens} for each sequence is not within half of --context-tokens")
     if options.drain_seconds < 0:
         parser.error(f"--drain-seconds {options.drain_seconds} is negative")
     return options

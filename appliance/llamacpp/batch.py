@@ -39,11 +39,11 @@ class DecodeBatch:
         return self._tokens[: self.size]
 
     @property
-    def room_tokens(self) -> int:
+    def free_tokens(self) -> int:
         return self.capacity_tokens - self.size
 
     @property
-    def room_outputs(self) -> int:
+    def free_outputs(self) -> int:
         return self.outputs_max - self.outputs
 
     def clear(self) -> None:

@@ -79,13 +79,13 @@ class LlamaContext:
         every later one until `allow`."""
         self._abort_flag.raw = b"\x01\x00"
 
-    def allow(self) -> None:
+    def clear_abort(self) -> None:
         """Take an `abort` back."""
         self._abort_flag.raw = b"\x00\x00"
 
     def reset(self) -> None:
         """Forget everything, an `abort` included."""
-        self.allow()
+        self.clear_abort()
         self.memory_clear()
 
     def memory_copy(self, source: int, target: int, start: int, stop: int) -> None:
@@ -104,7 +104,7 @@ class LlamaContext:
         """Positions held by a sequence, counted from 0."""
         return int(lib.llama_memory_seq_pos_max(self._memory, sequence)) + 1
 
-    def use_threads(self, threads: int) -> None:
+    def set_threads(self, threads: int) -> None:
         """Compute with so many threads from the next decode on."""
         lib.llama_set_n_threads(self._context, threads, threads)
 

@@ -137,7 +137,7 @@ class LlamaEngine:
         self._idle.set()
         self._sent = _Sent()
         self._noted = _Sent()
-        self._seen = (self._runner.load(), self._noted)
+        self._last_load = (self._runner.report_load(), self._noted)
         """The thread's last word: its load, and what of the inbox that load takes in. Replaced whole."""
 
     def start(self) -> None:
@@ -146,13 +146,13 @@ class LlamaEngine:
         self.model.reset()
         self._thread.start()
 
-    async def ready(self) -> None:
+    async def wait_until_ready(self) -> None:
         """Wait for the calibration; raises what made the engine fail."""
         await self._ready.wait()
         if self.failed is not None:
             raise self.failed
 
-    async def until_failed(self) -> ApplianceError:
+    async def wait_until_failed(self) -> ApplianceError:
         """Wait until the engine can work no more; gives the reason. It may never return."""
         await self._failing.wait()
         assert self.failed is not None
@@ -162,13 +162,15 @@ class LlamaEngine:
         """Queue one sequence. Raises ContextTooLong, RequestError for impossible tokens, and EngineBusy."""
         self._check(request)
         self._refuse_when_busy(len(request.prompt))
-        sequence = Running.of(request, next(self._numbers), self.model.sequence_context_tokens, self.model.end_tokens)
+        sequence = Running.from_request(
+            request, next(self._numbers), self.model.sequence_context_tokens, self.model.end_tokens
+        )
         mailbox = self._mailboxes[sequence] = _Mailbox()
         self._idle.clear()
         self._send(self._runner.submit, sequence, len(request.prompt), sequence.remaining)
         return EngineGeneration(mailbox, lambda: self._drop(sequence, self._runner.cancel))
 
-    async def score(self, items: Sequence[LabelItem]) -> list[LabelScores]:
+    async def score_labels(self, items: Sequence[LabelItem]) -> list[LabelScores]:
         """Score the labels of every item; answers come in the items' order, `error` set where one cannot be scored.
 
         Raises EngineBusy. Cancelling the caller drops the work that is left.
@@ -177,18 +179,18 @@ class LlamaEngine:
         self._refuse_when_busy(job.waiting_tokens)
         answered = self._answers[job] = asyncio.get_running_loop().create_future()
         self._idle.clear()
-        self._send(self._runner.score, job, job.waiting_tokens, 0)
+        self._send(self._runner.submit_labels, job, job.waiting_tokens, 0)
         try:
             await answered
         finally:
             if self._answers.pop(job, None) is not None:
-                self._drop(job, self._runner.cancel_score)
+                self._drop(job, self._runner.cancel_labels)
                 self._note_idle()
         return [scores for scores in job.results if scores is not None]
 
-    def load(self) -> EngineLoadReport:
+    def report_load(self) -> EngineLoadReport:
         """The engine's state as of the last step, with what was submitted since counted as queued."""
-        load, seen = self._seen
+        load, seen = self._last_load
         sent = self._sent
         return replace(
             load,
@@ -237,7 +239,7 @@ class LlamaEngine:
                 "the engine is shutting down: use another target or try again when it is back",
                 retry_after_seconds=_RESTART_SECONDS,
             )
-        load = self.load()
+        load = self.report_load()
         free = load.sequences_capacity - load.running_sequences
         full = load.queued_requests >= self._max_requests + free
         if self._max_tokens is not None and load.queued_prompt_tokens:
@@ -316,43 +318,43 @@ class LlamaEngine:
         try:
             if self._calibrates:
                 measure_first_rates(self.model, self._runner.rates)
-            self._report()
+            self._store_load()
             self._call(self._ready.set)
             while not self._stopping:
-                self._turn()
+                self._run_once()
         except Exception as error:  # the thread's root: whatever it is, the process must hear of it
             self.failed = (
                 error if isinstance(error, ApplianceError) else EngineFailed(f"{type(error).__name__}: {error}")
             )
             self._call(self._end_all, "error", str(self.failed))
 
-    def _turn(self) -> None:
+    def _run_once(self) -> None:
         """Read the inbox and do one step, or sleep until there is something to do."""
         self._wake.clear()
         while self._inbox:
             action, what = self._inbox.popleft()
             action(what)
         if self._runner.idle:
-            self._report()
+            self._store_load()
             self._wake.wait()
             return
-        told = self._runner.step()
-        self._report()
-        self._tell(told)
+        result = self._runner.run_step()
+        self._store_load()
+        self._publish(result)
 
     def _take_note(self, sent: "_Sent") -> None:
         self._noted = sent
 
-    def _report(self) -> None:
-        self._seen = (self._runner.load(), self._noted)
+    def _store_load(self) -> None:
+        self._last_load = (self._runner.report_load(), self._noted)
 
-    def _tell(self, told: StepResult) -> None:
+    def _publish(self, result: StepResult) -> None:
         news = []
-        for sequence in dict.fromkeys(told.sequences):
+        for sequence in dict.fromkeys(result.sequences):
             events, sequence.events = sequence.events, []
             news.append((sequence, events, sequence.finished))
-        if news or told.jobs:
-            self._call(self._deliver, news, told.jobs)
+        if news or result.jobs:
+            self._call(self._deliver, news, result.jobs)
 
     def _call(self, function: Callable[..., None], *values: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop was closed before the engine

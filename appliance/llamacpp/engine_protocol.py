@@ -30,10 +30,10 @@ class Constraint(Protocol):
 class LookaheadConstraint(Protocol):
     """A constraint that can tell when it leaves no choice."""
 
-    def forced(self) -> list[int]:
+    def list_forced_tokens(self) -> list[int]:
         """The tokens that must come next, one after the other; none where there is a choice."""
 
-    def allowed(self, tokens: Sequence[int]) -> int:
+    def count_allowed(self, tokens: Sequence[int]) -> int:
         """How many of `tokens` may come next, one after the other. Changes nothing."""
 
 
@@ -137,10 +137,10 @@ class EngineLoadReport:
     remaining_output_tokens: int
     """Upper bound: sum of max_tokens left over running and queued sequences."""
     kv_used_tokens: int
-    """Cells held by running sequences, in lanes too; what the prefix cache could give back is not counted."""
+    """Cells held by running sequences, in slots too; what the prefix cache could give back is not counted."""
     kv_cached_tokens: int
     kv_capacity_tokens: int
-    """Shared cells and lanes together."""
+    """Shared cells and slots together."""
     steps: int
     prefill_tokens_total: int
     decode_tokens_total: int
@@ -156,7 +156,7 @@ class EngineLoadReport:
     accepted_tokens_total: int = 0
     """Of those, the ones that came to be."""
     lane_sequences: int = 0
-    """Of the running sequences, those that lie in lanes."""
+    """Of the running sequences, those that lie in slots."""
     compute_seconds_total: float = 0.0
     """Time spent in llama.cpp's decode."""
     host_seconds_total: float = 0.0

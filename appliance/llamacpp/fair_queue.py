@@ -18,13 +18,13 @@ class FairQueue:
         self._now = 0.0
         self._ends: dict[str, float] = {}
 
-    def place(self, tenant: str, tokens: int) -> float:
+    def assign_start_tag(self, tenant: str, tokens: int) -> float:
         """The place of new work of `tokens`; lower goes first."""
         place = max(self._now, self._ends.get(tenant, 0.0))
         self._ends[tenant] = place + tokens
         return place
 
-    def begin(self, place: float, tokens: int) -> None:
+    def advance(self, place: float, tokens: int) -> None:
         """The work of `tokens` at `place` is begun: time goes on by what each of the tenants with work has of it."""
         self._now = max(self._now, place)
         if len(self._ends) > _TENANTS_REMEMBERED:

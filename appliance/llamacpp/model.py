@@ -2,7 +2,7 @@
 
 Everything but the vocabulary (`tokenize`, `piece`, `end_tokens`) may be touched by one thread at a time only. Memory is
 unified: every sequence draws its cells from one budget, and `memory_copy` shares cells instead of copying them. Where
-the budget has room to spare, a part of it becomes `lanes`.
+the budget has room to spare, a part of it becomes `slots`.
 """
 
 import ctypes
@@ -40,7 +40,7 @@ class LlamaModel(LlamaContext):
         self._handle, self._abandoned = handle, False
         self.vocab_pointer = lib.llama_model_get_vocab(handle)
         super().__init__(context, batch, lib.llama_vocab_n_tokens(self.vocab_pointer))
-        self.lanes: PerSequenceKv | None = None
+        self.slots: PerSequenceKv | None = None
         self.metadata = _metadata(handle)
         self.architecture = self.metadata.get("general.architecture", "unknown")
         self.name = self.metadata.get("general.name", path.stem)
@@ -64,8 +64,8 @@ class LlamaModel(LlamaContext):
 
     @property
     def kv_capacity_tokens(self) -> int:
-        """KV cells in all: the shared ones and those of the lanes."""
-        return self.context_tokens + (self.lanes.count * self.lanes.tokens if self.lanes is not None else 0)
+        """KV cells in all: the shared ones and those of the slots."""
+        return self.context_tokens + (self.slots.count * self.slots.tokens if self.slots is not None else 0)
 
     @property
     def sequence_context_tokens(self) -> int:
@@ -82,7 +82,7 @@ class LlamaModel(LlamaContext):
         sequences: int,
         batch_tokens: int = 512,
         attention: Attention = "fast",
-        lanes: int | None = None,
+        slot_tokens: int | None = None,
         mapped: bool = True,
     ) -> "LlamaModel":
         """Load `path` with a KV budget of `context_tokens` (rounded up to 256) for up to `sequences` at once.
@@ -91,8 +91,8 @@ class LlamaModel(LlamaContext):
         nor the place of a cell changes a log probability by more than 1e-4. The fast one (flash attention in float16)
         is up to twice as quick when much is cached and lets them differ by about a hundredth.
 
-        `lanes`: cells of each sequence's lane, taken out of the budget; 0: none. Left out, they get what the budget
-        has beyond one sequence of the trained length, if that makes useful lanes.
+        `slot_tokens`: cells of each sequence's slot, taken out of the budget; 0: none. Left out, slots get what the
+        budget has beyond one sequence of the trained length, if that makes useful slots.
 
         `mapped`: the weights stay in the mapped file. Not where they are packed while they are loaded (`is_packed`):
         both copies would be in memory for a while.
@@ -106,8 +106,8 @@ class LlamaModel(LlamaContext):
         try:
             _check_memory(handle, context_tokens)
             forkable = _forkable(handle)
-            if lanes is None:
-                lanes = (
+            if slot_tokens is None:
+                slot_tokens = (
                     choose_slot_tokens(context_tokens, lib.llama_model_n_ctx_train(handle), sequences)
                     if forkable
                     else 0
@@ -115,7 +115,7 @@ class LlamaModel(LlamaContext):
             ids = min(256, sequences + _SPARE_SEQUENCES) if forkable else sequences + 1
             rows = sequences + _SPARE_ROWS
             params = make_context_params(
-                cells=context_tokens - lanes * sequences,
+                cells=context_tokens - slot_tokens * sequences,
                 batch_tokens=max(batch_tokens, rows, ids),
                 ids=ids,
                 outputs=max(rows, ids),
@@ -136,17 +136,17 @@ class LlamaModel(LlamaContext):
         model.release_unread_rows()
         # All of the file is in memory now, and most of it twice where kernels keep weights in an order of their own.
         release_file_pages(path)
-        if lanes:
-            model.lanes = PerSequenceKv.make(
-                handle, model, count=sequences, tokens=lanes, threads=threads, attention=attention
+        if slot_tokens:
+            model.slots = PerSequenceKv.make(
+                handle, model, count=sequences, tokens=slot_tokens, threads=threads, attention=attention
             )
         return model
 
     def close(self) -> None:
         """Give the memory back. The model must not be used afterwards; closing twice is harmless."""
         if self._handle and not self._abandoned:
-            if self.lanes is not None:
-                self.lanes.close()
+            if self.slots is not None:
+                self.slots.close()
             super().close()
             lib.llama_model_free(self._handle)
             self._handle = None
@@ -156,32 +156,32 @@ class LlamaModel(LlamaContext):
         its feet would end the whole process without a word."""
         self._abandoned = True
 
-    def use_threads(self, threads: int) -> None:
+    def set_threads(self, threads: int) -> None:
         """Compute with so many threads from the next decode on."""
-        super().use_threads(threads)
-        if self.lanes is not None:
-            self.lanes.use_threads(threads)
+        super().set_threads(threads)
+        if self.slots is not None:
+            self.slots.set_threads(threads)
         self.threads = threads
 
     def abort(self) -> None:
-        """Make a decode that runs in another thread give up within milliseconds, in the lanes as well."""
+        """Make a decode that runs in another thread give up within milliseconds, in the slots as well."""
         super().abort()
-        if self.lanes is not None:
-            self.lanes.abort()
+        if self.slots is not None:
+            self.slots.abort()
 
-    def allow(self) -> None:
+    def clear_abort(self) -> None:
         """Take an `abort` back."""
-        super().allow()
-        if self.lanes is not None:
-            self.lanes.allow()
+        super().clear_abort()
+        if self.slots is not None:
+            self.slots.clear_abort()
 
     def memory_clear(self) -> None:
-        """Forget everything, in the lanes as well."""
+        """Forget everything, in the slots as well."""
         super().memory_clear()
-        if self.lanes is not None:
-            self.lanes.memory_clear()
+        if self.slots is not None:
+            self.slots.memory_clear()
 
-    def last_words(self) -> str:
+    def last_log_lines(self) -> str:
         """What llama.cpp last complained about."""
         return LOG.last_words()
 

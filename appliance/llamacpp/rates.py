@@ -124,7 +124,7 @@ def _prefill(model: LlamaModel, tokens: int) -> float:
 
 def _decode(model: LlamaModel, sequences: int) -> float:
     """Seconds of one step, the quickest of a few: what disturbs a measurement only ever makes it longer."""
-    where = model.lanes if model.lanes is not None and sequences > 1 else model
+    where = model.slots if model.slots is not None and sequences > 1 else model
     times: list[float] = []
     while sum(times) < _DECODE_SECONDS or len(times) < 2:
         where.batch.clear()
@@ -138,6 +138,6 @@ def _run(model: LlamaModel, context: LlamaContext) -> float:
     began = time.perf_counter()
     code = context.decode()
     if code:
-        raise EngineFailed(f"the first decode failed with {code}: {model.last_words()}")
+        raise EngineFailed(f"the first decode failed with {code}: {model.last_log_lines()}")
     _ = context.rows  # waits for the result
     return time.perf_counter() - began

@@ -114,7 +114,7 @@ async def _split(name: str, seed: int, options: argparse.Namespace) -> Mapping[f
         async with httpx.AsyncClient(transport=transport, base_url="http://encoders", timeout=600) as client:
             begun = await client.post("/v1/classifiers", json={"name": name, "examples": known, "tier": options.tier})
             begun.raise_for_status()
-            await desk.runs.idle()
+            await desk.training_jobs.wait_until_idle()
             answered = await _answered(client, name, unseen)
             found: dict[float, list[Streamed]] = {bound: [] for bound in options.bounds}
             for _ in range(STREAMS):

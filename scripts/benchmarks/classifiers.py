@@ -30,9 +30,9 @@ from sklearn.model_selection import StratifiedKFold
 from appliance.encoders.embedders import Embedded, Embedder
 from appliance.encoders.model_cache import ModelCache
 from appliance.encoders.training.examples import read_examples
-from appliance.encoders.training.metrics import ece
-from appliance.encoders.training.selective_risk import threshold_for
-from appliance.encoders.training.trainer import CandidateModels, Trainer, train
+from appliance.encoders.training.metrics import compute_ece
+from appliance.encoders.training.selective_risk import find_threshold
+from appliance.encoders.training.trainer import CandidateModels, Trainer, train_classifier
 from appliance.encoders.two_stage import ClassifierHead, StageAnswers, TrainedClassifier
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -59,8 +59,8 @@ def main() -> None:
     options = parser.parse_args()
     began = time.monotonic()
     library = ModelCache(options.data_dir / "models", options.threads)
-    real = next(iter(library.encoders().values()), None)
-    models = CandidateModels(library.vectors(), None if real is None else _Remembering(real))
+    real = next(iter(library.load_encoders().values()), None)
+    models = CandidateModels(library.find_static(), None if real is None else _Remembering(real))
     results = []
     print(
         f"{'set':<10}{'rows':>5} {'how':<6}{'wanted':<7}{'features':<82}{'accuracy':>8}{'ECE':>7}{'asked':>7}"
@@ -102,7 +102,7 @@ def measured(
         examples = read_examples(list(known), None, None, at_least=2)
         bench = Trainer(examples, models)
         for one in wanted:
-            made = train(
+            made = train_classifier(
                 examples,
                 models,
                 wanted_accuracy={"words": None, "-": None, "most": 0.9999}.get(one) or _number(one),
@@ -136,7 +136,7 @@ class _Sums:
         truth = np.array([made.labels.index(row["label"]) for row in unseen])
         self.sure.append(found.probabilities.max(axis=1))
         self.right.append(found.probabilities.argmax(axis=1) == truth)
-        self.asked.append(1.0 if head.first.encoder is not None else float(found.asked.mean()))
+        self.asked.append(1.0 if head.first.encoder is not None else float(found.escalated.mean()))
         share, failed = _streams(made, self.sure[-1], self.right[-1], seed)
         self.shares.append(share)
         self.over += failed
@@ -150,7 +150,7 @@ class _Sums:
             "trained_on": self.trained_on,
             "measured_on": int(answers.size),
             "accuracy": float(answers.mean()),
-            "ece": ece(np.concatenate(self.sure), answers),
+            "ece": compute_ece(np.concatenate(self.sure), answers),
             "asked_share": float(np.mean(self.asked)),
             "local_share": float(np.mean(self.shares)),
             "streams_over": f"{self.over}/{STREAMS * len(self.shares)}",
@@ -185,13 +185,13 @@ def out_of_scope(name: str, models: CandidateModels) -> Mapping[str, Any]:
 
 def _words(rows: Sequence[Row], models: CandidateModels) -> TrainedClassifier:
     examples = read_examples(list(rows), None, None, at_least=2)
-    return train(
+    return train_classifier(
         examples, models, wanted_accuracy=None, dearest="words", progress=lambda *_: None, clock=time.monotonic
     )
 
 
 def _strange(made: TrainedClassifier, texts: Sequence[str]) -> Any:
-    return _answers(made.head(None), texts).strangeness - made.strange_from
+    return _answers(made.head(None), texts).ood_scores - made.ood_threshold
 
 
 def _auroc(inside: Any, outside: Any) -> float:
@@ -203,8 +203,8 @@ def _answers(head: ClassifierHead, texts: Sequence[str]) -> StageAnswers:
     parts = [head.answer(texts[at : at + BATCH]) for at in range(0, len(texts), BATCH)]
     return StageAnswers(
         np.vstack([part.probabilities for part in parts]),
-        np.concatenate([part.strangeness for part in parts]),
-        np.concatenate([part.asked for part in parts]),
+        np.concatenate([part.ood_scores for part in parts]),
+        np.concatenate([part.escalated for part in parts]),
     )
 
 
@@ -237,7 +237,7 @@ class _Remembering:
 def _streams(made: TrainedClassifier, sure: Any, right: Any, seed: int) -> tuple[float, int]:
     """The share of unseen texts that is answered under the bound, and how many streams exceed it."""
     held = list(zip(made.held_confidences.tolist(), made.held_right.tolist(), strict=True))
-    threshold = threshold_for(BOUND, CONFIDENCE, held, next_rows=sure.size // 2).threshold
+    threshold = find_threshold(BOUND, CONFIDENCE, held, next_rows=sure.size // 2).threshold
     if threshold is None:
         return 0.0, 0
     stands = sure >= threshold

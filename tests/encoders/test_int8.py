@@ -7,9 +7,22 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from appliance.encoders.int8 import _field, _number, multiplies_int8, with_int8_products
+from appliance.encoders.int8 import multiplies_int8, with_int8_products
 
 FLOAT, INT8 = 1, 3
+
+
+def varint(value: int) -> bytes:
+    low, high = value & 127, value >> 7
+    return bytes([low | 128]) + varint(high) if high else bytes([low])
+
+
+def _number(number: int, value: int) -> bytes:
+    return varint(number << 3) + varint(value)
+
+
+def _field(number: int, value: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(value)) + value
 
 
 def tensor(name: str, values: Any, kind: int) -> bytes:
@@ -69,7 +82,7 @@ def test_scales_of_rows_are_left_alone() -> None:
 
 @pytest.mark.parametrize("raw", [b"\x3a\xff", b"\x0b", b"\x08"])
 def test_what_is_no_model_is_refused(raw: bytes) -> None:
-    with pytest.raises(ValueError, match=r"the file ends|no part of a model"):
+    with pytest.raises(ValueError, match="no ONNX model"):
         with_int8_products(raw)
 
 

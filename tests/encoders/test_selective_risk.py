@@ -5,37 +5,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.encoders.training.selective_risk import threshold_for, upper_limit
+from appliance.encoders.training.selective_risk import compute_upper_limit, find_threshold
 
 
 def test_the_upper_limit_is_that_of_the_exact_binomial() -> None:
     # No wrong in n rows: (1 - limit)^n = 1 - confidence.
-    assert upper_limit(0, 59, 0.95) == pytest.approx(1 - 0.05 ** (1 / 59))
-    assert upper_limit(5, 100, 0.95) == pytest.approx(0.10225, abs=1e-4)
-    assert upper_limit(7, 7, 0.95) == 1.0
+    assert compute_upper_limit(0, 59, 0.95) == pytest.approx(1 - 0.05 ** (1 / 59))
+    assert compute_upper_limit(5, 100, 0.95) == pytest.approx(0.10225, abs=1e-4)
+    assert compute_upper_limit(7, 7, 0.95) == 1.0
 
 
 def test_too_few_rows_keep_no_bound_however_right_they_are() -> None:
-    assert threshold_for(0.05, 0.95, [(0.9, True)] * 58).threshold is None
-    assert threshold_for(0.05, 0.95, [(0.9, True)] * 59).threshold == 0.9
-    assert threshold_for(0.05, 0.95, []).threshold is None
+    assert find_threshold(0.05, 0.95, [(0.9, True)] * 58).threshold is None
+    assert find_threshold(0.05, 0.95, [(0.9, True)] * 59).threshold == 0.9
+    assert find_threshold(0.05, 0.95, []).threshold is None
 
 
 def test_the_lowest_threshold_that_keeps_the_bound_is_taken_and_equal_scores_stand_together() -> None:
     sure = [(0.9, True)] * 900
-    found = threshold_for(0.05, 0.95, [*sure, *[(0.5, False)] * 100])
+    found = find_threshold(0.05, 0.95, [*sure, *[(0.5, False)] * 100])
     assert (found.threshold, found.local_share, found.disagreement) == (0.9, 0.9, 0.0)
-    found = threshold_for(0.15, 0.95, [*sure, *[(0.5, False)] * 100])
+    found = find_threshold(0.15, 0.95, [*sure, *[(0.5, False)] * 100])
     assert (found.threshold, found.local_share, found.disagreement) == (0.5, 1.0, 0.1)
     assert found.upper_limit < 0.15
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=200), st.floats(0.01, 0.4))
 def test_what_is_promised_holds_for_the_rows_themselves(scores: list[tuple[float, bool]], bound: float) -> None:
-    found = threshold_for(bound, 0.9, scores)
+    found = find_threshold(bound, 0.9, scores)
     if found.threshold is not None:
         wrong = sum(score >= found.threshold and not right for score, right in scores)
-        assert upper_limit(wrong, len(scores), 0.9) <= bound
+        assert compute_upper_limit(wrong, len(scores), 0.9) <= bound
         assert found.local_share == sum(score >= found.threshold for score, _ in scores) / len(scores)
 
 
@@ -47,7 +47,7 @@ def test_a_threshold_keeps_its_bound_on_new_rows_as_often_as_it_promises() -> No
     for _ in range(200):
         shares = chance.beta(4, 1, size=800)
         right = chance.random(800) < shares
-        found = threshold_for(0.05, 0.95, list(zip(shares.tolist(), right.tolist(), strict=True)))
+        found = find_threshold(0.05, 0.95, list(zip(shares.tolist(), right.tolist(), strict=True)))
         assert found.threshold is not None
         broken += float((1 - truth[truth >= found.threshold]).sum() / truth.size) > 0.05
     assert broken <= 18  # 10 are expected of 200 at most; 18 or fewer come with a probability of 99 %
@@ -61,11 +61,11 @@ def test_a_promise_for_the_next_texts_is_kept_by_the_texts_themselves() -> None:
         right = chance.random(1_400) < shares
         held = list(zip(shares[:1_000].tolist(), right[:1_000].tolist(), strict=True))
         coming, coming_right = shares[1_000:], right[1_000:]
-        found = threshold_for(0.05, 0.95, held, next_rows=400)
+        found = find_threshold(0.05, 0.95, held, next_rows=400)
         assert found.threshold is not None
         broken += ((coming >= found.threshold) & ~coming_right).mean() > 0.05
         share += found.local_share / 200
-        loose = threshold_for(0.05, 0.95, held).threshold
+        loose = find_threshold(0.05, 0.95, held).threshold
         long_run_broken += ((coming >= (loose or 2)) & ~coming_right).mean() > 0.05
     assert broken <= 18  # 10 are expected at most
     assert long_run_broken > broken, "what holds in the long run is broken by more of the short streams"
@@ -75,4 +75,4 @@ def test_a_promise_for_the_next_texts_is_kept_by_the_texts_themselves() -> None:
 @pytest.mark.parametrize(("bound", "confidence"), [(0.0, 0.95), (1.0, 0.95), (0.05, 1.0), (0.05, 0.2)])
 def test_a_bound_or_a_confidence_that_cannot_be_is_refused(bound: float, confidence: float) -> None:
     with pytest.raises(ValueError, match="must be"):
-        threshold_for(bound, confidence, [(1.0, True)])
+        find_threshold(bound, confidence, [(1.0, True)])

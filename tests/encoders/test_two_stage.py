@@ -9,13 +9,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from appliance.encoders.embedders import _BATCH_TOKENS, _RUN_TOKENS, Embedded, _batches, unit_rows
+from appliance.encoders.embedders import _BATCH_TOKENS, _RUN_TOKENS, Embedded, _batches, normalise_rows
 from appliance.encoders.training.examples import read_examples
 from appliance.encoders.training.fitting import fit_calibrations
-from appliance.encoders.training.metrics import ece
-from appliance.encoders.training.trainer import CandidateModels, Trainer, train
-from appliance.encoders.two_stage import TrainedClassifier, accuracy_by_share, calibrated, least_asked, margins
-from appliance.encoders.versions import Versions
+from appliance.encoders.training.metrics import compute_ece
+from appliance.encoders.training.trainer import CandidateModels, Trainer, train_classifier
+from appliance.encoders.two_stage import (
+    TrainedClassifier,
+    calibrate_probabilities,
+    choose_escalation,
+    compute_margins,
+    tabulate_accuracy_by_share,
+)
+from appliance.encoders.versions import ClassifierStore
 from appliance.errors import ModelFileError
 from tests.encoders.samples import labelled
 
@@ -39,11 +45,11 @@ class Knowing:
             seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
             rows[place] = np.random.default_rng(seed).normal(size=8) / 4
             rows[place, ["delivery", "billing", "login"].index(self._labels[text])] += 1
-        return Embedded(unit_rows(rows), [1] * len(texts))
+        return Embedded(normalise_rows(rows), [1] * len(texts))
 
 
 def trained(encoder: Knowing, wanted: float | None, bench: Trainer | None = None) -> TrainedClassifier:
-    return train(
+    return train_classifier(
         read_examples(EXAMPLES, None, None),
         CandidateModels(None, encoder),
         wanted_accuracy=wanted,
@@ -65,14 +71,14 @@ def test_the_encoder_is_asked_about_as_few_texts_as_reach_the_accuracy(tmp_path:
     assert most.report["accuracy"] > some.report["accuracy"]
     assert "; where unsure encoder" in some.report["recipe"]
 
-    store = Versions(tmp_path)
+    store = ClassifierStore(tmp_path)
     store.save("mail", some, made_at="2026-01-01T00:00:00+00:00", models={"encoder": encoder.fingerprint})
     head = store.load("mail", None, None, {"knowing": encoder})
     encoder.asked.clear()
     texts = [row["text"] for row in fresh]
     found = head.answer(texts)
-    assert encoder.asked == [text for text, was_asked in zip(texts, found.asked, strict=True) if was_asked]
-    assert 0 < found.asked.sum() < len(texts) / 2
+    assert encoder.asked == [text for text, was_asked in zip(texts, found.escalated, strict=True) if was_asked]
+    assert 0 < found.escalated.sum() < len(texts) / 2
     assert found.probabilities.sum(axis=1) == pytest.approx(np.ones(len(texts)), abs=1e-4)
     np.testing.assert_allclose(found.probabilities, some.head(encoder).answer(texts).probabilities, atol=1e-5)
     with pytest.raises(ModelFileError, match="pull knowing again"):
@@ -100,23 +106,23 @@ def test_answers_of_both_steps_together_are_calibrated() -> None:
     first = scores(chance, truth, np.where(hard, 0.5, 4.0)) * np.float32(5)
     second = scores(chance, truth, np.where(hard, 2.0, 4.0)) / np.float32(3)
     half = np.arange(8_000) < 4_000
-    asking = least_asked(first[half], second[half], truth[half], 0.9)
-    asked = margins(first) < asking.below
+    asking = choose_escalation(first[half], second[half], truth[half], 0.9)
+    asked = compute_margins(first) < asking.below
     found = fit_calibrations(first[half], second[half], asked[half], truth[half])
-    shares = calibrated(found, first[~half], second[~half], asked[~half])
+    shares = calibrate_probabilities(found, first[~half], second[~half], asked[~half])
     right = shares.argmax(axis=1) == truth[~half]
     assert right.mean() == pytest.approx(asking.accuracy, abs=0.02)
-    assert ece(shares.max(axis=1), right) < 0.02
+    assert compute_ece(shares.max(axis=1), right) < 0.02
 
 
 def test_an_accuracy_out_of_reach_gets_what_comes_closest() -> None:
     chance = np.random.default_rng(1)
     truth = chance.integers(0, 4, 2_000)
     first, second = (scores(chance, truth, np.full(2_000, 2.0)) for _ in range(2))
-    closest = least_asked(first, second, truth, 0.999)
-    shown = accuracy_by_share(first, second, truth)
+    closest = choose_escalation(first, second, truth, 0.999)
+    shown = tabulate_accuracy_by_share(first, second, truth)
     assert closest.accuracy >= max(row["accuracy"] for row in shown)
-    assert least_asked(first, second, truth, 0.1).share == 0.0
+    assert choose_escalation(first, second, truth, 0.1).share == 0.0
 
 
 def test_texts_of_like_length_are_computed_together_and_little_is_padded() -> None:

@@ -36,7 +36,7 @@ async def until(reached: Callable[[], object]) -> None:
 
 async def until_idle(engine: LlamaEngine) -> None:
     def idle() -> bool:
-        load = engine.load()
+        load = engine.report_load()
         return not (load.running_sequences or load.queued_requests or load.queued_prompt_tokens or load.kv_used_tokens)
 
     await until(idle)

@@ -15,13 +15,13 @@ def score(model: LlamaModel, wanted: Sequence[LabelItem], *, together: bool = Tr
     runner = StepRunner(model)
     calls = [wanted] if together else [[item] for item in wanted]
     found = [scores for call in calls for scores in asked(runner, call)]
-    assert runner.load().kv_used_tokens == 0
+    assert runner.report_load().kv_used_tokens == 0
     return found
 
 
 def asked(runner: StepRunner, call: Sequence[LabelItem]) -> list[LabelScores]:
     job = LabelJob(call)
-    runner.score(job)
+    runner.submit_labels(job)
     while not runner.idle:
-        runner.step()
+        runner.run_step()
     return [scores for scores in job.results if scores is not None]

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 def own_model(smollm2_path: Path) -> Iterator[LlamaModel]:
-    model = LlamaModel.load(smollm2_path, threads=1, context_tokens=512, sequences=2, lanes=0)
+    model = LlamaModel.load(smollm2_path, threads=1, context_tokens=512, sequences=2, slot_tokens=0)
     yield model
     model.close()
 
@@ -35,7 +35,7 @@ async def test_a_model_is_not_freed_under_a_thread_that_does_not_stop(
         go_on.wait()
         return StepResult()
 
-    monkeypatch.setattr(engine._runner, "step", hang)
+    monkeypatch.setattr(engine._runner, "run_step", hang)
     engine.start()
     engine.submit(SequenceRequest(prompt=[1], max_tokens=2))
     inside.wait()

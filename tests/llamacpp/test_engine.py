@@ -74,7 +74,7 @@ async def test_choices_of_one_prompt_compute_it_once(engine: LlamaEngine) -> Non
         await tokens(generation)
     cached = [generation.finished.cached_tokens for generation in together if generation.finished]
     assert cached == [0, 59, 59, 59]
-    assert engine.load().prefill_tokens_total + engine.load().decode_tokens_total < 60 + 4 * 3 + 4
+    assert engine.report_load().prefill_tokens_total + engine.report_load().decode_tokens_total < 60 + 4 * 3 + 4
 
 
 async def test_a_conversation_goes_on_from_what_was_generated(engine: LlamaEngine) -> None:
@@ -98,14 +98,14 @@ async def test_tenants_share_no_prefix(engine: LlamaEngine) -> None:
 async def test_cancelling_frees_the_cells_and_is_told_once(engine: LlamaEngine) -> None:
     generation = engine.submit(endless(story(engine.model, 50), 900))
     await anext(generation)
-    assert engine.load().kv_used_tokens >= 50
+    assert engine.report_load().kv_used_tokens >= 50
     generation.cancel()
     generation.cancel()
     await read(generation)
     assert generation.finished is not None
     assert generation.finished.reason == "cancelled"
     await until_idle(engine)
-    assert engine.load().kv_used_tokens == 0
+    assert engine.report_load().kv_used_tokens == 0
 
 
 async def test_one_still_waiting_can_be_cancelled(engine: LlamaEngine) -> None:
@@ -183,7 +183,7 @@ async def test_a_full_queue_refuses_with_a_hint(model: LlamaModel) -> None:
         engine.submit(endless([99], 5))
     assert (refused.value.retry_after_seconds or 0) >= 1
     with pytest.raises(EngineBusy):
-        await engine.score([LabelItem([5], [[6]])])
+        await engine.score_labels([LabelItem([5], [[6]])])
     for generation in accepted:
         generation.cancel()
     await until_idle(engine)
@@ -203,13 +203,13 @@ async def test_queued_tokens_are_bounded_too(model: LlamaModel) -> None:
 
 async def test_load_counts_what_was_submitted_at_once(engine: LlamaEngine) -> None:
     generation = engine.submit(endless(story(engine.model, 50), 30))
-    load = engine.load()
+    load = engine.report_load()
     assert load.queued_requests + load.running_sequences == 1
     assert load.remaining_output_tokens == 30
     assert (load.sequences_capacity, load.kv_capacity_tokens) == (4, 512)
     await tokens(generation)
     await until_idle(engine)
-    load = engine.load()
+    load = engine.report_load()
     assert (load.queued_prompt_tokens, load.remaining_output_tokens, load.kv_used_tokens) == (0, 0, 0)
     assert load.kv_cached_tokens == 79
     assert load.decode_tokens_per_second[1] > 0
@@ -217,14 +217,14 @@ async def test_load_counts_what_was_submitted_at_once(engine: LlamaEngine) -> No
 
 async def test_cancelling_a_score_drops_the_rest(engine: LlamaEngine) -> None:
     items = [LabelItem(story(engine.model, 100 + n % 7), [[5], [6, 7]]) for n in range(200)]
-    task = asyncio.create_task(engine.score(items))
-    await until(lambda: engine.load().steps)
+    task = asyncio.create_task(engine.score_labels(items))
+    await until(lambda: engine.report_load().steps)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     await until_idle(engine)
-    assert engine.load().queued_prompt_tokens == 0
-    assert engine.load().prefill_tokens_total < 100 * 200
+    assert engine.report_load().queued_prompt_tokens == 0
+    assert engine.report_load().prefill_tokens_total < 100 * 200
 
 
 async def test_a_prompt_that_nobody_waits_for_is_given_up_in_the_middle_of_its_step(
@@ -248,7 +248,7 @@ async def test_a_prompt_that_nobody_waits_for_is_given_up_in_the_middle_of_its_s
     assert codes == [ABORTED]
     after = engine.submit(endless(story(engine.model, 30), 5))
     assert len(await tokens(after)) == 5
-    assert engine.load().prefill_tokens_total < 250
+    assert engine.report_load().prefill_tokens_total < 250
 
 
 async def test_a_step_is_not_given_up_while_somebody_waits_for_a_part_of_it(
@@ -274,12 +274,12 @@ async def test_a_step_is_not_given_up_while_somebody_waits_for_a_part_of_it(
 
 async def test_an_urgent_label_call_does_not_wait_for_a_long_one(engine: LlamaEngine) -> None:
     long = [LabelItem(story(engine.model, 100)[n % 50 :], [[5], [6, 7]], priority=5) for n in range(200)]
-    bulk = asyncio.create_task(engine.score(long))
-    await until(lambda: engine.load().steps)
-    assert engine.load().label_items > 100
-    urgent = await engine.score([LabelItem(story(engine.model, 40), [[5], [6]])])
+    bulk = asyncio.create_task(engine.score_labels(long))
+    await until(lambda: engine.report_load().steps)
+    assert engine.report_load().label_items > 100
+    urgent = await engine.score_labels([LabelItem(story(engine.model, 40), [[5], [6]])])
     assert urgent[0].error is None
-    assert engine.load().label_items > 100
+    assert engine.report_load().label_items > 100
     bulk.cancel()
     with pytest.raises(asyncio.CancelledError):
         await bulk
@@ -289,10 +289,10 @@ async def test_an_urgent_label_call_does_not_wait_for_a_long_one(engine: LlamaEn
 @pytest.mark.slow
 async def test_a_long_label_call_of_one_tenant_does_not_hold_up_another(engine: LlamaEngine) -> None:
     long = [LabelItem(story(engine.model, 100)[n % 50 :], [[5], [6, 7]], "bulk") for n in range(200)]
-    bulk = asyncio.create_task(engine.score(long))
-    await until(lambda: engine.load().steps)
-    await engine.score([LabelItem(story(engine.model, 40), [[5], [6]], "other")])
-    assert engine.load().label_items > 100
+    bulk = asyncio.create_task(engine.score_labels(long))
+    await until(lambda: engine.report_load().steps)
+    await engine.score_labels([LabelItem(story(engine.model, 40), [[5], [6]], "other")])
+    assert engine.report_load().label_items > 100
     bulk.cancel()
     with pytest.raises(asyncio.CancelledError):
         await bulk
@@ -302,12 +302,12 @@ async def test_a_long_label_call_of_one_tenant_does_not_hold_up_another(engine: 
 async def test_the_load_tells_how_much_of_the_time_is_the_engines_own(engine: LlamaEngine) -> None:
     await tokens(engine.submit(endless(story(engine.model, 50), 30)))
     await until_idle(engine)
-    load = engine.load()
+    load = engine.report_load()
     assert 0 < load.host_seconds_total < 0.5 * load.compute_seconds_total
 
 
 async def test_scoring_nothing_gives_nothing(engine: LlamaEngine) -> None:
-    assert await engine.score([]) == []
+    assert await engine.score_labels([]) == []
 
 
 async def test_a_long_prompt_does_not_stall_a_stream(engine: LlamaEngine) -> None:
@@ -324,8 +324,8 @@ async def test_a_long_prompt_does_not_stall_a_stream(engine: LlamaEngine) -> Non
 async def test_calibration_fills_the_rates(model: LlamaModel) -> None:
     engine = LlamaEngine(model)
     engine.start()
-    await engine.ready()
-    load = engine.load()
+    await engine.wait_until_ready()
+    load = engine.report_load()
     assert load.prefill_tokens_per_second > 0
     assert {1} <= set(load.decode_tokens_per_second) <= {1, 4}  # what takes too long is left to the first requests
     assert load.kv_used_tokens == 0
@@ -338,7 +338,7 @@ async def test_a_sequence_put_back_loses_nothing_and_repeats_nothing(engine: Lla
     generations = [engine.submit(endless([300 + n] * 20, 130)) for n in range(4)]
     found = await asyncio.gather(*(tokens(generation) for generation in generations))
     assert [len(one) for one in found] == [130] * 4
-    assert engine.load().prefill_tokens_total > 4 * 20
+    assert engine.report_load().prefill_tokens_total > 4 * 20
     await until_idle(engine)
 
 
@@ -346,9 +346,9 @@ async def test_a_sequence_put_back_loses_nothing_and_repeats_nothing(engine: Lla
 async def test_a_crowded_run_writes_what_an_uncontended_one_does(exact: LlamaEngine) -> None:
     prompts = [story(exact.model, 60 + n)[7 * n :] for n in range(4)]
     alone = [await tokens(exact.submit(endless(prompt, 100))) for prompt in prompts[:2]]
-    before = exact.load().prefill_tokens_total
+    before = exact.report_load().prefill_tokens_total
     crowded = await asyncio.gather(*(tokens(exact.submit(endless(prompt, 100, cache_salt="x"))) for prompt in prompts))
-    assert exact.load().prefill_tokens_total - before > sum(len(prompt) for prompt in prompts)
+    assert exact.report_load().prefill_tokens_total - before > sum(len(prompt) for prompt in prompts)
     assert crowded[:2] == alone
 
 

@@ -32,7 +32,7 @@ async def test_a_failed_step_ends_what_was_in_it_and_the_engine_goes_on(
     assert hit.finished.reason == "error"
     assert "llama_decode failed with -3" in (hit.finished.error or "")
     await until_idle(engine)
-    assert engine.load().kv_cached_tokens == 0
+    assert engine.report_load().kv_cached_tokens == 0
     after = engine.submit(endless(story(engine.model, 30), 5))
     assert len(await tokens(after)) == 5
     assert engine.failed is None
@@ -64,12 +64,12 @@ async def test_of_a_failed_step_only_the_label_item_gets_an_error_that_made_it_f
     fails_on(engine.model, 4321, monkeypatch)
     items = [LabelItem([*story(engine.model, 30 + n), *more], [[5], [6]]) for n, more in enumerate([[], [4321], []])]
     stream = engine.submit(endless(story(engine.model, 20), 40))
-    found = await engine.score(items)
+    found = await engine.score_labels(items)
     assert [scores.error is None for scores in found] == [True, False, True]
     assert "failed with -3" in (found[1].error or "")
     assert len(await tokens(stream)) == 40
     monkeypatch.undo()
-    assert [scores.error is None for scores in await engine.score(items)] == [True, True, True]
+    assert [scores.error is None for scores in await engine.score_labels(items)] == [True, True, True]
 
 
 async def test_a_step_that_fails_once_costs_nobody_anything(
@@ -78,7 +78,7 @@ async def test_a_step_that_fails_once_costs_nobody_anything(
     decode, codes = engine.model.decode, iter([-3])
     monkeypatch.setattr(engine.model, "decode", lambda: next(codes, 0) or decode())
     items = [LabelItem(story(engine.model, 40 + n), [[5], [6]]) for n in range(3)]
-    assert [scores.error for scores in await engine.score(items)] == [None] * 3
+    assert [scores.error for scores in await engine.score_labels(items)] == [None] * 3
 
 
 async def test_an_engine_that_always_fails_says_so_and_ends_everything(
@@ -87,14 +87,14 @@ async def test_an_engine_that_always_fails_says_so_and_ends_everything(
     engine = LlamaEngine(model, calibrate=False)
     monkeypatch.setattr(model, "decode", lambda: -3)
     engine.start()
-    await engine.ready()
+    await engine.wait_until_ready()
     generations = [engine.submit(endless([5 + n], 10)) for n in range(9)]
     for generation in generations:
         assert await read(generation) == []
         assert generation.finished is not None
         assert generation.finished.reason == "error"
     async with asyncio.timeout(20):
-        assert await engine.until_failed() is engine.failed
+        assert await engine.wait_until_failed() is engine.failed
     assert isinstance(engine.failed, EngineFailed)
     with pytest.raises(EngineBusy):
         engine.submit(endless([5], 1))
@@ -117,7 +117,7 @@ async def test_closing_at_once_cancels_what_runs(model: LlamaModel) -> None:
     engine = LlamaEngine(model, calibrate=False)
     engine.start()
     generation = engine.submit(endless(story(model, 450), 50))
-    scoring = asyncio.create_task(engine.score([LabelItem(story(model, 450), [[5]])]))
+    scoring = asyncio.create_task(engine.score_labels([LabelItem(story(model, 450), [[5]])]))
     await asyncio.sleep(0.05)
     await engine.close(0)
     await read(generation)

@@ -46,12 +46,12 @@ def grammars(f32_model: LlamaModel) -> GrammarCompiler:
 async def answer(engine: LlamaEngine, constraint: Any, **more: Any) -> tuple[list[TokenEvent], int]:
     """The tokens of an answer, and how many steps they took."""
     prompt = engine.model.tokenize("An order as JSON:\n")
-    before = engine.load().steps
+    before = engine.report_load().steps
     request = SequenceRequest(
         prompt, more.pop("max_tokens", 120), Sampling(temperature=0.0), constraint=constraint, **more
     )
     events = [event async for events in engine.submit(request) for event in events]
-    return events, engine.load().steps - before
+    return events, engine.report_load().steps - before
 
 
 async def test_forced_runs_take_one_step_and_the_object_is_whole(exact: LlamaEngine, grammars: GrammarCompiler) -> None:
@@ -83,7 +83,7 @@ async def test_a_forced_run_stops_where_the_budget_ends(exact: LlamaEngine, gram
 
 def test_a_schema_with_a_choice_forces_nothing(f32_model: LlamaModel, grammars: GrammarCompiler) -> None:
     constraint = grammars.compile({"type": "object", "properties": {"a": {"enum": ["long_word_one", "other"]}}})
-    assert constraint.forced() == []
+    assert constraint.list_forced_tokens() == []
     only = grammars.compile({"const": {"a_long_key": 1}})
-    text = b"".join(f32_model.piece(token) for token in only.forced())
+    text = b"".join(f32_model.piece(token) for token in only.list_forced_tokens())
     assert b'{"a_long_key":1}'.startswith(text) and len(text) > 8

@@ -28,9 +28,9 @@ def test_calls_that_take_turns_keep_each_a_prefix_of_its_own(model: LlamaModel) 
         for first, salt in ((0, "one"), (1, "other"))
     ]
     for call in calls:
-        runner.score(call)
+        runner.submit_labels(call)
     while not runner.idle:
-        runner.step()
+        runner.run_step()
     for call in calls:
         cached = [scores.cached_tokens for scores in call.results if scores is not None]
         assert sorted(tokens >= 149 for tokens in cached) == [False] + [True] * 39
@@ -41,8 +41,8 @@ def test_what_waiting_items_need_of_the_cache_gives_way_to_what_runs(model: Llam
     runner = StepRunner(model)
     prefix = story(model, 300)
     asked(runner, [LabelItem([*prefix, token], [[5], [6]]) for token in (7, 8)])
-    assert runner.load().kv_cached_tokens <= model.context_tokens // 2
-    assert runner.load().kv_used_tokens == 0
+    assert runner.report_load().kv_cached_tokens <= model.context_tokens // 2
+    assert runner.report_load().kv_used_tokens == 0
 
 
 @pytest.mark.slow

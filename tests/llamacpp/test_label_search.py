@@ -30,9 +30,9 @@ class Source:
 
 def read(walk: LabelSearch, source: Source, chains: list[Path]) -> None:
     for chain in chains:
-        for length, node in enumerate(walk.trie.nodes(chain)):
+        for length, node in enumerate(walk.trie.list_nodes(chain)):
             if not walk.has_read(node):
-                walk.add(node, source.logprobs(chain[:length])[walk.trie.read_tokens[node]])
+                walk.add_logprobs(node, source.logprobs(chain[:length])[walk.trie.read_tokens[node]])
 
 
 def walked(trie: LabelTrie, source: Source, tolerance: float) -> npt.NDArray[np.float64]:
@@ -40,15 +40,15 @@ def walked(trie: LabelTrie, source: Source, tolerance: float) -> npt.NDArray[np.
     chains: list[Path] = [()]
     while chains:
         read(walk, source, chains)
-        chains = walk.next_chains(tolerance)
-    return walk.logprobs()
+        chains = walk.plan_next_chains(tolerance)
+    return walk.compute_logprobs()
 
 
 def whole(trie: LabelTrie, source: Source) -> npt.NDArray[np.float64]:
     walk = LabelSearch(trie)
     read(walk, source, trie.chains)
-    assert not walk.next_chains(0.0)
-    return walk.logprobs()
+    assert not walk.plan_next_chains(0.0)
+    return walk.compute_logprobs()
 
 
 def shares(logprobs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -72,7 +72,7 @@ def test_whatever_is_left_out_the_shares_the_mass_and_the_top_label_are_those_of
     exact = whole(trie, Source(seed, sharpness, left_over))
     found = walked(trie, Source(seed, sharpness, left_over), tolerance)
     assert np.abs(shares(found) - shares(exact)).sum() / 2 <= tolerance + 1e-9
-    assert trie.mass(found) == pytest.approx(trie.mass(exact), rel=tolerance + 1e-9)
+    assert trie.compute_mass(found) == pytest.approx(trie.compute_mass(exact), rel=tolerance + 1e-9)
     assert exact[np.argmax(found)] == pytest.approx(exact.max(), abs=1e-9)
     assert np.isfinite(found).all()
 
@@ -93,43 +93,43 @@ def test_where_the_model_is_sure_a_small_part_of_a_large_trie_is_computed() -> N
 
 def test_impossible_labels_end_a_walk_at_once() -> None:
     walk = LabelSearch(LabelTrie([(0, 1), (2, 3)]))
-    walk.add(0, np.full(2, -np.inf))
-    assert walk.next_chains(1e-3) == []
-    assert walk.logprobs().tolist() == [-np.inf, -np.inf]
+    walk.add_logprobs(0, np.full(2, -np.inf))
+    assert walk.plan_next_chains(1e-3) == []
+    assert walk.compute_logprobs().tolist() == [-np.inf, -np.inf]
 
 
 def test_a_wave_goes_on_to_the_next_choice() -> None:
     trie = LabelTrie([(0, 1, 2, 3), (0, 1, 2, 4), (5, 1)])
     walk = LabelSearch(trie)
-    walk.add(0, np.log([0.5, 0.5, 0.5])[: len(trie.read_tokens[0])])
-    assert walk.next_chains(1e-3) == [(0, 1, 2), (5,)]
+    walk.add_logprobs(0, np.log([0.5, 0.5, 0.5])[: len(trie.read_tokens[0])])
+    assert walk.plan_next_chains(1e-3) == [(0, 1, 2), (5,)]
 
 
 def test_labels_that_begin_each_other_can_all_be_likely() -> None:
     trie = LabelTrie([(1,), (1, 2), (1, 2, 3), (1, 4), (5,), (5,)])
     assert dict(zip(trie.paths, trie.nesting.tolist(), strict=True)) == {(): 3, (1,): 2, (1, 2): 1}
-    assert trie.least.tolist() == [True, False, False, False, True, False]
+    assert trie.prefix_free.tolist() == [True, False, False, False, True, False]
 
 
 LARGE = LabelTrie([(a, b, c) for a in range(6) for b in range(6) for c in (1, 2)])
 
 
 def test_small_tries_and_small_calls_are_computed_in_one_pass() -> None:
-    assert SearchBudget().worth_walking(LARGE, 1000, 1e-3)
-    assert not SearchBudget().worth_walking(LabelTrie([(1, 2), (3, 4)]), 1000, 1e-3)
-    assert not SearchBudget().worth_walking(LARGE, 1, 1e-3)
-    assert not SearchBudget().worth_walking(LARGE, 1000, 0.0)
+    assert SearchBudget().is_worth_searching(LARGE, 1000, 1e-3)
+    assert not SearchBudget().is_worth_searching(LabelTrie([(1, 2), (3, 4)]), 1000, 1e-3)
+    assert not SearchBudget().is_worth_searching(LARGE, 1, 1e-3)
+    assert not SearchBudget().is_worth_searching(LARGE, 1000, 0.0)
 
 
 def test_where_walks_save_nothing_few_items_walk() -> None:
     thrift, walks = SearchBudget(), 0
     for seed in range(400):
-        if thrift.worth_walking(LARGE, 1000, 1e-3):
+        if thrift.is_worth_searching(LARGE, 1000, 1e-3):
             walk, source = LabelSearch(LARGE), Source(seed, 0.1, 0.0)
             chains: list[Path] = [()]
             while chains:
                 read(walk, source, chains)
-                chains = walk.next_chains(1e-3)
+                chains = walk.plan_next_chains(1e-3)
             thrift.observe(walk)
             walks += 1
     assert 10 < walks < 100

@@ -27,7 +27,7 @@ TEXTS = ["I cannot find my card.", "Where is my parcel?", "The lamp fell off the
 
 @pytest.fixture(autouse=True)
 def always_in_waves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SearchBudget, "worth_walking", lambda self, trie, items, tolerance: tolerance > 0)
+    monkeypatch.setattr(SearchBudget, "is_worth_searching", lambda self, trie, items, tolerance: tolerance > 0)
 
 
 def items(model: LlamaModel, tolerance: float, texts: list[str] = TEXTS) -> list[LabelItem]:
@@ -47,10 +47,10 @@ def test_waves_give_the_shares_of_the_whole_trie_and_compute_less(f32_model: Lla
     for tolerance in (0.0, TOLERANCE, 0.1):
         f32_model.reset()
         runner, job = StepRunner(f32_model), LabelJob(items(f32_model, tolerance))
-        runner.score(job)
+        runner.submit_labels(job)
         while not runner.idle:
-            runner.step()
-        assert runner.load().kv_used_tokens == 0
+            runner.run_step()
+        assert runner.report_load().kv_used_tokens == 0
         counted.append(runner.prefill_tokens_total)
         found.append([scores for scores in job.results if scores is not None])
     for whole, walked, roughly in zip(*found, strict=True):
@@ -96,10 +96,10 @@ def test_what_takes_the_cells_between_two_waves_costs_nothing_but_time(f32_model
     expected = score(f32_model, wanted)
     f32_model.reset()
     runner, job = StepRunner(f32_model), LabelJob(wanted)
-    runner.score(job)
+    runner.submit_labels(job)
     while not runner.idle:
-        runner.step()
-        runner._tree.evict(f32_model.context_tokens)
+        runner.run_step()
+        runner._prefix_cache.evict(f32_model.context_tokens)
     for one, other in zip(expected, job.results, strict=True):
         assert other is not None
         np.testing.assert_allclose(shares(one), shares(other), atol=1e-4)
@@ -112,14 +112,14 @@ async def test_of_waves_that_fail_only_the_item_gets_an_error_that_made_them_fai
     odd = replace(wanted[0], labels=[[4321, 5, 6], [4321, 7, 8], [9]], tolerance=1e-9)
     decode = engine.model.decode
     monkeypatch.setattr(engine.model, "decode", lambda: -3 if 4321 in engine.model.batch.tokens else decode())
-    found = await engine.score([*wanted[:2], odd, *wanted[2:]])
+    found = await engine.score_labels([*wanted[:2], odd, *wanted[2:]])
     assert [scores.error is None for scores in found] == [True, True, False, True, True]
     await until_idle(engine)
 
 
 async def test_a_cancelled_walk_holds_nothing(engine: LlamaEngine) -> None:
-    task = asyncio.create_task(engine.score(items(engine.model, TOLERANCE, [f"Text {n}." for n in range(200)])))
-    await until(lambda: engine.load().steps > 1)
+    task = asyncio.create_task(engine.score_labels(items(engine.model, TOLERANCE, [f"Text {n}." for n in range(200)])))
+    await until(lambda: engine.report_load().steps > 1)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -130,8 +130,8 @@ async def test_a_cancelled_walk_holds_nothing(engine: LlamaEngine) -> None:
 async def test_walks_and_urgent_streams_that_need_all_cells_both_come_to_an_end(engine: LlamaEngine) -> None:
     texts = [f"Text {n}." for n in range(16)]
     bulk = [replace(item, priority=5) for item in items(engine.model, TOLERANCE, texts)]
-    task = asyncio.create_task(engine.score(bulk))
-    await until(lambda: engine.load().steps > 1)
+    task = asyncio.create_task(engine.score_labels(bulk))
+    await until(lambda: engine.report_load().steps > 1)
     streams = [engine.submit(endless(story(engine.model, 200 + n), 50)) for n in range(3)]
     assert [len(one) for one in await asyncio.gather(*map(tokens, streams))] == [50] * 3
     assert [scores.error for scores in await task] == [None] * 16

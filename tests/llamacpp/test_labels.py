@@ -48,7 +48,7 @@ def test_a_trie_computes_only_nodes_with_children() -> None:
     ],
 )
 def test_the_mass_is_that_of_the_union(labels: list[tuple[int, ...]], probabilities: list[float], mass: float) -> None:
-    assert LabelTrie(labels).mass([math.log(value) for value in probabilities]) == pytest.approx(mass)
+    assert LabelTrie(labels).compute_mass([math.log(value) for value in probabilities]) == pytest.approx(mass)
 
 
 def test_a_forest_computes_shared_tokens_once_for_all_the_paths_under_them() -> None:
@@ -58,7 +58,12 @@ def test_a_forest_computes_shared_tokens_once_for_all_the_paths_under_them() -> 
     assert forest.positions.tolist() == [10, 11, 12, 12, 11, 0]
     assert forest.starts.tolist() == [0, 0, 0, 1, 2, 3]
     assert forest.sizes.tolist() == [3, 2, 1, 1, 1, 1]
-    assert [forest.entry(2, 0), forest.entry(1, 1), forest.entry(1, 2), forest.entry(3, 0)] == [0, 1, 3, 5]
+    assert [forest.find_entry(2, 0), forest.find_entry(1, 1), forest.find_entry(1, 2), forest.find_entry(3, 0)] == [
+        0,
+        1,
+        3,
+        5,
+    ]
 
 
 def test_an_item_with_many_chains_is_cut_and_every_node_is_read_once() -> None:
@@ -72,7 +77,7 @@ def test_an_item_with_many_chains_is_cut_and_every_node_is_read_once() -> None:
         node
         for piece in pieces
         for chain, known in zip(piece.chains, piece.fresh, strict=True)
-        for node in judged.trie.nodes(chain)[known:]
+        for node in judged.trie.list_nodes(chain)[known:]
     ]
     assert sorted(read) == list(range(13))
 
@@ -147,16 +152,16 @@ def test_labels_and_streams_run_side_by_side(model: LlamaModel) -> None:
     model.reset()
     runner = StepRunner(model)
     prompt = model.tokenize("Once upon a time")
-    stream = Sequence.of(
+    stream = Sequence.from_request(
         SequenceRequest(prompt, 30, Sampling(temperature=0), ignore_eos=True), 0, 512, model.end_tokens
     )
     runner.submit(stream)
     job = LabelJob(items(model) * 12)
-    runner.score(job)
+    runner.submit_labels(job)
     together = 0
     while not runner.idle:
         before = stream.generated
-        runner.step()
+        runner.run_step()
         together += bool(stream.generated > before and job.open)
     assert stream.generated == 30
     assert together

@@ -1,4 +1,4 @@
-"""Lanes: sequences move in, out and together, and nobody can tell from what they write."""
+"""Slots: sequences move in, out and together, and nobody can tell from what they write."""
 
 import gc
 import tracemalloc
@@ -14,12 +14,12 @@ from appliance.llamacpp.kv.per_sequence import choose_slot_tokens
 from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.scheduler.step import StepRunner
 
-LANE = 256
+SLOT = 256
 
 
 @pytest.fixture(scope="module")
-def laned(smollm2_path: Path) -> Iterator[LlamaModel]:
-    loaded = LlamaModel.load(smollm2_path, threads=1, context_tokens=768 + 4 * LANE, sequences=4, lanes=LANE)
+def slotted(smollm2_path: Path) -> Iterator[LlamaModel]:
+    loaded = LlamaModel.load(smollm2_path, threads=1, context_tokens=768 + 4 * SLOT, sequences=4, slot_tokens=SLOT)
     yield loaded
     loaded.close()
 
@@ -27,7 +27,13 @@ def laned(smollm2_path: Path) -> Iterator[LlamaModel]:
 @pytest.fixture(scope="module")
 def exact(f32_path: Path) -> Iterator[LlamaModel]:
     loaded = LlamaModel.load(
-        f32_path, threads=1, context_tokens=768 + 4 * LANE, sequences=4, lanes=LANE, attention="exact", batch_tokens=256
+        f32_path,
+        threads=1,
+        context_tokens=768 + 4 * SLOT,
+        sequences=4,
+        slot_tokens=SLOT,
+        attention="exact",
+        batch_tokens=256,
     )
     yield loaded
     loaded.close()
@@ -38,7 +44,7 @@ def sequence(
 ) -> Sequence:
     greedy = Sampling(temperature=0.0)
     request = SequenceRequest(prompt, max_tokens, greedy, ignore_eos=True, priority=priority, streamed=streamed)
-    return Sequence.of(request, number, model.sequence_context_tokens, model.end_tokens)
+    return Sequence.from_request(request, number, model.sequence_context_tokens, model.end_tokens)
 
 
 def prompt(model: LlamaModel, number: int, length: int) -> list[int]:
@@ -47,11 +53,11 @@ def prompt(model: LlamaModel, number: int, length: int) -> list[int]:
 
 
 def run(runner: StepRunner) -> int:
-    """Until nothing is left to do; the most sequences that lay in lanes at once."""
+    """Until nothing is left to do; the most sequences that lay in slots at once."""
     most = 0
     while not runner.idle:
-        runner.step()
-        most = max(most, runner.load().lane_sequences)
+        runner.run_step()
+        most = max(most, runner.report_load().lane_sequences)
     return most
 
 
@@ -64,10 +70,10 @@ def written(sequence: Sequence) -> list[int]:
 def in_shared_memory(
     model: LlamaModel, wanted: list[tuple[list[int], int]], monkeypatch: pytest.MonkeyPatch
 ) -> list[list[int]]:
-    """What each writes alone and without lanes."""
+    """What each writes alone and without slots."""
     found: list[list[int]] = []
     with monkeypatch.context() as patch:
-        patch.setattr(model, "lanes", None)
+        patch.setattr(model, "slots", None)
         for tokens, length in wanted:
             model.reset()
             runner, one = StepRunner(model), sequence(model, 0, tokens, length)
@@ -91,58 +97,58 @@ def in_shared_memory(
         (65_536, 8_192, 1, 0),
     ],
 )
-def test_lanes_get_what_the_longest_sequence_leaves(cells: int, trained: int, sequences: int, each: int) -> None:
+def test_slots_get_what_the_longest_sequence_leaves(cells: int, trained: int, sequences: int, each: int) -> None:
     assert choose_slot_tokens(cells, trained, sequences) == each
 
 
-def test_a_sequence_in_a_lane_and_back_has_the_same_logits(laned: LlamaModel) -> None:
-    laned.reset()
-    lanes, batch = laned.lanes, laned.batch
-    assert lanes is not None
-    text = laned.tokenize("The capital of France is")
+def test_a_sequence_in_a_slot_and_back_has_the_same_logits(slotted: LlamaModel) -> None:
+    slotted.reset()
+    slots, batch = slotted.slots, slotted.batch
+    assert slots is not None
+    text = slotted.tokenize("The capital of France is")
     batch.clear()
     batch.add(text, 0, 5, last_output=True)
-    assert laned.decode() == 0
-    assert lanes.take(5, 2)
-    lanes.batch.clear()
-    lanes.batch.add_each([260], [len(text)], [2])
-    assert lanes.decode() == 0
-    there = lanes.rows[0].copy()
-    assert lanes.shift(2, 0)
-    assert (lanes.memory_length(0), lanes.memory_length(2)) == (len(text) + 1, 0)
-    assert lanes.give(0, 7, start=2)
-    laned.memory_copy(5, 7, 0, 2)
+    assert slotted.decode() == 0
+    assert slots.copy_in(5, 2)
+    slots.batch.clear()
+    slots.batch.add_each([260], [len(text)], [2])
+    assert slots.decode() == 0
+    there = slots.rows[0].copy()
+    assert slots.move_slot(2, 0)
+    assert (slots.memory_length(0), slots.memory_length(2)) == (len(text) + 1, 0)
+    assert slots.move_out(0, 7, start=2)
+    slotted.memory_copy(5, 7, 0, 2)
     batch.clear()
     batch.add([260], len(text), 5, last_output=True)
     batch.add([300], len(text) + 1, 7, last_output=True)
-    assert laned.decode() == 0
-    np.testing.assert_allclose(there, laned.rows[0], atol=0.1)
-    assert laned.memory_length(7) == len(text) + 2
-    assert lanes.memory_length(0) == 0
-    laned.reset()
+    assert slotted.decode() == 0
+    np.testing.assert_allclose(there, slotted.rows[0], atol=0.1)
+    assert slotted.memory_length(7) == len(text) + 2
+    assert slots.memory_length(0) == 0
+    slotted.reset()
 
 
-def test_those_that_generate_together_lie_in_lanes_and_one_alone_does_not(laned: LlamaModel) -> None:
-    laned.reset()
-    runner = StepRunner(laned)
-    runner.submit(sequence(laned, 0, prompt(laned, 0, 30), 12))
+def test_those_that_generate_together_lie_in_slots_and_one_alone_does_not(slotted: LlamaModel) -> None:
+    slotted.reset()
+    runner = StepRunner(slotted)
+    runner.submit(sequence(slotted, 0, prompt(slotted, 0, 30), 12))
     assert run(runner) == 0
     for number in (1, 2, 3):
-        runner.submit(sequence(laned, number, prompt(laned, number, 30), 12))
+        runner.submit(sequence(slotted, number, prompt(slotted, number, 30), 12))
     assert run(runner) == 3
-    load = runner.load()
+    load = runner.report_load()
     assert (load.kv_used_tokens, load.lane_sequences) == (0, 0)
-    assert load.kv_capacity_tokens == 768 + 4 * LANE
+    assert load.kv_capacity_tokens == 768 + 4 * SLOT
 
 
-def test_what_was_written_in_a_lane_is_cached_like_any_other(laned: LlamaModel) -> None:
-    laned.reset()
-    runner = StepRunner(laned)
-    pair = [sequence(laned, number, prompt(laned, number, 30), 20) for number in (1, 2)]
+def test_what_was_written_in_a_slot_is_cached_like_any_other(slotted: LlamaModel) -> None:
+    slotted.reset()
+    runner = StepRunner(slotted)
+    pair = [sequence(slotted, number, prompt(slotted, number, 30), 20) for number in (1, 2)]
     for one in pair:
         runner.submit(one)
     run(runner)
-    followed = sequence(laned, 3, [*pair[0].tokens[: pair[0].length].tolist(), 100], 2)
+    followed = sequence(slotted, 3, [*pair[0].tokens[: pair[0].length].tolist(), 100], 2)
     runner.submit(followed)
     run(runner)
     assert followed.finished is not None
@@ -150,55 +156,55 @@ def test_what_was_written_in_a_lane_is_cached_like_any_other(laned: LlamaModel) 
 
 
 @pytest.mark.slow
-def test_a_cancelled_sequence_leaves_its_lane_to_the_next(laned: LlamaModel) -> None:
-    laned.reset()
-    runner = StepRunner(laned)
-    crowd = [sequence(laned, number, prompt(laned, number, 20), 40) for number in range(6)]
+def test_a_cancelled_sequence_leaves_its_slot_to_the_next(slotted: LlamaModel) -> None:
+    slotted.reset()
+    runner = StepRunner(slotted)
+    crowd = [sequence(slotted, number, prompt(slotted, number, 20), 40) for number in range(6)]
     for one in crowd:
         runner.submit(one)
     while not crowd[1].generated > 3:
-        runner.step()
+        runner.run_step()
     for gone in (crowd[0], crowd[2]):
         runner.cancel(gone)
     run(runner)
     assert [one.generated for one in crowd if one.finished and one.finished.reason == "length"] == [40] * 4
-    assert runner.load().kv_used_tokens == 0
+    assert runner.report_load().kv_used_tokens == 0
 
 
 @pytest.mark.slow
-def test_an_urgent_sequence_takes_the_place_of_one_that_is_not_and_that_loses_nothing(laned: LlamaModel) -> None:
-    laned.reset()
-    runner = StepRunner(laned)
-    slow = [sequence(laned, number, prompt(laned, number, 30), 60, priority=5) for number in range(4)]
+def test_an_urgent_sequence_takes_the_place_of_one_that_is_not_and_that_loses_nothing(slotted: LlamaModel) -> None:
+    slotted.reset()
+    runner = StepRunner(slotted)
+    slow = [sequence(slotted, number, prompt(slotted, number, 30), 60, priority=5) for number in range(4)]
     for one in slow:
         runner.submit(one)
     while not slow[3].generated:
-        runner.step()
-    computed = runner.load().prefill_tokens_total
-    urgent = sequence(laned, 9, prompt(laned, 9, 30), 10)
+        runner.run_step()
+    computed = runner.report_load().prefill_tokens_total
+    urgent = sequence(slotted, 9, prompt(slotted, 9, 30), 10)
     runner.submit(urgent)
     while urgent.finished is None:
-        runner.step()
+        runner.run_step()
     assert all(one.finished is None for one in slow)
     run(runner)
     assert [len(written(one)) for one in slow] == [60] * 4
     # The one that gave way found its own tokens cached when it came back.
-    assert runner.load().prefill_tokens_total - computed < 30 + 20
+    assert runner.report_load().prefill_tokens_total - computed < 30 + 20
 
 
 @pytest.mark.slow
-def test_generating_makes_no_garbage(laned: LlamaModel) -> None:
-    laned.reset()
-    runner = StepRunner(laned)
-    crowd = [sequence(laned, number, prompt(laned, number, 20), 180) for number in range(4)]
+def test_generating_makes_no_garbage(slotted: LlamaModel) -> None:
+    slotted.reset()
+    runner = StepRunner(slotted)
+    crowd = [sequence(slotted, number, prompt(slotted, number, 20), 180) for number in range(4)]
     for one in crowd:
         runner.submit(one)
     for _ in range(30):
-        runner.step()
+        runner.run_step()
 
     def steps(count: int) -> None:
         for _ in range(count):
-            for one in runner.step().sequences:
+            for one in runner.run_step().sequences:
                 one.events.clear()
 
     steps(20)
@@ -220,8 +226,8 @@ def test_generating_makes_no_garbage(laned: LlamaModel) -> None:
 
 
 @pytest.mark.slow
-def test_lanes_change_no_text(exact: LlamaModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of different lengths, so that lanes close up, and one of them outgrows its lane."""
+def test_slots_change_no_text(exact: LlamaModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of different lengths, so that slots close up, and one of them outgrows its slot."""
     wanted = [
         (prompt(exact, number, 30 + 9 * number), length) for number, length in enumerate((40, 15, 60, 30, 20, 25))
     ]
@@ -236,37 +242,39 @@ def test_lanes_change_no_text(exact: LlamaModel, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
-def test_one_that_outgrows_its_lane_goes_on_in_the_shared_memory(laned: LlamaModel) -> None:
-    laned.reset()
-    runner = StepRunner(laned)
-    pair = [sequence(laned, number, prompt(laned, number, 150), 160) for number in range(2)]
+def test_one_that_outgrows_its_slot_goes_on_in_the_shared_memory(slotted: LlamaModel) -> None:
+    slotted.reset()
+    runner = StepRunner(slotted)
+    pair = [sequence(slotted, number, prompt(slotted, number, 150), 160) for number in range(2)]
     for one in pair:
         runner.submit(one)
     left: set[int] = set()
     while not runner.idle:
-        runner.step()
-        left.update(one.number for one in pair if one.id >= 0 and one.length > LANE)
+        runner.run_step()
+        left.update(one.number for one in pair if one.id >= 0 and one.length > SLOT)
     assert left == {0, 1}
     assert [len(written(one)) for one in pair] == [160, 160]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("streamed", "steps"), [(True, 5), (False, 1)])
-def test_a_prompt_comes_in_one_piece_where_nobody_reads_a_stream(laned: LlamaModel, streamed: bool, steps: int) -> None:
-    laned.reset()
-    runner = StepRunner(laned, step_seconds=0.001)
-    writing = [sequence(laned, n, prompt(laned, n, 20), 100, streamed=streamed) for n in range(2)]
+def test_a_prompt_comes_in_one_piece_where_nobody_reads_a_stream(
+    slotted: LlamaModel, streamed: bool, steps: int
+) -> None:
+    slotted.reset()
+    runner = StepRunner(slotted, step_seconds=0.001)
+    writing = [sequence(slotted, n, prompt(slotted, n, 20), 100, streamed=streamed) for n in range(2)]
     for one in writing:
         runner.submit(one)
-    while any(one.lane < 0 for one in writing):
-        runner.step()
-    late = sequence(laned, 5, prompt(laned, 7, 300), 4)
+    while any(one.slot < 0 for one in writing):
+        runner.run_step()
+    late = sequence(slotted, 5, prompt(slotted, 7, 300), 4)
     runner.submit(late)
     taken = 0
     while late.pending > 1:
-        runner.step()
+        runner.run_step()
         taken += 1
     assert taken == steps
     for one in (*writing, late):
         runner.cancel(one)
-    runner.step()
+    runner.run_step()

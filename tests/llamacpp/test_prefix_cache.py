@@ -53,7 +53,7 @@ class Kitchen:
         self.tree.pin(match.node)
         assert self.tree.free_up_ids(1)
         sequence = self.free.pop()
-        self.tree.share(match.node, sequence, 0, match.depth)
+        self.tree.share_cells(match.node, sequence, 0, match.depth)
         self.table.compute(sequence, tokens, match.depth)
         return sequence, match.depth, match.node
 

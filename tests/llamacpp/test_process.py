@@ -170,7 +170,7 @@ async def test_sigterm_lets_what_runs_finish_and_refuses_what_is_new(smollm2_pat
     ("asked", "kernels", "wanted"),
     [(None, (), None), (None, ("attention",), 0), (512, ("attention",), 512), (0, (), 0)],
 )
-def test_lanes_are_left_out_where_attention_costs_only_a_sequence_its_own_cells(
+def test_slots_are_left_out_where_attention_costs_only_a_sequence_its_own_cells(
     asked: int | None, kernels: tuple[str, ...], wanted: int | None
 ) -> None:
     assert program_module.choose_slot_setting(asked, Kernels(kernels)) == wanted

@@ -15,12 +15,12 @@ def drafts_of(prompt: list[int], output: list[int], habits: NgramTable | None = 
     tokens = np.zeros(len(prompt) + len(output) + 32, np.int32)
     tokens[: len(prompt) + len(output)] = prompt + output
     made = PromptLookup(tokens, len(prompt), habits if habits is not None else NgramTable())
-    made.read(len(prompt) + len(output))
+    made.observe(len(prompt) + len(output))
     return made
 
 
 def guessed(drafts: PromptLookup, most: int, least: float) -> list[int]:
-    tokens, probabilities = drafts.guess(most, least)
+    tokens, probabilities = drafts.propose(most, least)
     assert len(tokens) == len(probabilities) <= most
     assert probabilities == sorted(probabilities, reverse=True)
     return tokens
@@ -60,7 +60,7 @@ def test_what_answers_of_a_tenant_repeat_is_guessed_in_the_next_one() -> None:
     for number in range(5):
         drafts_of([1, 2, 3], [10, 11, 12, 13, 20 + number, 14], habits)
     assert guessed(drafts_of([1, 2, 3], [], habits), 8, 0.5) == [10, 11, 12, 13]
-    token, probability = habits.guess(11 << 40 | 12 << 20 | 13)
+    token, probability = habits.predict(11 << 40 | 12 << 20 | 13)
     assert 20 <= token < 25
     assert probability < 0.5
 
@@ -68,34 +68,34 @@ def test_what_answers_of_a_tenant_repeat_is_guessed_in_the_next_one() -> None:
 def test_a_habit_that_changes_is_learned_anew() -> None:
     habits = NgramTable()
     for _ in range(200):
-        habits.note(7, 1)
-    token, probability = habits.guess(7)
+        habits.record(7, 1)
+    token, probability = habits.predict(7)
     assert (token, probability > 0.98) == (1, True)
     for _ in range(80):
-        habits.note(7, 2)
-    token, probability = habits.guess(7)
+        habits.record(7, 2)
+    token, probability = habits.predict(7)
     assert (token, probability > 0.5) == (2, True)
 
 
 def test_habits_are_bounded_and_the_ones_in_use_stay() -> None:
     habits = NgramTable()
     for key in range(100_000):
-        habits.note(key, 3)
-        habits.note(-1, 4)
-    assert habits.guess(-1)[0] == 4
-    assert habits.guess(99_999)[0] == 3
-    assert habits.guess(5) == (0, 0.0)
+        habits.record(key, 3)
+        habits.record(-1, 4)
+    assert habits.predict(-1)[0] == 4
+    assert habits.predict(99_999)[0] == 3
+    assert habits.predict(5) == (0, 0.0)
 
 
 def test_a_tenant_learns_nothing_of_another_and_the_oldest_is_forgotten() -> None:
     tenants = PerKeyTables()
-    first = tenants.of("a")
-    first.note(1, 2)
-    assert tenants.of("b").guess(1) == (0, 0.0)
-    assert tenants.of("a") is first
+    first = tenants.table_for("a")
+    first.record(1, 2)
+    assert tenants.table_for("b").predict(1) == (0, 0.0)
+    assert tenants.table_for("a") is first
     for number in range(100):
-        tenants.of(str(number))
-    assert tenants.of("a") is not first
+        tenants.table_for(str(number))
+    assert tenants.table_for("a") is not first
 
 
 # How far a step drafts.
@@ -105,7 +105,7 @@ def copying(number: int, *, max_tokens: int = 40, sampling: Sampling | None = No
     """A sequence in the middle of copying its prompt."""
     prompt = list(range(100, 160))
     request = SequenceRequest(prompt, max_tokens, sampling or Sampling(temperature=0.0))
-    made = Sequence.of(request, number, 4_096, frozenset())
+    made = Sequence.from_request(request, number, 4_096, frozenset())
     for token in prompt[:20]:
         made.tokens[made.length] = token
         made.length += 1
@@ -123,7 +123,7 @@ def drafting(row_seconds: float, fixed_seconds: float) -> SpeculationPlanner:
 def drafted(plan: SpeculationPlanner, count: int, room: int = 1_000, *, read: bool = True) -> list[int]:
     crowd = [copying(number) for number in range(count)]
     for _ in range(3):  # the tenant's figures grow with what is read
-        plan.plan(crowd, room, read=read)
+        plan.plan_drafts(crowd, room, has_readers=read)
     return [len(one.draft) for one in crowd]
 
 
@@ -154,7 +154,7 @@ def test_where_room_is_short_the_likeliest_guesses_get_it() -> None:
 @pytest.mark.parametrize(("max_tokens", "most"), [(21, 0), (22, 1), (24, 3)])
 def test_a_draft_ends_before_the_last_token_that_may_be_written(max_tokens: int, most: int) -> None:
     plan, one = drafting(0.001, 0.010), copying(0, max_tokens=max_tokens)
-    plan.plan([one], 100, read=True)
+    plan.plan_drafts([one], 100, has_readers=True)
     assert len(one.draft) == most
     assert one.tokens[one.length : one.length + most].tolist() == one.draft
 
@@ -164,7 +164,7 @@ def test_a_draft_ends_before_the_last_token_that_may_be_written(max_tokens: int,
 )
 def test_what_is_drawn_by_chance_or_shuns_repetition_is_not_drafted(sampling: Sampling) -> None:
     plan, one = drafting(0.001, 0.010), copying(0, sampling=sampling)
-    plan.plan([one], 100, read=True)
+    plan.plan_drafts([one], 100, has_readers=True)
     assert one.draft == []
 
 

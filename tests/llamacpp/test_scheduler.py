@@ -29,7 +29,7 @@ def sequence(
     number: int, prompt: int = 100, *, priority: int = 0, computed: int = 0, max_tokens: int = 1000, salt: str = ""
 ) -> Sequence:
     request = SequenceRequest(list(range(prompt)), max_tokens, priority=priority, cache_salt=salt)
-    made = Sequence.of(request, number, 4096, frozenset())
+    made = Sequence.from_request(request, number, 4096, frozenset())
     made.computed = computed
     return made
 
@@ -38,9 +38,9 @@ def test_the_line_goes_by_priority_and_then_by_arrival() -> None:
     line = WaitQueue()
     for number, priority in ((0, 1), (1, 0), (3, 0), (2, 0)):
         line.push(sequence(number, priority=priority))
-    assert [waiting.number for waiting in line.in_order()] == [1, 2, 3, 0]
-    line.remove(line.in_order()[1])
-    assert [waiting.number for waiting in line.in_order()] == [1, 3, 0]
+    assert [waiting.number for waiting in line.list_in_order()] == [1, 2, 3, 0]
+    line.remove(line.list_in_order()[1])
+    assert [waiting.number for waiting in line.list_in_order()] == [1, 3, 0]
 
 
 def test_one_that_was_put_back_returns_to_its_old_place() -> None:
@@ -48,7 +48,7 @@ def test_one_that_was_put_back_returns_to_its_old_place() -> None:
     early = sequence(0)
     line.push(sequence(5))
     line.push(early)
-    assert line.in_order()[0] is early
+    assert line.list_in_order()[0] is early
 
 
 @pytest.mark.parametrize(
@@ -125,19 +125,19 @@ def test_tenants_take_turns_in_the_line_and_one_that_was_put_back_keeps_its_own(
     line, turns = WaitQueue(), FairQueue()
     for number, salt in enumerate(["a", "a", "a", "b", "c", "b"]):
         waiting = sequence(number, salt=salt)
-        waiting.place = turns.place(salt, count_charged_tokens(waiting))
+        waiting.start_tag = turns.assign_start_tag(salt, count_charged_tokens(waiting))
         line.push(waiting)
-    order = [waiting.number for waiting in line.in_order()]
+    order = [waiting.number for waiting in line.list_in_order()]
     assert order == [0, 3, 4, 1, 5, 2]
-    first = line.in_order()[0]
+    first = line.list_in_order()[0]
     line.remove(first)
-    turns.begin(first.place, count_charged_tokens(first))
+    turns.advance(first.start_tag, count_charged_tokens(first))
     line.push(first)
-    assert line.in_order()[0] is first
+    assert line.list_in_order()[0] is first
 
 
 @pytest.mark.parametrize(
-    ("computed", "max_tokens", "lane", "running", "worth"),
+    ("computed", "max_tokens", "slot", "running", "worth"),
     [
         (99, 1000, 512, 2, True),
         (99, 1000, 512, 1, False),
@@ -148,16 +148,16 @@ def test_tenants_take_turns_in_the_line_and_one_that_was_put_back_keeps_its_own(
         (99, 1000, 0, 2, False),
     ],
 )
-def test_a_sequence_moves_to_a_lane_when_it_generates_and_the_lane_has_room_to_grow(
-    computed: int, max_tokens: int, lane: int, running: int, worth: bool
+def test_a_sequence_moves_to_a_slot_when_it_generates_and_the_slot_has_room_to_grow(
+    computed: int, max_tokens: int, slot: int, running: int, worth: bool
 ) -> None:
-    assert is_worth_a_slot(sequence(0, 100, computed=computed, max_tokens=max_tokens), lane, running) is worth
+    assert is_worth_a_slot(sequence(0, 100, computed=computed, max_tokens=max_tokens), slot, running) is worth
 
 
-def test_a_sequence_in_a_lane_counts_on_no_shared_cells() -> None:
-    laned = sequence(0, 100, computed=99)
-    laned.lane = 0
-    assert (count_promised_tokens(laned), laned.private, laned.running) == (0, 0, True)
+def test_a_sequence_in_a_slot_counts_on_no_shared_cells() -> None:
+    slotted = sequence(0, 100, computed=99)
+    slotted.slot = 0
+    assert (count_promised_tokens(slotted), slotted.private_cells, slotted.running) == (0, 0, True)
 
 
 def test_only_the_less_urgent_give_way_to_one_that_waits() -> None:

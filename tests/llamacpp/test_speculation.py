@@ -49,15 +49,15 @@ def grammars(f32_model: LlamaModel) -> GrammarCompiler:
 def drafts(guess: Guess | None) -> Iterator[None]:
     """Draft what `guess` says of a sequence and the most tokens; None: nothing."""
 
-    def planned(self: SpeculationPlanner, sequences: list[Sequence], room: int, *, read: bool) -> None:
+    def planned(self: SpeculationPlanner, sequences: list[Sequence], room: int, *, has_readers: bool) -> None:
         for sequence in sequences:
             most = min(room, 6, sequence.remaining - 1)
-            sequence.guess(guess(sequence, most)[: max(0, most)] if guess is not None else [])
+            sequence.set_draft(guess(sequence, most)[: max(0, most)] if guess is not None else [])
             room -= len(sequence.draft)
             self.drafted_total += len(sequence.draft)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SpeculationPlanner, "plan", planned)
+        patch.setattr(SpeculationPlanner, "plan_drafts", planned)
         yield
 
 
@@ -70,16 +70,16 @@ def play(
     model.reset()
     runner = StepRunner(model)
     sequences = [
-        Sequence.of(request, number, model.sequence_context_tokens, model.end_tokens)
+        Sequence.from_request(request, number, model.sequence_context_tokens, model.end_tokens)
         for number, request in enumerate(requests)
     ]
     for sequence in sequences:
         runner.submit(sequence)
     while not runner.idle:
-        runner.step()
+        runner.run_step()
         if on_step is not None:
             on_step(runner, sequences)
-    assert runner.load().kv_used_tokens == 0
+    assert runner.report_load().kv_used_tokens == 0
     return sequences, runner
 
 
@@ -144,11 +144,11 @@ def test_every_token_is_the_one_that_the_slow_path_writes(
         for event, same in zip(one.events, other.events, strict=True):
             assert same.logprob == pytest.approx(event.logprob, abs=2e-3)
             assert [token for token, _ in same.top] == [token for token, _ in event.top]
-    load = quickly.load()
+    load = quickly.report_load()
     if wrong_every == 1:
         assert load.accepted_tokens_total < 0.2 * load.drafted_tokens_total
     else:
-        assert load.steps < slowly.load().steps
+        assert load.steps < slowly.report_load().steps
         assert load.accepted_tokens_total > 0
 
 
@@ -162,7 +162,7 @@ def test_its_own_guesses_change_nothing_and_save_steps(f32_model: LlamaModel, gr
     fast, quickly = play(f32_model, asked())
     assert [written(one) for one in slow] == [written(one) for one in fast]
     json.loads(b"".join(f32_model.piece(token) for token in written(fast[2])))
-    assert quickly.load().steps < 0.8 * slowly.load().steps
+    assert quickly.report_load().steps < 0.8 * slowly.report_load().steps
 
 
 @pytest.mark.slow
@@ -228,11 +228,13 @@ def test_what_was_written_with_drafts_is_cached_without_them(f32_model: LlamaMod
     with drafts(knowing([written(slow)], 4)):
         (first,), runner = play(f32_model, [SequenceRequest(prompt, 20, GREEDY, ignore_eos=True)])
     again = first.tokens[: first.length].tolist()
-    second = Sequence.of(SequenceRequest([*again, 100], 4, GREEDY, ignore_eos=True), 1, 512, f32_model.end_tokens)
+    second = Sequence.from_request(
+        SequenceRequest([*again, 100], 4, GREEDY, ignore_eos=True), 1, 512, f32_model.end_tokens
+    )
     with drafts(None):
         runner.submit(second)
         while not runner.idle:
-            runner.step()
+            runner.run_step()
         (fresh,), _ = play(f32_model, [SequenceRequest([*again, 100], 4, GREEDY, ignore_eos=True)])
     assert second.finished is not None
     assert second.finished.cached_tokens == len(again) - 1
@@ -287,18 +289,18 @@ def test_drafting_leaves_no_garbage_behind(f32_model: LlamaModel) -> None:
     f32_model.reset()
     runner = StepRunner(f32_model)
     request = SequenceRequest(f32_model.tokenize(TEXTS[0]), 90, GREEDY, ignore_eos=True)
-    one = Sequence.of(request, 0, f32_model.sequence_context_tokens, f32_model.end_tokens)
+    one = Sequence.from_request(request, 0, f32_model.sequence_context_tokens, f32_model.end_tokens)
     runner.submit(one)
     while one.generated < 20:
-        runner.step()
+        runner.run_step()
     gc.collect()
     gc.disable()
     try:
         while one.generated < 70:
-            runner.step()
+            runner.run_step()
         assert gc.collect() == 0, "a step leaves cycles behind"
     finally:
         gc.enable()
-    assert runner.load().accepted_tokens_total > 0
+    assert runner.report_load().accepted_tokens_total > 0
     runner.cancel(one)
-    runner.step()
+    runner.run_step()

@@ -68,10 +68,10 @@ class ScriptedEngine:
     def submit(self, request: SequenceRequest) -> ScriptedSequence:
         return self._sequences.pop(0)
 
-    async def score(self, items: Any) -> list[LabelScores]:
+    async def score_labels(self, items: Any) -> list[LabelScores]:
         return [LabelScores([], 0, 3, 0, "the sky fell") for _ in items]
 
-    def load(self) -> EngineLoadReport:
+    def report_load(self) -> EngineLoadReport:
         return EngineLoadReport(0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0.0, {})
 
 

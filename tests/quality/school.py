@@ -76,7 +76,7 @@ class School:
 
     async def trained(self) -> None:
         """Wait for the training's process to end."""
-        await self.desk.runs.idle()
+        await self.desk.training_jobs.wait_until_idle()
 
     async def shown(self, texts: Sequence[str]) -> None:
         """Traffic at the program itself, seen by a candidate too."""
@@ -126,4 +126,4 @@ async def school(home: Path, **rules: Any) -> AsyncIterator[School]:
         finally:
             await made.learning.aclose()
             await desk.shadows.idle()
-            await desk.runs.aclose()
+            await desk.training_jobs.aclose()

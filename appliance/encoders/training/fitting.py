@@ -10,7 +10,7 @@ from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 
-from appliance.encoders.linear_models import CLIP, ProbabilityCalibration, softmax_of
+from appliance.encoders.linear_models import CLIP, ProbabilityCalibration, compute_softmax
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -55,7 +55,7 @@ def fit_temperature(scores: Floats, truth: Ints) -> float:
 def fit_calibration(scores: Floats, truth: Ints) -> ProbabilityCalibration:
     """From rows that the scores' weights were not fitted on. Too few, or none wrong, tell no curve."""
     temperature = fit_temperature(scores, truth)
-    shares = softmax_of(scores, temperature)
+    shares = compute_softmax(scores, temperature)
     right = shares.argmax(axis=1) == truth
     if min(right.sum(), truth.size - right.sum()) < _LEAST_FOR_A_CURVE:
         return ProbabilityCalibration(temperature)

@@ -100,7 +100,7 @@ class TrainingJobs:
                     run.process.kill()
         return run
 
-    async def idle(self) -> None:
+    async def wait_until_idle(self) -> None:
         """Until no training is under way."""
         await asyncio.gather(*self._tasks)
 

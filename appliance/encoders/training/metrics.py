@@ -15,7 +15,7 @@ MOST_CONFUSIONS: Final = 100
 """Pairs listed in a report, the most frequent first: a whole matrix of 1,000 labels has a million cells."""
 
 
-def ece(confidences: npt.ArrayLike, right: npt.ArrayLike, bins: int = ECE_BINS) -> float:
+def compute_ece(confidences: npt.ArrayLike, right: npt.ArrayLike, bins: int = ECE_BINS) -> float:
     """Expected calibration error: the mean gap between confidence and accuracy, over bins of equal width
     (Guo, Pleiss, Sun, Weinberger, "On calibration of modern neural networks", 2017)."""
     sure, hit = np.asarray(confidences, dtype=np.float64), np.asarray(right, dtype=np.float64)
@@ -26,7 +26,7 @@ def ece(confidences: npt.ArrayLike, right: npt.ArrayLike, bins: int = ECE_BINS) 
     return float(np.abs(gaps).sum() / sure.size)
 
 
-def brier(probabilities: Floats, truth: Ints) -> float:
+def compute_brier(probabilities: Floats, truth: Ints) -> float:
     """Mean squared distance to the truth over all classes; 0 is perfect, 2 the worst."""
     if not truth.size:
         return 0.0
@@ -35,7 +35,7 @@ def brier(probabilities: Floats, truth: Ints) -> float:
     return float((squares - 2 * hit + 1).mean())
 
 
-def per_class(predicted: Ints, truth: Ints, labels: Sequence[str]) -> Sequence[Mapping[str, Any]]:
+def score_classes(predicted: Ints, truth: Ints, labels: Sequence[str]) -> Sequence[Mapping[str, Any]]:
     count = len(labels)
     support = np.bincount(truth, minlength=count)
     guessed = np.bincount(predicted, minlength=count)
@@ -50,7 +50,7 @@ def per_class(predicted: Ints, truth: Ints, labels: Sequence[str]) -> Sequence[M
     return rows
 
 
-def confusions(predicted: Ints, truth: Ints, labels: Sequence[str]) -> Sequence[Mapping[str, Any]]:
+def count_confusions(predicted: Ints, truth: Ints, labels: Sequence[str]) -> Sequence[Mapping[str, Any]]:
     """Pairs of label and answer that differ, the most frequent first."""
     wrong = predicted != truth
     pairs, counts = np.unique(truth[wrong] * len(labels) + predicted[wrong], return_counts=True)
@@ -65,7 +65,7 @@ def confusions(predicted: Ints, truth: Ints, labels: Sequence[str]) -> Sequence[
     ]
 
 
-def coverage(confidences: npt.ArrayLike, right: npt.ArrayLike) -> Sequence[Mapping[str, Any]]:
+def measure_coverage(confidences: npt.ArrayLike, right: npt.ArrayLike) -> Sequence[Mapping[str, Any]]:
     """What share of texts is answered with at least so much confidence, and how often those answers are right."""
     sure, hit = np.asarray(confidences), np.asarray(right, dtype=bool)
     rows = []
@@ -78,20 +78,20 @@ def coverage(confidences: npt.ArrayLike, right: npt.ArrayLike) -> Sequence[Mappi
     return rows
 
 
-def report(probabilities: Floats, truth: Ints, labels: Sequence[str]) -> Mapping[str, Any]:
+def build_report(probabilities: Floats, truth: Ints, labels: Sequence[str]) -> Mapping[str, Any]:
     """Every figure of a classifier on rows that it was not fitted on. `truth` are places in `labels`."""
     predicted = probabilities.argmax(axis=1).astype(np.int64)
     right = predicted == truth
     confidences = probabilities.max(axis=1)
-    classes = per_class(predicted, truth, labels)
+    classes = score_classes(predicted, truth, labels)
     seen = [row["f1"] for row in classes if row["examples"]]
     return {
         "rows": int(truth.size),
         "accuracy": float(right.mean()) if truth.size else 0.0,
         "macro_f1": float(np.mean(seen)) if seen else 0.0,
-        "ece": ece(confidences, right),
-        "brier": brier(probabilities, truth),
+        "ece": compute_ece(confidences, right),
+        "brier": compute_brier(probabilities, truth),
         "per_class": classes,
-        "confusions": confusions(predicted, truth, labels),
-        "coverage": coverage(confidences, right),
+        "confusions": count_confusions(predicted, truth, labels),
+        "coverage": measure_coverage(confidences, right),
     }

@@ -42,7 +42,7 @@ class RiskThreshold:
     rows: int
 
 
-def upper_limit(wrong: int, rows: int, confidence: float) -> float:
+def compute_upper_limit(wrong: int, rows: int, confidence: float) -> float:
     """Clopper and Pearson's one-sided upper limit of a share, of which `wrong` in `rows` were seen."""
     if not 0 <= wrong <= rows:
         raise ValueError(f"{wrong} wrong of {rows} rows cannot be")
@@ -51,13 +51,13 @@ def upper_limit(wrong: int, rows: int, confidence: float) -> float:
     return float(betaincinv(wrong + 1, rows - wrong, confidence))
 
 
-def threshold_for(
+def find_threshold(
     bound: float, confidence: float, scores: Sequence[tuple[float, bool]], *, next_rows: int | None = None
 ) -> RiskThreshold:
     """`scores`: of each held-out row the confidence of its answer, and whether that answer was right.
 
     `next_rows`: the promise is that of the next so many texts no more than `bound` are answered here and wrong; None:
-    that the long-run share is under the bound. `upper_limit` is of the long run in both cases.
+    that the long-run share is under the bound. `compute_upper_limit` is of the long run in both cases.
     """
     if not 0 < bound < 1 or not 0.5 <= confidence < 1:
         raise ValueError(f"bound {bound} must be between 0 and 1, confidence {confidence} from 0.5 to below 1")
@@ -69,12 +69,12 @@ def threshold_for(
     wrong = np.cumsum(~right[order])
     allowed = _most_wrong(bound, confidence, rows, next_rows)
     if allowed < 0:
-        return RiskThreshold(bound, confidence, None, 0.0, 0.0, upper_limit(0, rows, confidence), rows)
+        return RiskThreshold(bound, confidence, None, 0.0, 0.0, compute_upper_limit(0, rows, confidence), rows)
     # Equal scores stand or fall together, so a threshold lies only where the next score is lower.
     last_of_equals = np.flatnonzero(np.append(values[1:] < values[:-1], True))
     kept = last_of_equals[wrong[last_of_equals] <= allowed]
     if not kept.size:
-        return RiskThreshold(bound, confidence, None, 0.0, 0.0, upper_limit(0, rows, confidence), rows)
+        return RiskThreshold(bound, confidence, None, 0.0, 0.0, compute_upper_limit(0, rows, confidence), rows)
     place = int(kept[-1])
     count = int(wrong[place])
     return RiskThreshold(
@@ -83,22 +83,22 @@ def threshold_for(
         threshold=float(values[place]),
         local_share=(place + 1) / rows,
         disagreement=count / rows,
-        upper_limit=upper_limit(count, rows, confidence),
+        upper_limit=compute_upper_limit(count, rows, confidence),
         rows=rows,
     )
 
 
-def suffices(rows: int, bound: float, confidence: float, *, next_rows: int | None = None) -> bool:
+def has_enough_rows(rows: int, bound: float, confidence: float, *, next_rows: int | None = None) -> bool:
     """Whether so many rows could keep the bound at all, were all of them right."""
     return _most_wrong(bound, confidence, rows, next_rows) >= 0
 
 
-def bounds_table(confidences: npt.ArrayLike, right: npt.ArrayLike) -> Sequence[Mapping[str, Any]]:
+def tabulate_bounds(confidences: npt.ArrayLike, right: npt.ArrayLike) -> Sequence[Mapping[str, Any]]:
     """For each bound that is shown: from which confidence on answers may stand, and what share of texts that is."""
     scores = list(zip(np.asarray(confidences).tolist(), np.asarray(right).tolist(), strict=True))
     rows = []
     for bound in SHOWN_BOUNDS:
-        found = threshold_for(bound, CONFIDENCE, scores)
+        found = find_threshold(bound, CONFIDENCE, scores)
         rows.append(
             {
                 "bound": bound,
@@ -126,7 +126,7 @@ def _most_wrong(bound: float, confidence: float, rows: int, next_rows: int | Non
 
 def _holds(wrong: int, rows: int, bound: float, confidence: float, next_rows: int | None) -> bool:
     if next_rows is None:
-        return upper_limit(wrong, rows, confidence) <= bound
+        return compute_upper_limit(wrong, rows, confidence) <= bound
     too_many = int(bound * next_rows) + 1
     if too_many > next_rows:
         return True

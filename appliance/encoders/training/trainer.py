@@ -19,25 +19,25 @@ from appliance.encoders.linear_models import (
     FeatureRecipe,
     LinearModel,
     Tier,
-    named_blocks,
-    possible,
-    softmax_of,
+    compute_ood_scores,
+    compute_softmax,
+    is_possible,
+    name_blocks,
     split_weights,
-    stacked,
-    strangeness,
+    stack_blocks,
 )
 from appliance.encoders.training.examples import Examples
 from appliance.encoders.training.fitting import fit_calibrations, fit_linear
-from appliance.encoders.training.metrics import report
-from appliance.encoders.training.selective_risk import bounds_table
+from appliance.encoders.training.metrics import build_report
+from appliance.encoders.training.selective_risk import tabulate_bounds
 from appliance.encoders.two_stage import (
-    FittedStages,
-    ThresholdChoice,
+    EscalationThreshold,
+    FittedStage,
     TrainedClassifier,
-    accuracy_by_share,
-    calibrated,
-    least_asked,
-    margins,
+    calibrate_probabilities,
+    choose_escalation,
+    compute_margins,
+    tabulate_accuracy_by_share,
 )
 
 Floats = npt.NDArray[np.float32]
@@ -95,7 +95,7 @@ class Trainer:
         self._lexicon: FeatureVocabulary | None = None
         self._linears: dict[str, LinearModel] = {}
 
-    def try_out(self, recipe: FeatureRecipe, clock: Callable[[], float]) -> Trial:
+    def run_trial(self, recipe: FeatureRecipe, clock: Callable[[], float]) -> Trial:
         if recipe.name not in self._tried:
             self._tried[recipe.name] = self._try_out(recipe, clock)
         return self._tried[recipe.name]
@@ -105,7 +105,7 @@ class Trainer:
         truth = self._examples.truth
         scores = np.zeros((truth.size, len(self._examples.labels)), dtype=np.float32)
         for number, (seen, held) in enumerate(self._folds):
-            features = stacked(self._blocks(number, recipe), recipe)
+            features = stack_blocks(self._blocks(number, recipe), recipe)
             weights, bias = fit_linear(features[seen], truth[seen], scores.shape[1], recipe.closeness)
             scores[held] = features[held] @ weights + bias
         accuracy = float((scores.argmax(axis=1) == truth).mean())
@@ -119,8 +119,10 @@ class Trainer:
         found = lexicon.blocks(texts) if new else None
         for recipe in new:
             assert found is not None
-            blocks = named_blocks(found, self._encode(recipe))
-            weights, bias = fit_linear(stacked(blocks, recipe), truth, len(self._examples.labels), recipe.closeness)
+            blocks = name_blocks(found, self._encode(recipe))
+            weights, bias = fit_linear(
+                stack_blocks(blocks, recipe), truth, len(self._examples.labels), recipe.closeness
+            )
             self._linears[recipe.name] = LinearModel(split_weights(weights, blocks, recipe), bias)
         return lexicon, [self._linears[recipe.name] for recipe in recipes]
 
@@ -131,7 +133,7 @@ class Trainer:
             lexicon = FeatureVocabulary.learn(
                 [texts[place] for place in self._folds[number][0]], self._models.vectors, self._most
             )
-            self._fold_blocks.append(named_blocks(lexicon.blocks(texts), None))
+            self._fold_blocks.append(name_blocks(lexicon.blocks(texts), None))
         encoded = self._encode(recipe)
         return self._fold_blocks[number] if encoded is None else {**self._fold_blocks[number], "encoder": encoded}
 
@@ -143,7 +145,7 @@ class Trainer:
         return self._encoded
 
 
-def train(
+def train_classifier(
     examples: Examples,
     models: CandidateModels,
     *,
@@ -167,7 +169,7 @@ def train(
     for tier in tiers:
         for recipe in (one for one in recipes if one.tier == tier):
             progress(f"trying {recipe.name} on held-out folds", 0.1 + 0.7 * len(tried) / len(recipes))
-            tried.append(bench.try_out(recipe, clock))
+            tried.append(bench.run_trial(recipe, clock))
         best += sorted((one for one in tried if one.recipe.tier == tier), key=lambda one: -one.accuracy)[:1]
         if wanted_accuracy is not None and best[-1].accuracy >= wanted_accuracy:
             break
@@ -178,7 +180,7 @@ def train(
 
 
 def _worth_trying(tiers: Sequence[Tier], examples: Examples, models: CandidateModels) -> Sequence[FeatureRecipe]:
-    found = [one for one in RECIPES if one.tier in tiers and possible(one, models.vectors, models.encoder)]
+    found = [one for one in RECIPES if one.tier in tiers and is_possible(one, models.vectors, models.encoder)]
     if len(examples.texts) < FEW_PER_LABEL * len(examples.labels):
         return found
     fuller = {one.tier for one in found if not one.for_few}
@@ -191,7 +193,7 @@ class _Chosen:
 
     first: Trial
     second: Trial | None = None
-    asking: ThresholdChoice | None = None
+    asking: EscalationThreshold | None = None
 
     @property
     def steps(self) -> Sequence[Trial]:
@@ -207,7 +209,7 @@ def _choose(best: Sequence[Trial], truth: Ints, wanted: float | None) -> _Chosen
     first, dearest = best[0], best[-1]
     if len(best) == 1 or (wanted is None and dearest.accuracy <= first.accuracy + WORTH_A_TIER):
         return _Chosen(first)
-    asking = least_asked(first.scores, dearest.scores, truth, wanted or dearest.accuracy - LEFT_OUT)
+    asking = choose_escalation(first.scores, dearest.scores, truth, wanted or dearest.accuracy - LEFT_OUT)
     if asking.share <= 0.0:
         return _Chosen(first)
     if asking.share >= 1.0:
@@ -226,18 +228,18 @@ def _finished(
     truth, first = examples.truth, chosen.first.scores
     second = None if chosen.second is None else chosen.second.scores
     ask_below = 0.0 if chosen.asking is None else chosen.asking.below
-    asked = margins(first) < ask_below
+    asked = compute_margins(first) < ask_below
     shares = _cross_calibrated(first, second, asked, truth)
-    strange = strangeness(first)
+    strange = compute_ood_scores(first)
     confidences = shares.max(axis=1)
     right = shares.argmax(axis=1) == truth
-    figures = dict(report(shares, truth, examples.labels))
-    plain = softmax_of(first, 1.0)
+    figures = dict(build_report(shares, truth, examples.labels))
+    plain = compute_softmax(first, 1.0)
     if second is not None:
-        plain[asked] = softmax_of(second[asked], 1.0)
-        figures["accuracy_by_share"] = accuracy_by_share(first, second, truth)
-    figures["before_calibration_ece"] = report(plain, truth, examples.labels)["ece"]
-    figures["bounds"] = bounds_table(confidences, right)
+        plain[asked] = compute_softmax(second[asked], 1.0)
+        figures["accuracy_by_share"] = tabulate_accuracy_by_share(first, second, truth)
+    figures["before_calibration_ece"] = build_report(plain, truth, examples.labels)["ece"]
+    figures["bounds"] = tabulate_bounds(confidences, right)
     figures["tried"] = [
         {"recipe": one.recipe.name, "tier": one.recipe.tier, "accuracy": one.accuracy, "seconds": round(one.seconds, 2)}
         for one in tried
@@ -248,19 +250,19 @@ def _finished(
     figures["notes"] = list(examples.notes) + _advice(figures, wanted)
     found = fit_calibrations(first, second, asked, truth)
     steps = [
-        FittedStages(one.recipe, linear, own) for one, linear, own in zip(chosen.steps, linears, found, strict=True)
+        FittedStage(one.recipe, linear, own) for one, linear, own in zip(chosen.steps, linears, found, strict=True)
     ]
     return TrainedClassifier(
         labels=examples.labels,
-        lexicon=lexicon,
+        vocabulary=lexicon,
         first=steps[0],
         second=steps[1] if len(steps) > 1 else None,
-        ask_below=ask_below,
-        strange_from=float(np.quantile(strange, 1 - STRANGE_SHARE)),
+        escalate_below=ask_below,
+        ood_threshold=float(np.quantile(strange, 1 - STRANGE_SHARE)),
         report=figures,
         held_confidences=confidences,
         held_right=right,
-        held_strangeness=strange,
+        held_ood_scores=strange,
     )
 
 
@@ -280,7 +282,7 @@ def _cross_calibrated(first: Floats, second: Floats | None, asked: npt.NDArray[n
         own, other = half == side, half != side
         of_second = (None, None) if second is None else (second[other], second[own])
         found = fit_calibrations(first[other], of_second[0], asked[other], truth[other])
-        shares[own] = calibrated(found, first[own], of_second[1], asked[own])
+        shares[own] = calibrate_probabilities(found, first[own], of_second[1], asked[own])
     return shares
 
 

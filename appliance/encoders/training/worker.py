@@ -21,8 +21,8 @@ import orjson
 from appliance.encoders.embedders import OnnxEmbedder, StaticEmbedder
 from appliance.encoders.model_cache import ModelCache
 from appliance.encoders.training.examples import Examples
-from appliance.encoders.training.trainer import CandidateModels, train
-from appliance.encoders.versions import Versions
+from appliance.encoders.training.trainer import CandidateModels, train_classifier
+from appliance.encoders.versions import ClassifierStore
 from appliance.errors import ApplianceError, OperatorError
 from appliance.worker.json_log import log, log_library_warnings
 from appliance.worker.parent_guard import end_with_parent
@@ -57,7 +57,7 @@ def _learn(job: Mapping[str, Any], options: argparse.Namespace) -> int:
     )
     dearest = job["dearest"]
     models = _models(ModelCache(options.models, options.threads), job.get("encoder"), wants_encoder=dearest != "words")
-    trained = train(
+    trained = train_classifier(
         examples,
         models,
         wanted_accuracy=job["wanted_accuracy"],
@@ -72,7 +72,7 @@ def _learn(job: Mapping[str, Any], options: argparse.Namespace) -> int:
         if model is not None
     }
     made_at = datetime.now(UTC).isoformat(timespec="seconds")
-    versions = Versions(options.data)
+    versions = ClassifierStore(options.data)
     return versions.save(job["name"], trained, made_at=made_at, models=built_on, serve=job.get("serve", True))
 
 
@@ -80,11 +80,11 @@ def _models(library: ModelCache, wanted: str | None, *, wants_encoder: bool) -> 
     """The first static model and the wanted encoder, or the first one. What cannot be read is left out, and said."""
     vectors: StaticEmbedder | None = None
     encoder: OnnxEmbedder | None = None
-    for name, kind in library.kinds().items():
+    for name, kind in library.list_kinds().items():
         if kind == "onnx" and (not wants_encoder or (wanted is not None and name != wanted)):
             continue
         try:
-            model = library.embedder(name)
+            model = library.get_embedder(name)
         except ApplianceError as error:
             log("model_left_out", model=name, reason=error.message)
             continue

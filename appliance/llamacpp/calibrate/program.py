@@ -104,7 +104,7 @@ class MeasuredVariant:
     """None for the source, and where it was not measured."""
     figures: list[SpeedSample] = field(default_factory=list)
 
-    def told(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         table = dataclasses.asdict(self)
         del table["path"]
         return table
@@ -180,10 +180,10 @@ def calibrate(job: CalibrationJob) -> dict[str, Any]:
     return {
         "source": source_name,
         "parameters": parameters,
-        "variants": [variant.told() for variant in found],
+        "variants": [variant.to_json() for variant in found],
         "left_out": [dataclasses.asdict(one) for one in progress.left_out],
         "llama_cpp": llama_cpp.__version__,
-        "kernels": kernels.told,
+        "kernels": kernels.summary,
         "system": lib.llama_print_system_info().decode("utf-8", "replace").strip(),
         "load_average": load,
         "stolen_seconds": _grown(stolen, read_stolen_seconds()),
@@ -243,7 +243,7 @@ def _measure_speed(
 ) -> None:
     """Measure `speeds` one by one while more than `spared_seconds` are left."""
     for threads, sequences in speeds:
-        model.use_threads(threads)
+        model.set_threads(threads)
         if sequences is None:
             if progress.begin(f"{variant.name}: prompt tokens a second, threads: {threads}", spared_seconds):
                 variant.figures.append(measure_prefill(model, job.figure_seconds))

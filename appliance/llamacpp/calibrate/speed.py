@@ -96,7 +96,7 @@ def _fill(model: LlamaModel, tokens: int) -> None:
 def _run(model: LlamaModel) -> None:
     code = model.decode()
     if code:
-        raise EngineFailed(f"a decode failed with {code} while measuring: {model.last_words()}")
+        raise EngineFailed(f"a decode failed with {code} while measuring: {model.last_log_lines()}")
     _ = model.rows  # waits for the result
 
 

@@ -154,9 +154,9 @@ class _Scorer:
         if ask.errors:
             raise EngineFailed(f"the model cannot be asked for labels: {next(iter(ask.errors.values()))}")
         job = LabelJob([ask.items[position] for position in range(len(call.items))])
-        self._runner.score(job)
+        self._runner.submit_labels(job)
         while job.open:
-            self._runner.step()
+            self._runner.run_step()
         results = [result for result in job.results if result is not None]
         failed = next((result.error for result in results if result.error is not None), None)
         if failed is not None:
@@ -183,7 +183,7 @@ def _call(some: Sequence[QualityText], *, has_template: bool) -> LabelsIn:
 def _rows(model: LlamaModel, prompts: PromptBuilder, text: QualityText) -> list[npt.NDArray[np.float32]]:
     """Logits after some of the text's tokens, spread evenly over it. Views: valid until the next text is read."""
     model.memory_clear()
-    tokens = prompts.raw(text.text)[: model.batch.capacity_tokens]
+    tokens = prompts.tokenize_raw(text.text)[: model.batch.capacity_tokens]
     step = max(1, -(-(len(tokens) - _FIRST_POSITION) // _POSITIONS_PER_TEXT))
     model.batch.clear()
     start = 0
@@ -194,7 +194,7 @@ def _rows(model: LlamaModel, prompts: PromptBuilder, text: QualityText) -> list[
         return []
     code = model.decode()
     if code:
-        raise EngineFailed(f"a decode failed with {code} while comparing variants: {model.last_words()}")
+        raise EngineFailed(f"a decode failed with {code} while comparing variants: {model.last_log_lines()}")
     return list(model.rows)
 
 

@@ -57,7 +57,7 @@ class PromptBuilder:
         source = model.metadata.get("tokenizer.chat_template", "") if template is None else template
         bos_text, eos_text = _text(model, model.bos_token), _text(model, model.eos_token)
         self.template = ChatTemplate(source, bos_text=bos_text, eos_text=eos_text) if source else None
-        self.style = find_reply_format(model, self.template, tool_format)
+        self.reply_format = find_reply_format(model, self.template, tool_format)
         written = [text for text in self._control_texts if text in source or text in (bos_text, eos_text)]
         self._cut = _alternatives(_safe_cuts(written, control))
         self._adds_bos = bool(lib.llama_vocab_get_add_bos(model.vocab_pointer)) and model.bos_token >= 0
@@ -65,15 +65,17 @@ class PromptBuilder:
         self._after_content = lru_cache(maxsize=64)(self._end_of_turn)
         self.turn_end = self._turn_end()
 
-    def raw(self, text: str) -> list[int]:
+    def tokenize_raw(self, text: str) -> list[int]:
         """A prompt given as text, no template: control tokens in it count, and BOS stands first if the model has it."""
-        return [*self._bos(text), *self.tokens(text)]
+        return [*self._bos(text), *self.tokenize(text)]
 
-    def chat(self, messages: Sequence[MessageIn], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+    def tokenize_chat(
+        self, messages: Sequence[MessageIn], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """A conversation up to where the assistant's answer begins."""
-        return self.raw(self.rendered(messages, tools))
+        return self.tokenize_raw(self.render(messages, tools))
 
-    def rendered(
+    def render(
         self,
         messages: Sequence[MessageIn],
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -93,18 +95,18 @@ class PromptBuilder:
             variables = NOT_THINKING if self.template.abilities.switch else {}
         return self.template.render(plain, tools=self._quoted(tools or ()), variables=self._quoted(variables))
 
-    def opened(self, messages: Sequence[MessageIn]) -> str:
+    def render_open_turn(self, messages: Sequence[MessageIn]) -> str:
         """The template's text up to the end of the last message's content, its turn left open."""
-        return self.rendered(messages).removesuffix(self._after_content(tuple(one.role for one in messages)))
+        return self.render(messages).removesuffix(self._after_content(tuple(one.role for one in messages)))
 
     def _end_of_turn(self, roles: tuple[str, ...]) -> str:
         """What the template writes after the last message's content; nothing where it does not end with that once."""
         messages = [MessageIn.model_validate({"role": role, "content": "-"}) for role in roles]
         messages[-1] = messages[-1].model_copy(update={"content": _PROBE})
-        _, probe, after = self.rendered(messages).partition(_PROBE)
+        _, probe, after = self.render(messages).partition(_PROBE)
         return after if probe and _PROBE not in after else ""
 
-    def tokens(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
         """Token ids of a rendered text, without BOS. Equal to `Model.tokenize` of the whole, but remembers fragments.
 
         Quoted control tokens become the tokens of their letters, so no message can end its turn or open another.
@@ -125,15 +127,15 @@ class PromptBuilder:
         tail = fragments[-1]
         if cue and tail.endswith(cue):
             before = tail.removesuffix(cue)
-            if self.tokens(tail) == [*self.tokens(before), *self.tokens(cue)]:
+            if self.tokenize(tail) == [*self.tokenize(before), *self.tokenize(cue)]:
                 tail = cue
         return text[: len(text) - len(tail)], tail
 
-    def head_tokens(self, head: str, tail: str) -> list[int]:
+    def tokenize_head(self, head: str, tail: str) -> list[int]:
         """BOS, where there is one, and the tokens of all that stands before `tail` (see `split_tail`)."""
-        return [*self._bos(head or tail), *self.tokens(head)]
+        return [*self._bos(head or tail), *self.tokenize(head)]
 
-    def label_tail(self, tail: str, labels: Sequence[str], *, ending: bool) -> LabelTail:
+    def tokenize_labels(self, tail: str, labels: Sequence[str], *, ending: bool) -> LabelTail:
         """Tokens of labels as they would follow `tail` (see `split_tail`).
 
         A label is tokenised together with the text before it, and what all results share with the tokens of the bare
@@ -144,8 +146,8 @@ class PromptBuilder:
         With `ending`, a label whose tokens begin another label's gets the end of turn, so that "refund" means
         "refund and no more" beside "refund request" and the two exclude each other.
         """
-        bare = self.tokens(tail)
-        joined = [self.tokens(tail + find_joint(tail, label) + label) for label in labels]
+        bare = self.tokenize(tail)
+        joined = [self.tokenize(tail + find_joint(tail, label) + label) for label in labels]
         shared = min((_common(bare, tokens) for tokens in joined), default=len(bare))
         rests = [tuple(tokens[shared:]) for tokens in joined]
         if ending and self.turn_end is not None:

@@ -47,7 +47,7 @@ class ReplyParser(Protocol):
     def called(self) -> bool:
         """A tool was called."""
 
-    def take(self, events: Sequence[TokenEvent]) -> MessagePart: ...
+    def push(self, events: Sequence[TokenEvent]) -> MessagePart: ...
 
     def close(self, *, cut: bool) -> MessagePart:
         """The rest; `cut` where the reply was ended by its length."""
@@ -72,7 +72,7 @@ class PlainReplyParser:
     def stopped_by(self) -> str | None:
         return self._text.stopped_by
 
-    def take(self, events: Sequence[TokenEvent]) -> MessagePart:
+    def push(self, events: Sequence[TokenEvent]) -> MessagePart:
         text: list[str] = []
         tokens: list[PlacedToken[TokenEvent]] = []
         for event in events:
@@ -114,7 +114,7 @@ class MessageReplyParser:
     def called(self) -> bool:
         return self._reading.calls > 0
 
-    def take(self, events: Sequence[TokenEvent]) -> MessagePart:
+    def push(self, events: Sequence[TokenEvent]) -> MessagePart:
         step = _Step()
         for event in events:
             self.completion_tokens += 1

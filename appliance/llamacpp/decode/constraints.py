@@ -88,12 +88,12 @@ class JsonConstraint:
         if not self._matcher.consume_token(token):
             raise ConstraintBroken(f"token {token} does not fit the JSON schema: {self._reason()}")
 
-    def forced(self) -> list[int]:
+    def list_forced_tokens(self) -> list[int]:
         """What the schema leaves no choice about: keys, and the signs between them. Computed together in one step."""
         tokens: list[int] = self._matcher.compute_ff_tokens()
         return tokens
 
-    def allowed(self, tokens: Sequence[int]) -> int:
+    def count_allowed(self, tokens: Sequence[int]) -> int:
         """How many of `tokens` fit the schema one after the other: 1 us each."""
         count: int = self._matcher.try_consume_tokens(tokens)
         if count:

@@ -26,11 +26,11 @@ _COUNT_MASK: Final = (1 << _COUNT_BITS) - 1
 _HALVED_AT: Final = 64
 """Old counts lose weight: at so many, both are halved."""
 _OWN_RATE: Final = 0.15
-_TENANT_RATE: Final = 0.02
+_TABLE_RATE: Final = 0.02
 _UNKNOWN: Final = 0.5
-_HABITS: Final = 8_192
+_MAX_KEYS: Final = 8_192
 """Keys of one generation; two are kept, about 2 MB for a tenant."""
-_TENANTS: Final = 16
+_MAX_TABLES: Final = 16
 
 
 class NgramTable:
@@ -40,18 +40,18 @@ class NgramTable:
     work for the garbage collector.
     """
 
-    __slots__ = ("_old", "_young", "copying", "once")
+    __slots__ = ("_old", "_young", "copy_rates", "repeat_rate")
 
     def __init__(self) -> None:
         self._young: dict[int, int] = {}
         self._old: dict[int, int] = {}
-        self.once = _UNKNOWN
+        self.repeat_rate = _UNKNOWN
         """How often what was seen once came again."""
-        self.copying = [_UNKNOWN, _UNKNOWN]
+        self.copy_rates = [_UNKNOWN, _UNKNOWN]
         """How often the sequence's own past told the next token: after it had been wrong or silent, and after it had
         been right."""
 
-    def note(self, key: int, token: int) -> None:
+    def record(self, key: int, token: int) -> None:
         """`token` followed `key`."""
         value = self._young.get(key)
         if value is None:
@@ -62,24 +62,24 @@ class NgramTable:
             hits, misses = value >> _TOKEN_BITS & _COUNT_MASK, value >> (_TOKEN_BITS + _COUNT_BITS)
             known, right = value & _TOKEN_MASK, value & _TOKEN_MASK == token
             if hits == 1 and not misses:
-                self.once += _TENANT_RATE * (right - self.once)
+                self.repeat_rate += _TABLE_RATE * (right - self.repeat_rate)
             hits, misses = (hits + 1, misses) if right else (hits, misses + 1)
             if misses > hits:
                 known, hits, misses = token, 1, misses >> 1
             elif hits + misses >= _HALVED_AT:
                 hits, misses = hits >> 1, misses >> 1
             value = known | hits << _TOKEN_BITS | misses << (_TOKEN_BITS + _COUNT_BITS)
-        if len(self._young) >= _HABITS:
+        if len(self._young) >= _MAX_KEYS:
             self._young, self._old = {}, self._young
         self._young[key] = value
 
-    def guess(self, key: int) -> tuple[int, float]:
+    def predict(self, key: int) -> tuple[int, float]:
         """What follows `key`, and the probability that it does; 0 where nothing is known."""
         value = self._young.get(key) or self._old.get(key)
         if value is None:
             return 0, 0.0
         again, misses = (value >> _TOKEN_BITS & _COUNT_MASK) - 1, value >> (_TOKEN_BITS + _COUNT_BITS)
-        return value & _TOKEN_MASK, (again + self.once) / (again + misses + 1)
+        return value & _TOKEN_MASK, (again + self.repeat_rate) / (again + misses + 1)
 
 
 class PerKeyTables:
@@ -87,27 +87,27 @@ class PerKeyTables:
     another's."""
 
     def __init__(self) -> None:
-        self._habits: OrderedDict[str, NgramTable] = OrderedDict()
+        self._tables: OrderedDict[str, NgramTable] = OrderedDict()
 
-    def of(self, salt: str) -> NgramTable:
-        habits = self._habits.get(salt)
-        if habits is None:
-            habits = self._habits[salt] = NgramTable()
-            if len(self._habits) > _TENANTS:
-                self._habits.popitem(last=False)
+    def table_for(self, cache_salt: str) -> NgramTable:
+        table = self._tables.get(cache_salt)
+        if table is None:
+            table = self._tables[cache_salt] = NgramTable()
+            if len(self._tables) > _MAX_TABLES:
+                self._tables.popitem(last=False)
         else:
-            self._habits.move_to_end(salt)
-        return habits
+            self._tables.move_to_end(cache_salt)
+        return table
 
 
 class PromptLookup:
     """Guesses for one sequence. `tokens` is its array, of which the first `prompt_length` are the prompt."""
 
-    __slots__ = ("_after", "_copies", "_copying", "_habits", "_key", "_known", "_tokens")
+    __slots__ = ("_after", "_copies", "_copying", "_key", "_known", "_table", "_tokens")
 
-    def __init__(self, tokens: Tokens, prompt_length: int, habits: NgramTable) -> None:
-        self._tokens, self._habits = tokens, habits
-        self._copying = habits.copying.copy()
+    def __init__(self, tokens: Tokens, prompt_length: int, table: NgramTable) -> None:
+        self._tokens, self._table = tokens, table
+        self._copying = table.copy_rates.copy()
         self._copies = 0
         self._known = prompt_length
         prompt = tokens[:prompt_length].astype(np.int64)
@@ -118,7 +118,7 @@ class PromptLookup:
         for token in prompt[-_KEY_TOKENS:].tolist():
             self._key = self._key << _TOKEN_BITS | token
 
-    def read(self, length: int) -> None:
+    def observe(self, length: int) -> None:
         """Take in the output up to `length`, and learn how much guesses are worth."""
         key, after, tokens, copying = self._key, self._after, self._tokens, self._copying
         for position in range(self._known, length):
@@ -129,21 +129,21 @@ class PromptLookup:
             else:
                 right = int(tokens[source]) == token
                 copying[self._copies] += _OWN_RATE * (right - copying[self._copies])
-                self._habits.copying[self._copies] += _TENANT_RATE * (right - self._habits.copying[self._copies])
+                self._table.copy_rates[self._copies] += _TABLE_RATE * (right - self._table.copy_rates[self._copies])
                 self._copies = int(right)
             after[key] = position
-            self._habits.note(key, token)
+            self._table.record(key, token)
             key = (key << _TOKEN_BITS | token) & _KEY_MASK
         self._key, self._known = key, length
 
-    def guess(self, most: int, least: float) -> tuple[list[int], list[float]]:
+    def propose(self, most: int, least: float) -> tuple[list[int], list[float]]:
         """At most `most` tokens that may follow what was read, and how probable each is together with those before
         it: `least` or more."""
         key, copies, probability = self._key, self._copies, 1.0
         guessed: list[int] = []
         probabilities: list[float] = []
         while len(guessed) < most:
-            token, share = self._habits.guess(key)
+            token, share = self._table.predict(key)
             source = self._after.get(key)
             if source is not None and self._copying[copies] > share:
                 token, share = int(self._tokens[source]), self._copying[copies]

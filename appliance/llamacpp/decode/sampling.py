@@ -60,9 +60,9 @@ class Sampler:
         "_bias_values",
         "_constraint",
         "_counts",
-        "_forcing",
         "_greedy",
         "_logprobs",
+        "_lookahead",
         "_penalizes",
         "_random",
         "_sampling",
@@ -79,7 +79,7 @@ class Sampler:
     ) -> None:
         """`forbidden` tokens are never drawn; the log probabilities are those of the model with them all the same."""
         self._sampling, self._logprobs, self._constraint = sampling, logprobs, constraint
-        self._forcing = constraint if isinstance(constraint, LookaheadConstraint) else None
+        self._lookahead = constraint if isinstance(constraint, LookaheadConstraint) else None
         self._greedy = sampling.temperature <= _GREEDY_TEMPERATURE or sampling.top_k == 1
         self._random = None if self._greedy else np.random.default_rng(_seed(sampling.seed))
         self._counts: dict[int, int] = {}
@@ -136,16 +136,16 @@ class Sampler:
         if self._penalizes:
             self._counts[token] = self._counts.get(token, 0) + 1
 
-    def forced(self) -> list[TokenEvent]:
+    def list_forced_events(self) -> list[TokenEvent]:
         """The tokens that the constraint leaves no choice about, to be taken as they are; each must be accepted."""
-        tokens: list[int] = self._forcing.forced() if self._forcing is not None else []
+        tokens: list[int] = self._lookahead.list_forced_tokens() if self._lookahead is not None else []
         if self._logprobs is None:
             return [TokenEvent(token) for token in tokens]
         return [TokenEvent(token, 0.0, ((token, 0.0),) if self._logprobs else ()) for token in tokens]
 
-    def allowed(self, tokens: list[int]) -> list[int]:
+    def cut_to_allowed(self, tokens: list[int]) -> list[int]:
         """The first of `tokens`, as many as the constraint lets follow one another."""
-        return tokens[: self._forcing.allowed(tokens)] if self._forcing is not None else tokens
+        return tokens[: self._lookahead.count_allowed(tokens)] if self._lookahead is not None else tokens
 
     def _shift(self, logits: Logits) -> None:
         """Logit bias, then the penalties over the tokens generated so far."""

@@ -15,7 +15,7 @@ class Sequence:
     """`tokens[:length]` are prompt and output so far; the first `computed` of them lie in KV memory.
 
     The first `shared` cells belong to the prefix tree, down to the pinned `node`; the others are this sequence's own.
-    It lies in the shared memory under `id`, or in a `lane`, or, while it waits, nowhere (both -1).
+    It lies in the shared memory under `id`, or in a `slot`, or, while it waits, nowhere (both -1).
     """
 
     request: SequenceRequest
@@ -26,14 +26,14 @@ class Sequence:
     """Length at which generation ends: prompt + max_tokens, or the end of the context."""
     tokens: Tokens
     length: int
-    place: float = 0.0
+    start_tag: float = 0.0
     """Its tenant's turn; see `fairness`."""
     id: int = -1
-    lane: int = -1
+    slot: int = -1
     computed: int = 0
     shared: int = 0
     node: PrefixNode | None = None
-    drafts: PromptLookup | None = None
+    prompt_lookup: PromptLookup | None = None
     """Guesses of what comes next; made when it first may draft."""
     draft: list[int] = field(default_factory=list)
     """What the current step computes after its last token. `tokens` holds it too, behind `length`."""
@@ -46,7 +46,9 @@ class Sequence:
     """Nobody waits for it any more. Set by the event loop's thread before the engine's takes note."""
 
     @classmethod
-    def of(cls, request: SequenceRequest, number: int, context_tokens: int, end_tokens: frozenset[int]) -> "Sequence":
+    def from_request(
+        cls, request: SequenceRequest, number: int, context_tokens: int, end_tokens: frozenset[int]
+    ) -> "Sequence":
         prompt = to_token_array(request.prompt)
         limit = min(len(prompt) + request.max_tokens, context_tokens)
         tokens = np.empty(limit, np.int32)
@@ -76,23 +78,23 @@ class Sequence:
     @property
     def rank(self) -> tuple[int, float, int]:
         """Who goes first: lower priority value, then the tenant's turn, then order of arrival."""
-        return self.request.priority, self.place, self.number
+        return self.request.priority, self.start_tag, self.number
 
     @property
     def running(self) -> bool:
-        return self.id >= 0 or self.lane >= 0
+        return self.id >= 0 or self.slot >= 0
 
     @property
-    def private(self) -> int:
+    def private_cells(self) -> int:
         """Cells of the shared memory that only this sequence holds."""
-        return self.computed - self.shared if self.lane < 0 else 0
+        return self.computed - self.shared if self.slot < 0 else 0
 
     def append(self, event: TokenEvent) -> None:
         self.tokens[self.length] = event.token
         self.length += 1
         self.events.append(event)
 
-    def guess(self, tokens: list[int]) -> None:
+    def set_draft(self, tokens: list[int]) -> None:
         """Let the step compute `tokens` as if they came next; at most as many as `remaining` less the one before."""
         self.draft = tokens
         self.tokens[self.length : self.length + len(tokens)] = tokens

@@ -16,19 +16,19 @@ _UNMEASURED_LEAST: Final = 0.5
 
 
 class SpeculationPlanner:
-    """Gives sequences their drafts and counts how many come true. The engine's thread only."""
+    """Gives sequences their lookup and counts how many come true. The engine's thread only."""
 
     def __init__(self, rates: Rates) -> None:
-        self._rates, self._tenants = rates, PerKeyTables()
+        self._rates, self._tables = rates, PerKeyTables()
         self.drafted_total = self.accepted_total = 0
 
-    def plan(self, sequences: Ordered[Sequence], room: int, *, read: bool) -> None:
+    def plan_drafts(self, sequences: Ordered[Sequence], room: int, *, has_readers: bool) -> None:
         """Set the `draft` of each of `sequences`, whose next token the step finds; at most `room` tokens in all.
 
-        `read`: somebody reads a stream of one of them.
+        `has_readers`: somebody reads a stream of one of them.
         """
         least, bound = self._bounds(len(sequences))
-        if read:
+        if has_readers:
             room = min(room, bound)
         for sequence in sequences:
             sequence.draft = []
@@ -37,17 +37,17 @@ class SpeculationPlanner:
         for sequence, tokens, shares in guesses:
             likely = min(room, sum(share >= least for share in shares))
             if likely:
-                sequence.guess(sequence.sampler.allowed(tokens[:likely]))
+                sequence.set_draft(sequence.sampler.cut_to_allowed(tokens[:likely]))
                 room -= len(sequence.draft)
                 self.drafted_total += len(sequence.draft)
 
     def _guess(self, sequence: Sequence, least: float) -> tuple[list[int], list[float]]:
-        drafts = sequence.drafts
-        if drafts is None:
-            habits = self._tenants.of(sequence.request.cache_salt)
-            drafts = sequence.drafts = PromptLookup(sequence.tokens, sequence.prompt_length, habits)
-        drafts.read(sequence.length)
-        return drafts.guess(min(MAX_DRAFT_TOKENS, sequence.remaining - 1), least)
+        lookup = sequence.prompt_lookup
+        if lookup is None:
+            table = self._tables.table_for(sequence.request.cache_salt)
+            lookup = sequence.prompt_lookup = PromptLookup(sequence.tokens, sequence.prompt_length, table)
+        lookup.observe(sequence.length)
+        return lookup.propose(min(MAX_DRAFT_TOKENS, sequence.remaining - 1), least)
 
     def _bounds(self, sequences: int) -> tuple[float, int]:
         """The least probability that pays, and the most rows that a step with readers may get."""

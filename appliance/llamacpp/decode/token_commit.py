@@ -78,10 +78,10 @@ def _take(sequence: Sequence, event: TokenEvent, model: LlamaModel) -> None:
 def _append_forced(sequence: Sequence) -> None:
     """Tokens without a choice are computed with the next one, as a piece of prompt is.
 
-    Not in a lane: there each rides along with the other lanes' tokens, and a run would be a pass of its own.
+    Not in a slot: there each rides along with the other slots' tokens, and a run would be a pass of its own.
     """
-    if sequence.lane >= 0:
+    if sequence.slot >= 0:
         return
-    for event in sequence.sampler.forced()[: sequence.remaining]:
+    for event in sequence.sampler.list_forced_events()[: sequence.remaining]:
         sequence.append(event)
         sequence.sampler.accept(event.token)

@@ -42,7 +42,7 @@ class Kernels:
     """What would change that; empty where nothing would."""
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """One line for people."""
         if self.names:
             return f"{', '.join(self.names)} (AVX-512 VNNI)"

@@ -1,10 +1,10 @@
-"""Lanes: KV memory in which every generating sequence has cells of its own, next to the memory that all share.
+"""Slots: KV memory in which every generating sequence has cells of its own, next to the memory that all share.
 
 With llama.cpp's own attention each token of the shared memory looks at the mask of every cell in use, whoever holds it
-(the native kernels look at a sequence's own cells alone, and then there are no lanes). With 32 sequences of 160 tokens
+(the native kernels look at a sequence's own cells alone, and then there are no slots). With 32 sequences of 160 tokens
 that makes a decode step of SmolLM2-135M 1.6 times as long as one in which each looks at its own cells only. Prompts,
-prefixes and labels stay in the shared memory, where they can be forked without copying; a sequence moves to a lane
-once its prompt is computed, and back when it outgrows the lane or to be cached. A move copies its keys and values, in
+prefixes and labels stay in the shared memory, where they can be forked without copying; a sequence moves to a slot
+once its prompt is computed, and back when it outgrows the slot or to be cached. A move copies its keys and values, in
 about a quarter of a millisecond.
 """
 
@@ -19,9 +19,9 @@ from appliance.llamacpp.binding import lib
 from appliance.llamacpp.context import Attention, LlamaContext, make_context_params
 
 _ROUNDING_TOKENS: Final = 256
-_LEAST_LANE_TOKENS: Final = 512
-"""Shorter lanes would be outgrown by everyday answers."""
-_MOST_LANE_TOKENS: Final = 2048
+_LEAST_SLOT_TOKENS: Final = 512
+"""Shorter slots would be outgrown by everyday answers."""
+_MOST_SLOT_TOKENS: Final = 2048
 _WORD_BYTES: Final = 4
 _HEADER_WORDS: Final = 3
 """A saved sequence begins with a magic number, its id and the number of streams; then comes, for every stream, the
@@ -29,18 +29,18 @@ number of its cells and, where that is not 0, what they hold."""
 
 
 def choose_slot_tokens(cells: int, trained_tokens: int, sequences: int) -> int:
-    """How long each of `sequences` lanes may be within `cells` in all, or 0 for no lanes.
+    """How long each of `sequences` slots may be within `cells` in all, or 0 for no slots.
 
-    The shared memory keeps at least room for one sequence as long as the model was trained for, so that lanes shorten
+    The shared memory keeps at least room for one sequence as long as the model was trained for, so that slots shorten
     nobody's context, and at least half.
     """
     spare = min(cells // 2, cells - trained_tokens)
-    each = min(spare // max(1, sequences), _MOST_LANE_TOKENS) // _ROUNDING_TOKENS * _ROUNDING_TOKENS
-    return each if sequences > 1 and each >= _LEAST_LANE_TOKENS else 0
+    each = min(spare // max(1, sequences), _MOST_SLOT_TOKENS) // _ROUNDING_TOKENS * _ROUNDING_TOKENS
+    return each if sequences > 1 and each >= _LEAST_SLOT_TOKENS else 0
 
 
 class PerSequenceKv(LlamaContext):
-    """`count` lanes of `tokens` cells each; a lane is one sequence id of this context. Lanes in use lie side by side
+    """`count` slots of `tokens` cells each; a slot is one sequence id of this context. Slots in use lie side by side
     from 0 on, as llama.cpp computes only neighbours together."""
 
     def __init__(self, context: Any, main: LlamaContext, count: int, vocabulary_size: int) -> None:
@@ -53,7 +53,7 @@ class PerSequenceKv(LlamaContext):
     def make(
         cls, handle: Any, main: LlamaContext, *, count: int, tokens: int, threads: int, attention: Attention
     ) -> "PerSequenceKv | None":
-        """Lanes beside `main` for the same weights; None where this llama.cpp or this kind of memory cannot move a
+        """Slots beside `main` for the same weights; None where this llama.cpp or this kind of memory cannot move a
         sequence between the two."""
         params = make_context_params(
             cells=count * tokens, batch_tokens=count, ids=count, outputs=count, threads=threads, attention=attention
@@ -62,33 +62,33 @@ class PerSequenceKv(LlamaContext):
         context = lib.llama_init_from_model(handle, params)
         if not context:
             return None
-        lanes = cls(context, main, count, main.vocabulary_size)
-        if lanes._moves():
-            return lanes
-        lanes.close()
+        slots = cls(context, main, count, main.vocabulary_size)
+        if slots._moves():
+            return slots
+        slots.close()
         return None
 
-    def take(self, sequence: int, lane: int) -> bool:
-        """Copy a sequence of the shared memory into an empty lane. False: it does not fit; the lane stays empty."""
+    def copy_in(self, sequence: int, slot: int) -> bool:
+        """Copy a sequence of the shared memory into an empty slot. False: it does not fit; the slot stays empty."""
         saved = self._save(self._main, sequence, room_words=self.count)
         saved.view(np.uint32)[_HEADER_WORDS - 1] = self.count
-        return _restore(self, lane, saved)
+        return _restore(self, slot, saved)
 
-    def give(self, lane: int, sequence: int, start: int = 0) -> bool:
-        """Move what a lane holds from position `start` on into an unused sequence of the shared memory, and empty the
-        lane. False: no room there; the sequence stays unused."""
+    def move_out(self, slot: int, sequence: int, start: int = 0) -> bool:
+        """Move what a slot holds from position `start` on into an unused sequence of the shared memory, and empty the
+        slot. False: no room there; the sequence stays unused."""
         if start:
-            self.memory_remove(lane, 0, start)
-        saved = self._save(self, lane, room_words=0)
-        self.memory_remove(lane, 0)
-        # The shared memory is one stream: cut off what says that the other lanes' streams are empty.
-        own = saved[lane * _WORD_BYTES : len(saved) - (self.count - lane - 1) * _WORD_BYTES]
+            self.memory_remove(slot, 0, start)
+        saved = self._save(self, slot, room_words=0)
+        self.memory_remove(slot, 0)
+        # The shared memory is one stream: cut off what says that the other slots' streams are empty.
+        own = saved[slot * _WORD_BYTES : len(saved) - (self.count - slot - 1) * _WORD_BYTES]
         header = own[: _HEADER_WORDS * _WORD_BYTES].view(np.uint32)
         header[:] = saved[:_WORD_BYTES].view(np.uint32)[0], sequence, 1
         return _restore(self._main, sequence, own)
 
-    def shift(self, source: int, target: int) -> bool:
-        """Move a lane's content into another, empty one."""
+    def move_slot(self, source: int, target: int) -> bool:
+        """Move a slot's content into another, empty one."""
         saved = self._save(self, source, room_words=0)
         self.memory_remove(source, 0)
         return _restore(self, target, saved)
@@ -108,8 +108,8 @@ class PerSequenceKv(LlamaContext):
         main, batch = self._main, self._main.batch
         batch.clear()
         batch.add([0], 0, 0, last_output=True)
-        worked = main.decode() == 0 and self.take(0, self.count - 1) and self.memory_length(self.count - 1) == 1
-        worked = worked and self.shift(self.count - 1, 0) and self.give(0, 1) and main.memory_length(1) == 1
+        worked = main.decode() == 0 and self.copy_in(0, self.count - 1) and self.memory_length(self.count - 1) == 1
+        worked = worked and self.move_slot(self.count - 1, 0) and self.move_out(0, 1) and main.memory_length(1) == 1
         main.memory_clear()
         self.memory_clear()
         batch.clear()

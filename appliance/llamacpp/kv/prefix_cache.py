@@ -36,7 +36,7 @@ class PrefixNode:
     pins: int = 0
     """Pins on this node and on all below it."""
     used: int = 0
-    salt: str = ""
+    cache_salt: str = ""
     """Roots only."""
 
     @property
@@ -86,7 +86,7 @@ class PrefixCache:
                 return PrefixMatch(child, child.depth)
             node = child
 
-    def depth(self, tokens: Tokens, salt: str) -> int:
+    def count_cached(self, tokens: Tokens, salt: str) -> int:
         """How many of `tokens` are cached, changing nothing."""
         node = self._root(salt)
         while node.depth < len(tokens):
@@ -99,7 +99,7 @@ class PrefixCache:
             node = child
         return node.depth
 
-    def share(self, node: PrefixNode, target: int, start: int, stop: int) -> None:
+    def share_cells(self, node: PrefixNode, target: int, start: int, stop: int) -> None:
         """Let sequence `target` share the cells at positions [start, stop) of the path to `node`."""
         if stop > start:
             self._memory.memory_copy(node.leaf.sequence, target, start, stop)
@@ -132,7 +132,7 @@ class PrefixCache:
     def _dedupe(self, node: PrefixNode, source: int, start: int, stop: int) -> None:
         if stop > start:
             self._memory.memory_remove(source, start, stop)
-            self.share(node, source, start, stop)
+            self.share_cells(node, source, start, stop)
 
     def pin(self, node: PrefixNode) -> None:
         """Keep the path to `node` until it is unpinned as often."""
@@ -176,7 +176,7 @@ class PrefixCache:
             self._drop(leaf)
         return True
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Drop everything without touching memory, which somebody cleared. Pins must be gone."""
         for node in list(self._leaves()):
             self._free_ids.append(node.sequence)
@@ -191,7 +191,7 @@ class PrefixCache:
 
     def _root(self, salt: str) -> PrefixNode:
         """The tree of one salt; remembered once something is put into it, so that lookups leave no trace."""
-        return self._roots.get(salt) or PrefixNode(np.empty(0, np.int32), 0, None, salt=salt)
+        return self._roots.get(salt) or PrefixNode(np.empty(0, np.int32), 0, None, cache_salt=salt)
 
     def _split(self, node: PrefixNode, length: int) -> PrefixNode:
         """Cut an edge after `length` tokens; give the new upper node."""
@@ -215,7 +215,7 @@ class PrefixCache:
             self._memory.memory_remove(leaf.sequence, 0)
             self._free_ids.append(leaf.sequence)
         if parent.parent is None and not parent.children:
-            del self._roots[parent.salt]
+            del self._roots[parent.cache_salt]
         self.tokens -= len(leaf.tokens)
         return len(leaf.tokens)
 

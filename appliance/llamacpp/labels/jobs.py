@@ -2,7 +2,7 @@
 as forks of the prompt. A label's likelihood is the product of its tokens' probabilities at the nodes it passes.
 
 The last token of a label is only read off its parent's distribution, so single-token labels cost no decoding at all.
-Where labels are many, nodes that cannot matter are left out (see `walk`). Items of one call differ in a few tokens;
+Where labels are many, nodes that cannot matter are left out (see `search`). Items of one call differ in a few tokens;
 side by side they make a forest, in which a shared run of tokens is computed once and belongs to all the sequences
 under it.
 """
@@ -34,7 +34,7 @@ class LabelJob:
         self.waiting_tokens = sum(len(item.prompt) for item in items)
         """Prompt tokens of items that are not answered yet."""
         self.priority = min((item.priority for item in items), default=0)
-        self.place = 0.0
+        self.start_tag = 0.0
         """The turn of its next item; see `fairness`."""
         self.number = 0
         """Order of arrival."""
@@ -48,7 +48,7 @@ class LabelJob:
     @property
     def rank(self) -> tuple[int, float, int]:
         """Whose next item goes first: lower priority value, then what is begun, then the tenant's turn."""
-        return self.priority, 0.0 if self.pieces else self.place, self.number
+        return self.priority, 0.0 if self.pieces else self.start_tag, self.number
 
     @property
     def untaken(self) -> bool:
@@ -81,26 +81,26 @@ class LabelItemState:
 
     job: LabelJob
     index: int
-    walk: LabelSearch
+    search: LabelSearch
     prompt: Tokens
     pieces_open: int = 0
     cached_tokens: int = -1
 
     @property
     def trie(self) -> LabelTrie:
-        return self.walk.trie
+        return self.search.trie
 
     @property
-    def salt(self) -> str:
+    def cache_salt(self) -> str:
         return self.job.items[self.index].cache_salt
 
-    def next_chains(self) -> list[Path]:
+    def plan_next_chains(self) -> list[Path]:
         """What the next wave computes once all pieces are in; nothing where the item can be answered."""
-        return self.walk.next_chains(self.job.items[self.index].tolerance)
+        return self.search.plan_next_chains(self.job.items[self.index].tolerance)
 
     def answer(self) -> None:
-        logprobs = self.walk.logprobs()
-        mass, cached = self.trie.mass(logprobs), max(0, self.cached_tokens)
+        logprobs = self.search.compute_logprobs()
+        mass, cached = self.trie.compute_mass(logprobs), max(0, self.cached_tokens)
         self.job.answer(self.index, LabelScores(logprobs.tolist(), mass, len(self.prompt), cached))
 
     def fail(self, error: str) -> None:
@@ -125,7 +125,7 @@ class PromptPiece:
         return self.fresh[0] == 0
 
     @property
-    def walks(self) -> bool:
+    def starts_search(self) -> bool:
         """Whether other nodes may follow, by what is read at the prompt's end."""
         return self.chains == [()] and len(self.item.trie) > 1
 
@@ -139,7 +139,7 @@ class PromptPiece:
 def count_shared_tokens(before: PromptPiece, piece: PromptPiece) -> int:
     """Tokens of what is left of its prompt that a piece has in common with the one before it: both must leave the
     prefix tree at the same point, for equal tokens behind different ones are not the same."""
-    if before.depth != piece.depth or before.item.salt != piece.item.salt:
+    if before.depth != piece.depth or before.item.cache_salt != piece.item.cache_salt:
         return 0
     if before.node is not piece.node and piece.depth:
         return 0
@@ -175,7 +175,9 @@ def split_into_pieces(item: LabelItemState, chains: Sequence[Path], chains_at_on
     for number, chain in enumerate(chains):
         if number % chains_at_once == 0:
             pieces.append(PromptPiece(item, [], []))
-        read = next((step for step, node in enumerate(item.trie.nodes(chain)) if not item.walk.has_read(node)), 0)
+        read = next(
+            (step for step, node in enumerate(item.trie.list_nodes(chain)) if not item.search.has_read(node)), 0
+        )
         pieces[-1].chains.append(chain)
         pieces[-1].fresh.append(read if before is None else max(read, count_shared_prefix(before, chain) + 1))
         before = chain
@@ -194,15 +196,15 @@ class LabelForest:
     positions: Ints
     starts: Ints
     sizes: Ints
-    first: list[int]
+    first_entries: list[int]
     """The entry of each path's first own token."""
     shared: list[int]
 
-    def entry(self, path: int, offset: int) -> int:
+    def find_entry(self, path: int, offset: int) -> int:
         """The entry that computes token `offset` of a path."""
         while offset < self.shared[path]:
             path -= 1
-        return self.first[path] + offset - self.shared[path]
+        return self.first_entries[path] + offset - self.shared[path]
 
 
 def build_forest(paths: Sequence[Tokens], depths: Sequence[int], shared: Sequence[int]) -> LabelForest:
@@ -274,7 +276,7 @@ class LabelWindow:
         )
         return min(self.cursor + tokens, by_outputs, self.tokens)
 
-    def take(self, stop: int, rows: Iterable[Logits]) -> None:
+    def read_rows(self, stop: int, rows: Iterable[Logits]) -> None:
         """Read the rows of the entries up to `stop`, which are computed now."""
         entries = self.cursor + np.flatnonzero(self.wanted[self.cursor : stop])
         for entry, row in zip(entries.tolist(), rows, strict=True):
@@ -283,16 +285,16 @@ class LabelWindow:
                 self.found.append((item, node, row[item.trie.read_tokens[node]].astype(np.float64) - normalizer))
         self.cursor = stop
 
-    def settle(self) -> None:
+    def commit_reads(self) -> None:
         """Let what was read count."""
         for item, node, logprobs in self.found:
-            item.walk.add(node, logprobs)
+            item.search.add_logprobs(node, logprobs)
         self.found.clear()
 
 
 def build_window(pieces: Sequence[PromptPiece], ids: Sequence[int], *, merge: bool) -> LabelWindow:
     """Lay out pieces (attached to the prefix tree already). `merge` is off for models whose memory cannot be forked."""
-    ordered = sorted(pieces, key=lambda piece: (piece.item.salt, piece.item.prompt.tolist()))
+    ordered = sorted(pieces, key=lambda piece: (piece.item.cache_salt, piece.item.prompt.tolist()))
     paths: list[Tokens] = []
     depths: list[int] = []
     shared: list[int] = []
@@ -328,6 +330,6 @@ def _note_reads(
 ) -> None:
     end = len(piece.item.prompt) - piece.depth - 1
     for number, (chain, known) in enumerate(zip(piece.chains, piece.fresh, strict=True)):
-        for step, node in enumerate(piece.item.trie.nodes(chain)):
+        for step, node in enumerate(piece.item.trie.list_nodes(chain)):
             if step >= known:
-                reads.setdefault(forest.entry(path + number, end + step), []).append((piece.item, node))
+                reads.setdefault(forest.find_entry(path + number, end + step), []).append((piece.item, node))

@@ -1,7 +1,7 @@
 """Label calls in work: takes items from the calls in turn, computes them a window at a time, and answers.
 
 A window is as many items as fit into what is left of a step; it may last several steps when one item is longer. An item
-whose labels are computed in waves (see `walk`) is in one window after the other, each time beside items that are new.
+whose labels are computed in waves (see `search`) is in one window after the other, each time beside items that are new.
 Between two windows it holds nothing: its prompt is cached, and computed again where somebody needed the cells.
 """
 
@@ -33,8 +33,8 @@ _PATHS: Final = 96
 """Sequence ids a window may take; the others are left to running sequences and to cached prefixes."""
 _CHAINS_AT_ONCE: Final = 80
 """Ids one item may take; items with more chains are computed in several pieces."""
-_WALKS_AT_ONCE: Final = 32
-"""Items that may begin to walk in one window: between two waves the prompt of each takes an id in the prefix tree."""
+_SEARCHES_AT_ONCE: Final = 32
+"""Items that may begin a search in one window: between two waves the prompt of each takes an id in the prefix tree."""
 _RECENT_PROMPTS: Final = 8
 """Prompts remembered (as tokens, not cells): what the next one shares with any of them is worth caching."""
 _WORTH_CACHING_TOKENS: Final = 16
@@ -50,11 +50,17 @@ class LabelScorer:
         model: LlamaModel,
         tree: PrefixCache,
         free_ids: list[int],
-        turns: FairQueue,
+        fair_queue: FairQueue,
         room: Callable[[], BatchCapacity],
     ) -> None:
-        self._model, self._batch, self._tree, self._free_ids, self._room = model, model.batch, tree, free_ids, room
-        self._turns, self._thrift = turns, SearchBudget()
+        self._model, self._batch, self._prefix_cache, self._free_ids, self._measure_capacity = (
+            model,
+            model.batch,
+            tree,
+            free_ids,
+            room,
+        )
+        self._fair_queue, self._search_budget = fair_queue, SearchBudget()
         self._paths = _PATHS if model.forkable else 1
         self._jobs: list[LabelJob] = []
         """Calls with items that are not taken yet."""
@@ -104,26 +110,26 @@ class LabelScorer:
         return {piece.item.job for piece in self._window.pieces} if self._window is not None and self._stop else set()
 
     @property
-    def careful(self) -> bool:
+    def isolates_suspects(self) -> bool:
         """Items have to be computed alone to find the one that makes steps fail."""
         return bool(self._suspects and self.busy)
 
-    def keep_warm(self) -> int:
+    def touch_expected_prefixes(self) -> int:
         """Mark the prefixes that the next items fork as used, so that they are the last to go; give their cells."""
         warm: set[PrefixNode] = set()
-        for prompt, salt in self._expected():
-            node: PrefixNode | None = self._tree.match(prompt, salt, len(prompt)).node
+        for prompt, salt in self._list_expected_prompts():
+            node: PrefixNode | None = self._prefix_cache.match(prompt, salt, len(prompt)).node
             while node is not None and node not in warm:
                 warm.add(node)
                 node = node.parent
         return sum(len(node.tokens) for node in warm)
 
-    def _expected(self) -> Iterator[tuple[Tokens, str]]:
+    def _list_expected_prompts(self) -> Iterator[tuple[Tokens, str]]:
         """Prompts and salts of the pieces that wait, and of the items whose turn is next, each of another call."""
         if not self._jobs or not self._model.forkable:
             return
         for job in self._jobs:
-            yield from ((piece.item.prompt, piece.item.salt) for piece in job.pieces)
+            yield from ((piece.item.prompt, piece.item.cache_salt) for piece in job.pieces)
         for job in nsmallest(_CALLS_KEPT_WARM, self._jobs, key=attrgetter("rank")):
             if job.following is not None:
                 yield to_token_array(job.following.prompt), job.following.cache_salt
@@ -132,7 +138,7 @@ class LabelScorer:
         self._open.append(job)
         job.number = next(self._numbers)
         if job.items:
-            self._queue(job)
+            self._assign_start_tag(job)
             self._jobs.append(job)
         else:
             self._answered.append(job)
@@ -145,7 +151,7 @@ class LabelScorer:
         if job in self._jobs:
             self._jobs.remove(job)
         if self._window is not None and all(piece.item.job.cancelled for piece in self._window.pieces):
-            self._close(keep_prefixes=False)
+            self._close_window(keep_prefixes=False)
 
     def take_answered(self) -> list[LabelJob]:
         """The calls whose last item was answered since the last time."""
@@ -155,7 +161,7 @@ class LabelScorer:
         self._answered.clear()
         return done
 
-    def fill(self, tokens: int, *, alone: bool, urgent: int) -> None:
+    def fill_batch(self, tokens: int, *, alone: bool, urgent: int) -> None:
         """Add up to `tokens` of label work to the batch. `alone`: nobody else holds KV cells or will free any;
         `urgent`: what is less urgent than that holds still."""
         self._stop = 0
@@ -167,7 +173,7 @@ class LabelScorer:
         window = self._window
         if window is None:
             return
-        stop = window.slice_end(min(tokens, self._batch.room_tokens), self._batch.room_outputs)
+        stop = window.slice_end(min(tokens, self._batch.free_tokens), self._batch.free_outputs)
         if stop <= window.cursor:
             return
         part, forest = slice(window.cursor, stop), window.forest
@@ -181,14 +187,14 @@ class LabelScorer:
         )
         self._stop = stop
 
-    def read(self, first_row: int) -> None:
+    def read_rows(self, first_row: int) -> None:
         """Take the rows of what `fill` added, once it is decoded."""
         if not self._stop or self._window is None:
             return
-        self._window.take(self._stop, self._model.rows[first_row:])
+        self._window.read_rows(self._stop, self._model.rows[first_row:])
         self._stop = 0
         if self._window.done:
-            self._close(keep_prefixes=True)
+            self._close_window(keep_prefixes=True)
 
     def recover(self, reason: str, *, alone: bool) -> None:
         """The decode of what `fill` added failed, and memory is cleared next. An item that was alone in it gets the
@@ -201,27 +207,27 @@ class LabelScorer:
                 item.fail(reason)
                 self._drop_pieces(item)
             self._suspects = max(0, self._suspects - 1)
-            self._close(keep_prefixes=False)
+            self._close_window(keep_prefixes=False)
             return
         if self._stop:
             self._suspects = len(items)
-        self.put_back()
+        self.requeue_window()
 
-    def put_back(self) -> None:
+    def requeue_window(self) -> None:
         """Take the window in work apart; its items are taken first next time. Nothing of it counts."""
         window = self._window
         if window is None:
             return
-        self._close(keep_prefixes=False)
+        self._close_window(keep_prefixes=False)
         for piece in reversed(window.pieces):
             if not piece.item.job.cancelled:
-                self._return(piece)
+                self._requeue(piece)
 
     # Windows.
 
     def _open_window(self, tokens: int, alone: bool) -> None:
         pieces: list[PromptPiece] = []
-        total = paths = walks = 0
+        total = paths = searches = 0
         while total < tokens and self._jobs and not (self._suspects and pieces):
             if pieces and min(self._jobs, key=attrgetter("rank")).priority > pieces[0].item.job.priority:
                 break  # a window is computed to its end, and what is urgent does not wait for what is not
@@ -229,13 +235,13 @@ class LabelScorer:
             if piece is None:
                 continue
             self._attach(piece)
-            needed = self._needed(piece, pieces)
-            walks += piece.walks
+            needed = self._count_needed(piece, pieces)
+            searches += piece.starts_search
             crowded = bool(pieces) and (
-                total + needed > tokens or paths + len(piece.chains) > self._paths or walks > _WALKS_AT_ONCE
+                total + needed > tokens or paths + len(piece.chains) > self._paths or searches > _SEARCHES_AT_ONCE
             )
             if crowded or not self._fits(total + needed, paths + len(piece.chains)):
-                self._give_back(piece, impossible=alone and not pieces)
+                self._refuse_or_requeue(piece, impossible=alone and not pieces)
                 break
             pieces.append(piece)
             total += needed
@@ -248,21 +254,21 @@ class LabelScorer:
         for piece, first in zip(window.pieces, window.paths_of, strict=True):
             if piece.node is not None:
                 for path in range(first, first + len(piece.chains)):
-                    self._tree.share(piece.node, int(window.ids[path]), 0, piece.depth)
+                    self._prefix_cache.share_cells(piece.node, int(window.ids[path]), 0, piece.depth)
 
-    def _queue(self, job: LabelJob) -> None:
+    def _assign_start_tag(self, job: LabelJob) -> None:
         """Give the next item of a call its turn."""
         if job.cursor < len(job.items):
             item = job.items[job.cursor]
-            job.place = self._turns.place(item.cache_salt, len(item.prompt))
+            job.start_tag = self._fair_queue.assign_start_tag(item.cache_salt, len(item.prompt))
 
     def _next_piece(self) -> PromptPiece | None:
         """The next piece of the call whose turn it is; calls of one tenant take turns item by item."""
         job = min(self._jobs, key=attrgetter("rank"))
         if not job.pieces:
             index, job.cursor = job.cursor, job.cursor + 1
-            self._turns.begin(job.place, len(job.items[index].prompt))
-            self._queue(job)
+            self._fair_queue.advance(job.start_tag, len(job.items[index].prompt))
+            self._assign_start_tag(job)
             item = prepare_item(job, index, self._model.sequence_context_tokens, self._model.vocabulary_size)
             if isinstance(item, str):
                 job.answer(index, failed_scores(len(job.items[index].prompt), item))
@@ -277,10 +283,12 @@ class LabelScorer:
         """The whole trie, or the prompt alone where the rest depends on what is read at its end."""
         if not self._model.forkable:
             return split_into_pieces(item, item.trie.chains, 1)
-        walks = self._thrift.worth_walking(item.trie, len(item.job.items), item.job.items[item.index].tolerance)
-        return split_into_pieces(item, [()] if walks else item.trie.chains, _CHAINS_AT_ONCE)
+        searches = self._search_budget.is_worth_searching(
+            item.trie, len(item.job.items), item.job.items[item.index].tolerance
+        )
+        return split_into_pieces(item, [()] if searches else item.trie.chains, _CHAINS_AT_ONCE)
 
-    def _give_back(self, piece: PromptPiece, *, impossible: bool) -> None:
+    def _refuse_or_requeue(self, piece: PromptPiece, *, impossible: bool) -> None:
         """A piece that does not fit now comes first next time, or is refused where it could never fit."""
         self._detach(piece)
         if impossible:
@@ -290,9 +298,9 @@ class LabelScorer:
             )
             self._drop_pieces(piece.item)
         else:
-            self._return(piece)
+            self._requeue(piece)
 
-    def _return(self, piece: PromptPiece) -> None:
+    def _requeue(self, piece: PromptPiece) -> None:
         job = piece.item.job
         job.pieces.insert(0, piece)
         if job not in self._jobs:
@@ -306,8 +314,10 @@ class LabelScorer:
 
     def _attach(self, piece: PromptPiece) -> None:
         if self._model.forkable:
-            match = self._tree.match(piece.item.prompt, piece.item.salt, len(piece.item.prompt) - piece.reads_prompt)
-            self._tree.pin(match.node)
+            match = self._prefix_cache.match(
+                piece.item.prompt, piece.item.cache_salt, len(piece.item.prompt) - piece.reads_prompt
+            )
+            self._prefix_cache.pin(match.node)
             piece.node, piece.depth = match.node, match.depth
 
     def _detach(self, piece: PromptPiece) -> None:
@@ -316,28 +326,28 @@ class LabelScorer:
 
     def _unpin(self, piece: PromptPiece) -> None:
         if piece.node is not None:
-            self._tree.unpin(piece.node)
+            self._prefix_cache.unpin(piece.node)
         piece.node = None
 
-    def _needed(self, piece: PromptPiece, pieces: list[PromptPiece]) -> int:
+    def _count_needed(self, piece: PromptPiece, pieces: list[PromptPiece]) -> int:
         """Cells a piece adds to a window; what it shares with the piece before it is computed once."""
         if not pieces or not self._model.forkable:
             return piece.tokens
         return piece.tokens - count_shared_tokens(pieces[-1], piece)
 
     def _fits(self, tokens: int, paths: int) -> bool:
-        return self._room().fits(tokens) and self._tree.free_up_ids(paths)
+        return self._measure_capacity().fits(tokens) and self._prefix_cache.free_up_ids(paths)
 
     def _evict_for_window(self) -> None:
         """Make the cells free that `_fits` found to be only cached; running sequences keep what they were promised."""
-        room = self._room()
-        self._tree.evict(room.used + room.promised + self._tree.evictable_tokens - room.capacity)
+        room = self._measure_capacity()
+        self._prefix_cache.evict(room.used + room.promised + self._prefix_cache.evictable_tokens - room.capacity)
 
-    def _close(self, *, keep_prefixes: bool) -> None:
+    def _close_window(self, *, keep_prefixes: bool) -> None:
         """Give back what the window holds. `keep_prefixes`: it was computed, so it counts, and its items go on."""
         window, self._window, self._stop = self._window, None, 0
         assert window is not None
-        over = self._settle(window) if keep_prefixes else set()
+        over = self._commit_window(window) if keep_prefixes else set()
         seen: set[LabelItemState] = set()
         for piece, path in zip(window.pieces, window.paths_of, strict=True):
             sequence, first = int(window.ids[path]), piece.item not in seen
@@ -349,24 +359,24 @@ class LabelScorer:
             self._model.memory_remove(sequence, 0)
             self._free_ids.append(sequence)
 
-    def _settle(self, window: LabelWindow) -> set[LabelItemState]:
+    def _commit_window(self, window: LabelWindow) -> set[LabelItemState]:
         """Let what was read count: answer the items that are done, and queue the next wave of those that are not.
 
         Gives the items of which nothing follows.
         """
-        window.settle()
+        window.commit_reads()
         over: set[LabelItemState] = set()
         for item in (piece.item for piece in window.pieces):
             item.pieces_open -= 1
             if item.job.cancelled:
                 over.add(item)
             elif not item.pieces_open:
-                chains = item.next_chains()
+                chains = item.plan_next_chains()
                 for following in reversed(split_into_pieces(item, chains, _CHAINS_AT_ONCE)):
-                    self._return(following)
+                    self._requeue(following)
                 if not chains:
-                    if item.walk.spent_tokens:
-                        self._thrift.observe(item.walk)
+                    if item.search.spent_tokens:
+                        self._search_budget.observe(item.search)
                     item.answer()
                     over.add(item)
         self._suspects = max(0, self._suspects - len(over))
@@ -375,12 +385,12 @@ class LabelScorer:
     def _keep_prefix(self, piece: PromptPiece, sequence: int, *, over: bool) -> None:
         """Cache what the prompt shares with a recent one or with the call's next item; all of it where more of the same
         item follows."""
-        prompt, salt, following = piece.item.prompt, piece.item.salt, piece.item.job.following
+        prompt, salt, following = piece.item.prompt, piece.item.cache_salt, piece.item.job.following
         shared, worth = len(prompt), 1
         if over:
             if piece.depth == len(prompt):  # cached for this item's waves only
                 self._unpin(piece)
-                self._tree.discard(prompt, salt)
+                self._prefix_cache.discard(prompt, salt)
             worth = _WORTH_CACHING_TOKENS
             shared = max(
                 (count_common_prefix(prompt, other) for kept, other in self._recent if kept == salt), default=0
@@ -388,5 +398,7 @@ class LabelScorer:
             self._recent.append((salt, prompt))
             if following is not None and following.cache_salt == salt:
                 shared = max(shared, count_common_prefix(prompt, to_token_array(following.prompt)))
-        if shared - self._tree.depth(prompt[:shared], salt) >= worth:
-            self._tree.insert(prompt[:shared], salt, sequence, min(piece.depth, self._tree.depth(prompt, salt)))
+        if shared - self._prefix_cache.count_cached(prompt[:shared], salt) >= worth:
+            self._prefix_cache.insert(
+                prompt[:shared], salt, sequence, min(piece.depth, self._prefix_cache.count_cached(prompt, salt))
+            )

@@ -47,7 +47,7 @@ class SearchBudget:
     def __init__(self) -> None:
         self._share = _EXPECTED
 
-    def worth_walking(self, trie: LabelTrie, items: int, tolerance: float) -> bool:
+    def is_worth_searching(self, trie: LabelTrie, items: int, tolerance: float) -> bool:
         """For an item in a call of so many. Experience that keeps items from walking is forgotten little by little."""
         most = len(trie) - 1
         least = _FEWEST_TOKENS + _STEPS_TOKENS / max(1, items)
@@ -58,10 +58,10 @@ class SearchBudget:
         self._share += _FORGOTTEN * (_EXPECTED - self._share)
         return False
 
-    def observe(self, walk: "LabelSearch") -> None:
+    def observe(self, search: "LabelSearch") -> None:
         """Take note of a walk that is over."""
-        whole = (len(walk.trie) - 1) * (1 + _ROW_TOKENS)
-        self._share += _OBSERVED * (walk.spent_tokens / whole - self._share)
+        whole = (len(search.trie) - 1) * (1 + _ROW_TOKENS)
+        self._share += _OBSERVED * (search.spent_tokens / whole - self._share)
 
 
 class LabelSearch:
@@ -79,18 +79,18 @@ class LabelSearch:
     def has_read(self, node: int) -> bool:
         return bool(self._read[node])
 
-    def add(self, node: int, logprobs: npt.NDArray[np.float64]) -> None:
+    def add_logprobs(self, node: int, logprobs: npt.NDArray[np.float64]) -> None:
         """Take the log probabilities of the tokens that are read at a node (`LabelTrie.read_tokens`)."""
         self._sums[self.trie.read_labels[node]] += logprobs
         self._read[node] = True
 
-    def next_chains(self, tolerance: float) -> list[Path]:
+    def plan_next_chains(self, tolerance: float) -> list[Path]:
         """The paths that the next wave computes, sorted, none of them a prefix of another; none: enough is known.
 
         All that is read must have been added, parents with their children.
         """
         heads = self._next_nodes(tolerance)
-        chains = sorted(self.trie.run(node) for node in heads)
+        chains = sorted(self.trie.extend_to_choice(node) for node in heads)
         if chains:
             self._waves += 1
             nodes = sum(map(len, chains)) - sum(len(self.trie.paths[node]) - 1 for node in heads)
@@ -98,7 +98,7 @@ class LabelSearch:
             self.spent_tokens += sum(map(len, chains)) - repeated + _ROW_TOKENS * nodes + _WAVE_TOKENS
         return chains
 
-    def logprobs(self) -> npt.NDArray[np.float64]:
+    def compute_logprobs(self) -> npt.NDArray[np.float64]:
         """Of every label; of those left out, an equal part of the probability of reaching the node above them."""
         found = self._sums.copy()
         for node in self._open().tolist():
@@ -118,7 +118,7 @@ class LabelSearch:
         if not len(nodes) or scale == -np.inf:
             return []
         upper = np.exp(reach - scale)
-        sure = float(np.exp(self._sums[known & trie.least] - scale).sum())
+        sure = float(np.exp(self._sums[known & trie.prefix_free] - scale).sum())
         weights = trie.nesting[nodes] * upper
         rivals = (reach >= best) & (upper > 0)
         order = np.lexsort((weights, rivals))

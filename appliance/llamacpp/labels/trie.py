@@ -47,7 +47,7 @@ class LabelTrie:
             path for path, after in zip(paths, following, strict=True) if after is None or after[: len(path)] != path
         ]
 
-    def nodes(self, chain: Path) -> list[int]:
+    def list_nodes(self, chain: Path) -> list[int]:
         """The nodes along a chain, the prompt's end first."""
         return [self._nodes[chain[:length]] for length in range(len(chain) + 1)]
 
@@ -72,7 +72,7 @@ class LabelTrie:
         return np.array([self._nodes[label[:-1]] for label in self.labels], np.intp)
 
     @cached_property
-    def least(self) -> npt.NDArray[np.bool_]:
+    def prefix_free(self) -> npt.NDArray[np.bool_]:
         """The labels that no other begins, one of each where two are the same: these exclude each other."""
         known: dict[Path, int] = {}
         for index, label in enumerate(self.labels):
@@ -101,7 +101,7 @@ class LabelTrie:
                 deepest[node] = max(deepest[node], ends[after] + below)
         return deepest
 
-    def run(self, node: int) -> Path:
+    def extend_to_choice(self, node: int) -> Path:
         """The path to a node and on from there to the first that leaves a choice, or that has no node below it."""
         path = self.paths[node]
         while True:
@@ -111,9 +111,9 @@ class LabelTrie:
                 return path
             path = after
 
-    def mass(self, logprobs: npt.ArrayLike) -> float:
+    def compute_mass(self, logprobs: npt.ArrayLike) -> float:
         """Probability that the text goes on with any of the labels; a label that begins another includes it."""
-        return min(1.0, float(np.exp(np.asarray(logprobs)[self.least]).sum()))
+        return min(1.0, float(np.exp(np.asarray(logprobs)[self.prefix_free]).sum()))
 
 
 def count_shared_prefix(one: Sequence[int], other: Sequence[int]) -> int:

@@ -31,7 +31,7 @@ IDLE_PRIORITY: Final = 1 << 30
 CROWDED_CACHE_TOKENS: Final = 2048
 CACHED_SHARE: Final = 0.5
 SLOT_MARGIN_TOKENS: Final = 64
-"""Room to grow that makes moving into a lane worth its copy."""
+"""Room to grow that makes moving into a slot worth its copy."""
 SLOT_MIN_OUTPUT_TOKENS: Final = 8
 
 
@@ -44,7 +44,7 @@ class WaitQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def in_order(self) -> tuple[Sequence, ...]:
+    def list_in_order(self) -> tuple[Sequence, ...]:
         return tuple(self._waiting)
 
     def push(self, sequence: Sequence) -> None:
@@ -61,14 +61,14 @@ def _rank(sequence: Sequence) -> tuple[int, float, int]:
 
 def count_promised_tokens(sequence: Sequence) -> int:
     """Cells of the shared memory that an admitted sequence may still count on."""
-    if sequence.lane >= 0:
+    if sequence.slot >= 0:
         return 0
     return sequence.pending + min(sequence.remaining, OUTPUT_RESERVE_TOKENS)
 
 
-def is_worth_a_slot(sequence: Sequence, lane_tokens: int, running: int) -> bool:
+def is_worth_a_slot(sequence: Sequence, slot_tokens: int, running: int) -> bool:
     """Whether a generating sequence should leave the shared memory: where others run too, each pays for all cells."""
-    fits = sequence.length + min(sequence.remaining, SLOT_MARGIN_TOKENS) <= lane_tokens
+    fits = sequence.length + min(sequence.remaining, SLOT_MARGIN_TOKENS) <= slot_tokens
     return running > 1 and fits and sequence.pending == 1 and sequence.remaining >= SLOT_MIN_OUTPUT_TOKENS
 
 
@@ -109,7 +109,7 @@ def plan_step_tokens(
     `can_wait`: nothing in it is urgent and somebody may come at any moment, who waits for its end: it is as short as is
     any good.
 
-    While `readers` streams are read, there or in lanes, prompts and labels get about `step_seconds` of a step, so that
+    While `readers` streams are read, there or in slots, prompts and labels get about `step_seconds` of a step, so that
     a long prompt cannot stall them. An answer that is given whole is there sooner when all prompts that came with its
     own are computed first, in large pieces: a step reads all weights however few sequences it generates for, which
     costs 11 ms of CPU for one sequence of SmolLM2-135M in BF16 and 80 ms for 32.

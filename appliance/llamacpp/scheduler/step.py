@@ -1,4 +1,4 @@
-"""One step at a time: admit, compute the lanes, fill the batch with the rest, decode, read it, tell.
+"""One step at a time: admit, compute the slots, fill the batch with the rest, decode, read it, tell.
 
 Owned by one thread. Who runs is told by `roster`, decisions lie in `scheduler`, what is cached in `prefix`, where a
 sequence lies in `cells`, label work in `scoring`.
@@ -66,17 +66,25 @@ class StepRunner:
     ) -> None:
         self.model, self.batch = model, model.batch
         self.rates = Rates(model.sequences)
-        self._drafting = SpeculationPlanner(self.rates)
-        self._pace = ThreadGovernor(model.threads)
+        self._speculation = SpeculationPlanner(self.rates)
+        self._thread_governor = ThreadGovernor(model.threads)
         self._clock, self._step_seconds = clock, step_seconds
-        self._was_urgent = float("-inf")
+        self._last_urgent_seconds = float("-inf")
         """When something that cannot wait ran last."""
-        self._run_tokens = min(_RUN_TOKENS, model.batch.capacity_tokens // (2 * model.sequences))
+        self._forced_run_tokens = min(_RUN_TOKENS, model.batch.capacity_tokens // (2 * model.sequences))
         self._batch_tokens = min(batch_tokens or model.batch.capacity_tokens, model.batch.capacity_tokens)
-        self._roster = SequenceManager(model)
-        self._tree, self._cells, self._line = self._roster.tree, self._roster.cells, self._roster.line
-        self._running, self._suspects, self._scorer = self._roster.running, self._roster.suspects, self._roster.scorer
-        self._told = StepResult()
+        self._manager = SequenceManager(model)
+        self._prefix_cache, self._kv, self._wait_queue = (
+            self._manager.prefix_cache,
+            self._manager.kv,
+            self._manager.wait_queue,
+        )
+        self._running, self._suspects, self._label_scorer = (
+            self._manager.running,
+            self._manager.suspects,
+            self._manager.label_scorer,
+        )
+        self._result = StepResult()
         self._failures = 0
         self.in_step: frozenset[Sequence | LabelJob] = frozenset()
         """Whose prompts and labels are being computed. Read by the event loop's thread, to abort what nobody wants."""
@@ -87,7 +95,7 @@ class StepRunner:
     # What comes in, between steps.
 
     def submit(self, sequence: Sequence) -> None:
-        self._roster.submit(sequence)
+        self._manager.submit(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence now and free its cells; harmless when it has ended already."""
@@ -97,83 +105,87 @@ class StepRunner:
         if sequence.running:
             self._retire(sequence)
         else:
-            self._line.remove(sequence)
-            self._told.sequences.append(sequence)
+            self._wait_queue.remove(sequence)
+            self._result.sequences.append(sequence)
 
-    def score(self, job: LabelJob) -> None:
-        self._scorer.add(job)
+    def submit_labels(self, job: LabelJob) -> None:
+        self._label_scorer.add(job)
 
-    def cancel_score(self, job: LabelJob) -> None:
+    def cancel_labels(self, job: LabelJob) -> None:
         """Drop what is left of a call."""
-        self._scorer.cancel(job)
+        self._label_scorer.cancel(job)
 
     @property
     def idle(self) -> bool:
-        return not (self._running or len(self._line) or self._scorer.busy or self._told.sequences)
+        return not (self._running or len(self._wait_queue) or self._label_scorer.busy or self._result.sequences)
 
     # One step.
 
-    def step(self) -> StepResult:
+    def run_step(self) -> StepResult:
         """Do one step's work; give everything that changed since the last one."""
         if self._cpu_at_start is None:
             self._cpu_at_start = time.thread_time()
-        self._look_for_urgent()
-        self._roster.admit()
-        self._look_for_urgent()
-        if self._step_lanes():
+        self._update_urgency()
+        self._manager.admit_waiting()
+        self._update_urgency()
+        if self._step_slots():
             self._step_shared()
-        waiting = self._scorer.waiting_tokens + sum(one.pending for one in self._running if one.lane < 0)
-        crowded = len(self._line) > 0 or waiting > self._batch_tokens
-        kept = max(limit_cached_tokens(self.model.context_tokens, crowded), self._scorer.keep_warm())
-        self._tree.evict(self._tree.evictable_tokens - kept)
-        self._told.jobs = self._scorer.take_answered()
-        told, self._told = self._told, StepResult()
-        return told
-
-    def _look_for_urgent(self) -> None:
-        self._roster.urgent = find_urgent_priority(
-            (one.request.priority for one in self._running), self._scorer.priority
+        waiting = self._label_scorer.waiting_tokens + sum(one.pending for one in self._running if one.slot < 0)
+        crowded = len(self._wait_queue) > 0 or waiting > self._batch_tokens
+        kept = max(
+            limit_cached_tokens(self.model.context_tokens, crowded), self._label_scorer.touch_expected_prefixes()
         )
-        if self._roster.urgent <= 0:
-            self._was_urgent = self._clock()
+        self._prefix_cache.evict(self._prefix_cache.evictable_tokens - kept)
+        self._result.jobs = self._label_scorer.take_answered()
+        result, self._result = self._result, StepResult()
+        return result
 
-    def _step_lanes(self) -> bool:
-        """The next token of every sequence in a lane. False when that failed and the step is over."""
-        self._roster.settle()
-        lanes, sequences = self.model.lanes, self._roster.trial(list(self._cells.in_lanes))
-        if lanes is None or not sequences:
+    def _update_urgency(self) -> None:
+        self._manager.urgent_priority = find_urgent_priority(
+            (one.request.priority for one in self._running), self._label_scorer.priority
+        )
+        if self._manager.urgent_priority <= 0:
+            self._last_urgent_seconds = self._clock()
+
+    def _step_slots(self) -> bool:
+        """The next token of every sequence in a slot. False when that failed and the step is over."""
+        self._manager.assign_slots()
+        slots, sequences = self.model.slots, self._manager.select_runnable(list(self._kv.in_slots))
+        if slots is None or not sequences:
             return True
-        lanes.batch.clear()
-        _add_next_tokens(lanes.batch, sequences)
-        code, seconds = self._decode(lanes)
+        slots.batch.clear()
+        _add_next_tokens(slots.batch, sequences)
+        code, seconds = self._decode(slots)
         if code:
             self._recover(code, sequences)
             return False
         self.decode_tokens_total += len(sequences)
         self.rates.observe_decode(len(sequences), seconds)
-        self._read_decoding(sequences, lanes.rows)
+        self._read_decoding(sequences, slots.rows)
         return True
 
     def _step_shared(self) -> None:
         """The next tokens of those in the shared memory, pieces of prompts, and labels."""
-        decoding = self._roster.trial([one for one in self._running if one.lane < 0 and self._decodes(one)])
+        decoding = self._manager.select_runnable(
+            [one for one in self._running if one.slot < 0 and self._is_decoding(one)]
+        )
         chunks = self._fill(decoding)
         if not self.batch.size:
             return
-        with_labels = self._scorer.in_step
+        with_labels = self._label_scorer.in_step
         self.in_step = frozenset((*decoding, *(sequence for sequence, _ in chunks), *with_labels))
         code, seconds = self._decode(self.model)
         self.in_step = frozenset()
         if code:
             self._recover(code, [*decoding, *(sequence for sequence, _ in chunks)])
             return
-        next_tokens, accepted = sum(sequence.pending for sequence in decoding), self._drafting.accepted_total
+        next_tokens, accepted = sum(sequence.pending for sequence in decoding), self._speculation.accepted_total
         decoded = next_tokens + sum(len(sequence.draft) for sequence in decoding)
         prefilled = self.batch.size - decoded
         self.prefill_tokens_total += prefilled
         row = self._read_decoding(decoding, self.model.rows)
-        self._scorer.read(self._read_prefilled(chunks, row))
-        self.decode_tokens_total += next_tokens + self._drafting.accepted_total - accepted
+        self._label_scorer.read_rows(self._read_prefilled(chunks, row))
+        self.decode_tokens_total += next_tokens + self._speculation.accepted_total - accepted
         if decoded and not prefilled:
             self.rates.observe_decode(decoded, seconds)
         elif prefilled >= _PREFILL_OBSERVED and not decoded:
@@ -181,35 +193,39 @@ class StepRunner:
 
     def _fill(self, decoding: list[Sequence]) -> list[Chunk]:
         """Put the step into the batch: the next token of each that generates, then pieces of prompts, then labels."""
-        batch, scorer = self.batch, self._scorer
+        batch, scorer = self.batch, self._label_scorer
         batch.clear()
         next_tokens = sum(sequence.pending for sequence in decoding)
         budget = plan_step_tokens(
             self._batch_tokens,
             next_tokens,
-            sum(sequence.request.streamed for sequence in (*decoding, *self._cells.in_lanes)),
+            sum(sequence.request.streamed for sequence in (*decoding, *self._kv.in_slots)),
             self.rates.prefill_tokens_per_second,
             self._step_seconds,
-            can_wait=0 < self._roster.urgent < IDLE_PRIORITY
-            and self._clock() - self._was_urgent < BACKGROUND_AFTER_SECONDS,
+            can_wait=0 < self._manager.urgent_priority < IDLE_PRIORITY
+            and self._clock() - self._last_urgent_seconds < BACKGROUND_AFTER_SECONDS,
         )
-        prefilling = self._roster.trial([one for one in self._running if one.lane < 0 and not self._decodes(one)])
+        prefilling = self._manager.select_runnable(
+            [one for one in self._running if one.slot < 0 and not self._is_decoding(one)]
+        )
         pending = sum(sequence.pending for sequence in prefilling)
         urgent = min((sequence.request.priority for sequence in prefilling), default=0)
         for_prompts = allot_prompt_tokens(budget - next_tokens, pending, urgent, scorer.waiting_tokens, scorer.priority)
         chunks = plan_prefill_chunks(prefilling, for_prompts, batch.outputs_max - len(decoding))
-        chunks = self._roster.make_room(decoding, chunks)
+        chunks = self._manager.free_cells_for_step(decoding, chunks)
         self._plan_drafts(decoding, chunks)
         _add_next_tokens(batch, decoding)
         for sequence, tokens in chunks:
             _add_run(batch, sequence, tokens)
         if not self._suspects:
-            scorer.fill(max(0, budget - batch.size), alone=not self._running, urgent=self._roster.urgent)
+            scorer.fill_batch(
+                max(0, budget - batch.size), alone=not self._running, urgent=self._manager.urgent_priority
+            )
         return chunks
 
-    def _decodes(self, sequence: Sequence) -> bool:
+    def _is_decoding(self, sequence: Sequence) -> bool:
         """Whether it generates: its next tokens come first in a step, whatever prompts there are."""
-        return sequence.pending == 1 or (sequence.generated > 0 and sequence.pending <= self._run_tokens)
+        return sequence.pending == 1 or (sequence.generated > 0 and sequence.pending <= self._forced_run_tokens)
 
     def _plan_drafts(self, decoding: list[Sequence], chunks: list[Chunk]) -> None:
         """Where rows and cells are left for them, and every sequence's memory can be cut."""
@@ -218,10 +234,12 @@ class StepRunner:
         room = min(
             self.batch.outputs_max - len(writing),
             self.batch.capacity_tokens - tokens,
-            self._roster.spare_cells() - tokens,
+            self._manager.count_unused_cells() - tokens,
         )
-        read = any(sequence.request.streamed for sequence in (*writing, *self._cells.in_lanes))
-        self._drafting.plan(writing, room if self.model.forkable and not self._suspects else 0, read=read)
+        has_readers = any(sequence.request.streamed for sequence in (*writing, *self._kv.in_slots))
+        self._speculation.plan_drafts(
+            writing, room if self.model.forkable and not self._suspects else 0, has_readers=has_readers
+        )
 
     def _decode(self, context: LlamaContext) -> tuple[int, float]:
         """llama.cpp's code and the seconds it took."""
@@ -229,9 +247,9 @@ class StepRunner:
         code = context.decode()
         self._compute_cpu_seconds += time.thread_time() - cpu
         seconds = self._clock() - began
-        threads = self._pace.observe(seconds, time.process_time() - all_cpu)
+        threads = self._thread_governor.observe(seconds, time.process_time() - all_cpu)
         if threads != self.model.threads:
-            self.model.use_threads(threads)
+            self.model.set_threads(threads)
         self._compute_seconds += seconds
         if not code:
             self._failures = 0
@@ -245,9 +263,9 @@ class StepRunner:
         wanted = sum(1 + len(sequence.draft) for sequence in decoding)
         best = find_row_maxima(rows[:wanted]) if any(one.sampler.plain_greedy for one in decoding) else ()
         row = 0
-        for sequence in list(decoding):  # lanes close up when one of them ends
+        for sequence in list(decoding):  # slots close up when one of them ends
             after = row + 1 + len(sequence.draft)
-            self._write(sequence, rows[row:after], best[row:after])
+            self._commit(sequence, rows[row:after], best[row:after])
             row = after
         return row
 
@@ -256,18 +274,18 @@ class StepRunner:
             sequence.computed += tokens
             if sequence.computed == sequence.length:
                 if sequence.shared < sequence.prompt_length:
-                    self._cells.cache(sequence, sequence.length)
+                    self._kv.cache_prefix(sequence, sequence.length)
                 rows = self.model.rows[row : row + 1 + len(sequence.draft)]
                 row += len(rows)
-                self._write(sequence, rows, find_row_maxima(rows) if sequence.sampler.plain_greedy else ())
+                self._commit(sequence, rows, find_row_maxima(rows) if sequence.sampler.plain_greedy else ())
         return row
 
-    def _write(self, sequence: Sequence, rows: Rows, best: Ordered[int]) -> None:
-        self._drafting.accepted_total += commit_tokens(sequence, rows, best, self.model)
+    def _commit(self, sequence: Sequence, rows: Rows, best: Ordered[int]) -> None:
+        self._speculation.accepted_total += commit_tokens(sequence, rows, best, self.model)
         if sequence.finished is not None:
             self._retire(sequence)
         else:
-            self._told.sequences.append(sequence)
+            self._result.sequences.append(sequence)
         if self._suspects and sequence is self._suspects[0]:
             self._suspects.popleft()
 
@@ -275,9 +293,9 @@ class StepRunner:
         """Take a finished sequence out; its tokens stay cached where they are whole."""
         assert sequence.finished is not None
         if sequence.finished.reason in ("stop", "length"):
-            self._cells.keep(sequence, self._roster.spare_cells())
-        self._roster.leave(sequence)
-        self._told.sequences.append(sequence)
+            self._kv.cache_computed(sequence, self._manager.count_unused_cells())
+        self._manager.remove(sequence)
+        self._result.sequences.append(sequence)
 
     # Room, and what happens when a step fails.
 
@@ -289,15 +307,15 @@ class StepRunner:
         for sequence in sequences:
             sequence.draft = []
         if code == ABORTED:
-            self._go_on(sequences)
+            self._resume_after_abort(sequences)
             return
         self._failures += 1
-        if code == NO_KV_ROOM and self._failures == 1 and self._tree.evict(self.model.context_tokens):
+        if code == NO_KV_ROOM and self._failures == 1 and self._prefix_cache.evict(self.model.context_tokens):
             return  # nothing changed in memory: the same step comes again with the cache gone
-        reason = f"llama_decode failed with {code}: {self.model.last_words()}"
-        alone = len(sequences) + len(self._scorer.in_step) == 1
+        reason = f"llama_decode failed with {code}: {self.model.last_log_lines()}"
+        alone = len(sequences) + len(self._label_scorer.in_step) == 1
         self._suspects.clear()
-        self._scorer.recover(reason, alone=alone)
+        self._label_scorer.recover(reason, alone=alone)
         for sequence in sequences:
             if alone:
                 sequence.finish("error", reason)
@@ -305,23 +323,23 @@ class StepRunner:
             else:
                 self._suspects.append(sequence)
         for sequence in list(self._running):
-            self._roster.put_back(sequence)
+            self._manager.preempt(sequence)
         self.model.memory_clear()
-        self._tree.forget()
+        self._prefix_cache.clear()
         if self._failures >= _FATAL_FAILURES:
             raise EngineFailed(f"{self._failures} steps failed in a row; the last: {reason}")
 
-    def _go_on(self, sequences: list[Sequence]) -> None:
+    def _resume_after_abort(self, sequences: list[Sequence]) -> None:
         """A decode was given up, since nobody wanted what was in it; what somebody does want comes again.
 
         llama.cpp takes the cells of an aborted batch back. Label forks share cells, so they begin anew.
         """
-        self.model.allow()
-        if self._scorer.in_step:
-            self._scorer.put_back()
+        self.model.clear_abort()
+        if self._label_scorer.in_step:
+            self._label_scorer.requeue_window()
         for sequence in sequences:
-            if self._cells.held(sequence) != sequence.computed:
-                self._roster.put_back(sequence)
+            if self._kv.count_held_positions(sequence) != sequence.computed:
+                self._manager.preempt(sequence)
 
     def _host_seconds(self) -> float:
         """CPU time of the thread that steps, outside of decoding. Only that thread can tell."""
@@ -329,30 +347,33 @@ class StepRunner:
             return 0.0
         return max(0.0, time.thread_time() - self._cpu_at_start - self._compute_cpu_seconds)
 
-    def load(self) -> EngineLoadReport:
+    def report_load(self) -> EngineLoadReport:
         """The state as of now, between two steps."""
-        line, running = self._line.in_order(), self._running
+        line, running = self._wait_queue.list_in_order(), self._running
         prompts = sum(sequence.length for sequence in line)
         prompts += sum(sequence.pending for sequence in running if sequence.pending > 1)
-        private = sum(sequence.private for sequence in running)
+        private = sum(sequence.private_cells for sequence in running)
         return EngineLoadReport(
-            queued_requests=len(line) + self._scorer.untouched_jobs,
+            queued_requests=len(line) + self._label_scorer.untouched_jobs,
             running_sequences=len(running),
             sequences_capacity=self.model.sequences,
-            queued_prompt_tokens=prompts + self._scorer.waiting_tokens,
+            queued_prompt_tokens=prompts + self._label_scorer.waiting_tokens,
             remaining_output_tokens=sum(sequence.remaining for sequence in (*line, *running)),
-            kv_used_tokens=private + self._cells.used_in_lanes + self._tree.pinned_tokens + self._scorer.window_tokens,
-            kv_cached_tokens=self._tree.evictable_tokens,
+            kv_used_tokens=private
+            + self._kv.used_slot_tokens
+            + self._prefix_cache.pinned_tokens
+            + self._label_scorer.window_tokens,
+            kv_cached_tokens=self._prefix_cache.evictable_tokens,
             kv_capacity_tokens=self.model.kv_capacity_tokens,
             steps=self.steps,
             prefill_tokens_total=self.prefill_tokens_total,
             decode_tokens_total=self.decode_tokens_total,
             prefill_tokens_per_second=self.rates.prefill_tokens_per_second,
             decode_tokens_per_second=self.rates.decode_tokens_per_second,
-            label_items=self._scorer.open_items,
-            drafted_tokens_total=self._drafting.drafted_total,
-            accepted_tokens_total=self._drafting.accepted_total,
-            lane_sequences=len(self._cells.in_lanes),
+            label_items=self._label_scorer.open_items,
+            drafted_tokens_total=self._speculation.drafted_total,
+            accepted_tokens_total=self._speculation.accepted_total,
+            lane_sequences=len(self._kv.in_slots),
             compute_seconds_total=self._compute_seconds,
             host_seconds_total=self._host_seconds(),
         )
@@ -367,7 +388,7 @@ def _add_next_tokens(batch: DecodeBatch, sequences: list[Sequence]) -> None:
         batch.add_each(
             [int(sequence.tokens[sequence.computed]) for sequence in sequences],
             [sequence.computed for sequence in sequences],
-            [sequence.lane if sequence.lane >= 0 else sequence.id for sequence in sequences],
+            [sequence.slot if sequence.slot >= 0 else sequence.id for sequence in sequences],
         )
 
 

@@ -33,22 +33,22 @@ class ThreadGovernor:
         self._cpu_seconds += cpu_seconds
         if self.threads < self._most:
             if self._seconds >= self._rest_seconds:
-                self._go_to(self._most)
+                self._set_threads(self._most)
                 self._trial = True
         elif self._seconds >= (TRIAL_SECONDS if self._trial else WINDOW_SECONDS):
-            self._judge()
+            self._decide()
         return self.threads
 
-    def _judge(self) -> None:
+    def _decide(self) -> None:
         parallel = self._cpu_seconds / self._seconds
         crowded = parallel < LEAST_SHARE * self._most
         if crowded and self._trial:
             self._rest_seconds = min(LONGEST_REST_SECONDS, 2 * self._rest_seconds)
         elif not crowded:
             self._rest_seconds = FIRST_REST_SECONDS
-        self._go_to(max(1, min(self._most - 1, round(parallel))) if crowded else self._most)
+        self._set_threads(max(1, min(self._most - 1, round(parallel))) if crowded else self._most)
         self._trial = False
 
-    def _go_to(self, threads: int) -> None:
+    def _set_threads(self, threads: int) -> None:
         self.threads = threads
         self._seconds = self._cpu_seconds = 0.0

@@ -52,9 +52,9 @@ class SequenceEngine(Protocol):
 
     def submit(self, request: SequenceRequest) -> SequenceStream: ...
 
-    async def score(self, items: Sequence[LabelItem]) -> list[LabelScores]: ...
+    async def score_labels(self, items: Sequence[LabelItem]) -> list[LabelScores]: ...
 
-    def load(self) -> EngineLoadReport: ...
+    def report_load(self) -> EngineLoadReport: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +69,9 @@ class GenerationRequest:
     stops: Sequence[str] = ()
     logprobs: int | None = None
     schema: Mapping[str, Any] | None = None
-    rules: ReplyGrammarSpec | None = None
+    grammar: ReplyGrammarSpec | None = None
     """Where the reply may hold calls, or reasoning before JSON; then `schema` is part of them."""
-    read_as: ReplySyntaxes | None = None
+    syntaxes: ReplySyntaxes | None = None
     """None: the reply is text and nothing else."""
     ignore_eos: bool = False
     priority: int = 0
@@ -172,8 +172,8 @@ class RunningGeneration:
         for prompt, max_tokens in zip(ask.prompts, ask.max_tokens, strict=True):
             for number in range(ask.n):
                 constraint = None
-                if ask.rules is not None and grammars is not None:
-                    constraint = await asyncio.to_thread(grammars.compile_reply, ask.rules)
+                if ask.grammar is not None and grammars is not None:
+                    constraint = await asyncio.to_thread(grammars.compile_reply, ask.grammar)
                 elif ask.schema is not None and grammars is not None:
                     constraint = await asyncio.to_thread(grammars.compile, ask.schema)
                 requests.append(
@@ -189,7 +189,7 @@ class RunningGeneration:
                         streamed=ask.streamed,
                     )
                 )
-        return cls(engine, pieces, requests, ask.stops, ask.n, ask.read_as)
+        return cls(engine, pieces, requests, ask.stops, ask.n, ask.syntaxes)
 
     async def __aenter__(self) -> Self:
         return self
@@ -252,7 +252,7 @@ class RunningGeneration:
     async def _steps(self, choice: _Choice) -> AsyncIterator[GenerationDelta]:
         reader = choice.reader
         async for events in choice.sequence:
-            part = reader.take(events)
+            part = reader.push(events)
             if reader.stopped:
                 choice.sequence.cancel()
                 # The counts of a cancelled sequence come with its end, at the engine's next step.

@@ -77,26 +77,26 @@ class EngineGate:
         self.max_body_bytes = max_body_bytes
         self.phase: Phase = "loading"
         self.reason = "the model is being loaded"
-        self.serving: ServerContext | None = None
+        self.context: ServerContext | None = None
         self.kernels = Kernels(reason="the model is being loaded")
         self.started = time.monotonic()
         self.requests = ActiveRequests()
 
     def open(self, serving: ServerContext) -> None:
-        self.serving = serving
+        self.context = serving
         self.phase, self.reason = "ok", ""
 
     def close(self, phase: Phase, reason: str) -> None:
         """No new work. What runs goes on."""
         self.phase, self.reason = phase, reason
 
-    def ready(self) -> ServerContext:
+    def require_ready(self) -> ServerContext:
         """Raises Unavailable, with the reason, while no work is taken."""
-        if self.phase != "ok" or self.serving is None:
+        if self.phase != "ok" or self.context is None:
             if self.phase == "failed":
                 raise EngineFailed(f"the engine has failed: {self.reason}; it is being restarted", status=503)
             raise Unavailable(f"the engine is {self.phase}: {self.reason}; try again", retry_after_seconds=2)
-        return self.serving
+        return self.context
 
 
 class EventStream(Response):
@@ -108,14 +108,14 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, desk: EngineGate, running: RunningGeneration, events: AsyncGenerator[bytes], first: bytes
+        self, gate: EngineGate, running: RunningGeneration, events: AsyncGenerator[bytes], first: bytes
     ) -> None:
         super().__init__(headers={"cache-control": "no-store", "content-type": "text/event-stream; charset=utf-8"})
         del self.headers["content-length"]
-        self._desk, self._running, self._events, self._first = desk, running, events, first
+        self._gate, self._running, self._events, self._first = gate, running, events, first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._desk.requests.track():
+        with self._gate.requests.track():
             try:
                 await _unless_gone(receive, self._send_all(send))
             except ClientGone:
@@ -142,24 +142,24 @@ class EventStream(Response):
 
 
 class EngineEndpoints:
-    """The endpoints. One instance for one desk."""
+    """The endpoints. One instance for one gate."""
 
-    def __init__(self, desk: EngineGate) -> None:
-        self.desk = desk
+    def __init__(self, gate: EngineGate) -> None:
+        self.gate = gate
 
     async def health(self, request: Request) -> Response:
-        if self.desk.phase == "ok":
-            return json_response({"status": "ok", "kernels": self.desk.kernels.told})
-        return json_response({"status": self.desk.phase, "reason": self.desk.reason}, 503)
+        if self.gate.phase == "ok":
+            return json_response({"status": "ok", "kernels": self.gate.kernels.summary})
+        return json_response({"status": self.gate.phase, "reason": self.gate.reason}, 503)
 
     async def load(self, request: Request) -> Response:
         serving = self._loaded()
         load = {
-            **asdict(serving.engine.load()),
+            **asdict(serving.engine.report_load()),
             "model": serving.alias,
             "threads": serving.model.threads,
             "context_tokens": serving.model.context_tokens,
-            "uptime_seconds": time.monotonic() - self.desk.started,
+            "uptime_seconds": time.monotonic() - self.gate.started,
         }
         # decode_tokens_per_second has numbers for keys
         return raw_json_response(orjson.dumps(load, option=orjson.OPT_NON_STR_KEYS))
@@ -177,55 +177,55 @@ class EngineEndpoints:
             "chat_template": serving.prompts.template is not None,
             "vocabulary_size": model.vocabulary_size,
             "sequence_context_tokens": model.sequence_context_tokens,
-            "abilities": sorted(serving.prompts.style.abilities),
-            "tool_format": serving.prompts.style.tools,
-            "reasoning_format": serving.prompts.style.reasoning,
+            "abilities": sorted(serving.prompts.reply_format.abilities),
+            "tool_format": serving.prompts.reply_format.tools,
+            "reasoning_format": serving.prompts.reply_format.reasoning,
         }
         row = {"id": serving.alias, "object": "model", "created": 0, "owned_by": "local", "meta": meta}
         return json_response({"object": "list", "data": [row]})
 
     async def tokenize(self, request: Request) -> Response:
         serving = self._loaded()
-        body = await read_body(request, self.desk.max_body_bytes)
+        body = await read_body(request, self.gate.max_body_bytes)
         call = parse_request(TokenizeIn, body)
         if (call.content is None) == (call.messages is None):
             raise RequestError("content: give exactly one of content and messages", param="content")
 
         def tokens() -> list[int]:
             if call.messages:
-                return serving.prompts.chat(call.messages, call.tools)
-            return serving.prompts.raw(call.content or "")
+                return serving.prompts.tokenize_chat(call.messages, call.tools)
+            return serving.prompts.tokenize_raw(call.content or "")
 
         found = await _off_loop(len(body), tokens)
         return json_response({"tokens": found, "count": len(found)})
 
     async def chat(self, request: Request) -> Response:
-        serving = self.desk.ready()
-        body = await read_body(request, self.desk.max_body_bytes)
+        serving = self.gate.require_ready()
+        body = await read_body(request, self.gate.max_body_bytes)
         call = parse_request(ChatIn, body)
         check_model(call.model, serving.alias)
         ask = await _off_loop(len(body), lambda: build_chat_request(call, serving.prompts, serving.model))
         return await self._generate(request, serving, "chat", call, ask)
 
     async def completions(self, request: Request) -> Response:
-        serving = self.desk.ready()
-        body = await read_body(request, self.desk.max_body_bytes)
+        serving = self.gate.require_ready()
+        body = await read_body(request, self.gate.max_body_bytes)
         call = parse_request(CompletionIn, body)
         check_model(call.model, serving.alias)
         ask = await _off_loop(len(body), lambda: build_completion_request(call, serving.prompts, serving.model))
         return await self._generate(request, serving, "completion", call, ask)
 
     async def labels(self, request: Request) -> Response:
-        serving = self.desk.ready()
-        call = parse_request(LabelsIn, await read_body(request, self.desk.max_body_bytes))
+        serving = self.gate.require_ready()
+        call = parse_request(LabelsIn, await read_body(request, self.gate.max_body_bytes))
         check_model(call.model, serving.alias)
 
         async def reply() -> bytes:
             ask = await asyncio.to_thread(build_label_request, call, serving.prompts, serving.model)
-            scores = await serving.engine.score(list(ask.items.values())) if ask.items else []
+            scores = await serving.engine.score_labels(list(ask.items.values())) if ask.items else []
             return await asyncio.to_thread(lambda: orjson.dumps(write_label_reply(ask, scores, serving.alias)))
 
-        with self.desk.requests.track():
+        with self.gate.requests.track():
             return raw_json_response(await _unless_gone(request.receive, reply()))
 
     async def _generate(
@@ -235,14 +235,14 @@ class EngineEndpoints:
         writer = ReplyWriter.new(
             kind, serving.alias, serving.model, logprobs=ask.logprobs is not None, include_usage=usage_wanted
         )
-        with self.desk.requests.track():
+        with self.gate.requests.track():
             running = await RunningGeneration.start(serving.engine, serving.model, serving.grammars, ask)
             try:
                 if call.stream:
                     events = _events(running, writer)
                     # The first event is awaited before the status is sent: what fails until then fails as a status.
                     first = await _unless_gone(request.receive, anext(events))
-                    return EventStream(self.desk, running, events, first)
+                    return EventStream(self.gate, running, events, first)
                 choices = await _unless_gone(request.receive, running.collect())
             except BaseException:
                 running.cancel()
@@ -253,20 +253,20 @@ class EngineEndpoints:
 
     def _loaded(self) -> ServerContext:
         """For reading only, so also while draining."""
-        return self.desk.serving or self.desk.ready()
+        return self.gate.context or self.gate.require_ready()
 
 
-def make_app(desk: EngineGate) -> Starlette:
-    dialect = EngineEndpoints(desk)
+def make_app(gate: EngineGate) -> Starlette:
+    endpoints = EngineEndpoints(gate)
     return Starlette(
         routes=[
-            Route("/health", dialect.health, methods=["GET"]),
-            Route("/load", dialect.load, methods=["GET"]),
-            Route("/v1/models", dialect.models, methods=["GET"]),
-            Route("/tokenize", dialect.tokenize, methods=["POST"]),
-            Route("/v1/chat/completions", dialect.chat, methods=["POST"]),
-            Route("/v1/completions", dialect.completions, methods=["POST"]),
-            Route("/v1/labels", dialect.labels, methods=["POST"]),
+            Route("/health", endpoints.health, methods=["GET"]),
+            Route("/load", endpoints.load, methods=["GET"]),
+            Route("/v1/models", endpoints.models, methods=["GET"]),
+            Route("/tokenize", endpoints.tokenize, methods=["POST"]),
+            Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
+            Route("/v1/completions", endpoints.completions, methods=["POST"]),
+            Route("/v1/labels", endpoints.labels, methods=["POST"]),
         ],
         exception_handlers=EXCEPTION_HANDLERS,
     )

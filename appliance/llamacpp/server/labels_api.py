@@ -149,15 +149,17 @@ def _item(
         text = item.prompt + call.cue
     else:
         own = item.messages or [MessageIn(role="user", content=item.content)]
-        text = (prompts.opened if call.open_turn else prompts.rendered)([*(call.messages or ()), *own]) + call.cue
+        text = (prompts.render_open_turn if call.open_turn else prompts.render)(
+            [*(call.messages or ()), *own]
+        ) + call.cue
     head, tail = prompts.split_tail(text, call.cue if call.open_turn else "")
     labels = tails.get((tail, item.labels))
     if labels is None:
-        labels = prompts.label_tail(tail, call.label_sets[item.labels], ending=call.ending)
+        labels = prompts.tokenize_labels(tail, call.label_sets[item.labels], ending=call.ending)
         _check_distinct(item.labels, call.label_sets[item.labels], labels.labels)
         if head:  # without control tokens the tail is the whole text and will hardly come twice
             tails[tail, item.labels] = labels
-    prompt = [*prompts.head_tokens(head, tail), *labels.prompt]
+    prompt = [*prompts.tokenize_head(head, tail), *labels.prompt]
     if not prompt:
         raise RequestError(f"{field}: is empty and this model has no token to begin with; write something", param=field)
     check_length(len(prompt) + max(map(len, labels.labels)) - 1, limits, field)

@@ -51,14 +51,14 @@ def build_chat_request(call: ChatIn, prompts: PromptBuilder, limits: ModelLimits
     offered = check_offered_tools(call.tools, call.tool_choice, call.parallel_tool_calls)
     if offered is not None:
         check_tools_supported(prompts)
-    text = prompts.rendered(
+    text = prompts.render(
         call.messages, offered.tools if offered is not None else None, build_template_variables(call, prompts)
     )
     asked = call.max_completion_tokens or call.max_tokens
     logprobs = (call.top_logprobs or 0) if call.logprobs else None
-    ask = _ask(call, [prompts.raw(text)], asked or DEFAULT_CHAT_TOKENS, logprobs, limits, "messages")
+    ask = _ask(call, [prompts.tokenize_raw(text)], asked or DEFAULT_CHAT_TOKENS, logprobs, limits, "messages")
     thinks = call.reasoning_effort not in (None, "none")
-    return with_reply_format(ask, prompts.style, offered, text, thinks=thinks)
+    return with_reply_format(ask, prompts.reply_format, offered, text, thinks=thinks)
 
 
 def build_completion_request(call: CompletionIn, prompts: PromptBuilder, limits: ModelLimits) -> GenerationRequest:
@@ -170,7 +170,7 @@ def _prompt_tokens(
     several: list[Any] = given if isinstance(given, list) and not _is_ids(given) else [given]
     if not several:
         raise RequestError("prompt: is an empty list; give at least one prompt", param="prompt")
-    tokens = [prompts.raw(one) if isinstance(one, str) else list(one) for one in several]
+    tokens = [prompts.tokenize_raw(one) if isinstance(one, str) else list(one) for one in several]
     for position, ids in enumerate(tokens):
         place = f"prompt[{position}]" if len(tokens) > 1 else "prompt"
         if not ids:
@@ -189,7 +189,7 @@ def _is_ids(given: Sequence[Any]) -> bool:
 
 def check_tools_supported(prompts: PromptBuilder) -> None:
     """Raises Unsupported where the model was not taught to call tools in a way that can be read."""
-    if prompts.style.tools is not None:
+    if prompts.reply_format.tools is not None:
         return
     template = prompts.template
     if template is not None and template.abilities.tools:
@@ -202,7 +202,7 @@ def check_tools_supported(prompts: PromptBuilder) -> None:
 def build_template_variables(call: ChatIn, prompts: PromptBuilder) -> Mapping[str, Any]:
     """What the template is told besides the messages. Raises Unsupported where it would not listen."""
     variables: dict[str, Any] = {}
-    effort, template, style = call.reasoning_effort, prompts.template, prompts.style
+    effort, template, style = call.reasoning_effort, prompts.template, prompts.reply_format
     if effort is not None and effort != "none" and style.reasoning is None:
         raise Unsupported(
             f"reasoning_effort: {effort!r}: this model does not reason before it answers; leave it out, or ask a model "
@@ -251,7 +251,7 @@ def with_reply_format(
         schemas=offered.schemas if offered is not None else {},
         shown=style.shown,
     )
-    return replace(ask, rules=rules, read_as=read_as)
+    return replace(ask, grammar=rules, syntaxes=read_as)
 
 
 def _thinking_open(style: ReplyFormat, prompt: str) -> bool:

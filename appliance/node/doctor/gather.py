@@ -75,7 +75,7 @@ llama_cpp.llama_backend_init()
 print(llama_cpp.llama_print_system_info().decode())
 from appliance.llamacpp.kernels import install_kernels
 kernels = install_kernels()
-print("kernels", kernels.told if kernels.names else "", kernels.reason, kernels.remedy, sep="\t")
+print("kernels", kernels.summary if kernels.names else "", kernels.reason, kernels.remedy, sep="\t")
 """
 _BUILD_SECONDS: Final = 60.0
 _RUNTIME: Final = re.compile(r"nvidia_cuda_runtime(?:_cu\d+)?-(?P<major>\d+)\.")

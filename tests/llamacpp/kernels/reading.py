@@ -50,7 +50,7 @@ def endings(path: Path, beginning: str, ends: Sequence[str]) -> tuple[LogProbs, 
 
 
 def _loaded(path: Path) -> LlamaModel:
-    return LlamaModel.load(path, threads=2, context_tokens=512, sequences=8, batch_tokens=256, lanes=0)
+    return LlamaModel.load(path, threads=2, context_tokens=512, sequences=8, batch_tokens=256, slot_tokens=0)
 
 
 def _run(model: LlamaModel, runs: Sequence[tuple[list[int], int, int]]) -> LogProbs:
@@ -62,7 +62,7 @@ def _run(model: LlamaModel, runs: Sequence[tuple[list[int], int, int]]) -> LogPr
 
 
 def _decoded(model: LlamaModel) -> LogProbs:
-    assert model.decode() == 0, model.last_words()
+    assert model.decode() == 0, model.last_log_lines()
     logits = model.rows.astype(np.float64)
     logits -= logits.max(-1, keepdims=True)
     return np.asarray(logits - np.log(np.exp(logits).sum(-1, keepdims=True)), np.float32)

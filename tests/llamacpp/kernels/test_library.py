@@ -206,7 +206,7 @@ def test_a_processor_that_lacks_an_instruction_is_told_which(tmp_path: Path) -> 
 def test_kernels_that_are_not_built_are_told_with_the_command_that_builds_them() -> None:
     told = install_kernels()
     assert not told.names and "not been built" in told.reason
-    assert told.remedy in told.told and told.remedy == "python -m appliance.llamacpp.kernels"
+    assert told.remedy in told.summary and told.remedy == "python -m appliance.llamacpp.kernels"
 
 
 @pytest.mark.usefixtures("places", "compiler")
