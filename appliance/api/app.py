@@ -27,11 +27,12 @@ from appliance.api.endpoints.saved_tasks import SavedTaskEndpoints
 from appliance.api.endpoints.tasks import TaskEndpoints
 from appliance.api.error_middleware import ErrorMiddleware
 from appliance.api.intake import RequestIntake
-from appliance.api.protocols import LedgerReader, MetricsPage, RequestPipeline, SnapshotSource
+from appliance.api.protocols import LedgerReader, MetricsPage, SnapshotSource
 from appliance.config import ServerSettings
 from appliance.errors import ApplianceError, NotFound, RequestError
 from appliance.jobs.manager import JobManager
 from appliance.quality.candidates import EncoderClient
+from appliance.router.protocols import RequestPipeline
 from appliance.tasks.calibration_store import TaskCalibrationStore
 from appliance.tasks.store import KnownTasks, SavedTasks
 

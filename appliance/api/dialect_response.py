@@ -7,9 +7,9 @@ from starlette.types import ASGIApp
 
 from appliance.api.intake import InboundRequest
 from appliance.api.json_responses import json_response
-from appliance.api.protocols import PipelineAnswer
 from appliance.api.relay import StreamResponse, as_stream
 from appliance.errors import ApplianceError
+from appliance.router.protocols import PipelineAnswer
 from appliance.tasks.chat import ChatCall
 from appliance.wire.chat_stream import DialectStreamWriter, StreamRewriter
 from appliance.wire.openai.stream import stream_of

@@ -9,15 +9,13 @@ from typing import Any, Generic, TypeVar
 from starlette.requests import Request as Http
 
 from appliance.api.auth import Authenticator
-from appliance.api.body import parse_body, read_body
-from appliance.api.protocols import PipelineAnswer, PipelineBatchAnswer, PipelineTokenCount, RequestPipeline
+from appliance.api.body import read_body
 from appliance.api.rate_limits import RateLimits
 from appliance.api.relay import unless_gone
 from appliance.core import Caller, ParsedRequest, Request, TaskCall
+from appliance.router.protocols import PipelineAnswer, PipelineBatchAnswer, PipelineTokenCount, RequestPipeline
 from appliance.router.request_builder import make_request
-
-IN_A_THREAD_BYTES = 16_384
-"""Bodies from this size on are parsed and checked in a thread: a schema takes some 6 ms a KiB, and streams go on."""
+from appliance.wire.json_body import PARSED_IN_THREAD_BYTES, parse_body
 
 SomeCall = TypeVar("SomeCall", bound=TaskCall)
 Reader = Callable[[Mapping[str, Any]], tuple[ParsedRequest, Sequence[SomeCall]]]
@@ -74,7 +72,7 @@ class RequestIntake:
         now, wall = self.clock(), self.wall_clock()
         caller = self.caller(http)
         raw = await read_body(http.receive, http.headers, self._max_body_bytes)
-        if len(raw) < IN_A_THREAD_BYTES:
+        if len(raw) < PARSED_IN_THREAD_BYTES:
             asked, calls = reader(parse_body(raw))
         else:
             asked, calls = await asyncio.to_thread(lambda: reader(parse_body(raw)))

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
-from appliance.api.protocols import RequestPipeline
 from appliance.core import Caller, Price, Target
 from appliance.errors import UnknownModel
+from appliance.router.protocols import RequestPipeline
 from appliance.router.routing.match import bare_name
 
 AUTO: Final = "auto"

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import structlog
 from starlette.types import Receive, Scope, Send
 
-from appliance.api.protocols import PipelineAnswer
 from appliance.errors import ApplianceError, ClientGone, StreamBroken
+from appliance.router.protocols import PipelineAnswer
 from appliance.wire.openai.stream import event
 
 Result = TypeVar("Result")

@@ -8,10 +8,10 @@ import httpx
 import pytest
 
 from appliance.api.auth import Authenticator
-from appliance.api.body import MAX_DEPTH
 from appliance.config import KeySettings
 from appliance.core import HealthWarning, Snapshot
 from appliance.errors import Busy, ConfigError, EngineBusy, Unauthorized, Unsupported
+from appliance.wire.json_body import MAX_DEPTH
 from tests.api.stand_ins import NOW, SMALL, StandInLedger, StandInPipeline, make_app, snapshot
 
 pytestmark = pytest.mark.anyio

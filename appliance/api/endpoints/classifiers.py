@@ -15,12 +15,13 @@ import orjson
 from starlette.requests import Request as Http
 from starlette.responses import Response, StreamingResponse
 
-from appliance.api.body import parse_body, read_body
+from appliance.api.body import read_body
 from appliance.api.endpoints.feedback import FeedbackStore
 from appliance.api.intake import RequestIntake
 from appliance.api.json_responses import json_response
 from appliance.errors import NotFound, Unavailable
 from appliance.quality.candidates import EncoderClient, EncoderReply
+from appliance.wire.json_body import parse_body
 
 _PATH: Final = "/v1/classifiers"
 _PROGRESS_SECONDS: Final = 0.5

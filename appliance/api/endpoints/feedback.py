@@ -12,12 +12,13 @@ from typing import Any, Final, Protocol
 from starlette.requests import Request as Http
 from starlette.responses import Response
 
-from appliance.api.body import parse_body, read_body
+from appliance.api.body import read_body
 from appliance.api.intake import RequestIntake
 from appliance.api.json_responses import json_response
 from appliance.core import ANYWHERE, strictest
 from appliance.errors import Forbidden, RequestError, Unavailable
 from appliance.router.request_builder import read_residency
+from appliance.wire.json_body import parse_body
 
 _MAX_BODY_BYTES: Final = 1_000_000
 _MOST_LABEL_CHARS: Final = 200

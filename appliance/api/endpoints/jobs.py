@@ -11,7 +11,7 @@ from starlette.requests import Request as Http
 from starlette.responses import FileResponse, Response
 from starlette.types import ASGIApp
 
-from appliance.api.body import parse_body, read_body
+from appliance.api.body import read_body
 from appliance.api.intake import RequestIntake
 from appliance.api.json_responses import json_response
 from appliance.api.upload import UploadForm, receive_form
@@ -23,6 +23,7 @@ from appliance.jobs.models import Batch, StoredFile
 from appliance.jobs.planner import parse_window
 from appliance.jobs.storage.files import new_file_id
 from appliance.router.request_builder import TAG_HEADER, read_residency, read_tag
+from appliance.wire.json_body import parse_body
 
 PURPOSES: Final = ("batch", "batch_output", "user_data", "assistants", "fine-tune", "vision", "evals")
 _FORM_BYTES: Final = 65_536

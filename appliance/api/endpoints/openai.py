@@ -10,10 +10,10 @@ from starlette.types import ASGIApp
 from appliance.api.intake import InboundRequest, RequestIntake
 from appliance.api.json_responses import json_response
 from appliance.api.model_list import AUTO, described, found
-from appliance.api.protocols import PipelineAnswer
 from appliance.api.relay import StreamResponse, as_stream
 from appliance.core import Target
 from appliance.errors import ApplianceError, Unsupported
+from appliance.router.protocols import PipelineAnswer
 from appliance.tasks import chat, completions, embeddings
 from appliance.tasks.chat import ChatCall
 from appliance.tasks.completions import CompletionCall

@@ -14,13 +14,14 @@ import structlog
 from starlette.requests import Request as Http
 from starlette.responses import Response
 
-from appliance.api.body import parse_body, read_body
+from appliance.api.body import read_body
 from appliance.api.intake import RequestIntake
 from appliance.api.json_responses import json_response
 from appliance.core import Caller
 from appliance.errors import RequestError
 from appliance.tasks.saved_tasks import SavedTask, applies, chosen, read_saved, unknown
 from appliance.tasks.store import KnownTasks
+from appliance.wire.json_body import parse_body
 
 _log = structlog.get_logger(__name__)
 

@@ -11,8 +11,8 @@ from starlette.responses import Response
 from appliance.api.endpoints.openai import whole
 from appliance.api.intake import Reader, RequestIntake
 from appliance.api.json_responses import json_response
-from appliance.api.protocols import PipelineBatchAnswer
 from appliance.errors import ApplianceError
+from appliance.router.protocols import PipelineBatchAnswer
 from appliance.tasks.decisions import calibration, openai_shape, systemone
 from appliance.tasks.decisions.decision_options import Priors
 from appliance.tasks.decisions.openai_shape import DecisionsCall

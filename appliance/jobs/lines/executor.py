@@ -10,17 +10,14 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import orjson
 
-from appliance.api.auth import Authenticator
-from appliance.api.body import parse_body
-from appliance.api.intake import IN_A_THREAD_BYTES
-from appliance.api.protocols import RequestPipeline
 from appliance.core import Caller, Decision, ParsedRequest, Request, ResponseMetadata, Usage
 from appliance.errors import ApplianceError, BackendError, Busy, DeadlineExceeded, RejectedReply, Unavailable
 from appliance.jobs.models import BatchLine, BatchTerms, LineAnswer
+from appliance.router.protocols import RequestPipeline
 from appliance.router.request_builder import RESIDENCY_HEADER, TAG_HEADER, make_request
 from appliance.tasks import chat, completions, embeddings
 from appliance.tasks.calibration_store import TaskCalibrationStore
@@ -32,6 +29,7 @@ from appliance.tasks.saved_tasks import Shape
 from appliance.tasks.store import KnownTasks, SavedTasks
 from appliance.wire.anthropic.inbound import read_anthropic_chat
 from appliance.wire.anthropic.inbound_reply import message_of
+from appliance.wire.json_body import PARSED_IN_THREAD_BYTES, parse_body
 from appliance.wire.responses.inbound import read_responses_chat
 from appliance.wire.responses.inbound_reply import response_of
 from appliance.wire.token_estimate import estimate_tokens
@@ -45,6 +43,13 @@ _BUDGET_SECONDS: Final = 60.0
 """Budgets are of a day, so it helps little to try sooner."""
 
 Payload = Callable[[Sequence[Any], Sequence[Any]], Any]
+
+
+class CallerLookup(Protocol):
+    """Who has which API key now."""
+
+    def named(self, key_id: str) -> Caller:
+        """The caller of that name as its key is now. Raises Unauthorized where the key is no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +126,7 @@ class LineExecutor:
         self,
         *,
         pipeline: Callable[[], RequestPipeline],
-        auth: Authenticator,
+        auth: CallerLookup,
         fits: TaskCalibrationStore,
         saved: SavedTasks | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -185,7 +190,7 @@ class LineExecutor:
         reading = self.line_endpoints[line.url]
         reader = reading.read if reading.shape is None else self._known.reading(reading.read, reading.shape, caller)
         raw = orjson.dumps(line.body)
-        if len(raw) < IN_A_THREAD_BYTES:
+        if len(raw) < PARSED_IN_THREAD_BYTES:
             return reader(parse_body(raw))
         return await asyncio.to_thread(lambda: reader(parse_body(raw)))
 
