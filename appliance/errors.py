@@ -40,35 +40,6 @@ ApplianceError                       500  internal_error         a defect of thi
 from collections.abc import Mapping
 from typing import Any
 
-_ANTHROPIC_TYPES: Mapping[int, str] = {
-    401: "authentication_error",
-    402: "billing_error",
-    403: "permission_error",
-    404: "not_found_error",
-    408: "timeout_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
-"""What Anthropic's API calls an error of each status; others: invalid_request_error, from 500 on api_error."""
-
-_GOOGLE_STATUSES: Mapping[int, str] = {
-    401: "UNAUTHENTICATED",
-    403: "PERMISSION_DENIED",
-    404: "NOT_FOUND",
-    408: "DEADLINE_EXCEEDED",
-    409: "ABORTED",
-    429: "RESOURCE_EXHAUSTED",
-    499: "CANCELLED",
-    502: "UNAVAILABLE",
-    503: "UNAVAILABLE",
-    504: "DEADLINE_EXCEEDED",
-}
-"""Google's names for them; others below 500 are INVALID_ARGUMENT, the rest INTERNAL."""
-
-_GOOGLE_RPC = "type.googleapis.com/google.rpc."
-
 
 class ApplianceError(Exception):
     """Base of every error this project raises on purpose.
@@ -105,32 +76,6 @@ class ApplianceError(Exception):
     def to_openai(self) -> Mapping[str, Any]:
         """The body of an OpenAI-shaped error response."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
-
-    def to_anthropic(self, request_id: str | None = None) -> Mapping[str, Any]:
-        """The body of an error of Anthropic's API; without an id, as an event of a stream."""
-        kind = _ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
-        body: dict[str, Any] = {"type": "error", "error": {"type": kind, "message": self.message}}
-        return body if request_id is None else {**body, "request_id": request_id}
-
-    @property
-    def anthropic_status(self) -> int:
-        """Overload has a status of its own there, and clients look for it."""
-        return 529 if self.status == 503 else self.status
-
-    def to_gemini(self, request_id: str | None = None) -> Mapping[str, Any]:
-        """The body of an error of Google's APIs, with the details that those define."""
-        status = _GOOGLE_STATUSES.get(self.status, "INTERNAL" if self.status >= 500 else "INVALID_ARGUMENT")
-        details: list[Mapping[str, Any]] = [
-            {"@type": f"{_GOOGLE_RPC}ErrorInfo", "reason": self.code.upper(), "domain": "appliance"}
-        ]
-        if self.param is not None:
-            violation = {"field": self.param, "description": self.message}
-            details.append({"@type": f"{_GOOGLE_RPC}BadRequest", "fieldViolations": [violation]})
-        if self.retry_after_seconds is not None:
-            details.append({"@type": f"{_GOOGLE_RPC}RetryInfo", "retryDelay": f"{self.retry_after_seconds:.3f}s"})
-        if request_id is not None:
-            details.append({"@type": f"{_GOOGLE_RPC}RequestInfo", "requestId": request_id})
-        return {"error": {"code": self.status, "message": self.message, "status": status, "details": details}}
 
 
 class RequestError(ApplianceError):

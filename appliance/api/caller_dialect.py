@@ -12,6 +12,7 @@ from starlette.types import Scope
 
 from appliance.core import Dialect
 from appliance.errors import ApplianceError, Unauthorized
+from appliance.wire.registry import DIALECTS
 
 ANTHROPIC_REQUEST_ID_HEADER = "request-id"
 GOOGLE_KEY_HEADER = b"x-goog-api-key"
@@ -56,12 +57,10 @@ def error_response(error: ApplianceError, dialect: Dialect = "openai", request_i
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_seconds)))
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
-    status = error.anthropic_status if dialect == "anthropic" else error.status
+    status = DIALECTS[dialect].error_status(error)
     body = orjson.dumps(error_body(error, dialect, request_id), default=str)
     return Response(body, status, headers, "application/json")
 
 
 def error_body(error: ApplianceError, dialect: Dialect, request_id: str | None = None) -> Any:
-    if dialect == "anthropic":
-        return error.to_anthropic(request_id or "")
-    return error.to_gemini(request_id) if dialect == "gemini" else error.to_openai()
+    return DIALECTS[dialect].write_error(error, request_id)

@@ -1,7 +1,7 @@
 """Answers in another dialect than OpenAI's: whole ones rewritten, streams rewritten event by event."""
 
-from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import Final
 
 from starlette.types import ASGIApp
 
@@ -11,16 +11,17 @@ from appliance.api.relay import StreamResponse, as_stream
 from appliance.errors import ApplianceError
 from appliance.router.protocols import PipelineAnswer
 from appliance.tasks.chat import ChatCall
-from appliance.wire.chat_stream import DialectStreamWriter, StreamRewriter
-from appliance.wire.openai.stream import stream_of
+from appliance.wire.dialect import InboundDialect
+from appliance.wire.openai.stream import write_chat_stream
+from appliance.wire.stream_writer import StreamRewriter, StreamStart
 
 
 class DialectResponse:
-    """The events of `source` as `translation` writes them. Not a generator: one that never starts is never closed."""
+    """The events of `source` as `rewriter` writes them. Not a generator: one that never starts is never closed."""
 
-    def __init__(self, source: AsyncIterator[bytes], translation: StreamRewriter) -> None:
+    def __init__(self, source: AsyncIterator[bytes], rewriter: StreamRewriter) -> None:
         self._source = source
-        self._translation = translation
+        self._rewriter = rewriter
         self._is_closed = False
 
     def __aiter__(self) -> AsyncIterator[bytes]:
@@ -32,37 +33,39 @@ class DialectResponse:
                 block = await anext(self._source)
             except StopAsyncIteration:
                 self._is_closed = True
-                tail = self._translation.close()
+                tail = self._rewriter.close()
                 if tail:
                     return tail
                 break
-            piece = self._translation.feed(block)
-            self._is_closed = self._translation.has_failed
+            piece = self._rewriter.feed(block)
+            self._is_closed = self._rewriter.has_failed
             if piece:
                 return piece
         raise StopAsyncIteration
 
 
-async def translated(
+async def respond_in_dialect(
     answer: PipelineAnswer,
     opened: InboundRequest[ChatCall],
+    dialect: InboundDialect,
     *,
-    whole: Callable[[Mapping[str, Any]], Any],
-    writer: Callable[[], DialectStreamWriter],
+    as_events: bool = True,
     content_type: str | None = None,
 ) -> ASGIApp:
-    """The response to a chat that came in another dialect: `whole` rewrites a payload, `writer` a stream.
+    """The response to a chat that came in `dialect`. `as_events`: whether a stream is one of server-sent events.
 
     Owns the answer. Raises BackendGarbage for a reply that cannot be rewritten.
     """
+    original = opened.calls[0].original or {}
     if answer.stream is not None or opened.request.stream:
         # What had to be verified whole first is written as a stream of the verified reply.
-        source = answer.stream or as_stream(stream_of(answer.payload, {**opened.request.body, **_WITH_USAGE}))
-        translation = StreamRewriter(writer())
-        return StreamResponse(answer, DialectResponse(source, translation), translation.fail, content_type)
+        source = answer.stream or as_stream(write_chat_stream(answer.payload, _WITH_USAGE))
+        start = StreamStart(original, opened.prompt_tokens, as_events)
+        rewriter = StreamRewriter(dialect.write_stream(start))
+        return StreamResponse(answer, DialectResponse(source, rewriter), rewriter.fail, content_type)
     headers = answer.metadata.headers()
     try:
-        return json_response(whole(answer.payload), status=answer.status, headers=headers)
+        return json_response(dialect.write_reply(answer.payload, original), status=answer.status, headers=headers)
     except ApplianceError as error:
         error.headers = headers
         raise
@@ -70,4 +73,4 @@ async def translated(
         await answer.aclose()
 
 
-_WITH_USAGE: Mapping[str, Any] = {"stream_options": {"include_usage": True}}
+_WITH_USAGE: Final = {"stream_options": {"include_usage": True}}

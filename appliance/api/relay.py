@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from appliance.errors import ApplianceError, ClientGone, StreamBroken
 from appliance.router.protocols import PipelineAnswer
-from appliance.wire.openai.stream import event
+from appliance.wire.sse import write_event
 
 Result = TypeVar("Result")
 
@@ -125,7 +125,7 @@ class StreamResponse:
 
 
 def _openai_failure(error: ApplianceError) -> bytes:
-    return event(error.to_openai())
+    return write_event(error.to_openai())
 
 
 async def as_stream(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:

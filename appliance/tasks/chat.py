@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import orjson
 
@@ -16,8 +16,14 @@ from appliance.core import (
     UpstreamCall,
     UpstreamReply,
 )
+from appliance.core.json_types import JsonObject
 from appliance.errors import RequestError, Unsupported
-from appliance.wire.body_fields import (
+from appliance.wire.chat_ir import MAX_CHOICES, MAX_STOPS, MAX_TOP_LOGPROBS, REASONING_EFFORTS, ChatBody, ChatChoice
+from appliance.wire.dialect import InboundDialect
+from appliance.wire.json_schema import check_schema
+from appliance.wire.openai.inbound import check_messages, holds_more_than_text, join_message_text
+from appliance.wire.reply_checks import ChatStreamCheck, check_choices, check_json_choice, check_tool_calls
+from appliance.wire.strict_fields import (
     missing,
     read_bool,
     read_int,
@@ -29,10 +35,6 @@ from appliance.wire.body_fields import (
     show,
     wrong,
 )
-from appliance.wire.chat_ir import MAX_CHOICES, MAX_STOPS, MAX_TOP_LOGPROBS, REASONING_EFFORTS, ChatBody
-from appliance.wire.json_schema import check_schema
-from appliance.wire.openai.messages import check_messages, holds_more_than_text, message_text
-from appliance.wire.openai.reply_checks import ChatStreamCheck, check_json_choice, check_tool_calls, choices_of
 from appliance.wire.token_estimate import MESSAGE_TOKENS, estimate_tokens
 
 CHAT_ENDPOINTS: frozenset[Endpoint] = frozenset({"chat", "messages", "responses", "generate_content"})
@@ -95,11 +97,11 @@ class ChatCall:
     def read(self, target: Target, replies: Sequence[UpstreamReply]) -> Any:
         """The target's payload, untouched. Raises BackendGarbage or RejectedReply."""
         payload = replies[0].payload
-        for choice in choices_of(payload, "message"):
+        for choice in check_choices(payload, "message"):
             self._check_choice(choice)
         return payload
 
-    def _check_choice(self, choice: Mapping[str, Any]) -> None:
+    def _check_choice(self, choice: ChatChoice) -> None:
         if self.wants_json:
             check_json_choice(choice, self.schema)
         if self.tools:
@@ -124,7 +126,7 @@ def read(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[ChatCall]]:
     needs |= {"logprobs"} if logprobs else set()
     needs |= {"reasoning"} if body.get("reasoning_effort") not in (None, "none") else set()
     needs |= {"vision"} if holds_more_than_text(messages) else set()
-    text = message_text(messages)
+    text = join_message_text(messages)
     asked = ParsedRequest(
         endpoint="chat",
         model=read_model(body),
@@ -148,27 +150,29 @@ def read(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[ChatCall]]:
     return asked, (call,)
 
 
-def read_translated_chat(
-    endpoint: Endpoint, original: Mapping[str, Any], chat: ChatBody
-) -> tuple[ParsedRequest, Sequence[ChatCall]]:
-    """Read a chat that was translated from `original`, a body in the dialect of `endpoint`. Raises as `read`.
+def read_translated_chat(dialect: InboundDialect, original: JsonObject) -> tuple[ParsedRequest, Sequence[ChatCall]]:
+    """Read a body in another dialect as the chat it is translated to. Raises RequestError naming field and remedy.
 
     Streams always carry usage: other dialects report it without being asked. Reasoning effort is a wish in them, which
     agents send with every request, so a model that does not reason may answer too.
     """
-    if chat.get("stream"):
-        chat = {**chat, "stream_options": {"include_usage": True}}
-    asked, calls = read(chat)
-    asked = replace(asked, endpoint=endpoint, needs=asked.needs - {"reasoning"})
-    return asked, tuple(replace(call, original=original) for call in calls)
+    return _read_translated(dialect, original, dialect.read_chat(original))
 
 
-def read_translated_count(
-    endpoint: Endpoint, original: Mapping[str, Any], chat: ChatBody
-) -> tuple[ParsedRequest, Sequence[ChatCall]]:
+def read_translated_count(dialect: InboundDialect, original: JsonObject) -> tuple[ParsedRequest, Sequence[ChatCall]]:
     """As `read_translated_chat`, for a request whose prompt is only counted."""
-    asked, calls = read_translated_chat(endpoint, original, chat)
+    asked, calls = _read_translated(dialect, original, dialect.read_count(original))
     return asked, tuple(replace(call, output_tokens=1) for call in calls)
+
+
+def _read_translated(
+    dialect: InboundDialect, original: JsonObject, chat: ChatBody
+) -> tuple[ParsedRequest, Sequence[ChatCall]]:
+    if chat.get("stream"):
+        chat["stream_options"] = {"include_usage": True}
+    asked, calls = read(cast(JsonObject, chat))
+    asked = replace(asked, endpoint=dialect.endpoint, needs=asked.needs - {"reasoning"})
+    return asked, tuple(replace(call, original=original) for call in calls)
 
 
 def _check_options(body: Mapping[str, Any]) -> None:

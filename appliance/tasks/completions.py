@@ -7,9 +7,9 @@ from typing import Any
 from appliance.core import Ability, ParsedRequest, Target, UpstreamCall, UpstreamReply
 from appliance.errors import RequestError, Unsupported
 from appliance.tasks.chat import check_sampling
-from appliance.wire.body_fields import missing, read_bool, read_int, read_list, read_model, wrong
 from appliance.wire.chat_ir import MAX_TOP_LOGPROBS
-from appliance.wire.openai.reply_checks import choices_of
+from appliance.wire.reply_checks import check_choices
+from appliance.wire.strict_fields import missing, read_bool, read_int, read_list, read_model, wrong
 from appliance.wire.token_estimate import estimate_tokens
 
 DEFAULT_OUTPUT_TOKENS = 16
@@ -35,7 +35,7 @@ class CompletionCall:
 
     def read(self, target: Target, replies: Sequence[UpstreamReply]) -> Any:
         """The target's payload, untouched. Raises BackendGarbage."""
-        choices_of(replies[0].payload, "text")
+        check_choices(replies[0].payload, "text")
         return replies[0].payload
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from appliance.core import ParsedRequest, Target, UpstreamCall, UpstreamReply
 from appliance.errors import BackendGarbage, RequestError, Unsupported
-from appliance.wire.body_fields import missing, read_int, read_list, read_model, wrong
+from appliance.wire.strict_fields import missing, read_int, read_list, read_model, wrong
 from appliance.wire.token_estimate import estimate_tokens
 
 MAX_INPUTS = 2_048

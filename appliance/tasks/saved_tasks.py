@@ -20,7 +20,7 @@ from appliance.tasks.classify.classifiers import PREFIX
 from appliance.tasks.decisions import openai_shape, systemone
 from appliance.tasks.decisions.decision_options import Tasks, question_key, read_method, read_task
 from appliance.tasks.extract import extraction
-from appliance.wire.body_fields import missing, read_list, read_text, wrong
+from appliance.wire.strict_fields import missing, read_list, read_text, wrong
 
 SavedKind = Literal["decision", "extraction"]
 Shape = Literal["decisions", "systemone", "extract", "calibrate"]

@@ -9,33 +9,25 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from typing import Any, Final, cast
 
 import aiohttp
 import httpx
 import orjson
 
-from appliance.core import Dialect as DialectName
 from appliance.core import EgressPermit, Target, UpstreamCall, UpstreamReply, Usage
+from appliance.core.json_types import JsonObject
 from appliance.errors import ApplianceError, BackendGarbage, BackendTimeout, StreamBroken
 from appliance.upstream.base import Transport, close_response, transport_error
 from appliance.upstream.error_mapping import error_in_success, error_of_status, is_error_payload
 from appliance.upstream.label_scoring import tokens
 from appliance.upstream.rate_limit_headers import rest_seconds
-from appliance.wire.anthropic.outbound import AnthropicDialect
-from appliance.wire.dialect import Dialect, StreamTranslator, WireRequest, is_written
-from appliance.wire.gemini.outbound import GeminiDialect
+from appliance.wire.chat_ir import SHAPE_ERRORS
+from appliance.wire.dialect import StreamTranslator, WireRequest, is_written
 from appliance.wire.media import check_carried
-from appliance.wire.openai.outbound import OpenaiDialect
+from appliance.wire.registry import find_outbound
 from appliance.wire.sse import DONE, EventTooLong
-from appliance.wire.stream_translator import SHAPELESS
-
-DIALECTS: Final[Mapping[DialectName, Dialect]] = {
-    "openai": OpenaiDialect(),
-    "anthropic": AnthropicDialect(),
-    "gemini": GeminiDialect(),
-}
 
 _LABELS: Final = tokens.TokenLabelScorer()
 
@@ -86,7 +78,7 @@ def write(target: Target, outgoing: UpstreamCall, *, stream: bool, salt: str) ->
     Raises Unsupported naming the field that `target` cannot be given, RequestError where it cannot be written as JSON.
     """
     check_carried(target, outgoing.body)
-    return DIALECTS[target.dialect].write(target, outgoing, stream=stream, salt=salt)
+    return find_outbound(target, outgoing).write_request(target, outgoing, stream=stream, salt=salt)
 
 
 async def send(door: Transport, letter: WireRequest, *, permit: EgressPermit | None, seconds: float) -> UpstreamReply:
@@ -123,15 +115,15 @@ def read_batched(letter: WireRequest, payload: Any) -> UpstreamReply:
     return UpstreamReply(read, usage, 0.0, 0.0)
 
 
-def _read_reply(letter: WireRequest, payload: dict[str, Any]) -> tuple[dict[str, Any], Usage]:
+def _read_reply(letter: WireRequest, payload: JsonObject) -> tuple[JsonObject, Usage]:
     """Replies are not validated field by field: one of another shape shows when it is read."""
     try:
-        return DIALECTS[letter.target.dialect].read(letter, payload)
-    except SHAPELESS as error:
+        return find_outbound(letter.target, letter.outgoing).read_reply(letter, payload)
+    except SHAPE_ERRORS as error:
         raise BackendGarbage(f"{letter.target.name} answered in a shape that its dialect does not have") from error
 
 
-def _payload(target: Target, raw: bytes) -> dict[str, Any]:
+def _payload(target: Target, raw: bytes) -> JsonObject:
     try:
         payload = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -149,7 +141,7 @@ class ReplyStream:
     def __init__(self, letter: WireRequest, response: httpx.Response, seconds: float) -> None:
         self._target = letter.target
         self._response = response
-        self._passage: StreamTranslator = DIALECTS[letter.target.dialect].passage(letter)
+        self._passage: StreamTranslator = find_outbound(letter.target, letter.outgoing).translate_stream(letter)
         choices = letter.outgoing.body.get("n")
         self._choices = choices if isinstance(choices, int) else 1
         self._ends_at = asyncio.get_running_loop().time() + seconds

@@ -1,15 +1,15 @@
 """Carrying a chat request over into another dialect, field by field: what is not carried is refused by its name."""
 
-import base64
-import binascii
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import orjson
 
 from appliance.core import Target
+from appliance.core.json_types import JsonObject, JsonSchema, MutableJsonObject
 from appliance.errors import RequestError, Unsupported
+from appliance.wire.chat_ir import TEXT_PARTS, CalledFunction, ChatMessage, ChatTool, ContentPart, ToolCall
+from appliance.wire.strict_fields import StrictFields
 
 HINTS: Final = frozenset(
     {
@@ -46,93 +46,142 @@ HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {
 }
 """Values that say what happens anyway."""
 
-EFFORT_TOKENS: Final[Mapping[str, int]] = {
-    "minimal": 1_024,
-    "low": 2_048,
-    "medium": 8_192,
-    "high": 24_576,
-    "xhigh": 32_768,
-    "max": 32_768,
-}
-"""For models that are told how much to think by a number of tokens. `high` is the most that every such Gemini takes."""
+INSTRUCTING_ROLES: Final = frozenset({"system", "developer"})
 
 DEFAULT_OUTPUT_TOKENS: Final = 8_192
 """Where the dialect wants a limit and neither the caller nor the model's row has one."""
-
-_DATA_URL: Final = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w=.+-]+)*),", re.ASCII)
 
 
 def unsupported(target: Target, param: str, why: str = "") -> Unsupported:
     return Unsupported(f"{target.name} cannot be given {param}{': ' + why if why else ''}", param=param)
 
 
-def left_out(target: Target, body: Mapping[str, Any]) -> dict[str, Any]:
+def drop_left_out(target: Target, body: JsonObject) -> MutableJsonObject:
     """The body without what the operator wants left out for this model."""
     names = target.wire.leaves_out
     return {name: value for name, value in body.items() if name not in names}
 
 
-def body_bytes(target: Target, body: Mapping[str, Any]) -> bytes:
+def dump_body(target: Target, body: JsonObject) -> bytes:
     try:
         return orjson.dumps(body)
     except (orjson.JSONEncodeError, TypeError, ValueError) as error:
         raise RequestError(f"the request cannot be written as JSON for {target.name}: {error}") from error
 
 
-class ChatFields:
-    """The fields of a chat body. Each is taken once; `finish` refuses those that nobody took."""
+class ChosenTools(NamedTuple):
+    """What `tool_choice` asks for."""
 
-    def __init__(self, target: Target, body: Mapping[str, Any]) -> None:
+    mode: str
+    """auto, none, required, or named."""
+    names: tuple[str, ...] = ()
+    """The tools that may be called; empty: all."""
+
+
+class ChatFields(StrictFields):
+    """The fields of a chat body for `target`. `finish` refuses those that nobody took."""
+
+    __slots__ = ("target",)
+
+    def __init__(self, target: Target, body: JsonObject) -> None:
+        given = {name: value for name, value in drop_left_out(target, body).items() if name not in HINTS}
+        super().__init__(given)
         self.target = target
-        refuses = target.wire.refuses
-        self._left = {
-            name: value for name, value in left_out(target, body).items() if value is not None and name not in HINTS
-        }
-        for name, value in self._left.items():
-            if name in refuses and not is_harmless(name, value):
+        for name, value in given.items():
+            if value is not None and name in target.wire.refuses and not is_harmless(name, value):
                 raise unsupported(target, name)
 
-    def take(self, name: str) -> Any:
-        """The field's value, or None where it is absent or null."""
-        return self._left.pop(name, None)
-
-    def take_first(self, *names: str) -> Any:
-        """The first of several names for the same; the others go with it."""
-        given = [self._left.pop(name, None) for name in names]
+    def first(self, *names: str) -> Any:
+        """The first of several names for the same that is given."""
+        given = [self.get(name) for name in names]
         return next((value for value in given if value is not None), None)
 
     def word(self, *names: str) -> str | None:
-        """As `take_first`. Raises RequestError where it is no string."""
-        return word_of(self.take_first(*names), names[0])
+        """As `first`. Raises RequestError where it is no string."""
+        return require_text(self.first(*names), names[0])
 
-    def mapping(self, name: str) -> Mapping[str, Any] | None:
-        """As `take`. Raises RequestError where it is no object."""
-        return mapping_of(self.take(name), name)
+    def settings(self, name: str) -> JsonObject | None:
+        """Raises RequestError where the field is no object."""
+        return require_object(self.get(name), name)
 
-    def drop(self, *names: str) -> None:
-        for name in names:
-            self._left.pop(name, None)
+    def messages(self) -> Sequence[ChatMessage]:
+        return self.get("messages") or ()
 
-    def finish(self) -> None:
-        """Raises Unsupported for the first field that was not taken and says more than what happens anyway."""
-        for name, value in self._left.items():
-            if not is_harmless(name, value):
-                raise unsupported(self.target, name)
+    def stops(self) -> list[str]:
+        stops = self.get("stop") or ()
+        return [stops] if isinstance(stops, str) else list(stops)
+
+    def response_format(self) -> tuple[str, JsonSchema | None]:
+        """(kind, schema): text, json_object or json_schema."""
+        given = self.get("response_format")
+        if not isinstance(given, Mapping):
+            return "text", None
+        kind = str(given.get("type"))
+        if kind == "json_schema":
+            wrapper = given.get("json_schema")
+            schema = wrapper.get("schema") if isinstance(wrapper, Mapping) else None
+            return kind, schema if isinstance(schema, Mapping) else {}
+        return kind, None
+
+    def tools(self) -> list[ChatTool]:
+        """Raises Unsupported for the first that is not a function, or has more fields than functions have."""
+        known = {"name", "description", "parameters", "strict"}
+        tools = self.get("tools") or ()
+        for index, tool in enumerate(tools):
+            if not isinstance(tool, Mapping) or tool.get("type") != "function":
+                raise unsupported(self.target, f"tools[{index}]", "only functions can be offered")
+            for name, value in tool["function"].items():
+                if name not in known and value is not None:
+                    raise unsupported(self.target, f"tools[{index}].function.{name}")
+        return list(tools)
+
+    def tool_choice(self) -> ChosenTools | None:
+        """Raises Unsupported where it is about something other than functions."""
+        value = self.get("tool_choice")
+        if value is None:
+            return None
+        if value in ("auto", "none", "required"):
+            return ChosenTools(value)
+        kind = value.get("type") if isinstance(value, Mapping) else None
+        inner = value.get(kind) if isinstance(kind, str) else None
+        if kind == "function" and isinstance(inner, Mapping) and isinstance(inner.get("name"), str):
+            return ChosenTools("named", (inner["name"],))
+        if kind == "allowed_tools" and isinstance(inner, Mapping):
+            tools = inner.get("tools")
+            names = tuple(self._allowed_name(tool) for tool in (tools if isinstance(tools, list) else ()))
+            return ChosenTools("required" if inner.get("mode") == "required" else "auto", names)
+        raise unsupported(self.target, "tool_choice")
+
+    def _allowed_name(self, tool: object) -> str:
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str):
+            raise unsupported(self.target, "tool_choice")
+        return name
+
+    def _refuse_unread(self, name: str, value: Any) -> None:
+        if not is_harmless(name, value):
+            raise unsupported(self.target, name)
 
 
-def word_of(value: Any, param: str) -> str | None:
+def is_harmless(name: str, value: object) -> bool:
+    """Whether this field says no more than what happens without it."""
+    return any(value == one and isinstance(value, bool) is isinstance(one, bool) for one in HARMLESS.get(name, ()))
+
+
+def require_text(value: Any, param: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise RequestError(f"{param} must be a string", param=param)
     return value
 
 
-def mapping_of(value: Any, param: str) -> Mapping[str, Any] | None:
+def require_object(value: Any, param: str) -> JsonObject | None:
     if value is not None and not isinstance(value, Mapping):
         raise RequestError(f"{param} must be an object", param=param)
     return value
 
 
-def own_blocks(message: Mapping[str, Any], kinds: frozenset[str]) -> Iterator[dict[str, Any]]:
+def own_blocks(message: ChatMessage, kinds: frozenset[str]) -> Iterator[MutableJsonObject]:
     """Those of the message's `thinking_blocks` that are of these kinds; others are another provider's."""
     blocks = message.get("thinking_blocks")
     for block in blocks if isinstance(blocks, list) else ():
@@ -141,7 +190,7 @@ def own_blocks(message: Mapping[str, Any], kinds: frozenset[str]) -> Iterator[di
             yield {name: value for name, value in block.items() if name != "index"}
 
 
-def role_of(target: Target, message: Mapping[str, Any], path: str) -> Any:
+def message_role(target: Target, message: ChatMessage, path: str) -> str | None:
     """Who speaks. Raises Unsupported for what stands on a message and no dialect but OpenAI's chat has."""
     role = message.get("role")
     if message.get("name") and role != "tool":
@@ -152,7 +201,7 @@ def role_of(target: Target, message: Mapping[str, Any], path: str) -> Any:
     return role
 
 
-def called_function(target: Target, call: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+def called_function(target: Target, call: ToolCall, where: str) -> CalledFunction:
     """The function of a tool call. Raises Unsupported where something else was called, RequestError without a name."""
     function = call.get("function")
     if not isinstance(function, Mapping):
@@ -162,58 +211,7 @@ def called_function(target: Target, call: Mapping[str, Any], where: str) -> Mapp
     return function
 
 
-def is_harmless(name: str, value: Any) -> bool:
-    """Whether this field says no more than what happens without it."""
-    return any(value == one and isinstance(value, bool) is isinstance(one, bool) for one in HARMLESS.get(name, ()))
-
-
-class MediaPart(NamedTuple):
-    """What a `data:` URL holds."""
-
-    kind: str
-    data: str
-    """base64"""
-
-
-def read_data_url(url: str, param: str) -> MediaPart:
-    """Raises RequestError where it is not base64 of a stated type."""
-    match = _DATA_URL.match(url)
-    if match is None or match.group(1) is None:
-        raise RequestError(f"{param} must be a data URL of the form data:image/png;base64,...", param=param)
-    data = url[match.end() :]
-    if ";base64" not in match.group(2):
-        raise RequestError(f"{param} must be base64: data:{match.group(1)};base64,...", param=param)
-    try:
-        base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RequestError(f"{param} is not valid base64: {error}", param=param) from error
-    return MediaPart(match.group(1).lower(), data)
-
-
-def image_url_of(part: Mapping[str, Any], param: str) -> str:
-    """The URL of an `image_url` part, in either of its two shapes."""
-    image = part.get("image_url")
-    url = image.get("url") if isinstance(image, Mapping) else image
-    if not isinstance(url, str) or not url:
-        raise RequestError(f"{param}.image_url.url must be a URL", param=f"{param}.image_url")
-    return url
-
-
-def parts_of(content: Any) -> Sequence[Mapping[str, Any]]:
-    """A message's content as parts."""
-    if content is None:
-        return ()
-    return ({"type": "text", "text": content},) if isinstance(content, str) else content
-
-
-def text_of(part: Mapping[str, Any]) -> str | None:
-    """The text of a part that is nothing but text."""
-    kind = part.get("type")
-    value = part.get("refusal" if kind == "refusal" else "text")
-    return value if kind in ("text", "input_text", "output_text", "refusal") and isinstance(value, str) else None
-
-
-def arguments_of(function: Mapping[str, Any], param: str) -> dict[str, Any]:
+def call_arguments(function: CalledFunction, param: str) -> JsonObject:
     """A tool call's arguments as an object. Raises RequestError."""
     text = function.get("arguments") or "{}"
     try:
@@ -225,60 +223,24 @@ def arguments_of(function: Mapping[str, Any], param: str) -> dict[str, Any]:
     return value
 
 
-class ToolChoice(NamedTuple):
-    mode: str
-    """auto, none, required, or named."""
-    names: tuple[str, ...] = ()
-    """The tools that may be called; empty: all."""
+def content_parts(message: ChatMessage) -> Sequence[ContentPart]:
+    content = message.get("content")
+    if content is None:
+        return ()
+    return ({"type": "text", "text": content},) if isinstance(content, str) else content
 
 
-def read_tool_choice(target: Target, value: Any) -> ToolChoice | None:
-    """What `tool_choice` asks for. Raises Unsupported where it is about something other than functions."""
-    if value is None:
-        return None
-    if value in ("auto", "none", "required"):
-        return ToolChoice(value)
-    if isinstance(value, Mapping):
-        function, allowed = value.get("function"), value.get("allowed_tools")
-        if value.get("type") == "function" and isinstance(function, Mapping) and isinstance(function.get("name"), str):
-            return ToolChoice("named", (function["name"],))
-        if value.get("type") == "allowed_tools" and isinstance(allowed, Mapping):
-            tools = allowed.get("tools")
-            names = tuple(_allowed_name(target, tool) for tool in (tools if isinstance(tools, list) else ()))
-            return ToolChoice("required" if allowed.get("mode") == "required" else "auto", names)
-    raise unsupported(target, "tool_choice")
+def part_text(part: ContentPart) -> str | None:
+    """The text of a part that is nothing but text."""
+    kind = part.get("type")
+    value = part.get("refusal") if kind == "refusal" else part.get("text")
+    return value if kind in TEXT_PARTS and isinstance(value, str) else None
 
 
-def _allowed_name(target: Target, tool: Any) -> str:
-    function = tool.get("function") if isinstance(tool, Mapping) else None
-    name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(name, str):
-        raise unsupported(target, "tool_choice")
-    return name
-
-
-def functions_of(target: Target, tools: Sequence[Any]) -> list[Mapping[str, Any]]:
-    """The tools, each a function. Raises Unsupported for the first that is something else."""
-    for index, tool in enumerate(tools):
-        if not isinstance(tool, Mapping) or tool.get("type") != "function":
-            raise unsupported(target, f"tools[{index}]", "only functions can be offered")
-        known = {"name", "description", "parameters", "strict"}
-        extra = next(
-            (name for name, value in tool["function"].items() if name not in known and value is not None), None
-        )
-        if extra is not None:
-            raise unsupported(target, f"tools[{index}].function.{extra}")
-    return list(tools)
-
-
-def schema_of(fields: ChatFields) -> tuple[str, Mapping[str, Any] | None]:
-    """(kind, schema) of `response_format`: text, json_object or json_schema."""
-    given = fields.take("response_format")
-    if not isinstance(given, Mapping):
-        return "text", None
-    kind = str(given.get("type"))
-    if kind == "json_schema":
-        wrapper = given.get("json_schema")
-        schema = wrapper.get("schema") if isinstance(wrapper, Mapping) else None
-        return kind, schema if isinstance(schema, Mapping) else {}
-    return kind, None
+def image_address(part: ContentPart, param: str) -> str:
+    """The URL of an `image_url` part, in either of its two shapes."""
+    image: object = part.get("image_url")
+    url = image.get("url") if isinstance(image, Mapping) else image
+    if not isinstance(url, str) or not url:
+        raise RequestError(f"{param}.image_url.url must be a URL", param=f"{param}.image_url")
+    return url

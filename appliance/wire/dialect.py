@@ -1,27 +1,20 @@
-"""A wire dialect: how a request in OpenAI's shape is written for a target, and its answer read back into that shape.
+"""What a dialect is to the rest of the appliance: a record of functions, for both directions.
 
-Inside the appliance everything is a chat completion of OpenAI's. Three fields of a message go beyond it, so that a
-conversation with tools can be continued with a model that thinks:
-
-`reasoning_content` (text): what the model thought, as far as it shows it. Never sent back by itself.
-`thinking_blocks` (list): what the provider wants back with the next request, as it came: Anthropic's `thinking` and
-    `redacted_thinking` blocks, and `reasoning` items of OpenAI's Responses API. A dialect sends back its own alone:
-    those of another are another model's private matter, and mean nothing to it.
-`extra_content.google.thought_signature` (text, on a message or a tool call): the same for Gemini, where Google's own
-    OpenAI-compatible endpoint puts it.
-
-Hints of caching (`cache_control`, `prompt_cache_key`, `prompt_cache_breakpoint` ...) and an image's `detail` are
-carried over where the dialect has them and left out elsewhere: no answer is wrong without them. All else that cannot be
-carried over is refused.
+Inbound is what a caller speaks to us, outbound what we speak to a target. `registry` has the table of all dialects.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
-from appliance.core import Target, UpstreamCall, Usage
+from appliance.core import Endpoint, Target, UpstreamCall, Usage
+from appliance.core.json_types import JsonObject
+from appliance.errors import ApplianceError
+from appliance.wire.chat_ir import ChatBody
+from appliance.wire.stream_writer import StreamStart, StreamWriter
 
-_WRITING: Final = ("/chat/completions", "/completions")
+CHAT_PATH: Final = "/chat/completions"
+_WRITING: Final = (CHAT_PATH, "/completions")
 _LIMITS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens", "maxOutputTokens")
 
 
@@ -44,7 +37,7 @@ def is_written(outgoing: UpstreamCall) -> bool:
     return outgoing.path in _WRITING
 
 
-def most_output_tokens(target: Target, outgoing: UpstreamCall, body: Mapping[str, Any]) -> int | None:
+def most_output_tokens(target: Target, outgoing: UpstreamCall, body: JsonObject) -> int | None:
     """By `body` as it was written for `target`, whatever the dialect; where it sets no limit, the one that is known of
     the model."""
     if not is_written(outgoing):
@@ -58,10 +51,10 @@ def most_output_tokens(target: Target, outgoing: UpstreamCall, body: Mapping[str
 
 
 class StreamTranslator(Protocol):
-    """The bytes of one stream in passing: what comes in is the target's, what goes out are events of OpenAI's."""
+    """The bytes of one stream in passing: what comes in is the target's, what goes out are events of a chat."""
 
     usage: Usage | None
-    error: Any
+    error: object
     """The error object of an error event; nothing after it is passed on, nor is the event itself."""
     done: bool
     """Whether the end of the stream came and was passed on."""
@@ -74,13 +67,43 @@ class StreamTranslator(Protocol):
         """The bytes are over: what is still to be passed on."""
 
 
-class Dialect(Protocol):
-    """Pure, but for the time that replies are stamped with."""
+@dataclass(frozen=True, slots=True)
+class InboundDialect:
+    """What callers speak. All of it is pure."""
 
-    def write(self, target: Target, outgoing: UpstreamCall, *, stream: bool, salt: str) -> WireRequest:
+    endpoint: Endpoint
+    path: str | None
+    """Where its requests come in; None where the path names the model and the action."""
+    read_chat: Callable[[JsonObject], ChatBody]
+    """Check a body and translate it. Raises RequestError naming field, value and remedy."""
+    read_count: Callable[[JsonObject], ChatBody]
+    """The same for a request whose prompt tokens are only counted."""
+    write_reply: Callable[[JsonObject, JsonObject], JsonObject]
+    """The reply for a chat completion and the body that asked. Raises BackendGarbage."""
+    write_stream: Callable[[StreamStart], StreamWriter]
+
+
+class RequestWriter(Protocol):
+    def __call__(self, target: Target, outgoing: UpstreamCall, *, stream: bool, salt: str) -> WireRequest:
         """Raises Unsupported naming the field that cannot be carried over, RequestError where it is no JSON."""
 
-    def read(self, letter: WireRequest, payload: dict[str, Any]) -> tuple[dict[str, Any], Usage]:
-        """A whole reply in OpenAI's shape. Raises BackendGarbage where it is not what the dialect promises."""
 
-    def passage(self, letter: WireRequest) -> StreamTranslator: ...
+@dataclass(frozen=True, slots=True)
+class OutboundDialect:
+    """What targets speak. Pure, but for the time that replies are stamped with."""
+
+    write_request: RequestWriter
+    read_reply: Callable[[WireRequest, JsonObject], tuple[JsonObject, Usage]]
+    """A whole reply as a chat completion. Raises BackendGarbage where it is not what the dialect promises."""
+    translate_stream: Callable[[WireRequest], StreamTranslator]
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    name: str
+    inbound: InboundDialect | None
+    """None for the chat dialect itself, whose bodies and replies travel as they are."""
+    outbound: OutboundDialect
+    write_error: Callable[[ApplianceError, str | None], JsonObject]
+    """The body of an error response, with the id of the request."""
+    error_status: Callable[[ApplianceError], int]

@@ -1,84 +1,58 @@
-"""A stream of another dialect's events, translated event by event into chunks of OpenAI's."""
+"""A provider's stream in another dialect, translated event by event into chunks of a chat."""
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Iterable, Iterator, Sequence
 
 import orjson
 
 from appliance.core import Usage
-from appliance.wire.sse import DONE, MAX_EVENT_BYTES, EventTooLong
-
-SHAPELESS: Final = (TypeError, AttributeError, KeyError, IndexError, ValueError)
-"""What reading something of another shape raises."""
-
-
-def wants_usage(body: Mapping[str, Any]) -> bool:
-    options = body.get("stream_options")
-    return isinstance(options, Mapping) and options.get("include_usage") is True
+from appliance.core.json_types import JsonObject
+from appliance.wire.chat_ir import SHAPE_ERRORS, ChatChoice, ChatChunk, ChatCompletion, ChatDelta
+from appliance.wire.sse import DONE, SseReader, read_events, write_event
+from appliance.wire.usage import write_usage
 
 
-def chunk_event(payload: Mapping[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(payload) + b"\n\n"
-
-
-def usage_fields(usage: Usage) -> dict[str, Any]:
-    """OpenAI's usage object."""
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {
-            "cached_tokens": usage.cached_tokens,
-            "cache_write_tokens": usage.cache_write_tokens,
-        },
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-    }
-
-
-def completion(
-    identity: str, model: str, choices: Sequence[Mapping[str, Any]], usage: Usage, **more: Any
-) -> dict[str, Any]:
+def make_completion(
+    identity: str, model: str, choices: Sequence[ChatChoice], usage: Usage, *, service_tier: str | None = None
+) -> ChatCompletion:
     """A chat completion as OpenAI's API gives it."""
-    return {
+    made: ChatCompletion = {
         "id": identity,
         "object": "chat.completion",
         "created": int(time.time()),
         "model": model,
         "choices": list(choices),
-        "usage": usage_fields(usage),
-        **{name: value for name, value in more.items() if value is not None},
+        "usage": write_usage(usage),
     }
+    if service_tier is not None:
+        made["service_tier"] = service_tier
+    return made
 
 
 class ChunkTranslator(ABC):
-    """The part of a translated stream that all dialects share: events in, chunks out. Subclasses say `_take`."""
+    """What all translated streams share: events in, chunks out. Subclasses say what an event becomes (`_take`).
+
+    It is a `StreamTranslator`.
+    """
 
     def __init__(self, model: str, *, keep_usage: bool) -> None:
         self._model = model
         self._keep_usage = keep_usage
-        self._held = b""
+        self._reader = SseReader()
         self._created = int(time.time())
         self.identity = ""
         self.usage: Usage | None = None
-        self.error: Any = None
+        self.error: object = None
         self.done = False
         self.finished_choices = 0
 
     def feed(self, chunk: bytes) -> bytes:
-        data = (self._held + chunk) if self._held else chunk
-        if b"\r" in data:
-            data = data.replace(b"\r\n", b"\n")
-        events, separator, rest = data.rpartition(b"\n\n")
-        self._held = rest if separator else data
-        if len(self._held) > MAX_EVENT_BYTES:
-            raise EventTooLong(f"an event is longer than {MAX_EVENT_BYTES} bytes")
-        return self._translated(events.split(b"\n\n")) if separator else b""
+        block = self._reader.feed(chunk)
+        return self._translated(read_events(block)) if block else b""
 
     def end(self) -> bytes:
-        rest, self._held = self._held, b""
-        return self._translated([rest]) + self._last()
+        return self._translated(read_events(self._reader.end())) + self._last()
 
     def _last(self) -> bytes:
         """For dialects without an event at the end."""
@@ -86,10 +60,9 @@ class ChunkTranslator(ABC):
 
     def _translated(self, events: Iterable[bytes]) -> bytes:
         out: list[bytes] = []
-        for event in events:
+        for data in events:
             if self.error is not None or self.done:
                 break
-            data = b"\n".join(line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:"))
             if not data:
                 continue
             try:
@@ -100,29 +73,24 @@ class ChunkTranslator(ABC):
             if isinstance(payload, dict):
                 try:
                     out.extend(self._take(payload))
-                except SHAPELESS:
+                except SHAPE_ERRORS:
                     self.error = {"message": "an event of a shape that the dialect does not have"}
         return b"".join(out)
 
     @abstractmethod
-    def _take(self, event: dict[str, Any]) -> Iterator[bytes]:
+    def _take(self, event: JsonObject) -> Iterator[bytes]:
         """What one event of the dialect becomes; `error`, `usage` and `done` are set on the way."""
 
     def _chunk(
-        self,
-        delta: Mapping[str, Any],
-        *,
-        index: int = 0,
-        finish: str | None = None,
-        more: Mapping[str, Any] | None = None,
+        self, delta: ChatDelta, *, index: int = 0, finish: str | None = None, more: ChatChoice | None = None
     ) -> bytes:
         """`more`: fields of the choice beside its delta."""
         if finish is not None:
             self.finished_choices += 1
-        choice = {"index": index, "delta": delta, "finish_reason": finish, **(more or {})}
-        return chunk_event({**self._head(), "choices": [choice]})
+        choice: ChatChoice = {"index": index, "delta": delta, "finish_reason": finish}
+        return write_event({**self._head(), "choices": [{**choice, **more} if more else choice]})
 
-    def _head(self) -> dict[str, Any]:
+    def _head(self) -> ChatChunk:
         return {
             "id": self.identity,
             "object": "chat.completion.chunk",
@@ -135,4 +103,4 @@ class ChunkTranslator(ABC):
         self.done = True
         if not self._keep_usage or self.usage is None:
             return DONE
-        return chunk_event({**self._head(), "choices": [], "usage": usage_fields(self.usage)}) + DONE
+        return write_event({**self._head(), "choices": [], "usage": write_usage(self.usage)}) + DONE

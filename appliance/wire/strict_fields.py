@@ -1,20 +1,129 @@
-"""Bodies in other dialects than OpenAI's chat: every field is read, accepted as without effect, or refused by name.
+"""Reading the fields of a body. Each refusal names the field, the value and what would be right.
 
-A body that is translated cannot carry what its translator does not know, so nothing in it may be overlooked:
-`StrictFields` remembers what was looked at, and `done` refuses the rest.
+The functions read single fields of a body that travels on as it came, and leave the others alone. A body that is
+translated cannot carry what its translator does not know, so nothing in it may be overlooked: `StrictFields` remembers
+what was looked at, and `finish` refuses the rest.
 """
 
-import base64
-import binascii
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
+from appliance.core.json_types import JsonObject, MutableJsonObject
 from appliance.errors import RequestError, Unsupported
-from appliance.wire.body_fields import missing, wrong
 
-_MEDIA_TYPE: Final = re.compile(r"[a-z0-9.+-]{1,40}/[a-z0-9.+-]{1,80}")
-TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+MAX_MODEL_NAME_CHARS: Final = 256
+_TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+
+
+def show(value: object) -> str:
+    """`value` for an error message: short, and never a whole prompt."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def wrong(path: str, value: object, remedy: str) -> RequestError:
+    """The error for a field at `path` (dotted, with [indices]) that holds `value`; `remedy` says what it must be."""
+    return RequestError(f"{path} is {show(value)}: {remedy}", param=path)
+
+
+def missing(path: str, remedy: str) -> RequestError:
+    return RequestError(f"{path} is missing: {remedy}", param=path)
+
+
+def read_model(body: JsonObject) -> str:
+    """The `model` asked for; "auto" (the policy chooses) when the body names none."""
+    model = body.get("model")
+    if model is None:
+        return "auto"
+    if not isinstance(model, str) or not model or len(model) > MAX_MODEL_NAME_CHARS:
+        raise wrong("model", model, 'it must be the name of a model (GET /v1/models lists them) or "auto"')
+    return model
+
+
+def read_bool(body: JsonObject, name: str) -> bool:
+    return check_bool(body.get(name), name) or False
+
+
+def read_int(body: JsonObject, name: str, low: int, high: int | None = None) -> int | None:
+    return check_int(body.get(name), name, low, high)
+
+
+def read_number(body: JsonObject, name: str, low: float, high: float) -> float | None:
+    value = check_number(body.get(name), name, low, high)
+    return None if value is None else float(value)
+
+
+def read_text(body: JsonObject, name: str) -> str | None:
+    return check_text(body.get(name), name)
+
+
+def read_object(value: object, path: str, what: str) -> JsonObject:
+    if not isinstance(value, dict):
+        raise wrong(path, value, f"it must be an object ({what})")
+    return value
+
+
+def read_list(value: object, path: str, low: int, high: int, what: str) -> Sequence[Any]:
+    """A list with between `low` and `high` items; the refusal gives the number that came."""
+    if not isinstance(value, list):
+        raise wrong(path, value, f"it must be a list of {low} to {high} {what}")
+    if not low <= len(value) <= high:
+        raise RequestError(f"{path} has {len(value)} {what}: it must have {low} to {high}", param=path)
+    return value
+
+
+def check_text(value: object, path: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise wrong(path, value, "it must be a string")
+    return value
+
+
+def check_bool(value: object, path: str) -> bool | None:
+    if value is not None and not isinstance(value, bool):
+        raise wrong(path, value, "it must be true or false")
+    return value
+
+
+def check_int(value: object, path: str, low: int, high: int | None = None) -> int | None:
+    if value is None:
+        return None
+    if type(value) is not int or value < low or (high is not None and value > high):
+        upto = f" of at least {low}" if high is None else f" from {low} to {high}"
+        raise wrong(path, value, f"it must be a whole number{upto}")
+    return value
+
+
+def check_number(value: object, path: str, low: float, high: float) -> float | None:
+    """A whole number stays one."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise wrong(path, value, f"it must be a number from {low:g} to {high:g}")
+    return value
+
+
+def check_tool_name(value: object, path: str) -> str:
+    if not isinstance(value, str) or not _TOOL_NAME.fullmatch(value):
+        raise wrong(path, value, "it must be a name of 1 to 128 letters, digits, _ or -")
+    return value
+
+
+def refuse_other_contract(body: JsonObject, here: str, field: str, others: Mapping[str, str]) -> None:
+    """Refuse a body that was meant for another endpoint, and say for which.
+
+    `field` is what bodies for `here` carry; `others` maps the fields of other endpoints' bodies to those endpoints.
+    """
+    if field in body:
+        return
+    for other, endpoint in others.items():
+        if other in body:
+            raise RequestError(
+                f"this body has {other!r}, which belongs to {endpoint}; {here} takes {field!r}: "
+                f"send it to {endpoint} or rename the field",
+                param=other,
+            )
+    raise missing(field, f"{here} needs it")
 
 
 class StrictFields:
@@ -25,7 +134,7 @@ class StrictFields:
     def __init__(self, given: object, path: str = "", *, snake: bool = False) -> None:
         if not isinstance(given, dict):
             raise wrong(path or "the body", given, "it must be an object")
-        self._given = camel_fields(given, path) if snake else given
+        self._given: JsonObject = camel_fields(given, path) if snake else given
         self._snake = snake
         self._seen: set[str] = set()
         self.path = path
@@ -41,10 +150,7 @@ class StrictFields:
         return wrong(self.at(name), self._given.get(name), remedy)
 
     def text(self, name: str) -> str | None:
-        value = self.get(name)
-        if value is not None and not isinstance(value, str):
-            raise self.wrong(name, "it must be a string")
-        return value
+        return check_text(self.get(name), self.at(name))
 
     def required_text(self, name: str) -> str:
         value = self.text(name)
@@ -59,31 +165,22 @@ class StrictFields:
         return value
 
     def flag(self, name: str) -> bool | None:
-        value = self.get(name)
-        if value is not None and not isinstance(value, bool):
-            raise self.wrong(name, "it must be true or false")
-        return value
+        return check_bool(self.get(name), self.at(name))
 
     def whole(self, name: str, low: int, high: int | None = None) -> int | None:
         value = self.get(name)
         if type(value) is float and value.is_integer():
             value = int(value)  # JSON has one kind of number
-        if value is not None and (type(value) is not int or value < low or (high is not None and value > high)):
-            upto = f" of at least {low}" if high is None else f" from {low} to {high}"
-            raise self.wrong(name, f"it must be a whole number{upto}")
-        return value
+        return check_int(value, self.at(name), low, high)
 
     def number(self, name: str, low: float, high: float) -> float | None:
-        value: float | None = self.get(name)
-        if value is not None and (type(value) not in (int, float) or not low <= value <= high):
-            raise self.wrong(name, f"it must be a number from {low:g} to {high:g}")
-        return value
+        return check_number(self.get(name), self.at(name), low, high)
 
     def object(self, name: str) -> "StrictFields | None":
         value = self.get(name)
         return None if value is None else StrictFields(value, self.at(name), snake=self._snake)
 
-    def mapping(self, name: str) -> Mapping[str, Any] | None:
+    def mapping(self, name: str) -> JsonObject | None:
         """An object whose fields are the caller's own (a schema, arguments)."""
         value = self.get(name)
         if value is not None and not isinstance(value, dict):
@@ -92,14 +189,7 @@ class StrictFields:
 
     def rows(self, name: str, low: int, high: int, what: str) -> Sequence[Any] | None:
         value = self.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, list):
-            raise self.wrong(name, f"it must be a list of {low} to {high} {what}")
-        if not low <= len(value) <= high:
-            place = self.at(name)
-            raise RequestError(f"{place} has {len(value)} {what}: it must have {low} to {high}", param=place)
-        return value
+        return None if value is None else read_list(value, self.at(name), low, high, what)
 
     def texts(self, name: str, high: int) -> list[str]:
         """A list of strings that are not empty; [] where the field is left out."""
@@ -119,19 +209,22 @@ class StrictFields:
         """Fields that change nothing in the answer."""
         self._seen.update(names)
 
-    def done(self) -> None:
-        """Raise RequestError for the first field that nobody has looked at. A null asks for nothing."""
+    def finish(self) -> None:
+        """Raise for the first field that nobody has looked at. A null asks for nothing."""
         for name, value in self._given.items():
             if name not in self._seen and value is not None:
-                place = self.at(name)[:200]
-                raise RequestError(f"{place} is not a field that is known here: leave it out", param=place)
+                self._refuse_unread(name, value)
+
+    def _refuse_unread(self, name: str, value: Any) -> None:
+        place = self.at(name)[:200]
+        raise RequestError(f"{place} is not a field that is known here: leave it out", param=place)
 
 
-def camel_fields(given: Mapping[str, Any], path: str) -> dict[str, Any]:
+def camel_fields(given: JsonObject, path: str) -> MutableJsonObject:
     """Both spellings are allowed, as in every API of that family, but not of one field at once."""
-    made: dict[str, Any] = {}
+    made: MutableJsonObject = {}
     for name, value in given.items():
-        camel = _camel(name)
+        camel = camel_name(name)
         if camel in made:
             place = f"{path}.{camel}" if path else camel
             raise RequestError(f"{place} is given twice, in two spellings: leave one out", param=place)
@@ -139,33 +232,6 @@ def camel_fields(given: Mapping[str, Any], path: str) -> dict[str, Any]:
     return made
 
 
-def _camel(name: str) -> str:
+def camel_name(name: str) -> str:
     head, *rest = name.split("_")
     return head + "".join(word[:1].upper() + word[1:] for word in rest) if rest and head else name
-
-
-def tool_name(value: object, path: str) -> str:
-    if not isinstance(value, str) or not TOOL_NAME.fullmatch(value):
-        raise wrong(path, value, "it must be a name of 1 to 128 letters, digits, _ or -")
-    return value
-
-
-def data_url(media_type: object, data: object, path: str, media_path: str) -> str:
-    """An image given as base64 (either alphabet) as the `data:` address that chat bodies carry it in."""
-    if not isinstance(media_type, str) or not _MEDIA_TYPE.fullmatch(media_type):
-        raise wrong(media_path, media_type, "it must be a media type such as image/png")
-    if not isinstance(data, str) or not data:
-        raise wrong(path, None if data == "" else data, "it must be the image's bytes in base64")
-    plain = data.replace("-", "+").replace("_", "/") if "-" in data or "_" in data else data
-    plain += "=" * (-len(plain) % 4)
-    try:
-        base64.b64decode(plain, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RequestError(f"{path} is not base64: {error}", param=path) from error
-    return f"data:{media_type};base64,{plain}"
-
-
-def web_address(value: object, path: str) -> str:
-    if not isinstance(value, str) or not value.startswith(("https://", "http://")):
-        raise wrong(path, value, "it must be an http or https address")
-    return value

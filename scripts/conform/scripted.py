@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from appliance.wire.openai.stream import stream_of
+from appliance.wire.openai.stream import write_chat_stream
 
 MODEL: Final = "scripted"
 WORDS: Final = "Hello, here is an answer in a few words."
@@ -28,7 +28,7 @@ async def chat(request: Request) -> Response:
     body = orjson.loads(await request.body())
     payload = reply_to(body)
     if body.get("stream"):
-        return Response(b"".join(stream_of(payload, body)), media_type="text/event-stream")
+        return Response(b"".join(write_chat_stream(payload, body)), media_type="text/event-stream")
     return JSONResponse(payload)
 
 

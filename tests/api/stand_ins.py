@@ -35,7 +35,7 @@ from appliance.errors import ApplianceError, ConfigError
 from appliance.ledger.store import LedgerHealth
 from appliance.state import State
 from appliance.telemetry.metrics import Metrics
-from appliance.wire.openai.stream import stream_of
+from appliance.wire.openai.stream import write_chat_stream
 
 NOW = 1000.0
 SMALL = Target(
@@ -153,7 +153,7 @@ class StandInPipeline:
         if call.streams(SMALL):
             (outgoing,) = call.outgoing(SMALL)
             self.sent.append(outgoing)
-            pieces = self.pieces or tuple(stream_of(self.reply(outgoing), outgoing.body))
+            pieces = self.pieces or tuple(write_chat_stream(self.reply(outgoing), outgoing.body))
             answer.stream = StandInStream(pieces, self.stream_error, self.hangs_after)
         else:
             answer.payload = self._read(call)

@@ -6,16 +6,20 @@ from typing import Any
 import pytest
 
 from appliance.errors import Unsupported
-from appliance.wire.anthropic.outbound_request import message_request
-from appliance.wire.gemini.outbound_request import content_request
-from appliance.wire.responses.outbound import response_request
+from appliance.wire.anthropic.outbound import write_message_body
+from appliance.wire.gemini.outbound import write_content_body
+from appliance.wire.responses.outbound import write_response_body
 from tests.tasks.rows import hosted
 from tests.wire.readers import read_contents, read_messages, read_responses
 
 PIXEL = "iVBORw0KGgo="
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 MARK = {"type": "ephemeral"}
-WRITERS: dict[str, Any] = {"anthropic": message_request, "gemini": content_request, "openai": response_request}
+WRITERS: dict[str, Any] = {
+    "anthropic": write_message_body,
+    "gemini": write_content_body,
+    "openai": write_response_body,
+}
 
 MESSAGES: dict[str, Any] = {
     "max_tokens": 3000,

@@ -7,7 +7,7 @@ import pytest
 
 from appliance.errors import BackendGarbage, RejectedReply
 from appliance.tasks import chat, completions
-from appliance.wire.openai.stream import stream_of
+from appliance.wire.openai.stream import write_chat_stream
 from tests.tasks.rows import LOCAL, chat_payload, hosted, refusal, reply
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
@@ -222,7 +222,7 @@ def test_a_reply_without_choices_is_garbage(payload: Any) -> None:
 
 def test_a_verified_reply_becomes_the_stream_that_was_asked_for() -> None:
     payload = chat_payload('{"age": 5}') | {"usage": {"total_tokens": 3}, "created": 1}
-    events = list(stream_of(payload, {"stream_options": {"include_usage": True}}))
+    events = list(write_chat_stream(payload, {"stream_options": {"include_usage": True}}))
     assert len(events) == 4
     assert b'"delta":{"role":"assistant","content":"{\\"age\\": 5}"}' in events[0]
     assert b'"finish_reason":"stop"' in events[1]
@@ -232,7 +232,7 @@ def test_a_verified_reply_becomes_the_stream_that_was_asked_for() -> None:
 
 def test_tool_calls_in_a_stream_are_numbered() -> None:
     calls = [{"id": "t", "type": "function", "function": {"name": "weather", "arguments": "{}"}}]
-    events = list(stream_of(chat_payload(None, message={"tool_calls": calls}), {}))
+    events = list(write_chat_stream(chat_payload(None, message={"tool_calls": calls}), {}))
     assert b'"tool_calls":[{"index":0,"id":"t"' in events[0]
 
 

@@ -14,6 +14,7 @@ from appliance.core import UpstreamCall
 from appliance.errors import BackendError, RequestError
 from appliance.tasks import chat
 from appliance.upstream import client
+from appliance.wire.registry import find_outbound
 from tests.providers.reached import SPOKEN, Spoken, api_of, row_of, target_of
 from tests.providers.speech import THINKS_AND_CALLS
 from tests.wire.test_dialects import CLOCK, PNG, WEATHER
@@ -149,7 +150,7 @@ def test_no_reply_breaks_more_than_itself(spoken: Spoken) -> None:
         with contextlib.suppress(BackendError):
             payload, usage = client._read_reply(letter, mutated(whole, chance))
             assert payload["choices"] and usage.prompt_tokens >= 0
-        passage = client.DIALECTS[target.dialect].passage(letter)
+        passage = find_outbound(target, letter.outgoing).translate_stream(letter)
         for event in events:
             name, _, data = event.rpartition(b"data: ")
             if data.startswith(b"{") and chance.random() < 0.3:

@@ -6,13 +6,15 @@ from typing import Any
 import orjson
 import pytest
 
-from appliance.core import Target
+from appliance.core import Target, UpstreamCall
 from appliance.errors import BackendGarbage, RejectedReply, RequestError, Unsupported
-from appliance.wire.anthropic.outbound_reply import AnthropicStreamTranslator
-from appliance.wire.anthropic.outbound_request import message_request
-from appliance.wire.anthropic.output_schema import narrowed
-from appliance.wire.gemini.outbound_reply import GeminiStreamTranslator, read_content
-from appliance.wire.gemini.outbound_request import content_request
+from appliance.wire.anthropic.outbound import write_message_body
+from appliance.wire.anthropic.output_schema import narrow_schema
+from appliance.wire.anthropic.stream import AnthropicStreamTranslator
+from appliance.wire.dialect import CHAT_PATH, WireRequest
+from appliance.wire.gemini.outbound import write_content_body
+from appliance.wire.gemini.reply import read_gemini_reply
+from appliance.wire.gemini.stream import GeminiStreamTranslator
 from appliance.wire.sse import EventTooLong
 from appliance.wire.stream_translator import ChunkTranslator
 from tests.providers.anthropic_api import AnthropicApi
@@ -33,6 +35,11 @@ def gem(**fields: Any) -> Target:
     return hosted_target(dialect="gemini", **{"abilities": frozenset({"chat", "tools"}), **fields})
 
 
+def wire_request(target: Target) -> WireRequest:
+    body = {"stream": True, "stream_options": {"include_usage": True}}
+    return WireRequest(target, UpstreamCall(CHAT_PATH, body), CHAT_PATH, b"")
+
+
 def anthropic_stream(say: Say) -> bytes:
     return b"".join(AnthropicApi().events("/messages", {"model": "c"}, say))
 
@@ -42,11 +49,11 @@ def gemini_stream(say: Say) -> bytes:
 
 
 def message_passage() -> ChunkTranslator:
-    return AnthropicStreamTranslator("c", keep_usage=True, answer_tool=None)
+    return AnthropicStreamTranslator(wire_request(claude(model="c")))
 
 
 def content_passage() -> ChunkTranslator:
-    return GeminiStreamTranslator("gem", keep_usage=True, choices=1)
+    return GeminiStreamTranslator(wire_request(gem(model="gem")))
 
 
 STREAMS: list[tuple[Callable[[Say], bytes], Callable[[], ChunkTranslator]]] = [
@@ -95,7 +102,7 @@ def test_an_event_without_an_end_is_given_up() -> None:
 
 def test_results_of_several_tools_and_the_next_question_are_one_turn() -> None:
     other = {**CALL, "id": "c2", "function": {"name": "clock", "arguments": ""}}
-    body = message_request(
+    body = write_message_body(
         claude(),
         {
             "messages": [
@@ -116,7 +123,7 @@ def test_results_of_several_tools_and_the_next_question_are_one_turn() -> None:
 
 def test_later_instructions_keep_their_place() -> None:
     messages = [{"role": "system", "content": "A"}, ASKED, {"role": "developer", "content": "B"}]
-    body = message_request(claude(), {"messages": messages})
+    body = write_message_body(claude(), {"messages": messages})
     assert body["system"] == [{"type": "text", "text": "A"}]
     assert [turn["role"] for turn in body["messages"]] == ["user", "system"]
 
@@ -127,7 +134,7 @@ def test_hints_of_caching_are_carried_to_where_they_stood() -> None:
     tool = {"type": "function", "function": {"name": "t"}, "cache_control": {**mark, "ttl": "1h"}}
     called = {"role": "assistant", "tool_calls": [{**CALL, "cache_control": mark}]}
     result = {"role": "tool", "tool_call_id": "call:1.a", "content": "x", "cache_control": mark}
-    body = message_request(
+    body = write_message_body(
         claude(), {"messages": [{"role": "user", "content": [part]}, called, result], "tools": [tool]}
     )
     assert body["messages"][0]["content"][0]["cache_control"] == mark
@@ -138,7 +145,7 @@ def test_hints_of_caching_are_carried_to_where_they_stood() -> None:
 
 def test_anthropics_own_word_on_thinking_counts_more_than_an_effort() -> None:
     given = {"messages": [ASKED], "thinking": {"type": "enabled", "budget_tokens": 5000}, "reasoning_effort": "high"}
-    body = message_request(claude(), given)
+    body = write_message_body(claude(), given)
     assert body["thinking"] == given["thinking"] and body["max_tokens"] == 5000 + 8192
 
 
@@ -147,18 +154,18 @@ def test_arguments_that_are_no_object_are_the_callers_mistake(arguments: str) ->
     call = {**CALL, "function": {"name": "weather", "arguments": arguments}}
     messages = [ASKED, {"role": "assistant", "tool_calls": [call]}]
     with pytest.raises(RequestError, match=r"messages\[1\].tool_calls\[0\]"):
-        message_request(claude(), {"messages": messages})
+        write_message_body(claude(), {"messages": messages})
 
 
 @pytest.mark.parametrize("url", ["data:image/png;base64,@@@", "data:image/png,abc", "data:;base64,AAAA", "ftp://x/y"])
 def test_a_picture_that_cannot_be_read_is_the_callers_mistake(url: str) -> None:
     part = {"type": "image_url", "image_url": {"url": url}}
     with pytest.raises(RequestError):
-        message_request(claude(), {"messages": [{"role": "user", "content": [part]}]})
+        write_message_body(claude(), {"messages": [{"role": "user", "content": [part]}]})
 
 
 def test_instructions_alone_are_no_question() -> None:
-    for write, target in ((message_request, claude()), (content_request, gem())):
+    for write, target in ((write_message_body, claude()), (write_content_body, gem())):
         with pytest.raises(RequestError, match="instructions alone"):
             write(target, {"messages": [{"role": "system", "content": "Be brief."}]})
 
@@ -171,7 +178,7 @@ def test_a_schema_gets_no_wider_and_its_limits_are_told() -> None:
         "oneOf": [{"type": "object"}, {"$ref": "#/$defs/a"}],
         "$defs": {"a": {"type": "array", "items": {"properties": {}}, "minItems": 3}},
     }
-    assert narrowed(schema) == {
+    assert narrow_schema(schema) == {
         "type": ["object", "null"],
         "properties": {"n": {"type": "integer", "description": "How many. {minimum: 1}"}, "minLength": {"const": 3}},
         "anyOf": [{"type": "object", "additionalProperties": False}, {"$ref": "#/$defs/a"}],
@@ -193,14 +200,14 @@ def test_calls_without_ids_get_one_and_results_find_their_tool() -> None:
     api = GeminiApi()
     api.gives_ids = False
     raw = api.whole("/models/gem:generateContent", {}, TWO_CALLS)
-    payload, _ = read_content(gem(), orjson.loads(raw))
+    payload, _ = read_gemini_reply(wire_request(gem()), orjson.loads(raw))
     message = payload["choices"][0]["message"]
     ids = [call["id"] for call in message["tool_calls"]]
     assert len(set(ids)) == 2
     results = [
         {"role": "tool", "tool_call_id": one, "content": text} for one, text in zip(ids, ("{}", "x"), strict=True)
     ]
-    contents = content_request(gem(), {"messages": [ASKED, message, *results]})["contents"]
+    contents = write_content_body(gem(), {"messages": [ASKED, message, *results]})["contents"]
     answers = [part["functionResponse"] for part in contents[2]["parts"]]
     assert [(one["name"], one["response"]) for one in answers] == [
         ("weather", {"output": {}}),
@@ -210,14 +217,14 @@ def test_calls_without_ids_get_one_and_results_find_their_tool() -> None:
 
 def test_a_result_of_no_call_is_the_callers_mistake() -> None:
     with pytest.raises(RequestError, match="no call before it"):
-        content_request(gem(), {"messages": [ASKED, {"role": "tool", "tool_call_id": "x", "content": "y"}]})
+        write_content_body(gem(), {"messages": [ASKED, {"role": "tool", "tool_call_id": "x", "content": "y"}]})
 
 
 def test_calls_that_another_model_made_are_marked_as_unsigned_for_one_that_thinks() -> None:
     past = {"messages": [ASKED, {"role": "assistant", "tool_calls": [CALL, {**CALL, "id": "c2"}]}]}
-    first, second = content_request(gem(abilities=frozenset({"chat", "reasoning"})), past)["contents"][1]["parts"]
+    first, second = write_content_body(gem(abilities=frozenset({"chat", "reasoning"})), past)["contents"][1]["parts"]
     assert first["thoughtSignature"] == "skip_thought_signature_validator" and "thoughtSignature" not in second
-    first, _ = content_request(gem(), past)["contents"][1]["parts"]
+    first, _ = write_content_body(gem(), past)["contents"][1]["parts"]
     assert "thoughtSignature" not in first
 
 
@@ -225,27 +232,27 @@ def test_calls_that_another_model_made_are_marked_as_unsigned_for_one_that_think
 def test_an_answer_that_did_not_come_about_is_none(reason: str) -> None:
     candidate: Mapping[str, Any] = {"finishReason": reason, "content": {"parts": []}}
     with pytest.raises(RejectedReply, match=reason):
-        read_content(gem(), {"candidates": [candidate]})
+        read_gemini_reply(wire_request(gem()), {"candidates": [candidate]})
     reading = content_passage()
     reading.feed(b"data: " + orjson.dumps({"candidates": [candidate]}) + b"\n\n")
-    assert reading.error is not None and reason in reading.error["message"]
+    assert reason in str(reading.error)
 
 
 @pytest.mark.parametrize("payload", [{}, {"candidates": []}, {"candidates": [1]}, {"candidates": "x"}])
 def test_a_reply_without_candidates_is_garbage_unless_it_is_blocked(payload: dict[str, Any]) -> None:
     if payload.get("candidates") == []:
         payload = {**payload, "promptFeedback": {"blockReason": "SAFETY"}}
-        assert read_content(gem(), payload)[0]["choices"][0]["finish_reason"] == "content_filter"
+        assert read_gemini_reply(wire_request(gem()), payload)[0]["choices"][0]["finish_reason"] == "content_filter"
         return
     with pytest.raises(BackendGarbage):
-        read_content(gem(), payload)
+        read_gemini_reply(wire_request(gem()), payload)
 
 
 def test_log_probabilities_have_openais_shape() -> None:
     tops = [{"candidates": [{"token": "Ja", "logProbability": -0.1}, {"token": "No", "logProbability": -2.3}]}]
     result = {"chosenCandidates": [{"token": "Ja", "logProbability": -0.1}], "topCandidates": tops}
     candidate = {"finishReason": "STOP", "content": {"parts": [{"text": "Ja"}]}, "logprobsResult": result}
-    payload, _ = read_content(gem(), {"candidates": [candidate]})
+    payload, _ = read_gemini_reply(wire_request(gem()), {"candidates": [candidate]})
     (row,) = payload["choices"][0]["logprobs"]["content"]
     assert (row["token"], row["logprob"], row["bytes"]) == ("Ja", -0.1, [74, 97])
     assert [top["token"] for top in row["top_logprobs"]] == ["Ja", "No"]
@@ -253,11 +260,11 @@ def test_log_probabilities_have_openais_shape() -> None:
 
 def test_googles_own_settings_have_their_usual_place() -> None:
     google = {"thinking_config": {"thinking_budget": 5, "include_thoughts": True}, "cached_content": "cachedContents/1"}
-    body = content_request(gem(), {"messages": [ASKED], "extra_body": {"google": google}})
+    body = write_content_body(gem(), {"messages": [ASKED], "extra_body": {"google": google}})
     assert body["generationConfig"]["thinkingConfig"] == {"thinkingBudget": 5, "includeThoughts": True}
     assert body["cachedContent"] == "cachedContents/1"
     with pytest.raises(Unsupported) as caught:
-        content_request(gem(), {"messages": [ASKED], "extra_body": {"google": {"other": 1}}})
+        write_content_body(gem(), {"messages": [ASKED], "extra_body": {"google": {"other": 1}}})
     assert caught.value.param == "extra_body.google.other"
 
 
@@ -266,9 +273,9 @@ def test_sound_and_documents_are_carried_over() -> None:
         {"type": "input_audio", "input_audio": {"format": "wav", "data": "AAAA"}},
         {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64,AAAA"}},
     ]
-    written = content_request(gem(), {"messages": [{"role": "user", "content": parts}]})["contents"][0]["parts"]
+    written = write_content_body(gem(), {"messages": [{"role": "user", "content": parts}]})["contents"][0]["parts"]
     assert [part["inlineData"]["mimeType"] for part in written] == ["audio/wav", "application/pdf"]
-    document = message_request(claude(), {"messages": [{"role": "user", "content": parts[1:]}]})
+    document = write_message_body(claude(), {"messages": [{"role": "user", "content": parts[1:]}]})
     assert document["messages"][0]["content"][0]["title"] == "a.pdf"
 
 

@@ -9,7 +9,7 @@ from appliance.errors import EngineBusy, RejectedReply, Unsupported
 from appliance.upstream import client
 from appliance.upstream.error_mapping import error_in_success, error_of_status
 from appliance.wire.openai import vllm
-from appliance.wire.sse import SseReader
+from appliance.wire.openai.stream import ChatStreamPassthrough
 
 TARGET = Target("onsite/m", "onsite", "openai", "unix:/run/s", "m", frozenset({"chat", "token_logprobs"}))
 MESSAGES = [{"role": "user", "content": "yes or no?"}]
@@ -72,7 +72,7 @@ def test_what_means_come_back_elsewhere_is_taken_so(status: int, raw: bytes) -> 
 
 
 def test_9_an_error_in_a_stream_that_began_with_200_is_none_of_its_ends() -> None:
-    passage = SseReader(keep_usage=False)
+    passage = ChatStreamPassthrough(keep_usage=False)
     error = (
         b'{"error":{"message":"EngineCore encountered an issue.","type":"InternalServerError","param":null,"code":500}}'
     )

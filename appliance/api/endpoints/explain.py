@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request as Http
@@ -18,10 +19,8 @@ from appliance.tasks.decisions import openai_shape, systemone
 from appliance.tasks.extract import extraction
 from appliance.tasks.saved_tasks import Shape
 from appliance.tasks.store import KnownTasks
-from appliance.wire.anthropic.inbound import read_anthropic_chat
-from appliance.wire.body_fields import wrong
-from appliance.wire.gemini.inbound import read_gemini_chat
-from appliance.wire.responses.inbound import read_responses_chat
+from appliance.wire.registry import INBOUND
+from appliance.wire.strict_fields import wrong
 
 READERS: Mapping[str, Reader[Any]] = {
     "chat": chat.read,
@@ -31,9 +30,7 @@ READERS: Mapping[str, Reader[Any]] = {
     "systemone": systemone.read,
     "extract": extraction.read,
     "embeddings": embeddings.read,
-    "messages": lambda body: chat.read_translated_chat("messages", body, read_anthropic_chat(body)),
-    "responses": lambda body: chat.read_translated_chat("responses", body, read_responses_chat(body)),
-    "generate_content": lambda body: chat.read_translated_chat("generate_content", body, read_gemini_chat(body)),
+    **{endpoint: partial(chat.read_translated_chat, dialect) for endpoint, dialect in INBOUND.items()},
 }
 
 _SHAPES: Mapping[str, Shape] = {

@@ -1,6 +1,8 @@
 """Gemini's endpoints: `models/{model}:generateContent` and its relatives, and the list of models."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 from starlette.requests import Request as Http
@@ -8,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from appliance.api.caller_dialect import GEMINI_ACTIONS
-from appliance.api.dialect_response import translated
+from appliance.api.dialect_response import respond_in_dialect
 from appliance.api.intake import RequestIntake
 from appliance.api.json_responses import json_response
 from appliance.api.model_list import AUTO, found
@@ -16,8 +18,9 @@ from appliance.core import Target
 from appliance.errors import NotFound, RequestError
 from appliance.tasks.chat import read_translated_chat, read_translated_count
 from appliance.wire.gemini.inbound import read_gemini_chat, read_gemini_count
-from appliance.wire.gemini.inbound_reply import GeminiStreamWriter, content_of
+from appliance.wire.registry import INBOUND
 
+_GEMINI: Final = INBOUND["generate_content"]
 _PREFIX: Final = "models/"
 
 
@@ -50,21 +53,17 @@ class GeminiEndpoints:
             raise RequestError(f"alt is {alt[:40]!r}: it must be json, or sse for a stream", param="alt")
         opened = await self._rim.open(
             http,
-            lambda body: read_translated_chat("generate_content", body, read_gemini_chat(body, name, stream=stream)),
+            partial(
+                read_translated_chat, replace(_GEMINI, read_chat=partial(read_gemini_chat, model=name, stream=stream))
+            ),
         )
-        original = opened.calls[0].original or {}
         answer = await self._rim.answer(http, opened)
-        return await translated(
-            answer,
-            opened,
-            whole=lambda payload: content_of(payload, original),
-            writer=lambda: GeminiStreamWriter(original, as_events=alt == "sse"),
-            content_type=None if alt == "sse" else "application/json; charset=utf-8",
-        )
+        content_type = None if alt == "sse" else "application/json; charset=utf-8"
+        return await respond_in_dialect(answer, opened, _GEMINI, as_events=alt == "sse", content_type=content_type)
 
     async def _count(self, http: Http, name: str) -> Response:
         opened = await self._rim.open(
-            http, lambda body: read_translated_count("generate_content", body, read_gemini_count(body, name))
+            http, partial(read_translated_count, replace(_GEMINI, read_count=partial(read_gemini_count, model=name)))
         )
         counted = await self._rim.count(http, opened)
         return json_response({"totalTokens": counted.tokens}, headers=counted.headers())

@@ -2,21 +2,22 @@
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 from starlette.requests import Request as Http
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from appliance.api.dialect_response import translated
+from appliance.api.dialect_response import respond_in_dialect
 from appliance.api.intake import RequestIntake
 from appliance.api.json_responses import json_response
 from appliance.api.model_list import AUTO, found
 from appliance.core import Target
 from appliance.tasks.chat import read_translated_chat, read_translated_count
-from appliance.wire.anthropic.inbound import read_anthropic_chat, read_anthropic_count
-from appliance.wire.anthropic.inbound_reply import message_of
-from appliance.wire.anthropic.inbound_stream import AnthropicStreamWriter
+from appliance.wire.registry import INBOUND
+
+_ANTHROPIC: Final = INBOUND["messages"]
 
 
 class MessagesEndpoints:
@@ -25,22 +26,12 @@ class MessagesEndpoints:
         self._started_at = datetime.fromtimestamp(rim.wall_clock(), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
     async def create(self, http: Http) -> ASGIApp:
-        opened = await self._rim.open(
-            http, lambda body: read_translated_chat("messages", body, read_anthropic_chat(body))
-        )
-        original = opened.calls[0].original or {}
+        opened = await self._rim.open(http, partial(read_translated_chat, _ANTHROPIC))
         answer = await self._rim.answer(http, opened)
-        return await translated(
-            answer,
-            opened,
-            whole=lambda payload: message_of(payload, original),
-            writer=lambda: AnthropicStreamWriter(original, opened.prompt_tokens),
-        )
+        return await respond_in_dialect(answer, opened, _ANTHROPIC)
 
     async def count(self, http: Http) -> Response:
-        opened = await self._rim.open(
-            http, lambda body: read_translated_count("messages", body, read_anthropic_count(body))
-        )
+        opened = await self._rim.open(http, partial(read_translated_count, _ANTHROPIC))
         counted = await self._rim.count(http, opened)
         return json_response({"input_tokens": counted.tokens}, headers=counted.headers())
 

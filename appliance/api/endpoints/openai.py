@@ -17,7 +17,7 @@ from appliance.router.protocols import PipelineAnswer
 from appliance.tasks import chat, completions, embeddings
 from appliance.tasks.chat import ChatCall
 from appliance.tasks.completions import CompletionCall
-from appliance.wire.openai.stream import stream_of
+from appliance.wire.openai.stream import write_chat_stream
 
 _NO_EMBEDDINGS = (
     "no model of this node does: the CPU engine serves chat models, so configure a provider (an on-site server counts) "
@@ -63,7 +63,7 @@ class OpenAIEndpoints:
             return StreamResponse(answer, answer.stream)
         if opened.request.stream:
             # It had to be verified whole first, so the stream is made of the verified reply.
-            return StreamResponse(answer, as_stream(stream_of(answer.payload, opened.request.body)))
+            return StreamResponse(answer, as_stream(write_chat_stream(answer.payload, opened.request.body)))
         return await whole(answer, answer.payload)
 
     async def models(self, http: Http) -> Response:

@@ -27,11 +27,9 @@ from appliance.tasks.decisions.openai_shape import DecisionResult, DecisionsCall
 from appliance.tasks.extract import extraction
 from appliance.tasks.saved_tasks import Shape
 from appliance.tasks.store import KnownTasks, SavedTasks
-from appliance.wire.anthropic.inbound import read_anthropic_chat
-from appliance.wire.anthropic.inbound_reply import message_of
+from appliance.wire.dialect import InboundDialect
 from appliance.wire.json_body import PARSED_IN_THREAD_BYTES, parse_body
-from appliance.wire.responses.inbound import read_responses_chat
-from appliance.wire.responses.inbound_reply import response_of
+from appliance.wire.registry import INBOUND
 from appliance.wire.token_estimate import estimate_tokens
 
 _DECISIONS: Final = "/v1/decisions"
@@ -66,12 +64,11 @@ def _only(results: Sequence[Any], calls: Sequence[Any]) -> Any:
     return results[0]
 
 
-def _message(results: Sequence[Any], calls: Sequence[Any]) -> Any:
-    return message_of(results[0], calls[0].original or {})
+def _translated(dialect: InboundDialect) -> LineEndpoint:
+    def write(results: Sequence[Any], calls: Sequence[Any]) -> Any:
+        return dialect.write_reply(results[0], calls[0].original or {})
 
-
-def _response(results: Sequence[Any], calls: Sequence[Any]) -> Any:
-    return response_of(results[0], calls[0].original or {})
+    return LineEndpoint(partial(chat.read_translated_chat, dialect), write)
 
 
 def _extracted(results: Sequence[Any], calls: Sequence[Any]) -> Any:
@@ -93,12 +90,7 @@ def make_line_endpoints(fits: TaskCalibrationStore) -> Mapping[str, LineEndpoint
         _DECISIONS: LineEndpoint(partial(judging, openai_shape.read), _only, "decisions"),
         "/v1/systemone": LineEndpoint(partial(judging, systemone.read), _only, "systemone"),
         "/v1/extract": LineEndpoint(extraction.read, _extracted, "extract"),
-        "/v1/responses": LineEndpoint(
-            lambda body: chat.read_translated_chat("responses", body, read_responses_chat(body)), _response
-        ),
-        "/v1/messages": LineEndpoint(
-            lambda body: chat.read_translated_chat("messages", body, read_anthropic_chat(body)), _message
-        ),
+        **{dialect.path: _translated(dialect) for dialect in INBOUND.values() if dialect.path is not None},
     }
 
 

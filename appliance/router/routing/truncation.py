@@ -10,7 +10,7 @@ from typing import Any, Final
 from appliance.config import DegradeRule, RouteRule
 from appliance.core import LateVerifiedCall, Target, TaskCall, UpstreamCall, UpstreamReply
 from appliance.tasks.chat import CHAT_ENDPOINTS
-from appliance.wire.openai.messages import message_text
+from appliance.wire.openai.inbound import join_message_text
 from appliance.wire.token_estimate import MESSAGE_TOKENS, estimate_tokens
 
 _LIMITED_PATHS: Final = frozenset({"/chat/completions", "/completions"})
@@ -150,7 +150,7 @@ def _newest(turns: Sequence[list[Message]], tokens: int) -> list[list[Message]]:
 
 
 def _tokens(messages: Sequence[Message]) -> int:
-    return estimate_tokens(message_text(messages)) + MESSAGE_TOKENS * len(messages)
+    return estimate_tokens(join_message_text(messages)) + MESSAGE_TOKENS * len(messages)
 
 
 def make_static_answer(step: DegradeRule, request_id: str, endpoint: str, created: int) -> Mapping[str, Any]:

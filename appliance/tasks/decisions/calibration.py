@@ -36,7 +36,7 @@ from appliance.tasks.decisions.openai_shape import (
     usage_object,
 )
 from appliance.tasks.decisions.questions import Question, read_questions
-from appliance.wire.body_fields import missing, read_bool, read_list, read_object, refuse_other_contract
+from appliance.wire.strict_fields import missing, read_bool, read_list, read_object, refuse_other_contract
 
 MAX_EXAMPLES = 2_000
 """Beyond, a fit changes little; fitting takes some seconds for so many with 77 options."""

@@ -19,7 +19,7 @@ from appliance.core import Target
 from appliance.errors import NotFound, RequestError
 from appliance.tasks.decisions.confidence import DEFAULT_TEMPERATURE
 from appliance.tasks.decisions.questions import Question
-from appliance.wire.body_fields import read_bool, wrong
+from appliance.wire.strict_fields import read_bool, wrong
 
 CONTENT_FREE = "N/A"
 """The text that says nothing. Chat templates may drop an empty turn, so it has letters."""

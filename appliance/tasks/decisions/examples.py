@@ -11,7 +11,7 @@ from typing import Any, Final
 from appliance.errors import RequestError
 from appliance.tasks.decisions.inputs import read_input
 from appliance.tasks.decisions.questions import Example, Question
-from appliance.wire.body_fields import missing, read_list, read_object, wrong
+from appliance.wire.strict_fields import missing, read_list, read_object, wrong
 
 MAX_EXAMPLES: Final = 400
 """Five for each of the 77 labels of a large set; contexts of small models end long before."""

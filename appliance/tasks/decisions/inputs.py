@@ -6,7 +6,7 @@ from typing import Any
 
 from appliance.errors import RequestError
 from appliance.tasks.decisions.questions import part_text
-from appliance.wire.body_fields import read_object, wrong
+from appliance.wire.strict_fields import read_object, wrong
 
 _ROLES = ("user", "developer", "system", "assistant")
 _CALLS = {"function_call": "arguments", "custom_tool_call": "input"}

@@ -38,7 +38,7 @@ from appliance.tasks.decisions.examples import with_examples
 from appliance.tasks.decisions.inputs import Input, read_input
 from appliance.tasks.decisions.probabilities import WORTH_A_TEMPLATE, ShareWriter
 from appliance.tasks.decisions.questions import Question, QuestionResult, question_text, read_questions
-from appliance.wire.body_fields import missing, read_list, read_model, refuse_other_contract
+from appliance.wire.strict_fields import missing, read_list, read_model, refuse_other_contract
 from appliance.wire.token_estimate import estimate_tokens
 
 MAX_INPUTS = 10_000

@@ -8,7 +8,7 @@ import orjson
 
 from appliance.errors import RequestError
 from appliance.tasks.decisions.confidence import UNSURE_LABEL_MASS, expected_level, most_likely
-from appliance.wire.body_fields import missing, read_list, read_object, wrong
+from appliance.wire.strict_fields import missing, read_list, read_object, wrong
 
 MAX_QUESTIONS = 400
 MAX_CHOICES = 255

@@ -39,7 +39,7 @@ from appliance.tasks.decisions.questions import (
     QuestionResult,
     unique_options,
 )
-from appliance.wire.body_fields import missing, read_object, refuse_other_contract, wrong
+from appliance.wire.strict_fields import missing, read_object, refuse_other_contract, wrong
 
 
 def read(

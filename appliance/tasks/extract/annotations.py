@@ -16,7 +16,7 @@ from appliance.tasks.extract.evidence import Evidence, Piece, evidence, leaves
 from appliance.tasks.extract.normalise.amounts import currency_near
 from appliance.tasks.extract.normalise.field_hints import FieldHint, FieldSpec, asked_schema, hint_of, read_wanted
 from appliance.tasks.extract.normalise.normalised_value import NormalisedValue
-from appliance.wire.body_fields import read_bool
+from appliance.wire.strict_fields import read_bool
 
 
 @dataclass(frozen=True, slots=True)

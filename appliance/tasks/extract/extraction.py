@@ -28,7 +28,9 @@ from appliance.tasks.extract import chunks, token_budget
 from appliance.tasks.extract.annotations import Annotations, read_telling, told, unsure
 from appliance.tasks.extract.decode_schema import MAX_STRING_CHARS, decode_schema
 from appliance.tasks.extract.value_spans import string_leaves
-from appliance.wire.body_fields import (
+from appliance.wire.json_schema import check_schema, check_value, is_strict_subset
+from appliance.wire.reply_checks import check_choices, check_json_choice
+from appliance.wire.strict_fields import (
     missing,
     read_int,
     read_list,
@@ -38,8 +40,6 @@ from appliance.wire.body_fields import (
     refuse_other_contract,
     wrong,
 )
-from appliance.wire.json_schema import check_schema, check_value, is_strict_subset
-from appliance.wire.openai.reply_checks import check_json_choice, choices_of
 from appliance.wire.token_estimate import MESSAGE_TOKENS, estimate_tokens
 
 MAX_TEXTS = 1_000
@@ -133,11 +133,11 @@ class ExtractCall:
 
     def read(self, target: Target, replies: Sequence[UpstreamReply]) -> Extracted:
         """The object, validated. Raises BackendGarbage, or RejectedReply where it does not match the schema."""
-        choice = choices_of(replies[0].payload, "message")[0]
+        choice = check_choices(replies[0].payload, "message")[0]
         found = check_json_choice(choice, self.schema)
         if found is None:
             raise RejectedReply("the model refused to extract from this text")
-        confidence = field_confidence(choice["message"]["content"], choice.get("logprobs"))
+        confidence = field_confidence(str(choice["message"]["content"]), choice.get("logprobs"))
         if self.telling is not None and self.telling.evidence:
             confidence = unsure(confidence, found, self.schema, self.piece)
         cut: tuple[str, ...] = ()

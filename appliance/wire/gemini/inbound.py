@@ -1,34 +1,49 @@
 """`models/{model}:generateContent`: Gemini's body, checked field by field, as a chat."""
 
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final, Literal
 
+from appliance.core.json_types import JsonObject, JsonSchema
 from appliance.errors import RequestError, Unsupported
-from appliance.wire.body_fields import read_model, wrong
 from appliance.wire.chat_ir import (
     MAX_CHOICES,
     MAX_STOPS,
     MAX_TOP_LOGPROBS,
     ChatBody,
+    ChatTool,
+    check_tool_offered,
+    effort_of_budget,
     function_tool,
     json_format,
     json_text,
-    offered,
 )
-from appliance.wire.gemini.inbound_contents import messages_of
-from appliance.wire.gemini.schema import json_schema_of
+from appliance.wire.gemini.inbound_contents import read_contents
+from appliance.wire.gemini.schema import convert_schema
 from appliance.wire.json_schema import check_schema
-from appliance.wire.strict_fields import StrictFields, tool_name
+from appliance.wire.strict_fields import StrictFields, check_tool_name, read_model, wrong
 
 _NO_BLOCKING: Final = ("BLOCK_NONE", "OFF", "HARM_BLOCK_THRESHOLD_UNSPECIFIED")
 _LEVELS: Final = ("THINKING_LEVEL_UNSPECIFIED", "MINIMAL", "LOW", "MEDIUM", "HIGH")
-_LOW_BUDGET_TOKENS: Final = 4_096
-_MEDIUM_BUDGET_TOKENS: Final = 16_384
+_WHOLES: Final[Sequence[tuple[str, Literal["max_completion_tokens", "n", "top_k", "seed"], int, int | None]]] = (
+    ("maxOutputTokens", "max_completion_tokens", 1, None),
+    ("candidateCount", "n", 1, MAX_CHOICES),
+    ("topK", "top_k", 0, None),
+    ("seed", "seed", -(2**63), 2**63 - 1),
+)
+"""(Gemini's field, chat's, least, most)"""
+_NUMBERS: Final[
+    Sequence[tuple[str, Literal["temperature", "top_p", "presence_penalty", "frequency_penalty"], int, int]]
+] = (
+    ("temperature", "temperature", 0, 2),
+    ("topP", "top_p", 0, 1),
+    ("presencePenalty", "presence_penalty", -2, 2),
+    ("frequencyPenalty", "frequency_penalty", -2, 2),
+)
 _HOSTED: Final = "such tools are not run here; describe functions of your own in functionDeclarations"
 _OF_COUNTS: Final = ("contents", "systemInstruction", "tools", "toolConfig", "generationConfig", "model")
 
 
-def read_gemini_chat(body: Mapping[str, Any], model: str | None = None, *, stream: bool = False) -> ChatBody:
+def read_gemini_chat(body: JsonObject, model: str | None = None, *, stream: bool = False) -> ChatBody:
     """Check a body sent for `model` (None: the body names it) and translate it to a chat.
 
     Raises RequestError naming field, value and remedy.
@@ -40,21 +55,14 @@ def read_gemini_chat(body: Mapping[str, Any], model: str | None = None, *, strea
     return chat
 
 
-def read_gemini_count(body: Mapping[str, Any], model: str) -> ChatBody:
+def read_gemini_count(body: JsonObject, model: str | None = None) -> ChatBody:
     """Check a body of `:countTokens`: contents alone, or a whole request as `generateContentRequest`."""
     given = StrictFields(body, snake=True)
     inner = given.mapping("generateContentRequest")
     if inner is None:
         inner = {name: given.get(name) for name in _OF_COUNTS if given.get(name) is not None}
-    given.done()
+    given.finish()
     return read_gemini_chat(inner, model)
-
-
-def wants_thoughts(original: Mapping[str, Any]) -> bool:
-    """Whether the caller wants to see what the model thought."""
-    config = StrictFields(original, snake=True).object("generationConfig")
-    thinking = None if config is None else config.object("thinkingConfig")
-    return thinking is not None and thinking.get("includeThoughts") is True
 
 
 def _named(given: StrictFields) -> str:
@@ -63,9 +71,9 @@ def _named(given: StrictFields) -> str:
 
 
 def _read_chat(given: StrictFields, model: str) -> ChatBody:
-    chat: dict[str, Any] = {"model": read_model({"model": model})}
+    chat: ChatBody = {"model": read_model({"model": model})}
     given.accept("model")
-    chat["messages"] = messages_of(given.get("contents"), given.get("systemInstruction"))
+    chat["messages"] = read_contents(given.get("contents"), given.get("systemInstruction"))
     given.refuse("cachedContent", "no contents are kept here; send them")
     given.refuse("store", "nothing is kept here", allowed=(False,))
     given.refuse("labels", "requests are not labelled here; use the header x-appliance-tag", allowed=({},))
@@ -78,8 +86,8 @@ def _read_chat(given: StrictFields, model: str) -> ChatBody:
         _format(config, chat)
         _thinking(config, chat)
         _refuse_other_media(config)
-        config.done()
-    given.done()
+        config.finish()
+    given.finish()
     return chat
 
 
@@ -96,11 +104,11 @@ def _safety(given: StrictFields) -> None:
                 f"{place} is {threshold[:80]!r}: nothing is filtered here; leave it out, or send BLOCK_NONE",
                 param=place,
             )
-        setting.done()
+        setting.finish()
 
 
-def _tools(given: StrictFields, chat: dict[str, Any]) -> None:
-    tools: list[dict[str, Any]] = []
+def _tools(given: StrictFields, chat: ChatBody) -> None:
+    tools: list[ChatTool] = []
     for index, row in enumerate(given.rows("tools", 0, 128, "tools") or ()):
         tool = StrictFields(row, f"tools[{index}]", snake=True)
         declared = tool.rows("functionDeclarations", 0, 1024, "functions")
@@ -117,8 +125,8 @@ def _tools(given: StrictFields, chat: dict[str, Any]) -> None:
             chat["tool_choice"] = choice
 
 
-def _function(declared: StrictFields) -> dict[str, Any]:
-    name = tool_name(declared.get("name"), declared.at("name"))
+def _function(declared: StrictFields) -> ChatTool:
+    name = check_tool_name(declared.get("name"), declared.at("name"))
     plain, open_api = declared.get("parametersJsonSchema"), declared.get("parameters")
     if plain is not None and open_api is not None:
         place = declared.at("parametersJsonSchema")
@@ -128,18 +136,18 @@ def _function(declared: StrictFields) -> dict[str, Any]:
         schema = check_schema(plain, declared.at("parametersJsonSchema"))
     elif open_api is not None:
         path = declared.at("parameters")
-        schema = check_schema(json_schema_of(open_api, path), path)
+        schema = check_schema(convert_schema(open_api, path), path)
     declared.refuse("behavior", "functions are waited for", allowed=("UNSPECIFIED", "BLOCKING"))
     description = declared.text("description")
     for field in ("response", "responseJsonSchema"):
         returned = declared.mapping(field)
         if returned:  # no other dialect has a place for it, and the model is to read it
             description = f"{description or name}\nReturns: {json_text(returned)}"
-    declared.done()
+    declared.finish()
     return function_tool(name, description, schema)
 
 
-def _choice(given: StrictFields, tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
+def _choice(given: StrictFields, tools: list[ChatTool]) -> tuple[list[ChatTool], str | None]:
     """The functions that may be called, and whether one must be."""
     config = given.object("toolConfig")
     if config is None:
@@ -147,45 +155,33 @@ def _choice(given: StrictFields, tools: list[dict[str, Any]]) -> tuple[list[dict
     config.refuse("retrievalConfig", "nothing is retrieved here")
     config.refuse("includeServerSideToolInvocations", "no tools are run here", allowed=(False,))
     calling = config.object("functionCallingConfig")
-    config.done()
+    config.finish()
     if calling is None:
         return tools, None
     mode = calling.one_of("mode", ("MODE_UNSPECIFIED", "AUTO", "ANY", "NONE", "VALIDATED")) or "AUTO"
     names = calling.texts("allowedFunctionNames", 1024)
     calling.refuse("streamFunctionCallArguments", "calls are given whole", allowed=(False,))
-    calling.done()
+    calling.finish()
     path = calling.at("allowedFunctionNames")
     if names and mode not in ("ANY", "VALIDATED"):
         raise RequestError(f"{path} is given with mode {mode}: it goes with ANY or VALIDATED", param=path)
     for index, name in enumerate(names):
-        offered(name, tools, f"{path}[{index}]")
+        check_tool_offered(name, tools, f"{path}[{index}]")
     if mode == "ANY" and not tools:
         raise RequestError(f"{calling.at('mode')} is ANY without tools: give tools", param=calling.at("mode"))
     left = [tool for tool in tools if not names or tool["function"]["name"] in names]
     return left, {"ANY": "required", "NONE": "none", "AUTO": "auto", "VALIDATED": "auto"}.get(mode)
 
 
-def _sampling(config: StrictFields, chat: dict[str, Any]) -> None:
-    wholes = (
-        ("maxOutputTokens", "max_completion_tokens", 1, None),
-        ("candidateCount", "n", 1, MAX_CHOICES),
-        ("topK", "top_k", 0, None),
-        ("seed", "seed", -(2**63), 2**63 - 1),
-    )
-    for name, ours, least, most in wholes:
+def _sampling(config: StrictFields, chat: ChatBody) -> None:
+    for name, ours, least, most in _WHOLES:
         whole = config.whole(name, least, most)
         if whole is not None:
             chat[ours] = whole
-    numbers = (
-        ("temperature", "temperature", 0, 2),
-        ("topP", "top_p", 0, 1),
-        ("presencePenalty", "presence_penalty", -2, 2),
-        ("frequencyPenalty", "frequency_penalty", -2, 2),
-    )
-    for name, ours, low, high in numbers:
-        number = config.number(name, low, high)
+    for number_name, our_number, low, high in _NUMBERS:
+        number = config.number(number_name, low, high)
         if number is not None:
-            chat[ours] = number
+            chat[our_number] = number
     stops = config.texts("stopSequences", MAX_STOPS)
     if stops:
         chat["stop"] = stops
@@ -199,15 +195,15 @@ def _sampling(config: StrictFields, chat: dict[str, Any]) -> None:
         )
 
 
-def _format(config: StrictFields, chat: dict[str, Any]) -> None:
+def _format(config: StrictFields, chat: ChatBody) -> None:
     kind = config.text("responseMimeType")
     if kind not in (None, "", "text/plain", "application/json"):
         place = config.at("responseMimeType")
         raise Unsupported(f"{place} is {kind!r:.80}: it must be text/plain or application/json", param=place)
-    given: list[tuple[Mapping[str, Any], str]] = []
+    given: list[tuple[JsonSchema, str]] = []
     if config.get("responseSchema") is not None:
         path = config.at("responseSchema")
-        given.append((json_schema_of(config.get("responseSchema"), path), path))
+        given.append((convert_schema(config.get("responseSchema"), path), path))
     for name in ("responseJsonSchema", "_responseJsonSchema"):
         if config.get(name) is not None:
             given.append((config.get(name), config.at(name)))
@@ -223,19 +219,18 @@ def _format(config: StrictFields, chat: dict[str, Any]) -> None:
         chat["response_format"] = {"type": "json_object"}
 
 
-def _thinking(config: StrictFields, chat: dict[str, Any]) -> None:
+def _thinking(config: StrictFields, chat: ChatBody) -> None:
     thinking = config.object("thinkingConfig")
     if thinking is None:
         return
     thinking.flag("includeThoughts")
     budget = thinking.whole("thinkingBudget", -1)
     level = thinking.one_of("thinkingLevel", _LEVELS)
-    thinking.done()
+    thinking.finish()
     if level not in (None, "THINKING_LEVEL_UNSPECIFIED"):
         chat["reasoning_effort"] = str(level).lower()
     elif budget is not None and budget >= 0:  # -1: as the model sees fit
-        effort = "low" if budget <= _LOW_BUDGET_TOKENS else "medium" if budget <= _MEDIUM_BUDGET_TOKENS else "high"
-        chat["reasoning_effort"] = effort if budget else "none"
+        chat["reasoning_effort"] = effort_of_budget(budget) if budget else "none"
 
 
 def _refuse_other_media(config: StrictFields) -> None:

@@ -2,23 +2,33 @@
 
 import base64
 import binascii
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
+from appliance.core.json_types import JsonObject
 from appliance.errors import RequestError, Unsupported
-from appliance.wire.body_fields import missing, wrong
-from appliance.wire.chat_ir import Message, content_of, function_call, image_part, json_text, text_part
-from appliance.wire.opaque_state import give_back, unpack
-from appliance.wire.openai.messages import MAX_MESSAGES
-from appliance.wire.strict_fields import StrictFields, data_url, tool_name, web_address
+from appliance.wire.chat_ir import (
+    MAX_MESSAGES,
+    ChatMessage,
+    ContentPart,
+    ToolCall,
+    function_call,
+    image_part,
+    join_parts,
+    json_text,
+    text_part,
+)
+from appliance.wire.gemini.reply import signed_content
+from appliance.wire.media import check_web_address, make_data_url, plain_base64
+from appliance.wire.opaque_state import restore_state, unpack_state
+from appliance.wire.strict_fields import StrictFields, check_tool_name, missing, wrong
 
 _KINDS: Final = ("text", "inlineData", "fileData", "functionCall", "functionResponse")
 _KNOWN: Final = ", ".join(_KINDS)
 
 
-def messages_of(given: object, system: object) -> list[Message]:
+def read_contents(given: object, system: object) -> list[ChatMessage]:
     """The chat that `contents` and `systemInstruction` are. Raises RequestError naming the part that is wrong."""
-    made: list[Message] = []
+    made: list[ChatMessage] = []
     if system is not None:
         made.append({"role": "system", "content": _system(system)})
     if given is None:
@@ -62,7 +72,7 @@ class _Calls:
         raise RequestError(f"{place} is {said[:100]!r}, which no functionCall before it waits for", param=place)
 
 
-def _system(given: object) -> str | list[Mapping[str, Any]]:
+def _system(given: object) -> str | list[ContentPart]:
     if isinstance(given, str):
         return given
     content = StrictFields(given, "systemInstruction", snake=True)
@@ -71,14 +81,14 @@ def _system(given: object) -> str | list[Mapping[str, Any]]:
     for part in _parts(content):
         parts.append(text_part(part.required_text("text")))
         _finish(part)
-    content.done()
-    return content_of(parts)
+    content.finish()
+    return join_parts(parts)
 
 
-def _content(content: StrictFields, calls: _Calls) -> list[Message]:
+def _content(content: StrictFields, calls: _Calls) -> list[ChatMessage]:
     role = content.one_of("role", ("user", "model", "function")) or "user"
     parts = _parts(content)
-    content.done()
+    content.finish()
     return [_model_turn(parts, calls)] if role == "model" else _user_turn(parts, calls)
 
 
@@ -89,10 +99,10 @@ def _parts(content: StrictFields) -> list[StrictFields]:
     return [StrictFields(row, f"{content.at('parts')}[{index}]", snake=True) for index, row in enumerate(rows)]
 
 
-def _user_turn(parts: list[StrictFields], calls: _Calls) -> list[Message]:
+def _user_turn(parts: list[StrictFields], calls: _Calls) -> list[ChatMessage]:
     """Function responses as messages of their own, right behind the calls, then all else."""
-    results: list[Message] = []
-    said: list[dict[str, Any]] = []
+    results: list[ChatMessage] = []
+    said: list[ContentPart] = []
     for part in parts:
         response = part.object("functionResponse")
         if response is not None:
@@ -106,37 +116,39 @@ def _user_turn(parts: list[StrictFields], calls: _Calls) -> list[Message]:
             raise _unknown(part)
         part.accept("thoughtSignature")
         _finish(part)
-    return [*results, {"role": "user", "content": content_of(said)}] if said else results
+    return [*results, {"role": "user", "content": join_parts(said)}] if said else results
 
 
-def _model_turn(parts: list[StrictFields], calls: _Calls) -> Message:
-    texts: list[dict[str, Any]] = []
+def _model_turn(parts: list[StrictFields], calls: _Calls) -> ChatMessage:
+    texts: list[ContentPart] = []
     thoughts: list[str] = []
-    made: list[dict[str, Any]] = []
-    message: Message = {"role": "assistant", "content": None}
-    carried: list[Mapping[str, Any]] = []
+    made: list[ToolCall] = []
+    message: ChatMessage = {"role": "assistant", "content": None}
+    carried: list[JsonObject] = []
     for part in parts:
         foreign, signature = _signature(part)
         carried += [foreign] if foreign is not None else []
-        extra = {} if signature is None else {"extra_content": {"google": {"thought_signature": signature}}}
         call = part.object("functionCall")
         if call is not None:
-            made.append({**_function_call(call, calls), **extra})
+            made.append(_function_call(call, calls))
+            if signature is not None:
+                made[-1]["extra_content"] = signed_content(signature)
         elif part.get("text") is not None:
             text = part.required_text("text")
             (thoughts.append(text) if part.flag("thought") else texts.append(text_part(text)))
-            message.update(extra)
+            if signature is not None:
+                message["extra_content"] = signed_content(signature)
         else:
             raise _unknown(part)
         _finish(part)
     texts = [part for part in texts if part["text"]] or texts[:1]
-    message["content"] = content_of(texts) if texts else None
+    message["content"] = join_parts(texts) if texts else None
     if made:
         message["tool_calls"] = made
     if any(thoughts):
         message["reasoning_content"] = "".join(thoughts)
     for foreign in carried:
-        give_back(message, foreign)
+        restore_state(message, foreign)
     return message
 
 
@@ -144,7 +156,7 @@ def _finish(part: StrictFields) -> None:
     part.refuse("videoMetadata", "videos are not read here")
     part.refuse("mediaResolution", "images are passed on as they are")
     part.accept("partMetadata")
-    part.done()
+    part.finish()
 
 
 def _unknown(part: StrictFields) -> RequestError:
@@ -153,36 +165,35 @@ def _unknown(part: StrictFields) -> RequestError:
     )
 
 
-def _signature(part: StrictFields) -> tuple[Mapping[str, Any] | None, str | None]:
+def _signature(part: StrictFields) -> tuple[JsonObject | None, str | None]:
     """A part's thought signature: what another dialect wants back, or Google's own."""
     text = part.text("thoughtSignature")
     if not text:
         return None, None
-    plain = text.replace("-", "+").replace("_", "/")
-    plain += "=" * (-len(plain) % 4)
+    plain = plain_base64(text)
     try:
         inside = base64.b64decode(plain, validate=True)
     except (binascii.Error, ValueError) as error:
         raise part.wrong("thoughtSignature", "it must be base64, as it was given") from error
-    foreign = unpack(inside.decode("ascii", "replace"))
+    foreign = unpack_state(inside.decode("ascii", "replace"))
     return (foreign, None) if foreign is not None else (None, plain)
 
 
-def _media(part: StrictFields) -> dict[str, Any]:
+def _media(part: StrictFields) -> ContentPart:
     inline = part.object("inlineData")
     if inline is not None:
         kind, data = inline.get("mimeType"), inline.get("data")
         _check_image(kind, inline)
-        address = data_url(kind, data, inline.at("data"), inline.at("mimeType"))
+        address = make_data_url(kind, data, inline.at("data"), inline.at("mimeType"))
         media = inline
     else:
         file = part.object("fileData")
         assert file is not None
         _check_image(file.get("mimeType") or "image/*", file)
-        address = web_address(file.get("fileUri"), file.at("fileUri"))
+        address = check_web_address(file.get("fileUri"), file.at("fileUri"))
         media = file
     media.accept("displayName")
-    media.done()
+    media.finish()
     return image_part(address)
 
 
@@ -194,18 +205,18 @@ def _check_image(kind: object, media: StrictFields) -> None:
         raise Unsupported(f"{place} is {kind[:80]!r}: only text and images are supported here", param=place)
 
 
-def _function_call(call: StrictFields, calls: _Calls) -> dict[str, Any]:
-    name = tool_name(call.get("name"), call.at("name"))
+def _function_call(call: StrictFields, calls: _Calls) -> ToolCall:
+    name = check_tool_name(call.get("name"), call.at("name"))
     arguments = call.mapping("args") or {}
     call_id = calls.begin(name, call.text("id"))
     call.refuse("willContinue", "calls are given whole", allowed=(False,))
     call.refuse("partialArgs", "calls are given whole", allowed=([],))
-    call.done()
+    call.finish()
     return function_call(call_id, name, arguments)
 
 
-def _function_response(response: StrictFields, calls: _Calls) -> Message:
-    name = tool_name(response.get("name"), response.at("name"))
+def _function_response(response: StrictFields, calls: _Calls) -> ChatMessage:
+    name = check_tool_name(response.get("name"), response.at("name"))
     value = response.mapping("response")
     if value is None:
         raise missing(response.at("response"), "it must be an object")
@@ -213,11 +224,11 @@ def _function_response(response: StrictFields, calls: _Calls) -> Message:
     response.refuse("willContinue", "responses are given whole", allowed=(False,))
     response.refuse("scheduling", "responses are read at once")
     response.refuse("parts", "put the response into `response`", allowed=([],))
-    response.done()
+    response.finish()
     return {"role": "tool", "tool_call_id": call_id, "content": _response_text(value)}
 
 
-def _response_text(value: Mapping[str, Any]) -> str:
+def _response_text(value: JsonObject) -> str:
     """A function's result as the model reads it; the SDKs wrap plain ones as {"result": ...}."""
     only = value.get("result", value.get("output")) if len(value) == 1 else None
     return only if isinstance(only, str) else json_text(value)

@@ -1,46 +1,45 @@
-"""The messages of a chat as Gemini's: an instruction, and contents of parts. Pure."""
+"""The messages of a chat as Gemini's: an instruction, and contents of parts."""
 
 import mimetypes
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlsplit
 
 import orjson
 
 from appliance.core import Target
+from appliance.core.json_types import JsonObject, MutableJsonObject
 from appliance.errors import RequestError
 from appliance.wire.chat_fields import (
-    arguments_of,
+    INSTRUCTING_ROLES,
+    call_arguments,
     called_function,
-    image_url_of,
-    mapping_of,
-    parts_of,
-    read_data_url,
-    role_of,
-    text_of,
+    content_parts,
+    image_address,
+    message_role,
+    part_text,
+    require_object,
+    require_text,
     unsupported,
-    word_of,
 )
+from appliance.wire.chat_ir import ChatMessage, ContentPart
+from appliance.wire.gemini.reply import Part, read_signature
+from appliance.wire.media import AUDIO_TYPES, MediaData, read_data_url
 
-_INSTRUCTING: Final = frozenset({"system", "developer"})
-_SOUNDS: Final[Mapping[str, str]] = {"wav": "audio/wav", "mp3": "audio/mp3"}
-
-UNSIGNED: Final = "skip_thought_signature_validator"
+_UNSIGNED: Final = "skip_thought_signature_validator"
 """What Google's documentation names for calls that another model made: models that think want every turn's first call
 signed."""
 
-Part = dict[str, Any]
 
-
-def written_contents(target: Target, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def write_contents(target: Target, messages: Sequence[ChatMessage]) -> MutableJsonObject:
     """`systemInstruction` (where there is one) and `contents`. Neighbours of one role become one content."""
     system: list[Part] = []
-    contents: list[dict[str, Any]] = []
+    contents: list[MutableJsonObject] = []
     names = _names_of_calls(messages)
     for index, message in enumerate(messages):
         path = f"messages[{index}]"
         role = message.get("role")
-        if role in _INSTRUCTING:
+        if role in INSTRUCTING_ROLES:
             if contents:
                 raise unsupported(target, f"{path}.role", "instructions can only stand before all else")
             system += _content(target, message, path, may_see=False)
@@ -56,7 +55,7 @@ def written_contents(target: Target, messages: Sequence[Mapping[str, Any]]) -> d
     return {**({"systemInstruction": {"parts": system}} if system else {}), "contents": contents}
 
 
-def _names_of_calls(messages: Sequence[Mapping[str, Any]]) -> Mapping[str, str]:
+def _names_of_calls(messages: Sequence[ChatMessage]) -> Mapping[str, str]:
     """Id of a call -> the tool's name, which Gemini wants with the result."""
     return {
         call["id"]: str(call["function"].get("name") or "")
@@ -66,8 +65,8 @@ def _names_of_calls(messages: Sequence[Mapping[str, Any]]) -> Mapping[str, str]:
     }
 
 
-def _parts(target: Target, message: Mapping[str, Any], path: str, names: Mapping[str, str]) -> Iterator[Part]:
-    match role := role_of(target, message, path):
+def _parts(target: Target, message: ChatMessage, path: str, names: Mapping[str, str]) -> Iterator[Part]:
+    match role := message_role(target, message, path):
         case "tool":
             yield _tool_result(target, message, path, names)
         case "assistant":
@@ -78,10 +77,10 @@ def _parts(target: Target, message: Mapping[str, Any], path: str, names: Mapping
             raise unsupported(target, f"{path}.role", f"there is no role {role!r}")
 
 
-def _content(target: Target, message: Mapping[str, Any], path: str, *, may_see: bool) -> Iterator[Part]:
-    for index, part in enumerate(parts_of(message.get("content"))):
+def _content(target: Target, message: ChatMessage, path: str, *, may_see: bool) -> Iterator[Part]:
+    for index, part in enumerate(content_parts(message)):
         where = f"{path}.content[{index}]"
-        text = text_of(part)
+        text = part_text(part)
         if text is not None:
             if text:
                 yield {"text": text}
@@ -91,65 +90,62 @@ def _content(target: Target, message: Mapping[str, Any], path: str, *, may_see: 
             yield _media(target, part, where)
 
 
-def _media(target: Target, part: Mapping[str, Any], where: str) -> Part:
+def _media(target: Target, part: ContentPart, where: str) -> Part:
     match part.get("type"):
         case "image_url":
-            return _image(target, image_url_of(part, where), where)
+            return _image(target, image_address(part, where), where)
         case "input_audio":
-            audio = mapping_of(part.get("input_audio"), f"{where}.input_audio") or {}
-            kind = _SOUNDS.get(str(audio.get("format")))
+            audio = require_object(part.get("input_audio"), f"{where}.input_audio") or {}
+            kind = AUDIO_TYPES.get(str(audio.get("format")))
             if kind is None:
-                raise unsupported(target, where, f"audio is {' or '.join(_SOUNDS)}")
+                raise unsupported(target, where, f"audio is {' or '.join(AUDIO_TYPES)}")
             return {"inlineData": {"mimeType": kind, "data": audio.get("data")}}
         case "file":
-            file = mapping_of(part.get("file"), f"{where}.file") or {}
+            file = require_object(part.get("file"), f"{where}.file") or {}
             if not isinstance(file.get("file_data"), str):
                 raise unsupported(target, f"{where}.file", "a file must come along, as file_data")
             media = read_data_url(file["file_data"], f"{where}.file.file_data")
-            return {"inlineData": {"mimeType": media.kind, "data": media.data}}
+            return _inline(media)
         case kind:
             raise unsupported(target, where, f"there are no parts of type {kind!r}")
+
+
+def _inline(media: MediaData) -> Part:
+    return {"inlineData": {"mimeType": media.media_type, "data": media.data}}
 
 
 def _image(target: Target, url: str, where: str) -> Part:
     if url.startswith("data:"):
         media = read_data_url(url, f"{where}.image_url.url")
-        return {"inlineData": {"mimeType": media.kind, "data": media.data}}
+        return _inline(media)
     kind, _ = mimetypes.guess_type(urlsplit(url).path)
     if kind is None or not kind.startswith("image/"):
         raise unsupported(target, f"{where}.image_url", "its address does not tell what kind of image it is")
     return {"fileData": {"mimeType": kind, "fileUri": url}}
 
 
-def _assistant(target: Target, message: Mapping[str, Any], path: str) -> Iterator[Part]:
+def _assistant(target: Target, message: ChatMessage, path: str) -> Iterator[Part]:
     texts = list(_content(target, message, path, may_see=False))
-    refusal = word_of(message.get("refusal"), f"{path}.refusal")
+    refusal = require_text(message.get("refusal"), f"{path}.refusal")
     if refusal:
         texts.append({"text": refusal})
-    signature = _signature(message)
+    signature = read_signature(message)
     if texts and signature:
         texts[-1]["thoughtSignature"] = signature
     yield from texts
     for index, call in enumerate(message.get("tool_calls") or ()):
         where = f"{path}.tool_calls[{index}]"
         function = called_function(target, call, where)
-        part: Part = {"functionCall": {"name": function["name"], "args": arguments_of(function, where)}}
+        part: Part = {"functionCall": {"name": function["name"], "args": call_arguments(function, where)}}
         if call.get("id"):
             part["functionCall"]["id"] = call["id"]
-        signature = _signature(call)
+        signature = read_signature(call)
         if signature is None and index == 0 and "reasoning" in target.abilities:
-            signature = UNSIGNED
+            signature = _UNSIGNED
         yield {**part, "thoughtSignature": signature} if signature else part
 
 
-def _signature(value: Mapping[str, Any]) -> str | None:
-    extra = value.get("extra_content")
-    google = extra.get("google") if isinstance(extra, Mapping) else None
-    signature = google.get("thought_signature") if isinstance(google, Mapping) else None
-    return signature if isinstance(signature, str) and signature else None
-
-
-def _tool_result(target: Target, message: Mapping[str, Any], path: str, names: Mapping[str, str]) -> Part:
+def _tool_result(target: Target, message: ChatMessage, path: str, names: Mapping[str, str]) -> Part:
     identity = message.get("tool_call_id")
     name = names.get(str(identity)) or message.get("name")
     if not name:
@@ -168,7 +164,7 @@ def _tool_result(target: Target, message: Mapping[str, Any], path: str, names: M
     return {"functionResponse": written}
 
 
-def _response(text: str, *, is_error: bool) -> dict[str, Any]:
+def _response(text: str, *, is_error: bool) -> JsonObject:
     """An object, as Gemini wants it: the tool's own where it gave one, else its text."""
     if is_error:
         return {"error": text}

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
+from appliance.core.json_types import JsonObject, JsonSchema, MutableJsonObject
 from appliance.errors import RequestError, Unsupported
-from appliance.wire.body_fields import wrong
-from appliance.wire.strict_fields import camel_fields
+from appliance.wire.strict_fields import camel_fields, wrong
 
 _AS_THEY_ARE: Final = frozenset(
     {
@@ -29,13 +29,13 @@ _TYPES: Final = frozenset({"string", "number", "integer", "boolean", "array", "o
 MAX_DEPTH: Final = 32
 
 
-def json_schema_of(given: object, path: str, depth: int = 0) -> dict[str, Any]:
+def convert_schema(given: object, path: str, depth: int = 0) -> JsonSchema:
     """Raises RequestError or Unsupported naming the field that is wrong."""
     if not isinstance(given, dict):
         raise wrong(path, given, "it must be an object")
     if depth > MAX_DEPTH:
         raise RequestError(f"{path} is nested more than {MAX_DEPTH} levels deep: flatten it", param=path)
-    made: dict[str, Any] = {}
+    made: MutableJsonObject = {}
     given = camel_fields(given, path)
     for name, value in given.items():
         if value is not None:
@@ -48,7 +48,7 @@ def json_schema_of(given: object, path: str, depth: int = 0) -> dict[str, Any]:
     return made
 
 
-def _convert(made: dict[str, Any], name: str, value: Any, path: str, depth: int) -> None:
+def _convert(made: MutableJsonObject, name: str, value: Any, path: str, depth: int) -> None:
     if name in _AS_THEY_ARE:
         made[_NAMES.get(name, name)] = [value] if name == "example" else value
     elif name in ("defs", "$defs", "properties"):
@@ -56,7 +56,7 @@ def _convert(made: dict[str, Any], name: str, value: Any, path: str, depth: int)
     elif name == "type":
         made.update(_type(value, path))
     elif name in ("items", "additionalProperties") and not isinstance(value, bool):
-        made[name] = json_schema_of(value, path, depth + 1)
+        made[name] = convert_schema(value, path, depth + 1)
     elif name == "additionalProperties":
         made[name] = value
     elif name == "anyOf":
@@ -70,13 +70,13 @@ def _convert(made: dict[str, Any], name: str, value: Any, path: str, depth: int)
 def _several(value: Any, path: str, depth: int) -> list[Any]:
     if not isinstance(value, list):
         raise wrong(path, value, "it must be a list of schemas")
-    return [json_schema_of(one, f"{path}[{index}]", depth + 1) for index, one in enumerate(value)]
+    return [convert_schema(one, f"{path}[{index}]", depth + 1) for index, one in enumerate(value)]
 
 
-def _each(value: Any, path: str, depth: int) -> dict[str, Any]:
+def _each(value: Any, path: str, depth: int) -> JsonObject:
     if not isinstance(value, dict):
         raise wrong(path, value, "it must be an object of schemas")
-    return {name: json_schema_of(one, f"{path}.{name}", depth + 1) for name, one in value.items()}
+    return {name: convert_schema(one, f"{path}.{name}", depth + 1) for name, one in value.items()}
 
 
 def _type(value: Any, path: str) -> Mapping[str, str]:
@@ -94,13 +94,13 @@ def _count(value: Any, path: str) -> int:
     return value
 
 
-def _ordered(properties: Mapping[str, Any], order: list[Any]) -> dict[str, Any]:
+def _ordered(properties: JsonObject, order: list[Any]) -> JsonObject:
     """Objects are written in the order of their schema's properties."""
     first = [name for name in order if isinstance(name, str) and name in properties]
     return {name: properties[name] for name in dict.fromkeys([*first, *properties])}
 
 
-def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
+def _nullable(schema: JsonSchema) -> JsonObject:
     kind = schema.get("type")
     if isinstance(kind, str) and "enum" not in schema:
         return {**schema, "type": [kind, "null"]}

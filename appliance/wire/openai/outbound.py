@@ -1,58 +1,51 @@
-"""The OpenAI dialect. Replies and streams go through as they are; a provider's differences are applied to requests."""
+"""A chat as a request of OpenAI's own API: as it came, but for what a provider does differently."""
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 from urllib.parse import quote
 
 from appliance.core import PLAIN, Target, UpstreamCall, Usage
-from appliance.wire.chat_fields import body_bytes, is_harmless, left_out, unsupported
-from appliance.wire.dialect import StreamTranslator, WireRequest, most_output_tokens
+from appliance.core.json_types import JsonObject, MutableJsonObject
+from appliance.wire.chat_fields import drop_left_out, dump_body, is_harmless, unsupported
+from appliance.wire.chat_ir import wants_usage
+from appliance.wire.dialect import CHAT_PATH, WireRequest, most_output_tokens
 from appliance.wire.openai import vllm
-from appliance.wire.responses import outbound
-from appliance.wire.sse import SseReader, read_usage
-from appliance.wire.stream_translator import wants_usage
+from appliance.wire.openai.stream import ChatStreamPassthrough
+from appliance.wire.usage import read_usage
 
 _LIMITS: Final = ("max_completion_tokens", "max_tokens")
-_CHAT: Final = "/chat/completions"
-_STREAMED: Final = frozenset({_CHAT, "/completions"})
+_STREAMED: Final = frozenset({CHAT_PATH, "/completions"})
 
 
-class OpenaiDialect:
-    def write(self, target: Target, outgoing: UpstreamCall, *, stream: bool, salt: str) -> WireRequest:
-        wire = target.wire
-        if wire.api == "responses" and outgoing.path == _CHAT:
-            return outbound.write(target, outgoing, stream=stream)
-        body: dict[str, Any] = {**outgoing.body, "model": target.model}
-        if wire is not PLAIN:
-            body = _adapted(target, outgoing.path, body)
-        if vllm.is_vllm(target):
-            body = vllm.checked(target, outgoing.path, body)
-        if stream:
-            body["stream"] = True
-            options = body.pop("stream_options", None)
-            if wire.stream_usage:
-                body["stream_options"] = {**(options if isinstance(options, Mapping) else {}), "include_usage": True}
-        if target.provider is None:
-            body["cache_salt"] = salt
-        most = most_output_tokens(target, outgoing, body)
-        headers = dict(wire.headers)
-        return WireRequest(target, outgoing, _path(target, outgoing.path), body_bytes(target, body), headers, most)
-
-    def read(self, letter: WireRequest, payload: dict[str, Any]) -> tuple[dict[str, Any], Usage]:
-        if _is_response(letter):
-            return outbound.read(letter, payload)
-        if vllm.is_vllm(letter.target):
-            vllm.check_choices(letter.outgoing.body, payload)
-        return payload, read_usage(payload.get("usage")) or Usage()
-
-    def passage(self, letter: WireRequest) -> StreamTranslator:
-        if _is_response(letter):
-            return outbound.ResponsesStreamTranslator(letter)
-        return SseReader(keep_usage=wants_usage(letter.outgoing.body))
+def write_openai_request(target: Target, outgoing: UpstreamCall, *, stream: bool, salt: str) -> WireRequest:
+    """Any of OpenAI's paths. Raises Unsupported naming the field that the provider does not take."""
+    wire = target.wire
+    body: MutableJsonObject = {**outgoing.body, "model": target.model}
+    if wire is not PLAIN:
+        body = _adapt(target, outgoing.path, body)
+    if vllm.is_vllm(target):
+        body = vllm.check_fields(target, outgoing.path, body)
+    if stream:
+        body["stream"] = True
+        options = body.pop("stream_options", None)
+        if wire.stream_usage:
+            body["stream_options"] = {**(options if isinstance(options, Mapping) else {}), "include_usage": True}
+    if target.provider is None:
+        body["cache_salt"] = salt
+    most = most_output_tokens(target, outgoing, body)
+    path = _path(target, outgoing.path)
+    return WireRequest(target, outgoing, path, dump_body(target, body), dict(wire.headers), most)
 
 
-def _is_response(letter: WireRequest) -> bool:
-    return letter.target.wire.api == "responses" and letter.outgoing.path == _CHAT
+def read_openai_reply(request: WireRequest, payload: JsonObject) -> tuple[JsonObject, Usage]:
+    """The payload as it came. Raises RejectedReply where vLLM answered with none of the texts it was given."""
+    if vllm.is_vllm(request.target):
+        vllm.check_choices(request.outgoing.body, payload)
+    return payload, read_usage(payload.get("usage")) or Usage()
+
+
+def pass_openai_stream(request: WireRequest) -> ChatStreamPassthrough:
+    return ChatStreamPassthrough(keep_usage=wants_usage(request.outgoing.body))
 
 
 def _path(target: Target, path: str) -> str:
@@ -62,28 +55,28 @@ def _path(target: Target, path: str) -> str:
     return f"{path}?{wire.query}" if wire.query else path
 
 
-def _adapted(target: Target, path: str, body: dict[str, Any]) -> dict[str, Any]:
+def _adapt(target: Target, path: str, body: JsonObject) -> MutableJsonObject:
     """The body with the provider's own names, without what it does not need. Raises Unsupported."""
     wire = target.wire
-    body = left_out(target, body)
+    adapted = drop_left_out(target, body)
     for name in wire.refuses:
-        value = body.pop(name, None)
+        value = adapted.pop(name, None)
         if value is not None and not is_harmless(name, value):
             raise unsupported(target, name)
     for ours, theirs in wire.renames:
-        if ours in body:
-            body[theirs] = body.pop(ours)
+        if ours in adapted:
+            adapted[theirs] = adapted.pop(ours)
     if path in _STREAMED and wire.token_limit != "as_given":
-        limits = [body.pop(name, None) for name in _LIMITS]
+        limits = [adapted.pop(name, None) for name in _LIMITS]
         limit = next((limit for limit in limits if limit is not None), None)
         if limit is not None:
-            body[wire.token_limit if path == _CHAT else "max_tokens"] = limit
-    if wire.strips and isinstance(body.get("messages"), list):
-        body["messages"] = [_stripped(message, wire.strips) for message in body["messages"]]
-    return body
+            adapted[wire.token_limit if path == CHAT_PATH else "max_tokens"] = limit
+    if wire.strips and isinstance(adapted.get("messages"), list):
+        adapted["messages"] = [_strip(message, wire.strips) for message in adapted["messages"]]
+    return adapted
 
 
-def _stripped(message: Any, names: frozenset[str]) -> Any:
+def _strip(message: object, names: frozenset[str]) -> object:
     if not isinstance(message, Mapping):
         return message
     calls = message.get("tool_calls")
@@ -92,5 +85,5 @@ def _stripped(message: Any, names: frozenset[str]) -> Any:
     return message if names.isdisjoint(message) else _without(message, names)
 
 
-def _without(value: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
+def _without(value: JsonObject, names: frozenset[str]) -> JsonObject:
     return {name: part for name, part in value.items() if name not in names}

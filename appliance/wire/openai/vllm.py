@@ -6,9 +6,10 @@ off by `max_tokens` is the beginning of a label with status 200: so finish reaso
 """
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from appliance.core import Target
+from appliance.core.json_types import JsonObject, MutableJsonObject
 from appliance.errors import RejectedReply, Unsupported
 from appliance.wire.chat_fields import HINTS, is_harmless
 
@@ -98,7 +99,7 @@ def is_vllm(target: Target) -> bool:
     return target.provider is None and "token_logprobs" in target.abilities
 
 
-def checked(target: Target, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+def check_fields(target: Target, path: str, body: JsonObject) -> MutableJsonObject:
     """`body` with no field that vLLM would ignore. Raises Unsupported naming the first one that means something."""
     known = _FIELDS.get(path)
     if known is None:
@@ -111,7 +112,7 @@ def checked(target: Target, path: str, body: Mapping[str, Any]) -> dict[str, Any
     return {name: value for name, value in body.items() if name in known}
 
 
-def check_choices(body: Mapping[str, Any], payload: Mapping[str, Any]) -> None:
+def check_choices(body: JsonObject, payload: JsonObject) -> None:
     """Raises RejectedReply where one of several texts was asked for and the reply is none of them."""
     wanted = body.get("structured_outputs")
     choices = wanted.get("choice") if isinstance(wanted, Mapping) else None

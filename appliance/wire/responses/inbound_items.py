@@ -1,14 +1,22 @@
 """Input items of OpenAI's Responses as the messages of a chat."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
+from appliance.core.json_types import JsonObject
 from appliance.errors import RequestError, Unsupported
-from appliance.wire.body_fields import missing, wrong
-from appliance.wire.chat_ir import Message, content_of, function_call, image_part, text_part
-from appliance.wire.opaque_state import give_back, unpack
-from appliance.wire.openai.messages import MAX_MESSAGES
-from appliance.wire.strict_fields import StrictFields, tool_name
+from appliance.wire.chat_ir import (
+    MAX_MESSAGES,
+    ChatMessage,
+    ContentPart,
+    function_call,
+    image_part,
+    join_parts,
+    text_part,
+)
+from appliance.wire.media import is_web_address
+from appliance.wire.opaque_state import restore_state, unpack_state
+from appliance.wire.strict_fields import StrictFields, check_tool_name, missing, wrong
 
 _ROLES: Final = ("user", "assistant", "system", "developer")
 _STATUSES: Final = ("in_progress", "completed", "incomplete")
@@ -16,9 +24,9 @@ _TEXTS: Final = ("input_text", "output_text", "text")
 _KNOWN: Final = "message, function_call, function_call_output or reasoning"
 
 
-def messages_of(given: object, instructions: str | None) -> list[Message]:
+def read_items(given: object, instructions: str | None) -> list[ChatMessage]:
     """The chat that `input` and `instructions` are. Raises RequestError naming the item that is wrong."""
-    made: list[Message] = [{"role": "system", "content": instructions}] if instructions else []
+    made: list[ChatMessage] = [{"role": "system", "content": instructions}] if instructions else []
     if given is None:
         raise missing("input", "it must be a string or a list of items")
     if isinstance(given, str):
@@ -39,12 +47,12 @@ def messages_of(given: object, instructions: str | None) -> list[Message]:
 class _Reader:
     """An assistant's turn is several items (reasoning, message, calls) that become one message of a chat."""
 
-    def __init__(self, made: list[Message]) -> None:
+    def __init__(self, made: list[ChatMessage]) -> None:
         self._made = made
         self._called: set[str] = set()
-        self._turn: Message | None = None
+        self._turn: ChatMessage | None = None
         self._reasoning: list[str] = []
-        self._carried: list[Mapping[str, Any]] = []
+        self._carried: list[JsonObject] = []
 
     def take(self, item: StrictFields) -> None:
         kind = item.get("type")
@@ -68,7 +76,7 @@ class _Reader:
             if self._reasoning:
                 turn["reasoning_content"] = "\n".join(self._reasoning)
             for foreign in self._carried:
-                give_back(turn, foreign)
+                restore_state(turn, foreign)
             self._made.append(turn)
         self._reasoning, self._carried = [], []
 
@@ -79,7 +87,7 @@ class _Reader:
         content = _content(item.get("content"), item.at("content"))
         item.one_of("status", _STATUSES)
         item.accept("id", "phase")
-        item.done()
+        item.finish()
         if role != "assistant":
             self.end_turn()
             self._made.append({"role": role, "content": content})
@@ -90,13 +98,13 @@ class _Reader:
 
     def _call(self, item: StrictFields) -> None:
         call_id = item.required_text("call_id")
-        name = tool_name(item.get("name"), item.at("name"))
+        name = check_tool_name(item.get("name"), item.at("name"))
         arguments = item.required_text("arguments")
         item.one_of("status", _STATUSES)
         item.refuse("namespace", "tools have no namespaces here")
         item.refuse("async", "calls are answered in their turn", allowed=(False,))
         item.accept("id", "caller", "parsed_arguments")
-        item.done()
+        item.finish()
         self._called.add(call_id)
         if self._turn is None:
             self._turn = {"role": "assistant", "content": None}
@@ -117,7 +125,7 @@ class _Reader:
         item.one_of("status", _STATUSES)
         item.refuse("namespace", "tools have no namespaces here")
         item.accept("id", "name", "caller")
-        item.done()
+        item.finish()
         self.end_turn()
         self._made.append({"role": "tool", "tool_call_id": call_id, "content": _content(output, item.at("output"))})
 
@@ -128,9 +136,9 @@ class _Reader:
         sealed = item.text("encrypted_content")
         item.one_of("status", _STATUSES)
         item.accept("id")
-        item.done()
+        item.finish()
         if sealed:
-            foreign = unpack(sealed)
+            foreign = unpack_state(sealed)
             if foreign is None:
                 place = item.at("encrypted_content")
                 raise Unsupported(
@@ -152,19 +160,19 @@ def _unknown_item(item: StrictFields, kind: object) -> RequestError:
     return Unsupported(f"{place} is {kind[:80]!r}: only {_KNOWN} is supported here", param=place)
 
 
-def _content(content: object, path: str) -> str | list[Mapping[str, Any]]:
+def _content(content: object, path: str) -> str | list[ContentPart]:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise wrong(path, content, "it must be a string or a list of parts")
     return (
-        content_of([_part(StrictFields(part, f"{path}[{index}]")) for index, part in enumerate(content)])
+        join_parts([_part(StrictFields(part, f"{path}[{index}]")) for index, part in enumerate(content)])
         if content
         else ""
     )
 
 
-def _part(part: StrictFields) -> dict[str, Any]:
+def _part(part: StrictFields) -> ContentPart:
     kind = part.get("type")
     if kind in _TEXTS:
         made = text_part(part.required_text("text"))
@@ -180,14 +188,14 @@ def _part(part: StrictFields) -> dict[str, Any]:
     else:
         raise part.wrong("type", "it must be input_text, output_text or input_image")
     part.accept("prompt_cache_breakpoint")
-    part.done()
+    part.finish()
     return made
 
 
-def _image(part: StrictFields) -> dict[str, Any]:
+def _image(part: StrictFields) -> ContentPart:
     part.refuse("file_id", "no files are kept here; send the image in image_url")
     address = part.required_text("image_url")
-    if not address.startswith(("data:image/", "https://", "http://")):
+    if not address.startswith("data:image/") and not is_web_address(address):
         raise part.wrong("image_url", "it must be an address (https) or the image itself (data:image/png;base64,...)")
     return image_part(address, part.one_of("detail", ("auto", "low", "high", "original")))
 
@@ -198,5 +206,5 @@ def _reasoning_texts(item: StrictFields, name: str, kind: str) -> Sequence[str]:
         part = StrictFields(row, f"{item.at(name)}[{index}]")
         part.one_of("type", (kind,))
         texts.append(part.required_text("text"))
-        part.done()
+        part.finish()
     return texts

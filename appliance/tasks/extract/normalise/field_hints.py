@@ -15,7 +15,7 @@ from appliance.tasks.extract.normalise.dates import read_date
 from appliance.tasks.extract.normalise.locale import CUSTOMS, read_customs
 from appliance.tasks.extract.normalise.normalised_value import ANY, KINDS, Kind, LocaleRules, NormalisedValue
 from appliance.tasks.extract.normalise.vocabulary import read_term
-from appliance.wire.body_fields import wrong
+from appliance.wire.strict_fields import wrong
 
 HINT: Final = "x-normalise"
 _FORMATS: Final[Mapping[str, Kind]] = {"date": "date", "date-time": "datetime"}

@@ -9,7 +9,7 @@ from babel import Locale, UnknownLocaleError
 from appliance.errors import RequestError
 from appliance.tasks.extract.normalise.amounts import is_currency
 from appliance.tasks.extract.normalise.normalised_value import DATE_ORDERS, LocaleRules
-from appliance.wire.body_fields import wrong
+from appliance.wire.strict_fields import wrong
 
 CUSTOMS: Final = ("locale", "date_order", "decimal", "currency")
 

@@ -5,12 +5,14 @@ from typing import Any
 
 import orjson
 
+from appliance.core.json_types import JsonSchema
 from appliance.errors import BackendGarbage, RejectedReply
-from appliance.wire.chat_stream import events_of
+from appliance.wire.chat_ir import SHAPE_ERRORS, CalledFunction, ChatChoice, ChatMessage, ToolCall
 from appliance.wire.json_schema import check_value
+from appliance.wire.sse import read_events
 
 
-def choices_of(payload: object, holds: str) -> Sequence[Mapping[str, Any]]:
+def check_choices(payload: object, holds: str) -> Sequence[ChatChoice]:
     """The choices of a completion, each holding its "message" (an object) or its "text". Raises BackendGarbage."""
     choices = payload.get("choices") if isinstance(payload, dict) else None
     if not isinstance(choices, list) or not choices:
@@ -21,7 +23,24 @@ def choices_of(payload: object, holds: str) -> Sequence[Mapping[str, Any]]:
     return choices
 
 
-def check_json_choice(choice: Mapping[str, Any], schema: Mapping[str, Any] | None) -> Any:
+def read_reply_call(call: ToolCall) -> tuple[CalledFunction, Any]:
+    """The function of a tool call in a reply, and its arguments as JSON. Raises BackendGarbage."""
+    function = reply_function(call)
+    try:
+        return function, orjson.loads(function.get("arguments") or "{}")
+    except (orjson.JSONDecodeError, TypeError) as error:
+        raise BackendGarbage("the arguments of a tool call are not JSON") from error
+
+
+def reply_function(call: ToolCall) -> CalledFunction:
+    """Raises BackendGarbage where the call has no function."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        raise BackendGarbage("a tool call of the target's reply has no function")
+    return function
+
+
+def check_json_choice(choice: ChatChoice, schema: JsonSchema | None) -> Any:
     """The object in a choice that was asked for JSON. Raises RejectedReply.
 
     None where the model refused or called a tool instead: both are answers, and neither carries JSON.
@@ -46,7 +65,7 @@ def check_json_choice(choice: Mapping[str, Any], schema: Mapping[str, Any] | Non
     return value
 
 
-def check_tool_calls(choice: Mapping[str, Any], names: frozenset[str]) -> None:
+def check_tool_calls(choice: ChatChoice, names: frozenset[str]) -> None:
     """Raise RejectedReply where a call names no tool that was offered, or its arguments are not a JSON object.
 
     A reply that its length cut off says so by its `finish_reason`: the last call of such a one may be unfinished.
@@ -71,19 +90,19 @@ def check_tool_calls(choice: Mapping[str, Any], names: frozenset[str]) -> None:
 class ChatStreamCheck:
     """Puts the choices of a passing stream together, and gives each to `check` once the stream is whole."""
 
-    def __init__(self, check: Callable[[Mapping[str, Any]], object]) -> None:
+    def __init__(self, check: Callable[[ChatChoice], object]) -> None:
         self._check = check
         self._choices: dict[int, _StreamedChoice] = {}
         self._is_odd = False
 
     def feed(self, block: bytes) -> None:
-        for data in events_of(block):
+        for data in read_events(block):
             if data == b"[DONE]":
                 continue
             try:
                 for choice in orjson.loads(data).get("choices") or ():
                     self._choices.setdefault(choice.get("index", 0), _StreamedChoice()).add(choice)
-            except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            except SHAPE_ERRORS:
                 self._is_odd = True
 
     def finish(self) -> None:
@@ -104,17 +123,18 @@ class _StreamedChoice:
         self._calls: dict[int, _StreamedCall] = {}
         self._finish: str | None = None
 
-    def add(self, choice: Mapping[str, Any]) -> None:
+    def add(self, choice: ChatChoice) -> None:
         delta = choice.get("delta") or {}
-        if delta.get("content"):
-            self._content.append(delta["content"])
-        if delta.get("refusal"):
-            self._refusal.append(delta["refusal"])
+        content, refusal = delta.get("content"), delta.get("refusal")
+        if isinstance(content, str):
+            self._content.append(content)
+        if refusal:
+            self._refusal.append(refusal)
         for part in delta.get("tool_calls") or ():
             self._add_call(part)
         self._finish = choice.get("finish_reason") or self._finish
 
-    def _add_call(self, part: Mapping[str, Any]) -> None:
+    def _add_call(self, part: ToolCall) -> None:
         """Some servers send each call whole, without an index."""
         number = part.get("index")
         if number is None:
@@ -125,10 +145,10 @@ class _StreamedChoice:
             call.name = function.get("name") or call.name
             call.arguments.append(function.get("arguments") or "")
 
-    def as_choice(self) -> Mapping[str, Any]:
+    def as_choice(self) -> ChatChoice:
         calls = [call.as_call() for _, call in sorted(self._calls.items())]
         content = "".join(self._content) if self._content else None
-        message = {"content": content, "refusal": "".join(self._refusal), "tool_calls": calls}
+        message: ChatMessage = {"content": content, "refusal": "".join(self._refusal), "tool_calls": calls}
         return {"message": message, "finish_reason": self._finish}
 
 
@@ -139,7 +159,7 @@ class _StreamedCall:
         self.name: str | None = None
         self.arguments: list[str] = []
 
-    def as_call(self) -> Mapping[str, Any]:
+    def as_call(self) -> ToolCall:
         if self.name is None and not self.arguments:
             return {}
-        return {"function": {"name": self.name, "arguments": "".join(self.arguments)}}
+        return {"function": {"name": self.name or "", "arguments": "".join(self.arguments)}}

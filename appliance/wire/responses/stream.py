@@ -1,46 +1,114 @@
-"""A chat's stream as the events of OpenAI's Responses, numbered: items one after the other, each with its parts."""
+"""Streams of OpenAI's Responses: a target's read into chunks of a chat, a chat's written for a caller.
 
-from collections.abc import Callable, Mapping
-from typing import Any
+Events are numbered; items come one after the other, each with its parts.
+"""
 
-import orjson
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
+from appliance.core import Usage
+from appliance.core.json_types import JsonObject, MutableJsonObject
 from appliance.errors import ApplianceError
-from appliance.wire.chat_stream import reasoning_of
-from appliance.wire.responses.inbound_reply import (
+from appliance.wire.chat_ir import ChatChoice, ChatChunk, ChatDelta, ToolCall, reasoning_text, wants_usage
+from appliance.wire.dialect import WireRequest
+from appliance.wire.opaque_state import foreign_state
+from appliance.wire.responses.reply import (
     Item,
     ResponseItemIds,
-    call_item,
-    ended,
-    foreign_of_any,
-    head_of,
-    logprobs_of,
-    message_item,
-    reasoning_item,
-    summary_of,
-    text_part,
+    finish_response,
+    make_call_item,
+    make_message_item,
+    make_reasoning_item,
+    make_text_part,
+    read_finish_reason,
+    read_function_call,
+    read_reasoning,
+    summary_kind,
+    write_head,
+    write_logprobs,
 )
+from appliance.wire.sse import write_event
+from appliance.wire.stream_translator import ChunkTranslator
+from appliance.wire.stream_writer import StreamStart
+from appliance.wire.usage import read_usage
+
+
+class ResponsesStreamTranslator(ChunkTranslator):
+    """The events of one response. Text, refusal, thought and arguments are passed on as they come."""
+
+    def __init__(self, request: WireRequest) -> None:
+        super().__init__(request.target.model, keep_usage=wants_usage(request.outgoing.body))
+        self._calls: dict[int, int] = {}
+        """Output item -> index of the tool call."""
+        self._thought = 0
+
+    def _take(self, event: JsonObject) -> Iterator[bytes]:
+        match event.get("type"):
+            case "response.created":
+                response = event.get("response") or {}
+                self.identity = str(response.get("id") or "")
+                self._model = str(response.get("model") or self._model)
+                yield self._chunk({"role": "assistant", "content": ""})
+            case "response.completed" | "response.incomplete":
+                yield from self._ends(event.get("response") or {})
+            case "response.failed":
+                self.error = (event.get("response") or {}).get("error") or {"message": "the response failed"}
+            case "error":
+                self.error = {name: event.get(name) for name in ("message", "code", "param")}
+            case _:
+                yield from self._take_output(event)
+
+    def _take_output(self, event: JsonObject) -> Iterator[bytes]:
+        position, said = event.get("output_index", 0), event.get("delta", "")
+        match event.get("type"):
+            case "response.output_text.delta":
+                scored = event.get("logprobs")
+                more: ChatChoice = {"logprobs": {"content": scored, "refusal": None}} if scored else {}
+                yield self._chunk({"content": said}, more=more)
+            case "response.refusal.delta":
+                yield self._chunk({"refusal": said})
+            case "response.reasoning_summary_text.delta" | "response.reasoning_text.delta":
+                yield self._chunk({"reasoning_content": said})
+            case "response.output_item.added":
+                yield from self._item_added(position, event.get("item") or {})
+            case "response.function_call_arguments.delta" if position in self._calls:
+                yield self._chunk({"tool_calls": [{"index": self._calls[position], "function": {"arguments": said}}]})
+            case "response.output_item.done":
+                item = event.get("item") or {}
+                if item.get("type") == "reasoning":
+                    yield self._chunk({"thinking_blocks": [{"index": self._thought, **read_reasoning(item)}]})
+                    self._thought += 1
+
+    def _item_added(self, position: int, item: JsonObject) -> Iterator[bytes]:
+        if item.get("type") != "function_call":
+            return
+        number = self._calls[position] = len(self._calls)
+        yield self._chunk({"tool_calls": [{"index": number, **read_function_call(item)}]})
+
+    def _ends(self, response: JsonObject) -> Iterator[bytes]:
+        self.usage = read_usage(response.get("usage"))
+        yield self._chunk({}, finish=read_finish_reason(response, bool(self._calls)))
+        yield self._finish()
 
 
 class ResponsesStreamWriter:
-    """`original`: the body that asked. This API repeats each part whole at its end, so its text is kept until then."""
+    """This API repeats each part whole at its end, so its text is kept until then."""
 
-    def __init__(self, original: Mapping[str, Any]) -> None:
-        self._original = original
-        self._is_summary = summary_of(original) is not None
-        self._head: dict[str, Any] | None = None
+    def __init__(self, start: StreamStart) -> None:
+        self._original = start.original
+        self._is_summary = summary_kind(start.original) is not None
+        self._head: MutableJsonObject | None = None
         self._names = ResponseItemIds("")
         self._number = 0
         self._items: list[Item] = []
-        self._open: _Reasoning | _Text | _Call | None = None
+        self._open: OpenItem | None = None
         self._calls = 0
-        self._choice: Mapping[str, Any] = {}
-        self._usage: Any = None
+        self._choice: ChatChoice = {}
+        self._usage = Usage()
 
-    def feed(self, chunk: Mapping[str, Any]) -> bytes:
+    def feed(self, chunk: ChatChunk) -> bytes:
         out = b"" if self._head is not None else self._begin(chunk)
-        if isinstance(chunk.get("usage"), dict):
-            self._usage = chunk["usage"]
+        self._usage = read_usage(chunk.get("usage")) or self._usage
         for choice in chunk.get("choices") or ():
             delta = choice.get("delta")
             if delta:
@@ -55,7 +123,7 @@ class ResponsesStreamWriter:
         out += self._close()
         if not self._items:
             out += self._start(lambda: _Text(self, self._names.next("msg"), "output_text")) + self._close()
-        response = ended(self._head, self._items, self._choice, self._usage)
+        response = finish_response(self._head, self._items, self._choice, self._usage)
         return out + self.event(f"response.{response['status']}", response=response)
 
     def fail(self, error: ApplianceError) -> bytes:
@@ -71,36 +139,35 @@ class ResponsesStreamWriter:
         }
         return out + self.event("response.failed", response=failed)
 
-    def event(self, kind: str, **fields: Any) -> bytes:
+    def event(self, kind: str, **fields: object) -> bytes:
         data = {"type": kind, "sequence_number": self._number, **fields}
         self._number += 1
-        return b"event: " + kind.encode() + b"\ndata: " + orjson.dumps(data) + b"\n\n"
+        return write_event(data, kind)
 
     @property
     def place(self) -> int:
         """Of the item that is open."""
         return len(self._items)
 
-    def _begin(self, chunk: Mapping[str, Any]) -> bytes:
-        self._head = head_of(chunk, self._original)
+    def _begin(self, chunk: ChatChunk) -> bytes:
+        self._head = write_head(chunk, self._original)
         self._names = ResponseItemIds(self._head["id"])
         return self.event("response.created", response=self._head) + self.event(
             "response.in_progress", response=self._head
         )
 
-    def _delta(self, delta: Mapping[str, Any], choice: Mapping[str, Any]) -> bytes:
-        foreign = foreign_of_any(delta)
-        out = self._think(reasoning_of(delta), foreign)
+    def _delta(self, delta: ChatDelta, choice: ChatChoice) -> bytes:
+        out = self._think(reasoning_text(delta), foreign_state(delta))
         text, refusal = delta.get("content"), delta.get("refusal")
         if isinstance(text, str) and text:
-            out += self._say("output_text", text, logprobs_of(choice))
+            out += self._say("output_text", text, write_logprobs(choice))
         if isinstance(refusal, str) and refusal:
             out += self._say("refusal", refusal, [])
         for call in delta.get("tool_calls") or ():
             out += self._call(call)
         return out
 
-    def _think(self, text: str, foreign: Mapping[str, Any]) -> bytes:
+    def _think(self, text: str, foreign: JsonObject) -> bytes:
         if not text and not foreign:
             return b""
         out = b""
@@ -117,7 +184,7 @@ class ResponsesStreamWriter:
         assert isinstance(self._open, _Text)
         return out + self._open.add(text, logprobs)
 
-    def _call(self, call: Mapping[str, Any]) -> bytes:
+    def _call(self, call: ToolCall) -> bytes:
         number = call.get("index")
         if number is None:  # some servers send each call whole, without one
             number = self._calls if call.get("id") else self._calls - 1
@@ -133,7 +200,7 @@ class ResponsesStreamWriter:
         arguments = function.get("arguments")
         return out + self._open.add(arguments) if arguments else out
 
-    def _start(self, make: Callable[[], "_Reasoning | _Text | _Call"]) -> bytes:
+    def _start(self, make: "Callable[[], OpenItem]") -> bytes:
         """Items know their place when they are made, so the one before is closed first."""
         out = self._close()
         self._open = make()
@@ -153,17 +220,17 @@ class _Reasoning:
     def __init__(self, writer: ResponsesStreamWriter, name: str, is_summary: bool) -> None:
         self._writer, self._name, self._is_summary = writer, name, is_summary
         self._texts: list[str] = []
-        self._foreign: dict[str, Any] = {}
+        self._foreign: MutableJsonObject = {}
         self._at = {"item_id": name, "output_index": writer.place}
         self._at["summary_index" if is_summary else "content_index"] = 0
         self._kind = "response.reasoning_summary" if is_summary else "response.reasoning"
         self._part_kind = "response.reasoning_summary_part" if is_summary else "response.content_part"
 
     def begin(self) -> bytes:
-        item = {**reasoning_item(self._name, "", self._is_summary, {}), "status": "in_progress"}
+        item = {**make_reasoning_item(self._name, "", self._is_summary, {}), "status": "in_progress"}
         return self._writer.event("response.output_item.added", output_index=self._at["output_index"], item=item)
 
-    def keep(self, foreign: Mapping[str, Any]) -> None:
+    def keep(self, foreign: JsonObject) -> None:
         for name, value in foreign.items():
             held = self._foreign.get(name)
             if isinstance(held, list):
@@ -184,7 +251,7 @@ class _Reasoning:
         if text:
             out += self._writer.event(f"{self._kind}_text.done", **self._at, text=text)
             out += self._writer.event(f"{self._part_kind}.done", **self._at, part=self._part(text))
-        return out, reasoning_item(self._name, text, self._is_summary, self._foreign)
+        return out, make_reasoning_item(self._name, text, self._is_summary, self._foreign)
 
     def _part(self, text: str) -> Item:
         return {"type": "summary_text" if self._is_summary else "reasoning_text", "text": text}
@@ -200,7 +267,7 @@ class _Text:
         self._at = {"item_id": name, "output_index": writer.place, "content_index": 0}
 
     def begin(self) -> bytes:
-        item = message_item(self._name, (), "in_progress")
+        item = make_message_item(self._name, (), "in_progress")
         added = self._writer.event("response.output_item.added", output_index=self._at["output_index"], item=item)
         return added + self._writer.event("response.content_part.added", **self._at, part=self._part(""))
 
@@ -219,10 +286,10 @@ class _Text:
         else:
             out = self._writer.event("response.output_text.done", **self._at, text=text, logprobs=self._logprobs)
         out += self._writer.event("response.content_part.done", **self._at, part=part)
-        return out, message_item(self._name, (part,))
+        return out, make_message_item(self._name, (part,))
 
     def _part(self, text: str) -> Item:
-        return {"type": "refusal", "refusal": text} if self.kind == "refusal" else text_part(text, self._logprobs)
+        return {"type": "refusal", "refusal": text} if self.kind == "refusal" else make_text_part(text, self._logprobs)
 
 
 class _Call:
@@ -232,7 +299,7 @@ class _Call:
         self._at = {"item_id": name, "output_index": writer.place}
 
     def begin(self) -> bytes:
-        item = call_item(self._name, self._call_id, self._function, "", "in_progress")
+        item = make_call_item(self._name, self._call_id, self._function, "", "in_progress")
         return self._writer.event("response.output_item.added", output_index=self._at["output_index"], item=item)
 
     def add(self, text: str) -> bytes:
@@ -244,4 +311,7 @@ class _Call:
         done = self._writer.event(
             "response.function_call_arguments.done", **self._at, name=self._function, arguments=text
         )
-        return done, call_item(self._name, self._call_id, self._function, text)
+        return done, make_call_item(self._name, self._call_id, self._function, text)
+
+
+OpenItem: TypeAlias = _Reasoning | _Text | _Call

@@ -1,19 +1,17 @@
 """What a model would read of a chat body, and whether its envelope is sound. The body itself is never changed."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from appliance.core.json_types import JsonObject
 from appliance.errors import RequestError, Unsupported
-from appliance.wire.body_fields import missing, read_list, wrong
+from appliance.wire.chat_ir import AUDIO_PARTS, MAX_MESSAGES, TEXT_PARTS, ChatMessage
+from appliance.wire.strict_fields import missing, read_list, wrong
 
-MAX_MESSAGES = 100_000
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
-AUDIO_PARTS = frozenset({"input_audio", "audio", "audio_url"})
-TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal"})
 
-
-def check_messages(body: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+def check_messages(body: JsonObject) -> Sequence[ChatMessage]:
     """The messages of a chat body. Raises RequestError naming the first one that is wrong."""
     if body.get("messages") is None:
         raise missing("messages", 'it must be a list such as [{"role": "user", "content": "Hello"}]')
@@ -32,7 +30,7 @@ def _check_message(message: object, path: str) -> None:
     _check_extras(message, path)
 
 
-def _check_content(message: Mapping[str, Any], path: str) -> None:
+def _check_content(message: JsonObject, path: str) -> None:
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise wrong(f"{path}.role", role, f"it must be one of {', '.join(sorted(ROLES))}")
@@ -46,7 +44,7 @@ def _check_content(message: Mapping[str, Any], path: str) -> None:
         raise missing(f"{path}.content", f"a {role} message needs text")
 
 
-def _check_extras(message: Mapping[str, Any], path: str) -> None:
+def _check_extras(message: JsonObject, path: str) -> None:
     for name in ("reasoning_content", "reasoning"):
         if message.get(name) is not None and not isinstance(message[name], str):
             raise wrong(f"{path}.{name}", message[name], "it must be a string")
@@ -65,12 +63,12 @@ def _check_part(part: object, path: str) -> None:
         raise wrong(f"{path}.text", part.get("text"), "it must be a string")
 
 
-def message_text(messages: Sequence[Mapping[str, Any]]) -> str:
+def join_message_text(messages: Sequence[ChatMessage] | Sequence[JsonObject]) -> str:
     """All text of the messages in order, tool calls' arguments included, one line break between pieces."""
     return "\n".join(piece for message in messages for piece in _pieces(message))
 
 
-def _pieces(message: Mapping[str, Any]) -> Iterator[str]:
+def _pieces(message: JsonObject) -> Iterator[str]:
     content = message.get("content")
     if isinstance(content, str):
         yield content
@@ -94,11 +92,11 @@ def _called(function: object) -> Iterator[str]:
                 yield function[name]
 
 
-def holds_more_than_text(messages: Sequence[Mapping[str, Any]]) -> bool:
+def holds_more_than_text(messages: Sequence[ChatMessage]) -> bool:
     """Whether a part is an image, sound or file: only a target that sees can be given those."""
     return any(
         part["type"] not in TEXT_PARTS
         for message in messages
-        if isinstance(message.get("content"), list)
-        for part in message["content"]
+        if isinstance(content := message.get("content"), list)
+        for part in content
     )
