@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from appliance.core import Task
-from appliance.router.profile.features import BUCKETS, features_of
-from appliance.router.profile.linear_model import COLUMNS, FILE, MARKS, TASKS, LinearWeights, marks_of, write_weights
+from appliance.router.profile.features import BUCKETS, extract_features
+from appliance.router.profile.linear_model import COLUMNS, FILE, MARKS, TASKS, LinearWeights, list_marks, write_weights
 from appliance.router.profile.text_sample import take_sample
 from scripts.profile_data import KIN, LICENCES, Row, may_train, read_rows
 from scripts.profile_templates import made_requests
@@ -64,14 +64,14 @@ class Matrix:
 
 def train(rows: Sequence[Row]) -> LinearWeights:
     """Weights from `rows` alone: those with a task teach the task, those with a gain the difficulty."""
-    features = [features_of(row.text) for row in rows]
+    features = [extract_features(row.text) for row in rows]
     buckets = [one.buckets for one in features]
     documents = np.bincount(np.concatenate(buckets), minlength=BUCKETS)
     rarity = np.maximum(np.log((1 + len(rows)) / (1 + documents)), 0.0)
     table = np.zeros((BUCKETS, len(COLUMNS)))
     table[:, -1] = rarity
     with_task = [index for index, row in enumerate(rows) if row.task is not None]
-    marks = np.array([marks_of(take_sample(rows[index].text)) for index in with_task], np.float64)
+    marks = np.array([list_marks(take_sample(rows[index].text)) for index in with_task], np.float64)
     matrix = _matrix([buckets[index] for index in with_task], rarity, marks)
     tasks = [rows[index].task for index in with_task]
     importance = _importance([(rows[index].source, rows[index].task) for index in with_task], tasks)

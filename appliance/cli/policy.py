@@ -25,10 +25,10 @@ from appliance.core import Ability, Caller, Profile, Request, Residency, Snapsho
 from appliance.errors import ApplianceError, ConfigError, UnknownModel
 from appliance.router.capacity.predictor import NOT_PREDICTED, Prediction
 from appliance.router.cost import worst_case_usd
-from appliance.router.pii.scanner import PiiScanner, detector_for
-from appliance.router.profile import profile
+from appliance.router.pii.scanner import PiiScanner, make_detector
+from appliance.router.profile import profile_request
 from appliance.router.request_builder import make_request
-from appliance.router.routing.rank import RankedTargets, TargetEstimate, rank
+from appliance.router.routing.rank import RankedTargets, TargetEstimate, rank_targets
 
 Local = Literal["ready", "busy", "down"]
 
@@ -50,7 +50,7 @@ def check_command(
         config = load_config(config_path)
         path = _path_of(path, config)
         policy = load_policy(path, _targets(config))
-        detector_for(policy)
+        make_detector(policy)
     except ConfigError as error:
         fail(str(error))
     say(f"{path}: valid, {len(policy.routes)} routes, version {policy.version}")
@@ -164,8 +164,8 @@ def _read(path: Path, caller: Caller, given: list[str], policy: Policy) -> tuple
         asked, headers=headers, caller=caller, request_id="explain", now=time.monotonic(), wall=time.time()
     )
     if policy.searches_content:
-        request = asyncio.run(PiiScanner(policy.residency, detector_for(policy)).search(request))
-    return request, profile(
+        request = asyncio.run(PiiScanner(policy.residency, make_detector(policy)).search(request))
+    return request, profile_request(
         request,
         prompt_tokens=max(call.prompt_tokens for call in calls),
         output_tokens=max(call.output_tokens for call in calls),
@@ -188,7 +188,7 @@ def _rank(request: Request, made: Profile, policy: Policy, targets: tuple[Target
         )
         for target in targets
     }
-    return rank(request, made, policy, Snapshot(0.0, targets), outlooks)
+    return rank_targets(request, made, policy, Snapshot(0.0, targets), outlooks)
 
 
 def _facts(made: Profile, ranking: RankedTargets) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
+from appliance.core.json_types import JsonObject
 from appliance.core.literals import Ability, Endpoint, Format, LatencyClass, PersonalKind, Scope, Task
 from appliance.core.residency import ANYWHERE, Residency
 
@@ -28,7 +28,7 @@ class ParsedRequest:
 
     endpoint: Endpoint
     model: str
-    body: Mapping[str, Any]
+    body: JsonObject
     text: str
     stream: bool = False
     format: Format = "text"
@@ -53,7 +53,7 @@ class Request:
     decision_id: str
     endpoint: Endpoint
     model: str
-    body: Mapping[str, Any]
+    body: JsonObject
     """The parsed JSON; fields we do not know travel on."""
     text: str
     """All text a model would read, in order: what the profile and the residency detector look at."""

@@ -1,9 +1,10 @@
 """Work as it goes out and comes back, and a request as it ended."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from appliance.core.json_types import JsonObject
 from appliance.core.literals import AttemptCause, AttemptResult, CostBasis, Endpoint, Location
 from appliance.core.money import Usage
 from appliance.core.requests import Profile
@@ -16,7 +17,7 @@ class UpstreamCall:
     """One HTTP call to a target: path below its address, and the body. Its `model` is put in on sending."""
 
     path: str
-    body: Mapping[str, Any]
+    body: JsonObject
 
 
 @dataclass(frozen=True, slots=True)

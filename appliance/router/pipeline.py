@@ -33,9 +33,9 @@ from appliance.router.pii.scanner import PiiDetector, PiiScanner
 from appliance.router.profile import LlmProfile, check_profiler
 from appliance.router.profile.llm_profiler import LlmProfiler
 from appliance.router.provider_batches import PreparedLine, ProviderBatchSubmitter
-from appliance.router.routing.match import visible_targets
+from appliance.router.routing.match import list_visible_targets
 from appliance.router.routing.router import Router, RoutingResult
-from appliance.router.token_count import TokenCount, count_with
+from appliance.router.token_count import TokenCount, count_prompt_tokens
 from appliance.telemetry import traces
 from appliance.wire.sse import without_end
 
@@ -139,7 +139,7 @@ class Pipeline:
         target = next(iter(targets or own), None)
         if target is None:
             return TokenCount(call.prompt_tokens, decision, None, "estimate")
-        tokens = await count_with(self._deps.transports.local, target, request.body)
+        tokens = await count_prompt_tokens(self._deps.transports.local, target, request.body)
         if tokens is not None:
             return TokenCount(tokens, decision, target.name, "tokenizer")
         estimate = self._deps.stats.estimators.tokens.correct(target.name, call.prompt_tokens)
@@ -151,7 +151,7 @@ class Pipeline:
 
     def list_models(self, caller: Caller) -> tuple[Target, ...]:
         """The targets that `caller` could be answered by."""
-        return visible_targets(caller, self._deps.state.snapshot.targets)
+        return list_visible_targets(caller, self._deps.state.snapshot.targets)
 
     def _start(
         self, request: Request, prompt_tokens: int, output_tokens: int | None, llm_profile: LlmProfile | str

@@ -38,7 +38,7 @@ KIND_NAMES: Final[Mapping[PersonalKind, str]] = {
 }
 
 
-def bound_of(
+def resolve_residency(
     request: Request, *, route: str, route_residency: str | None, default: str, content: Residency | None = None
 ) -> tuple[Residency, str]:
     """The strictest of what key, header, route, policy and the request's content say, and why.
@@ -67,9 +67,9 @@ def bound_of(
     return bound, f"{reason}; the stricter wins over: {', '.join(others)}" if others else reason
 
 
-def bound_by(request: Request, rule: RouteRule, policy: Policy) -> tuple[Residency, str]:
+def resolve_route_residency(request: Request, rule: RouteRule, policy: Policy) -> tuple[Residency, str]:
     """As bound_of, for a request that takes the route `rule`."""
-    return bound_of(
+    return resolve_residency(
         request,
         route=rule.name,
         route_residency=rule.residency,

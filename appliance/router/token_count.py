@@ -8,11 +8,12 @@ import asyncio
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import orjson
 
 from appliance.core import Decision, Target
+from appliance.core.json_types import JsonObject
 from appliance.errors import ApplianceError
 from appliance.upstream.base import Transport, close_response
 
@@ -38,7 +39,7 @@ class TokenCount:
         }
 
 
-async def count_with(transport: Transport, target: Target, chat: Mapping[str, Any]) -> int | None:
+async def count_prompt_tokens(transport: Transport, target: Target, chat: JsonObject) -> int | None:
     """The engine's own count of a chat; None where it does not tell. Only engines of this node are asked."""
     if target.provider is not None:
         return None

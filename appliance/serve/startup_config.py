@@ -20,7 +20,7 @@ from appliance.errors import ConfigError, LedgerUnavailable
 from appliance.ledger.database import sqlite_url
 from appliance.ledger.keys import list_keys
 from appliance.node.plan.swap import list_memory_pools
-from appliance.router.pii.scanner import PiiDetector, detector_for
+from appliance.router.pii.scanner import PiiDetector, make_detector
 from appliance.router.profile import check_profiler
 
 
@@ -77,7 +77,7 @@ def prepare(
             "`appliance keys create NAME` (with the same data directory), or listen on 127.0.0.1",
             field="server.host",
         )
-    detector = detector_for(policy)
+    detector = make_detector(policy)
     check_profiler(policy.defaults.profiler)
     if pools is None:
         whole = sum(one.memory.total_bytes for one in placements)

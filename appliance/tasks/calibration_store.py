@@ -5,8 +5,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+from appliance.core.json_types import JsonObject
 from appliance.errors import ConfigError
 from appliance.files import raising_storage_full, replace_file
 from appliance.tasks.decisions.decision_options import CalibrationParameters, DecisionMethod, TaskCalibration
@@ -69,7 +69,7 @@ def _read(path: Path) -> Mapping[str, Sequence[TaskCalibration]]:
         raise ConfigError(f"cannot be read ({error!r}): mend or remove it", file=str(path)) from error
 
 
-def _fit_of(row: Mapping[str, Any]) -> TaskCalibration:
+def _fit_of(row: JsonObject) -> TaskCalibration:
     fits = {
         key: CalibrationParameters(float(one["temperature"]), tuple(map(float, one["bias"])))
         for key, one in row["fits"].items()

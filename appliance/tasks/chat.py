@@ -16,7 +16,7 @@ from appliance.core import (
     UpstreamCall,
     UpstreamReply,
 )
-from appliance.core.json_types import JsonObject
+from appliance.core.json_types import JsonObject, JsonSchema
 from appliance.errors import RequestError, Unsupported
 from appliance.wire.chat_ir import MAX_CHOICES, MAX_STOPS, MAX_TOP_LOGPROBS, REASONING_EFFORTS, ChatBody, ChatChoice
 from appliance.wire.dialect import InboundDialect
@@ -58,15 +58,15 @@ whole context would make every engine look full."""
 class ChatCall:
     """One chat completion. What must be verified is asked for whole, or verified at the end of its stream."""
 
-    body: Mapping[str, Any]
+    body: JsonObject
     stream: bool
     """Whether any target is to stream it."""
     prompt_tokens: int
     output_tokens: int
     wants_json: bool = False
-    schema: Mapping[str, Any] | None = None
+    schema: JsonSchema | None = None
     tools: frozenset[str] = frozenset()
-    original: Mapping[str, Any] | None = None
+    original: JsonObject | None = None
     """The body as it came, where it came in another dialect and `body` is its translation."""
     stream_where_held: bool = False
     """Whether targets are to stream it whose tool calls are held to their schemas while they are written."""
@@ -108,7 +108,7 @@ class ChatCall:
             check_tool_calls(choice, self.tools)
 
 
-def read(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[ChatCall]]:
+def read_chat_request(body: JsonObject) -> tuple[ParsedRequest, Sequence[ChatCall]]:
     """Check a chat body. Raises RequestError naming field, value and remedy."""
     messages = check_messages(body)
     check_sampling(body)
@@ -153,8 +153,8 @@ def read(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[ChatCall]]:
 def read_translated_chat(dialect: InboundDialect, original: JsonObject) -> tuple[ParsedRequest, Sequence[ChatCall]]:
     """Read a body in another dialect as the chat it is translated to. Raises RequestError naming field and remedy.
 
-    Streams always carry usage: other dialects report it without being asked. Reasoning effort is a wish in them, which
-    agents send with every request, so a model that does not reason may answer too.
+    Streams always carry usage: other dialects report it without being asked. Reasoning
+    effort is a wish in them, which agents send with every request, so a model that does not reason may answer too.
     """
     return _read_translated(dialect, original, dialect.read_chat(original))
 
@@ -170,12 +170,12 @@ def _read_translated(
 ) -> tuple[ParsedRequest, Sequence[ChatCall]]:
     if chat.get("stream"):
         chat["stream_options"] = {"include_usage": True}
-    asked, calls = read(cast(JsonObject, chat))
+    asked, calls = read_chat_request(cast(JsonObject, chat))
     asked = replace(asked, endpoint=dialect.endpoint, needs=asked.needs - {"reasoning"})
     return asked, tuple(replace(call, original=original) for call in calls)
 
 
-def _check_options(body: Mapping[str, Any]) -> None:
+def _check_options(body: JsonObject) -> None:
     """Fields that change no answer here, and those that ask for what is not here at all."""
     for name in ("user", "safety_identifier", "prompt_cache_key", "service_tier", "verbosity"):
         read_text(body, name)
@@ -196,7 +196,7 @@ def _check_options(body: Mapping[str, Any]) -> None:
         raise wrong("modalities", body["modalities"], 'answers are text: leave it out, or send ["text"]')
 
 
-def _with_thinking(body: Mapping[str, Any], original: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_thinking(body: JsonObject, original: JsonObject) -> JsonObject:
     """What a caller said of thinking in Anthropic's words, for a target that understands them."""
     exact = {**body, "thinking": original["thinking"]}
     if not (original.get("output_config") or {}).get("effort"):
@@ -204,14 +204,14 @@ def _with_thinking(body: Mapping[str, Any], original: Mapping[str, Any]) -> Mapp
     return exact
 
 
-def _check_only_elsewhere(body: Mapping[str, Any], target: Target) -> None:
+def _check_only_elsewhere(body: JsonObject, target: Target) -> None:
     for name, harmless in ONLY_ELSEWHERE.items():
         value = body.get(name)
         if value is not None and value not in harmless:
             raise Unsupported(f"{name} is not something that {target.name} can do: leave it out", param=name)
 
 
-def check_sampling(body: Mapping[str, Any]) -> None:
+def check_sampling(body: JsonObject) -> None:
     """The fields that chat and plain completions share."""
     read_int(body, "n", 1, MAX_CHOICES)
     read_number(body, "temperature", 0, 2)
@@ -230,7 +230,7 @@ def check_sampling(body: Mapping[str, Any]) -> None:
             raise wrong("stream_options.include_usage", options["include_usage"], "it must be true or false")
 
 
-def read_response_format(body: Mapping[str, Any]) -> tuple[Format, Mapping[str, Any] | None]:
+def read_response_format(body: JsonObject) -> tuple[Format, JsonObject | None]:
     """The format asked for, and its schema where it has one."""
     value = body.get("response_format")
     if value is None:
@@ -253,7 +253,7 @@ def read_response_format(body: Mapping[str, Any]) -> tuple[Format, Mapping[str, 
     return "json_schema", check_schema(wrapper["schema"], f"{inner}.schema")
 
 
-def _read_tools(body: Mapping[str, Any]) -> tuple[frozenset[str], int]:
+def _read_tools(body: JsonObject) -> tuple[frozenset[str], int]:
     """Names of the tools the model may call, and the size of their descriptions in bytes."""
     choice = body.get("tool_choice")
     if choice is not None and not isinstance(choice, str | dict):

@@ -1,10 +1,11 @@
 """Plain completions, the old OpenAI endpoint: prompt in, text out, the body verbatim."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from appliance.core import Ability, ParsedRequest, Target, UpstreamCall, UpstreamReply
+from appliance.core.json_types import JsonObject
 from appliance.errors import RequestError, Unsupported
 from appliance.tasks.chat import check_sampling
 from appliance.wire.chat_ir import MAX_TOP_LOGPROBS
@@ -19,7 +20,7 @@ MAX_PROMPTS = 256
 
 @dataclass(frozen=True, slots=True)
 class CompletionCall:
-    body: Mapping[str, Any]
+    body: JsonObject
     stream: bool
     prompt_tokens: int
     output_tokens: int
@@ -39,7 +40,7 @@ class CompletionCall:
         return replies[0].payload
 
 
-def read(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[CompletionCall]]:
+def read_completion_request(body: JsonObject) -> tuple[ParsedRequest, Sequence[CompletionCall]]:
     """Check a completions body. Raises RequestError naming field, value and remedy."""
     prompts = _read_prompts(body)
     check_sampling(body)
@@ -63,7 +64,7 @@ def read(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[CompletionCal
     return asked, (call,)
 
 
-def _read_prompts(body: Mapping[str, Any]) -> Sequence[str]:
+def _read_prompts(body: JsonObject) -> Sequence[str]:
     prompt = body.get("prompt")
     if prompt is None:
         raise missing("prompt", "it must be a string or a list of strings")

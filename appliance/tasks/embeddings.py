@@ -3,11 +3,12 @@
 `model` must name one: vectors of two models cannot be compared, so no other model ever answers in its place.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from appliance.core import ParsedRequest, Target, UpstreamCall, UpstreamReply
+from appliance.core.json_types import JsonObject
 from appliance.errors import BackendGarbage, RequestError, Unsupported
 from appliance.wire.strict_fields import missing, read_int, read_list, read_model, wrong
 from appliance.wire.token_estimate import estimate_tokens
@@ -18,7 +19,7 @@ MAX_INPUTS = 2_048
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingsCall:
-    body: Mapping[str, Any]
+    body: JsonObject
     inputs: int
     prompt_tokens: int
     """Of the longest text: each is computed for itself."""
@@ -48,7 +49,7 @@ class EmbeddingsCall:
         return payload
 
 
-def read(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[EmbeddingsCall]]:
+def read_embedding_request(body: JsonObject) -> tuple[ParsedRequest, Sequence[EmbeddingsCall]]:
     """Check an embeddings body. Raises RequestError naming field, value and remedy."""
     texts = _read_texts(body)
     model = read_model(body)
@@ -63,7 +64,7 @@ def read(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[EmbeddingsCal
     return asked, (EmbeddingsCall(body, len(texts), max(map(estimate_tokens, texts))),)
 
 
-def _read_texts(body: Mapping[str, Any]) -> Sequence[str]:
+def _read_texts(body: JsonObject) -> Sequence[str]:
     given = body.get("input")
     if given is None:
         raise missing("input", f"it must be a text or a list of 1 to {MAX_INPUTS} texts")

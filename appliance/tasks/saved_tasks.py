@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from appliance.core import Caller
+from appliance.core.json_types import JsonObject, MutableJsonObject
 from appliance.errors import NotFound, RequestError
 from appliance.tasks.classify.classifiers import PREFIX
 from appliance.tasks.decisions import openai_shape, systemone
-from appliance.tasks.decisions.decision_options import Tasks, question_key, read_method, read_task
+from appliance.tasks.decisions.decision_options import Tasks, hash_question, read_method, read_task
 from appliance.tasks.extract import extraction
 from appliance.wire.strict_fields import missing, read_list, read_text, wrong
 
@@ -52,7 +53,7 @@ class SavedTask:
     version: int
     made_at: str
     """ISO 8601, UTC."""
-    fields: Mapping[str, Any]
+    fields: JsonObject
     """What completes a request."""
     description: str | None = None
     keys: tuple[str, ...] = ()
@@ -62,7 +63,7 @@ class SavedTask:
         return not self.keys or caller.name in self.keys or "admin" in caller.scopes
 
     @property
-    def definition(self) -> Mapping[str, Any]:
+    def definition(self) -> JsonObject:
         """All that tells one version from another."""
         return {"kind": self.kind, "description": self.description, "keys": list(self.keys), **self.fields}
 
@@ -71,7 +72,7 @@ Saved = Mapping[str, Sequence[SavedTask]]
 """By name; versions from the oldest."""
 
 
-def read_saved(body: Mapping[str, Any], version: int, made_at: str) -> SavedTask:
+def read_saved_task(body: JsonObject, version: int, made_at: str) -> SavedTask:
     """Check a definition by reading a request that it would complete. Raises RequestError naming field and value."""
     name = body.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -92,7 +93,7 @@ def read_saved(body: Mapping[str, Any], version: int, made_at: str) -> SavedTask
     return saved
 
 
-def _kind(body: Mapping[str, Any]) -> SavedKind:
+def _kind(body: JsonObject) -> SavedKind:
     decides = body.get("questions") is not None or body.get("classifier") is not None
     extracts = body.get("schema") is not None
     if decides == extracts:
@@ -122,7 +123,7 @@ def _keys(given: object) -> tuple[str, ...]:
 
 def _check(saved: SavedTask) -> None:
     if saved.kind == "extraction":
-        extraction.read({**saved.fields, "text": "x"})
+        extraction.read_extract_request({**saved.fields, "text": "x"})
         return
     classifier = saved.fields.get("classifier")
     if classifier is not None and (not isinstance(classifier, str) or not _NAME.fullmatch(classifier)):
@@ -130,12 +131,12 @@ def _check(saved: SavedTask) -> None:
     for field in ("examples", *_METHOD):
         if field in saved.fields and "questions" not in saved.fields:
             raise missing("questions", f"{field} belongs to questions that a model is asked")
-    openai_shape.read(_completed(saved, {"input": "x"}, "decisions", {}))
+    openai_shape.read_decision_request(_completed(saved, {"input": "x"}, "decisions", {}))
     if "questions" in saved.fields:
-        openai_shape.read({**_without(saved.fields, ("classifier", "model")), "input": "x"})
+        openai_shape.read_decision_request({**_without(saved.fields, ("classifier", "model")), "input": "x"})
 
 
-def chosen(name: str, saved: Saved, caller: Caller) -> SavedTask | None:
+def find_task(name: str, saved: Saved, caller: Caller) -> SavedTask | None:
     """The task of that name, or that version of it, as far as the caller may use it."""
     if name in saved:
         found = saved[name][-1]
@@ -146,7 +147,7 @@ def chosen(name: str, saved: Saved, caller: Caller) -> SavedTask | None:
     return next((one for one in saved[pinned[1]] if one.version == int(pinned[2])), None)
 
 
-def expanded(body: Mapping[str, Any], shape: Shape, saved: Saved, fits: Tasks, caller: Caller) -> Mapping[str, Any]:
+def expand_task(body: JsonObject, shape: Shape, saved: Saved, fits: Tasks, caller: Caller) -> JsonObject:
     """The body that one naming a saved task stands for; any other body as it came.
 
     Raises NotFound for an unknown task of an extraction, and RequestError where the request and the task do not go
@@ -155,10 +156,10 @@ def expanded(body: Mapping[str, Any], shape: Shape, saved: Saved, fits: Tasks, c
     if body.get("task") is None:
         return body
     name = read_task(body) or ""
-    task = chosen(name, saved, caller)
+    task = find_task(name, saved, caller)
     if task is None:
         if shape == "extract" or (name not in fits and body.get("questions") is None):
-            raise unknown(name, saved, caller)
+            raise make_unknown_task_error(name, saved, caller)
         return body
     wanted: SavedKind = "extraction" if shape == "extract" else "decision"
     if task.kind != wanted:
@@ -170,7 +171,7 @@ def expanded(body: Mapping[str, Any], shape: Shape, saved: Saved, fits: Tasks, c
     return _completed(task, body, shape, fits)
 
 
-def unknown(name: str, saved: Saved, caller: Caller) -> NotFound:
+def make_unknown_task_error(name: str, saved: Saved, caller: Caller) -> NotFound:
     names = [known for known, versions in sorted(saved.items()) if versions[-1].open_to(caller)]
     shown = ", ".join(map(repr, names[:_SHOWN])) or "none yet"
     error = NotFound(f"task {name[:80]!r} has not been saved here; there are: {shown}")
@@ -178,7 +179,7 @@ def unknown(name: str, saved: Saved, caller: Caller) -> NotFound:
     return error
 
 
-def _completed(task: SavedTask, body: Mapping[str, Any], shape: Shape, fits: Tasks) -> Mapping[str, Any]:
+def _completed(task: SavedTask, body: JsonObject, shape: Shape, fits: Tasks) -> JsonObject:
     if shape == "extract":
         return {**task.fields, **_without(body, ("task",))}
     fields = dict(_without(task.fields, ("classifier",)))
@@ -196,7 +197,7 @@ def _completed(task: SavedTask, body: Mapping[str, Any], shape: Shape, fits: Tas
     return whole
 
 
-def _model(task: SavedTask, body: Mapping[str, Any]) -> Any:
+def _model(task: SavedTask, body: JsonObject) -> Any:
     """The request's own, the task's classifier, or the task's model, in this order."""
     given = body.get("model")
     if given not in (None, "auto"):
@@ -205,19 +206,21 @@ def _model(task: SavedTask, body: Mapping[str, Any]) -> Any:
     return f"{PREFIX}{classifier}" if classifier is not None else task.fields.get("model", given)
 
 
-def _calibrated(task: SavedTask, whole: dict[str, Any], shape: Shape, fits: Tasks) -> Mapping[str, Any]:
+def _calibrated(task: SavedTask, whole: MutableJsonObject, shape: Shape, fits: Tasks) -> JsonObject:
     """Names the task's fit, where there is one and it was made for just these questions and this method."""
     rows = fits.get(task.name, ())
     if not rows or rows[0].method != read_method(whole):
         return whole
-    questions = (systemone if shape == "systemone" else openai_shape).questions_of(whole)
+    is_systemone = shape == "systemone"
+    read_questions = systemone.read_systemone_questions if is_systemone else openai_shape.read_request_questions
+    questions = read_questions(whole)
     known = {key for row in rows for key in row.fits}
-    if not all(question_key(question) in known for question in questions):
+    if not all(hash_question(question) in known for question in questions):
         return whole
     return {**_without(whole, _METHOD), "task": task.name}
 
 
-def applies(task: SavedTask, fits: Tasks) -> bool:
+def has_valid_calibration(task: SavedTask, fits: Tasks) -> bool:
     """Whether what was calibrated under the task's name is still true of it."""
     if task.kind != "decision" or "questions" not in task.fields:
         return False
@@ -225,12 +228,12 @@ def applies(task: SavedTask, fits: Tasks) -> bool:
     return "task" in _calibrated(task, dict(plain), "decisions", fits)
 
 
-def _as_system_one(questions: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+def _as_system_one(questions: Sequence[JsonObject]) -> JsonObject:
     """Questions in OpenAI's shape as System One has them; one without a name is called `answer` or by its place."""
-    rows: dict[str, Any] = {}
+    rows: MutableJsonObject = {}
     for place, question in enumerate(questions, 1):
         name = question.get("name") or ("answer" if len(questions) == 1 else f"answer{place}")
-        row: dict[str, Any] = {"instructions": question.get("instructions")}
+        row: MutableJsonObject = {"instructions": question.get("instructions")}
         if question["type"] == "predicate":
             row["type"] = "noul"
         elif question["type"] == "choice":
@@ -248,5 +251,5 @@ def _spelt(value: str | bool) -> str:
     return value if isinstance(value, str) else str(value).lower()
 
 
-def _without(body: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, Any]:
+def _without(body: JsonObject, names: Sequence[str]) -> JsonObject:
     return {name: value for name, value in body.items() if name not in names}

@@ -2,17 +2,18 @@
 
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from appliance.core import Caller
+from appliance.core.json_types import JsonObject
 from appliance.errors import ConfigError, RequestError
 from appliance.files import OWNER_ONLY, raising_storage_full, replace_file, sync_to_disk
 from appliance.tasks.calibration_store import TaskCalibrationStore
-from appliance.tasks.saved_tasks import Saved, SavedTask, Shape, expanded
+from appliance.tasks.saved_tasks import Saved, SavedTask, Shape, expand_task
 
 MAX_TASKS: Final = 10_000
 MAX_VERSIONS: Final = 1_000
@@ -67,8 +68,8 @@ class KnownTasks:
     def __init__(self, fits: TaskCalibrationStore, saved: SavedTasks) -> None:
         self.fits, self.saved = fits, saved
 
-    def expanded(self, body: Mapping[str, Any], shape: Shape, caller: Caller) -> Mapping[str, Any]:
-        return expanded(body, shape, self.saved.tasks, self.fits.tasks, caller)
+    def expanded(self, body: JsonObject, shape: Shape, caller: Caller) -> JsonObject:
+        return expand_task(body, shape, self.saved.tasks, self.fits.tasks, caller)
 
     def reading(self, read: Callable[..., Any], shape: Shape, caller: Caller, **known: Any) -> Callable[..., Any]:
         """`read`, given what a body that names a saved task stands for."""
@@ -79,8 +80,8 @@ class KnownTasks:
         read: Callable[..., Any],
         shape: Shape,
         caller: Caller,
-        known: Mapping[str, Any],
-        body: Mapping[str, Any],
+        known: JsonObject,
+        body: JsonObject,
     ) -> Any:
         return read(self.expanded(body, shape, caller), **known)
 
@@ -103,7 +104,7 @@ def _read_all(folder: Path) -> Saved:
     return tasks
 
 
-def _task_of(row: Mapping[str, Any]) -> SavedTask:
+def _task_of(row: JsonObject) -> SavedTask:
     return SavedTask(
         row["name"],
         row["kind"],

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple, get_args
 
 from appliance.config.policy import STRUCTURED
 from appliance.core import PersonalKind
-from appliance.router.pii.patterns import PiiPatternDetector, find, plain
+from appliance.router.pii.patterns import PiiPatternDetector, find_personal_data, plain
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 
@@ -95,8 +95,8 @@ def tally(rows: Iterable[Row]) -> tuple[Mapping[str, Tally], list[str]]:
     total, found, right = Counter[str](), Counter[str](), Counter[str]()
     missed = []
     for row in rows:
-        structured = find(plain(row.text), STRUCTURED)
-        weak = find(plain(row.text), ("postal_address", "person_name"))
+        structured = find_personal_data(plain(row.text), STRUCTURED)
+        weak = find_personal_data(plain(row.text), ("postal_address", "person_name"))
         for entity in row.entities:
             kind = KIND_OF.get(entity["type"])
             if kind is None:
@@ -134,7 +134,7 @@ def bound_share(rows: Sequence[Row], kinds: Sequence[PersonalKind]) -> tuple[flo
     seen, examples, bound = Counter[str](), [], 0
     for row in rows:
         text = plain(row.text)
-        spans = find(text, kinds)
+        spans = find_personal_data(text, kinds)
         bound += bool(spans)
         seen.update({span.kind for span in spans})
         examples += [f"{span.kind}: {text[max(0, span.start - 30) : span.end + 10]!r}" for span in spans[:1]]

@@ -26,12 +26,12 @@ from rich.table import Table
 
 from appliance.core import Caller, Profiler, Request, Target
 from appliance.errors import ApplianceError
-from appliance.router.profile import profile
+from appliance.router.profile import profile_request
 from appliance.router.profile.estimate import ProfileEstimate
-from appliance.router.profile.linear_model import FILE, LinearWeights, shipped_weights
-from appliance.router.profile.linear_model import guess as learned_guess
-from appliance.router.profile.llm_prompt import excerpt, guess_by, question_about, read_opinion
-from appliance.router.profile.rules import guess as rules_guess
+from appliance.router.profile.linear_model import FILE, LinearWeights, load_shipped_weights
+from appliance.router.profile.linear_model import guess_profile as learned_guess
+from appliance.router.profile.llm_prompt import make_profile_guess, make_question, read_llm_profile, take_excerpt
+from appliance.router.profile.rules import guess_profile as rules_guess
 from appliance.router.profile.text_sample import take_sample
 from appliance.upstream import client
 from appliance.upstream.local import LocalTransport
@@ -128,7 +128,7 @@ def tasks_table(rows: Sequence[Row], *, quick: bool) -> Table:
     )
     table.add_row("rules", accuracy(by_rules, mixed), accuracy(by_rules, unseen), accuracy(by_rules, worded))
     apart = "-" if quick else accuracy(by_weights(train(_without_mixed(rows))), worded)
-    table.add_row("learned", "-", accuracy(by_weights(shipped_weights()), unseen), apart)
+    table.add_row("learned", "-", accuracy(by_weights(load_shipped_weights()), unseen), apart)
     return table
 
 
@@ -150,13 +150,13 @@ def apgr_table(rows: Sequence[Row], apgr: Apgr, *, quick: bool) -> Table:
     table.add_row("length, test fifth", *(apgr_row(apgr, by_length, one) for one in unseen))
     table.add_row("rules, test fifth", *(apgr_row(apgr, by_rules, one) for one in unseen))
     table.add_row(
-        "learned as shipped, test fifth", *(apgr_row(apgr, by_weights(shipped_weights()), one) for one in unseen)
+        "learned as shipped, test fifth", *(apgr_row(apgr, by_weights(load_shipped_weights()), one) for one in unseen)
     )
     return table
 
 
 def time_table(rows: Sequence[Row]) -> Table:
-    """The whole of `profile`, on texts of about 2,000 tokens cut from the data, each a different one."""
+    """The whole of `profile_request`, on texts of about 2,000 tokens cut from the data, each a different one."""
     table = _table(f"microseconds at {_TIMED_TOKENS:,} tokens", "median", "p99", "CPU median", "CPU p99")
     everything = "\n".join(row.text for row in rows if row.dataset == "mixed")
     size = _TIMED_TOKENS * _CHARACTERS_PER_TOKEN
@@ -167,7 +167,7 @@ def time_table(rows: Sequence[Row]) -> Table:
         wall, cpu = [], []
         for request in requests:
             started, busy = time.perf_counter_ns(), time.thread_time_ns()
-            profile(request, prompt_tokens=_TIMED_TOKENS, output_tokens=None, profiler=name)
+            profile_request(request, prompt_tokens=_TIMED_TOKENS, output_tokens=None, profiler=name)
             cpu.append((time.thread_time_ns() - busy) / 1000)
             wall.append((time.perf_counter_ns() - started) / 1000)
         table.add_row(name, *(f"{one:.0f}" for taken in (wall, cpu) for one in _median_and_p99(taken)))
@@ -184,11 +184,11 @@ async def engine_table(rows: Sequence[Row], address: str, model: str, most: int)
     try:
         for row in asked:
             started = time.perf_counter()
-            outgoing = question_about(excerpt(row.text))
+            outgoing = make_question(take_excerpt(row.text))
             try:
                 letter = client.write(target, outgoing, stream=False, salt="bench")
                 reply = await client.send(door, letter, permit=None, seconds=60)
-                guess = guess_by(read_opinion(target, reply), by_rules(row))
+                guess = make_profile_guess(read_llm_profile(target, reply), by_rules(row))
             except ApplianceError as error:
                 errors.append(error.message)
                 continue
@@ -240,7 +240,7 @@ def main() -> None:
 
 
 def kin_note() -> str:
-    sources = shipped_weights().about["sources"]
+    sources = load_shipped_weights().about["sources"]
     listed = ", ".join(f"{one['name']} {one['texts']} ({one['licence']})" for one in sources)
     kin = ", ".join(sorted(kind for kinds in KIN.values() for kind in kinds))
     return f"{listed}. Left out together with the set they resemble: {kin}"

@@ -17,9 +17,9 @@ from appliance.core import UpstreamCall
 from appliance.errors import ConfigError, RequestError, StorageFull
 from appliance.jobs.lines.executor import LineExecutor
 from appliance.jobs.models import BatchLine, BatchTerms
-from appliance.router.pii.text_extractor import readable
+from appliance.router.pii.text_extractor import extract_text
 from appliance.tasks.calibration_store import TaskCalibrationStore
-from appliance.tasks.saved_tasks import read_saved
+from appliance.tasks.saved_tasks import read_saved_task
 from appliance.tasks.store import SavedTasks
 from tests.api.stand_ins import StandInPipeline, make_app, served
 from tests.api.test_api_app import KEYS
@@ -235,8 +235,8 @@ async def test_only_admins_save_and_only_named_keys_use_it(pipeline: StandInPipe
 
 async def test_lines_of_jobs_name_tasks_too(pipeline: StandInPipeline) -> None:
     saved = SavedTasks()
-    saved.put(read_saved({**MAIL, "keys": ["somebody"]}, 0, "now"))
-    saved.put(read_saved({**RECEIPT, "keys": ["somebody"]}, 0, "now"))
+    saved.put(read_saved_task({**MAIL, "keys": ["somebody"]}, 0, "now"))
+    saved.put(read_saved_task({**RECEIPT, "keys": ["somebody"]}, 0, "now"))
     keys = [KeySettings(name=name, sha256=hashlib.sha256(name.encode()).hexdigest()) for name in ("somebody", "else")]
     auth = Authenticator(keys, host="127.0.0.1")
     lines = LineExecutor(pipeline=lambda: pipeline, auth=auth, fits=TaskCalibrationStore(), saved=saved)
@@ -259,15 +259,15 @@ async def test_what_a_task_shows_the_model_is_searched_like_the_text(
 ) -> None:
     await saved(http, **MAIL)
     await http.post("/v1/decisions", json={"task": "mail", "input": "x"})
-    read = readable(pipeline.requests[-1].body)
+    read = extract_text(pipeline.requests[-1].body)
     assert read is not None and "Twice charged" in read.text and "money" in read.text
 
 
 def test_tasks_outlive_the_program(tmp_path: Path) -> None:
     kept = SavedTasks(tmp_path / "tasks")
     for name in ("mail", "Mail", "MAIL"):
-        kept.put(read_saved({**MAIL, "name": name, "description": name}, 0, "2026-01-01T00:00:00+00:00"))
-    kept.put(read_saved({**MAIL, "debias": False}, 0, "2026-01-02T00:00:00+00:00"))
+        kept.put(read_saved_task({**MAIL, "name": name, "description": name}, 0, "2026-01-01T00:00:00+00:00"))
+    kept.put(read_saved_task({**MAIL, "debias": False}, 0, "2026-01-02T00:00:00+00:00"))
     again = SavedTasks(tmp_path / "tasks")
     assert again.tasks == kept.tasks and [one.version for one in again.tasks["mail"]] == [1, 2]
     assert again.remove("Mail") and not again.remove("Mail")
@@ -286,19 +286,19 @@ def test_versions_do_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("appliance.tasks.store.MAX_VERSIONS", 2)
     kept = SavedTasks()
     for number in range(2):
-        kept.put(read_saved({**MAIL, "description": str(number)}, 0, "now"))
+        kept.put(read_saved_task({**MAIL, "description": str(number)}, 0, "now"))
     with pytest.raises(RequestError, match="at most 2 versions"):
-        kept.put(read_saved({**MAIL, "description": "more"}, 0, "now"))
+        kept.put(read_saved_task({**MAIL, "description": "more"}, 0, "now"))
 
 
 def test_on_a_full_disk_the_task_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = SavedTasks(tmp_path / "tasks")
-    kept.put(read_saved(MAIL, 0, "now"))
+    kept.put(read_saved_task(MAIL, 0, "now"))
 
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, "no space left")
 
     with monkeypatch.context() as patched, pytest.raises(StorageFull):
         patched.setattr("os.fsync", full)
-        kept.put(read_saved({**MAIL, "debias": False}, 0, "now"))
+        kept.put(read_saved_task({**MAIL, "debias": False}, 0, "now"))
     assert len(kept.tasks["mail"]) == len(SavedTasks(tmp_path / "tasks").tasks["mail"]) == 1

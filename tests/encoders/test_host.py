@@ -17,7 +17,7 @@ from appliance.node.supervise.engine_supervisor import SupervisorDeps
 from appliance.node.supervise.launcher import ChildLauncher
 from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor
-from appliance.router.routing.match import in_order
+from appliance.router.routing.match import order_targets
 from appliance.state import State
 from tests.encoders.samples import labelled
 
@@ -87,5 +87,8 @@ def test_a_place_names_no_classifier_and_its_own_name_does() -> None:
         return Target(name, "onsite", "openai", "unix:/x", name, frozenset(abilities))  # type: ignore[arg-type]
 
     rows = [row("onsite/chat", "chat", "labels"), row("classifier/mail", "classify", "decisions")]
-    assert [one.name for one in in_order(["onsite"], rows)] == ["onsite/chat"]
-    assert [one.name for one in in_order(["classifier/mail", "onsite"], rows)] == ["classifier/mail", "onsite/chat"]
+    assert [one.name for one in order_targets(["onsite"], rows)] == ["onsite/chat"]
+    assert [one.name for one in order_targets(["classifier/mail", "onsite"], rows)] == [
+        "classifier/mail",
+        "onsite/chat",
+    ]

@@ -10,8 +10,8 @@ import pytest
 
 from appliance.llamacpp.decode.constraints import GrammarCompiler
 from appliance.llamacpp.model import LlamaModel
-from appliance.tasks.extract.decode_schema import decode_schema
-from appliance.tasks.extract.token_budget import most_tokens
+from appliance.tasks.extract.decode_schema import bound_schema
+from appliance.tasks.extract.token_budget import limit_output_tokens
 from appliance.wire.json_schema import check_value
 
 OPEN: Mapping[str, Any] = {
@@ -44,11 +44,11 @@ def letters_first(piece: bytes) -> float:
 
 @pytest.mark.parametrize("wanted", [digits_first, letters_first])
 def test_what_runs_away_is_ended_in_time(served_model: LlamaModel, wanted: Callable[[bytes], float]) -> None:
-    model, bounded = served_model, decode_schema(OPEN)
+    model, bounded = served_model, bound_schema(OPEN)
     grammars = GrammarCompiler(model.vocab_pointer, model.end_tokens, vocabulary_size=model.vocabulary_size)
     wish = np.array([wanted(model.piece(token)) for token in range(model.vocabulary_size)], np.float32)
     constraint, text = grammars.compile(bounded), b""
-    for _ in range(most_tokens(bounded)):
+    for _ in range(limit_output_tokens(bounded)):
         row = wish.copy()
         constraint.apply(row)
         token = int(np.argmax(row))

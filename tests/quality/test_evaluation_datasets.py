@@ -60,9 +60,9 @@ def test_open_datasets_are_read_and_asked_about(part: str, adapter: str) -> None
     _, body = asking.make_body(asking.split_rows(found.rows)[0])
     # What is sent must be what the endpoints take, examples included.
     if adapter == "classification":
-        openai_shape.read_batch(body)
+        openai_shape.read_decision_batch(body)
     else:
-        extraction.read(body)
+        extraction.read_extract_request(body)
 
 
 @pytest.mark.parametrize(

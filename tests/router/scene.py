@@ -26,7 +26,7 @@ from appliance.errors import BudgetExceeded, LedgerUnavailable, RejectedReply
 from appliance.router.capacity.admission import Admission
 from appliance.router.capacity.breaker import Breakers
 from appliance.router.deps import FeedbackSink, NoFeedback, RouterDeps, RuntimeStats
-from appliance.router.pii.scanner import PiiDetector, detector_for
+from appliance.router.pii.scanner import PiiDetector, make_detector
 from appliance.router.pipeline import Answer, Pipeline
 from appliance.router.residency import EgressPermitIssuer
 from appliance.state import State
@@ -242,7 +242,7 @@ class Scene:
             draw=lambda: 0.5,
             wall=self.wall,
         )
-        self.pipeline = Pipeline(written, deps, self.detector or detector_for(written))
+        self.pipeline = Pipeline(written, deps, self.detector or make_detector(written))
         return self.pipeline
 
     def wall(self) -> float:

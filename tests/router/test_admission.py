@@ -8,7 +8,7 @@ import pytest
 from appliance.core import Snapshot
 from appliance.errors import Busy, Unavailable
 from appliance.router.capacity.admission import Admission
-from appliance.router.capacity.predictor import room_beside
+from appliance.router.capacity.predictor import batch_sequences_beside
 from appliance.router.capacity.request_load import RequestLoad
 from appliance.router.capacity.target_queue import Slot
 from appliance.state import State
@@ -261,9 +261,9 @@ async def test_an_engine_that_slows_nobody_takes_patient_work_beside_others(gate
     rates = {1: 100.0, 8: 780.0, 16: 800.0}
     load = make_request_load(sequences_capacity=16, decode_tokens_per_second=rates)
     gate.publish(load=load)
-    assert room_beside(load, 1) == 8
-    assert room_beside(load, 0) == 18
-    assert room_beside(load, 16) == 16
+    assert batch_sequences_beside(load, 1) == 8
+    assert batch_sequences_beside(load, 0) == 18
+    assert batch_sequences_beside(load, 16) == 16
     slots = [await gate.enter()]
     slots += [await gate.admission.enter(LOCAL, PATIENT, is_residency_bound=False, wait_seconds=0) for _ in range(7)]
     with pytest.raises(Busy):

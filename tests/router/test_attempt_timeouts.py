@@ -7,7 +7,7 @@ import pytest
 
 from appliance.core import ANYWHERE, ONSITE, Residency
 from appliance.router.capacity.predictor import Prediction
-from appliance.router.profile import profile
+from appliance.router.profile import profile_request
 from tests.router.scene import call_of, request_of
 from tests.router.stage import Stage
 from tests.router.test_ranking import order, outlook, ranked
@@ -35,9 +35,9 @@ def test_a_bound_line_never_leaves_however_late_it_is(bound: Residency, patience
 
 def test_the_class_that_was_given_is_that_of_the_profile() -> None:
     request = request_of(residency=ANYWHERE)
-    assert profile(request, prompt_tokens=1, output_tokens=1).latency_class == "interactive"
+    assert profile_request(request, prompt_tokens=1, output_tokens=1).latency_class == "interactive"
     given = replace(request, latency_class="batch")
-    assert profile(given, prompt_tokens=1, output_tokens=1).latency_class == "batch"
+    assert profile_request(given, prompt_tokens=1, output_tokens=1).latency_class == "batch"
 
 
 @pytest.mark.anyio

@@ -10,7 +10,7 @@ from appliance.engines.rates import interpolate_decode_rate
 from appliance.errors import BackendGarbage, RejectedReply
 from appliance.router.attempts.verify import read_verified_reply
 from appliance.router.capacity.breaker import CLOSED, Breaker, Breakers, after_failure, after_nothing, after_start
-from appliance.router.capacity.predictor import STALE_SECONDS, InFlight, Prediction, predict
+from appliance.router.capacity.predictor import STALE_SECONDS, InFlight, Prediction, predict_latency
 from appliance.router.cost import estimate_onsite_usd, hosted_cost_usd, usd_per_busy_second, worst_case_usd
 from appliance.router.stats.estimators import TokenEstimateCorrection
 from tests.router.scene import PRICE, ChatCall, engine_target, make_request_load, view_of
@@ -20,7 +20,7 @@ IDLE = view_of(seen=NOW)
 
 
 def predicted(view: Any = IDLE, inflight: InFlight | None = None, prompt: int = 100, output: int = 50) -> Prediction:
-    return predict(view, inflight or InFlight(), prompt_tokens=prompt, output_tokens=output, now=NOW)
+    return predict_latency(view, inflight or InFlight(), prompt_tokens=prompt, output_tokens=output, now=NOW)
 
 
 def test_an_idle_engine_begins_after_its_prefill_and_ends_after_its_decode() -> None:
@@ -58,7 +58,7 @@ def test_pitfall_9_a_stale_missing_or_unready_view_is_never_taken_for_a_free_eng
         made = predicted(view)
         assert not made.ready and not made.can_enter and not made.fits_kv and made.reason
     assert "exit code 3" in predicted(unready[4]).reason
-    believed = predict(IDLE, InFlight(), prompt_tokens=1, output_tokens=1, now=NOW, not_before=NOW)
+    believed = predict_latency(IDLE, InFlight(), prompt_tokens=1, output_tokens=1, now=NOW, not_before=NOW)
     assert not believed.ready, "seen before it failed to answer"
 
 

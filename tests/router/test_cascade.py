@@ -93,9 +93,9 @@ class Cascading(Scene):
     async def decide(self, *texts: str, **fields: Any) -> tuple[Any, list[Mapping[str, Any]]]:
         """The facts and an answer for each text, or what it failed with."""
         body = {"inputs": list(texts), "questions": [CHOICE]}
-        asked, calls = openai_shape.read_batch(body)
+        asked, calls = openai_shape.read_decision_batch(body)
         many = await self.pipeline.answer_many(_request(asked, fields), calls, concurrency=4)
-        rows = openai_shape.batch_payload(many.results, calls)["results"]
+        rows = openai_shape.make_batch_payload(many.results, calls)["results"]
         assert [row["index"] for row in rows] == list(range(len(texts)))
         return many.metadata, [row["answers"][0] if "answers" in row else row["error"] for row in rows]
 
@@ -214,7 +214,7 @@ async def test_without_its_classifier_a_cascade_asks_the_models(scene: Cascading
 
 async def test_a_question_with_other_choices_than_the_labels_is_not_the_classifiers(scene: Cascading) -> None:
     question = {**CHOICE, "choices": [{"value": "a"}, {"value": "b"}, {"value": "c"}]}
-    asked, calls = openai_shape.read({"input": "9 9 x", "questions": [question]})
+    asked, calls = openai_shape.read_decision_request({"input": "9 9 x", "questions": [question]})
     answer = await scene.pipeline.answer(_request(asked, {}), calls[0])
     assert answer.payload["answers"][0]["answered_by"] == "onsite/tiny"
     assert answer.metadata.reason == "fallback: classifier/mail unsupported_feature"
@@ -222,7 +222,7 @@ async def test_a_question_with_other_choices_than_the_labels_is_not_the_classifi
 
 async def test_one_text_is_answered_in_its_own_wire_format(scene: Cascading) -> None:
     question = {"type": "choice", "instructions": "Which?", "criteria": {"a": None, "b": None}}
-    asked, calls = systemone.read({"state": "5 9 x", "questions": {"q": question}})
+    asked, calls = systemone.read_systemone_request({"state": "5 9 x", "questions": {"q": question}})
     answer = await scene.pipeline.answer(_request(asked, {}), calls[0])
     assert answer.payload["answers"]["q"]["choice"] == "b"
     assert answer.payload["answers"]["q"]["answered_by"] == "onsite/tiny"

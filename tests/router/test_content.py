@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from appliance.core import ONSITE, Decision, ParsedRequest, PersonalKind, Request, Residency, TaskCall
 from appliance.errors import ConfigError, ResidencyRefused, UnknownModel
-from appliance.router.pii.scanner import SEARCHES_AT_ONCE, detector_for
+from appliance.router.pii.scanner import SEARCHES_AT_ONCE, make_detector
 from appliance.router.request_builder import make_request
 from appliance.tasks import chat, completions
 from appliance.tasks.decisions import openai_shape, systemone
@@ -81,7 +81,7 @@ async def test_a_route_that_does_not_care_lets_it_go(searching: Stage) -> None:
 
 
 async def test_nothing_is_searched_where_no_route_asks_for_it(stage: Stage) -> None:
-    assert detector_for(policy_of()) is None
+    assert make_detector(policy_of()) is None
     request = request_of(SECRET)
     assert await stage.pipeline.with_pii_scan(request) is request
 
@@ -129,13 +129,13 @@ QUESTIONS: list[dict[str, Any]] = [
 NOUL = {"q": {"type": "noul", "instructions": "is it"}}
 Reader = Callable[[Mapping[str, Any]], tuple[ParsedRequest, Sequence[TaskCall]]]
 PLACES: Mapping[str, tuple[Reader, Callable[[str], dict[str, Any]]]] = {
-    "a message": (chat.read, lambda s: {"messages": [{"role": "user", "content": s}]}),
+    "a message": (chat.read_chat_request, lambda s: {"messages": [{"role": "user", "content": s}]}),
     "a system message": (
-        chat.read,
+        chat.read_chat_request,
         lambda s: {"messages": [{"role": "system", "content": s}, {"role": "user", "content": "x"}]},
     ),
     "a tool call's arguments": (
-        chat.read,
+        chat.read_chat_request,
         lambda s: {
             "messages": [
                 {"role": "user", "content": "x"},
@@ -144,14 +144,14 @@ PLACES: Mapping[str, tuple[Reader, Callable[[str], dict[str, Any]]]] = {
         },
     ),
     "a tool's description": (
-        chat.read,
+        chat.read_chat_request,
         lambda s: {
             "messages": [{"role": "user", "content": "x"}],
             "tools": [{"type": "function", "function": {"name": "f", "description": s}}],
         },
     ),
     "a schema's description": (
-        chat.read,
+        chat.read_chat_request,
         lambda s: {
             "messages": [{"role": "user", "content": "x"}],
             "response_format": {
@@ -161,52 +161,61 @@ PLACES: Mapping[str, tuple[Reader, Callable[[str], dict[str, Any]]]] = {
         },
     ),
     "a field that nobody knows": (
-        chat.read,
+        chat.read_chat_request,
         lambda s: {"messages": [{"role": "user", "content": "x"}], "metadata": {"about": [s]}},
     ),
-    "the user field": (chat.read, lambda s: {"messages": [{"role": "user", "content": "x"}], "user": s}),
-    "a prompt": (completions.read, lambda s: {"prompt": ["x", s]}),
-    "a decision's input": (openai_shape.read, lambda s: {"input": s, "questions": QUESTIONS}),
+    "the user field": (chat.read_chat_request, lambda s: {"messages": [{"role": "user", "content": "x"}], "user": s}),
+    "a prompt": (completions.read_completion_request, lambda s: {"prompt": ["x", s]}),
+    "a decision's input": (openai_shape.read_decision_request, lambda s: {"input": s, "questions": QUESTIONS}),
     "a decision's instructions": (
-        openai_shape.read,
+        openai_shape.read_decision_request,
         lambda s: {"input": "x", "questions": [{"type": "predicate", "instructions": f"Is it {s}?"}]},
     ),
     "a choice": (
-        openai_shape.read,
+        openai_shape.read_decision_request,
         lambda s: {"input": "x", "questions": [{**QUESTIONS[0], "choices": [{"value": s}, {"value": "b"}]}]},
     ),
     "a choice's description": (
-        openai_shape.read,
+        openai_shape.read_decision_request,
         lambda s: {
             "input": "x",
             "questions": [{**QUESTIONS[0], "choices": [{"value": "a", "description": s}, {"value": "b"}]}],
         },
     ),
-    "a question's name": (openai_shape.read, lambda s: {"input": "x", "questions": [{**QUESTIONS[0], "name": s}]}),
+    "a question's name": (
+        openai_shape.read_decision_request,
+        lambda s: {"input": "x", "questions": [{**QUESTIONS[0], "name": s}]},
+    ),
     "one of many inputs": (
-        openai_shape.read_batch,
+        openai_shape.read_decision_batch,
         lambda s: {"inputs": [*["x"] * 50, s, *["y"] * 50], "questions": QUESTIONS},
     ),
-    "System One's state": (systemone.read, lambda s: {"state": {"mail": s}, "questions": NOUL}),
+    "System One's state": (systemone.read_systemone_request, lambda s: {"state": {"mail": s}, "questions": NOUL}),
     "System One's instructions": (
-        systemone.read,
+        systemone.read_systemone_request,
         lambda s: {"state": "x", "questions": {"q": {"type": "noul", "instructions": s}}},
     ),
     "System One's option": (
-        systemone.read,
+        systemone.read_systemone_request,
         lambda s: {
             "state": "x",
             "questions": {"q": {"type": "choice", "instructions": "which", "criteria": {s: None, "b": None}}},
         },
     ),
-    "System One's question id": (systemone.read, lambda s: {"state": "x", "questions": {s: NOUL["q"]}}),
-    "a text to extract from": (extraction.read, lambda s: {"texts": ["x", s], "schema": {"type": "object"}}),
+    "System One's question id": (
+        systemone.read_systemone_request,
+        lambda s: {"state": "x", "questions": {s: NOUL["q"]}},
+    ),
+    "a text to extract from": (
+        extraction.read_extract_request,
+        lambda s: {"texts": ["x", s], "schema": {"type": "object"}},
+    ),
     "an extraction's instructions": (
-        extraction.read,
+        extraction.read_extract_request,
         lambda s: {"text": "x", "instructions": s, "schema": {"type": "object"}},
     ),
     "an extraction schema's description": (
-        extraction.read,
+        extraction.read_extract_request,
         lambda s: {
             "text": "x",
             "schema": {"type": "object", "properties": {"a": {"type": "string", "description": s}}},
@@ -365,5 +374,5 @@ async def test_a_bound_key_is_not_told_the_names_of_hosted_models(searching: Sta
 def test_a_detector_that_is_not_installed_is_named_with_its_extra() -> None:
     policy = policy_of(SEARCHING.replace("timeout_seconds", 'detector = "presidio"\ntimeout_seconds'))
     with pytest.raises(ConfigError, match=r"appliance\[presidio\]") as caught:
-        detector_for(policy)
+        make_detector(policy)
     assert "residency.detector" in str(caught.value)

@@ -40,7 +40,7 @@ class Out:
         self.apis = apis
 
     async def ask(self, body: Mapping[str, Any]) -> Answer:
-        asked, (call,) = chat.read({**ASK, **body})
+        asked, (call,) = chat.read_chat_request({**ASK, **body})
         request = request_of(asked.text, body=asked.body, stream=asked.stream, format=asked.format, needs=asked.needs)
         return await self.scene.pipeline.answer(request, call)
 
@@ -211,7 +211,7 @@ async def test_fields_are_extracted_by_a_model_that_takes_no_temperature(stack: 
     out.apis[0].says = Say(text='{"city":"Ulm"}')
     schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
     body = {"model": "auto", "schema": schema, "text": "Rain over Ulm."}
-    asked, calls = extraction.read(body)
+    asked, calls = extraction.read_extract_request(body)
     request = request_of(asked.text, endpoint="extract", body=body, format=asked.format, needs=asked.needs)
     many = await out.scene.pipeline.answer_many(request, calls, concurrency=1)
     assert not isinstance(many.results[0], Exception)

@@ -11,7 +11,7 @@ from appliance.core import AttemptOutcome, Decision, Profile
 from appliance.router.attempts.outcome import make_response_metadata
 from appliance.router.attempts.runner import AttemptContext, AttemptRunner
 from appliance.router.limits import RequestBudget
-from appliance.router.routing.rank import no_route
+from appliance.router.routing.rank import make_empty_route
 from tests.router.scene import policy_of, read_stream, request_of
 from tests.router.stage import Stage
 
@@ -97,7 +97,9 @@ async def test_no_span_holds_what_was_asked_or_answered(stage: Stage, spans: lis
 
 async def test_details_and_reasons_carry_no_secrets(stage: Stage) -> None:
     request, policy = request_of(), policy_of()
-    decision = Decision("d", "r", Profile("chat", 0.1, "text", "interactive", None, 1, 1), no_route(request, policy))
+    decision = Decision(
+        "d", "r", Profile("chat", 0.1, "text", "interactive", None, 1, 1), make_empty_route(request, policy)
+    )
     target = stage.targets[0]
     attempt = stage.pipeline.decide(request, prompt_tokens=1, output_tokens=1).route.attempts[0]
     assert attempt.target == target

@@ -6,14 +6,14 @@ import pytest
 
 from appliance.config.policy import STRUCTURED
 from appliance.core import PersonalKind
-from appliance.router.pii.patterns import PiiPatternDetector, find, plain
-from appliance.router.pii.text_extractor import CHUNK_CHARACTERS, chunks, readable
+from appliance.router.pii.patterns import PiiPatternDetector, find_personal_data, plain
+from appliance.router.pii.text_extractor import CHUNK_CHARACTERS, extract_text, split_chunks
 
 ALL: tuple[PersonalKind, ...] = (*STRUCTURED, "postal_address", "person_name")
 
 
 def kinds(text: str) -> set[str]:
-    return {span.kind for span in find(plain(text), STRUCTURED)}
+    return {span.kind for span in find_personal_data(plain(text), STRUCTURED)}
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_what_only_looks_like_it_is_left_alone(text: str) -> None:
     ],
 )
 def test_addresses_and_names_are_looked_for_only_when_asked_for(kind: str, text: str) -> None:
-    assert kind in {span.kind for span in find(text, ALL)}
+    assert kind in {span.kind for span in find_personal_data(text, ALL)}
     assert kind not in kinds(text)
 
 
@@ -202,11 +202,11 @@ def test_digits_of_another_alphabet_hide_no_number(zero: int) -> None:
 
 def test_chunks_overlap_so_that_nothing_is_cut_in_two() -> None:
     text = ("word " * 4000)[: CHUNK_CHARACTERS - 9] + " 4111 1111 1111 1111 " + "word " * 8000
-    found = [piece for piece in chunks(text) if PiiPatternDetector(STRUCTURED).kinds_in(piece)]
+    found = [piece for piece in split_chunks(text) if PiiPatternDetector(STRUCTURED).kinds_in(piece)]
     assert found
-    assert all(len(piece) <= CHUNK_CHARACTERS for piece in chunks(text))
-    assert "".join(chunks("short")) == "short"
-    assert len(list(chunks("x" * 1_000_000))) < 70
+    assert all(len(piece) <= CHUNK_CHARACTERS for piece in split_chunks(text))
+    assert "".join(split_chunks("short")) == "short"
+    assert len(list(split_chunks("x" * 1_000_000))) < 70
 
 
 def test_everything_in_a_body_is_read_names_of_fields_and_unknown_fields_included() -> None:
@@ -222,12 +222,12 @@ def test_everything_in_a_body_is_read_names_of_fields_and_unknown_fields_include
         "user": "DE89370400440532013000",
         "metadata": {"ssn": 123456789},
     }
-    read = readable(body)
+    read = extract_text(body)
     assert read is not None
     assert read.attachments == 0
     assert "ssn: 123456789" in read.text
     assert kinds(read.text) == {"email", "phone", "payment_card", "iban", "national_id"}
-    assert readable(body, limit_characters=100) is None
+    assert extract_text(body, limit_characters=100) is None
 
 
 def test_attachments_are_counted_and_not_searched() -> None:
@@ -237,7 +237,7 @@ def test_attachments_are_counted_and_not_searched() -> None:
         {"type": "input_audio", "input_audio": {"data": "AAAA"}},
         {"type": "text", "text": "what is this?"},
     ]
-    read = readable({"messages": [{"role": "user", "content": parts}], "other": {"picture": pixels}})
+    read = extract_text({"messages": [{"role": "user", "content": parts}], "other": {"picture": pixels}})
     assert read is not None
     assert read.attachments == 3
     assert "AAAA" not in read.text

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from appliance.router.profile import profile
+from appliance.router.profile import profile_request
 from tests.router.scene import request_of
 
 TASKS = [
@@ -33,7 +33,7 @@ TASKS = [
 
 @pytest.mark.parametrize(("text", "task"), TASKS)
 def test_the_task_is_read_from_the_text(text: str, task: str) -> None:
-    made = profile(request_of(text), prompt_tokens=20, output_tokens=None)
+    made = profile_request(request_of(text), prompt_tokens=20, output_tokens=None)
     assert made.task == task
     assert made.reasons[0].startswith(task)
 
@@ -48,17 +48,17 @@ def test_the_task_is_read_from_the_text(text: str, task: str) -> None:
     ],
 )
 def test_endpoint_and_format_say_the_task_where_the_text_does_not(fields: dict[str, Any], task: str) -> None:
-    assert profile(request_of("Ann, 3 May", **fields), prompt_tokens=5, output_tokens=8).task == task
+    assert profile_request(request_of("Ann, 3 May", **fields), prompt_tokens=5, output_tokens=8).task == task
 
 
 def test_the_endpoint_is_believed_before_the_text() -> None:
     asked = request_of("Prove the theorem", endpoint="decisions")
-    assert profile(asked, prompt_tokens=5, output_tokens=1).task == "classification"
+    assert profile_request(asked, prompt_tokens=5, output_tokens=1).task == "classification"
 
 
 def test_code_and_reasoning_are_complex_and_labels_never() -> None:
     def complexity(text: str, tokens: int = 50) -> float:
-        return profile(request_of(text), prompt_tokens=tokens, output_tokens=None).complexity
+        return profile_request(request_of(text), prompt_tokens=tokens, output_tokens=None).complexity
 
     assert complexity("Prove that there are infinitely many primes") >= 0.7
     assert complexity("Who painted the Mona Lisa?") < 0.4
@@ -67,24 +67,29 @@ def test_code_and_reasoning_are_complex_and_labels_never() -> None:
 
 
 def test_more_demands_make_a_request_more_complex() -> None:
-    plain = profile(request_of("Describe the plan"), prompt_tokens=5, output_tokens=None)
+    plain = profile_request(request_of("Describe the plan"), prompt_tokens=5, output_tokens=None)
     asked = (
         "Describe the plan. It must be detailed, analyze the trade-offs, and should exactly follow the requirements."
     )
-    demanding = profile(request_of(asked), prompt_tokens=25, output_tokens=None)
+    demanding = profile_request(request_of(asked), prompt_tokens=25, output_tokens=None)
     assert demanding.complexity > plain.complexity
     assert "demanding words" in demanding.reasons[1]
 
 
 def test_a_longer_text_is_more_complex_among_short_ones_too() -> None:
     tokens = (5, 20, 80, 300, 1200, 5000)
-    made = [profile(request_of("Who was it?"), prompt_tokens=one, output_tokens=None).complexity for one in tokens]
+    made = [
+        profile_request(request_of("Who was it?"), prompt_tokens=one, output_tokens=None).complexity for one in tokens
+    ]
     assert made == sorted(made) and len(set(made)) == len(made)
 
 
 def test_thousands_of_texts_in_a_call_are_a_batch() -> None:
-    assert profile(request_of("a", body={"inputs": ["a"]}), prompt_tokens=1, output_tokens=1).latency_class == "batch"
-    assert profile(request_of("a"), prompt_tokens=1, output_tokens=1).latency_class == "interactive"
+    assert (
+        profile_request(request_of("a", body={"inputs": ["a"]}), prompt_tokens=1, output_tokens=1).latency_class
+        == "batch"
+    )
+    assert profile_request(request_of("a"), prompt_tokens=1, output_tokens=1).latency_class == "interactive"
 
 
 @pytest.mark.parametrize(
@@ -101,15 +106,15 @@ def test_thousands_of_texts_in_a_call_are_a_batch() -> None:
     ],
 )
 def test_the_language_is_guessed_or_left_open(text: str, language: str | None) -> None:
-    assert profile(request_of(text), prompt_tokens=5, output_tokens=None).language == language
+    assert profile_request(request_of(text), prompt_tokens=5, output_tokens=None).language == language
 
 
 def test_any_text_is_profiled_in_well_under_a_millisecond_of_its_2000_tokens() -> None:
     asked = request_of("The quick brown fox, and then it must jump over 3 lazy dogs. " * 130)
-    profile(asked, prompt_tokens=2000, output_tokens=None)
+    profile_request(asked, prompt_tokens=2000, output_tokens=None)
     started = time.perf_counter()
     for _ in range(20):
-        profile(asked, prompt_tokens=2000, output_tokens=None)
+        profile_request(asked, prompt_tokens=2000, output_tokens=None)
     # ten times what it takes on an idle machine, for a busy one
     assert (time.perf_counter() - started) / 20 < 2e-3
 
@@ -121,5 +126,5 @@ def test_any_text_is_profiled_in_well_under_a_millisecond_of_its_2000_tokens() -
 )
 def test_no_text_is_too_odd_or_too_long(text: str) -> None:
     started = time.perf_counter()
-    profile(request_of(text), prompt_tokens=100, output_tokens=None)
+    profile_request(request_of(text), prompt_tokens=100, output_tokens=None)
     assert time.perf_counter() - started < 0.5

@@ -2,7 +2,7 @@
 
 import pytest
 
-from appliance.router.profile.linear_model import shipped_weights
+from appliance.router.profile.linear_model import load_shipped_weights
 from scripts.benchmarks.profile import Apgr, Guesser, apgr_of, by_length, by_rules, by_weights, is_right
 from scripts.profile_data import FILES, LICENCES, Row, is_test_text, may_train, read_rows
 from scripts.train_profile import training_rows, without
@@ -42,7 +42,7 @@ def test_rules_get_nineteen_in_twenty_mixed_requests_right(rows: list[Row]) -> N
 
 def test_learned_weights_get_nineteen_in_twenty_of_those_they_never_saw_right(rows: list[Row]) -> None:
     unseen = [row for row in _mixed(rows) if row.is_test]
-    guesser = by_weights(shipped_weights())
+    guesser = by_weights(load_shipped_weights())
     assert len(unseen) > 150
     assert sum(is_right(guesser(row), row) for row in unseen) / len(unseen) >= 0.95
 
@@ -52,7 +52,7 @@ def test_learned_complexity_finds_more_than_length_among_rows_it_never_saw(
     rows: list[Row], apgr: Apgr, dataset: str, least: float
 ) -> None:
     unseen = _measured(rows, dataset, only_test=True)
-    learned = _score(apgr, by_weights(shipped_weights()), unseen)
+    learned = _score(apgr, by_weights(load_shipped_weights()), unseen)
     assert learned >= least
     assert learned > _score(apgr, by_length, unseen)
 
@@ -69,7 +69,7 @@ def test_no_text_is_both_learned_from_and_tested_on(rows: list[Row]) -> None:
 
 
 def test_what_the_weights_say_of_their_sources_is_what_the_rows_are(rows: list[Row]) -> None:
-    told = {one["name"]: one["texts"] for one in shipped_weights().about["sources"]}
+    told = {one["name"]: one["texts"] for one in load_shipped_weights().about["sources"]}
     counts: dict[str, int] = {}
     for row in training_rows(rows):
         counts[row.source] = counts.get(row.source, 0) + 1

@@ -10,15 +10,15 @@ import pytest
 
 from appliance.core import Task
 from appliance.errors import ConfigError
-from appliance.router.profile import check_profiler, linear_model, profile
-from appliance.router.profile.features import BUCKETS, MAX_FEATURES, features_of
+from appliance.router.profile import check_profiler, linear_model, profile_request
+from appliance.router.profile.features import BUCKETS, MAX_FEATURES, extract_features
 from appliance.router.profile.linear_model import (
     COLUMNS,
     LinearWeights,
-    complexity_of,
+    compute_complexity,
     feature_name,
+    load_shipped_weights,
     read_weights,
-    shipped_weights,
     write_weights,
 )
 from appliance.router.profile.text_sample import take_sample
@@ -31,14 +31,14 @@ GOLDEN = [17, 3847, 6305, 7623, 8208, 14471, 15509, 16022, 16452, 17615, 23331, 
 
 
 def learned_task(text: str) -> Task:
-    return profile(request_of(text), prompt_tokens=20, output_tokens=None, profiler="learned").task
+    return profile_request(request_of(text), prompt_tokens=20, output_tokens=None, profiler="learned").task
 
 
 @pytest.mark.parametrize(
     "text", ["word " * 2000, "x1 ?" * 500_000, "漢字かな " * 500_000, ",.-" * 700_000, "a" * 2_000_000]
 )
 def test_a_text_of_any_length_gives_a_bounded_number_of_features(text: str) -> None:
-    buckets = features_of(text).buckets
+    buckets = extract_features(text).buckets
     assert 0 < len(buckets) <= MAX_FEATURES
     assert buckets.min() >= 0 and buckets.max() < BUCKETS
     assert all(one < other for one, other in pairwise(buckets.tolist()))
@@ -46,39 +46,39 @@ def test_a_text_of_any_length_gives_a_bounded_number_of_features(text: str) -> N
 
 def test_the_middle_of_two_megabytes_is_not_looked_at() -> None:
     start, end = "Sort these words. " * 200, "Thank you. " * 200
-    one = features_of(start + "aaa " * 500_000 + end)
-    other = features_of(start + "bbb " * 500_000 + end)
+    one = extract_features(start + "aaa " * 500_000 + end)
+    other = extract_features(start + "bbb " * 500_000 + end)
     assert np.array_equal(one.buckets, other.buckets)
-    assert one.log_words == other.log_words > features_of(start + end).log_words
+    assert one.log_words == other.log_words > extract_features(start + end).log_words
 
 
 def test_features_are_the_same_on_every_machine_and_in_every_process() -> None:
     """Weights are worth nothing where a text has other features: changing these numbers means FEATURE_VERSION too."""
-    assert features_of("Solve 3x = 12, please!").buckets.tolist() == GOLDEN
+    assert extract_features("Solve 3x = 12, please!").buckets.tolist() == GOLDEN
 
 
 def test_a_word_counts_the_same_wherever_it_stands_and_whatever_its_digits_are() -> None:
-    assert np.array_equal(features_of("order 17").buckets, features_of("  ORDER\n42 ").buckets)
-    assert not np.array_equal(features_of("order 17").buckets, features_of("order 170").buckets)
-    assert not np.array_equal(features_of("dog bites man").buckets, features_of("man bites dog").buckets)
+    assert np.array_equal(extract_features("order 17").buckets, extract_features("  ORDER\n42 ").buckets)
+    assert not np.array_equal(extract_features("order 17").buckets, extract_features("order 170").buckets)
+    assert not np.array_equal(extract_features("dog bites man").buckets, extract_features("man bites dog").buckets)
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\n\t", "\ud800\x00", "🙂"])
 def test_an_odd_text_has_a_profile(text: str) -> None:
-    made = profile(request_of(text), prompt_tokens=1, output_tokens=None, profiler="learned")
+    made = profile_request(request_of(text), prompt_tokens=1, output_tokens=None, profiler="learned")
     assert 0 <= made.complexity <= 1
 
 
 def test_the_shipped_weights_are_small_and_belong_to_this_code() -> None:
     assert WEIGHTS_PATH.stat().st_size < 5_000_000
-    weights = shipped_weights()
+    weights = load_shipped_weights()
     assert weights.about["features"] == feature_name()
     assert weights.table.shape == (BUCKETS, len(COLUMNS))
     assert np.isfinite(weights.table).all() and np.isfinite(weights.marks).all()
 
 
 def test_the_shipped_weights_name_what_they_were_learned_from_and_nothing_of_it_forbids_that() -> None:
-    sources = {one["name"]: one for one in shipped_weights().about["sources"]}
+    sources = {one["name"]: one for one in load_shipped_weights().about["sources"]}
     assert not FORBIDDEN & set(sources)
     assert all(one["licence"] and one["texts"] > 0 for one in sources.values())
 
@@ -91,7 +91,7 @@ def _saved(weights: LinearWeights) -> io.BytesIO:
 
 
 def test_saved_weights_are_read_as_they_were_and_saved_alike() -> None:
-    shipped = shipped_weights()
+    shipped = load_shipped_weights()
     first = _saved(shipped)
     redecide = read_weights(first)
     assert np.array_equal(redecide.table, shipped.table) and np.array_equal(redecide.marks, shipped.marks)
@@ -100,7 +100,7 @@ def test_saved_weights_are_read_as_they_were_and_saved_alike() -> None:
 
 
 def test_weights_of_another_version_or_damaged_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    saved = _saved(shipped_weights())
+    saved = _saved(load_shipped_weights())
     monkeypatch.setattr(linear_model, "FEATURE_VERSION", 999)
     with pytest.raises(ValueError, match="features"):
         read_weights(saved)
@@ -118,14 +118,14 @@ def test_weights_of_another_version_or_damaged_are_refused(monkeypatch: pytest.M
 
 def test_weights_that_are_not_there_are_said_at_once_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_model, "FILE", "no-such-weights.npz")
-    shipped_weights.cache_clear()
+    load_shipped_weights.cache_clear()
     try:
         with pytest.raises(ConfigError, match='profiler = "rules"'):
             check_profiler("learned")
         check_profiler("rules")
         check_profiler("llm")
     finally:
-        shipped_weights.cache_clear()
+        load_shipped_weights.cache_clear()
 
 
 @pytest.mark.parametrize("size", [0, 10, 1000, 400_000])
@@ -134,12 +134,12 @@ def test_weights_that_were_cut_off_are_a_mistake_of_the_configuration(
 ) -> None:
     (tmp_path / linear_model.FILE).write_bytes(WEIGHTS_PATH.read_bytes()[:size])
     monkeypatch.setattr(linear_model, "files", lambda package: tmp_path)
-    shipped_weights.cache_clear()
+    load_shipped_weights.cache_clear()
     try:
         with pytest.raises(ConfigError, match="cannot be used"):
-            shipped_weights()
+            load_shipped_weights()
     finally:
-        shipped_weights.cache_clear()
+        load_shipped_weights.cache_clear()
 
 
 def test_nothing_in_a_file_of_weights_is_ever_unpickled() -> None:
@@ -165,12 +165,12 @@ def test_every_task_is_found_among_the_requests_written_by_hand() -> None:
 )
 def test_endpoint_and_format_are_believed_before_the_weights(fields: dict[str, str], task: Task) -> None:
     asked = request_of("Prove the theorem", **fields)
-    assert profile(asked, prompt_tokens=5, output_tokens=1, profiler="learned").task == task
+    assert profile_request(asked, prompt_tokens=5, output_tokens=1, profiler="learned").task == task
 
 
 def test_labels_are_never_complex_and_difficulty_keeps_its_order_within_a_task() -> None:
-    assert complexity_of("classification", 50.0) < 0.25
-    steps = [complexity_of("reasoning", difficulty) for difficulty in (-3, -1, -0.5, 0, 0.5, 1, 3)]
+    assert compute_complexity("classification", 50.0) < 0.25
+    steps = [compute_complexity("reasoning", difficulty) for difficulty in (-3, -1, -0.5, 0, 0.5, 1, 3)]
     assert steps == sorted(steps) and len(set(steps)) == len(steps)
     assert steps[0] < 0.7 < steps[3] <= 1.0
 
@@ -181,7 +181,8 @@ def test_a_longer_problem_is_harder() -> None:
         "How many", "Tom adds 5 rubbers, then takes 2 pens out of each, and gives a third away. " * 6 + "How many"
     )
     one, other = (
-        profile(request_of(text), prompt_tokens=30, output_tokens=None, profiler="learned") for text in (short, long)
+        profile_request(request_of(text), prompt_tokens=30, output_tokens=None, profiler="learned")
+        for text in (short, long)
     )
     assert one.task == other.task == "reasoning"
     assert one.complexity < other.complexity
@@ -198,5 +199,5 @@ def test_training_twice_on_the_same_rows_gives_the_same_file_and_learns_them() -
 
 
 def _first(weights: LinearWeights, text: str) -> Task:
-    scores = linear_model.score(text, take_sample(text), weights).tasks
+    scores = linear_model.score_features(text, take_sample(text), weights).tasks
     return linear_model.TASKS[int(np.argmax(scores))]

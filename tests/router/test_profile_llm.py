@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from appliance.core import ONSITE, Request
-from appliance.router.profile import LlmProfile, llm_profiler, profile
+from appliance.router.profile import LlmProfile, llm_profiler, profile_request
 from appliance.router.profile.llm_profiler import LlmProfiler
-from appliance.router.profile.llm_prompt import HEAD_CHARACTERS, TAIL_CHARACTERS, excerpt, question_about
+from appliance.router.profile.llm_prompt import HEAD_CHARACTERS, TAIL_CHARACTERS, make_question, take_excerpt
 from tests.router.scene import Scene, call_of, caller_of, engine_target, hosted_target, request_of
 from tests.router.stage import Stage, settled
 from tests.standin import StandIn
@@ -131,7 +131,7 @@ async def test_a_model_that_hangs_costs_its_time_once_and_the_rules_speak(
     assert "asked again in" in str(second)
     assert stage.engine.calls == 1
     await stage.engine.caller_left.wait()
-    made = profile(
+    made = profile_request(
         request_of("Translate to French: hi"), prompt_tokens=5, output_tokens=5, profiler="llm", llm_profile=first
     )
     assert made.task == "translation"
@@ -226,7 +226,9 @@ def test_a_hard_text_is_more_complex_than_an_easy_one_and_labels_never_are() -> 
     def complexity(task: Any, difficulty: float) -> float:
         llm_profile = LlmProfile("onsite/tiny", task, 0.9, difficulty)
         asked: Request = request_of("x")
-        return profile(asked, prompt_tokens=1, output_tokens=1, profiler="llm", llm_profile=llm_profile).complexity
+        return profile_request(
+            asked, prompt_tokens=1, output_tokens=1, profiler="llm", llm_profile=llm_profile
+        ).complexity
 
     assert complexity("chat", 0.0) < complexity("chat", 0.5) < complexity("chat", 1.0)
     assert complexity("code", 0.0) < 0.7 <= complexity("code", 0.5)
@@ -235,15 +237,15 @@ def test_a_hard_text_is_more_complex_than_an_easy_one_and_labels_never_are() -> 
 
 
 def test_a_model_sees_a_bounded_part_of_two_megabytes_and_both_ends_of_it() -> None:
-    seen = excerpt("Translate this. " + "word " * 400_000 + "Into Greek, please.")
+    seen = take_excerpt("Translate this. " + "word " * 400_000 + "Into Greek, please.")
     assert len(seen) < HEAD_CHARACTERS + TAIL_CHARACTERS + 10
     assert seen.startswith("Translate this.") and seen.endswith("Into Greek, please.")
-    items = question_about(seen).body["items"]
+    items = make_question(seen).body["items"]
     assert len(items) == 2
 
 
 async def test_the_real_question_names_every_task_that_a_text_can_be() -> None:
-    body = question_about("hello").body
+    body = make_question("hello").body
     sets = list(body["label_sets"].values())
     assert len(sets[0]) == 8 and "tool_use" not in sets[0]
     assert sets[1] == list(LEVELS)

@@ -7,8 +7,8 @@ import pytest
 from appliance.core import ANYWHERE, ONSITE, Profile, Request, Residency, Snapshot, Target
 from appliance.errors import ContextTooLong, Forbidden, ResidencyRefused, Unavailable, UnknownModel, Unsupported
 from appliance.router.capacity.predictor import NOT_PREDICTED, Prediction
-from appliance.router.routing.match import visible_targets
-from appliance.router.routing.rank import RankedTargets, TargetEstimate, rank
+from appliance.router.routing.match import list_visible_targets
+from appliance.router.routing.rank import RankedTargets, TargetEstimate, rank_targets
 from tests.router.scene import LOCAL_FIRST, caller_of, engine_target, hosted_target, policy_of, request_of
 
 LOCAL, HOSTED = engine_target(), hosted_target()
@@ -34,7 +34,7 @@ def ranked(
     expected |= {
         {"local": LOCAL.name, "hosted": HOSTED.name}.get(name, name): given for name, given in outlooks.items()
     }
-    return rank(request or request_of(), made, policy_of(policy), Snapshot(0.0, targets), expected)
+    return rank_targets(request or request_of(), made, policy_of(policy), Snapshot(0.0, targets), expected)
 
 
 def order(ranking: RankedTargets) -> list[str]:
@@ -200,8 +200,8 @@ def test_a_target_named_twice_stands_once() -> None:
 
 
 def test_a_bound_key_does_not_see_hosted_models() -> None:
-    assert visible_targets(caller_of(residency=ONSITE), (LOCAL, HOSTED)) == (LOCAL,)
-    assert visible_targets(caller_of(), (LOCAL, HOSTED)) == (LOCAL, HOSTED)
+    assert list_visible_targets(caller_of(residency=ONSITE), (LOCAL, HOSTED)) == (LOCAL,)
+    assert list_visible_targets(caller_of(), (LOCAL, HOSTED)) == (LOCAL, HOSTED)
 
 
 @pytest.mark.parametrize(

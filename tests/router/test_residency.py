@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from appliance.core import ANYWHERE, ONSITE, ParsedRequest, PersonalKind, PiiScanResult, Residency
 from appliance.errors import RequestError, ResidencyRefused
 from appliance.router.request_builder import make_request, new_decision_id
-from appliance.router.residency import KIND_NAMES, EgressPermitIssuer, bound_of
+from appliance.router.residency import KIND_NAMES, EgressPermitIssuer, resolve_residency
 from appliance.upstream.permit_signature import is_sealed
 from tests.router.scene import EU, caller_of, engine_target, hosted_target, request_of
 
@@ -37,7 +37,7 @@ def test_the_strictest_bound_wins_and_says_who_set_it(
     key: Residency, header: Residency | None, route: str | None, default: str, expected: str, words: list[str]
 ) -> None:
     request = request_of(caller=caller_of(residency=key), residency=header)
-    bound, reason = bound_of(request, route="r", route_residency=route, default=default)
+    bound, reason = resolve_residency(request, route="r", route_residency=route, default=default)
     assert str(bound) == expected
     assert all(word in reason for word in words), reason
 
@@ -87,7 +87,7 @@ def test_personal_data_binds_and_so_does_what_was_not_searched(
     words: str,
 ) -> None:
     request = request_of(caller=caller_of(residency=key), residency=header, content=content)
-    bound, reason = bound_of(request, route="r", route_residency=None, default="any", content=setting)
+    bound, reason = resolve_residency(request, route="r", route_residency=None, default="any", content=setting)
     assert str(bound) == expected
     assert words in reason
 

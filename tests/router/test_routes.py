@@ -10,8 +10,8 @@ from appliance.config import RouteRule
 from appliance.core import ONSITE, Profile, Request, Snapshot, Target
 from appliance.errors import BudgetExceeded, Forbidden, Unavailable
 from appliance.router.capacity.predictor import NOT_PREDICTED, Prediction
-from appliance.router.routing.match import matches, route_of
-from appliance.router.routing.rank import RankedTargets, TargetEstimate, rank
+from appliance.router.routing.match import match_route, matches
+from appliance.router.routing.rank import RankedTargets, TargetEstimate, rank_targets
 from appliance.router.stats.windows import SlidingWindows, Window
 from tests.router.scene import caller_of, engine_target, hosted_target, policy_of, request_of
 
@@ -40,7 +40,7 @@ def outlooks(**given: TargetEstimate) -> Mapping[str, TargetEstimate]:
 def ranked(route: str, request: Request | None = None, rest: str = REST, **given: TargetEstimate) -> RankedTargets:
     text = f'[[routes]]\nname = "r"\nmatch = {{ tag = ["r"] }}\n{route}\n{rest}'
     request = request or request_of(tag="r")
-    return rank(request, PROFILE, policy_of(text), Snapshot(0.0, TARGETS), outlooks(**given))
+    return rank_targets(request, PROFILE, policy_of(text), Snapshot(0.0, TARGETS), outlooks(**given))
 
 
 def order(ranking: RankedTargets) -> list[str]:
@@ -88,15 +88,15 @@ def test_tiers_may_take_different_routes() -> None:
         '[[routes]]\nname = "paid"\nmatch = { tier = ["paid"] }\ntargets = ["best/maxi"]\n'
         + REST.replace("rest", "free")
     )
-    paid = route_of(request_of(caller=caller_of(tier="paid")), PROFILE, policy)
-    assert (paid.name, route_of(request_of(), PROFILE, policy).name) == ("paid", "free")
+    paid = match_route(request_of(caller=caller_of(tier="paid")), PROFILE, policy)
+    assert (paid.name, match_route(request_of(), PROFILE, policy).name) == ("paid", "free")
 
 
 def test_a_risk_class_that_a_route_does_not_allow_is_refused_and_told_what_would_be() -> None:
     policy = policy_of('[[routes]]\nname = "r"\ntargets = ["onsite"]\nallowed_risk = ["normal"]\n')
-    assert route_of(request_of(), PROFILE, policy).name == "r"
+    assert match_route(request_of(), PROFILE, policy).name == "r"
     with pytest.raises(Forbidden, match="risk class 'high', and route 'r' is for normal alone"):
-        route_of(request_of(), replace(PROFILE, risk="high"), policy)
+        match_route(request_of(), replace(PROFILE, risk="high"), policy)
 
 
 # --- order by score
@@ -204,7 +204,7 @@ def test_a_quota_is_a_share_of_all_requests_and_passes_the_others_on() -> None:
     windows, taken = SlidingWindows(), []
     for number in range(40):
         over = windows.over_quota(policy.routes, float(number))
-        rule = route_of(request_of(), PROFILE, policy, over)
+        rule = match_route(request_of(), PROFILE, policy, over)
         windows.record_request(rule.name, float(number))
         taken.append(rule.name)
     assert taken.count("some") == 10 and taken[3] == "some"
@@ -214,7 +214,7 @@ def test_a_quota_is_a_share_of_all_requests_and_passes_the_others_on() -> None:
 def test_beyond_its_quota_a_route_may_refuse() -> None:
     policy = policy_of('[[routes]]\nname = "r"\ntargets = ["hosted"]\nquota = 0.5\nbeyond_quota = "refuse"\n')
     with pytest.raises(BudgetExceeded, match="at most 50% of all requests") as caught:
-        route_of(request_of(), PROFILE, policy, {"r"})
+        match_route(request_of(), PROFILE, policy, {"r"})
     assert caught.value.retry_after_seconds
 
 
@@ -241,5 +241,5 @@ def test_the_cost_of_a_success_counts_failures_and_waits_for_enough_of_them() ->
 def test_a_target_without_a_merit_keeps_the_routes_order() -> None:
     alone: tuple[Target, ...] = (LOCAL,)
     policy = policy_of('[[routes]]\nname = "r"\ntargets = ["onsite"]\nscore = { cost = 1 }\n')
-    ranking = rank(request_of(), PROFILE, policy, Snapshot(0.0, alone), outlooks())
+    ranking = rank_targets(request_of(), PROFILE, policy, Snapshot(0.0, alone), outlooks())
     assert ranking.route.attempts[0].reason == "first choice of route r"

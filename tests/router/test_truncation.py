@@ -18,10 +18,10 @@ def message(role: str, words: int = 40, **fields: Any) -> dict[str, Any]:
     return {"role": role, "content": "word " * words, **fields}
 
 
-def sent(body: dict[str, Any], shape: PromptTrim, reader: Any = chat) -> tuple[dict[str, Any], Any]:
+def sent(body: dict[str, Any], shape: PromptTrim, reader: Any = chat.read_chat_request) -> tuple[dict[str, Any], Any]:
     """The body that a target would get, and the shaped call."""
     before = copy.deepcopy(body)
-    _, (call,) = reader.read(body)
+    _, (call,) = reader(body)
     made = trim_call(call, body, shape)
     out = dict(made.outgoing(TARGET)[0].body)
     assert body == before, "the caller's body is not changed"
@@ -30,7 +30,7 @@ def sent(body: dict[str, Any], shape: PromptTrim, reader: Any = chat) -> tuple[d
 
 def test_nothing_is_touched_where_nothing_is_cut() -> None:
     body = {"messages": [message("user")], "max_tokens": 10}
-    _, (call,) = chat.read(body)
+    _, (call,) = chat.read_chat_request(body)
     assert trim_call(call, body, NO_TRIM) is call
     assert sent(body, PromptTrim(max_output_tokens=50, keep_tokens=10_000))[0] == body
 
@@ -86,10 +86,13 @@ def test_reduced_scope_is_the_system_message_and_the_last_user_message() -> None
 
 def test_completions_get_the_limit_and_extractions_keep_their_own_messages() -> None:
     assert (
-        sent({"prompt": "Once", "max_tokens": 90}, PromptTrim(max_output_tokens=5), completions)[0]["max_tokens"] == 5
+        sent(
+            {"prompt": "Once", "max_tokens": 90}, PromptTrim(max_output_tokens=5), completions.read_completion_request
+        )[0]["max_tokens"]
+        == 5
     )
     body = {"text": "Ann, 12 EUR", "schema": {"type": "object", "properties": {"name": {"type": "string"}}}}
-    out, _ = sent(body, PromptTrim(max_output_tokens=20, keep_tokens=1), extraction)
+    out, _ = sent(body, PromptTrim(max_output_tokens=20, keep_tokens=1), extraction.read_extract_request)
     assert out["max_tokens"] == 20 and len(out["messages"]) == 2
 
 

@@ -9,7 +9,7 @@ import pytest
 from appliance.config import EscalationRule
 from appliance.router.attempts.escalation import find_doubt
 from appliance.tasks.extract import extraction
-from appliance.tasks.extract.evidence import evidence
+from appliance.tasks.extract.evidence import find_evidence
 from tests.tasks.rows import LOCAL, chat_payload, refusal, reply
 
 RECEIPT = "OLIVE9  PHARMACY\nSDN BHD\nDATE: 31/03/2017\nTOTAL RM 1,012.15\n2 items, settled"
@@ -25,7 +25,7 @@ SCHEMA: dict[str, Any] = {
 
 
 def place_of(value: Any, text: str) -> Any:
-    return evidence({"v": value}, {}, lambda pointer: (0, text)).places["/v"]
+    return find_evidence({"v": value}, {}, lambda pointer: (0, text)).places["/v"]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_small_numbers_in_words_are_found() -> None:
 
 
 def answered(body: dict[str, Any], found: dict[str, Any], logprobs: Any = None) -> Any:
-    _, (call,) = extraction.read({"text": RECEIPT, "schema": SCHEMA, **body})
+    _, (call,) = extraction.read_extract_request({"text": RECEIPT, "schema": SCHEMA, **body})
     content = orjson.dumps(found).decode()
     told = {} if logprobs is None else {"logprobs": logprobs(content)}
     return call.read(LOCAL, [reply(chat_payload(content, **told))]), call
@@ -75,12 +75,12 @@ def answered(body: dict[str, Any], found: dict[str, Any], logprobs: Any = None) 
 def test_without_being_asked_nothing_more_is_told() -> None:
     plain = {**SCHEMA, "properties": {"company": {"type": "string"}}}
     result, call = answered({"schema": plain}, {"company": "ACME"})
-    assert set(extraction.payload([result], [call])) == {"model", "object", "confidence", "usage"}
+    assert set(extraction.make_extract_payload([result], [call])) == {"model", "object", "confidence", "usage"}
 
 
 def test_normalised_values_stand_in_the_object_and_what_was_written_beside_it() -> None:
     found = {"company": "OLIVE9", "date": "31/03/2017", "total": "1,012.15"}
-    told = extraction.payload(*[[one] for one in answered({"normalise": True, "evidence": True}, found)])
+    told = extraction.make_extract_payload(*[[one] for one in answered({"normalise": True, "evidence": True}, found)])
     assert told["object"] == {"company": "OLIVE9", "date": "2017-03-31", "total": 1012.15}
     assert told["normalised"]["/date"] == {"kind": "date", "raw": "31/03/2017", "value": "2017-03-31"}
     assert told["normalised"]["/total"]["currency"] == "MYR"
@@ -89,9 +89,11 @@ def test_normalised_values_stand_in_the_object_and_what_was_written_beside_it() 
 
 
 def test_what_cannot_be_told_is_null_with_its_reason() -> None:
-    told = extraction.payload(*[[one] for one in answered({"normalise": True}, {"date": "03/04/2017"})])
+    told = extraction.make_extract_payload(*[[one] for one in answered({"normalise": True}, {"date": "03/04/2017"})])
     assert told["object"]["date"] is None and "or 2017-04-03" in told["normalised"]["/date"]["reason"]
-    told = extraction.payload(*[[one] for one in answered({"normalise": {"locale": "en-GB"}}, {"date": "03/04/2017"})])
+    told = extraction.make_extract_payload(
+        *[[one] for one in answered({"normalise": {"locale": "en-GB"}}, {"date": "03/04/2017"})]
+    )
     assert told["object"]["date"] == "2017-04-03"
 
 
@@ -100,7 +102,7 @@ def test_an_invented_value_is_marked_and_makes_the_answer_unsure() -> None:
         return {"content": [{"token": content, "logprob": math.log(0.9), "bytes": list(content.encode())}]}
 
     result, call = answered({"evidence": True}, {"company": "ACME", "status": "paid"}, sure)
-    told = extraction.payload([result], [call])
+    told = extraction.make_extract_payload([result], [call])
     assert told["evidence"] == {"/company": None, "/status": None} and told["not_in_text"] == ["/company"]
     assert told["confidence"] == {"/company": 0.0, "/status": pytest.approx(0.9)}
     rule = EscalationRule(below_confidence=0.5, max_rate=1.0, to=("hosted",))
@@ -114,20 +116,20 @@ def test_places_in_a_long_text_are_those_of_the_whole() -> None:
     text = f"{filler}Invoice A-17 of Zoë Ltd.\n\n{filler}Paid by Müller.\n\n{filler}"
     schema = {"type": "object", "properties": {"names": {"type": "array", "items": {"type": "string"}}}}
     body = {"text": text, "schema": schema, "chunk_tokens": 400, "evidence": True}
-    _, calls = extraction.read(body)
+    _, calls = extraction.read_extract_request(body)
     assert len(calls) > 3
     results = []
     for call in calls:
         names = [name for name in ("Zoë Ltd", "müller") if name.casefold() in call.text.casefold()]
         results.append(call.read(LOCAL, [reply(chat_payload(orjson.dumps({"names": names}).decode()))]))
-    told = extraction.payload(results, calls)
+    told = extraction.make_extract_payload(results, calls)
     assert told["object"] == {"names": ["Zoë Ltd", "müller"]}
     words = [text[place["start"] : place["end"]] for place in told["evidence"].values()]
     assert words == ["Zoë Ltd", "Müller"]
 
 
 def test_examples_are_answered_turns_before_the_text() -> None:
-    _, (call,) = extraction.read(
+    _, (call,) = extraction.read_extract_request(
         {"text": "x", "schema": SCHEMA, "examples": [{"text": "ACME 5", "object": {"company": "ACME"}}]}
     )
     system, asked, answer, last = call.outgoing(LOCAL)[0].body["messages"]
@@ -149,4 +151,4 @@ def test_examples_are_answered_turns_before_the_text() -> None:
     ],
 )
 def test_wrong_wishes_are_refused_by_name(change: dict[str, Any], param: str) -> None:
-    assert refusal(extraction.read, {"text": "x", "schema": SCHEMA, **change}).param == param
+    assert refusal(extraction.read_extract_request, {"text": "x", "schema": SCHEMA, **change}).param == param

@@ -10,7 +10,7 @@ import pytest
 from appliance.core import Usage
 from appliance.errors import BackendOverloaded, RequestError
 from appliance.tasks.decisions import calibration
-from appliance.tasks.decisions.decision_options import DecisionMethod, question_key
+from appliance.tasks.decisions.decision_options import DecisionMethod, hash_question
 from tests.tasks.rows import LOCAL, refusal, reply
 
 TOPIC: dict[str, Any] = {
@@ -43,14 +43,14 @@ def answered(call: Any, rng: random.Random) -> Any:
 
 
 def test_examples_become_calls_and_calls_become_a_fit() -> None:
-    asked, calls = calibration.read(body(bias=True))
+    asked, calls = calibration.read_calibration_request(body(bias=True))
     assert asked.needs == {"labels"} and len(calls) == 3
     rng = random.Random(4)
-    learnt = calibration.learn(body(bias=True), calls, [answered(call, rng) for call in calls])
+    learnt = calibration.fit_task(body(bias=True), calls, [answered(call, rng) for call in calls])
     fit = learnt.fit
     assert (fit.task, fit.target, fit.variant, fit.method) == ("mail", LOCAL.name, None, DecisionMethod())
     (row,) = learnt.report["questions"]
-    assert row["temperature"] == fit.fits[question_key(calls[0].questions[0])].temperature > 1
+    assert row["temperature"] == fit.fits[hash_question(calls[0].questions[0])].temperature > 1
     assert row["examples"] == 70 and [one["value"] for one in row["bias"]] == ["billing", True]
     assert row["after"]["ece"] < row["before"]["ece"] and row["after"]["brier"] < row["before"]["brier"]
     assert learnt.report["usage"]["input_tokens"] == 150
@@ -58,29 +58,29 @@ def test_examples_become_calls_and_calls_become_a_fit() -> None:
 
 def test_a_method_is_part_of_what_is_learnt() -> None:
     given = body(debias=True, calibrate="content_free")
-    _, calls = calibration.read(given)
-    learnt = calibration.learn(given, calls, [answered(call, random.Random(1)) for call in calls])
+    _, calls = calibration.read_calibration_request(given)
+    learnt = calibration.fit_task(given, calls, [answered(call, random.Random(1)) for call in calls])
     assert learnt.fit.method == DecisionMethod(debias=True, content_free=True)
 
 
 def test_a_call_that_failed_costs_its_examples_and_too_few_are_refused() -> None:
-    _, calls = calibration.read(body())
+    _, calls = calibration.read_calibration_request(body())
     rng = random.Random(4)
     first = answered(calls[0], rng)
     rest = [BackendOverloaded("full")] * (len(calls) - 1)
-    learnt = calibration.learn(body(), calls, [first, *rest])
+    learnt = calibration.fit_task(body(), calls, [first, *rest])
     assert learnt.report["questions"][0]["examples"] == len(calls[0].inputs)
     small = body(34)
-    _, calls = calibration.read(small)
+    _, calls = calibration.read_calibration_request(small)
     with pytest.raises(RequestError, match="2 examples are too few"):
-        calibration.learn(small, calls, [BackendOverloaded("full"), answered(calls[1], rng)])
+        calibration.fit_task(small, calls, [BackendOverloaded("full"), answered(calls[1], rng)])
 
 
 def test_several_questions_take_labels_by_name() -> None:
     examples = [{"input": "x", "labels": {"topic": True, "mood": "furious"}}] * 20
     given = {"task": "mail", "questions": [TOPIC, MOOD], "examples": examples}
-    _, calls = calibration.read(given)
-    assert calibration.truths(given, calls[0].questions)[0] == [1, 1]
+    _, calls = calibration.read_calibration_request(given)
+    assert calibration.read_labels(given, calls[0].questions)[0] == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -105,10 +105,10 @@ def test_several_questions_take_labels_by_name() -> None:
     ],
 )
 def test_wrong_fields_are_refused_by_name(change: dict[str, Any], param: str, words: str) -> None:
-    error = refusal(calibration.read, {**body(20), **change})
+    error = refusal(calibration.read_calibration_request, {**body(20), **change})
     assert error.param == param
     assert words in error.message
 
 
 def test_a_body_for_another_endpoint_is_told_so() -> None:
-    assert "/v1/decisions" in refusal(calibration.read, {"input": "x", "task": "t"}).message
+    assert "/v1/decisions" in refusal(calibration.read_calibration_request, {"input": "x", "task": "t"}).message

@@ -4,8 +4,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from appliance.tasks.decisions.calibration_fit import fit_question, probabilities, quality
-from appliance.tasks.decisions.confidence import calibrated
+from appliance.tasks.decisions.calibration_fit import compute_probabilities, fit_question, measure_quality
+from appliance.tasks.decisions.confidence import calibrate_scores
 from appliance.tasks.decisions.decision_options import CalibrationParameters
 
 
@@ -46,13 +46,13 @@ def test_noise_is_not_learnt() -> None:
 def test_the_fitted_are_the_probabilities_that_answers_get() -> None:
     odds, _ = drawn(5)
     fit = CalibrationParameters(3.0, (0.5, 0.0, -0.5, 0.1))
-    for row, shares in zip(odds.tolist(), probabilities(odds, fit), strict=True):
-        assert calibrated(row, fit.temperature, fit.bias) == pytest.approx(shares)
+    for row, shares in zip(odds.tolist(), compute_probabilities(odds, fit), strict=True):
+        assert calibrate_scores(row, fit.temperature, fit.bias) == pytest.approx(shares)
 
 
 def test_quality_is_what_its_names_say() -> None:
     shares = np.array([[0.9, 0.1], [0.6, 0.4]])
-    told = quality(shares, np.array([0, 1]))
+    told = measure_quality(shares, np.array([0, 1]))
     assert told.accuracy == 0.5
     assert told.ece == pytest.approx((0.1 + 0.6) / 2)
     assert told.brier == pytest.approx((2 * 0.01 + 2 * 0.36) / 2)

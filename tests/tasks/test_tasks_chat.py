@@ -23,7 +23,7 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
 
 def test_a_chat_body_travels_on_verbatim_with_the_fields_nobody_knows() -> None:
     body = {"messages": HELLO, "reasoning_effort": "low", "x_new": {"a": [1]}, "stream": True}
-    asked, (call,) = chat.read(body)
+    asked, (call,) = chat.read_chat_request(body)
     (outgoing,) = call.outgoing(LOCAL)
     assert outgoing.path == "/chat/completions"
     assert outgoing.body is body
@@ -37,7 +37,7 @@ def test_all_text_is_seen_in_order_with_tool_calls_arguments() -> None:
         {"role": "assistant", "tool_calls": [{"function": {"name": "four", "arguments": '{"five": 5}'}}]},
         {"role": "tool", "content": "six"},
     ]
-    asked, _ = chat.read({"messages": messages})
+    asked, _ = chat.read_chat_request({"messages": messages})
     assert asked.text == 'one\ntwo\nthree\nfour\n{"five": 5}\nsix'
 
 
@@ -59,7 +59,7 @@ def test_all_text_is_seen_in_order_with_tool_calls_arguments() -> None:
     ],
 )
 def test_what_a_body_needs_of_a_target_is_read_from_it(extra: dict[str, Any], needs: set[str]) -> None:
-    asked, _ = chat.read({"messages": HELLO, **extra})
+    asked, _ = chat.read_chat_request({"messages": HELLO, **extra})
     assert asked.needs == needs
 
 
@@ -116,20 +116,20 @@ def test_what_a_body_needs_of_a_target_is_read_from_it(extra: dict[str, Any], ne
     ],
 )
 def test_a_wrong_chat_field_is_refused_by_name_with_its_value(change: dict[str, Any], param: str, words: str) -> None:
-    error = refusal(chat.read, {"messages": HELLO, **change})
+    error = refusal(chat.read_chat_request, {"messages": HELLO, **change})
     assert error.param == param
     assert words in error.message
     assert param in error.message
 
 
 def test_a_long_prompt_is_not_repeated_in_the_error_about_it() -> None:
-    error = refusal(chat.read, {"messages": "secret " * 1000})
+    error = refusal(chat.read_chat_request, {"messages": "secret " * 1000})
     assert len(error.message) < 200
 
 
 def test_streams_that_must_be_verified_are_asked_for_whole() -> None:
     body = {"messages": HELLO, "stream": True, "stream_options": {"include_usage": True}, "response_format": FORMAT}
-    asked, (call,) = chat.read(body)
+    asked, (call,) = chat.read_chat_request(body)
     assert asked.stream and not call.stream
     (outgoing,) = call.outgoing(LOCAL)
     assert "stream" not in outgoing.body and "stream_options" not in outgoing.body
@@ -138,14 +138,14 @@ def test_streams_that_must_be_verified_are_asked_for_whole() -> None:
 
 def test_tool_calls_are_streamed_where_the_engine_holds_them_to_their_schemas_and_whole_elsewhere() -> None:
     tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
-    _, (call,) = chat.read({"messages": HELLO, "stream": True, "tools": tools})
+    _, (call,) = chat.read_chat_request({"messages": HELLO, "stream": True, "tools": tools})
     assert call.streams(LOCAL) and call.outgoing(LOCAL)[0].body["stream"] is True
     for other in (hosted("chat", "tools"), replace(LOCAL, abilities=LOCAL.abilities - {"labels"})):
         assert not call.streams(other) and "stream" not in call.outgoing(other)[0].body
 
 
 def test_a_valid_json_reply_is_handed_on_untouched() -> None:
-    _, (call,) = chat.read({"messages": HELLO, "response_format": FORMAT})
+    _, (call,) = chat.read_chat_request({"messages": HELLO, "response_format": FORMAT})
     payload = chat_payload('{"age": 5}', x_vendor={"a": 1})
     assert call.read(LOCAL, [reply(payload)]) is payload
 
@@ -161,20 +161,20 @@ def test_a_valid_json_reply_is_handed_on_untouched() -> None:
     ],
 )
 def test_a_reply_that_is_not_the_json_asked_for_is_rejected(payload: dict[str, Any], words: str) -> None:
-    _, (call,) = chat.read({"messages": HELLO, "response_format": FORMAT})
+    _, (call,) = chat.read_chat_request({"messages": HELLO, "response_format": FORMAT})
     with pytest.raises(RejectedReply, match=words.replace("$", r"\$")):
         call.read(LOCAL, [reply(payload)])
 
 
 def test_any_json_object_will_do_for_json_object_and_nothing_else() -> None:
-    _, (call,) = chat.read({"messages": HELLO, "response_format": {"type": "json_object"}})
+    _, (call,) = chat.read_chat_request({"messages": HELLO, "response_format": {"type": "json_object"}})
     call.read(LOCAL, [reply(chat_payload('{"anything": []}'))])
     with pytest.raises(RejectedReply):
         call.read(LOCAL, [reply(chat_payload("[1]"))])
 
 
 def test_a_refusal_is_an_answer_and_not_a_broken_json() -> None:
-    _, (call,) = chat.read({"messages": HELLO, "response_format": FORMAT})
+    _, (call,) = chat.read_chat_request({"messages": HELLO, "response_format": FORMAT})
     payload = chat_payload(None, message={"refusal": "I will not."})
     assert call.read(LOCAL, [reply(payload)]) is payload
 
@@ -191,7 +191,7 @@ def test_a_refusal_is_an_answer_and_not_a_broken_json() -> None:
     ],
 )
 def test_tool_calls_must_name_an_offered_tool_with_json_arguments(function: dict[str, Any], accepted: bool) -> None:
-    _, (call,) = chat.read({"messages": HELLO, "tools": [TOOL]})
+    _, (call,) = chat.read_chat_request({"messages": HELLO, "tools": [TOOL]})
     calls = [{"id": "t", "type": "function", "function": function}]
     payload = chat_payload(None, message={"tool_calls": calls})
     if accepted:
@@ -202,7 +202,7 @@ def test_tool_calls_must_name_an_offered_tool_with_json_arguments(function: dict
 
 
 def test_only_the_last_call_of_a_reply_that_was_cut_off_may_be_unfinished() -> None:
-    _, (call,) = chat.read({"messages": HELLO, "tools": [TOOL]})
+    _, (call,) = chat.read_chat_request({"messages": HELLO, "tools": [TOOL]})
     whole = {"id": "t", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
     half = {"id": "u", "type": "function", "function": {"name": "weather", "arguments": '{"ci'}}
     cut = chat_payload(None, message={"tool_calls": [whole, half]}, finish_reason="length")
@@ -215,7 +215,7 @@ def test_only_the_last_call_of_a_reply_that_was_cut_off_may_be_unfinished() -> N
 
 @pytest.mark.parametrize("payload", [None, [], {}, {"choices": []}, {"choices": [5]}, {"choices": [{"message": "x"}]}])
 def test_a_reply_without_choices_is_garbage(payload: Any) -> None:
-    _, (call,) = chat.read({"messages": HELLO})
+    _, (call,) = chat.read_chat_request({"messages": HELLO})
     with pytest.raises(BackendGarbage):
         call.read(LOCAL, [reply(payload)])
 
@@ -238,7 +238,7 @@ def test_tool_calls_in_a_stream_are_numbered() -> None:
 
 def test_a_completions_body_travels_on_verbatim() -> None:
     body = {"prompt": ["one", "two"], "max_tokens": 5, "n": 2, "x_new": 1}
-    asked, (call,) = completions.read(body)
+    asked, (call,) = completions.read_completion_request(body)
     assert asked.text == "one\ntwo"
     assert call.output_tokens == 20
     assert call.outgoing(LOCAL)[0].body is body
@@ -261,6 +261,6 @@ def test_a_completions_body_travels_on_verbatim() -> None:
     ],
 )
 def test_a_wrong_completions_field_is_refused_by_name(body: dict[str, Any], param: str, words: str) -> None:
-    error = refusal(completions.read, body)
+    error = refusal(completions.read_completion_request, body)
     assert error.param == param
     assert words in error.message

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from appliance.errors import Unsupported
-from appliance.tasks.chat import read
+from appliance.tasks.chat import read_chat_request
 from tests.tasks.rows import LOCAL, hosted, refusal
 
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -31,7 +31,7 @@ HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
     ],
 )
 def test_what_is_not_here_at_all_is_refused_by_its_name(change: dict[str, Any], param: str) -> None:
-    assert refusal(read, {**HELLO, **change}).param == param
+    assert refusal(read_chat_request, {**HELLO, **change}).param == param
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_what_is_not_here_at_all_is_refused_by_its_name(change: dict[str, Any], 
     ],
 )
 def test_what_only_some_providers_do_is_refused_for_an_engine_of_this_node(change: dict[str, Any]) -> None:
-    _, (call,) = read({**HELLO, **change})
+    _, (call,) = read_chat_request({**HELLO, **change})
     with pytest.raises(Unsupported) as refused:
         call.outgoing(LOCAL)
     assert refused.value.param == next(iter(change))
@@ -68,11 +68,14 @@ def test_what_only_some_providers_do_is_refused_for_an_engine_of_this_node(chang
     ],
 )
 def test_what_changes_nothing_or_works_travels_on(change: dict[str, Any]) -> None:
-    _, (call,) = read({**HELLO, **change})
+    _, (call,) = read_chat_request({**HELLO, **change})
     (sent,) = call.outgoing(LOCAL)
     assert sent.body == {**HELLO, **change}
 
 
 def test_what_a_model_thought_is_part_of_what_it_reads() -> None:
     messages = [*HELLO["messages"], {"role": "assistant", "content": "Hi", "reasoning_content": "A greeting."}]
-    assert read({"messages": [*messages, {"role": "user", "content": "?"}]})[0].text == "Hello\nHi\nA greeting.\n?"
+    assert (
+        read_chat_request({"messages": [*messages, {"role": "user", "content": "?"}]})[0].text
+        == "Hello\nHi\nA greeting.\n?"
+    )

@@ -32,7 +32,7 @@ def choice(*values: str, **more: Any) -> dict[str, Any]:
 
 
 def answered(body: dict[str, Any], given: UpstreamReply) -> Any:
-    _, (call,) = openai_shape.read({"model": "classifier/mail", "input": "hello", **body})
+    _, (call,) = openai_shape.read_decision_request({"model": "classifier/mail", "input": "hello", **body})
     (outgoing,) = call.outgoing(MAIL)
     assert (outgoing.path, outgoing.body) == ("/classify", {"texts": ["hello"]})
     return call.read(MAIL, [given])
@@ -75,42 +75,49 @@ def test_a_text_like_nothing_known_is_unsure() -> None:
     ],
 )
 def test_other_questions_are_for_other_models(questions: list[Any]) -> None:
-    _, (call,) = openai_shape.read({"model": "classifier/mail", "input": "x", "questions": questions})
+    _, (call,) = openai_shape.read_decision_request({"model": "classifier/mail", "input": "x", "questions": questions})
     with pytest.raises(Unsupported, match="one question, a choice among its labels"):
         call.outgoing(MAIL)
 
 
 def test_other_models_still_need_their_questions() -> None:
     with pytest.raises(RequestError, match="questions is missing"):
-        openai_shape.read({"model": "auto", "input": "x"})
+        openai_shape.read_decision_request({"model": "auto", "input": "x"})
 
 
 def test_a_batch_goes_in_large_pieces_and_comes_back_in_order() -> None:
-    _, calls = openai_shape.read_batch({"model": "classifier/mail", "inputs": [f"text {n}" for n in range(2_500)]})
+    _, calls = openai_shape.read_decision_batch(
+        {"model": "classifier/mail", "inputs": [f"text {n}" for n in range(2_500)]}
+    )
     assert [len(call.inputs) for call in calls] == [1_024, 1_024, 452]
-    _, calls = openai_shape.read_batch({"model": "classifier/mail", "inputs": ["x", "y"]})
-    judged = calls[0].read(MAIL, [reply(SHARES)])
-    told = openai_shape.batch_payload([judged], calls)
+    _, calls = openai_shape.read_decision_batch({"model": "classifier/mail", "inputs": ["x", "y"]})
+    question_result = calls[0].read(MAIL, [reply(SHARES)])
+    told = openai_shape.make_batch_payload([question_result], calls)
     assert [row["answers"][0]["choice"] for row in told["results"]] == ["a", "c"]
 
 
 def test_many_labels_are_written_as_few_are() -> None:
     labels = [f'label {n} is 100% "quoted" or not, é' for n in range(40)]
     shares = [[(n + place) / 1_000 for n in range(40)] for place in range(3)]
-    _, calls = openai_shape.read_batch({"model": "classifier/mail", "inputs": ["x", "y", "z"]})
-    judged = calls[0].read(MAIL, [reply(shares, labels)])
-    told = orjson.loads(orjson.dumps(openai_shape.batch_payload([judged], calls)))
-    one_by_one = [openai_shape.openai_payload(replace(judged, rows=(row,)), calls[0].questions) for row in judged.rows]
+    _, calls = openai_shape.read_decision_batch({"model": "classifier/mail", "inputs": ["x", "y", "z"]})
+    question_result = calls[0].read(MAIL, [reply(shares, labels)])
+    told = orjson.loads(orjson.dumps(openai_shape.make_batch_payload([question_result], calls)))
+    one_by_one = [
+        openai_shape.make_openai_payload(replace(question_result, rows=(row,)), calls[0].questions)
+        for row in question_result.rows
+    ]
     assert [row["answers"] for row in told["results"]] == [payload["answers"] for payload in one_by_one]
     assert [row["answers"][0]["choice"] for row in told["results"]] == [labels[-1]] * 3
 
 
 def test_systemone_asks_a_classifier_too() -> None:
-    _, (call,) = systemone.read({"model": "classifier/mail", "state": "hello"})
+    _, (call,) = systemone.read_systemone_request({"model": "classifier/mail", "state": "hello"})
     told = call.read(MAIL, [reply()])
     assert told["answers"]["label"]["probabilities"] == {"a": 0.7, "b": 0.2, "c": 0.1}
     questions = {"kind": {"type": "choice", "instructions": "Which?", "criteria": {"a": None, "c": None}}}
-    _, (call,) = systemone.read({"model": "classifier/mail", "state": "hello", "questions": questions})
+    _, (call,) = systemone.read_systemone_request(
+        {"model": "classifier/mail", "state": "hello", "questions": questions}
+    )
     assert call.read(MAIL, [reply()])["answers"]["kind"]["probabilities"] == pytest.approx({"a": 0.875, "c": 0.125})
 
 
@@ -124,6 +131,6 @@ def test_systemone_asks_a_classifier_too() -> None:
     ],
 )
 def test_a_broken_reply_is_garbage(payload: Any) -> None:
-    _, (call,) = openai_shape.read({"model": "classifier/mail", "input": "x"})
+    _, (call,) = openai_shape.read_decision_request({"model": "classifier/mail", "input": "x"})
     with pytest.raises(BackendGarbage):
         call.read(MAIL, [UpstreamReply(payload, Usage(), 0.1, 0.1)])

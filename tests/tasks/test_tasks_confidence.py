@@ -6,8 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.tasks.decisions.confidence import calibrated, expected_level, field_confidence, most_likely
-from appliance.tasks.extract.value_spans import value_spans
+from appliance.tasks.decisions.confidence import (
+    calibrate_scores,
+    compute_expected_level,
+    find_most_likely,
+    measure_field_confidence,
+)
+from appliance.tasks.extract.value_spans import find_value_spans
 
 LOGPROBS = st.lists(st.floats(-50, 0), min_size=2, max_size=255)
 JSON = st.recursive(
@@ -23,24 +28,24 @@ JSON = st.recursive(
 
 @given(LOGPROBS)
 def test_probabilities_sum_to_one_and_keep_the_order(logprobs: list[float]) -> None:
-    shares = calibrated(logprobs)
+    shares = calibrate_scores(logprobs)
     assert math.isclose(sum(shares), 1.0)
-    assert logprobs[most_likely(shares)] == pytest.approx(max(logprobs))
+    assert logprobs[find_most_likely(shares)] == pytest.approx(max(logprobs))
 
 
 def test_a_temperature_flattens_and_sharpens() -> None:
-    plain = calibrated([-1.0, -2.0])
-    assert calibrated([-1.0, -2.0], 2.0)[0] < plain[0] < calibrated([-1.0, -2.0], 0.5)[0]
+    plain = calibrate_scores([-1.0, -2.0])
+    assert calibrate_scores([-1.0, -2.0], 2.0)[0] < plain[0] < calibrate_scores([-1.0, -2.0], 0.5)[0]
 
 
 def test_an_excluded_label_has_no_probability_and_not_all_may_be_excluded() -> None:
-    assert calibrated([-math.inf, -1.0]) == (0.0, 1.0)
+    assert calibrate_scores([-math.inf, -1.0]) == (0.0, 1.0)
     with pytest.raises(ValueError, match="finite"):
-        calibrated([-math.inf, -math.inf])
+        calibrate_scores([-math.inf, -math.inf])
 
 
 def test_a_score_lies_between_its_levels() -> None:
-    assert expected_level((0.25, 0.25, 0.5)) == pytest.approx(1.25)
+    assert compute_expected_level((0.25, 0.25, 0.5)) == pytest.approx(1.25)
 
 
 @given(JSON)
@@ -48,7 +53,7 @@ def test_every_leaf_of_any_json_is_found_where_it_stands(value: object) -> None:
     import json
 
     for text in (json.dumps(value), json.dumps(value, indent=1, ensure_ascii=False)):
-        for pointer, (start, end) in value_spans(text).items():
+        for pointer, (start, end) in find_value_spans(text).items():
             found = value
             for key in pointer.split("/")[1:]:
                 key = key.replace("~1", "/").replace("~0", "~")
@@ -73,7 +78,7 @@ def test_a_fields_confidence_is_the_product_over_its_tokens_alone() -> None:
     ]
     tokens += [("4", 0.7), ("2", 0.6), ("}", 0.1)]
     content = "".join(token for token, _ in tokens)
-    confidence = field_confidence(content, {"content": [row(*token) for token in tokens]})
+    confidence = measure_field_confidence(content, {"content": [row(*token) for token in tokens]})
     assert confidence is not None
     assert confidence["/name"] == pytest.approx(0.9 * 0.5 * 0.8 * 1.0)
     assert confidence["/age"] == pytest.approx(0.7 * 0.6)
@@ -84,7 +89,7 @@ def test_a_character_cut_between_tokens_is_put_together_by_its_bytes() -> None:
         {"token": '{"a":"\ufffd', "logprob": -1.0, "bytes": [*b'{"a":"', 0xC3]},
         {"token": '\ufffd"}', "logprob": -2.0, "bytes": [0x84, *b'"}']},
     ]
-    confidence = field_confidence('{"a":"Ä"}', {"content": rows})
+    confidence = measure_field_confidence('{"a":"Ä"}', {"content": rows})
     assert confidence is not None and confidence["/a"] == pytest.approx(math.exp(-3.0))
 
 
@@ -93,8 +98,8 @@ def test_a_character_cut_between_tokens_is_put_together_by_its_bytes() -> None:
     [None, {}, {"content": None}, {"content": []}, {"content": [5]}, {"content": [{"token": "{}", "logprob": None}]}],
 )
 def test_without_token_probabilities_there_is_no_confidence(logprobs: object) -> None:
-    assert field_confidence('{"a":1}', logprobs) is None
+    assert measure_field_confidence('{"a":1}', logprobs) is None
 
 
 def test_tokens_that_spell_something_else_give_no_confidence() -> None:
-    assert field_confidence('{"a":1}', {"content": [row('{"a":2}', 0.5)]}) is None
+    assert measure_field_confidence('{"a":1}', {"content": [row('{"a":2}', 0.5)]}) is None

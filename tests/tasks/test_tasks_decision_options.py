@@ -17,7 +17,7 @@ from appliance.tasks.decisions.decision_options import (
     Priors,
     TaskCalibration,
     Tasks,
-    question_key,
+    hash_question,
 )
 from appliance.tasks.decisions.questions import Option, Question
 from tests.tasks.rows import LOCAL, hosted, reply
@@ -42,7 +42,7 @@ def answer_of(payload: Mapping[str, Any]) -> Mapping[str, float]:
 
 
 def one_call(more: Mapping[str, Any], tasks: Tasks | None = None, priors: Priors | None = None) -> Any:
-    _, (call,) = openai_shape.read({"input": "Pay me!", "questions": [TOPIC], **more}, tasks, priors)
+    _, (call,) = openai_shape.read_decision_request({"input": "Pay me!", "questions": [TOPIC], **more}, tasks, priors)
     return call
 
 
@@ -52,19 +52,19 @@ def items(call: Any, target: Target = LOCAL) -> Sequence[Mapping[str, Any]]:
 
 
 def test_the_other_order_lists_the_options_in_reverse_and_scores_the_same_labels() -> None:
-    forward, turned = label_prompts.wordings(TOPIC_QUESTION, debias=True)
+    forward, turned = label_prompts.list_label_texts(TOPIC_QUESTION, debias=True)
     assert forward.ask.endswith("- billing\n- sports") and turned.ask.endswith("- sports\n- billing")
     assert (forward.labels, forward.options) == (turned.labels, turned.options)
 
 
 def test_numbers_that_stand_for_long_options_are_given_anew_in_the_other_order() -> None:
-    _, turned = label_prompts.wordings(LONG, debias=True)
+    _, turned = label_prompts.list_label_texts(LONG, debias=True)
     assert f'- 1: "{"c" * 50}"' in turned.ask and f'- 3: "{"a" * 50}"' in turned.ask
     assert (turned.labels, turned.options) == (("1", "2", "3"), (2, 1, 0))
 
 
 def test_levels_in_the_other_order_go_down_and_keep_their_meaning() -> None:
-    _, turned = label_prompts.wordings(LEVELS, debias=True)
+    _, turned = label_prompts.list_label_texts(LEVELS, debias=True)
     assert turned.ask.startswith("Rate the text, from the highest level to the lowest: How angry?")
     assert turned.ask.endswith("- furious\n- annoyed\n- calm")
     assert turned.options == (0, 1, 2)
@@ -80,7 +80,7 @@ def test_debiasing_averages_both_orders() -> None:
 
 def test_numbered_options_are_read_by_what_their_number_meant() -> None:
     choices = [{"value": option.value} for option in LONG.options]
-    _, (call,) = openai_shape.read(
+    _, (call,) = openai_shape.read_decision_request(
         {"input": "x", "questions": [{**TOPIC, "choices": choices}], "debias": True}, None, None
     )
     payload = call.read(LOCAL, [reply({"results": [scored(0.8, 0.1, 0.1), scored(0.1, 0.1, 0.8)]})])
@@ -129,7 +129,7 @@ def test_without_the_scores_for_nothing_there_is_no_answer() -> None:
 
 
 def tasks_with(target: str = LOCAL.name, variant: str | None = None, **more: Any) -> Tasks:
-    fits = {question_key(TOPIC_QUESTION): CalibrationParameters(2.0, (0.0, 1.0))}
+    fits = {hash_question(TOPIC_QUESTION): CalibrationParameters(2.0, (0.0, 1.0))}
     return {"mail": [TaskCalibration("mail", target, variant, DecisionMethod(**more), fits)]}
 
 
@@ -174,7 +174,7 @@ def test_a_low_label_mass_makes_an_answer_unsure_in_both_formats() -> None:
         "state": "x",
         "questions": {"t": {"type": "choice", "instructions": "?", "criteria": {"a": None, "b": None}}},
     }
-    _, (call,) = systemone.read({**body, "debias": True})
+    _, (call,) = systemone.read_systemone_request({**body, "debias": True})
     results = [scored(0.9, 0.1, mass=0.01), scored(0.9, 0.1, mass=0.02)]
     answer = call.read(LOCAL, [reply({"results": results})])["answers"]["t"]
     assert answer["unsure"] is True and answer["confidence"] == pytest.approx(0.9)
@@ -205,17 +205,17 @@ def test_an_unknown_task_is_not_found_and_the_known_are_named() -> None:
     assert (caught.value.status, caught.value.param) == (404, "task")
     with pytest.raises(NotFound, match="none yet"):
         one_call({"task": "post"}, {})
-    assert one_call({"task": "post"}).judging.fits == ()  # a dry run looks nothing up
+    assert one_call({"task": "post"}).options.fits == ()  # a dry run looks nothing up
 
 
 def test_questions_are_told_apart_by_what_the_model_sees() -> None:
     renamed = replace(TOPIC_QUESTION, name="other")
     typed = replace(TOPIC_QUESTION, options=(Option("true"), Option("sports")))
-    assert question_key(renamed) == question_key(TOPIC_QUESTION)
+    assert hash_question(renamed) == hash_question(TOPIC_QUESTION)
     assert (
         len(
             {
-                question_key(one)
+                hash_question(one)
                 for one in (TOPIC_QUESTION, typed, replace(typed, options=(Option(True), Option("sports"))))
             }
         )

@@ -10,8 +10,8 @@ from openai.types import Decision
 from appliance.core import Usage
 from appliance.errors import ApplianceError, BackendGarbage, BackendOverloaded, ContextTooLong, Unsupported
 from appliance.tasks.decisions import openai_shape, systemone
-from appliance.tasks.decisions.label_prompts import labels_of
-from appliance.tasks.decisions.openai_shape import DecisionResult, batch_payload
+from appliance.tasks.decisions.label_prompts import list_labels
+from appliance.tasks.decisions.openai_shape import DecisionResult, make_batch_payload
 from appliance.tasks.decisions.questions import Option, Question, read_questions
 from tests.tasks.rows import LOCAL, hosted, refusal, reply
 
@@ -45,7 +45,7 @@ def choices(count: int) -> dict[str, Any]:
 
 
 def test_one_text_and_several_questions_share_the_text_as_prefix() -> None:
-    _, (call,) = openai_shape.read({"input": "Pay me now!", "questions": ALL})
+    _, (call,) = openai_shape.read_decision_request({"input": "Pay me now!", "questions": ALL})
     (outgoing,) = call.outgoing(LOCAL)
     assert outgoing.path == "/labels"
     (system,) = outgoing.body["messages"]
@@ -59,7 +59,7 @@ def test_one_text_and_several_questions_share_the_text_as_prefix() -> None:
 
 
 def test_one_question_comes_first_so_that_texts_share_it_as_prefix() -> None:
-    _, (call,) = openai_shape.read_batch({"inputs": ["one", "two"], "questions": [TOPIC]})
+    _, (call,) = openai_shape.read_decision_batch({"inputs": ["one", "two"], "questions": [TOPIC]})
     (outgoing,) = call.outgoing(LOCAL)
     (system,) = outgoing.body["messages"]
     assert "What is it about?" in system["content"]
@@ -67,7 +67,7 @@ def test_one_question_comes_first_so_that_texts_share_it_as_prefix() -> None:
 
 
 def test_a_batch_keeps_one_layout_whatever_chunk_a_text_falls_into() -> None:
-    _, calls = openai_shape.read_batch({"inputs": ["text"] * 65, "questions": ALL})
+    _, calls = openai_shape.read_decision_batch({"inputs": ["text"] * 65, "questions": ALL})
     assert sum(len(call.inputs) for call in calls) == 65 and len(calls) > 2
     assert {call.question_first for call in calls} == {True}
     (outgoing,) = calls[-1].outgoing(LOCAL)
@@ -76,21 +76,21 @@ def test_a_batch_keeps_one_layout_whatever_chunk_a_text_falls_into() -> None:
 
 def test_a_batch_is_cut_by_tokens_and_a_text_longer_than_a_chunk_stands_alone() -> None:
     texts = ["short"] * 40 + ["word " * 5000] + ["short"]
-    _, calls = openai_shape.read_batch({"inputs": texts, "questions": [TOPIC]})
+    _, calls = openai_shape.read_decision_batch({"inputs": texts, "questions": [TOPIC]})
     assert [len(call.inputs) for call in calls] == [32, 8, 1, 1]
     assert calls[2].longest_prompt_tokens > 5000 > calls[0].prompt_tokens > 32 * calls[0].longest_prompt_tokens - 33
 
 
 def test_a_text_that_no_context_holds_does_not_make_its_batch_look_impossible() -> None:
-    _, calls = openai_shape.read_batch({"inputs": ["short", "word " * 50_000, "short"], "questions": [TOPIC]})
+    _, calls = openai_shape.read_decision_batch({"inputs": ["short", "word " * 50_000, "short"], "questions": [TOPIC]})
     assert max(call.prompt_tokens for call in calls) <= openai_shape.TOKENS_PER_CALL
-    _, (alone,) = openai_shape.read({"input": "word " * 50_000, "questions": [TOPIC]})
+    _, (alone,) = openai_shape.read_decision_request({"input": "word " * 50_000, "questions": [TOPIC]})
     assert alone.prompt_tokens > 50_000
 
 
 def test_many_questions_make_smaller_chunks() -> None:
     questions = [{**TRUE, "name": f"q{n}"} for n in range(400)]
-    _, calls = openai_shape.read_batch({"inputs": ["text"] * 3, "questions": questions})
+    _, calls = openai_shape.read_decision_batch({"inputs": ["text"] * 3, "questions": questions})
     assert [len(call.inputs) for call in calls] == [1, 1, 1]
 
 
@@ -107,12 +107,12 @@ def test_many_questions_make_smaller_chunks() -> None:
 )
 def test_labels_can_always_be_told_apart(options: tuple[str | bool, ...], labels: tuple[str, ...]) -> None:
     question = Question("choice", None, "?", tuple(Option(option) for option in options))
-    assert labels_of(question) == labels
+    assert list_labels(question) == labels
 
 
 def test_values_that_read_alike_are_shown_apart_and_answered_with_their_type() -> None:
     typed = {**TOPIC, "choices": [{"value": "true"}, {"value": True}]}
-    _, (call,) = openai_shape.read({"input": "x", "questions": [typed]})
+    _, (call,) = openai_shape.read_decision_request({"input": "x", "questions": [typed]})
     (outgoing,) = call.outgoing(LOCAL)
     shown = outgoing.body["messages"][0]["content"]
     assert '- 1: "true"' in shown and "- 2: true (not the word)" in shown
@@ -122,7 +122,7 @@ def test_values_that_read_alike_are_shown_apart_and_answered_with_their_type() -
 
 
 def test_answers_are_what_the_official_sdk_reads() -> None:
-    _, (call,) = openai_shape.read({"input": "Pay me now!", "questions": ALL})
+    _, (call,) = openai_shape.read_decision_request({"input": "Pay me now!", "questions": ALL})
     results = [
         scored({"yes": 0.8, "no": 0.2}, mass=0.5),
         scored({"billing": 0.75, "sports": 0.25}),
@@ -143,14 +143,14 @@ def test_answers_are_what_the_official_sdk_reads() -> None:
 
 def test_a_target_that_speaks_decisions_gets_the_body_as_it_came() -> None:
     body = {"model": "auto", "input": "Pay me now!", "questions": ALL, "prompt_cache_key": "k", "x_new": 1}
-    _, (call,) = openai_shape.read(body)
+    _, (call,) = openai_shape.read_decision_request(body)
     (outgoing,) = call.outgoing(hosted("chat", "decisions"))
     assert outgoing.path == "/decisions"
     assert outgoing.body == {"input": "Pay me now!", "questions": ALL, "prompt_cache_key": "k", "x_new": 1}
 
 
 def test_a_hosted_answer_is_checked_and_keeps_no_local_score() -> None:
-    _, (call,) = openai_shape.read({"input": "x", "questions": ALL})
+    _, (call,) = openai_shape.read_decision_request({"input": "x", "questions": ALL})
     answers = [
         {"type": "predicate", "name": "urgent", "probability": 0.9},
         {"type": "refusal", "name": "topic"},
@@ -180,20 +180,20 @@ def test_a_hosted_answer_is_checked_and_keeps_no_local_score() -> None:
     ],
 )
 def test_a_hosted_answer_that_is_not_one_is_garbage(payload: Any) -> None:
-    _, (call,) = openai_shape.read({"input": "x", "questions": [TRUE]})
+    _, (call,) = openai_shape.read_decision_request({"input": "x", "questions": [TRUE]})
     with pytest.raises(BackendGarbage):
         call.read(hosted("decisions"), [reply(payload)])
 
 
 def test_a_target_that_can_do_neither_is_not_asked() -> None:
-    _, (call,) = openai_shape.read({"input": "x", "questions": [TRUE]})
+    _, (call,) = openai_shape.read_decision_request({"input": "x", "questions": [TRUE]})
     with pytest.raises(Unsupported, match="acme/large cannot answer decisions"):
         call.outgoing(hosted("chat"))
 
 
 def test_an_image_goes_to_no_target_that_scores_labels() -> None:
     message = {"role": "user", "content": [{"type": "input_image", "image_url": "data:image/png;base64,AA=="}]}
-    asked, (call,) = openai_shape.read({"input": [message], "questions": [TRUE]})
+    asked, (call,) = openai_shape.read_decision_request({"input": [message], "questions": [TRUE]})
     assert asked.needs == {"vision"}
     with pytest.raises(Unsupported, match="images"):
         call.outgoing(LOCAL)
@@ -207,7 +207,7 @@ def test_messages_calls_and_json_are_rendered_as_text_in_order() -> None:
         {"type": "function_call_output", "call_id": "1", "output": "lost"},
         {"role": "user", "content": [{"type": "input_json", "data": {"order": 7}}]},
     ]
-    asked, (call,) = openai_shape.read({"input": items, "questions": [TRUE]})
+    asked, (call,) = openai_shape.read_decision_request({"input": items, "questions": [TRUE]})
     assert call.inputs[0].text == (
         'user: Where is my order?\nassistant: find({"id": 7})\ntool: lost\nuser: {"order":7}'
     )
@@ -249,23 +249,23 @@ def test_messages_calls_and_json_are_rendered_as_text_in_order() -> None:
     ],
 )
 def test_a_wrong_decisions_field_is_refused_by_name(change: dict[str, Any], param: str, words: str) -> None:
-    error = refusal(openai_shape.read, {"input": "text", "questions": [TRUE], **change})
+    error = refusal(openai_shape.read_decision_request, {"input": "text", "questions": [TRUE], **change})
     assert error.param == param
     assert words in error.message
 
 
 def test_255_choices_are_taken() -> None:
     (question,) = read_questions({"questions": [choices(255)]})
-    assert len(labels_of(question)) == 255
+    assert len(list_labels(question)) == 255
 
 
 @pytest.mark.parametrize(
     ("read", "body", "belongs_to"),
     [
-        (openai_shape.read, {"state": "x", "questions": {}}, "/v1/systemone"),
-        (openai_shape.read, {"inputs": ["x"], "questions": []}, "/v1/decisions/batch"),
-        (openai_shape.read_batch, {"input": "x", "questions": []}, "/v1/decisions"),
-        (systemone.read, {"input": "x", "questions": []}, "/v1/decisions"),
+        (openai_shape.read_decision_request, {"state": "x", "questions": {}}, "/v1/systemone"),
+        (openai_shape.read_decision_request, {"inputs": ["x"], "questions": []}, "/v1/decisions/batch"),
+        (openai_shape.read_decision_batch, {"input": "x", "questions": []}, "/v1/decisions"),
+        (systemone.read_systemone_request, {"input": "x", "questions": []}, "/v1/decisions"),
     ],
 )
 def test_a_body_for_another_endpoint_is_told_so(read: Any, body: dict[str, Any], belongs_to: str) -> None:
@@ -276,16 +276,16 @@ def test_a_body_for_another_endpoint_is_told_so(read: Any, body: dict[str, Any],
     ("inputs", "words"), [([], "0 inputs"), (["x"] * 10_001, "10001"), ([5], "5"), (None, "missing")]
 )
 def test_a_wrong_batch_is_refused(inputs: Any, words: str) -> None:
-    assert words in refusal(openai_shape.read_batch, {"inputs": inputs, "questions": [TRUE]}).message
+    assert words in refusal(openai_shape.read_decision_batch, {"inputs": inputs, "questions": [TRUE]}).message
 
 
 def test_a_batchs_rows_come_in_order_with_the_errors_of_single_inputs() -> None:
-    _, calls = openai_shape.read_batch({"inputs": ["text"] * 34, "questions": [TRUE]})
+    _, calls = openai_shape.read_decision_batch({"inputs": ["text"] * 34, "questions": [TRUE]})
     too_long = {"error": {"code": "context_length_exceeded", "message": "9000 tokens do not fit 2048"}}
     results = [scored({"yes": 0.6, "no": 0.4}) for _ in range(31)] + [too_long]
-    judged = calls[0].read(LOCAL, [reply({"results": results}, Usage(50, 31))])
-    assert isinstance(judged, DecisionResult)
-    payload = batch_payload([judged, BackendOverloaded("full")], calls)
+    question_result = calls[0].read(LOCAL, [reply({"results": results}, Usage(50, 31))])
+    assert isinstance(question_result, DecisionResult)
+    payload = make_batch_payload([question_result, BackendOverloaded("full")], calls)
     assert [len(call.inputs) for call in calls] == [32, 2]
     rows = payload["results"]
     assert [row["index"] for row in rows] == list(range(34))
@@ -296,7 +296,7 @@ def test_a_batchs_rows_come_in_order_with_the_errors_of_single_inputs() -> None:
 
 
 def test_a_single_inputs_own_error_is_the_requests_error() -> None:
-    _, (call,) = openai_shape.read({"input": "x", "questions": [TRUE]})
+    _, (call,) = openai_shape.read_decision_request({"input": "x", "questions": [TRUE]})
     too_long = {"error": {"code": "context_length_exceeded", "message": "items[0]: 9000 tokens do not fit 2048"}}
     with pytest.raises(ContextTooLong, match=r"^9000"):
         call.read(LOCAL, [reply({"results": [too_long]})])
@@ -314,7 +314,7 @@ def test_a_single_inputs_own_error_is_the_requests_error() -> None:
     ],
 )
 def test_scores_that_do_not_match_the_question_are_garbage(payload: Any) -> None:
-    _, (call,) = openai_shape.read({"input": "x", "questions": [TRUE]})
+    _, (call,) = openai_shape.read_decision_request({"input": "x", "questions": [TRUE]})
     with pytest.raises(BackendGarbage):
         call.read(LOCAL, [reply(payload)])
 
@@ -330,7 +330,7 @@ SYSTEM_ONE: dict[str, Any] = {
 
 
 def test_system_one_is_answered_in_its_own_shape() -> None:
-    asked, (call,) = systemone.read(SYSTEM_ONE)
+    asked, (call,) = systemone.read_systemone_request(SYSTEM_ONE)
     assert '{"mail":"Pay me now!"}' in asked.text and "money" in asked.text
     results = [
         scored({"yes": 0.8, "no": 0.2}),
@@ -349,7 +349,7 @@ def test_system_one_is_answered_in_its_own_shape() -> None:
 
 
 def test_system_one_is_translated_for_a_hosted_target() -> None:
-    _, (call,) = systemone.read(SYSTEM_ONE)
+    _, (call,) = systemone.read_systemone_request(SYSTEM_ONE)
     (outgoing,) = call.outgoing(hosted("decisions"))
     assert outgoing.body["input"] == '{"mail":"Pay me now!"}'
     urgent, topic, mood = outgoing.body["questions"]
@@ -381,17 +381,19 @@ def test_system_one_is_translated_for_a_hosted_target() -> None:
     ],
 )
 def test_a_wrong_system_one_question_is_refused_by_name(question: Any, param: str, words: str) -> None:
-    error = refusal(systemone.read, {"state": "x", "questions": {"q": question}})
+    error = refusal(systemone.read_systemone_request, {"state": "x", "questions": {"q": question}})
     assert error.param == param
     assert words in error.message
 
 
 @pytest.mark.parametrize("questions", [None, [], {}, {f"q{n}": {} for n in range(401)}])
 def test_system_one_needs_1_to_400_questions(questions: Any) -> None:
-    assert refusal(systemone.read, {"state": "x", "questions": questions}).param == "questions"
+    assert refusal(systemone.read_systemone_request, {"state": "x", "questions": questions}).param == "questions"
 
 
 def test_every_error_row_is_an_error_of_ours() -> None:
-    _, (call,) = openai_shape.read_batch({"inputs": ["a", "b"], "questions": [TRUE]})
-    judged = call.read(LOCAL, [reply({"results": [{"error": "odd"}, {"error": {"message": "no", "code": "x"}}]})])
-    assert all(isinstance(row, ApplianceError) and row.status == 400 for row in judged.rows)
+    _, (call,) = openai_shape.read_decision_batch({"inputs": ["a", "b"], "questions": [TRUE]})
+    question_result = call.read(
+        LOCAL, [reply({"results": [{"error": "odd"}, {"error": {"message": "no", "code": "x"}}]})]
+    )
+    assert all(isinstance(row, ApplianceError) and row.status == 400 for row in question_result.rows)

@@ -12,7 +12,7 @@ from appliance.tasks.extract.decode_schema import (
     MAX_STRING_CHARS,
     NUMBER_BOUND,
     NUMBER_STEP,
-    decode_schema,
+    bound_schema,
 )
 
 NUMBER = {"minimum": -NUMBER_BOUND, "maximum": NUMBER_BOUND, "multipleOf": NUMBER_STEP}
@@ -49,7 +49,7 @@ ANY = {"type": ["string", "number", "boolean", "null"], "maxLength": MAX_STRING_
 )
 def test_what_is_open_gets_an_end_and_nothing_else_changes(schema: Mapping[str, Any], added: Mapping[str, Any]) -> None:
     before = repr(schema)
-    assert decode_schema(schema) == {**schema, **added}
+    assert bound_schema(schema) == {**schema, **added}
     assert repr(schema) == before
 
 
@@ -66,7 +66,7 @@ def test_parts_are_bounded_too() -> None:
         "additionalProperties": inner,
         "maxProperties": 4,
     }
-    assert decode_schema(schema) == {
+    assert bound_schema(schema) == {
         "type": "object",
         "properties": {
             "a": {"type": "array", "items": bounded, "maxItems": 2},
@@ -81,4 +81,4 @@ def test_parts_are_bounded_too() -> None:
 
 def test_bounded_schemas_are_schemas() -> None:
     for schema in ({"type": "object"}, {"type": "number"}, {}):
-        jsonschema.Draft202012Validator.check_schema(decode_schema(schema))
+        jsonschema.Draft202012Validator.check_schema(bound_schema(schema))

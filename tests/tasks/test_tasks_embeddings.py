@@ -12,7 +12,7 @@ BODY: dict[str, Any] = {"model": "acme/embed", "input": ["one", "two"], "dimensi
 
 
 def test_the_body_travels_verbatim_and_needs_a_model_that_embeds() -> None:
-    asked, (call,) = embeddings.read(BODY)
+    asked, (call,) = embeddings.read_embedding_request(BODY)
     assert (asked.endpoint, asked.model, asked.text) == ("embeddings", "acme/embed", "one\ntwo")
     assert asked.needs == {"embeddings"}
     (outgoing,) = call.outgoing(hosted("embeddings"))
@@ -32,13 +32,13 @@ def test_the_body_travels_verbatim_and_needs_a_model_that_embeds() -> None:
     ],
 )
 def test_a_reply_without_every_vector_is_garbage(payload: Any) -> None:
-    _, (call,) = embeddings.read(BODY)
+    _, (call,) = embeddings.read_embedding_request(BODY)
     with pytest.raises(BackendGarbage):
         call.read(hosted("embeddings"), [reply(payload)])
 
 
 def test_base64_vectors_are_text() -> None:
-    _, (call,) = embeddings.read({**BODY, "input": "one", "encoding_format": "base64"})
+    _, (call,) = embeddings.read_embedding_request({**BODY, "input": "one", "encoding_format": "base64"})
     assert call.read(hosted("embeddings"), [reply({"data": [{"embedding": "AAAA"}]})])
     with pytest.raises(BackendGarbage):
         call.read(hosted("embeddings"), [reply({"data": [{"embedding": [0.5]}]})])
@@ -62,5 +62,5 @@ def test_base64_vectors_are_text() -> None:
     ],
 )
 def test_wrong_fields_are_refused_by_name(change: dict[str, Any], param: str, words: str) -> None:
-    error = refusal(embeddings.read, {**BODY, **change})
+    error = refusal(embeddings.read_embedding_request, {**BODY, **change})
     assert error.param == param and words in error.message

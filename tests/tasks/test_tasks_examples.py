@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from appliance.tasks.decisions import label_prompts, openai_shape, systemone
-from appliance.tasks.decisions.decision_options import question_key
+from appliance.tasks.decisions.decision_options import hash_question
 from tests.tasks.rows import LOCAL, hosted, refusal
 
 TOPIC: dict[str, Any] = {
@@ -19,7 +19,9 @@ EXAMPLES = [{"input": "Twice charged", "label": "billing"}, {"input": "Two goals
 
 
 def sent(body: dict[str, Any], target: Any = LOCAL) -> Any:
-    _, (call,) = openai_shape.read({"input": "Pay me!", "questions": [TOPIC], "examples": EXAMPLES, **body})
+    _, (call,) = openai_shape.read_decision_request(
+        {"input": "Pay me!", "questions": [TOPIC], "examples": EXAMPLES, **body}
+    )
     return call.outgoing(target)[0].body
 
 
@@ -49,7 +51,7 @@ def test_an_example_shows_the_number_that_its_option_has_in_that_order() -> None
 def test_texts_of_a_batch_share_the_examples_and_are_not_cut_apart_by_them() -> None:
     many = [{"input": "long " * 200, "label": "billing"}] * 30
     body = {"inputs": ["one", "two", "three"], "questions": [TOPIC], "examples": many}
-    _, (call,) = openai_shape.read_batch(body)
+    _, (call,) = openai_shape.read_decision_batch(body)
     assert len(call.outgoing(LOCAL)[0].body["messages"]) == 61
     assert call.longest_prompt_tokens > 30 * 200
 
@@ -63,23 +65,25 @@ def test_one_text_under_several_questions_stands_behind_each_ones_examples() -> 
 
 
 def test_a_hosted_target_reads_the_examples_in_the_instructions() -> None:
-    wired = sent({}, hosted("decisions"))
-    assert wired["questions"][0]["instructions"] == (
+    openai_questions = sent({}, hosted("decisions"))
+    assert openai_questions["questions"][0]["instructions"] == (
         'What is it about?\nExamples:\n"Twice charged" -> "billing"\n"Two goals" -> "sports"'
     )
-    assert "examples" not in wired
+    assert "examples" not in openai_questions
 
 
 def test_what_was_fitted_without_the_examples_is_another_question() -> None:
-    _, (plain,) = openai_shape.read({"input": "x", "questions": [TOPIC]})
-    _, (shown,) = openai_shape.read({"input": "x", "questions": [TOPIC], "examples": EXAMPLES})
-    assert question_key(plain.questions[0]) != question_key(shown.questions[0])
-    assert label_prompts.question_tokens(shown.questions[0]) > label_prompts.question_tokens(plain.questions[0])
+    _, (plain,) = openai_shape.read_decision_request({"input": "x", "questions": [TOPIC]})
+    _, (shown,) = openai_shape.read_decision_request({"input": "x", "questions": [TOPIC], "examples": EXAMPLES})
+    assert hash_question(plain.questions[0]) != hash_question(shown.questions[0])
+    assert label_prompts.estimate_question_tokens(shown.questions[0]) > label_prompts.estimate_question_tokens(
+        plain.questions[0]
+    )
 
 
 def test_system_one_takes_examples_too() -> None:
     questions = {"topic": {"type": "choice", "instructions": "What?", "criteria": {"billing": None, "sports": None}}}
-    _, (call,) = systemone.read({"state": "x", "questions": questions, "examples": EXAMPLES})
+    _, (call,) = systemone.read_systemone_request({"state": "x", "questions": questions, "examples": EXAMPLES})
     assert [example.option for example in call.questions[0].examples] == [0, 1]
 
 
@@ -97,5 +101,5 @@ def test_system_one_takes_examples_too() -> None:
     ],
 )
 def test_wrong_examples_are_refused_by_place(examples: Any, param: str) -> None:
-    error = refusal(openai_shape.read, {"input": "x", "questions": [TOPIC], "examples": examples})
+    error = refusal(openai_shape.read_decision_request, {"input": "x", "questions": [TOPIC], "examples": examples})
     assert error.param == param

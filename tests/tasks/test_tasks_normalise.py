@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from appliance.errors import RequestError
-from appliance.tasks.extract.normalise.amounts import currency_near, read_amount
+from appliance.tasks.extract.normalise.amounts import find_currency_near, read_amount
 from appliance.tasks.extract.normalise.dates import read_date
-from appliance.tasks.extract.normalise.field_hints import FieldSpec, asked_schema, hint_of, read_wanted
-from appliance.tasks.extract.normalise.locale import customs_of, read_customs
+from appliance.tasks.extract.normalise.field_hints import FieldSpec, find_hint, read_field_specs, strip_hints
+from appliance.tasks.extract.normalise.locale import get_locale, read_locale
 from appliance.tasks.extract.normalise.normalised_value import ANY, LocaleRules
-from appliance.tasks.extract.normalise.numerals import readings
+from appliance.tasks.extract.normalise.numerals import list_readings
 from appliance.tasks.extract.normalise.vocabulary import read_term
 
 
@@ -66,7 +66,7 @@ def test_what_is_assumed_of_a_short_year_is_said() -> None:
 
 def test_customs_settle_the_order() -> None:
     assert read_date("03/04/2017", LocaleRules("DMY")).value == "2017-04-03"
-    assert read_date("03/04/2017", customs_of("en-US")).value == "2017-03-04"
+    assert read_date("03/04/2017", get_locale("en-US")).value == "2017-03-04"
     assert read_date("17/04/03", LocaleRules("YMD")).value == "2017-04-03"
     assert read_date("03/04/2017 10:30 PM", LocaleRules("DMY"), "datetime").value == "2017-04-03T22:30:00"
     assert read_date("12 March 2024", ANY, "datetime").reason == "it has no time of day"
@@ -113,20 +113,20 @@ def test_a_dollar_may_be_anybodys_until_somebody_says_whose() -> None:
     form = read_amount("$5", ANY)
     assert form.value == "5" and form.currency is None and form.reason is not None and "CAD" in form.reason
     assert read_amount("$5", LocaleRules(currency="CAD")).currency == "CAD"
-    assert read_amount("1,234", customs_of("de-DE")).value == "1.234"
-    assert read_amount("1,234", customs_of("en-GB")).value == "1234"
+    assert read_amount("1,234", get_locale("de-DE")).value == "1.234"
+    assert read_amount("1,234", get_locale("en-GB")).value == "1234"
 
 
 def test_a_currency_beside_a_number_in_the_text_is_its_own() -> None:
     text = "SUBTOTAL\nRM 12.15\nTRY 5"
-    assert currency_near(text, 12, 17) == "MYR"
-    assert currency_near(text, 22, 23) is None  # a word, too
+    assert find_currency_near(text, 12, 17) == "MYR"
+    assert find_currency_near(text, 22, 23) is None  # a word, too
 
 
 def test_a_numeral_may_be_read_in_two_ways() -> None:
-    assert readings("1.234") == {Decimal("1.234"), Decimal(1234)}
-    assert readings("12.34") == {Decimal("12.34")} and readings("0,123") == {Decimal("0.123")}
-    assert readings("1.2,3.4") == frozenset() and readings("9" * 100) == frozenset()
+    assert list_readings("1.234") == {Decimal("1.234"), Decimal(1234)}
+    assert list_readings("12.34") == {Decimal("12.34")} and list_readings("0,123") == {Decimal("0.123")}
+    assert list_readings("1.2,3.4") == frozenset() and list_readings("9" * 100) == frozenset()
 
 
 def test_terms_are_found_under_all_their_names() -> None:
@@ -149,12 +149,12 @@ SCHEMA: dict[str, Any] = {
 
 
 def test_what_is_to_be_normalised_is_asked_for_as_it_is_written() -> None:
-    asked = asked_schema(SCHEMA, FieldSpec(by_format=True))
+    asked = strip_hints(SCHEMA, FieldSpec(by_format=True))
     assert asked["properties"]["day"] == {"type": "string", "description": "of purchase"}
     assert asked["properties"]["kind"] == {"type": ["string", "null"]}
     assert asked["$defs"]["line"]["properties"]["price"] == {"type": "string"}
-    assert asked_schema(SCHEMA, FieldSpec())["properties"]["day"]["format"] == "date"
-    hint = hint_of(SCHEMA["properties"]["kind"], FieldSpec())
+    assert strip_hints(SCHEMA, FieldSpec())["properties"]["day"]["format"] == "date"
+    hint = find_hint(SCHEMA["properties"]["kind"], FieldSpec())
     assert hint is not None and hint.terms == {"a": (), "b": ()} and hint.may_be_null
 
 
@@ -174,7 +174,7 @@ def test_what_is_to_be_normalised_is_asked_for_as_it_is_written() -> None:
 )
 def test_a_hint_that_cannot_be_understood_is_refused_by_place(row: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError) as caught:
-        asked_schema({"type": "object", "properties": {"f": row}}, FieldSpec())
+        strip_hints({"type": "object", "properties": {"f": row}}, FieldSpec())
     assert caught.value.param == param
 
 
@@ -191,9 +191,9 @@ def test_a_hint_that_cannot_be_understood_is_refused_by_place(row: dict[str, Any
 )
 def test_customs_that_do_not_exist_are_refused_by_name(given: Any, param: str) -> None:
     with pytest.raises(RequestError) as caught:
-        read_wanted(given)
+        read_field_specs(given)
     assert caught.value.param == param
 
 
 def test_single_customs_go_before_the_locales() -> None:
-    assert read_customs({"locale": "en-US", "date_order": "DMY"}, "normalise", ANY) == LocaleRules("DMY", ".", None)
+    assert read_locale({"locale": "en-US", "date_order": "DMY"}, "normalise", ANY) == LocaleRules("DMY", ".", None)

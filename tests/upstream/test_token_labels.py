@@ -149,7 +149,7 @@ def _target(server: Server) -> Target:
 
 async def _ask(server: Server, inputs: Sequence[str], choices: Sequence[str], **more: Any) -> Any:
     question = {"type": "choice", "instructions": "About what?", "choices": [{"value": one} for one in choices]}
-    _, calls = openai_shape.read_batch({"model": "m", "inputs": list(inputs), "questions": [question], **more})
+    _, calls = openai_shape.read_decision_batch({"model": "m", "inputs": list(inputs), "questions": [question], **more})
     target, door = _target(server), LocalTransport()
     try:
         (outgoing,) = calls[0].outgoing(target)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from appliance.errors import RejectedReply, RequestError
-from appliance.tasks.extract.token_budget import MAX_TOKENS, MIN_TOKENS, output_tokens
+from appliance.tasks.extract.token_budget import MAX_TOKENS, MIN_TOKENS, estimate_output_tokens
 from appliance.wire.json_schema import check_schema, check_value, is_strict_subset
 
 
@@ -92,18 +92,18 @@ def test_strict_is_only_asked_of_hosted_targets_for_schemas_they_take(schema: di
 def test_an_answers_bound_follows_its_schema() -> None:
     flag = {"type": "object", "properties": {"ok": {"type": "boolean"}}}
     fields = {f"field_{n}": {"type": "string"} for n in range(8)}
-    assert output_tokens(flag) == MIN_TOKENS
-    assert MIN_TOKENS < output_tokens({"type": "object", "properties": fields}) < MAX_TOKENS
+    assert estimate_output_tokens(flag) == MIN_TOKENS
+    assert MIN_TOKENS < estimate_output_tokens({"type": "object", "properties": fields}) < MAX_TOKENS
     many = {
         "type": "object",
         "properties": {"rows": {"type": "array", "maxItems": 10**12, "items": {"type": "object"}}},
     }
-    assert output_tokens(many) == MAX_TOKENS
+    assert estimate_output_tokens(many) == MAX_TOKENS
 
 
 def test_sizing_a_schema_with_references_that_fan_out_ends() -> None:
     fan = {f"f{n}": {"$ref": "#"} for n in range(30)}
-    assert output_tokens({"type": "object", "properties": fan}) >= MIN_TOKENS
+    assert estimate_output_tokens({"type": "object", "properties": fan}) >= MIN_TOKENS
 
 
 ME = {"$ref": "#"}

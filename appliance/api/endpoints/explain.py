@@ -23,13 +23,13 @@ from appliance.wire.registry import INBOUND
 from appliance.wire.strict_fields import wrong
 
 READERS: Mapping[str, Reader[Any]] = {
-    "chat": chat.read,
-    "completions": completions.read,
-    "decisions": openai_shape.read,
-    "decisions/batch": openai_shape.read_batch,
-    "systemone": systemone.read,
-    "extract": extraction.read,
-    "embeddings": embeddings.read,
+    "chat": chat.read_chat_request,
+    "completions": completions.read_completion_request,
+    "decisions": openai_shape.read_decision_request,
+    "decisions/batch": openai_shape.read_decision_batch,
+    "systemone": systemone.read_systemone_request,
+    "extract": extraction.read_extract_request,
+    "embeddings": embeddings.read_embedding_request,
     **{endpoint: partial(chat.read_translated_chat, dialect) for endpoint, dialect in INBOUND.items()},
 }
 

@@ -35,15 +35,15 @@ class OpenAIEndpoints:
         return {"id": AUTO, "object": "model", "created": self._started_at, "owned_by": "appliance"}
 
     async def chat(self, http: Http) -> ASGIApp:
-        opened = await self._rim.open(http, chat.read)
+        opened = await self._rim.open(http, chat.read_chat_request)
         return await self._answered(http, opened)
 
     async def completions(self, http: Http) -> ASGIApp:
-        opened = await self._rim.open(http, completions.read)
+        opened = await self._rim.open(http, completions.read_completion_request)
         return await self._answered(http, opened)
 
     async def embeddings(self, http: Http) -> ASGIApp:
-        opened = await self._rim.open(http, embeddings.read)
+        opened = await self._rim.open(http, embeddings.read_embedding_request)
         try:
             answer = await self._rim.answer(http, opened)
         except Unsupported as error:

@@ -19,7 +19,13 @@ from appliance.api.intake import RequestIntake
 from appliance.api.json_responses import json_response
 from appliance.core import Caller
 from appliance.errors import RequestError
-from appliance.tasks.saved_tasks import SavedTask, applies, chosen, read_saved, unknown
+from appliance.tasks.saved_tasks import (
+    SavedTask,
+    find_task,
+    has_valid_calibration,
+    make_unknown_task_error,
+    read_saved_task,
+)
 from appliance.tasks.store import KnownTasks
 from appliance.wire.json_body import parse_body
 
@@ -35,7 +41,7 @@ class SavedTaskEndpoints:
         raw = await read_body(http.receive, http.headers, self._max_body_bytes)
         made_at = datetime.fromtimestamp(self._rim.wall_clock(), UTC).isoformat(timespec="seconds")
         # Checked and written in a thread: a definition may be large, and disks are slow.
-        kept = await asyncio.to_thread(lambda: self._known.saved.put(read_saved(parse_body(raw), 0, made_at)))
+        kept = await asyncio.to_thread(lambda: self._known.saved.put(read_saved_task(parse_body(raw), 0, made_at)))
         _log.info("task saved", task=kept.name, version=kept.version, key=caller.key_id)
         return json_response(self._row(kept))
 
@@ -60,21 +66,23 @@ class SavedTaskEndpoints:
         saved = await asyncio.to_thread(self._known.saved.remove, name)
         fitted = await asyncio.to_thread(self._known.fits.remove, name)
         if not (saved or fitted):
-            raise unknown(name, self._known.saved.tasks, caller)
+            raise make_unknown_task_error(name, self._known.saved.tasks, caller)
         _log.info("task removed", task=name, key=caller.key_id)
         return json_response({"object": "task.deleted", "name": name, "deleted": True})
 
     def _found(self, name: str, version: str | None, caller: Caller) -> SavedTask:
         if version is not None and not version.isdecimal():
             raise RequestError(f"version is {version!r:.40}: it must be a whole number", param="version")
-        found = chosen(name if version is None else f"{name}@{version}", self._known.saved.tasks, caller)
+        found = find_task(name if version is None else f"{name}@{version}", self._known.saved.tasks, caller)
         if found is None:
-            raise unknown(name if version is None else f"{name}@{version}", self._known.saved.tasks, caller)
+            raise make_unknown_task_error(
+                name if version is None else f"{name}@{version}", self._known.saved.tasks, caller
+            )
         return found
 
     def _row(self, task: SavedTask) -> Mapping[str, Any]:
         fits = self._known.fits.tasks
-        fresh = applies(task, fits)
+        fresh = has_valid_calibration(task, fits)
         return {
             "object": "task",
             "name": task.name,

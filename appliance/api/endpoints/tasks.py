@@ -36,10 +36,10 @@ class TaskEndpoints:
         self._priors = Priors()
 
     async def decisions(self, http: Http) -> Response:
-        return await self._decide(http, openai_shape.read, "decisions")
+        return await self._decide(http, openai_shape.read_decision_request, "decisions")
 
     async def systemone(self, http: Http) -> Response:
-        return await self._decide(http, systemone.read, "systemone")
+        return await self._decide(http, systemone.read_systemone_request, "systemone")
 
     async def _decide(self, http: Http, read: Callable[..., Any], shape: Shape) -> Response:
         opened = await self._rim.open(http, self._judging(http, read, shape))
@@ -47,33 +47,33 @@ class TaskEndpoints:
         return await whole(answer, answer.payload)
 
     async def batch(self, http: Http) -> Response:
-        opened = await self._rim.open(http, self._judging(http, openai_shape.read_batch, "decisions"))
+        opened = await self._rim.open(http, self._judging(http, openai_shape.read_decision_batch, "decisions"))
         many = await self._rim.answer_many(http, opened, concurrency=DECISION_CALLS_AT_ONCE)
         # In a thread: 10,000 inputs with 77 options make 44 MB of JSON, and streams go on.
-        return await asyncio.to_thread(lambda: _rows(many, openai_shape.batch_payload(_some(many), opened.calls)))
+        return await asyncio.to_thread(lambda: _rows(many, openai_shape.make_batch_payload(_some(many), opened.calls)))
 
     async def calibrate(self, http: Http) -> Response:
         """Changes the answers of every caller that names the task, so it takes the scope admin."""
         caller = self._rim.auth.caller(http.headers, "admin")
         opened = await self._rim.open(
-            http, self._known.reading(calibration.read, "calibrate", caller, priors=self._priors)
+            http, self._known.reading(calibration.read_calibration_request, "calibrate", caller, priors=self._priors)
         )
         many = await self._rim.answer_many(http, opened, concurrency=DECISION_CALLS_AT_ONCE)
-        learnt = await asyncio.to_thread(calibration.learn, opened.request.body, opened.calls, _some(many))
+        learnt = await asyncio.to_thread(calibration.fit_task, opened.request.body, opened.calls, _some(many))
         await asyncio.to_thread(self._known.fits.put, learnt.fit)
         _log.info("task calibrated", task=learnt.fit.task, target=learnt.fit.target, key=caller.key_id)
         return _rows(many, learnt.report)
 
     async def extract(self, http: Http) -> Response:
         caller = self._rim.auth.caller(http.headers)
-        reader: Reader[ExtractCall] = self._known.reading(extraction.read, "extract", caller)
+        reader: Reader[ExtractCall] = self._known.reading(extraction.read_extract_request, "extract", caller)
         opened = await self._rim.open(http, reader)
         is_single = "texts" not in opened.request.body
         # In threads: looking for every value of a long text takes tens of milliseconds, and streams go on.
         if is_single and len(opened.calls) == 1:
             answer = await self._rim.answer(http, opened)
             try:
-                told = await asyncio.to_thread(extraction.payload, [answer.payload], opened.calls)
+                told = await asyncio.to_thread(extraction.make_extract_payload, [answer.payload], opened.calls)
             except BaseException:
                 await answer.aclose()
                 raise
@@ -81,9 +81,9 @@ class TaskEndpoints:
         many = await self._rim.answer_many(http, opened, concurrency=EXTRACT_CALLS_AT_ONCE)
         results = _some(many)
         if not is_single:
-            return _rows(many, await asyncio.to_thread(extraction.texts_payload, results, opened.calls))
+            return _rows(many, await asyncio.to_thread(extraction.make_texts_payload, results, opened.calls))
         try:
-            return _rows(many, await asyncio.to_thread(extraction.payload, results, opened.calls))
+            return _rows(many, await asyncio.to_thread(extraction.make_extract_payload, results, opened.calls))
         except ApplianceError as error:
             error.headers = {**many.metadata.headers(), **error.headers}
             raise

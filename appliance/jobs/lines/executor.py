@@ -73,7 +73,9 @@ def _translated(dialect: InboundDialect) -> LineEndpoint:
 
 def _extracted(results: Sequence[Any], calls: Sequence[Any]) -> Any:
     is_single = all(call.index == 0 for call in calls)
-    return extraction.payload(results, calls) if is_single else extraction.texts_payload(results, calls)
+    return (
+        extraction.make_extract_payload(results, calls) if is_single else extraction.make_texts_payload(results, calls)
+    )
 
 
 def make_line_endpoints(fits: TaskCalibrationStore) -> Mapping[str, LineEndpoint]:
@@ -84,12 +86,12 @@ def make_line_endpoints(fits: TaskCalibrationStore) -> Mapping[str, LineEndpoint
         return read(body, tasks=fits.tasks, priors=priors)
 
     return {
-        "/v1/chat/completions": LineEndpoint(chat.read, _only),
-        "/v1/completions": LineEndpoint(completions.read, _only),
-        "/v1/embeddings": LineEndpoint(embeddings.read, _only),
-        _DECISIONS: LineEndpoint(partial(judging, openai_shape.read), _only, "decisions"),
-        "/v1/systemone": LineEndpoint(partial(judging, systemone.read), _only, "systemone"),
-        "/v1/extract": LineEndpoint(extraction.read, _extracted, "extract"),
+        "/v1/chat/completions": LineEndpoint(chat.read_chat_request, _only),
+        "/v1/completions": LineEndpoint(completions.read_completion_request, _only),
+        "/v1/embeddings": LineEndpoint(embeddings.read_embedding_request, _only),
+        _DECISIONS: LineEndpoint(partial(judging, openai_shape.read_decision_request), _only, "decisions"),
+        "/v1/systemone": LineEndpoint(partial(judging, systemone.read_systemone_request), _only, "systemone"),
+        "/v1/extract": LineEndpoint(extraction.read_extract_request, _extracted, "extract"),
         **{dialect.path: _translated(dialect) for dialect in INBOUND.values() if dialect.path is not None},
     }
 
@@ -229,7 +231,7 @@ class LineExecutor:
         if merged is None:
             return await asyncio.gather(*(self._one(one.line, caller, terms) for one in group))
         request, whole = merged
-        calls = openai_shape.split(whole, TOKENS_PER_GROUP)
+        calls = openai_shape.split_call(whole, TOKENS_PER_GROUP)
         try:
             many = await self._pipeline().answer_many(request, calls, concurrency=len(calls))
         except ApplianceError as error:
@@ -253,7 +255,7 @@ class LineExecutor:
         first = group[0]
         inputs = tuple(one.call.inputs[0] for one in group)
         whole = replace(first.call, inputs=inputs, render=None)
-        asked = openai_shape.make_asked(first.request.body, whole)
+        asked = openai_shape.make_parsed_request(first.request.body, whole)
         request = self.make_request(asked, make_request_id(first.line, terms), caller, terms)
         pipeline = self._pipeline()
         request = await pipeline.with_pii_scan(request)
@@ -271,7 +273,7 @@ class LineExecutor:
         if isinstance(row, ApplianceError):
             row.headers = row.headers or metadata.headers()
             return _refused(row, name)
-        payload = openai_shape.openai_payload(row, one.call.questions)
+        payload = openai_shape.make_openai_payload(row, one.call.questions)
         cost = None if metadata.cost_usd is None else metadata.cost_usd / lines
         return make_answer(payload, name, metadata, usage, cost)
 

@@ -26,7 +26,7 @@ from appliance.core import (
 from appliance.errors import ApplianceError, Unavailable
 from appliance.router.attempts.runner import AttemptRunner
 from appliance.router.deps import RouterDeps
-from appliance.router.routing.match import in_order
+from appliance.router.routing.match import order_targets
 from appliance.router.routing.router import RoutingResult
 from appliance.tasks.classify import cascade as tasks
 from appliance.tasks.classify.cascade import CascadeAnswer, CascadeCall, CascadeText, CascadeThresholds
@@ -121,7 +121,7 @@ class CascadeRunner:
             return f"fallback: {self._classifier} is not served"
         route = replace(self._route, attempts=attempts, cold_targets=())
         at, reason = 0, f"fallback: {self._classifier} failed"
-        for call in openai_shape.split(tasks.make_classifier_call(whole)):
+        for call in openai_shape.split_call(tasks.make_classifier_call(whole)):
             indices = range(at, at + len(call.inputs))
             at += len(call.inputs)
             try:
@@ -227,7 +227,7 @@ class CascadeRunner:
             return
         route = replace(self._route, attempts=attempts or cold, cold_targets=cold if attempts else ())
         at, parts = 0, []
-        for call in openai_shape.split(tasks.select_inputs(whole, indices)):
+        for call in openai_shape.split_call(tasks.select_inputs(whole, indices)):
             parts.append(self._ask_part(whole, call, indices[at : at + len(call.inputs)], route, attempts_used))
             at += len(call.inputs)
         await asyncio.gather(*parts)
@@ -331,6 +331,6 @@ def _step_of_target(words: Sequence[str], targets: Sequence[Target]) -> dict[str
     """Which step each target belongs to: the first word of the route that names it."""
     steps: dict[str, int] = {}
     for step, word in enumerate(words):
-        for target in in_order((word,), targets):
+        for target in order_targets((word,), targets):
             steps.setdefault(target.name, step)
     return steps

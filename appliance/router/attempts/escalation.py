@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from appliance.config import EscalationRule
+from appliance.core.json_types import JsonObject, MutableJsonObject
 from appliance.tasks.decisions.openai_shape import DecisionResult
 from appliance.tasks.extract.extraction import Extracted
 
@@ -45,13 +46,13 @@ def _confidences(payload: Any) -> Iterator[float]:
                 yield from _confidence_of_choice(choice)
 
 
-def _rows(answers: list[Any] | dict[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _rows(answers: list[Any] | MutableJsonObject) -> Iterator[JsonObject]:
     for answer in answers if isinstance(answers, list) else answers.values():
         if isinstance(answer, Mapping):
             yield answer
 
 
-def _confidence_of_answer(answer: Mapping[str, Any]) -> Iterator[float]:
+def _confidence_of_answer(answer: JsonObject) -> Iterator[float]:
     """Of a choice or score as it says; of a yes-or-no question the likelier side."""
     for name in ("probability", "noul"):
         if isinstance(answer.get(name), int | float):

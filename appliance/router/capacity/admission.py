@@ -12,7 +12,13 @@ from typing import Final
 
 from appliance.core import HealthAlerts, NoAlerts, Target
 from appliance.errors import Busy, Unavailable
-from appliance.router.capacity.predictor import NOT_PREDICTED, InFlight, Prediction, predict, room_beside
+from appliance.router.capacity.predictor import (
+    NOT_PREDICTED,
+    InFlight,
+    Prediction,
+    batch_sequences_beside,
+    predict_latency,
+)
 from appliance.router.capacity.request_load import RequestLoad
 from appliance.router.capacity.target_queue import NO_LOAD, Slot, TargetQueue, Waiter
 from appliance.router.stats.estimators import Estimators
@@ -195,7 +201,7 @@ class Admission:
             if is_residency_bound is not None and queue.waiting:
                 waiting = queue.waiters.before(load, is_residency_bound=is_residency_bound)
             inflight = queue.tally(view, self._clock(), waiting, with_batch=load.is_batch)
-        prediction = predict(
+        prediction = predict_latency(
             view,
             inflight,
             prompt_tokens=load.prompt_tokens,
@@ -207,7 +213,7 @@ class Admission:
         )
         if not load.is_batch or queue is None or view is None or view.load is None:
             return prediction
-        is_free = not queue.waiters.has_interactive and queue.sequences < room_beside(
+        is_free = not queue.waiters.has_interactive and queue.sequences < batch_sequences_beside(
             view.load, queue.interactive_sequences
         )
         return prediction if is_free else replace(prediction, can_enter=False)

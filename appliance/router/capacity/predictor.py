@@ -65,7 +65,7 @@ NOT_PREDICTED: Final = Prediction(0.0, 0.0, fits_kv=True, ready=True, reason="no
 """For targets that are not engines of this node: assumed to keep the budget; breakers tell when they do not."""
 
 
-def predict(
+def predict_latency(
     view: EngineStatus | None,
     inflight: InFlight,
     *,
@@ -108,7 +108,7 @@ def predict(
     return Prediction(first_byte, finish, missing <= 0, ready=True, reason=reason, can_enter=can_enter)
 
 
-def room_beside(load: EngineLoad, interactive: int) -> int:
+def batch_sequences_beside(load: EngineLoad, interactive: int) -> int:
     """How many sequences may run together, work that can wait included, beside so many that cannot.
 
     As many as slow none of those down by more than UNHARMED, by the engine's own measured rates: on a CPU, which is

@@ -30,7 +30,7 @@ from stdnum.tr import tckimlik
 from stdnum.za import idnr as south_african
 
 from appliance.core import PersonalKind
-from appliance.router.pii.spans import CONTEXT_CHARACTERS, Span, digits_of
+from appliance.router.pii.spans import CONTEXT_CHARACTERS, Span, strip_to_digits
 
 _VALUE: Final = re.compile(
     r"(?<![\w.,$€£+-])[A-Za-z]{0,4}[-#]?\d[A-Za-z0-9]{0,20}(?:[ ./-][A-Za-z]{0,2}\d[A-Za-z0-9]{0,12}){0,6}(?!\w)"
@@ -61,7 +61,7 @@ def _label(kind: PersonalKind, gates: str, pattern: str, check: Callable[[str], 
 
 
 def _digits(least: int, most: int) -> Callable[[str], bool]:
-    return lambda value: least <= len(digits_of(value)) <= most and not _DATE.fullmatch(value)
+    return lambda value: least <= len(strip_to_digits(value)) <= most and not _DATE.fullmatch(value)
 
 
 def _is_bic(value: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Final
 import phonenumbers
 from stdnum import luhn
 
-from appliance.router.pii.spans import Span, after, before, digits_of
+from appliance.router.pii.spans import Span, after, before, strip_to_digits
 
 _RUN: Final = re.compile(r"\d(?:[ \t.()/\-]{0,3}\d){4,24}")
 """Digits in groups, as people write them. Separators and digits exclude each other, so there is one way to match, and
@@ -98,7 +98,7 @@ def _is_letter(character: str) -> bool:
 
 def _in_run(text: str, raw: str, start: int, end: int, plans: "NumberingPlans") -> Iterator[Span]:
     for found in _CARD.finditer(raw):
-        if is_card(digits_of(found[0]), text, start + found.start()):
+        if is_card(strip_to_digits(found[0]), text, start + found.start()):
             yield Span("payment_card", start + found.start(), start + found.end())
             return
     if (ssn := _SSN.search(raw)) and is_ssn(*ssn.group(1, 3, 4)):

@@ -56,7 +56,7 @@ def plain(text: str) -> str:
     return text if text.isascii() else _ODD.sub(lambda found: _PLAIN[found[0]], text)
 
 
-def find(text: str, kinds: Collection[PersonalKind]) -> list[Span]:
+def find_personal_data(text: str, kinds: Collection[PersonalKind]) -> list[Span]:
     """Everything of these kinds in `text`, which `plain` has gone through."""
     wanted = frozenset(kinds)
     lowered = text.lower()
@@ -119,5 +119,5 @@ class PiiPatternDetector:
         self._kinds = tuple(kinds)
 
     def kinds_in(self, text: str) -> tuple[PersonalKind, ...]:
-        found = {span.kind for span in find(plain(text), self._kinds)}
+        found = {span.kind for span in find_personal_data(plain(text), self._kinds)}
         return tuple(kind for kind in self._kinds if kind in found)

@@ -18,8 +18,9 @@ import structlog
 
 from appliance.config import PersonalDataRule, Policy
 from appliance.core import HealthAlerts, NoAlerts, PersonalKind, PiiScanResult, Request
+from appliance.core.json_types import JsonObject
 from appliance.errors import ConfigError
-from appliance.router.pii.text_extractor import TextExtractor, chunks, readable
+from appliance.router.pii.text_extractor import TextExtractor, extract_text, split_chunks
 
 AT_ONCE_CHARACTERS: Final = 8_192
 AT_ONCE_DIGITS: Final = 512
@@ -50,7 +51,7 @@ class PiiDetector(Protocol):
     def kinds_in(self, text: str) -> tuple[PersonalKind, ...]: ...
 
 
-def detector_for(policy: Policy) -> PiiDetector | None:
+def make_detector(policy: Policy) -> PiiDetector | None:
     """The detector that `policy` wants; None where no route has its requests searched. Takes a while: not on the loop.
 
     Raises ConfigError where it is not installed.
@@ -105,12 +106,12 @@ class PiiScanner:
         if not detector.is_quick or len(request.text) > AT_ONCE_CHARACTERS:
             return None
         with _failing_safely():
-            read = readable(request.body, limit_characters=AT_ONCE_CHARACTERS)
+            read = extract_text(request.body, limit_characters=AT_ONCE_CHARACTERS)
             if read is None or _count_digits(read.text) > AT_ONCE_DIGITS:
                 return None
             return _content(detector.kinds_in(read.text), read)
 
-    async def _in_thread(self, body: Mapping[str, Any], detector: PiiDetector) -> PiiScanResult:
+    async def _in_thread(self, body: JsonObject, detector: PiiDetector) -> PiiScanResult:
         seconds = self._rules.timeout_seconds
         stop = threading.Event()
         try:
@@ -123,12 +124,12 @@ class PiiScanner:
             stop.set()
 
 
-def _search(body: Mapping[str, Any], detector: PiiDetector, stop: threading.Event) -> PiiScanResult:
+def _search(body: JsonObject, detector: PiiDetector, stop: threading.Event) -> PiiScanResult:
     """In a thread. One kind is enough to bind, so the first piece that has any is the last."""
     with _failing_safely():
-        read = readable(body)
+        read = extract_text(body)
         assert read is not None
-        for piece in chunks(read.text):
+        for piece in split_chunks(read.text):
             kinds = detector.kinds_in(piece)
             if kinds or stop.is_set():
                 return _content(kinds, read)

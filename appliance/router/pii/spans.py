@@ -23,5 +23,5 @@ def after(text: str, end: int) -> str:
     return text[end : end + 16].partition("\n")[0].lower()
 
 
-def digits_of(raw: str) -> str:
+def strip_to_digits(raw: str) -> str:
     return "".join(filter(str.isdigit, raw))

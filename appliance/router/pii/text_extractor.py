@@ -1,8 +1,10 @@
 """All that a model would read of a body, and whatever else would travel with it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
+
+from appliance.core.json_types import JsonObject
 
 _ATTACHMENTS: Final = frozenset(
     {"image", "image_url", "input_image", "audio", "input_audio", "file", "input_file", "video", "video_url"}
@@ -23,7 +25,7 @@ class TextExtractor:
     """Images, sounds and files: nobody has looked into those."""
 
 
-def readable(body: Mapping[str, Any], *, limit_characters: int | None = None) -> TextExtractor | None:
+def extract_text(body: JsonObject, *, limit_characters: int | None = None) -> TextExtractor | None:
     """The whole body, not the parts that we know: fields we do not know travel on too. None beyond the limit."""
     pieces: list[str] = []
     attachments = length = 0
@@ -57,7 +59,7 @@ def readable(body: Mapping[str, Any], *, limit_characters: int | None = None) ->
     return TextExtractor("\n".join(pieces), attachments)
 
 
-def chunks(text: str) -> Iterator[str]:
+def split_chunks(text: str) -> Iterator[str]:
     """Pieces that overlap, cut at spaces where there are some."""
     start = 0
     while len(text) - start > CHUNK_CHARACTERS:

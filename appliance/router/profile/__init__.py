@@ -10,7 +10,7 @@ from appliance.core import LatencyClass, Profile, Profiler, Request
 from appliance.router.profile import linear_model, rules
 from appliance.router.profile.estimate import LlmProfile, ProfileEstimate
 from appliance.router.profile.language import guess_language
-from appliance.router.profile.llm_prompt import guess_by
+from appliance.router.profile.llm_prompt import make_profile_guess
 from appliance.router.profile.text_sample import TextSample, take_sample
 
 __all__ = ["LlmProfile", "check_profiler", "profile"]
@@ -20,7 +20,7 @@ PERSONAL_DATA: Final = "personal_data"
 """Risk class of a request in which some was found."""
 
 
-def profile(
+def profile_request(
     request: Request,
     *,
     prompt_tokens: int,
@@ -51,16 +51,16 @@ def profile(
 def check_profiler(profiler: Profiler) -> None:
     """Load what `profiler` needs, which takes milliseconds. Raises ConfigError where that cannot be used."""
     if profiler == "learned":
-        linear_model.shipped_weights()
+        linear_model.load_shipped_weights()
 
 
 def _guess(
     request: Request, sample: TextSample, prompt_tokens: int, profiler: Profiler, llm_profile: LlmProfile | str
 ) -> ProfileEstimate:
     if profiler == "learned":
-        return linear_model.guess(request, sample, linear_model.shipped_weights())
-    by_rules = rules.guess(request, sample, prompt_tokens=prompt_tokens)
-    return by_rules if profiler == "rules" else guess_by(llm_profile, by_rules)
+        return linear_model.guess_profile(request, sample, linear_model.load_shipped_weights())
+    by_rules = rules.guess_profile(request, sample, prompt_tokens=prompt_tokens)
+    return by_rules if profiler == "rules" else make_profile_guess(llm_profile, by_rules)
 
 
 def _latency_class(request: Request) -> LatencyClass:

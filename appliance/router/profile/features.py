@@ -52,7 +52,7 @@ class Features:
     """log(1 + words) of the whole text, guessed from those looked at."""
 
 
-def features_of(text: str) -> Features:
+def extract_features(text: str) -> Features:
     sample = _sample(text)
     words = _words(np.frombuffer(sample, np.uint8))
     # blanks stand for words: signs are none, and what was not looked at is taken to be alike

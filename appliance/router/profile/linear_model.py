@@ -8,7 +8,6 @@ learned from questions that a weak and a strong model both answered: what the st
 import hashlib
 import zipfile
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -19,9 +18,10 @@ import orjson
 from numpy.typing import NDArray
 
 from appliance.core import Request, Task
+from appliance.core.json_types import JsonObject
 from appliance.errors import ConfigError
 from appliance.router.profile.estimate import BASE_COMPLEXITY, SIMPLE, SIMPLE_SCALE, ProfileEstimate, given_task
-from appliance.router.profile.features import BUCKETS, FEATURE_VERSION, features_of
+from appliance.router.profile.features import BUCKETS, FEATURE_VERSION, extract_features
 from appliance.router.profile.keywords import CUES, has_choices, is_word_problem
 from appliance.router.profile.text_sample import TextSample
 
@@ -53,7 +53,7 @@ class LinearWeights:
     """difficulty += length_weight * (log words - length_offset)"""
     difficulty_scale: float
     """One standard deviation of difficulty over the training texts."""
-    about: Mapping[str, Any]
+    about: JsonObject
     """Features, sources with licences, digest of the arrays, and figures measured on texts not trained on."""
 
 
@@ -65,10 +65,10 @@ class LinearScores:
     """In standard deviations; 0 is usual."""
 
 
-def score(text: str, sample: TextSample, weights: LinearWeights) -> LinearScores:
+def score_features(text: str, sample: TextSample, weights: LinearWeights) -> LinearScores:
     """`sample` is that of `text`."""
-    features = features_of(text)
-    tasks = weights.offsets + marks_of(sample) @ weights.marks
+    features = extract_features(text)
+    tasks = weights.offsets + list_marks(sample) @ weights.marks
     length = weights.length_weight * (features.log_words - weights.length_offset)
     if not len(features.buckets):
         return LinearScores(tasks, length / weights.difficulty_scale)
@@ -79,15 +79,15 @@ def score(text: str, sample: TextSample, weights: LinearWeights) -> LinearScores
     return LinearScores(sums[:-1] + tasks, (float(sums[-1]) + length) / weights.difficulty_scale)
 
 
-def marks_of(sample: TextSample) -> NDArray[np.float32]:
+def list_marks(sample: TextSample) -> NDArray[np.float32]:
     """1 or 0 for each of MARKS."""
     found = [cue.is_in(sample) for cue in CUES]
     return np.array([*found, is_word_problem(sample), has_choices(sample)], np.float32)
 
 
-def guess(request: Request, sample: TextSample, weights: LinearWeights) -> ProfileEstimate:
+def guess_profile(request: Request, sample: TextSample, weights: LinearWeights) -> ProfileEstimate:
     """A fraction of a millisecond, whatever the length of the text; `sample` is that of the text."""
-    scores = score(request.text, sample, weights)
+    scores = score_features(request.text, sample, weights)
     given = given_task(request)
     if given is not None:
         task, why = given
@@ -95,12 +95,12 @@ def guess(request: Request, sample: TextSample, weights: LinearWeights) -> Profi
         second, first = np.argsort(scores.tasks, kind="stable")[-2:]
         task = TASKS[first]
         why = f"learned, {scores.tasks[first] - scores.tasks[second]:.2f} before {TASKS[second]}"
-    complexity = complexity_of(task, scores.difficulty)
+    complexity = compute_complexity(task, scores.difficulty)
     because = f"{task}, difficulty {scores.difficulty:+.1f} (learned)"
     return ProfileEstimate(task, complexity, (f"{task}: {why}", f"complexity {complexity:.2f}: {because}"))
 
 
-def complexity_of(task: Task, difficulty: float) -> float:
+def compute_complexity(task: Task, difficulty: float) -> float:
     """Between 0 and 1; `difficulty` in standard deviations. The order of difficulties within a task is kept."""
     scale = SIMPLE_SCALE if task in SIMPLE else 1.0
     share = 1.0 / (1.0 + np.exp(-2.0 * min(max(difficulty, -10.0), 10.0)))
@@ -108,7 +108,7 @@ def complexity_of(task: Task, difficulty: float) -> float:
 
 
 @lru_cache(maxsize=1)
-def shipped_weights() -> LinearWeights:
+def load_shipped_weights() -> LinearWeights:
     """Those of the package. Raises ConfigError where the file is not there, damaged or of another version."""
     path = files("appliance.router.profile") / FILE
     try:
@@ -132,7 +132,7 @@ def read_weights(file: IO[bytes]) -> LinearWeights:
         table, rest = arrays["table"], arrays["rest"]
     if about["features"] != feature_name() or about["columns"] != list(COLUMNS):
         raise ValueError(f"they are for features {about['features']}, and these are {feature_name()}")
-    if about["digest"] != digest_of(table, rest):
+    if about["digest"] != digest_weights(table, rest):
         raise ValueError("they are damaged: their digest is not the one they were saved with")
     if table.shape != (BUCKETS, len(COLUMNS)) or rest.shape != ((len(MARKS) + 1) * len(TASKS) + 3,):
         raise ValueError(f"their shapes are {table.shape} and {rest.shape}")
@@ -158,7 +158,7 @@ def write_weights(file: IO[bytes], weights: LinearWeights) -> None:
         **weights.about,
         "features": feature_name(),
         "columns": list(COLUMNS),
-        "digest": digest_of(table, rest),
+        "digest": digest_weights(table, rest),
     }
     text = orjson.dumps(about, option=orjson.OPT_SORT_KEYS)
     np.savez_compressed(file, table=table, rest=rest, about=np.frombuffer(text, np.uint8))
@@ -170,7 +170,7 @@ def feature_name() -> str:
     return f"{FEATURE_VERSION}-{hashlib.sha256(repr(cues).encode()).hexdigest()[:12]}"
 
 
-def digest_of(table: NDArray[Any], rest: NDArray[Any]) -> str:
+def digest_weights(table: NDArray[Any], rest: NDArray[Any]) -> str:
     digest = hashlib.sha256(np.ascontiguousarray(table).tobytes())
     digest.update(np.ascontiguousarray(rest).tobytes())
     return digest.hexdigest()

@@ -13,7 +13,13 @@ from appliance.errors import ApplianceError, BackendUnreachable
 from appliance.router.capacity.request_load import RequestLoad
 from appliance.router.deps import RouterDeps
 from appliance.router.profile.estimate import LlmProfile, given_task
-from appliance.router.profile.llm_prompt import SEQUENCES, excerpt, prompt_tokens, question_about, read_opinion
+from appliance.router.profile.llm_prompt import (
+    SEQUENCES,
+    estimate_prompt_tokens,
+    make_question,
+    read_llm_profile,
+    take_excerpt,
+)
 from appliance.upstream import client
 
 SECONDS: Final = 0.3
@@ -77,17 +83,17 @@ class LlmProfiler:
         return None
 
     async def _ask(self, target: Target, request: Request) -> LlmProfile:
-        deps, seen = self._deps, excerpt(request.text)
-        load = RequestLoad(prompt_tokens(seen), SEQUENCES, share=SEQUENCES, kind=_KIND)
+        deps, seen = self._deps, take_excerpt(request.text)
+        load = RequestLoad(estimate_prompt_tokens(seen), SEQUENCES, share=SEQUENCES, kind=_KIND)
         # no waiting: whoever cannot be asked at once is not asked
         slot = await deps.admission.enter(
             target, load, is_residency_bound=False, wait_seconds=0.0, budget_seconds=SECONDS
         )
         try:
             salt = client.salt_of(request.caller.key_id)
-            wire_request = client.write(target, question_about(seen), stream=False, salt=salt)
+            wire_request = client.write(target, make_question(seen), stream=False, salt=salt)
             reply = await client.send(deps.transports.local, wire_request, permit=None, seconds=SECONDS)
-            return read_opinion(target, reply)
+            return read_llm_profile(target, reply)
         except ApplianceError as error:
             self._rests_until = deps.clock() + REST_SECONDS
             if isinstance(error, BackendUnreachable):
@@ -110,5 +116,5 @@ class LlmProfiler:
 
 def _key(request: Request) -> bytes:
     """By caller as well, so that time does not tell one what another has sent. The text itself is not kept."""
-    said = f"{request.caller.key_id}\n{excerpt(request.text)}"
+    said = f"{request.caller.key_id}\n{take_excerpt(request.text)}"
     return hashlib.sha256(said.encode("utf-8", "surrogatepass")).digest()

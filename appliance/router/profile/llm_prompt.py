@@ -51,24 +51,24 @@ _QUESTIONS: Final = (_TASK, _DIFFICULTY)
 SEQUENCES: Final = len(_QUESTIONS)
 
 
-def excerpt(text: str) -> str:
+def take_excerpt(text: str) -> str:
     """What the model sees of a text, and all that its opinion depends on."""
     if len(text) > HEAD_CHARACTERS + TAIL_CHARACTERS:
         return f"{text[:HEAD_CHARACTERS]}\n...\n{text[-TAIL_CHARACTERS:]}"
     return text
 
 
-def question_about(seen: str) -> UpstreamCall:
-    return label_prompts.outgoing((Input(seen, seen),), _QUESTIONS, question_first=True)
+def make_question(seen: str) -> UpstreamCall:
+    return label_prompts.make_label_call((Input(seen, seen),), _QUESTIONS, question_first=True)
 
 
-def prompt_tokens(seen: str) -> int:
+def estimate_prompt_tokens(seen: str) -> int:
     """An estimate for both questions together, instructions not counted: those are computed once for all requests."""
     return SEQUENCES * (estimate_tokens(seen) + MESSAGE_TOKENS)
 
 
-def read_opinion(target: Target, reply: UpstreamReply) -> LlmProfile:
-    """Raises BackendGarbage where the reply is no answer to `question_about`, or the error it holds instead."""
+def read_llm_profile(target: Target, reply: UpstreamReply) -> LlmProfile:
+    """Raises BackendGarbage where the reply is no answer to `make_question`, or the error it holds instead."""
     (row,) = label_prompts.read_scores(reply.payload, 1, _QUESTIONS)
     if isinstance(row, ApplianceError):
         raise row
@@ -81,7 +81,7 @@ def read_opinion(target: Target, reply: UpstreamReply) -> LlmProfile:
     return LlmProfile(target.name, known[chosen], task.confidence, difficulty.score / highest)
 
 
-def guess_by(llm_profile: LlmProfile | str, by_rules: ProfileEstimate) -> ProfileEstimate:
+def make_profile_guess(llm_profile: LlmProfile | str, by_rules: ProfileEstimate) -> ProfileEstimate:
     """What the model said, or what the rules say and why the model did not."""
     if isinstance(llm_profile, str):
         return ProfileEstimate(by_rules.task, by_rules.complexity, (*by_rules.reasons, f"by rules: {llm_profile}"))

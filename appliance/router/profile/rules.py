@@ -12,7 +12,7 @@ _LONGEST_TOKENS: Final = 8000
 """Beyond this a prompt is no more complex for being longer."""
 
 
-def guess(request: Request, sample: TextSample, *, prompt_tokens: int) -> ProfileEstimate:
+def guess_profile(request: Request, sample: TextSample, *, prompt_tokens: int) -> ProfileEstimate:
     """`sample` is that of the request's text."""
     task, why = _task(request, sample)
     complexity, because = _complexity(task, sample, prompt_tokens)

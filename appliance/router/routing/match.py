@@ -10,7 +10,7 @@ QUOTA_WINDOW_SECONDS = 3600.0
 _FOR_ONE_TASK = frozenset({"classify", "decisions", "embeddings"})
 
 
-def route_of(request: Request, profile: Profile, policy: Policy, over_quota: Collection[str] = ()) -> RouteRule:
+def match_route(request: Request, profile: Profile, policy: Policy, over_quota: Collection[str] = ()) -> RouteRule:
     """The first route that matches, that the key may use, and that has quota left.
 
     Raises Forbidden where there is none or the route does not allow the request's risk class, and BudgetExceeded where
@@ -62,7 +62,7 @@ def matches(match: RouteMatch, request: Request, profile: Profile) -> bool:
     return match.header is None or all(request.headers.get(name) == text for name, text in match.header.items())
 
 
-def chain_of(rule: RouteRule, policy: Policy) -> tuple[RouteRule, ...]:
+def list_fallback_chain(rule: RouteRule, policy: Policy) -> tuple[RouteRule, ...]:
     """The route and the ones whose targets follow after its own; the policy was checked to have no circle."""
     chain = [rule]
     while chain[-1].fallback is not None:
@@ -73,7 +73,7 @@ def chain_of(rule: RouteRule, policy: Policy) -> tuple[RouteRule, ...]:
     return tuple(chain)
 
 
-def in_order(words: Iterable[str], targets: Sequence[Target]) -> tuple[Target, ...]:
+def order_targets(words: Iterable[str], targets: Sequence[Target]) -> tuple[Target, ...]:
     """The targets that a route's words name, in its order, each once.
 
     A place names models that are for anybody's questions; what was made for one task is named by itself alone.
@@ -96,6 +96,6 @@ def bare_name(target: Target) -> str:
     return target.name.partition("/")[2] or target.name
 
 
-def visible_targets(caller: Caller, targets: Sequence[Target]) -> tuple[Target, ...]:
+def list_visible_targets(caller: Caller, targets: Sequence[Target]) -> tuple[Target, ...]:
     """What `caller` could ever be answered by: a key bound to the site does not see hosted models."""
     return tuple(target for target in targets if caller.residency.allows(target))

@@ -14,7 +14,7 @@ from appliance.errors import (
     UnknownModel,
     Unsupported,
 )
-from appliance.router.routing.match import bare_name, visible_targets
+from appliance.router.routing.match import bare_name, list_visible_targets
 
 Kind = Literal["residency", "needs", "quality", "context", "cost", "blocked", "waiting", "late", "now"]
 
@@ -45,7 +45,7 @@ class RejectedCandidate:
     """Its score in words, where the route chooses by scores."""
 
 
-def refusal_of(request: Request, route: Route, judged: Sequence[RejectedCandidate]) -> ApplianceError:
+def explain_no_target(request: Request, route: Route, judged: Sequence[RejectedCandidate]) -> ApplianceError:
     """What passes by itself first, then what the caller can change, then what nobody can."""
     by_kind: dict[str, list[RejectedCandidate]] = {}
     for one in judged:
@@ -88,9 +88,9 @@ def _each(judged: Sequence[RejectedCandidate]) -> str:
     return "; ".join(f"{one.target.name} {one.reason}" for one in judged[:5])
 
 
-def unknown_model(request: Request, auto: str, targets: Sequence[Target]) -> UnknownModel:
+def make_unknown_model_error(request: Request, auto: str, targets: Sequence[Target]) -> UnknownModel:
     """Names what exists for this caller; a key bound to the site is not told of hosted models."""
-    seen = visible_targets(request.caller, targets)
+    seen = list_visible_targets(request.caller, targets)
     names = sorted({auto, *(target.name for target in seen), *map(bare_name, seen)})
     more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
     there = ", ".join(names[:_MAX_NAMES]) + more

@@ -8,10 +8,10 @@ from appliance.config import Policy, RouteRule
 from appliance.core import Attempt, ExcludedTarget, Profile, Request, Residency, Route, Snapshot, Target
 from appliance.errors import ApplianceError
 from appliance.router.capacity.predictor import Prediction
-from appliance.router.residency import bound_by, bound_of
-from appliance.router.routing.match import bare_name, chain_of, in_order, route_of
-from appliance.router.routing.no_target import Kind, RejectedCandidate, refusal_of, unknown_model
-from appliance.router.routing.score import TargetFigures, by_score
+from appliance.router.residency import resolve_residency, resolve_route_residency
+from appliance.router.routing.match import bare_name, list_fallback_chain, match_route, order_targets
+from appliance.router.routing.no_target import Kind, RejectedCandidate, explain_no_target, make_unknown_model_error
+from appliance.router.routing.score import TargetFigures, rank_by_score
 
 AUTO: Final = "auto"
 
@@ -51,7 +51,7 @@ class _Case:
     outlooks: Mapping[str, TargetEstimate]
 
 
-def rank(
+def rank_targets(
     request: Request,
     profile: Profile,
     policy: Policy,
@@ -61,24 +61,24 @@ def rank(
 ) -> RankedTargets:
     """`outlooks` has every target of `snapshot`; `rule` is the route that was chosen, else it is chosen here.
 
-    An empty set of attempts stays empty: `refusal` says why. Raises Forbidden or BudgetExceeded as `route_of` does.
+    An empty set of attempts stays empty: `refusal` says why. Raises Forbidden or BudgetExceeded as `match_route` does.
     """
-    rule = rule or route_of(request, profile, policy)
-    pinned = pinned_targets(policy.resolve_alias(request.model), snapshot.targets)
+    rule = rule or match_route(request, profile, policy)
+    pinned = find_pinned_targets(policy.resolve_alias(request.model), snapshot.targets)
     route = _bare_route(request, rule, policy, pinned=pinned is not None)
     if pinned == ():
-        return RankedTargets(route, unknown_model(request, AUTO, snapshot.targets))
+        return RankedTargets(route, make_unknown_model_error(request, AUTO, snapshot.targets))
     case = _Case(request, rule, route, outlooks)
     judged = _judge_all(case, policy, snapshot.targets) if pinned is None else _judge_in_order(case, pinned)
     attempts, cold_targets, excluded = _arrange(judged, case, profile)
     escalations = () if pinned is not None or rule.escalation is None else _escalations(case, snapshot.targets)
     route = replace(route, attempts=attempts, cold_targets=cold_targets, excluded=excluded, escalations=escalations)
-    return RankedTargets(route, None if attempts else refusal_of(request, route, judged))
+    return RankedTargets(route, None if attempts else explain_no_target(request, route, judged))
 
 
 def _bare_route(request: Request, rule: RouteRule, policy: Policy, *, pinned: bool) -> Route:
     defaults = policy.defaults
-    bound, bound_reason = bound_by(request, rule, policy)
+    bound, bound_reason = resolve_route_residency(request, rule, policy)
     route = Route(
         name=rule.name,
         policy_version=policy.version,
@@ -111,9 +111,9 @@ def _patient(route: Route, seconds: float) -> Route:
     )
 
 
-def no_route(request: Request, policy: Policy) -> Route:
+def make_empty_route(request: Request, policy: Policy) -> Route:
     """For a request that may use none: refused, and written down all the same."""
-    bound, reason = bound_of(request, route="none", route_residency=None, default=policy.defaults.residency)
+    bound, reason = resolve_residency(request, route="none", route_residency=None, default=policy.defaults.residency)
     defaults = policy.defaults
     return Route(
         name="none",
@@ -129,7 +129,7 @@ def no_route(request: Request, policy: Policy) -> Route:
     )
 
 
-def pinned_targets(model: str, targets: Sequence[Target]) -> tuple[Target, ...] | None:
+def find_pinned_targets(model: str, targets: Sequence[Target]) -> tuple[Target, ...] | None:
     """The targets a pinned model leaves (none where nobody has it), or None for `auto`."""
     if model in ("", AUTO):
         return None
@@ -140,13 +140,13 @@ def pinned_targets(model: str, targets: Sequence[Target]) -> tuple[Target, ...] 
 def _judge_all(case: _Case, policy: Policy, targets: Sequence[Target]) -> list[RejectedCandidate]:
     """The route's own targets, then those of the routes it falls back on, each once."""
     judged: list[RejectedCandidate] = []
-    for rule in chain_of(case.rule, policy):
+    for rule in list_fallback_chain(case.rule, policy):
         known = {one.target.name for one in judged}
-        fresh = tuple(target for target in in_order(rule.targets, targets) if target.name not in known)
+        fresh = tuple(target for target in order_targets(rule.targets, targets) if target.name not in known)
         if rule is case.rule:
             judged += _judge_in_order(case, fresh)
             continue
-        own, _ = bound_by(case.request, rule, policy)
+        own, _ = resolve_route_residency(case.request, rule, policy)
         found = _judge_in_order(replace(case, rule=rule), fresh, first=len(judged) + 1)
         judged += [replace(_inside(one, own, rule.name), via=rule.name) for one in found]
     return judged
@@ -163,7 +163,7 @@ def _judge_in_order(case: _Case, targets: Sequence[Target], first: int = 1) -> l
     merits: Sequence[tuple[Target, str]] = [(target, "") for target in targets]
     if case.rule.score is not None and len(targets) > 1:
         figures = {target.name: _figures(target, case.outlooks[target.name]) for target in targets}
-        merits = by_score(targets, figures, case.rule.score, case.route.latency_budget_seconds)
+        merits = rank_by_score(targets, figures, case.rule.score, case.route.latency_budget_seconds)
     return [_judge(case, target, position, merit) for position, (target, merit) in enumerate(merits, first)]
 
 
@@ -271,7 +271,7 @@ def _ordinal(position: int) -> str:
 def _escalations(case: _Case, targets: Sequence[Target]) -> tuple[Attempt, ...]:
     """Who may be asked instead of an unsure answer; the quality floor and every bound hold for them too."""
     assert case.rule.escalation is not None
-    candidates = in_order(case.rule.escalation.to, targets)
+    candidates = order_targets(case.rule.escalation.to, targets)
     judged = [_judge(case, target, position, "") for position, target in enumerate(candidates, 1)]
     reason = f"escalation: an answer below {case.rule.escalation.below_confidence:g} (route {case.rule.name})"
     return tuple(Attempt(one.target, reason, "escalation") for one in judged if one.kind in ("now", "late"))

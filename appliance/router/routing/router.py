@@ -9,10 +9,10 @@ from appliance.errors import ApplianceError, BudgetExceeded, Forbidden
 from appliance.router.capacity.request_load import make_request_load, prompt_prefix_key
 from appliance.router.cost import estimate_onsite_usd, worst_case_usd
 from appliance.router.deps import RouterDeps
-from appliance.router.profile import LlmProfile, profile
-from appliance.router.residency import bound_by
-from appliance.router.routing.match import route_of
-from appliance.router.routing.rank import TargetEstimate, no_route, rank
+from appliance.router.profile import LlmProfile, profile_request
+from appliance.router.residency import resolve_route_residency
+from appliance.router.routing.match import match_route
+from appliance.router.routing.rank import TargetEstimate, make_empty_route, rank_targets
 from appliance.router.routing.truncation import NO_TRIM, PromptTrim, make_trim
 
 
@@ -42,7 +42,7 @@ class Router:
         self, request: Request, prompt_tokens: int, output_tokens: int | None, llm_profile: LlmProfile | str
     ) -> RoutingResult:
         """`llm_profile`: of a local model, or why there is none."""
-        profiled = profile(
+        profiled = profile_request(
             request,
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
@@ -52,9 +52,9 @@ class Router:
         prefix, reserved_share = prompt_prefix_key(request), self._policy.capacity.reserved_for_bound
         over_quota = self._deps.stats.windows.over_quota(self._policy.routes, self._deps.clock())
         try:
-            rule = route_of(request, profiled, self._policy, over_quota)
+            rule = match_route(request, profiled, self._policy, over_quota)
         except (Forbidden, BudgetExceeded) as refusal:
-            decision = Decision(request.decision_id, request.id, profiled, no_route(request, self._policy))
+            decision = Decision(request.decision_id, request.id, profiled, make_empty_route(request, self._policy))
             return RoutingResult(decision, None, NO_TRIM, refusal, prefix, reserved_share)
         return self._place(request, profiled, rule, make_trim(rule), prefix)
 
@@ -75,12 +75,12 @@ class Router:
             trim.output_tokens(profiled.output_tokens),
         )
         # Bound in any way, it neither overflows nor leaves places to others.
-        is_bound = bound_by(request, rule, self._policy)[0].kind != "any"
+        is_bound = resolve_route_residency(request, rule, self._policy)[0].kind != "any"
         estimates = {
             target.name: self._estimate(request, target, rule, prefix, prompt_tokens, output_tokens, is_bound)
             for target in snapshot.targets
         }
-        ranking = rank(request, profiled, self._policy, snapshot, estimates, rule)
+        ranking = rank_targets(request, profiled, self._policy, snapshot, estimates, rule)
         decision = Decision(request.decision_id, request.id, profiled, ranking.route)
         return RoutingResult(decision, rule, trim, ranking.refusal, prefix, reserved_share)
 

@@ -16,7 +16,7 @@ class TargetFigures:
     quality: float | None
 
 
-def by_score(
+def rank_by_score(
     targets: Sequence[Target], figures: Mapping[str, TargetFigures], weights: RouteScore, budget_seconds: float
 ) -> list[tuple[Target, str]]:
     """The targets, best first, each with its score in words. Equal scores keep their order.

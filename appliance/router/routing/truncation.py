@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from appliance.config import DegradeRule, RouteRule
 from appliance.core import LateVerifiedCall, Target, TaskCall, UpstreamCall, UpstreamReply
+from appliance.core.json_types import JsonObject
 from appliance.tasks.chat import CHAT_ENDPOINTS
 from appliance.wire.openai.inbound import join_message_text
 from appliance.wire.token_estimate import MESSAGE_TOKENS, estimate_tokens
@@ -17,7 +18,7 @@ _LIMITED_PATHS: Final = frozenset({"/chat/completions", "/completions"})
 _LIMIT_FIELDS: Final = ("max_completion_tokens", "max_tokens")
 _INSTRUCTING: Final = frozenset({"system", "developer"})
 
-Message = Mapping[str, Any]
+Message = JsonObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ class TrimmedCall:
         return outgoing if body is outgoing.body else replace(outgoing, body=body)
 
 
-def trim_call(call: TaskCall, body: Mapping[str, Any], shape: PromptTrim) -> TaskCall:
+def trim_call(call: TaskCall, body: JsonObject, shape: PromptTrim) -> TaskCall:
     """`call`, whose chat messages `body` holds, cut down to `shape`; the call itself where nothing is to be cut."""
     if shape == NO_TRIM:
         return call
@@ -107,7 +108,7 @@ def trim_call(call: TaskCall, body: Mapping[str, Any], shape: PromptTrim) -> Tas
     return TrimmedCall(call, shape, kept, prompt_tokens, output_tokens)
 
 
-def _limits(body: Mapping[str, Any], limit: int) -> Mapping[str, int]:
+def _limits(body: JsonObject, limit: int) -> Mapping[str, int]:
     """The field that the caller used, lowered; else the one that every server understands."""
     given = [name for name in _LIMIT_FIELDS if isinstance(body.get(name), int)]
     return {name: min(body[name], limit) for name in given} or {"max_tokens": limit}
@@ -153,12 +154,10 @@ def _tokens(messages: Sequence[Message]) -> int:
     return estimate_tokens(join_message_text(messages)) + MESSAGE_TOKENS * len(messages)
 
 
-def make_static_answer(step: DegradeRule, request_id: str, endpoint: str, created: int) -> Mapping[str, Any]:
+def make_static_answer(step: DegradeRule, request_id: str, endpoint: str, created: int) -> JsonObject:
     """The payload of a static step, as a target would give it."""
     is_chat = endpoint in CHAT_ENDPOINTS
-    content: Mapping[str, Any] = (
-        {"message": {"role": "assistant", "content": step.text}} if is_chat else {"text": step.text}
-    )
+    content: JsonObject = {"message": {"role": "assistant", "content": step.text}} if is_chat else {"text": step.text}
     return {
         "id": f"static-{request_id}",
         "object": "chat.completion" if is_chat else "text_completion",

@@ -1,4 +1,4 @@
-"""A cascade's answers, text by text: which of them may stand, who gave each, and one judgement made of many. Pure.
+"""A cascade's answers, text by text: which of them may stand, who gave each, and their combined result. Pure.
 
 The classifier's answer to a text stands from a threshold of confidence on, and never where the text is out of its
 scope; a model's stands from a fixed confidence on, and not where its label mass is low; the last step's always stands.
@@ -91,7 +91,7 @@ def classifier_confidence(row: Row) -> float:
 
 
 def is_out_of_scope(row: Row) -> bool:
-    return not isinstance(row, ApplianceError) and (row[0].strangeness or 0.0) > 0
+    return not isinstance(row, ApplianceError) and (row[0].ood_score or 0.0) > 0
 
 
 def chosen_label(row: Row, questions: Sequence[Question]) -> str | None:
@@ -106,14 +106,14 @@ def is_sure(row: Row, below_confidence: float) -> bool:
     """Whether a model's answer to one text is sure in all of its parts. A text that failed is not."""
     if isinstance(row, ApplianceError):
         return False
-    return all(_is_sure(judged, below_confidence) for judged in row)
+    return all(_is_sure(question_result, below_confidence) for question_result in row)
 
 
-def _is_sure(judged: QuestionResult, below_confidence: float) -> bool:
-    if judged.probabilities is None:
+def _is_sure(question_result: QuestionResult, below_confidence: float) -> bool:
+    if question_result.probabilities is None:
         return False
-    has_mass = judged.label_mass is None or judged.label_mass >= UNSURE_LABEL_MASS
-    return judged.confidence >= below_confidence and has_mass
+    has_mass = question_result.label_mass is None or question_result.label_mass >= UNSURE_LABEL_MASS
+    return question_result.confidence >= below_confidence and has_mass
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class CascadeAnswer:
 
 
 def merge_answers(given: Sequence[CascadeAnswer], usage: Usage) -> DecisionResult:
-    """One judgement of rows that came from several targets; every answer says whose it is."""
+    """One result of rows from several targets; every answer names its target."""
     models = ", ".join(dict.fromkeys(one.model for one in given))
     targets = ", ".join(dict.fromkeys(one.target for one in given))
     return DecisionResult(models, tuple(_signed(one) for one in given), usage, targets)
@@ -137,22 +137,25 @@ def merge_answers(given: Sequence[CascadeAnswer], usage: Usage) -> DecisionResul
 def _signed(one: CascadeAnswer) -> Row:
     if isinstance(one.row, ApplianceError):
         return one.row
-    return tuple(replace(judged, answered_by=one.target, unsure=one.unsure or judged.unsure) for judged in one.row)
+    return tuple(
+        replace(question_result, answered_by=one.target, unsure=one.unsure or question_result.unsure)
+        for question_result in one.row
+    )
 
 
-def split_result(judgement: DecisionResult, calls: Sequence[DecisionsCall]) -> list[Any]:
+def split_result(result: DecisionResult, calls: Sequence[DecisionsCall]) -> list[Any]:
     """The rows given back to the calls they are of; a call whose rows all failed is their error. What was used stands
     with the first."""
     results: list[Any] = []
-    at, usage = 0, judgement.usage
+    at, usage = 0, result.usage
     for call in calls:
-        rows = judgement.rows[at : at + len(call.inputs)]
+        rows = result.rows[at : at + len(call.inputs)]
         at += len(call.inputs)
         failed = [row for row in rows if isinstance(row, ApplianceError)]
         if len(failed) == len(rows):
             results.append(failed[0])
             continue
-        results.append(replace(judgement, rows=rows, usage=usage))
+        results.append(replace(result, rows=rows, usage=usage))
         usage = Usage()
     return results
 

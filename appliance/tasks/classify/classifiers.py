@@ -22,22 +22,22 @@ OPEN: Final = Question("choice", None, "Which label is right?", ())
 """Stands for the question that was left out: no options are its classifier's labels."""
 
 
-def is_named(model: object) -> bool:
+def names_classifier(model: object) -> bool:
     """Whether a body names a classifier as its model."""
     return isinstance(model, str) and model.startswith(PREFIX)
 
 
-def without_choices(row: object) -> bool:
+def drop_choices(row: object) -> bool:
     """Whether a question of a body is a choice that leaves its choices to the classifier."""
     return isinstance(row, Mapping) and row.get("type") == "choice" and not (row.get("choices") or row.get("criteria"))
 
 
-def tokens(inputs: Sequence[Input]) -> int:
+def count_tokens(inputs: Sequence[Input]) -> int:
     """An estimate, as the classifier itself reports it."""
     return sum(len(text.text) // 4 + 1 for text in inputs)
 
 
-def outgoing(target: Target, inputs: Sequence[Input], questions: Sequence[Question]) -> UpstreamCall:
+def make_classify_call(target: Target, inputs: Sequence[Input], questions: Sequence[Question]) -> UpstreamCall:
     """Raises Unsupported for what a classifier cannot be asked."""
     if len(questions) != 1 or questions[0].kind != "choice":
         raise Unsupported(
@@ -47,13 +47,13 @@ def outgoing(target: Target, inputs: Sequence[Input], questions: Sequence[Questi
     return UpstreamCall(PATH, {"texts": [text.text for text in inputs]})
 
 
-def version(payload: object) -> str | None:
+def read_version(payload: object) -> str | None:
     """Which version answered, as a variant is written."""
     number = payload.get("version") if isinstance(payload, dict) else None
     return str(number) if isinstance(number, int) else None
 
 
-def read(
+def read_classification(
     target: Target, payload: object, questions: Sequence[Question], inputs: int, *, every_label: bool = False
 ) -> list[tuple[QuestionResult, ...]]:
     """A row for each input. Raises BackendGarbage for a broken reply, and Unsupported where a choice is no label, or,
@@ -71,7 +71,7 @@ def read(
     if not question.options:
         options = tuple(Option(label) for label in labels)
         return [
-            (QuestionResult(tuple(row), options=options, strangeness=score),)
+            (QuestionResult(tuple(row), options=options, ood_score=score),)
             for row, score in zip(rows, strange, strict=True)
         ]
     places = _places(target, question, labels)
@@ -83,12 +83,12 @@ def read(
     return [(_of_some(row, places, score),) for row, score in zip(rows, strange, strict=True)]
 
 
-def _of_some(row: Sequence[float], places: Sequence[int], strangeness: float) -> QuestionResult:
+def _of_some(row: Sequence[float], places: Sequence[int], ood_score: float) -> QuestionResult:
     shares = [row[place] for place in places]
     total = math.fsum(shares)
     if total <= 0:
         shares, total = [1.0] * len(places), float(len(places))
-    return QuestionResult(tuple(share / total for share in shares), strangeness=strangeness)
+    return QuestionResult(tuple(share / total for share in shares), ood_score=ood_score)
 
 
 def _places(target: Target, question: Question, labels: Sequence[str]) -> Sequence[int]:
@@ -105,12 +105,12 @@ def _places(target: Target, question: Question, labels: Sequence[str]) -> Sequen
     return [known[str(option.value)] for option in question.options]
 
 
-def read_open(rows: object) -> Question | None:
+def read_open_question(rows: object) -> Question | None:
     """The open question that `questions` of a body leaves to the classifier, or None where it is spelt out."""
     if rows is None:
         return OPEN
     row = rows[0] if isinstance(rows, list) and len(rows) == 1 else None
-    if not without_choices(row):
+    if not drop_choices(row):
         return None
     assert isinstance(row, Mapping)
     name, instructions = row.get("name"), row.get("instructions")

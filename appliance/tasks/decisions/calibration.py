@@ -10,30 +10,31 @@ Response: {task, target, variant, questions: [{name, examples, temperature, bias
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from appliance.core import ParsedRequest, Usage
+from appliance.core.json_types import JsonObject
 from appliance.errors import ApplianceError, BackendGarbage, RequestError
 from appliance.tasks.decisions.calibration_fit import MIN_EXAMPLES, FittedCalibration, fit_question
 from appliance.tasks.decisions.decision_options import (
     DecisionOptions,
     Priors,
     TaskCalibration,
-    question_key,
+    hash_question,
     read_method,
     read_task,
 )
-from appliance.tasks.decisions.examples import truth, with_examples
+from appliance.tasks.decisions.examples import attach_examples, read_label
 from appliance.tasks.decisions.inputs import Input, read_input
 from appliance.tasks.decisions.openai_shape import (
     DecisionResult,
     DecisionsCall,
-    make_asked,
     make_call,
-    split,
-    usage_object,
+    make_parsed_request,
+    make_usage_object,
+    split_call,
 )
 from appliance.tasks.decisions.questions import Question, read_questions
 from appliance.wire.strict_fields import missing, read_bool, read_list, read_object, refuse_other_contract
@@ -47,69 +48,71 @@ class CalibrationResult:
     """What to remember, and what to tell."""
 
     fit: TaskCalibration
-    report: Mapping[str, Any]
+    report: JsonObject
 
 
-def read(body: Mapping[str, Any], priors: Priors | None = None) -> tuple[ParsedRequest, Sequence[DecisionsCall]]:
+def read_calibration_request(
+    body: JsonObject, priors: Priors | None = None
+) -> tuple[ParsedRequest, Sequence[DecisionsCall]]:
     """Check the body and make the calls that answer its examples. Raises RequestError naming field and value."""
     refuse_other_contract(body, "/v1/decisions/calibrate", "examples", {"input": "/v1/decisions"})
     if read_task(body) is None:
         raise missing("task", "give the name that requests will use")
     read_bool(body, "bias")
-    questions = with_examples(body, read_questions(body), "few_shot")
+    questions = attach_examples(body, read_questions(body), "few_shot")
     rows = _rows(body)
-    truths(body, questions)
+    read_labels(body, questions)
     inputs = tuple(_input(row, index) for index, row in enumerate(rows))
     whole = make_call(inputs, questions, body["questions"], {})
-    whole = replace(whole, judging=DecisionOptions(read_method(body)), priors=priors or whole.priors)
-    asked = make_asked(body, whole)
+    whole = replace(whole, options=DecisionOptions(read_method(body)), priors=priors or whole.priors)
+    asked = make_parsed_request(body, whole)
     # Only what is scored here can be fitted: others give probabilities that may be anything.
-    return replace(asked, needs=asked.needs | {"labels"}), split(whole)
+    return replace(asked, needs=asked.needs | {"labels"}), split_call(whole)
 
 
-def truths(body: Mapping[str, Any], questions: Sequence[Question]) -> Sequence[Sequence[int]]:
+def read_labels(body: JsonObject, questions: Sequence[Question]) -> Sequence[Sequence[int]]:
     """For every example, the index of the right option of each question."""
     return [
-        [truth(row, question, questions, f"examples[{index}]") for question in questions]
+        [read_label(row, question, questions, f"examples[{index}]") for question in questions]
         for index, row in enumerate(_rows(body))
     ]
 
 
-def _rows(body: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+def _rows(body: JsonObject) -> Sequence[JsonObject]:
     rows = read_list(body["examples"], "examples", MIN_EXAMPLES, MAX_EXAMPLES, "examples")
     return [read_object(row, f"examples[{index}]", "with input and label") for index, row in enumerate(rows)]
 
 
-def _input(row: Mapping[str, Any], index: int) -> Input:
+def _input(row: JsonObject, index: int) -> Input:
     if "input" not in row:
         raise missing(f"examples[{index}].input", "give the text to decide about")
     return read_input(row["input"], f"examples[{index}].input")
 
 
-def learn(
-    body: Mapping[str, Any], calls: Sequence[DecisionsCall], results: Sequence[DecisionResult | ApplianceError]
+def fit_task(
+    body: JsonObject, calls: Sequence[DecisionsCall], results: Sequence[DecisionResult | ApplianceError]
 ) -> CalibrationResult:
     """Fit every question on the target that answered most examples. Seconds of CPU: call it in a thread.
 
     Raises the first call's error where none was answered, and RequestError where too few were.
     """
-    questions, method = calls[0].questions, calls[0].judging.method
+    questions, method = calls[0].questions, calls[0].options.method
     done = [result for result in results if isinstance(result, DecisionResult)]
     (target, variant), _ = Counter((result.target, result.variant) for result in done).most_common(1)[0]
-    answered = _answered(calls, results, (target, variant), truths(body, questions))
+    answered = _answered(calls, results, (target, variant), read_labels(body, questions))
     with_bias = read_bool(body, "bias")
     fitted = [
         _fit([row[place].scores for row, _ in answered], [right[place] for _, right in answered], with_bias=with_bias)
         for place in range(len(questions))
     ]
-    fits = {question_key(question): one.fit for question, one in zip(questions, fitted, strict=True)}
+    fits = {hash_question(question): one.fit for question, one in zip(questions, fitted, strict=True)}
     name = str(body["task"])
     report = {
         "task": name,
         "target": target,
         "variant": variant,
-        "questions": [_told(question, one) for question, one in zip(questions, fitted, strict=True)],
-        "usage": usage_object(sum((result.usage for result in done), Usage())),
+        "questions": [_describe_fit(question, one) for question, one in zip(questions, fitted, strict=True)],
+        "usage": make_usage_object(sum((result.usage for result in done), Usage())),
     }
     return CalibrationResult(TaskCalibration(name, target, variant, method, fits), report)
 
@@ -140,7 +143,7 @@ def _fit(scores: Sequence[Sequence[float]], right: Sequence[int], *, with_bias: 
         raise RequestError(f"examples: {error}; the others could not be answered", param="examples") from error
 
 
-def _told(question: Question, fitted: FittedCalibration) -> Mapping[str, Any]:
+def _describe_fit(question: Question, fitted: FittedCalibration) -> JsonObject:
     values = [option.value for option in question.options]
     bias = [{"value": value, "bias": shift} for value, shift in zip(values, fitted.fit.bias, strict=False)]
     return {

@@ -61,12 +61,12 @@ def fit_question(scores: Sequence[Sequence[float]], truth: Sequence[int], *, wit
     fold[np.argsort(right, kind="stable")] = np.arange(len(rows)) % FOLDS
     for number in range(FOLDS):
         out = fold == number
-        after[out] = probabilities(rows[out], _fit(rows[~out], right[~out], with_bias=with_bias))
-    before = quality(probabilities(rows, CalibrationParameters(1.0)), right)
-    return FittedCalibration(_fit(rows, right, with_bias=with_bias), before, quality(after, right), len(rows))
+        after[out] = compute_probabilities(rows[out], _fit(rows[~out], right[~out], with_bias=with_bias))
+    before = measure_quality(compute_probabilities(rows, CalibrationParameters(1.0)), right)
+    return FittedCalibration(_fit(rows, right, with_bias=with_bias), before, measure_quality(after, right), len(rows))
 
 
-def probabilities(scores: Floats, fit: CalibrationParameters) -> Floats:
+def compute_probabilities(scores: Floats, fit: CalibrationParameters) -> Floats:
     """Shape (examples, options); the same as `confidence.calibrated` of every row."""
     values = scores / fit.temperature + (np.asarray(fit.bias) if fit.bias else 0.0)
     weights = np.exp(values - values.max(axis=1, keepdims=True))
@@ -74,7 +74,7 @@ def probabilities(scores: Floats, fit: CalibrationParameters) -> Floats:
     return shares
 
 
-def quality(shares: Floats, truth: npt.NDArray[np.intp]) -> CalibrationQuality:
+def measure_quality(shares: Floats, truth: npt.NDArray[np.intp]) -> CalibrationQuality:
     """How true `shares` (examples, options) are, `truth` being the indices of the right options."""
     confidence, hit = shares.max(axis=1), shares.argmax(axis=1) == truth
     bins = np.minimum((confidence * BINS).astype(np.intp), BINS - 1)
@@ -99,7 +99,7 @@ def _fit(scores: Floats, truth: npt.NDArray[np.intp], *, with_bias: bool) -> Cal
     mean, square = np.zeros_like(at), np.zeros_like(at)
     for step in range(1, _STEPS + 1):
         temperature, bias = float(np.exp(at[0])), at[1:]
-        off = probabilities(scores, CalibrationParameters(temperature, tuple(bias))) - right
+        off = compute_probabilities(scores, CalibrationParameters(temperature, tuple(bias))) - right
         slope = np.concatenate(([-(off * scores).sum() / temperature], off.sum(axis=0) + 2 * _BIAS_STRENGTH * bias))
         slope = slope / count
         if not with_bias:

@@ -19,7 +19,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from appliance.tasks.extract.value_spans import value_spans
+from appliance.core.json_types import JsonObject
+from appliance.tasks.extract.value_spans import find_value_spans
 
 DEFAULT_TEMPERATURE = 1.0
 """1 leaves the model's own distribution as it is: no calibration set has been given."""
@@ -31,7 +32,7 @@ LEAST_SCORE = -100.0
 """Scores are not let further down: differences beyond say nothing, and infinities cannot be averaged or taken off."""
 
 
-def calibrated(
+def calibrate_scores(
     scores: Sequence[float], temperature: float = DEFAULT_TEMPERATURE, bias: Sequence[float] = ()
 ) -> tuple[float, ...]:
     """Probabilities of the labels, summing to 1. Excluded labels have -inf; ValueError where all are."""
@@ -45,33 +46,33 @@ def calibrated(
     return tuple(weight / total for weight in weights)
 
 
-def normalised(logprobs: Sequence[float]) -> tuple[float, ...]:
+def normalise_logprobs(logprobs: Sequence[float]) -> tuple[float, ...]:
     """Scores: log shares among the labels, none below LEAST_SCORE."""
-    shares = calibrated(logprobs)
+    shares = calibrate_scores(logprobs)
     return tuple(max(LEAST_SCORE, math.log(share)) if share else LEAST_SCORE for share in shares)
 
 
-def averaged(scores: Sequence[Sequence[float]]) -> tuple[float, ...]:
+def average_scores(scores: Sequence[Sequence[float]]) -> tuple[float, ...]:
     """One question asked in several ways: the mean score of every label."""
     return tuple(math.fsum(column) / len(scores) for column in zip(*scores, strict=True))
 
 
-def without_prior(scores: Sequence[float], prior: Sequence[float]) -> tuple[float, ...]:
+def subtract_prior(scores: Sequence[float], prior: Sequence[float]) -> tuple[float, ...]:
     """What a text adds to the scores of one that says nothing."""
     return tuple(score - before for score, before in zip(scores, prior, strict=True))
 
 
-def most_likely(probabilities: Sequence[float]) -> int:
+def find_most_likely(probabilities: Sequence[float]) -> int:
     """Index of the option to report; the first of equals, so that equal answers are reported alike."""
     return probabilities.index(max(probabilities))
 
 
-def expected_level(probabilities: Sequence[float]) -> float:
+def compute_expected_level(probabilities: Sequence[float]) -> float:
     """The mean level, counted from 0: what a score reports, which may lie between two levels."""
     return math.fsum(index * probability for index, probability in enumerate(probabilities))
 
 
-def field_confidence(content: str, logprobs: object) -> Mapping[str, float] | None:
+def measure_field_confidence(content: str, logprobs: object) -> Mapping[str, float] | None:
     """Confidence by JSON pointer for every leaf of the JSON in `content`.
 
     `logprobs` is the `logprobs` object of a chat choice. None where it is absent or its tokens do not spell `content`:
@@ -83,7 +84,7 @@ def field_confidence(content: str, logprobs: object) -> Mapping[str, float] | No
     ends = [end for end, _ in tokens]
     is_ascii = content.isascii()
     confidence: dict[str, float] = {}
-    for pointer, span in value_spans(content).items():
+    for pointer, span in find_value_spans(content).items():
         start, stop = span if is_ascii else (len(content[:place].encode()) for place in span)
         first, last = bisect_right(ends, start), bisect_left(ends, stop)
         total = math.fsum(logprob for _, logprob in tokens[first : last + 1])
@@ -110,7 +111,7 @@ def _spelled(content: str, logprobs: object) -> list[tuple[int, float]] | None:
     return tokens[:-1] if len(tokens) > 1 and bytes(spelled[: tokens[-2][0]]) == content.encode() else None
 
 
-def _bytes_of(row: Mapping[str, Any]) -> bytes | None:
+def _bytes_of(row: JsonObject) -> bytes | None:
     given = row.get("bytes")
     if isinstance(given, list) and all(type(item) is int and 0 <= item < 256 for item in given):
         return bytes(given)

@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 
 from appliance.core import Target
+from appliance.core.json_types import JsonObject
 from appliance.errors import NotFound, RequestError
 from appliance.tasks.decisions.confidence import DEFAULT_TEMPERATURE
 from appliance.tasks.decisions.questions import Question
@@ -23,7 +24,7 @@ from appliance.wire.strict_fields import read_bool, wrong
 
 CONTENT_FREE = "N/A"
 """The text that says nothing. Chat templates may drop an empty turn, so it has letters."""
-FIELDS = frozenset({"debias", "calibrate", "layout", "task"})
+OPTION_FIELDS = frozenset({"debias", "calibrate", "layout", "task"})
 _MAX_NAME_CHARS = 128
 _MAX_PRIORS = 4_096
 _PRIOR_USES = 1_000
@@ -42,7 +43,7 @@ class DecisionMethod:
         return 2 if self.debias else 1
 
 
-PLAIN = DecisionMethod()
+DEFAULT_METHOD = DecisionMethod()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class CalibrationParameters:
     bias: tuple[float, ...] = ()
 
 
-UNFITTED = CalibrationParameters(DEFAULT_TEMPERATURE)
+DEFAULT_CALIBRATION = CalibrationParameters(DEFAULT_TEMPERATURE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class TaskCalibration:
     variant: str | None
     method: DecisionMethod
     fits: Mapping[str, CalibrationParameters]
-    """By `question_key`."""
+    """By `hash_question`."""
 
 
 Tasks = Mapping[str, Sequence[TaskCalibration]]
@@ -76,22 +77,22 @@ Tasks = Mapping[str, Sequence[TaskCalibration]]
 class DecisionOptions:
     """The method of one request, and the fits it may be given."""
 
-    method: DecisionMethod = PLAIN
+    method: DecisionMethod = DEFAULT_METHOD
     fits: Sequence[TaskCalibration] = ()
 
     def fit(self, target: Target, question: Question) -> tuple[str, CalibrationParameters] | None:
         """The task's name and its fit for what `target` says to `question`."""
         for row in self.fits:
             if (row.target, row.variant) == (target.name, target.variant):
-                found = row.fits.get(question_key(question))
+                found = row.fits.get(hash_question(question))
                 return None if found is None else (row.task, found)
         return None
 
 
-PLAINLY = DecisionOptions()
+DEFAULT_OPTIONS = DecisionOptions()
 
 
-def question_key(question: Question) -> str:
+def hash_question(question: Question) -> str:
     """Equal for questions that put the same options under the same instructions and examples, whatever their names."""
     options = [(type(option.value).__name__, option.value, option.description) for option in question.options]
     said: list[Any] = [question.kind, question.instructions, options]
@@ -100,7 +101,7 @@ def question_key(question: Question) -> str:
     return hashlib.sha256(orjson.dumps(said)).hexdigest()[:32]
 
 
-def read_judging(body: Mapping[str, Any], questions: Sequence[Question], tasks: Tasks | None) -> DecisionOptions:
+def read_decision_options(body: JsonObject, questions: Sequence[Question], tasks: Tasks | None) -> DecisionOptions:
     """The method that a body asks for. `tasks` None: names are not looked up. Raises RequestError or NotFound."""
     method = read_method(body)
     name = read_task(body)
@@ -117,7 +118,7 @@ def read_judging(body: Mapping[str, Any], questions: Sequence[Question], tasks: 
             raise RequestError(f"{field} is the task's when task is given: leave one of the two out", param=field)
     known_keys = {key for row in fits for key in row.fits}
     for index, question in enumerate(questions):
-        if question_key(question) not in known_keys:
+        if hash_question(question) not in known_keys:
             raise RequestError(
                 f"questions[{index}] is not one that task {name!r} was calibrated for: its instructions, options and "
                 "descriptions must be the same; calibrate it again or leave task out",
@@ -126,7 +127,7 @@ def read_judging(body: Mapping[str, Any], questions: Sequence[Question], tasks: 
     return DecisionOptions(fits[0].method, fits)
 
 
-def read_method(body: Mapping[str, Any]) -> DecisionMethod:
+def read_method(body: JsonObject) -> DecisionMethod:
     calibrate = body.get("calibrate")
     if calibrate not in (None, "none", "content_free"):
         raise wrong("calibrate", calibrate, 'it must be "content_free" or "none"')
@@ -136,7 +137,7 @@ def read_method(body: Mapping[str, Any]) -> DecisionMethod:
     return DecisionMethod(read_bool(body, "debias"), calibrate == "content_free", layout == "short")
 
 
-def read_task(body: Mapping[str, Any]) -> str | None:
+def read_task(body: JsonObject) -> str | None:
     name = body.get("task")
     if name is None:
         return None

@@ -4,10 +4,11 @@
 questions; an example need not answer all of them. They are put before every text, so an engine computes them once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
+from appliance.core.json_types import JsonObject
 from appliance.errors import RequestError
 from appliance.tasks.decisions.inputs import read_input
 from appliance.tasks.decisions.questions import Example, Question
@@ -18,9 +19,7 @@ MAX_EXAMPLES: Final = 400
 _SHOWN_OPTIONS: Final = 8
 
 
-def with_examples(
-    body: Mapping[str, Any], questions: Sequence[Question], field: str = "examples"
-) -> tuple[Question, ...]:
+def attach_examples(body: JsonObject, questions: Sequence[Question], field: str = "examples") -> tuple[Question, ...]:
     """The questions, each with the examples in `field` that answer it. Raises RequestError naming the place."""
     given = body.get(field)
     if given is None:
@@ -34,11 +33,11 @@ def with_examples(
         _refuse_unknown(row, questions, path)
         for place, question in enumerate(questions):
             if "label" in row or question.name in (row.get("labels") or ()):
-                shown[place].append(Example(text, truth(row, question, questions, path)))
+                shown[place].append(Example(text, read_label(row, question, questions, path)))
     return tuple(replace(question, examples=tuple(rows)) for question, rows in zip(questions, shown, strict=True))
 
 
-def truth(row: Mapping[str, Any], question: Question, questions: Sequence[Question], path: str) -> int:
+def read_label(row: JsonObject, question: Question, questions: Sequence[Question], path: str) -> int:
     """The index of the option that an example says is right."""
     if len(questions) == 1 and "label" in row:
         place, given = f"{path}.label", row["label"]
@@ -54,7 +53,7 @@ def truth(row: Mapping[str, Any], question: Question, questions: Sequence[Questi
     raise wrong(place, given, f"it must be one of the question's options: {known}")
 
 
-def _refuse_unknown(row: Mapping[str, Any], questions: Sequence[Question], path: str) -> None:
+def _refuse_unknown(row: JsonObject, questions: Sequence[Question], path: str) -> None:
     for name in row:
         if name not in ("input", "label", "labels"):
             raise RequestError(f"{path}.{name} is not known: an example has input and label", param=f"{path}.{name}")

@@ -1,11 +1,11 @@
 """What a decision is about: a text, or an ordered list of messages, calls and their outputs, rendered as text."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from appliance.core.json_types import JsonObject
 from appliance.errors import RequestError
-from appliance.tasks.decisions.questions import part_text
+from appliance.tasks.decisions.questions import read_part_text
 from appliance.wire.strict_fields import read_object, wrong
 
 _ROLES = ("user", "developer", "system", "assistant")
@@ -39,7 +39,7 @@ def read_input(value: object, path: str) -> Input:
     return Input("\n".join(f"{speaker}: {text}" for speaker, text in pieces), value, has_image)
 
 
-def _item_text(row: Mapping[str, Any], path: str) -> tuple[str, str]:
+def _item_text(row: JsonObject, path: str) -> tuple[str, str]:
     """Who speaks, and what."""
     kind = row.get("type", "message")
     if kind == "message":
@@ -63,9 +63,9 @@ def _content_text(content: object, path: str) -> str:
         return content
     if not isinstance(content, list) or not content:
         raise wrong(path, content, "it must be a string or a list of parts")
-    return "\n".join(part_text(part, f"{path}[{index}]") for index, part in enumerate(content))
+    return "\n".join(read_part_text(part, f"{path}[{index}]") for index, part in enumerate(content))
 
 
-def _holds_image(row: Mapping[str, Any]) -> bool:
+def _holds_image(row: JsonObject) -> bool:
     parts = row.get("output") if "output" in row else row.get("content")
     return isinstance(parts, list) and any(part.get("type") == "input_image" for part in parts)

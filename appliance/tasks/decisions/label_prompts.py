@@ -7,11 +7,11 @@ put the question into the system message; one text and several questions put the
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from appliance.core import UpstreamCall
+from appliance.core.json_types import MutableJsonObject
 from appliance.errors import ApplianceError, BackendGarbage, BackendRefused, ContextTooLong
-from appliance.tasks.decisions.confidence import averaged, calibrated, normalised
+from appliance.tasks.decisions.confidence import average_scores, calibrate_scores, normalise_logprobs
 from appliance.tasks.decisions.inputs import Input
 from appliance.tasks.decisions.questions import Option, Question, QuestionResult
 from appliance.wire.token_estimate import MESSAGE_TOKENS, estimate_tokens
@@ -59,9 +59,9 @@ class ScoredLabels:
     label_mass: float | None
 
 
-def wordings(question: Question, *, debias: bool) -> tuple[PromptLayout, ...]:
+def list_label_texts(question: Question, *, debias: bool) -> tuple[PromptLayout, ...]:
     """The question with its options in order and, for `debias`, also in reverse."""
-    labels = labels_of(question)
+    labels = list_labels(question)
     count = len(labels)
     forward = PromptLayout(_asks(question, labels), labels, tuple(range(count)))
     if not debias:
@@ -74,7 +74,7 @@ def wordings(question: Question, *, debias: bool) -> tuple[PromptLayout, ...]:
     return forward, PromptLayout(turned, labels, tuple(range(count)))
 
 
-def labels_of(question: Question) -> tuple[str, ...]:
+def list_labels(question: Question) -> tuple[str, ...]:
     """A distinguishable label for every option, in order."""
     if question.kind == "predicate":
         return ("yes", "no")
@@ -90,24 +90,24 @@ def _spelling(value: str | bool) -> str:
     return value.strip() if isinstance(value, str) else str(value).lower()
 
 
-def question_tokens(question: Question) -> int:
+def estimate_question_tokens(question: Question) -> int:
     """About how many tokens an item has besides its text."""
-    ask = estimate_tokens(f"{_TASK}{_asks(question, labels_of(question))}{CUE}") + 2 * MESSAGE_TOKENS
-    return ask + example_tokens(question)
+    ask = estimate_tokens(f"{_TASK}{_asks(question, list_labels(question))}{CUE}") + 2 * MESSAGE_TOKENS
+    return ask + estimate_example_tokens(question)
 
 
-def example_tokens(question: Question) -> int:
+def estimate_example_tokens(question: Question) -> int:
     """About how many of these its examples are."""
     if not question.examples:
         return 0
-    labels = labels_of(question)
+    labels = list_labels(question)
     return sum(
         estimate_tokens(example.text) + estimate_tokens(f"{CUE}{labels[example.option]}") + 2 * MESSAGE_TOKENS
         for example in question.examples
     )
 
 
-def outgoing(
+def make_label_call(
     inputs: Sequence[Input],
     questions: Sequence[Question],
     *,
@@ -122,12 +122,12 @@ def outgoing(
     names: dict[tuple[str, ...], str] = {}
     asked = []
     for question in questions:
-        for wording in wordings(question, debias=debias):
+        for wording in list_label_texts(question, debias=debias):
             names.setdefault(wording.labels, f"set{len(names)}")
             asked.append((wording.ask, tuple(_turns(question, wording, short=short)), names[wording.labels]))
     layout = _question_first if question_first else _text_first
     items = [(*layout(text.text, ask), turns, labels) for text in inputs for ask, turns, labels in asked]
-    body: dict[str, Any] = {"label_sets": {name: list(labels) for labels, name in names.items()}}
+    body: MutableJsonObject = {"label_sets": {name: list(labels) for labels, name in names.items()}}
     body |= {"cue": SHORT_CUE, "open_turn": True} if short else {"cue": CUE}
     if len({(system, turns) for system, _, turns, _ in items}) == 1:
         system, _, turns, _ = items[0]
@@ -197,23 +197,23 @@ def read_scores(
 
     Raises BackendGarbage.
     """
-    rows = read_scored(payload, questions)
+    rows = read_label_scores(payload, questions)
     if len(rows) != inputs:
         raise BackendGarbage("the engine's label scores do not match what was asked")
     return [
         row
         if isinstance(row, ApplianceError)
-        else tuple(QuestionResult(calibrated(one.scores), one.label_mass, one.scores) for one in row)
+        else tuple(QuestionResult(calibrate_scores(one.scores), one.label_mass, one.scores) for one in row)
         for row in rows
     ]
 
 
-def read_scored(
+def read_label_scores(
     payload: object, questions: Sequence[Question], *, debias: bool = False
 ) -> Sequence[tuple[ScoredLabels, ...] | ApplianceError]:
     """The scores of all questions for each input, or why there are none for it. Raises BackendGarbage."""
     results = payload.get("results") if isinstance(payload, dict) else None
-    asked = [wordings(question, debias=debias) for question in questions]
+    asked = [list_label_texts(question, debias=debias) for question in questions]
     width = sum(map(len, asked))
     if not isinstance(results, list) or len(results) % width:
         raise BackendGarbage("the engine's label scores do not match what was asked")
@@ -232,7 +232,7 @@ def read_scored(
 def _mean(scored: Sequence[ScoredLabels]) -> ScoredLabels:
     masses = [one.label_mass for one in scored if one.label_mass is not None]
     mass = sum(masses) / len(masses) if len(masses) == len(scored) else None
-    return ScoredLabels(averaged([one.scores for one in scored]), mass)
+    return ScoredLabels(average_scores([one.scores for one in scored]), mass)
 
 
 def _error(error: object) -> ApplianceError:
@@ -249,7 +249,7 @@ def _scored(result: object, wording: PromptLayout) -> ScoredLabels:
         raise BackendGarbage("a label score of the engine does not have one entry for each label")
     try:
         logprobs = [-float("inf") if row["logprob"] is None else float(row["logprob"]) for row in labels]
-        scores = normalised(logprobs)
+        scores = normalise_logprobs(logprobs)
         mass = result.get("label_mass")
         by_option = tuple(scores[wording.options.index(option)] for option in range(len(scores)))
         return ScoredLabels(by_option, None if mass is None else float(mass))

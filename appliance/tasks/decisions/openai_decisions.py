@@ -1,12 +1,12 @@
 """Decisions put to a target that speaks OpenAI's `/decisions` itself: the request, and reading its answers."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import orjson
 
 from appliance.core import UpstreamCall
+from appliance.core.json_types import JsonObject, MutableJsonObject
 from appliance.errors import BackendGarbage
 from appliance.tasks.decisions.inputs import Input
 from appliance.tasks.decisions.questions import Question, QuestionResult
@@ -14,34 +14,34 @@ from appliance.tasks.decisions.questions import Question, QuestionResult
 PATH = "/decisions"
 
 
-def outgoing(text: Input, questions: Sequence[Mapping[str, Any]], extras: Mapping[str, Any]) -> UpstreamCall:
+def make_decision_call(text: Input, questions: Sequence[JsonObject], extras: JsonObject) -> UpstreamCall:
     """One request about one input. `questions` are on OpenAI's wire; `extras` are the caller's other fields."""
     return UpstreamCall(PATH, {**extras, "input": text.original, "questions": list(questions)})
 
 
-def on_the_wire(questions: Sequence[Question]) -> Sequence[Mapping[str, Any]]:
+def write_openai_questions(questions: Sequence[Question]) -> Sequence[JsonObject]:
     """Questions in OpenAI's shape, for those that came in another."""
     return [_wired(question) for question in questions]
 
 
-def _wired(question: Question) -> Mapping[str, Any]:
-    wired: dict[str, Any] = {"type": question.kind, "instructions": _with_examples(question)}
+def _wired(question: Question) -> JsonObject:
+    openai_questions: MutableJsonObject = {"type": question.kind, "instructions": _with_examples(question)}
     if question.name is not None:
-        wired["name"] = question.name
+        openai_questions["name"] = question.name
     if question.kind == "predicate":
         meanings = [
             f"{answer} means: {option.description}"
             for answer, option in zip(("True", "False"), question.options, strict=True)
             if option.description
         ]
-        wired["instructions"] = "\n".join((wired["instructions"], *meanings))
-        return wired
+        openai_questions["instructions"] = "\n".join((openai_questions["instructions"], *meanings))
+        return openai_questions
     field, key = ("choices", "value") if question.kind == "choice" else ("levels", "label")
-    wired[field] = [
+    openai_questions[field] = [
         {key: option.value} if option.description is None else {key: option.value, "description": option.description}
         for option in question.options
     ]
-    return wired
+    return openai_questions
 
 
 def _with_examples(question: Question) -> str:
@@ -58,10 +58,10 @@ def read_answers(payload: object, questions: Sequence[Question]) -> tuple[Questi
     answers = payload.get("answers") if isinstance(payload, dict) else None
     if not isinstance(answers, list) or len(answers) != len(questions):
         raise BackendGarbage(f"the target's reply does not have {len(questions)} answers")
-    return tuple(_judged(answer, question) for answer, question in zip(answers, questions, strict=True))
+    return tuple(_read_question_result(answer, question) for answer, question in zip(answers, questions, strict=True))
 
 
-def _judged(answer: object, question: Question) -> QuestionResult:
+def _read_question_result(answer: object, question: Question) -> QuestionResult:
     if not isinstance(answer, dict) or answer.get("type") not in (question.kind, "refusal"):
         raise BackendGarbage(f"an answer of the target is not of type {question.kind!r}")
     if answer["type"] == "refusal":

@@ -12,32 +12,33 @@ says is given as it comes); and on an answer `unsure: true` where its label mass
 task's fit was applied.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
 
 from appliance.core import Ability, ParsedRequest, Target, UpstreamCall, UpstreamReply, Usage
+from appliance.core.json_types import JsonObject
 from appliance.errors import ApplianceError, BackendGarbage, Unsupported
 from appliance.tasks.classify import classifiers
 from appliance.tasks.decisions import label_prompts, openai_decisions
-from appliance.tasks.decisions.confidence import calibrated, without_prior
+from appliance.tasks.decisions.confidence import calibrate_scores, subtract_prior
 from appliance.tasks.decisions.decision_options import (
     CONTENT_FREE,
-    FIELDS,
-    PLAINLY,
-    UNFITTED,
+    DEFAULT_CALIBRATION,
+    DEFAULT_OPTIONS,
+    OPTION_FIELDS,
     DecisionOptions,
     Priors,
     Tasks,
-    question_key,
-    read_judging,
+    hash_question,
+    read_decision_options,
 )
-from appliance.tasks.decisions.examples import with_examples
+from appliance.tasks.decisions.examples import attach_examples
 from appliance.tasks.decisions.inputs import Input, read_input
 from appliance.tasks.decisions.probabilities import WORTH_A_TEMPLATE, ShareWriter
-from appliance.tasks.decisions.questions import Question, QuestionResult, question_text, read_questions
+from appliance.tasks.decisions.questions import Question, QuestionResult, join_question_texts, read_questions
 from appliance.wire.strict_fields import missing, read_list, read_model, refuse_other_contract
 from appliance.wire.token_estimate import estimate_tokens
 
@@ -48,7 +49,7 @@ TOKENS_PER_CALL = 2_048
 others get their turn between two, and a failure costs no more than one."""
 
 _OTHERS = {"state": "/v1/systemone", "inputs": "/v1/decisions/batch"}
-_OWN_FIELDS = frozenset({"model", "input", "inputs", "questions", "examples", "stream"}) | FIELDS
+_OWN_FIELDS = frozenset({"model", "input", "inputs", "questions", "examples", "stream"}) | OPTION_FIELDS
 _NOTHING = Input(CONTENT_FREE, CONTENT_FREE)
 
 Row = tuple[QuestionResult, ...] | ApplianceError
@@ -69,17 +70,17 @@ class DecisionResult:
 class DecisionsCall:
     """Some questions about some inputs.
 
-    `render` makes the caller's payload from the judgement; without one `read` returns the Judgement itself.
+    `render` makes the caller's payload from the result; without one `read` returns the DecisionResult itself.
     """
 
     inputs: tuple[Input, ...]
     questions: tuple[Question, ...]
-    wired: Sequence[Mapping[str, Any]]
+    openai_questions: Sequence[JsonObject]
     """The questions on OpenAI's wire."""
-    extras: Mapping[str, Any]
+    extras: JsonObject
     question_first: bool
     render: Callable[[DecisionResult, Sequence[Question]], Any] | None = None
-    judging: DecisionOptions = PLAINLY
+    options: DecisionOptions = DEFAULT_OPTIONS
     priors: Priors = field(default_factory=Priors)
     """Shared by all calls of a program that keeps one."""
     for_classifier: bool = False
@@ -100,44 +101,46 @@ class DecisionsCall:
         Of a batch no more than a call is cut to: one text that no context holds must not refuse all the others.
         """
         if self.for_classifier:
-            return classifiers.tokens(self.inputs)
+            return classifiers.count_tokens(self.inputs)
         texts = sum(estimate_tokens(text.text) for text in self.inputs)
-        asks = sum(label_prompts.question_tokens(question) for question in self.questions)
-        whole = self.judging.method.ways * (len(self.questions) * texts + len(self.inputs) * asks)
+        asks = sum(label_prompts.estimate_question_tokens(question) for question in self.questions)
+        whole = self.options.method.ways * (len(self.questions) * texts + len(self.inputs) * asks)
         return whole if self.render is not None else min(whole, max(TOKENS_PER_CALL, self._asks_tokens))
 
     @property
     def _asks_tokens(self) -> int:
         """The longest question alone, which every text of a batch needs."""
-        return max(label_prompts.question_tokens(question) for question in self.questions)
+        return max(label_prompts.estimate_question_tokens(question) for question in self.questions)
 
     @property
     def longest_prompt_tokens(self) -> int:
         """The longest single prompt: what a context must hold, however many items there are."""
         if self.for_classifier:
-            return classifiers.tokens(self.inputs)
+            return classifiers.count_tokens(self.inputs)
         return max(estimate_tokens(text.text) for text in self.inputs) + self._asks_tokens
 
     @property
     def output_tokens(self) -> int:
-        return len(self.inputs) * len(self.questions) * self.judging.method.ways
+        return len(self.inputs) * len(self.questions) * self.options.method.ways
 
     def outgoing(self, target: Target) -> Sequence[UpstreamCall]:
         """Label scores where the target can give them, else OpenAI's own endpoint. Raises Unsupported."""
         has_image = any(text.has_image for text in self.inputs)
         if "classify" in target.abilities and not has_image:
-            return (classifiers.outgoing(target, self.inputs, self.questions),)
+            return (classifiers.make_classify_call(target, self.inputs, self.questions),)
         if "labels" in target.abilities and not has_image:
-            method = self.judging.method
+            method = self.options.method
             asks_prior = method.content_free and self.priors.wanted(self._prior_keys(target))
             inputs = (*self.inputs, _NOTHING) if asks_prior else self.inputs
             return (
-                label_prompts.outgoing(
+                label_prompts.make_label_call(
                     inputs, self.questions, question_first=self.question_first, debias=method.debias, short=method.short
                 ),
             )
         if "decisions" in target.abilities:
-            return [openai_decisions.outgoing(text, self.wired, self.extras) for text in self.inputs]
+            return [
+                openai_decisions.make_decision_call(text, self.openai_questions, self.extras) for text in self.inputs
+            ]
         what = "look at images" if has_image else "answer decisions"
         raise Unsupported(f"{target.name} cannot {what}", param="input" if has_image else "model")
 
@@ -145,7 +148,7 @@ class DecisionsCall:
         """The rendered payload. Raises BackendGarbage, or a single input's own error."""
         rows: Sequence[Row]
         if "classify" in target.abilities:
-            rows = classifiers.read(
+            rows = classifiers.read_classification(
                 target, replies[0].payload, self.questions, len(self.inputs), every_label=self.every_label
             )
         elif "labels" in target.abilities and not any(text.has_image for text in self.inputs):
@@ -154,31 +157,33 @@ class DecisionsCall:
             rows = [openai_decisions.read_answers(reply.payload, self.questions) for reply in replies]
         usage = sum((reply.usage for reply in replies), Usage())
         name = target.name if "classify" in target.abilities else target.model
-        variant = classifiers.version(replies[0].payload) if "classify" in target.abilities else target.variant
-        judgement = DecisionResult(name, tuple(rows), usage, target.name, variant)
-        return judgement if self.render is None else self.render(judgement, self.questions)
+        variant = classifiers.read_version(replies[0].payload) if "classify" in target.abilities else target.variant
+        result = DecisionResult(name, tuple(rows), usage, target.name, variant)
+        return result if self.render is None else self.render(result, self.questions)
 
     def _read_labels(self, target: Target, payload: object) -> Sequence[Row]:
-        rows = list(label_prompts.read_scored(payload, self.questions, debias=self.judging.method.debias))
-        if len(rows) == len(self.inputs) + 1 and self.judging.method.content_free:
+        rows = list(label_prompts.read_label_scores(payload, self.questions, debias=self.options.method.debias))
+        if len(rows) == len(self.inputs) + 1 and self.options.method.content_free:
             self._note_prior(target, rows.pop())
         if len(rows) != len(self.inputs):
             raise BackendGarbage("the engine's label scores do not match what was asked")
         priors = [self.priors.get(key) for key in self._prior_keys(target)]
-        return [row if isinstance(row, ApplianceError) else self._judged(target, row, priors) for row in rows]
+        return [
+            row if isinstance(row, ApplianceError) else self._read_question_result(target, row, priors) for row in rows
+        ]
 
-    def _judged(
+    def _read_question_result(
         self, target: Target, row: Sequence[label_prompts.ScoredLabels], priors: Sequence[tuple[float, ...] | None]
     ) -> tuple[QuestionResult, ...]:
         answers = []
         for question, scored, prior in zip(self.questions, row, priors, strict=True):
             scores = scored.scores
-            if self.judging.method.content_free:
+            if self.options.method.content_free:
                 if prior is None:
                     raise BackendGarbage("the engine gave no scores for the text that says nothing")
-                scores = without_prior(scores, prior)
-            name, fit = self.judging.fit(target, question) or (None, UNFITTED)
-            shares = calibrated(scores, fit.temperature, fit.bias)
+                scores = subtract_prior(scores, prior)
+            name, fit = self.options.fit(target, question) or (None, DEFAULT_CALIBRATION)
+            shares = calibrate_scores(scores, fit.temperature, fit.bias)
             answers.append(QuestionResult(shares, scored.label_mass, scores, name))
         return tuple(answers)
 
@@ -188,36 +193,36 @@ class DecisionsCall:
                 self.priors.note(key, scored.scores)
 
     def _prior_keys(self, target: Target) -> Sequence[tuple[Any, ...]]:
-        place = (target.name, target.variant, self.question_first, self.judging.method)
-        return [(*place, question_key(question)) for question in self.questions]
+        place = (target.name, target.variant, self.question_first, self.options.method)
+        return [(*place, hash_question(question)) for question in self.questions]
 
 
-def read(
-    body: Mapping[str, Any], tasks: Tasks | None = None, priors: Priors | None = None
+def read_decision_request(
+    body: JsonObject, tasks: Tasks | None = None, priors: Priors | None = None
 ) -> tuple[ParsedRequest, Sequence[DecisionsCall]]:
     """Check a decisions body. `tasks` None: a task it names is not looked up.
 
     Raises RequestError naming field, value and remedy, and NotFound for an unknown task.
     """
     refuse_other_contract(body, "/v1/decisions", "input", _OTHERS)
-    questions = questions_of(body)
+    questions = read_request_questions(body)
     text = read_input(body["input"], "input")
-    call = make_call((text,), questions, _wired(body, questions), _extras(body), openai_payload)
+    call = make_call((text,), questions, _wired(body, questions), _extras(body), make_openai_payload)
     call = replace(
         call,
-        judging=read_judging(body, questions, tasks),
+        options=read_decision_options(body, questions, tasks),
         priors=priors or call.priors,
-        for_classifier=classifiers.is_named(body.get("model")),
+        for_classifier=classifiers.names_classifier(body.get("model")),
     )
-    return make_asked(body, call), (call,)
+    return make_parsed_request(body, call), (call,)
 
 
-def read_batch(
-    body: Mapping[str, Any], tasks: Tasks | None = None, priors: Priors | None = None
+def read_decision_batch(
+    body: JsonObject, tasks: Tasks | None = None, priors: Priors | None = None
 ) -> tuple[ParsedRequest, Sequence[DecisionsCall]]:
-    """Check a batch body and cut it into calls; `batch_payload` puts their results together again."""
+    """Check a batch body and cut it into calls; `make_batch_payload` puts their results together again."""
     refuse_other_contract(body, "/v1/decisions/batch", "inputs", {"input": "/v1/decisions", "state": "/v1/systemone"})
-    questions = questions_of(body)
+    questions = read_request_questions(body)
     if body["inputs"] is None:
         raise missing("inputs", f"it must be a list of 1 to {MAX_INPUTS} inputs")
     rows = read_list(body["inputs"], "inputs", 1, MAX_INPUTS, "inputs")
@@ -225,30 +230,30 @@ def read_batch(
     whole = make_call(inputs, questions, _wired(body, questions), _extras(body))
     whole = replace(
         whole,
-        judging=read_judging(body, questions, tasks),
+        options=read_decision_options(body, questions, tasks),
         priors=priors or whole.priors,
-        for_classifier=classifiers.is_named(body.get("model")),
+        for_classifier=classifiers.names_classifier(body.get("model")),
     )
-    return make_asked(body, whole), split(whole)
+    return make_parsed_request(body, whole), split_call(whole)
 
 
-def questions_of(body: Mapping[str, Any]) -> tuple[Question, ...]:
+def read_request_questions(body: JsonObject) -> tuple[Question, ...]:
     """A classifier's question need not be spelt out."""
-    if classifiers.is_named(body.get("model")):
-        left_open = classifiers.read_open(body.get("questions"))
+    if classifiers.names_classifier(body.get("model")):
+        left_open = classifiers.read_open_question(body.get("questions"))
         if left_open is not None:
             return (left_open,)
-    return with_examples(body, read_questions(body))
+    return attach_examples(body, read_questions(body))
 
 
-def _wired(body: Mapping[str, Any], questions: Sequence[Question]) -> Sequence[Mapping[str, Any]]:
+def _wired(body: JsonObject, questions: Sequence[Question]) -> Sequence[JsonObject]:
     """As they came, unless there is something to tell that the wire has no field for."""
     if any(question.examples for question in questions):
-        return openai_decisions.on_the_wire(questions)
+        return openai_decisions.write_openai_questions(questions)
     return body.get("questions") or ()
 
 
-def split(whole: DecisionsCall, most_tokens: int = TOKENS_PER_CALL) -> Sequence[DecisionsCall]:
+def split_call(whole: DecisionsCall, most_tokens: int = TOKENS_PER_CALL) -> Sequence[DecisionsCall]:
     """A call about many inputs as calls of about `most_tokens`, which an engine answers in a few seconds each.
 
     The layout stays that of the whole: a text's answer must not depend on which chunk it fell into.
@@ -258,7 +263,7 @@ def split(whole: DecisionsCall, most_tokens: int = TOKENS_PER_CALL) -> Sequence[
 
 def _chunks(whole: DecisionsCall, most_tokens: int) -> Iterator[tuple[Input, ...]]:
     """The inputs in order, as many together as one call may hold; each at least alone."""
-    inputs, ways = whole.inputs, whole.judging.method.ways
+    inputs, ways = whole.inputs, whole.options.method.ways
     if whole.for_classifier:
         yield from (
             inputs[at : at + classifiers.INPUTS_PER_CALL] for at in range(0, len(inputs), classifiers.INPUTS_PER_CALL)
@@ -266,7 +271,8 @@ def _chunks(whole: DecisionsCall, most_tokens: int) -> Iterator[tuple[Input, ...
         return
     # Examples are computed once for all texts.
     asks = sum(
-        label_prompts.question_tokens(question) - label_prompts.example_tokens(question) for question in whole.questions
+        label_prompts.estimate_question_tokens(question) - label_prompts.estimate_example_tokens(question)
+        for question in whole.questions
     )
     chunk: list[Input] = []
     tokens = 0
@@ -280,58 +286,58 @@ def _chunks(whole: DecisionsCall, most_tokens: int) -> Iterator[tuple[Input, ...
     yield tuple(chunk)
 
 
-def _extras(body: Mapping[str, Any]) -> Mapping[str, Any]:
+def _extras(body: JsonObject) -> JsonObject:
     return {name: value for name, value in body.items() if name not in _OWN_FIELDS}
 
 
 def make_call(
     inputs: tuple[Input, ...],
     questions: tuple[Question, ...],
-    wired: Sequence[Mapping[str, Any]],
-    extras: Mapping[str, Any],
+    openai_questions: Sequence[JsonObject],
+    extras: JsonObject,
     render: Callable[[DecisionResult, Sequence[Question]], Any] | None = None,
 ) -> DecisionsCall:
     # Examples are the longest part of a prompt, and stand before the text to be computed once.
     question_first = len(inputs) >= len(questions) or any(question.examples for question in questions)
-    return DecisionsCall(inputs, questions, wired, extras, question_first, render)
+    return DecisionsCall(inputs, questions, openai_questions, extras, question_first, render)
 
 
-def make_asked(body: Mapping[str, Any], call: DecisionsCall) -> ParsedRequest:
+def make_parsed_request(body: JsonObject, call: DecisionsCall) -> ParsedRequest:
     needs: set[Ability] = {"vision"} if any(text.has_image for text in call.inputs) else set()
     texts = [text.text for text in call.inputs]
     return ParsedRequest(
         endpoint="decisions",
         model=read_model(body),
         body=body,
-        text="\n".join((question_text(call.questions), *texts)),
+        text="\n".join((join_question_texts(call.questions), *texts)),
         format="labels",
         needs=frozenset(needs),
     )
 
 
-def openai_payload(judgement: DecisionResult, questions: Sequence[Question]) -> Mapping[str, Any]:
+def make_openai_payload(result: DecisionResult, questions: Sequence[Question]) -> JsonObject:
     """The response of /v1/decisions. Raises the error of its one input."""
-    row = only_row(judgement)
+    row = require_single_row(result)
     return {
-        "model": judgement.model,
+        "model": result.model,
         "answers": _answers(row, questions),
-        "usage": usage_object(judgement.usage),
+        "usage": make_usage_object(result.usage),
     }
 
 
-def only_row(judgement: DecisionResult) -> tuple[QuestionResult, ...]:
-    (row,) = judgement.rows
+def require_single_row(result: DecisionResult) -> tuple[QuestionResult, ...]:
+    (row,) = result.rows
     if isinstance(row, ApplianceError):
         raise row
     return row
 
 
-def batch_payload(
+def make_batch_payload(
     results: Sequence[DecisionResult | ApplianceError], calls: Sequence[DecisionsCall]
-) -> Mapping[str, Any]:
+) -> JsonObject:
     """The response of /v1/decisions/batch, for orjson. A call that failed as a whole gives its error to each of its
     inputs."""
-    rows: list[Mapping[str, Any]] = []
+    rows: list[JsonObject] = []
     usage, models = Usage(), []
     writer = ShareWriter()
     for result, call in zip(results, calls, strict=True):
@@ -348,41 +354,43 @@ def batch_payload(
     return {
         "model": ", ".join(dict.fromkeys(models)) or None,
         "results": rows,
-        "usage": usage_object(usage),
+        "usage": make_usage_object(usage),
     }
 
 
 def _answers(
     row: Sequence[QuestionResult], questions: Sequence[Question], writer: ShareWriter | None = None
-) -> Sequence[Mapping[str, Any]]:
-    return [_answer(judged, question, writer) for judged, question in zip(row, questions, strict=True)]
+) -> Sequence[JsonObject]:
+    return [
+        _answer(question_result, question, writer) for question_result, question in zip(row, questions, strict=True)
+    ]
 
 
-def _answer(judged: QuestionResult, question: Question, writer: ShareWriter | None) -> Mapping[str, Any]:
-    if judged.probabilities is None:
+def _answer(question_result: QuestionResult, question: Question, writer: ShareWriter | None) -> JsonObject:
+    if question_result.probabilities is None:
         return {"type": "refusal", "name": question.name}
     head = {"type": question.kind, "name": question.name}
-    tail = judged.remarks
+    tail = question_result.extra_fields
     if question.kind == "predicate":
-        return {**head, "probability": judged.probabilities[0], **tail}
-    options = judged.options or question.options
-    pairs = zip(options, judged.probabilities, strict=True)
-    rows: Sequence[Mapping[str, Any]] | orjson.Fragment
+        return {**head, "probability": question_result.probabilities[0], **tail}
+    options = question_result.options or question.options
+    pairs = zip(options, question_result.probabilities, strict=True)
+    rows: Sequence[JsonObject] | orjson.Fragment
     if question.kind == "choice":
         if writer is not None and len(options) >= WORTH_A_TEMPLATE:
-            rows = writer.write(options, judged.probabilities)
+            rows = writer.write(options, question_result.probabilities)
         else:
             rows = [{"value": option.value, "probability": share} for option, share in pairs]
-        result: Mapping[str, Any] = {"choice": options[judged.chosen].value}
+        result: JsonObject = {"choice": options[question_result.chosen].value}
     else:
         rows = [
             {"value": level, "label": option.value, "probability": share} for level, (option, share) in enumerate(pairs)
         ]
-        result = {"score": judged.score}
-    return {**head, **result, "confidence": judged.confidence, "probabilities": rows, **tail}
+        result = {"score": question_result.score}
+    return {**head, **result, "confidence": question_result.confidence, "probabilities": rows, **tail}
 
 
-def usage_object(usage: Usage) -> Mapping[str, Any]:
+def make_usage_object(usage: Usage) -> JsonObject:
     """Usage as the SDK types it for decisions. No target reports cache writes, and on-site ones cost nothing."""
     return {
         "input_tokens": usage.prompt_tokens,

@@ -1,13 +1,14 @@
 """Questions and answers as this project holds them, whichever wire format they came in."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import orjson
 
+from appliance.core.json_types import JsonObject, MutableJsonObject
 from appliance.errors import RequestError
-from appliance.tasks.decisions.confidence import UNSURE_LABEL_MASS, expected_level, most_likely
+from appliance.tasks.decisions.confidence import UNSURE_LABEL_MASS, compute_expected_level, find_most_likely
 from appliance.wire.strict_fields import missing, read_list, read_object, wrong
 
 MAX_QUESTIONS = 400
@@ -62,13 +63,13 @@ class QuestionResult:
     """The target that gave it, where several answered one request."""
     unsure: bool = False
     """It stands although it is unsure."""
-    strangeness: float | None = None
+    ood_score: float | None = None
     """Above 0 the text is like nothing that the target was trained on; None where it does not tell."""
 
     @property
     def chosen(self) -> int:
         assert self.probabilities is not None
-        return most_likely(self.probabilities)
+        return find_most_likely(self.probabilities)
 
     @property
     def confidence(self) -> float:
@@ -78,31 +79,31 @@ class QuestionResult:
     @property
     def score(self) -> float:
         assert self.probabilities is not None
-        return expected_level(self.probabilities)
+        return compute_expected_level(self.probabilities)
 
     @property
-    def remarks(self) -> Mapping[str, Any]:
+    def extra_fields(self) -> JsonObject:
         """What is told besides the answer itself, in every wire format."""
-        remarks: dict[str, Any] = {"label_mass": self.label_mass}
+        extra_fields: MutableJsonObject = {"label_mass": self.label_mass}
         if self.label_mass is not None and self.label_mass < UNSURE_LABEL_MASS:
-            remarks["unsure"] = True
-        if self.strangeness is not None:
-            remarks["out_of_scope_score"] = self.strangeness
-            if self.strangeness > 0:
-                remarks |= {"out_of_scope": True, "unsure": True}
+            extra_fields["unsure"] = True
+        if self.ood_score is not None:
+            extra_fields["out_of_scope_score"] = self.ood_score
+            if self.ood_score > 0:
+                extra_fields |= {"out_of_scope": True, "unsure": True}
         if self.unsure:
-            remarks["unsure"] = True
+            extra_fields["unsure"] = True
         if self.answered_by is not None:
-            remarks["answered_by"] = self.answered_by
+            extra_fields["answered_by"] = self.answered_by
         if self.task is not None:
-            remarks["calibrated_for"] = self.task
-        return remarks
+            extra_fields["calibrated_for"] = self.task
+        return extra_fields
 
 
 PREDICATE = (Option(True), Option(False))
 
 
-def read_questions(body: Mapping[str, Any]) -> tuple[Question, ...]:
+def read_questions(body: JsonObject) -> tuple[Question, ...]:
     """`questions` in OpenAI's shape. Raises RequestError naming the place."""
     if body.get("questions") is None:
         raise missing("questions", f"it must be a list of 1 to {MAX_QUESTIONS} questions")
@@ -140,7 +141,7 @@ def read_instructions(value: object, path: str) -> str:
     if value is None:
         raise missing(path, "say what is to be decided")
     if isinstance(value, list):
-        value = "\n".join(part_text(part, f"{path}[{index}]") for index, part in enumerate(value))
+        value = "\n".join(read_part_text(part, f"{path}[{index}]") for index, part in enumerate(value))
     if not isinstance(value, str):
         raise wrong(path, value, "it must be a string or a list of parts")
     if not value.strip():
@@ -148,7 +149,7 @@ def read_instructions(value: object, path: str) -> str:
     return value
 
 
-def part_text(part: object, path: str) -> str:
+def read_part_text(part: object, path: str) -> str:
     """The text of one content part; an image has none here (see `inputs.has_image`)."""
     row = read_object(part, path, 'such as {"type": "input_text", "text": ...}')
     kind = row.get("type")
@@ -178,7 +179,7 @@ def _read_choices(value: object, path: str) -> tuple[Option, ...]:
         if not isinstance(given, str | bool):
             raise wrong(f"{path}[{index}].value", given, "it must be a string or a boolean")
         options.append(Option(given, _description(choice, f"{path}[{index}]")))
-    return unique_options(options, path)
+    return require_unique_options(options, path)
 
 
 def _read_levels(value: object, path: str) -> tuple[Option, ...]:
@@ -190,17 +191,17 @@ def _read_levels(value: object, path: str) -> tuple[Option, ...]:
         if not isinstance(level.get("label"), str):
             raise wrong(f"{path}[{index}].label", level.get("label"), "it must be a string")
         options.append(Option(level["label"], _description(level, f"{path}[{index}]")))
-    return unique_options(options, path)
+    return require_unique_options(options, path)
 
 
-def _description(row: Mapping[str, Any], path: str) -> str | None:
+def _description(row: JsonObject, path: str) -> str | None:
     text = row.get("description")
     if text is not None and not isinstance(text, str):
         raise wrong(f"{path}.description", text, "it must be a string")
     return text
 
 
-def unique_options(options: Sequence[Option], path: str) -> tuple[Option, ...]:
+def require_unique_options(options: Sequence[Option], path: str) -> tuple[Option, ...]:
     """The options, none empty and none twice: probability could not be told apart between equals."""
     seen: dict[tuple[type, str | bool], int] = {}
     for index, option in enumerate(options):
@@ -212,7 +213,7 @@ def unique_options(options: Sequence[Option], path: str) -> tuple[Option, ...]:
     return tuple(options)
 
 
-def question_text(questions: Sequence[Question]) -> str:
+def join_question_texts(questions: Sequence[Question]) -> str:
     """All text of the questions: instructions, options and descriptions are scanned like any other text."""
     pieces = []
     for question in questions:

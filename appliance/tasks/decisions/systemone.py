@@ -8,26 +8,26 @@ lowest). Response: {model, answers: {id: answer}, usage}. Levels are numbered fr
 decisions.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import orjson
 
 from appliance.core import ParsedRequest
+from appliance.core.json_types import JsonObject
 from appliance.errors import RequestError
 from appliance.tasks.classify import classifiers
-from appliance.tasks.decisions.decision_options import Priors, Tasks, read_judging
-from appliance.tasks.decisions.examples import with_examples
+from appliance.tasks.decisions.decision_options import Priors, Tasks, read_decision_options
+from appliance.tasks.decisions.examples import attach_examples
 from appliance.tasks.decisions.inputs import Input
-from appliance.tasks.decisions.openai_decisions import on_the_wire
+from appliance.tasks.decisions.openai_decisions import write_openai_questions
 from appliance.tasks.decisions.openai_shape import (
     DecisionResult,
     DecisionsCall,
-    make_asked,
     make_call,
-    only_row,
-    usage_object,
+    make_parsed_request,
+    make_usage_object,
+    require_single_row,
 )
 from appliance.tasks.decisions.questions import (
     MAX_CHOICES,
@@ -37,41 +37,41 @@ from appliance.tasks.decisions.questions import (
     Option,
     Question,
     QuestionResult,
-    unique_options,
+    require_unique_options,
 )
 from appliance.wire.strict_fields import missing, read_object, refuse_other_contract, wrong
 
 
-def read(
-    body: Mapping[str, Any], tasks: Tasks | None = None, priors: Priors | None = None
+def read_systemone_request(
+    body: JsonObject, tasks: Tasks | None = None, priors: Priors | None = None
 ) -> tuple[ParsedRequest, Sequence[DecisionsCall]]:
     """Check a System One body, as `decisions.read` does. Raises RequestError naming field, value and remedy."""
     others = {"input": "/v1/decisions", "inputs": "/v1/decisions/batch"}
     refuse_other_contract(body, "/v1/systemone", "state", others)
-    questions = questions_of(body)
+    questions = read_systemone_questions(body)
     text = _content(body["state"], "state")
-    call = make_call((Input(text, text),), questions, on_the_wire(questions), {}, _payload)
+    call = make_call((Input(text, text),), questions, write_openai_questions(questions), {}, _payload)
     call = replace(
         call,
-        judging=read_judging(body, questions, tasks),
+        options=read_decision_options(body, questions, tasks),
         priors=priors or call.priors,
-        for_classifier=classifiers.is_named(body.get("model")),
+        for_classifier=classifiers.names_classifier(body.get("model")),
     )
-    return make_asked(body, call), (call,)
+    return make_parsed_request(body, call), (call,)
 
 
-def questions_of(body: Mapping[str, Any]) -> tuple[Question, ...]:
+def read_systemone_questions(body: JsonObject) -> tuple[Question, ...]:
     """A classifier's question need not be spelt out; one that is left out is called `label`."""
     given = body.get("questions")
-    if classifiers.is_named(body.get("model")):
+    if classifiers.names_classifier(body.get("model")):
         if given is None:
             return (replace(classifiers.OPEN, name="label"),)
         if isinstance(given, dict) and len(given) == 1:
             ((name, row),) = given.items()
-            left_open = classifiers.read_open([row])
+            left_open = classifiers.read_open_question([row])
             if left_open is not None:
                 return (replace(left_open, name=name),)
-    return with_examples(body, _read_questions(given))
+    return attach_examples(body, _read_questions(given))
 
 
 def _read_questions(value: object) -> tuple[Question, ...]:
@@ -125,7 +125,7 @@ def _read_choice(criteria: object, path: str) -> tuple[Option, ...]:
     if not 2 <= len(rows) <= MAX_CHOICES:
         raise RequestError(f"{path} has {len(rows)} options: it must have 2 to {MAX_CHOICES}", param=path)
     options = [Option(value, _description(text, f"{path}.{value}")) for value, text in rows.items()]
-    return unique_options(options, path)
+    return require_unique_options(options, path)
 
 
 def _read_score(criteria: object, path: str) -> tuple[Option, ...]:
@@ -133,46 +133,46 @@ def _read_score(criteria: object, path: str) -> tuple[Option, ...]:
         raise wrong(path, criteria, f"it must be a list of 2 to {MAX_LEVELS} levels, from the lowest")
     if not 2 <= len(criteria) <= MAX_LEVELS:
         raise RequestError(f"{path} has {len(criteria)} levels: it must have 2 to {MAX_LEVELS}", param=path)
-    return unique_options([Option(_content(row, f"{path}[{i}]")) for i, row in enumerate(criteria)], path)
+    return require_unique_options([Option(_content(row, f"{path}[{i}]")) for i, row in enumerate(criteria)], path)
 
 
 def _description(value: object, path: str) -> str | None:
     return None if value is None else _content(value, path)
 
 
-def _payload(judgement: DecisionResult, questions: Sequence[Question]) -> Mapping[str, Any]:
-    row = only_row(judgement)
+def _payload(result: DecisionResult, questions: Sequence[Question]) -> JsonObject:
+    row = require_single_row(result)
     return {
-        "model": judgement.model,
+        "model": result.model,
         "answers": {
-            question.name: _answer(judged, question)
-            for judged, question in zip(row, questions, strict=True)
-            if judged.probabilities is not None
+            question.name: _answer(question_result, question)
+            for question_result, question in zip(row, questions, strict=True)
+            if question_result.probabilities is not None
         },
-        "usage": usage_object(judgement.usage),
+        "usage": make_usage_object(result.usage),
     }
 
 
-def _answer(judged: QuestionResult, question: Question) -> Mapping[str, Any]:
-    shares = judged.probabilities
+def _answer(question_result: QuestionResult, question: Question) -> JsonObject:
+    shares = question_result.probabilities
     assert shares is not None
-    tail = judged.remarks
+    tail = question_result.extra_fields
     if question.kind == "predicate":
         return {"type": "noul", "noul": shares[0], **tail}
-    values = [str(option.value) for option in judged.options or question.options]
+    values = [str(option.value) for option in question_result.options or question.options]
     if question.kind == "choice":
         return {
             "type": "choice",
-            "choice": values[judged.chosen],
+            "choice": values[question_result.chosen],
             "probabilities": dict(zip(values, shares, strict=True)),
-            "confidence": judged.confidence,
+            "confidence": question_result.confidence,
             **tail,
         }
     return {
         "type": "score",
-        "score": judged.score,
+        "score": question_result.score,
         "legend": {str(level): value for level, value in enumerate(values)},
         "probabilities": {str(level): share for level, share in enumerate(shares)},
-        "confidence": judged.confidence,
+        "confidence": question_result.confidence,
         **tail,
     }

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from appliance.tasks.extract.evidence import Evidence, Piece, evidence, leaves
-from appliance.tasks.extract.normalise.amounts import currency_near
-from appliance.tasks.extract.normalise.field_hints import FieldHint, FieldSpec, asked_schema, hint_of, read_wanted
+from appliance.core.json_types import JsonObject, JsonSchema, MutableJsonObject
+from appliance.tasks.extract.evidence import Evidence, Piece, find_evidence, iter_leaves
+from appliance.tasks.extract.normalise.amounts import find_currency_near
+from appliance.tasks.extract.normalise.field_hints import FieldHint, FieldSpec, find_hint, read_field_specs, strip_hints
 from appliance.tasks.extract.normalise.normalised_value import NormalisedValue
 from appliance.wire.strict_fields import read_bool
 
@@ -23,8 +24,8 @@ from appliance.wire.strict_fields import read_bool
 class Annotations:
     """What a request wants told. `schema` is the caller's; `asked` the one that the model is given."""
 
-    schema: Mapping[str, Any]
-    asked: Mapping[str, Any]
+    schema: JsonSchema
+    asked: JsonSchema
     wanted: FieldSpec
     evidence: bool
 
@@ -33,46 +34,46 @@ class Annotations:
         return self.asked != self.schema
 
 
-def read_telling(body: Mapping[str, Any], schema: Mapping[str, Any]) -> Annotations:
+def read_annotations(body: JsonObject, schema: JsonSchema) -> Annotations:
     """Raises RequestError for `normalise`, `evidence` or a hint that cannot be understood."""
-    wanted = read_wanted(body.get("normalise"))
-    return Annotations(schema, asked_schema(schema, wanted), wanted, read_bool(body, "evidence"))
+    wanted = read_field_specs(body.get("normalise"))
+    return Annotations(schema, strip_hints(schema, wanted), wanted, read_bool(body, "evidence"))
 
 
-def unsure(
-    confidence: Mapping[str, float] | None, found: Mapping[str, Any], asked: Mapping[str, Any], piece: Piece
+def lower_confidence(
+    confidence: Mapping[str, float] | None, found: JsonObject, asked: JsonSchema, piece: Piece
 ) -> Mapping[str, float] | None:
     """Confidences with 0 for what is not in the text, whatever the model thought of it."""
-    missing = evidence(found, asked, lambda pointer: piece).missing
+    missing = find_evidence(found, asked, lambda pointer: piece).missing
     return {**(confidence or {}), **dict.fromkeys(missing, 0.0)} if missing else confidence
 
 
-def told(
-    found: Mapping[str, Any], telling: Annotations, piece_of: Callable[[str], Piece]
-) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def annotate_object(
+    found: JsonObject, annotations: Annotations, piece_of: Callable[[str], Piece]
+) -> tuple[JsonObject, JsonObject]:
     """The object with its values in their one form, and the fields of the response that say more of it."""
-    if not (telling.evidence or telling.normalises):
+    if not (annotations.evidence or annotations.normalises):
         return found, {}
-    seen = evidence(found, telling.asked, piece_of)
-    more: dict[str, Any] = {}
-    if telling.evidence:
+    seen = find_evidence(found, annotations.asked, piece_of)
+    more: MutableJsonObject = {}
+    if annotations.evidence:
         more["evidence"] = {
             pointer: None if place is None else {"start": place[0], "end": place[1]}
             for pointer, place in seen.places.items()
         }
         more["not_in_text"] = list(seen.missing)
-    if telling.normalises:
-        found, more["normalised"] = _normalised(found, telling, seen, piece_of)
+    if annotations.normalises:
+        found, more["normalised"] = _normalised(found, annotations, seen, piece_of)
     return found, more
 
 
 def _normalised(
-    found: Mapping[str, Any], telling: Annotations, seen: Evidence, piece_of: Callable[[str], Piece]
-) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    found: JsonObject, annotations: Annotations, seen: Evidence, piece_of: Callable[[str], Piece]
+) -> tuple[JsonObject, JsonObject]:
     changed = copy.deepcopy(dict(found))
-    rows: dict[str, Any] = {}
-    for pointer, value, rules in list(leaves(found, telling.schema, telling.schema, "")):
-        hint = hint_of(rules, telling.wanted)
+    rows: MutableJsonObject = {}
+    for pointer, value, rules in list(iter_leaves(found, annotations.schema, annotations.schema, "")):
+        hint = find_hint(rules, annotations.wanted)
         if hint is None or not isinstance(value, str):
             continue
         form = hint.read(value)
@@ -80,7 +81,7 @@ def _normalised(
         row = dict(form.told())
         if form.kind == "amount" and form.currency is None and place is not None:
             offset, text = piece_of(pointer)
-            row["currency"] = currency_near(text, place[0] - offset, place[1] - offset)
+            row["currency"] = find_currency_near(text, place[0] - offset, place[1] - offset)
         rows[pointer] = row
         _put(changed, pointer, _value(form, hint))
     return changed, rows

@@ -6,7 +6,8 @@ from typing import Any
 
 import orjson
 
-from appliance.tasks.extract.value_spans import escaped
+from appliance.core.json_types import JsonObject, MutableJsonObject
+from appliance.tasks.extract.value_spans import escape_pointer_key
 from appliance.wire.token_estimate import estimate_tokens
 
 OVERLAP_SHARE = 0.1
@@ -22,19 +23,19 @@ class TextChunk:
     """What was found in one piece of a text."""
 
     span: Span
-    object: Mapping[str, Any]
+    object: JsonObject
     confidence: Mapping[str, float] | None
 
 
 @dataclass(frozen=True, slots=True)
 class MergedObject:
-    object: Mapping[str, Any]
+    object: JsonObject
     confidence: Mapping[str, float] | None
     evidence: Mapping[str, Span]
     """By JSON pointer of a property, or of a list's item: the piece it was taken from, as characters of the text."""
 
 
-def spans(text: str, tokens: int) -> tuple[Span, ...]:
+def split_spans(text: str, tokens: int) -> tuple[Span, ...]:
     """The pieces of `text`, each of about `tokens` tokens or less, overlapping; one where all of it fits."""
     needed = estimate_tokens(text)
     if needed <= tokens:
@@ -59,19 +60,19 @@ def _break_before(text: str, low: int, high: int) -> int:
     return high
 
 
-def merge(parts: Sequence[TextChunk]) -> MergedObject:
+def merge_chunks(parts: Sequence[TextChunk]) -> MergedObject:
     """One object of the pieces' objects, in order of the pieces.
 
     Lists are joined, without what stood in two. Of any other property the most confident value is taken that is not
     empty, or the first of them where nobody tells how confident.
     """
     known = all(part.confidence is not None for part in parts)
-    merged: dict[str, Any] = {}
+    merged: MutableJsonObject = {}
     confidence: dict[str, float] = {}
     evidence: dict[str, Span] = {}
     for name in dict.fromkeys(name for part in parts for name in part.object):
         holders = [part for part in parts if name in part.object]
-        pointer = f"/{escaped(name)}"
+        pointer = f"/{escape_pointer_key(name)}"
         if all(isinstance(part.object[name], list) for part in holders):
             merged[name] = _join(holders, name, pointer, confidence, evidence)
             continue

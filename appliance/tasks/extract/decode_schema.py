@@ -5,8 +5,9 @@ same line again and again. Only limits are added here, so what is written under 
 and it is the caller's that answers are checked against.
 """
 
-from collections.abc import Mapping
 from typing import Any
+
+from appliance.core.json_types import JsonSchema, MutableJsonObject
 
 MAX_STRING_CHARS = 200
 """For strings without maxLength: addresses, titles, a sentence or two."""
@@ -27,11 +28,11 @@ _REMARKS = frozenset({"title", "description", "default", "examples", "$comment",
 _SCALARS = ("string", "number", "boolean", "null")
 
 
-def decode_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
+def bound_schema(schema: JsonSchema) -> MutableJsonObject:
     """`schema` (one that passed `check_schema`) with every string, number, list and object bounded."""
     bounded = {key: _parts(key, value) for key, value in schema.items()}
     if schema.keys() <= _REMARKS:
-        return bounded | decode_schema({"type": list(_SCALARS)})
+        return bounded | bound_schema({"type": list(_SCALARS)})
     kinds = _kinds(schema)
     if "string" in kinds:
         bounded.setdefault("maxLength", max(MAX_STRING_CHARS, _whole(schema.get("minLength"))))
@@ -55,10 +56,10 @@ def _parts(key: str, value: Any) -> Any:
 
 def _inner(item: Any) -> Any:
     """True allows anything, and is bounded as {} is."""
-    return decode_schema({} if item is True else item) if item is not False else item
+    return bound_schema({} if item is True else item) if item is not False else item
 
 
-def _kinds(schema: Mapping[str, Any]) -> frozenset[str]:
+def _kinds(schema: JsonSchema) -> frozenset[str]:
     """The types a schema speaks of; none where other keywords settle the value, or where it allows anything."""
     if "enum" in schema or "const" in schema:
         return frozenset()
@@ -70,7 +71,7 @@ def _kinds(schema: Mapping[str, Any]) -> frozenset[str]:
     return frozenset()
 
 
-def _bound_number(bounded: dict[str, Any], kinds: frozenset[str]) -> None:
+def _bound_number(bounded: MutableJsonObject, kinds: frozenset[str]) -> None:
     lows = [bounded[key] for key in ("minimum", "exclusiveMinimum") if _is_number(bounded.get(key))]
     highs = [bounded[key] for key in ("maximum", "exclusiveMaximum") if _is_number(bounded.get(key))]
     if not lows and all(high > -NUMBER_BOUND for high in highs):
@@ -86,7 +87,7 @@ def _has_short_decimals(edge: float) -> bool:
     return float(edge) == round(float(edge), 9)
 
 
-def _bound_object(bounded: dict[str, Any]) -> None:
+def _bound_object(bounded: MutableJsonObject) -> None:
     names = bounded.get("properties") or {}
     others = bounded.get("additionalProperties", True)
     if others is True and names and set(bounded.get("required", ())) <= names.keys():

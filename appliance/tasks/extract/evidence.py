@@ -12,10 +12,11 @@ from datetime import date
 from decimal import Decimal, InvalidOperation
 from typing import Any, Final
 
-from appliance.tasks.extract.normalise.dates import dates_in
+from appliance.core.json_types import JsonObject, JsonSchema
+from appliance.tasks.extract.normalise.dates import find_dates
 from appliance.tasks.extract.normalise.normalised_value import ANY
-from appliance.tasks.extract.normalise.numerals import NUMERAL, numbers_in, readings
-from appliance.tasks.extract.value_spans import Span, escaped
+from appliance.tasks.extract.normalise.numerals import NUMERAL, find_numbers, list_readings
+from appliance.tasks.extract.value_spans import Span, escape_pointer_key
 
 _SAME: Final = str.maketrans(
     {
@@ -42,12 +43,12 @@ Piece = tuple[int, str]
 """A piece of a text: the place of its first character, and what it says."""
 
 
-def evidence(found: Any, schema: Mapping[str, Any], piece_of: Callable[[str], Piece]) -> Evidence:
+def find_evidence(found: Any, schema: JsonSchema, piece_of: Callable[[str], Piece]) -> Evidence:
     """`piece_of` says for a JSON pointer from which piece the value was taken."""
     searched: dict[int, _Searched] = {}
     places: dict[str, Span | None] = {}
     missing: list[str] = []
-    for pointer, value, rules in leaves(found, schema, schema, ""):
+    for pointer, value, rules in iter_leaves(found, schema, schema, ""):
         offset, text = piece_of(pointer)
         if offset not in searched:
             searched[offset] = _Searched(text)
@@ -58,23 +59,21 @@ def evidence(found: Any, schema: Mapping[str, Any], piece_of: Callable[[str], Pi
     return Evidence(places, tuple(missing))
 
 
-def leaves(
-    value: Any, schema: Any, root: Mapping[str, Any], pointer: str
-) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+def iter_leaves(value: Any, schema: Any, root: JsonSchema, pointer: str) -> Iterator[tuple[str, Any, JsonObject]]:
     """(JSON pointer, value, its schema as far as it can be told) of every scalar of an object."""
     rules = _resolved(schema, root)
     if isinstance(value, dict):
         for key, inner in value.items():
             below = rules.get("properties", {}).get(key, rules.get("additionalProperties"))
-            yield from leaves(inner, below, root, f"{pointer}/{escaped(key)}")
+            yield from iter_leaves(inner, below, root, f"{pointer}/{escape_pointer_key(key)}")
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            yield from leaves(inner, rules.get("items"), root, f"{pointer}/{index}")
+            yield from iter_leaves(inner, rules.get("items"), root, f"{pointer}/{index}")
     else:
         yield pointer, value, rules
 
 
-def _resolved(schema: Any, root: Mapping[str, Any]) -> Mapping[str, Any]:
+def _resolved(schema: Any, root: JsonSchema) -> JsonObject:
     for _ in range(8):
         if not isinstance(schema, dict):
             return {}
@@ -87,14 +86,14 @@ def _resolved(schema: Any, root: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}
 
 
-def _at(reference: str, root: Mapping[str, Any]) -> Any:
+def _at(reference: str, root: JsonSchema) -> Any:
     place: Any = root
     for key in reference.removeprefix("#").strip("/").split("/"):
         place = place.get(key.replace("~1", "/").replace("~0", "~")) if isinstance(place, dict) else None
     return place
 
 
-def _is_copied(value: Any, rules: Mapping[str, Any]) -> bool:
+def _is_copied(value: Any, rules: JsonSchema) -> bool:
     """Whether a value ought to stand in the text: answers out of a list, yes and no, and nothing at all need not."""
     if value is None or isinstance(value, bool) or "enum" in rules or "const" in rules:
         return False
@@ -137,16 +136,16 @@ class _Searched:
         return None if found is None else found.span()
 
     def _by_meaning(self, wanted: str) -> Span | None:
-        days = [days for start, end, days, _ in dates_in(wanted, ANY) if end - start >= len(wanted) - 1]
+        days = [days for start, end, days, _ in find_dates(wanted, ANY) if end - start >= len(wanted) - 1]
         if days:
             return self._date(days[0])
         if NUMERAL.fullmatch(wanted.lstrip("+-")):
-            return self._number(readings(wanted.lstrip("+-")))
+            return self._number(list_readings(wanted.lstrip("+-")))
         return None
 
     def _number(self, wanted: frozenset[Decimal]) -> Span | None:
         if self._numbers is None:
-            self._numbers = list(numbers_in(self._plain))
+            self._numbers = list(find_numbers(self._plain))
         try:
             return next(((start, end) for start, end, numbers in self._numbers if numbers & wanted), None)
         except InvalidOperation:
@@ -154,7 +153,7 @@ class _Searched:
 
     def _date(self, wanted: frozenset[date]) -> Span | None:
         if self._dates is None:
-            self._dates = list(dates_in(self._plain, ANY))
+            self._dates = list(find_dates(self._plain, ANY))
         return next(((start, end) for start, end, days, _ in self._dates if days & wanted), None)
 
 

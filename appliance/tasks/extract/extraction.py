@@ -22,12 +22,13 @@ from typing import Any
 import orjson
 
 from appliance.core import ParsedRequest, Target, UpstreamCall, UpstreamReply, Usage
+from appliance.core.json_types import JsonObject, JsonSchema, MutableJsonObject
 from appliance.errors import ApplianceError, RejectedReply, RequestError
-from appliance.tasks.decisions.confidence import field_confidence
+from appliance.tasks.decisions.confidence import measure_field_confidence
 from appliance.tasks.extract import chunks, token_budget
-from appliance.tasks.extract.annotations import Annotations, read_telling, told, unsure
-from appliance.tasks.extract.decode_schema import MAX_STRING_CHARS, decode_schema
-from appliance.tasks.extract.value_spans import string_leaves
+from appliance.tasks.extract.annotations import Annotations, annotate_object, lower_confidence, read_annotations
+from appliance.tasks.extract.decode_schema import MAX_STRING_CHARS, bound_schema
+from appliance.tasks.extract.value_spans import iter_strings
 from appliance.wire.json_schema import check_schema, check_value, is_strict_subset
 from appliance.wire.reply_checks import check_choices, check_json_choice
 from appliance.wire.strict_fields import (
@@ -56,20 +57,20 @@ _TASK = "Return a JSON object with these fields of the text above, each copied e
 
 @dataclass(frozen=True, slots=True)
 class Extracted:
-    object: Mapping[str, Any]
+    object: JsonObject
     confidence: Mapping[str, float] | None
     model: str
     usage: Usage
     cut: tuple[str, ...] = ()
     """JSON pointers of strings that were ended at a length their schema does not name."""
     evidence: Mapping[str, chunks.Span] | None = None
-    more: Mapping[str, Any] = field(default_factory=dict)
+    extra_fields: JsonObject = field(default_factory=dict)
     """Fields of the response besides."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExtractCall:
-    """One text, or a piece of one. `read` returns Extracted; `payload` and `texts_payload` make the response of it.
+    """One text, or a chunk of one. `read` returns Extracted, of which `make_extract_payload` makes the response.
 
     The object is written as a whole. Forking every field from the document and writing them side by side was measured
     on receipts with SmolLM2-135M: 10 took 62 s instead of 55 (two at once), and 5 of 40 fields were right instead of 8,
@@ -78,8 +79,8 @@ class ExtractCall:
 
     text: str
     task: str
-    schema: Mapping[str, Any]
-    bounded: Mapping[str, Any]
+    schema: JsonSchema
+    bounded: JsonSchema
     """What on-site engines decode under; see `decoding`."""
     output_tokens: int
     """To reckon with."""
@@ -90,7 +91,7 @@ class ExtractCall:
     span: chunks.Span = (0, 0)
     turns: Sequence[Mapping[str, str]] = ()
     """The examples, as messages that have been answered."""
-    telling: Annotations | None = None
+    annotations: Annotations | None = None
 
     def streams(self, target: Target) -> bool:
         return False
@@ -113,7 +114,7 @@ class ExtractCall:
         # Hosted APIs refuse `strict` for schemas with open objects or optional fields; on-site engines always enforce.
         onsite = target.location == "onsite"
         strict, schema = (True, self.bounded) if onsite else (is_strict_subset(self.schema), self.schema)
-        body: dict[str, Any] = {
+        body: MutableJsonObject = {
             "messages": [
                 {"role": "system", "content": _ROLE},
                 *self.turns,
@@ -137,16 +138,16 @@ class ExtractCall:
         found = check_json_choice(choice, self.schema)
         if found is None:
             raise RejectedReply("the model refused to extract from this text")
-        confidence = field_confidence(str(choice["message"]["content"]), choice.get("logprobs"))
-        if self.telling is not None and self.telling.evidence:
-            confidence = unsure(confidence, found, self.schema, self.piece)
+        confidence = measure_field_confidence(str(choice["message"]["content"]), choice.get("logprobs"))
+        if self.annotations is not None and self.annotations.evidence:
+            confidence = lower_confidence(confidence, found, self.schema, self.piece)
         cut: tuple[str, ...] = ()
         if target.location == "onsite" and self.bounded != self.schema:
-            cut = tuple(place for place, text in string_leaves(found) if len(text) == MAX_STRING_CHARS)
+            cut = tuple(place for place, text in iter_strings(found) if len(text) == MAX_STRING_CHARS)
         return Extracted(found, confidence, target.model, replies[0].usage, cut)
 
 
-def read(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[ExtractCall]]:
+def read_extract_request(body: JsonObject) -> tuple[ParsedRequest, Sequence[ExtractCall]]:
     """Check an extract body; one call for each text, or for each piece of one.
 
     Raises RequestError naming field, value and remedy.
@@ -157,15 +158,22 @@ def read(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[ExtractCall]]
     wished = check_schema(body["schema"], "schema")
     if wished.get("type") != "object":
         raise wrong("schema.type", wished.get("type"), 'it must be "object": put other values into a property')
-    telling = read_telling(body, wished)
-    schema = telling.asked
+    annotations = read_annotations(body, wished)
+    schema = annotations.asked
     given = read_int(body, "max_tokens", 1)
     chunk_tokens = read_int(body, "chunk_tokens", MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS) or CHUNK_TOKENS
-    task, bounded = _task(schema, read_text(body, "instructions")), decode_schema(schema)
-    likely = given or token_budget.output_tokens(schema)
+    task, bounded = _task(schema, read_text(body, "instructions")), bound_schema(schema)
+    likely = given or token_budget.estimate_output_tokens(schema)
     turns = _turns(body.get("examples"), schema, task)
     call = ExtractCall(
-        "", task, schema, bounded, likely, given or token_budget.most_tokens(bounded), turns=turns, telling=telling
+        "",
+        task,
+        schema,
+        bounded,
+        likely,
+        given or token_budget.limit_output_tokens(bounded),
+        turns=turns,
+        annotations=annotations,
     )
     asked = ParsedRequest(
         endpoint="extract",
@@ -179,7 +187,7 @@ def read(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[ExtractCall]]
     calls = [
         replace(call, text=text[start:stop], index=index, span=(start, stop))
         for index, text in enumerate(texts)
-        for start, stop in chunks.spans(text, chunk_tokens)
+        for start, stop in chunks.split_spans(text, chunk_tokens)
     ]
     return asked, calls
 
@@ -188,7 +196,7 @@ def _asking(text: str, task: str) -> str:
     return f"{text}\n\n{task}"
 
 
-def _turns(given: object, schema: Mapping[str, Any], task: str) -> Sequence[Mapping[str, str]]:
+def _turns(given: object, schema: JsonSchema, task: str) -> Sequence[Mapping[str, str]]:
     """Examples as turns: each text is asked about as the request's own, and answered with its object."""
     if given is None:
         return ()
@@ -210,7 +218,7 @@ def _turns(given: object, schema: Mapping[str, Any], task: str) -> Sequence[Mapp
     return turns
 
 
-def _task(schema: Mapping[str, Any], instructions: str | None) -> str:
+def _task(schema: JsonSchema, instructions: str | None) -> str:
     """What is asked after the text: names and descriptions where the fields are plain, else the schema itself."""
     rows = schema.get("properties") or {}
     if all(_is_plain(row) for row in rows.values()) and rows:
@@ -232,7 +240,7 @@ def _is_plain(row: Any) -> bool:
     }
 
 
-def _read_texts(body: Mapping[str, Any]) -> Sequence[str]:
+def _read_texts(body: JsonObject) -> Sequence[str]:
     if "text" in body and "texts" in body:
         raise RequestError("text and texts are both given: send one of them", param="texts")
     if "texts" not in body:
@@ -254,15 +262,15 @@ def _read_one(value: object, path: str) -> str:
 Result = Extracted | ApplianceError
 
 
-def payload(results: Sequence[Result], calls: Sequence[ExtractCall]) -> Mapping[str, Any]:
+def make_extract_payload(results: Sequence[Result], calls: Sequence[ExtractCall]) -> JsonObject:
     """The response for one text. Raises the error of a piece that failed."""
     (found,) = _by_text(results, calls)
     if isinstance(found, ApplianceError):
         raise found
-    return {"model": found.model, **_row(found), "usage": usage_object(found.usage)}
+    return {"model": found.model, **_row(found), "usage": make_usage_object(found.usage)}
 
 
-def texts_payload(results: Sequence[Result], calls: Sequence[ExtractCall]) -> Mapping[str, Any]:
+def make_texts_payload(results: Sequence[Result], calls: Sequence[ExtractCall]) -> JsonObject:
     """The response for several texts, in order."""
     found = _by_text(results, calls)
     rows = [
@@ -273,17 +281,17 @@ def texts_payload(results: Sequence[Result], calls: Sequence[ExtractCall]) -> Ma
     return {
         "model": ", ".join(dict.fromkeys(result.model for result in done)) or None,
         "results": rows,
-        "usage": usage_object(sum((result.usage for result in done), Usage())),
+        "usage": make_usage_object(sum((result.usage for result in done), Usage())),
     }
 
 
-def _row(found: Extracted) -> Mapping[str, Any]:
-    row: dict[str, Any] = {"object": found.object, "confidence": found.confidence}
+def _row(found: Extracted) -> JsonObject:
+    row: MutableJsonObject = {"object": found.object, "confidence": found.confidence}
     if found.evidence is not None:
         row["evidence"] = {place: {"start": start, "end": end} for place, (start, end) in found.evidence.items()}
     if found.cut:
         row["cut"] = found.cut
-    return {**row, **found.more}
+    return {**row, **found.extra_fields}
 
 
 def _by_text(results: Sequence[Result], calls: Sequence[ExtractCall]) -> list[Result]:
@@ -300,22 +308,22 @@ def _of_text(pairs: Sequence[tuple[ExtractCall, Result]]) -> Result:
         done.append((call, result))
     if len(done) == 1:
         call, found = done[0]
-        return found if call.telling is None else _with_more(found, call.telling, lambda pointer: call.piece)
-    merged = chunks.merge([chunks.TextChunk(call.span, found.object, found.confidence) for call, found in done])
+        return found if call.annotations is None else _with_more(found, call.annotations, lambda pointer: call.piece)
+    merged = chunks.merge_chunks([chunks.TextChunk(call.span, found.object, found.confidence) for call, found in done])
     try:
         check_value(done[0][0].schema, merged.object)
     except RejectedReply as error:
         return RejectedReply(f"what the text's {len(done)} pieces gave cannot be put together: {error.message}")
     models = dict.fromkeys(found.model for _, found in done)
     usage = sum((found.usage for _, found in done), Usage())
-    places = {place for place, text in string_leaves(merged.object) if len(text) == MAX_STRING_CHARS}
+    places = {place for place, text in iter_strings(merged.object) if len(text) == MAX_STRING_CHARS}
     cut = tuple(sorted(places)) if any(found.cut for _, found in done) else ()
     whole = Extracted(merged.object, merged.confidence, ", ".join(models), usage, cut, merged.evidence)
     pieces = {call.span: call.piece for call, _ in done}
-    telling = done[0][0].telling
-    if telling is None:
+    annotations = done[0][0].annotations
+    if annotations is None:
         return whole
-    return _with_more(whole, telling, lambda pointer: pieces[_source(merged.evidence, pointer)])
+    return _with_more(whole, annotations, lambda pointer: pieces[_source(merged.evidence, pointer)])
 
 
 def _source(evidence: Mapping[str, chunks.Span], pointer: str) -> chunks.Span:
@@ -325,12 +333,12 @@ def _source(evidence: Mapping[str, chunks.Span], pointer: str) -> chunks.Span:
     return evidence[pointer]
 
 
-def _with_more(found: Extracted, telling: Annotations, piece_of: Callable[[str], tuple[int, str]]) -> Extracted:
-    changed, more = told(found.object, telling, piece_of)
-    return replace(found, object=changed, more=more)
+def _with_more(found: Extracted, annotations: Annotations, piece_of: Callable[[str], tuple[int, str]]) -> Extracted:
+    changed, more = annotate_object(found.object, annotations, piece_of)
+    return replace(found, object=changed, extra_fields=more)
 
 
-def usage_object(usage: Usage) -> Mapping[str, Any]:
+def make_usage_object(usage: Usage) -> JsonObject:
     """Usage as a chat completion gives it."""
     return {
         "prompt_tokens": usage.prompt_tokens,

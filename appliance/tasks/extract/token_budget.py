@@ -1,8 +1,8 @@
 """How many tokens an object of a schema takes: what admission reckons with, and where an answer is cut off."""
 
-from collections.abc import Mapping
 from typing import Any
 
+from appliance.core.json_types import JsonSchema
 from appliance.wire.token_estimate import estimate_tokens
 
 STRING_TOKENS = 64
@@ -18,21 +18,23 @@ MAX_TOKENS = 1_024
 CUT_OFF_TOKENS = 4_096
 
 
-def output_tokens(schema: Mapping[str, Any]) -> int:
+def estimate_output_tokens(schema: JsonSchema) -> int:
     """Enough tokens for most objects of the schema, between MIN_TOKENS and MAX_TOKENS."""
     return max(MIN_TOKENS, min(MAX_TOKENS, _Sizer(schema).tokens(schema)))
 
 
-def most_tokens(schema: Mapping[str, Any]) -> int:
+def limit_output_tokens(schema: JsonSchema) -> int:
     """Enough for every object of a schema that bounds everything, with each letter a token of its own.
 
     At most CUT_OFF_TOKENS: beyond that an answer may be cut off, and is then refused.
     """
-    return max(output_tokens(schema), min(CUT_OFF_TOKENS, _Sizer(schema, characters_per_token=1).tokens(schema)))
+    return max(
+        estimate_output_tokens(schema), min(CUT_OFF_TOKENS, _Sizer(schema, characters_per_token=1).tokens(schema))
+    )
 
 
 class _Sizer:
-    def __init__(self, root: Mapping[str, Any], characters_per_token: int = 3) -> None:
+    def __init__(self, root: JsonSchema, characters_per_token: int = 3) -> None:
         self._root = root
         self._characters_per_token = characters_per_token
         self._known: dict[str, int] = {}
@@ -57,7 +59,7 @@ class _Sizer:
             self._known[reference] = self.tokens(_resolved(reference, self._root))
         return self._known[reference]
 
-    def _by_type(self, schema: Mapping[str, Any]) -> int:
+    def _by_type(self, schema: JsonSchema) -> int:
         properties = schema.get("properties")
         if isinstance(properties, dict):
             return 4 + sum(estimate_tokens(name) + 6 + self.tokens(inner) for name, inner in properties.items())
@@ -73,7 +75,7 @@ class _Sizer:
         return min(max(1, longest // self._characters_per_token), CUT_OFF_TOKENS)
 
 
-def _resolved(reference: str, root: Mapping[str, Any]) -> Any:
+def _resolved(reference: str, root: JsonSchema) -> Any:
     """The part of the schema that a `#/...` reference names; None for other references."""
     place: Any = root
     for key in reference.removeprefix("#").strip("/").split("/"):

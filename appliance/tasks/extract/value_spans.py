@@ -13,7 +13,7 @@ _BLANK = re.compile(r"\s*")
 Span = tuple[int, int]
 
 
-def value_spans(text: str) -> Mapping[str, Span]:
+def find_value_spans(text: str) -> Mapping[str, Span]:
     """First character and the one after the last of every leaf (scalar, empty list, empty object), by JSON pointer.
 
     Strings keep their quotes. `text` must be valid JSON; of a key given twice the last value counts, as in the parser.
@@ -39,7 +39,7 @@ def _walk(text: str, place: int, pointer: str, leaves: dict[str, Span]) -> int:
         key = str(index)
         if is_object:
             end = _scalar_end(text, place)
-            key = escaped(orjson.loads(text[place:end]))
+            key = escape_pointer_key(orjson.loads(text[place:end]))
             place = _skip(text, end) + 1  # the colon
         place = _skip(text, _walk(text, place, f"{pointer}/{key}", leaves))
         if text[place] != ",":
@@ -59,18 +59,18 @@ def _skip(text: str, place: int) -> int:
     return place if blank is None else blank.end()
 
 
-def string_leaves(value: Any, pointer: str = "") -> Iterator[tuple[str, str]]:
+def iter_strings(value: Any, pointer: str = "") -> Iterator[tuple[str, str]]:
     """Every string of a parsed JSON value with its JSON pointer."""
     if isinstance(value, str):
         yield pointer, value
     elif isinstance(value, dict):
         for key, inner in value.items():
-            yield from string_leaves(inner, f"{pointer}/{escaped(key)}")
+            yield from iter_strings(inner, f"{pointer}/{escape_pointer_key(key)}")
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            yield from string_leaves(inner, f"{pointer}/{index}")
+            yield from iter_strings(inner, f"{pointer}/{index}")
 
 
-def escaped(key: str) -> str:
+def escape_pointer_key(key: str) -> str:
     """A key as it stands in a JSON pointer."""
     return key.replace("~", "~0").replace("/", "~1")

@@ -9,7 +9,7 @@ from typing import Final, Literal
 from babel.core import get_global
 
 from appliance.tasks.extract.normalise.normalised_value import LocaleRules, NormalisedValue
-from appliance.tasks.extract.normalise.numerals import NUMERAL, readings
+from appliance.tasks.extract.normalise.numerals import NUMERAL, list_readings
 
 _SYMBOLS: Final[Mapping[str, str]] = {
     "€": "EUR", "£": "GBP", "₹": "INR", "₩": "KRW", "₽": "RUB", "₺": "TRY", "₪": "ILS", "₫": "VND", "฿": "THB",
@@ -38,7 +38,7 @@ def read_amount(raw: str, customs: LocaleRules, kind: Literal["amount", "number"
     if _SIGNS.sub("", rest):
         return NormalisedValue(kind, raw, reason=f"{rest.strip()[:40]!r} beside the number is not understood")
     currency = currency or customs.currency
-    numbers = readings(found[0].group(), customs.decimal)
+    numbers = list_readings(found[0].group(), customs.decimal)
     if len(numbers) != 1:
         return NormalisedValue(kind, raw, currency=currency, reason=_why(found[0].group(), numbers))
     (number,) = numbers
@@ -49,7 +49,7 @@ def read_amount(raw: str, customs: LocaleRules, kind: Literal["amount", "number"
     return NormalisedValue(kind, raw, format(-number if negative else number, "f"), currency, note)
 
 
-def currency_near(text: str, start: int, end: int) -> str | None:
+def find_currency_near(text: str, start: int, end: int) -> str | None:
     """The currency that stands right beside a number in a text, on its line."""
     before = text[max(0, start - _NEAR_CHARS) : start].rsplit("\n", 1)[-1]
     after = text[end : end + _NEAR_CHARS].split("\n", 1)[0]

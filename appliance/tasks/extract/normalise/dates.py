@@ -36,7 +36,7 @@ _ORDERS: Final[Mapping[DateOrder, tuple[int, int, int]]] = {"DMY": (2, 1, 0), "M
 
 
 def read_date(raw: str, customs: LocaleRules, kind: Literal["date", "datetime"] = "date") -> NormalisedValue:
-    found = next(dates_in(raw, customs), None)
+    found = next(find_dates(raw, customs), None)
     if found is None:
         return NormalisedValue(kind, raw, reason=_why_none(raw))
     start, end, days, assumed = found
@@ -54,7 +54,7 @@ def read_date(raw: str, customs: LocaleRules, kind: Literal["date", "datetime"] 
     return NormalisedValue(kind, raw, f"{day.isoformat()}T{clock.isoformat()}", reason=assumed)
 
 
-def dates_in(text: str, customs: LocaleRules) -> Iterator[tuple[int, int, frozenset[date], str | None]]:
+def find_dates(text: str, customs: LocaleRules) -> Iterator[tuple[int, int, frozenset[date], str | None]]:
     """(start, end, the days it may mean, what was assumed) of every date with day, month and year."""
     for pattern, read in (
         (_NUMERIC, _numeric),

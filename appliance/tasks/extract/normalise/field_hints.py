@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from appliance.core.json_types import JsonObject, JsonSchema, MutableJsonObject
 from appliance.tasks.extract.normalise.amounts import read_amount
 from appliance.tasks.extract.normalise.dates import read_date
-from appliance.tasks.extract.normalise.locale import CUSTOMS, read_customs
+from appliance.tasks.extract.normalise.locale import CUSTOMS, read_locale
 from appliance.tasks.extract.normalise.normalised_value import ANY, KINDS, Kind, LocaleRules, NormalisedValue
 from appliance.tasks.extract.normalise.vocabulary import read_term
 from appliance.wire.strict_fields import wrong
@@ -50,7 +51,7 @@ class FieldSpec:
     by_format: bool = False
 
 
-def read_wanted(value: object) -> FieldSpec:
+def read_field_specs(value: object) -> FieldSpec:
     """A request's `normalise`: true, or an object of customs. Raises RequestError."""
     if value is None or value is False:
         return FieldSpec()
@@ -58,10 +59,10 @@ def read_wanted(value: object) -> FieldSpec:
         return FieldSpec(by_format=True)
     if not isinstance(value, dict):
         raise wrong("normalise", value, f"it must be true, false or an object of {', '.join(CUSTOMS)}")
-    return FieldSpec(read_customs(value, "normalise", ANY), by_format=True)
+    return FieldSpec(read_locale(value, "normalise", ANY), by_format=True)
 
 
-def hint_of(schema: Mapping[str, Any], wanted: FieldSpec, path: str = "schema") -> FieldHint | None:
+def find_hint(schema: JsonSchema, wanted: FieldSpec, path: str = "schema") -> FieldHint | None:
     """What a property's schema asks for. Raises RequestError for a hint that cannot be understood."""
     given = schema.get(HINT)
     if given is False or (given is None and not wanted.by_format):
@@ -72,26 +73,26 @@ def hint_of(schema: Mapping[str, Any], wanted: FieldSpec, path: str = "schema") 
     hinted = (
         {key: value for key, value in given.items() if key not in ("kind", "values")} if isinstance(given, dict) else {}
     )
-    customs = read_customs(hinted, f"{path}.{HINT}", wanted.customs)
+    customs = read_locale(hinted, f"{path}.{HINT}", wanted.customs)
     types = schema.get("type")
     kinds = types if isinstance(types, list) else [types]
     return FieldHint(kind, customs, terms, bool({"number", "integer"} & set(kinds)), "null" in kinds)
 
 
-def asked_schema(schema: Mapping[str, Any], wanted: FieldSpec, path: str = "schema") -> dict[str, Any]:
+def strip_hints(schema: JsonSchema, wanted: FieldSpec, path: str = "schema") -> MutableJsonObject:
     """The schema with every value that is to be brought into one form asked for as text, and without hints."""
-    hint = hint_of(schema, wanted, path)
+    hint = find_hint(schema, wanted, path)
     if hint is not None:
         kept = {key: value for key, value in schema.items() if key not in _DROPPED}
         return {"type": ["string", "null"] if hint.may_be_null else "string", **kept}
-    return _each(schema, lambda inner, place: asked_schema(inner, wanted, f"{path}{place}"))
+    return _each(schema, lambda inner, place: strip_hints(inner, wanted, f"{path}{place}"))
 
 
-def has_hints(schema: Mapping[str, Any], wanted: FieldSpec, path: str = "schema") -> bool:
-    return asked_schema(schema, wanted, path) != schema
+def has_hints(schema: JsonSchema, wanted: FieldSpec, path: str = "schema") -> bool:
+    return strip_hints(schema, wanted, path) != schema
 
 
-def _each(schema: Mapping[str, Any], change: Callable[[Mapping[str, Any], str], Any]) -> dict[str, Any]:
+def _each(schema: JsonSchema, change: Callable[[JsonObject, str], Any]) -> MutableJsonObject:
     """The schema with each schema right below it changed."""
     changed = {key: value for key, value in schema.items() if key != HINT}
     for key, value in changed.items():
@@ -110,7 +111,7 @@ def _each(schema: Mapping[str, Any], change: Callable[[Mapping[str, Any], str], 
     return changed
 
 
-def _kind_of(schema: Mapping[str, Any], given: Any, path: str) -> tuple[Kind | None, Mapping[str, Sequence[str]]]:
+def _kind_of(schema: JsonSchema, given: Any, path: str) -> tuple[Kind | None, Mapping[str, Sequence[str]]]:
     name = given.get("kind") if isinstance(given, dict) else given
     if given is None or given is True:
         name = _FORMATS.get(str(schema.get("format")))
@@ -122,7 +123,7 @@ def _kind_of(schema: Mapping[str, Any], given: Any, path: str) -> tuple[Kind | N
     return name, terms
 
 
-def _terms(schema: Mapping[str, Any], given: Any, path: str) -> Mapping[str, Sequence[str]]:
+def _terms(schema: JsonSchema, given: Any, path: str) -> Mapping[str, Sequence[str]]:
     place = f"{path}.{HINT}.values"
     values = given.get("values") if isinstance(given, dict) else None
     if values is None:

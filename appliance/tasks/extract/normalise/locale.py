@@ -1,11 +1,11 @@
 """Customs of writing that a caller names: a locale, or single ones."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 from babel import Locale, UnknownLocaleError
 
+from appliance.core.json_types import JsonObject
 from appliance.errors import RequestError
 from appliance.tasks.extract.normalise.amounts import is_currency
 from appliance.tasks.extract.normalise.normalised_value import DATE_ORDERS, LocaleRules
@@ -14,7 +14,7 @@ from appliance.wire.strict_fields import wrong
 CUSTOMS: Final = ("locale", "date_order", "decimal", "currency")
 
 
-def read_customs(given: Mapping[str, Any], path: str, base: LocaleRules) -> LocaleRules:
+def read_locale(given: JsonObject, path: str, base: LocaleRules) -> LocaleRules:
     """`base` with what `given` says: a locale first, then what is said besides. Raises RequestError."""
     for name in given:
         if name not in CUSTOMS:
@@ -23,7 +23,7 @@ def read_customs(given: Mapping[str, Any], path: str, base: LocaleRules) -> Loca
     locale = said.pop("locale", None)
     if locale is not None:
         try:
-            base = replace(customs_of(str(locale)), currency=base.currency)
+            base = replace(get_locale(str(locale)), currency=base.currency)
         except ValueError as error:
             raise RequestError(f"{path}.locale: {error}", param=f"{path}.locale") from error
     if said.get("date_order", "DMY") not in DATE_ORDERS:
@@ -35,7 +35,7 @@ def read_customs(given: Mapping[str, Any], path: str, base: LocaleRules) -> Loca
     return replace(base, **said)
 
 
-def customs_of(locale: str) -> LocaleRules:
+def get_locale(locale: str) -> LocaleRules:
     """What is usual in a locale such as `en-GB`. Raises ValueError for one that is not known, or names no country."""
     try:
         found = Locale.parse(locale.replace("-", "_"))

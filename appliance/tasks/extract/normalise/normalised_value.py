@@ -1,8 +1,9 @@
 """What a value came to in its one form, and what callers may say to settle what texts leave open."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
+
+from appliance.core.json_types import JsonObject, MutableJsonObject
 
 Kind = Literal["date", "datetime", "amount", "number", "term"]
 KINDS: Final[tuple[Kind, ...]] = ("date", "datetime", "amount", "number", "term")
@@ -36,8 +37,8 @@ class NormalisedValue:
     reason: str | None = None
     """Why there is no value, or what was assumed for it."""
 
-    def told(self) -> Mapping[str, Any]:
-        row: dict[str, Any] = {"kind": self.kind, "raw": self.raw, "value": self.value}
+    def told(self) -> JsonObject:
+        row: MutableJsonObject = {"kind": self.kind, "raw": self.raw, "value": self.value}
         if self.kind == "amount":
             row["currency"] = self.currency
         if self.reason is not None:

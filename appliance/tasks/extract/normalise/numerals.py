@@ -17,7 +17,7 @@ _WORDS: Final = {
 _WORD: Final = re.compile(rf"\b(?:{'|'.join(_WORDS)})\b", re.IGNORECASE)
 
 
-def readings(numeral: str, decimal: str | None = None) -> frozenset[Decimal]:
+def list_readings(numeral: str, decimal: str | None = None) -> frozenset[Decimal]:
     """The numbers that a numeral may mean; two where one sign might part decimals or thousands, as in 1,234.
 
     `decimal` says which sign parts decimals, and leaves one reading. Empty where it is no number.
@@ -42,12 +42,12 @@ def _read(text: str, decimal: str) -> Decimal | None:
     return Decimal(f"{digits}.{decimals}" if decimals else digits)
 
 
-def numbers_in(text: str) -> Iterator[tuple[int, int, frozenset[Decimal]]]:
+def find_numbers(text: str) -> Iterator[tuple[int, int, frozenset[Decimal]]]:
     """(start, end, readings) of every number in a text, small ones in English words included."""
     for match in NUMERAL.finditer(text):
-        yield match.start(), match.end(), readings(match.group())
+        yield match.start(), match.end(), list_readings(match.group())
         if " " in match.group():  # a blank may part thousands, or two numbers
             for part in re.finditer(r"\S+", match.group()):
-                yield match.start() + part.start(), match.start() + part.end(), readings(part.group())
+                yield match.start() + part.start(), match.start() + part.end(), list_readings(part.group())
     for match in _WORD.finditer(text):
         yield match.start(), match.end(), frozenset({_WORDS[match.group().lower()]})
