@@ -9,7 +9,7 @@ from appliance.config import JobsSettings
 from appliance.core import HealthAlerts
 from appliance.jobs.fair_share import FairShareSlots
 from appliance.jobs.models import BatchLine, Ending, LineHandler
-from appliance.jobs.provider.models import ProviderBatchLines
+from appliance.jobs.provider.lines import ProviderLines
 from appliance.jobs.storage.files import JobFolder
 from appliance.jobs.storage.store import JobStore
 from appliance.state import State
@@ -37,7 +37,7 @@ class JobDeps:
     alerts: HealthAlerts
     clock: Callable[[], float]
     wall_clock: Callable[[], float]
-    provider_batches: ProviderBatchLines | None = None
+    provider_lines: ProviderLines | None = None
     """How lines leave in providers' own batches; None: they do not."""
     validation_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_VALIDATED_AT_ONCE))
 

@@ -19,7 +19,7 @@ from appliance.jobs.deps import JobDeps, JobProgress
 from appliance.jobs.fair_share import FairShareSlots
 from appliance.jobs.models import Batch, LineHandler
 from appliance.jobs.planner import choose_concurrency
-from appliance.jobs.provider.models import ProviderBatchLines
+from appliance.jobs.provider.lines import ProviderLines
 from appliance.jobs.runner import BatchRun
 from appliance.jobs.storage.files import JobFolder, read_free_bytes
 from appliance.jobs.storage.store import JobStore
@@ -61,7 +61,7 @@ class JobManager:
         clock: Callable[[], float],
         wall: Callable[[], float],
         free: Callable[[Path], int] = read_free_bytes,
-        provider_batches: ProviderBatchLines | None = None,
+        provider_lines: ProviderLines | None = None,
     ) -> "JobManager":
         """Files lie in `config.folder`, else below `home`. Raises JobsUnavailable, StorageFull, OSError."""
         root = await asyncio.to_thread(Path(config.folder).expanduser) if config.folder else home / "jobs"
@@ -70,7 +70,7 @@ class JobManager:
         url = config.url or URL.create("sqlite", database=str(root / "jobs.sqlite")).render_as_string()
         store = await JobStore.open(url)
         places = FairShareSlots(lambda: choose_concurrency(state.snapshot, config.concurrency))
-        return cls(JobDeps(config, store, folder, line_handler, places, state, alerts, clock, wall, provider_batches))
+        return cls(JobDeps(config, store, folder, line_handler, places, state, alerts, clock, wall, provider_lines))
 
     async def start(self) -> None:
         """Go on with what has not ended, and remove what nobody knows of."""

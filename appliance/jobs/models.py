@@ -148,6 +148,23 @@ class LineAnswer:
         return self.status < 400
 
 
+@dataclass(frozen=True, slots=True)
+class ProviderBatch:
+    """The part of a batch that is sent as one of a provider's own batches.
+
+    `name` is ours, and stands in the provider's metadata; it is on disk before anything is sent.
+    """
+
+    name: str
+    batch_id: str
+    target: str
+    made_at: float
+    uploaded: str | None = None
+    """The provider's id of the file that was sent, once it is known."""
+    remote_id: str | None = None
+    """The provider's id of its batch, once it is known."""
+
+
 class LineHandler(Protocol):
     """How lines are answered: the normal pipeline, on behalf of a key."""
 

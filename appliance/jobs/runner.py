@@ -20,7 +20,7 @@ from appliance.jobs.lines.queue import LineQueue
 from appliance.jobs.lines.validation import UnusableInput, describe_problem, validate_batch
 from appliance.jobs.models import Batch, BatchLine, Ending
 from appliance.jobs.planner import is_within_hours
-from appliance.jobs.provider.provider_batch import GATHERING_SECONDS, ProviderBatchRunner
+from appliance.jobs.provider.runner import GATHERING_SECONDS, ProviderBatchRunner
 from appliance.jobs.storage.batch_state import LOOK_SECONDS, BatchState
 
 _DISK_SECONDS: Final = 5.0
@@ -40,7 +40,7 @@ class BatchRun:
         self._queue = LineQueue(deps)
         self._batch_state = BatchState(batch, deps, self._queue.mark_done)
         self._dispatcher = Dispatcher(deps, self._batch_state, self._queue)
-        self._upstream = ProviderBatchRunner(deps, self._batch_state, self._queue, self._dispatcher.make_terms)
+        self._provider = ProviderBatchRunner(deps, self._batch_state, self._queue, self._dispatcher.make_terms)
         self._stopped: JobStopped | None = None
         self._disk_looked = float("-inf")
 
@@ -50,7 +50,7 @@ class BatchRun:
 
     @property
     def progress(self) -> JobProgress:
-        batch_state, dispatcher, posted = self._batch_state, self._dispatcher, self._upstream.lines
+        batch_state, dispatcher, posted = self._batch_state, self._dispatcher, self._provider.lines
         rate = dispatcher.lines_per_second
         # A provider does not tell when it will be done.
         seconds = None if posted or rate is None or rate <= 0 else self.batch.counts.left / rate
@@ -66,7 +66,7 @@ class BatchRun:
 
     def wake(self) -> None:
         self._batch_state.wake()
-        self._upstream.nudge()
+        self._provider.wake()
 
     async def stop(self, ending: Ending, code: str, message: str) -> None:
         """Ask for its end; `cancelling` is on disk when this returns."""
@@ -84,7 +84,7 @@ class BatchRun:
             if self.batch.status == "in_progress":
                 await self._answer_all()
             if self.batch.status == "cancelling":
-                await self._upstream.resume()
+                await self._provider.resume()
                 await self._end_early(
                     JobStopped("cancelled", "batch_cancelled", "the batch was cancelled before this line")
                 )
@@ -92,7 +92,7 @@ class BatchRun:
                 await self._batch_state.retry_storage(partial(publish_results, self._batch_state, self._deps))
         finally:
             await self._dispatcher.stop()
-            await self._upstream.stop()
+            await self._provider.stop()
             with contextlib.suppress(Exception):
                 await self._batch_state.commit()
             self._batch_state.results.close()
@@ -133,11 +133,11 @@ class BatchRun:
         self._dispatcher.restart_pace()
         duplicates = await batch_state.retry_storage(partial(self._deps.store.has_duplicates, self.batch.id))
         try:
-            await self._upstream.resume()
+            await self._provider.resume()
             while True:
                 await self._allowed()
-                self._dispatcher.update_forecast(self._upstream.lines)
-                group = await self._queue.next_group(batch_state, self._sift)
+                self._dispatcher.update_forecast(self._provider.lines)
+                group = await self._queue.next_group(batch_state, self._select_lines)
                 if group:
                     await self._ask_when_free(group)
                 elif group is None or await self._waits():
@@ -157,7 +157,7 @@ class BatchRun:
 
     async def _end_early(self, stopped: JobStopped) -> None:
         self._batch_state.set_run_state("ending", stopped.message)
-        await self._upstream.wind_up()
+        await self._provider.withdraw()
         await end_batch_early(self._batch_state, self._deps, stopped)
 
     # Asking.
@@ -165,8 +165,8 @@ class BatchRun:
     async def _waits(self) -> bool:
         """Where no line is ready: whether some are on their way, or to be asked again or committed. Waits a moment."""
         batch_state = self._batch_state
-        self._upstream.close()
-        if self._dispatcher.is_busy or self._queue.has_retries or self._upstream.is_busy:
+        self._provider.send_gathered()
+        if self._dispatcher.is_busy or self._queue.has_retries or self._provider.is_busy:
             due = min(self._queue.next_retry_at, batch_state.commit_due) - self._deps.clock()
             await batch_state.wait_until_woken(max(0.01, due))
             return True
@@ -175,18 +175,18 @@ class BatchRun:
             return True
         return False
 
-    async def _sift(self, lines: list[BatchLine]) -> list[BatchLine]:
-        return await self._upstream.sift(lines, self._dispatcher.late_lines)
+    async def _select_lines(self, lines: list[BatchLine]) -> list[BatchLine]:
+        return await self._provider.select_lines(lines, self._dispatcher.late_lines)
 
     async def _ask_when_free(self, group: list[BatchLine]) -> None:
         # What a provider still has the time to do in a batch does not leave singly, for more.
-        while not self._dispatcher.try_dispatch(group, may_leave=not self._upstream.has_time()):
+        while not self._dispatcher.try_dispatch(group, may_leave=not self._provider.has_time()):
             await self._batch_state.wait_until_woken(LOOK_SECONDS)
             await self._batch_state.commit_if_due()
             await self._allowed()
-            self._upstream.close(GATHERING_SECONDS)
-            self._dispatcher.update_forecast(self._upstream.lines)
-            if self._upstream.wants(self._queue.ready_lines(group), self._dispatcher.late_lines):
+            self._provider.send_gathered(GATHERING_SECONDS)
+            self._dispatcher.update_forecast(self._provider.lines)
+            if self._provider.would_take(self._queue.ready_lines(group), self._dispatcher.late_lines):
                 self._queue.refetch_group(group)
                 return
 
@@ -222,7 +222,7 @@ class BatchRun:
         stopped = self._stopped or self._dispatcher.stopped
         if stopped is not None:
             raise stopped
-        error = self._upstream.error
+        error = self._provider.error
         if isinstance(error, Unauthorized):
             raise JobStopped("failed", error.code, error.message)
         if error is not None:

@@ -5,7 +5,7 @@ has a permit and a reservation of its own like any other; its answer is verified
 What was decided is kept as text (a line record), because the answer may come after a restart.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
@@ -35,7 +35,7 @@ from appliance.router.routing.truncation import trim_call
 from appliance.telemetry.redaction import scrub_text
 from appliance.upstream import client
 from appliance.upstream.label_scoring import tokens as token_labels
-from appliance.upstream.provider_batches import APIS, BatchApiClient, BatchClient, BatchResult, BatchStatus
+from appliance.upstream.provider_batches import APIS, BatchApiClient, BatchClient, BatchResult
 from appliance.wire.dialect import WireRequest
 
 _NOT_DONE: Final = "not answered within the batch"
@@ -72,13 +72,21 @@ class ReadLine:
     error: ApplianceError | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ProviderConnection:
+    """One provider, reached on behalf of one batch: `connection.api.look(connection.client, batch_id)`."""
+
+    api: BatchApiClient
+    client: BatchClient
+
+
 class ProviderBatchSubmitter:
     """The pipeline's side of providers' batches. Jobs decide what is sent, and when."""
 
     def __init__(self, deps: RouterDeps) -> None:
         self._deps = deps
 
-    def target(self, name: str) -> Target:
+    def _find_target(self, name: str) -> Target:
         """Raises Unavailable where it is not configured any more."""
         found = self._deps.state.snapshot.target(name)
         if found is None or found.wire.batches is None:
@@ -138,20 +146,25 @@ class ProviderBatchSubmitter:
         found = _LineRecord.read(record)
         self._deps.ledger.settle(found.reservation, usd=0.0)
 
-    # The batch as a trimmed.
+    # The batch as a whole.
 
-    def make_client(self, target: Target, name: str) -> BatchClient:
-        """Raises ResidencyRefused where no transport leads there any more."""
-        return BatchClient(
-            self._deps.transports.for_batches(target), target, self._deps.permits.batch_permit(name, target)
+    def connect(self, target_name: str, batch_name: str) -> ProviderConnection:
+        """For the batch that we call `batch_name`. Raises Unavailable, and ResidencyRefused where no transport leads
+        to the target any more."""
+        target = self._find_target(target_name)
+        transport, permit = (
+            self._deps.transports.for_batches(target),
+            self._deps.permits.batch_permit(batch_name, target),
         )
+        return ProviderConnection(_api(target), BatchClient(transport, target, permit))
 
     async def send(self, name: str, prepared: Sequence[PreparedLine], note: Callable[[str], Awaitable[None]]) -> str:
         """Send them, of one target and endpoint, as the batch `name`; returns its id there. Raises ApplianceError."""
         target, endpoint = prepared[0].target, prepared[0].endpoint
         lines = [(one.permit, one.line) for one in prepared]
+        to = self.connect(target.name, name)
         try:
-            batch = await _api(target).send(self.make_client(target, name), name, endpoint, lines, note)
+            batch = await to.api.send(to.client, name, endpoint, lines, note)
         except BackendError as error:
             if not isinstance(error, BackendRefused):
                 self._deps.breakers.fail(target.name, self._deps.clock(), error.retry_after_seconds)
@@ -159,34 +172,12 @@ class ProviderBatchSubmitter:
         self._deps.breakers.succeed(target.name)
         return batch
 
-    async def find(self, target: Target, name: str) -> str | None:
-        return await _api(target).find(self.make_client(target, name), name)
-
-    def finds(self, target: Target) -> bool:
-        """Whether the provider can tell that there is no batch of some name."""
-        return _api(target).finds
-
-    async def look(self, target: Target, name: str, batch: str) -> BatchStatus:
-        return await _api(target).look(self.make_client(target, name), batch)
-
-    def rows(self, target: Target, name: str, batch: str, status: BatchStatus) -> AsyncIterator[BatchResult]:
-        return _api(target).rows(self.make_client(target, name), batch, status)
-
-    async def cancel(self, target: Target, name: str, batch: str) -> None:
-        await _api(target).cancel(self.make_client(target, name), batch)
-
-    async def forget(
-        self, target: Target, name: str, batch: str, uploaded: str | None, status: BatchStatus | None
-    ) -> None:
-        await _api(target).forget(self.make_client(target, name), batch, uploaded, status)
-
     # A line's answer.
 
-    def read(
-        self, request: Request, call: TaskCall, target: Target, record: str, batch: str, row: BatchResult
-    ) -> ReadLine:
+    def read(self, request: Request, call: TaskCall, record: str, batch: str, row: BatchResult) -> ReadLine:
         """Verify and read what came back for it, settle what it cost, and write it down."""
         found = _LineRecord.read(record)
+        target = self._find_target(found.target)
         usage, payload, error = Usage(), None, None
         try:
             if row.status != 200:

@@ -49,10 +49,10 @@ def supervisor_of(site: NodeSpec, signals: StatusPublisher) -> Supervisor:
     return Supervisor(site.placements, deps, {**ENGINE_ADAPTERS, "encoder": Encoder(), **found})
 
 
-async def open_desk(
+async def open_jobs(
     site: NodeSpec,
     lines: LineExecutor,
-    bulk: ProviderLines,
+    provider_lines: ProviderLines,
     state: State,
     signals: StatusPublisher,
     metrics: Metrics,
@@ -60,7 +60,7 @@ async def open_desk(
 ) -> JobManager | None:
     """Files and batches, what was under way begun again; None, and a warning, where they cannot be kept."""
     try:
-        desk = await JobManager.open(
+        jobs = await JobManager.open(
             site.config.jobs,
             site.home,
             line_handler=lines,
@@ -68,16 +68,16 @@ async def open_desk(
             alerts=signals,
             clock=time.monotonic,
             wall=time.time,
-            provider_batches=bulk,
+            provider_lines=provider_lines,
         )
-        stack.push_async_callback(desk.aclose)
-        await desk.start()
+        stack.push_async_callback(jobs.aclose)
+        await jobs.start()
     except (ApplianceError, OSError) as error:
         signals.warn("jobs_unavailable", f"files and batches are not served: {error}")
         _log.error("files and batches are not served", reason=str(error))
         return None
-    JobMetrics(desk, metrics.registry)
-    return desk
+    JobMetrics(jobs, metrics.registry)
+    return jobs
 
 
 async def open_learning(

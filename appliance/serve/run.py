@@ -31,7 +31,7 @@ from appliance.node.supervise.swapper import Swapper
 from appliance.router.accounting import SpendAccounting, SpendCaps
 from appliance.serve.http_server import NodeServer, alone, ended, listening, reloads_on_hangup, url_of, uvicorn_config
 from appliance.serve.node import ReloadableNode
-from appliance.serve.optional_services import open_desk, open_learning, supervisor_of
+from appliance.serve.optional_services import open_jobs, open_learning, supervisor_of
 from appliance.serve.startup_config import NodeSpec, ledger_url
 from appliance.state import State
 from appliance.tasks.calibration_store import TaskCalibrationStore
@@ -131,7 +131,7 @@ async def _start_data(
     task_fits = TaskCalibrationStore(site.home / "task_fits.json")
     saved_tasks = SavedTasks(site.home / "tasks")
     lines = LineExecutor(pipeline=lambda: node.pipeline, auth=node.auth, fits=task_fits, saved=saved_tasks)
-    desk = await open_desk(site, lines, ProviderLines(lines, lambda: node.pipeline), state, signals, metrics, stack)
+    jobs = await open_jobs(site, lines, ProviderLines(lines, lambda: node.pipeline), state, signals, metrics, stack)
     app = create_app(
         pipeline=lambda: node.pipeline,
         auth=node.auth,
@@ -142,7 +142,7 @@ async def _start_data(
         reload=node.reload,
         task_fits=task_fits,
         saved_tasks=saved_tasks,
-        desk=desk,
+        desk=jobs,
         encoders=control.encoders,
         learning=learning,
     )

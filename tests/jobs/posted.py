@@ -105,7 +105,7 @@ class PostOffice:
             alerts=Alerts(),
             clock=lambda: self.clock,
             wall=lambda: self.wall,
-            provider_batches=ProviderLines(lines, lambda: scene.pipeline),
+            provider_lines=ProviderLines(lines, lambda: scene.pipeline),
         )
         await desk.start()
         try:

@@ -21,8 +21,7 @@ from sqlalchemy import (
 
 from appliance.core import Usage
 from appliance.errors import JobsUnavailable
-from appliance.jobs.models import ENDED, Batch, BatchLine, BatchProblem, LineCounts, StoredFile
-from appliance.jobs.provider.models import ProviderBatch
+from appliance.jobs.models import ENDED, Batch, BatchLine, BatchProblem, LineCounts, ProviderBatch, StoredFile
 from appliance.jobs.storage.tables import (
     ADDS_TO,
     ANSWERED,
