@@ -60,7 +60,7 @@ class Catalog:
 
     @property
     def embedded(self) -> ModelSpec:
-        """The model that a node pulls by itself when it is told nothing else."""
+        """The model that a node pulls by itself when no other is configured."""
         return next(model for model in self.models if model.embedded)
 
     def get_model(self, name: str) -> ModelSpec:
@@ -82,13 +82,13 @@ class Catalog:
         raise ConfigError(f"no device {name!r} under hardware/; did you mean {', '.join(near)}?")
 
     def find_cpu_prior(self, flags: frozenset[str]) -> DevicePrior | None:
-        """The prior that asks most of a CPU and is met by `flags`; None where none is."""
+        """The prior that asks most of a CPU and is met by `flags`; None if none is."""
         met = [device for device in self.devices if device.kind == "cpu" and flags.issuperset(device.flags)]
         return max(met, key=lambda device: len(device.flags), default=None)
 
     def find_gpu_prior(self, product_name: str) -> DevicePrior | None:
         """The prior whose name stands, as whole words, within the one that NVML reports; the longest such name counts.
-        None where none does."""
+        None if none does."""
         named = [
             (len(name), device)
             for device in self.devices

@@ -43,14 +43,14 @@ class ModelSpec:
     """What it is good for and what not."""
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)]
     embedded: bool = False
-    """The one that `serve` pulls by itself when it is told nothing else."""
+    """The one that `serve` pulls by itself when no other is configured."""
     measuring_only: bool = False
-    """Here because package indexes carry it, for measuring machines; never recommended to anyone."""
+    """Here because package indexes carry it, for measuring machines; never recommended."""
     sliding_layers: Count = 0
     """How many of `layers` keep only the last `sliding_window_tokens`."""
     sliding_window_tokens: Positive | None = None
     quality: Annotated[float, Field(ge=0, le=1)] | None = None
-    """How good its answers are, on the scale that the operator uses for hosted models too; None: nobody has said."""
+    """How good its answers are, on the scale that the operator uses for hosted models too; None: it is not declared."""
     template: str | None = None
     """A chat template that replaces the one in the model's own files."""
     architecture: str | None = None

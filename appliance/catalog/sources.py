@@ -57,7 +57,7 @@ class HubSource:
 
 @dataclass(frozen=True, slots=True)
 class UrlSource:
-    """A file at an http(s) address. Never without a checksum: nobody else vouches for it."""
+    """A file at an http(s) address. Never without a checksum: nothing else proves it."""
 
     __pydantic_config__ = STRICT
 

@@ -142,8 +142,8 @@ def _line_up(
 ) -> _Serving:
     """Several models, or one with GPUs at hand: planned together, pulled where they are not here."""
     groups = [
-        guarded(lambda wish=wish: list_candidates(wish, catalog, store, has_gpus=has_gpus))  # type: ignore[misc]
-        for wish in engine.wanted_models
+        guarded(lambda requested=requested: list_candidates(requested, catalog, store, has_gpus=has_gpus))  # type: ignore[misc]
+        for requested in engine.wanted_models
     ]
     found = build_serving_plan(hardware, groups, engine, engines, read_gpu_records(home))
     for refusal in found.missing:

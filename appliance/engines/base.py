@@ -58,7 +58,7 @@ class GpuShare:
     memory_utilization: float
     """Share of a device's total memory that the engine may hold, all parts together."""
     kv_cache_bytes: int
-    """KV cache on each device. Its part of `EngineMemory`; the engine is told it, so that it need not measure."""
+    """KV cache on each device. Its part of `EngineMemory`; it is passed to the engine, so that it need not measure."""
     max_batched_tokens: int
     """Tokens computed in one step, over all sequences."""
     tensor_parallel: int = 1
@@ -88,7 +88,7 @@ class Placement:
     reasons: tuple[str, ...]
     """Why the figures are what they are, in the order in which they were decided."""
     quality: float | None = None
-    """How good its answers are, from 0 to 1, where somebody has declared it."""
+    """How good its answers are, from 0 to 1, if it was declared."""
     gpu: GpuShare | None = None
     """None: it computes on the processor. Then `shape.threads` count; on GPUs they do not."""
     settings: tuple[tuple[str, str], ...] = ()
@@ -153,14 +153,14 @@ class EngineAdapter(Protocol):
         """What to ask where nothing moves; None: its gauges tell the truth when it hangs."""
 
     def build_warm_up(self, placement: Placement) -> ProbeRequest | None:
-        """Work to begin with, from which its gauges learn how fast it is; None: it measures itself. Until somebody has
-        measured it an engine counts as slow, and requests that may go elsewhere do."""
+        """Work to begin with, from which its load reader learns how fast it is; None: it measures itself. Until it is
+        measured an engine counts as slow, and requests that may go elsewhere do."""
 
     def parse_progress(self, lines: Sequence[str]) -> str:
-        """What it is doing while it starts, from the last lines it wrote; empty where they do not say."""
+        """What it is doing while it starts, from the last lines it wrote; empty if they do not say."""
 
     def find_crash_reason(self, lines: Sequence[str]) -> str:
-        """Why it ended, from the last lines it wrote; empty where they do not say."""
+        """Why it ended, from the last lines it wrote; empty if they do not say."""
 
     def shrink_placement(self, placement: Placement, crash_reason: str) -> Placement | None:
         """What to start instead where memory was too small for `placement`; None: that was not the matter, or nothing

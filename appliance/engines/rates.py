@@ -10,7 +10,7 @@ _PRIOR_DECODE: Final = 10.0
 
 
 def estimate_busy_seconds(load: EngineLoad, prompt_tokens: int, output_tokens: int) -> float | None:
-    """Engine time that so many tokens stand for; None where the engine has not measured itself yet.
+    """Engine time that so many tokens stand for; None if the engine has not measured itself yet.
 
     Each token is charged its share of the engine's rate with all sequences running together, so that the sum over
     requests is the engine's busy time. `prompt_tokens` without those that came from a cache.

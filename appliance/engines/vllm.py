@@ -1,7 +1,7 @@
 """vLLM as the control plane sees it: its command line, environment, memory, readings and last words.
 
 It is a program in an environment of its own and is never imported. Its processes form one group: the front end that is
-started (`vllm serve`), an engine core, and workers. What it was seen to do is told beside the code that minds it.
+started (`vllm serve`), an engine core, and workers. What it was seen to do is noted beside the code that handles it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -217,7 +217,7 @@ class Vllm(EngineDefaults):
 def _devices(placement: Placement) -> dict[str, str]:
     gpu = placement.gpu
     if gpu is None:
-        # Its share of the GPU's memory would be taken of the RAM, and refused where less than 92 % is free.
+        # Its share of the GPU's memory would be taken of the RAM, and refused if less than 92 % is free.
         return {"--kv-cache-memory-bytes": str(placement.memory.kv_bytes), "--stream-interval": "1"}
     settings = {
         "--gpu-memory-utilization": f"{gpu.memory_utilization:.4g}",

@@ -1,7 +1,7 @@
-"""What `vllm serve` is told, version by version. Pure.
+"""The options of `vllm serve`, version by version. Pure.
 
 Checked against the options that 0.32.0 and 0.33.0 accept. An unknown one ends the program with code 2, so older
-versions are told only what has been there for long. Negations are written `--no-enable-...`: both versions take those.
+versions get only options that have long been there. Negations are written `--no-enable-...`: both versions take those.
 """
 
 import re
@@ -76,7 +76,7 @@ def read_version(text: str) -> Version:
 
 
 def find_parsers(family: str, name: str) -> Settings:
-    """The options that make vLLM read a model's tool calls and thoughts; empty where none is known for it."""
+    """The options that make vLLM read a model's tool calls and thoughts; empty if none is known for it."""
     words = f"{family} {name}".lower()
     for pattern, tools, reasoning in _PARSERS:
         if re.search(pattern, words):

@@ -80,7 +80,7 @@ def can_split(model: ModelSpec, devices: int) -> bool:
 
 
 def explain_refusal(variant: Variant, compute_capability: str | None, kv_dtype: str) -> str | None:
-    """Why a device cannot compute this precision; None where it can. Limits as vLLM 0.33 has them, except FP8: below
+    """Why a device cannot compute this precision; None if it can. Limits as vLLM 0.33 has them, except FP8: below
     8.9 it would be unpacked on the way, which costs the speed that it is chosen for."""
     if compute_capability is None:
         return "the device does not tell its compute capability"
@@ -97,7 +97,7 @@ def explain_refusal(variant: Variant, compute_capability: str | None, kv_dtype: 
 
 
 def describe_precision(variant: Variant, compute_capability: str | None) -> str:
-    """What is to be known of a precision that a device only unpacks; empty where it computes with it."""
+    """What is to be known of a precision that a device only unpacks; empty if it computes with it."""
     if variant.quantisation in ("MXFP4", "NVFP4") and float(compute_capability or 0) < 10:
         return f"{variant.quantisation} saves memory here and no time: the device has no 4-bit arithmetic"
     return ""

@@ -1,7 +1,7 @@
 """vLLM's `/metrics` as the load of an engine. Pure but for what it remembers between two pages.
 
 Its gauges move only when the engine steps: they lag, and of a hung engine they say 0. They correct the router's own
-ledger, which is the load signal; whether the engine computes at all is told by its counters, or by a probe.
+ledger, which is the load signal; whether the engine computes at all is shown by its counters, or by a probe.
 """
 
 import re

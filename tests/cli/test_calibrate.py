@@ -17,8 +17,8 @@ from appliance.node.calibrate.calibrator import CalibrationOrder, CalibrationSte
 from appliance.node.hardware.probe import probe_hardware
 from appliance.node.models.model_store import ModelStore
 from appliance.node.plan.models import ModelCandidate
-from tests.node.test_calibration import GOOD, calibration, measurement, variant
-from tests.node.test_calibrator import EMBEDDED, put_derived, stored_source
+from tests.node.calibrate.test_calibration import GOOD, calibration, measurement, variant
+from tests.node.calibrate.test_calibrator import EMBEDDED, put_derived, stored_source
 
 HARDWARE = probe_hardware()
 

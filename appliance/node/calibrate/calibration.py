@@ -27,12 +27,12 @@ class MeasuredRate:
     """How many generated at once; 1 for prefill."""
     tokens_per_second: float
     tokens_per_core_second: float
-    """By the CPU time that was used, whoever else had the cores in between."""
+    """By the CPU time that was used, even if other programs had the cores in between."""
     repeats: int
     disturbed: bool
     """Other programs held the cores in most repeats."""
     waited_share: float | None
-    """Median share of the time that the engine's threads waited for a core; None where the system does not say."""
+    """Median share of the time that the engine's threads waited for a core; None if the system does not say."""
 
     @property
     def undisturbed(self) -> float:
@@ -77,7 +77,7 @@ class SkippedVariant:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What the program told: every variant it got to, the source first."""
+    """What the program reported: every variant it got to, the source first."""
 
     source: str
     parameters: int
@@ -119,7 +119,7 @@ class Calibration:
 
 
 def explain_staleness(known: CalibrationKey, now: CalibrationKey) -> str | None:
-    """Why figures of `known` do not hold any more; None where they do."""
+    """Why figures of `known` do not hold any more; None if they do."""
     reasons = []
     if known.hardware != now.hardware:
         reasons.append(f"on other hardware ({known.hardware}; this is {now.hardware})")
@@ -201,7 +201,7 @@ def choose_variant(
     """The variant and thread count that do the most of `workload`, among variants that answer as their source does.
 
     `threads`: fixed by the operator; then the nearest measured count speaks for it. `available`: variants whose files
-    are there (None: all). None where the source itself has no figures to compare with.
+    are there (None: all). None if the source itself has no figures to compare with.
     """
     mix = WORKLOAD_MIXES[workload]
     # One measure for all: CPU time makes everything a little quicker than the clock does.
@@ -256,7 +256,7 @@ def _option(variant: VariantFigures, threads: int, mix: WorkloadMix, by_clock: b
 
 
 def _decode_at(sequences: int, known: Sequence[tuple[int, float]]) -> float:
-    """Tokens a second at so many sequences, between measured counts by a straight line; 0 where none was measured."""
+    """Tokens a second at so many sequences, between measured counts by a straight line; 0 if none was measured."""
     below = [pair for pair in known if pair[0] <= sequences]
     above = [pair for pair in known if pair[0] >= sequences]
     if not below or not above:
@@ -276,7 +276,7 @@ def _best(options: Sequence[_Option], source: str) -> _Option | None:
 
 
 def _refusal(variant: VariantFigures, measurement: Measurement, tolerance: ToleranceSettings) -> str | None:
-    """Why a variant's answers are not taken for its source's; None where they are."""
+    """Why a variant's answers are not taken for its source's; None if they are."""
     if variant.name == measurement.source:
         return None
     quality = variant.quality

@@ -46,7 +46,7 @@ class CalibrationStore:
         return None, reason
 
     def write(self, model: str, calibration: Calibration) -> None:
-        """Remember it. Raises ApplianceError where the disk will not take it."""
+        """Remember it. Raises ApplianceError if the disk will not take it."""
         path = self._path(model, calibration.measurement.source, calibration.key.hardware)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

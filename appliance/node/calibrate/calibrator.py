@@ -106,7 +106,7 @@ def build_calibration_order(
 ) -> CalibrationOrder:
     """An order with what was not named filled in.
 
-    A name that the catalogue has for a published file is never derived; UnknownModel where it was asked for.
+    A name that the catalogue has for a published file is never derived; UnknownModel if it was asked for.
     """
     published = {variant.name for variant in source.model.variants} | {source.variant.name}
     for name in variants or ():
@@ -240,7 +240,7 @@ def _options(order: CalibrationOrder, files: dict[str, Path], effort: Calibratio
 
 
 def _listen(process: "subprocess.Popen[bytes]", report: Callable[[CalibrationStep], None]) -> Any:
-    """The result among the program's lines; None where it ended without one."""
+    """The result among the program's lines; None if it ended without one."""
     assert process.stdout is not None
     result = None
     with process.stdout as lines:

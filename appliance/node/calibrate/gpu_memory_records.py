@@ -41,7 +41,7 @@ def measure_overheads(
 ) -> tuple[OverheadKey, VllmOverheads] | None:
     """What `placement` holds on each of its devices, from readings before its start and once it was ready.
 
-    `weights_bytes`: on each device, as its log says. None where a device did not tell its memory or others came and
+    `weights_bytes`: on each device, as its log says. None if a device did not tell its memory or others came and
     went meanwhile, as far as that shows.
     """
     if placement.gpu is None or placement.gpu.unified_memory:
@@ -62,7 +62,7 @@ def measure_overheads(
 
 
 def read_gpu_records(home: Path) -> dict[OverheadKey, VllmOverheads]:
-    """What was measured so far; nothing where the file is missing or cannot be understood: then it is measured anew."""
+    """What was measured so far; nothing if the file is missing or cannot be understood: then it is measured anew."""
     try:
         rows = _ROWS.validate_json((home / "gpu_records.json").read_bytes())
     except (OSError, ValidationError):
@@ -74,7 +74,7 @@ def read_gpu_records(home: Path) -> dict[OverheadKey, VllmOverheads]:
 
 
 def add_gpu_records(home: Path, found: Iterable[tuple[OverheadKey, VllmOverheads]]) -> None:
-    """Add to what was measured; the newest figure of each key counts. Raises OSError where the folder is not ours."""
+    """Add to what was measured; the newest figure of each key counts. Raises OSError if the folder is not ours."""
     records = {**read_gpu_records(home), **dict(found)}
     rows = [asdict(_Row(*key, one.weights_bytes, one.other_bytes)) for key, one in sorted(records.items())]
     replace_file(home / "gpu_records.json", json.dumps(rows, indent=1) + "\n")

@@ -40,6 +40,7 @@ from appliance.node.doctor.models import (
 )
 from appliance.node.energy.meters import find_rapl
 from appliance.node.hardware.cgroup import read_cpu_quota
+from appliance.node.hardware.kernel_files import read_kernel_file
 from appliance.node.hardware.nvidia import Gpus
 from appliance.node.hardware.probe import probe_hardware
 from appliance.node.models.gguf_header import read_gguf_header
@@ -256,8 +257,8 @@ def read_engine_build(command: Sequence[str] = (sys.executable, "-c", _ASK_BUILD
     except (OSError, subprocess.TimeoutExpired) as error:
         return EngineBuild(exit_code=None, last_line=str(error))
     words = (done.stderr or done.stdout).strip().splitlines()
-    told = [line.split("\t")[1:] for line in done.stdout.splitlines() if line.startswith("kernels\t")]
-    names, missing, remedy = told[-1] if told else ("", "", "")
+    rows = [line.split("\t")[1:] for line in done.stdout.splitlines() if line.startswith("kernels\t")]
+    names, missing, remedy = rows[-1] if rows else ("", "", "")
     return EngineBuild(
         features=frozenset(re.findall(r"(\w+) = 1", done.stdout)),
         has_variants="variants" in done.stdout.splitlines()[:1],
@@ -319,7 +320,8 @@ def _is_running(home: Path) -> bool:
 
 
 def _is_nvidia(folder: Path) -> bool:
-    return _text(folder / "vendor") == _NVIDIA_VENDOR and _text(folder / "class").startswith(_DISPLAY_CLASS)
+    vendor, kind = (read_kernel_file(folder / name) for name in ("vendor", "class"))
+    return vendor == _NVIDIA_VENDOR and kind.startswith(_DISPLAY_CLASS)
 
 
 def _files_limit() -> int:
@@ -337,10 +339,3 @@ def _mode(path: Path | None) -> int | None:
         return None if path is None else stat.S_IMODE(path.stat().st_mode)
     except OSError:
         return None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8", "replace").strip()
-    except OSError:
-        return ""

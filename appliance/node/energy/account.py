@@ -1,4 +1,4 @@
-"""Whose the energy is: what meters counted beyond idling, given to the engines that worked meanwhile. Pure.
+"""Divides the energy that meters counted beyond idling among the engines that worked meanwhile. Pure.
 
 The result for each engine is its extra power while busy: joules that were counted, divided by the engine time that its
 own token counters stand for. A request is charged its tokens' share of engine time by the same rates, so the sum over
@@ -14,7 +14,7 @@ from typing import Final
 from appliance.node.energy.meters import CPU_METER, MeterReading
 
 _MOST_WATTS: Final = 20_000.0
-"""More than any one meter's device takes: the counter did not run on, it was another's, or began anew."""
+"""More than any one meter's device takes: then the counter is another device's, or began anew."""
 _LONGEST_STEP_SECONDS: Final = 10.0
 """Power that was read further apart says nothing of what was between."""
 _IDLE_KEPT: Final = 60
@@ -43,7 +43,7 @@ class EngineWork:
 
 
 def compute_joules(before: MeterReading, now: MeterReading, seconds: float) -> float | None:
-    """What one meter counted; None where the two readings do not tell: the driver was loaded anew, or they are too far
+    """What one meter counted; None if the two readings do not tell: the driver was loaded anew, or they are too far
     apart for a meter without a counter."""
     if seconds <= 0:
         return None
@@ -72,19 +72,19 @@ class _Meter:
 
     @property
     def idle_watts(self) -> float | None:
-        """A low one of those seen: others use the machine, too."""
+        """A low one of those seen: other programs use the machine, too."""
         if len(self.idle) < _IDLE_NEEDED:
             return None
         return sorted(self.idle)[len(self.idle) // 4]
 
-    def rest(self, joules: float, seconds: float) -> None:
+    def record_idle(self, joules: float, seconds: float) -> None:
         self.quiet += 1
         if self.quiet > 2 and self.held is not None:
             self.idle.append(self.held[0] / self.held[1])
         self.held = joules, seconds
 
-    def spent(self, joules: float, seconds: float) -> float | None:
-        """Joules beyond idling, of a busy interval; None while nobody knows what idling takes."""
+    def take_busy(self, joules: float, seconds: float) -> float | None:
+        """Joules beyond idling, of a busy interval; None while the idle power is unknown."""
         idle = self.idle_watts
         held, self.held, self.quiet = self.held, None, 0
         if idle is None:
@@ -92,7 +92,7 @@ class _Meter:
         extra = max(0.0, joules - idle * seconds)
         return extra if held is None else extra + max(0.0, held[0] - idle * held[1])
 
-    def lost(self) -> None:
+    def forget_interval(self) -> None:
         self.held, self.quiet = None, 0
 
 
@@ -137,7 +137,7 @@ class EnergyAccount:
             using = [work for work in works if name in users[work.target]]
             spent[name] = self._split(name, counted.get(name), seconds, using, machine_cpu_seconds)
         for work in works:
-            self._book(work, [spent.get(name) for name in users[work.target]])
+            self._add_work(work, [spent.get(name) for name in users[work.target]])
         return self.watts
 
     @property
@@ -156,15 +156,15 @@ class EnergyAccount:
     def _split(
         self, name: str, joules: float | None, seconds: float, using: Sequence[EngineWork], machine_cpu_seconds: float
     ) -> Mapping[str, float] | None:
-        """Of one meter and interval: joules for each target; None where it cannot be told."""
+        """Of one meter and interval: joules for each target; None if it is unknown."""
         meter = self._meters.setdefault(name, _Meter())
         if joules is None:
-            meter.lost()
+            meter.forget_interval()
             return None
         if not any(work.is_active for work in using):
-            meter.rest(joules, seconds)
+            meter.record_idle(joules, seconds)
             return {}
-        extra = meter.spent(joules, seconds)
+        extra = meter.take_busy(joules, seconds)
         if extra is None:
             return None
         of_cpu = name == CPU_METER
@@ -172,7 +172,7 @@ class EnergyAccount:
         whole = max(machine_cpu_seconds, sum(shares.values())) if of_cpu else sum(shares.values())
         return {target: extra * share / whole for target, share in shares.items()} if whole > 0 else None
 
-    def _book(self, work: EngineWork, shares: Sequence[Mapping[str, float] | None]) -> None:
+    def _add_work(self, work: EngineWork, shares: Sequence[Mapping[str, float] | None]) -> None:
         """Joules and the engine time they were used in belong together: either both are counted or neither."""
         if not (work.is_active and work.is_ready and shares) or any(one is None for one in shares):
             return
@@ -181,7 +181,7 @@ class EnergyAccount:
 
 
 def _meters_of(work: EngineWork, readings: Sequence[MeterReading]) -> frozenset[str]:
-    """Those that count what it does; empty where one of its devices has none, since a part is not the whole."""
+    """Those that count what it does; empty if one of its devices has none, since a part is not the whole."""
     cpu = frozenset(reading.meter for reading in readings if reading.meter == CPU_METER)
     if work.devices is None:
         return cpu

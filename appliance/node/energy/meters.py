@@ -1,12 +1,12 @@
 """What this machine has used of energy, as its own meters tell it: NVML for GPUs, RAPL for processors."""
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from appliance.node.hardware.nvidia_device import decode_text, is_device_gone, query_nvml
+from appliance.node.hardware.kernel_files import read_kernel_file
+from appliance.node.hardware.nvidia_device import NvmlSession, decode_text, list_mig_handles, query_nvml
 
 CPU_METER: Final = "cpu"
 """All processor packages together, with their memory where that is metered apart."""
@@ -31,36 +31,31 @@ class NvmlMeters:
     """The GPUs' meters. A driver or a device that goes away has no reading, and one again when it is back."""
 
     def __init__(self, nvml: Any | None) -> None:
-        self._nvml, self._is_open = nvml, False
+        self._nvml = nvml
+        self._session = None if nvml is None else NvmlSession(nvml)
 
     def read(self) -> Sequence[MeterReading]:
         """Microseconds a device. Not for several threads at once."""
-        nvml = self._nvml
-        if nvml is None:
-            return ()
-        try:
-            if not self._is_open:
-                nvml.nvmlInit()
-                self._is_open = True
-            count = nvml.nvmlDeviceGetCount()
-        except nvml.NVMLError:
-            self.close()
+        nvml, session = self._nvml, self._session
+        if nvml is None or session is None:
             return ()
         found = []
-        for index in range(count):
-            try:
-                found.append(_gpu_reading(nvml, index))
-            except nvml.NVMLError as error:
-                if error.value in (nvml.NVML_ERROR_UNINITIALIZED, nvml.NVML_ERROR_DRIVER_NOT_LOADED):
-                    self.close()
-                    return ()
+        try:
+            session.open()
+            for index in range(nvml.nvmlDeviceGetCount()):
+                try:
+                    found.append(_gpu_reading(nvml, index))
+                except nvml.NVMLError as error:
+                    if error.value in (nvml.NVML_ERROR_UNINITIALIZED, nvml.NVML_ERROR_DRIVER_NOT_LOADED):
+                        raise
+        except nvml.NVMLError:
+            session.close()
+            return ()
         return found
 
     def close(self) -> None:
-        if self._is_open and self._nvml is not None:
-            self._is_open = False
-            with contextlib.suppress(self._nvml.NVMLError):
-                self._nvml.nvmlShutdown()
+        if self._session is not None:
+            self._session.close()
 
 
 def _gpu_reading(nvml: Any, index: int) -> MeterReading:
@@ -68,32 +63,15 @@ def _gpu_reading(nvml: Any, index: int) -> MeterReading:
     uuid = decode_text(query_nvml(nvml, "nvmlDeviceGetUUID", handle)) or str(index)
     millijoules = query_nvml(nvml, "nvmlDeviceGetTotalEnergyConsumption", handle)
     milliwatts = query_nvml(nvml, "nvmlDeviceGetPowerUsage", handle)
+    parts = {decode_text(query_nvml(nvml, "nvmlDeviceGetUUID", part)) for _, part in list_mig_handles(nvml, handle)}
     limit = query_nvml(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle)
     return MeterReading(
         meter=f"gpu {uuid}",
         joules=None if millijoules is None else millijoules / 1000,
         watts=None if milliwatts is None else milliwatts / 1000,
-        covers=frozenset({uuid, str(index), *_parts(nvml, handle)}),
+        covers=frozenset({uuid, str(index), *filter(None, parts)}),
         limit_watts=None if limit is None else limit / 1000,
     )
-
-
-def _parts(nvml: Any, handle: Any) -> Sequence[str]:
-    mode = query_nvml(nvml, "nvmlDeviceGetMigMode", handle)
-    if not mode or not mode[0]:
-        return ()
-    names = []
-    for index in range(query_nvml(nvml, "nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
-        try:
-            part = query_nvml(nvml, "nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
-        except nvml.NVMLError as error:
-            if is_device_gone(nvml, error):
-                raise
-            continue
-        name = None if part is None else decode_text(query_nvml(nvml, "nvmlDeviceGetUUID", part))
-        if name:
-            names.append(name)
-    return names
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +115,10 @@ def find_rapl(root: Path = Path("/")) -> RaplZones:
 
 
 def _zone(folder: Path) -> RaplZone | None:
-    name = _text(folder / "name")
+    name = read_kernel_file(folder / "name")
     if not name.startswith("package") and name != "dram":
         return None
-    span = _text(folder / "max_energy_range_uj")
+    span = read_kernel_file(folder / "max_energy_range_uj")
     return RaplZone(name, folder, int(span) / 1e6 if span.isdigit() else None)
 
 
@@ -156,7 +134,7 @@ class RaplMeters:
         """One reading for all zones, or none where one of them could not be read."""
         now: dict[str, float] = {}
         for zone in self._zones:
-            text = _text(zone.folder / "energy_uj")
+            text = read_kernel_file(zone.folder / "energy_uj")
             if not text.isdigit():
                 self._before = {}
                 return ()
@@ -169,10 +147,3 @@ class RaplMeters:
             self._joules += grown if grown >= 0 else grown + (zone.wraps_joules or -grown)
         self._before = now
         return (MeterReading(CPU_METER, self._joules),)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8", "replace").strip()
-    except OSError:
-        return ""

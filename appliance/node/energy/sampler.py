@@ -22,8 +22,8 @@ from appliance.node.supervise.engine_supervisor import EngineSupervisor
 from appliance.node.supervise.status import StatusPublisher
 
 SAMPLE_SECONDS: Final = 2.0
-_LOOK_AGAIN_SECONDS: Final = 30.0
-"""How often an engine's processes are looked for: that goes through all of the machine's."""
+_LIST_PROCESSES_SECONDS: Final = 30.0
+"""How often an engine's processes are listed: that goes through all of the machine's."""
 
 _log = structlog.get_logger(__name__)
 
@@ -49,31 +49,31 @@ class EnergyMeters:
 
 
 @dataclass(slots=True)
-class _Known:
+class _LastSample:
     """An engine as it was at the last sample."""
 
     pid: int | None = None
     load: EngineLoad | None = None
     processes: Mapping[int, tuple[psutil.Process, float]] = field(default_factory=dict)
     """By number, with the processor time that it had used."""
-    looked_at: float = -_LOOK_AGAIN_SECONDS
+    listed_at: float = -_LIST_PROCESSES_SECONDS
 
 
 class EnergySampler:
-    """Puts together what meters and engines say, and hands it to the account."""
+    """Combines what meters and engines report and adds it to the energy account."""
 
     def __init__(
         self,
-        keepers: Callable[[], Sequence[EngineSupervisor]],
-        signals: StatusPublisher,
+        engines: Callable[[], Sequence[EngineSupervisor]],
+        status: StatusPublisher,
         meters: EnergyMeters,
         clock: Callable[[], float] = time.monotonic,
         machine_cpu_seconds: Callable[[], float] | None = None,
     ) -> None:
-        self._keepers, self._signals, self._meters, self._clock = keepers, signals, meters, clock
+        self._engines, self._status, self._meters, self._clock = engines, status, meters, clock
         self._machine_cpu_seconds = machine_cpu_seconds or _machine_cpu_seconds
         self._account = EnergyAccount()
-        self._known: dict[str, _Known] = {}
+        self._known: dict[str, _LastSample] = {}
         self._cpu_before = 0.0
 
     async def run(self, seconds: float = SAMPLE_SECONDS) -> None:
@@ -85,9 +85,9 @@ class EnergySampler:
     async def sample(self) -> None:
         """Read everything once, and publish."""
         now = self._clock()
-        keepers = list(self._keepers())
-        readings, spent, machine = await asyncio.to_thread(self._read, [(one.target.name, one.pid) for one in keepers])
-        works = [self._work(keeper, spent.get(keeper.target.name, 0.0)) for keeper in keepers]
+        engines = list(self._engines())
+        readings, spent, machine = await asyncio.to_thread(self._read, [(one.target.name, one.pid) for one in engines])
+        works = [self._describe_work(engine, spent.get(engine.target.name, 0.0)) for engine in engines]
         self._known = {name: known for name, known in self._known.items() if name in {one.target for one in works}}
         watts: dict[str, tuple[float, CostBasis]] = {}
         for work in works:
@@ -97,13 +97,13 @@ class EnergySampler:
                 watts[work.target] = sum(limit for limit in limits if limit), "assumed"
         for target, metered in self._account.add_sample(now, readings, works, machine).items():
             watts[target] = round(metered, 3), "measured"
-        self._signals.set_watts(watts)
+        self._status.set_watts(watts)
 
-    def _work(self, keeper: EngineSupervisor, cpu_seconds: float) -> EngineWork:
-        name, load, gpu = keeper.target.name, keeper.load, keeper.placement.gpu
-        known = self._known.setdefault(name, _Known())
+    def _describe_work(self, engine: EngineSupervisor, cpu_seconds: float) -> EngineWork:
+        name, load, gpu = engine.target.name, engine.load, engine.placement.gpu
+        known = self._known.setdefault(name, _LastSample())
         before, known.load = known.load, load
-        is_starting = keeper.pid is not None and load is None
+        is_starting = engine.pid is not None and load is None
         seconds, moved = 0.0, False
         if load is not None and before is not None:
             prefilled = load.prefill_tokens_total - before.prefill_tokens_total
@@ -114,7 +114,7 @@ class EnergySampler:
         return EngineWork(
             target=name,
             devices=None if gpu is None else frozenset(gpu.devices),
-            is_active=is_starting or keeper.is_busy or moved,
+            is_active=is_starting or engine.is_busy or moved,
             busy_seconds=seconds,
             cpu_seconds=cpu_seconds,
             is_ready=load is not None and before is not None,
@@ -132,13 +132,13 @@ class EnergySampler:
 
     def _cpu_of(self, name: str, pid: int | None) -> float:
         """Processor seconds of an engine's processes since the last sample."""
-        known, now = self._known.setdefault(name, _Known()), time.monotonic()
+        known, now = self._known.setdefault(name, _LastSample()), time.monotonic()
         if pid is None:
             known.pid, known.processes = None, {}
             return 0.0
         processes = {number: process for number, (process, _) in known.processes.items()}
-        if pid != known.pid or now - known.looked_at >= _LOOK_AGAIN_SECONDS:
-            known.pid, known.looked_at = pid, now
+        if pid != known.pid or now - known.listed_at >= _LIST_PROCESSES_SECONDS:
+            known.pid, known.listed_at = pid, now
             with contextlib.suppress(psutil.Error):
                 leader = psutil.Process(pid)
                 processes = {one.pid: one for one in (leader, *leader.children(recursive=True))}

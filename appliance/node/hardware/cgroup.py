@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+from appliance.node.hardware.kernel_files import read_kernel_file
+
 _UNLIMITED_BYTES: Final = 1 << 60
 """v1 writes "no limit" as the largest page-aligned number; nothing this large is a limit."""
 
@@ -28,7 +30,7 @@ class MemoryLimit:
 
 
 def read_cpu_quota(root: Path) -> CpuQuota | None:
-    """The smallest CPU quota on the way from this process's group to the top; None where there is none."""
+    """The smallest CPU quota on the way from this process's group to the top; None if there is none."""
     found = []
     for folder in _folders(root, "cpu"):
         cores = _quota_v2(folder / "cpu.max") or _quota_v1(folder)
@@ -38,7 +40,7 @@ def read_cpu_quota(root: Path) -> CpuQuota | None:
 
 
 def read_memory_limit(root: Path) -> MemoryLimit | None:
-    """The limit that leaves least on the way from this process's group to the top; None where there is none."""
+    """The limit that leaves least on the way from this process's group to the top; None if there is none."""
     found = []
     for folder in _folders(root, "memory"):
         limits = [_number(folder / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
@@ -55,7 +57,7 @@ def _held_bytes(folder: Path) -> int:
     if used is None:
         used = _number(folder / "memory.usage_in_bytes") or 0
     reclaimable = 0
-    for line in _text(folder / "memory.stat").splitlines():
+    for line in read_kernel_file(folder / "memory.stat").splitlines():
         name, _, value = line.partition(" ")
         if name in ("inactive_file", "total_inactive_file") and value.isdigit():
             reclaimable = max(reclaimable, int(value))
@@ -63,7 +65,7 @@ def _held_bytes(folder: Path) -> int:
 
 
 def _quota_v2(path: Path) -> float | None:
-    words = _text(path).split()
+    words = read_kernel_file(path).split()
     if len(words) != 2 or not words[0].isdigit() or not words[1].isdigit() or int(words[1]) == 0:
         return None
     return int(words[0]) / int(words[1])
@@ -104,7 +106,7 @@ def _below(path: PurePosixPath, mount_root: PurePosixPath) -> PurePosixPath:
 def _own_paths(root: Path) -> dict[str, PurePosixPath]:
     """Controller name -> path of this process's group; "" is cgroup v2's one group for all controllers."""
     paths = {}
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in read_kernel_file(root / "proc/self/cgroup").splitlines():
         fields = line.split(":", 2)
         if len(fields) == 3:
             for controller in fields[1].split(","):
@@ -114,7 +116,7 @@ def _own_paths(root: Path) -> dict[str, PurePosixPath]:
 
 def _mounts(root: Path) -> Iterator[tuple[str, frozenset[str], PurePosixPath, PurePosixPath]]:
     """Of every cgroup mount: the kind, its controllers, which group it shows, and where."""
-    for line in _text(root / "proc/self/mountinfo").splitlines():
+    for line in read_kernel_file(root / "proc/self/mountinfo").splitlines():
         before, separator, after = line.partition(" - ")
         left, right = before.split(), after.split()
         if separator and len(left) >= 5 and len(right) >= 3 and right[0] in ("cgroup", "cgroup2"):
@@ -125,15 +127,8 @@ def _shown(folder: Path, root: Path) -> str:
     return "/" + str(folder.relative_to(root))
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8", "replace")
-    except OSError:
-        return ""
-
-
 def _number(path: Path) -> int | None:
-    text = _text(path).strip()
+    text = read_kernel_file(path).strip()
     return int(text) if text.lstrip("-").isdigit() else None
 
 

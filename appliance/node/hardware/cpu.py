@@ -11,6 +11,7 @@ from typing import Final
 import psutil
 
 from appliance.node.hardware.cgroup import MemoryLimit, read_cpu_quota, read_memory_limit, round_down_cores
+from appliance.node.hardware.kernel_files import read_kernel_file
 
 _X86_FLAGS: Final = (
     "sse4_2",
@@ -58,7 +59,7 @@ class Cpu:
     model: str
     architecture: str
     physical_cores: int | None
-    """Of the machine; None where the system does not say."""
+    """Of the machine; None if the system does not say."""
     logical_cores: int
     usable_cores: int
     """How many threads may compute at once without stepping on each other. At least 1."""
@@ -68,7 +69,7 @@ class Cpu:
     flags: frozenset[str]
     siblings: tuple[tuple[int, ...], ...] = ()
     """Of each physical core that this process may use, the logical CPUs it may run on: threads of one core share its
-    arithmetic, so one thread a core computes. Empty where the system does not say."""
+    arithmetic, so one thread a core computes. Empty if the system does not say."""
     nodes: tuple[NumaNode, ...] = ()
 
 
@@ -85,7 +86,7 @@ class Ram:
 def read_cpu(root: Path = Path("/"), affinity: Iterable[int] | None = None) -> Cpu:
     """Processors as this process may use them. `affinity`: logical CPUs it may run on; None: ask the system."""
     allowed = frozenset(_affinity() if affinity is None else affinity)
-    text = _text(root / "proc/cpuinfo")
+    text = read_kernel_file(root / "proc/cpuinfo")
     cores = _cores(root)
     here = root == Path("/")
     physical = len(set(cores.values())) if cores else (psutil.cpu_count(logical=False) if here else None)
@@ -116,9 +117,9 @@ def _siblings(cores: dict[int, str], allowed: frozenset[int]) -> tuple[tuple[int
 def _nodes(root: Path, allowed: frozenset[int]) -> Iterator[NumaNode]:
     folders = (root / "sys/devices/system/node").glob("node[0-9]*")
     for folder in sorted(folders, key=lambda folder: int(folder.name[4:])):
-        fields = dict(re.findall(r"(MemTotal|MemFree):\s+(\d+) kB", _text(folder / "meminfo")))
+        fields = dict(re.findall(r"(MemTotal|MemFree):\s+(\d+) kB", read_kernel_file(folder / "meminfo")))
         total, free = (int(fields.get(name, 0)) * 1024 for name in ("MemTotal", "MemFree"))
-        cpus = tuple(cpu for cpu in _listed(_text(folder / "cpulist")) if cpu in allowed)
+        cpus = tuple(cpu for cpu in _listed(read_kernel_file(folder / "cpulist")) if cpu in allowed)
         yield NumaNode(int(folder.name[4:]), cpus, total, free)
 
 
@@ -145,9 +146,8 @@ def _usable(root: Path, cores: dict[int, str], allowed: frozenset[int], physical
 
 def read_ram(root: Path = Path("/")) -> Ram:
     """Memory as this process may use it. Where nothing can be read, 0 is usable: unknown is not free."""
-    fields = {
-        match[1]: int(match[2]) * 1024 for match in re.finditer(r"(?m)^(\w+):\s+(\d+) kB", _text(root / "proc/meminfo"))
-    }
+    text = read_kernel_file(root / "proc/meminfo")
+    fields = {match[1]: int(match[2]) * 1024 for match in re.finditer(r"(?m)^(\w+):\s+(\d+) kB", text)}
     if not fields and root == Path("/"):
         memory = psutil.virtual_memory()
         fields = {"MemTotal": memory.total, "MemAvailable": memory.available}
@@ -167,14 +167,14 @@ def _affinity() -> Iterable[int]:
 
 
 def _cores(root: Path) -> dict[int, str]:
-    """Logical CPU -> its physical core, for all CPUs that are online; empty where the system does not say."""
+    """Logical CPU -> its physical core, for all CPUs that are online; empty if the system does not say."""
     cores = {}
     for folder in (root / "sys/devices/system/cpu").glob("cpu[0-9]*"):
-        core = _text(folder / "topology/core_id").strip()
+        core = read_kernel_file(folder / "topology/core_id").strip()
         if core:
-            package = _text(folder / "topology/physical_package_id").strip()
+            package = read_kernel_file(folder / "topology/physical_package_id").strip()
             # Clusters of one package may count their cores from 0 again; siblings tell them apart.
-            siblings = _text(folder / "topology/thread_siblings_list").strip()
+            siblings = read_kernel_file(folder / "topology/thread_siblings_list").strip()
             cores[int(folder.name[3:])] = f"{package}:{core}:{siblings}"
     return cores
 
@@ -186,10 +186,3 @@ def _first(text: str, *keys: str) -> str | None:
         if found:
             return found[1].strip()
     return None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8", "replace")
-    except OSError:
-        return ""

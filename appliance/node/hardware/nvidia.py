@@ -1,6 +1,5 @@
 """NVIDIA devices through NVML: all of them, or why there is none; read once, or again and again while a node runs."""
 
-import contextlib
 import ctypes
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -9,6 +8,7 @@ from appliance.node.hardware.nvidia_device import (
     Gpu,
     GpuProcess,
     MigDevice,
+    NvmlSession,
     decode_text,
     is_device_gone,
     query_nvml,
@@ -49,7 +49,7 @@ _NO_LIBRARY: Final = "the driver's library (libnvidia-ml) is not installed"
 
 
 def load_nvml() -> Any | None:
-    """The bindings, or None where the driver's library is not there: then their 12 MB need not be in memory."""
+    """The bindings, or None if the driver's library is not there: then their 12 MB need not be in memory."""
     try:
         ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -80,28 +80,24 @@ class GpuReader:
 
     def __init__(self, nvml: Any | None) -> None:
         self._nvml = nvml
-        self._is_open = False
+        self._session = None if nvml is None else NvmlSession(nvml)
         self._was_seen = False
         self._uuids: dict[int, str | None] = {}
 
     def read(self, ram_total_bytes: int, ram_usable_bytes: int) -> Gpus:
-        nvml = self._nvml
-        if nvml is None:
+        nvml, session = self._nvml, self._session
+        if nvml is None or session is None:
             return Gpus((), f"none, because {_NO_LIBRARY}", state="absent")
         try:
-            if not self._is_open:
-                nvml.nvmlInit()
-                self._is_open = True
+            session.open()
             return self._read(nvml, ram_total_bytes, ram_usable_bytes)
         except nvml.NVMLError as error:
             self.close()
             return Gpus((), _why_none(error, nvml), state="gone" if self._was_seen else "absent")
 
     def close(self) -> None:
-        if self._is_open and self._nvml is not None:
-            self._is_open = False
-            with contextlib.suppress(self._nvml.NVMLError):  # it cannot be reached: that is why it is left
-                self._nvml.nvmlShutdown()
+        if self._session is not None:
+            self._session.close()
 
     def _read(self, nvml: Any, ram_total_bytes: int, ram_usable_bytes: int) -> Gpus:
         driver = decode_text(query_nvml(nvml, "nvmlSystemGetDriverVersion"))
@@ -127,8 +123,8 @@ class GpuReader:
                 reset = error.value == nvml.NVML_ERROR_RESET_REQUIRED
                 lost.append(LostGpu(index, self._uuids.get(index), str(error), reset))
         reason = f"{len(devices)} of {count} devices" if count else "none, because the driver sees no device"
-        told = [f"device {one.index} cannot be read: {one.reason}" for one in lost]
-        return Gpus(tuple(devices), "; ".join([reason, *told]), driver, cuda, tuple(lost))
+        lost_reasons = [f"device {one.index} cannot be read: {one.reason}" for one in lost]
+        return Gpus(tuple(devices), "; ".join([reason, *lost_reasons]), driver, cuda, tuple(lost))
 
 
 def _why_none(error: Any, nvml: Any) -> str:

@@ -1,6 +1,7 @@
 """One NVIDIA device at one moment, through NVML. What it does not tell is None, and unknown memory is never free."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,7 +23,26 @@ _GONE: Final = (
     "NVML_ERROR_DRIVER_NOT_LOADED",
     "NVML_ERROR_LIB_RM_VERSION_MISMATCH",
 )
-"""Answers that are no answer to the question but say that nobody is there to ask."""
+"""Answers that say that the device or its driver is no longer there."""
+
+
+class NvmlSession:
+    """NVML, started when it is first needed and again after it went away. Not for several threads at once."""
+
+    def __init__(self, nvml: Any) -> None:
+        self._nvml, self._is_open = nvml, False
+
+    def open(self) -> None:
+        """Start NVML unless it runs. Raises NVMLError."""
+        if not self._is_open:
+            self._nvml.nvmlInit()
+            self._is_open = True
+
+    def close(self) -> None:
+        if self._is_open:
+            self._is_open = False
+            with contextlib.suppress(self._nvml.NVMLError):  # it cannot be reached: that is why it is closed
+                self._nvml.nvmlShutdown()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +101,7 @@ class Gpu:
 
 
 def read_device(nvml: Any, index: int, handle: Any, ram_total_bytes: int, ram_usable_bytes: int) -> Gpu:
-    """Everything that one device tells. Raises NVMLError where it is lost, or the driver went away meanwhile."""
+    """Everything that one device tells. Raises NVMLError if it is lost, or the driver went away meanwhile."""
 
     def asked(function: str, *arguments: Any) -> Any:
         return query_nvml(nvml, function, handle, *arguments)
@@ -117,12 +137,12 @@ def read_device(nvml: Any, index: int, handle: Any, ram_total_bytes: int, ram_us
         nvlinks=_links(nvml, handle),
         numa_node=asked("nvmlDeviceGetNumaNodeId"),
         processes=None if processes is None else tuple(GpuProcess(one.pid, one.usedGpuMemory) for one in processes),
-        mig_devices=tuple(_parts(nvml, handle)) if mig is not None and mig[0] else (),
+        mig_devices=tuple(_read_mig_device(nvml, part, found) for part, found in list_mig_handles(nvml, handle)),
     )
 
 
 def query_nvml(nvml: Any, function: str, *arguments: Any) -> Any:
-    """The answer, or None where the device, the driver or the bindings do not know. Raises where they are gone."""
+    """The answer, or None if the device, the driver or the bindings do not know. Raises where they are gone."""
     asked: Callable[..., Any] | None = getattr(nvml, function, None)
     if asked is None:
         return None
@@ -170,24 +190,26 @@ def _links(nvml: Any, handle: Any) -> int | None:
     return sum(state == nvml.NVML_FEATURE_ENABLED for state in states) if states else None
 
 
-def _parts(nvml: Any, handle: Any) -> list[MigDevice]:
-    found = []
+def list_mig_handles(nvml: Any, handle: Any) -> Iterator[tuple[int, Any]]:
+    """Index and handle of each part of a device in MIG mode. Raises NVMLError if the device is gone."""
+    mode = query_nvml(nvml, "nvmlDeviceGetMigMode", handle)
+    if not mode or not mode[0]:
+        return
     for index in range(query_nvml(nvml, "nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
         part = query_nvml(nvml, "nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
-        if part is None:  # this slot is not set up
-            continue
-        memory, attributes = (
-            query_nvml(nvml, "nvmlDeviceGetMemoryInfo", part),
-            query_nvml(nvml, "nvmlDeviceGetAttributes_v2", part),
-        )
-        found.append(
-            MigDevice(
-                index=index,
-                name=str(decode_text(query_nvml(nvml, "nvmlDeviceGetName", part)) or "MIG device"),
-                uuid=decode_text(query_nvml(nvml, "nvmlDeviceGetUUID", part)),
-                memory_total_bytes=None if memory is None else int(memory.total),
-                memory_free_bytes=None if memory is None else int(memory.free),
-                multiprocessors=None if attributes is None else int(attributes.multiprocessorCount),
-            )
-        )
-    return found
+        if part is not None:  # else this slot is not set up
+            yield index, part
+
+
+def _read_mig_device(nvml: Any, index: int, part: Any) -> MigDevice:
+    memory, attributes = (
+        query_nvml(nvml, function, part) for function in ("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetAttributes_v2")
+    )
+    return MigDevice(
+        index=index,
+        name=str(decode_text(query_nvml(nvml, "nvmlDeviceGetName", part)) or "MIG device"),
+        uuid=decode_text(query_nvml(nvml, "nvmlDeviceGetUUID", part)),
+        memory_total_bytes=None if memory is None else int(memory.total),
+        memory_free_bytes=None if memory is None else int(memory.free),
+        multiprocessors=None if attributes is None else int(attributes.multiprocessorCount),
+    )

@@ -16,7 +16,7 @@ from appliance.node.plan.models import ModelCandidate
 
 
 def read_gguf_candidate(path: Path) -> ModelCandidate:
-    """A GGUF that need not be in the catalogue. Raises ModelFileError where it is missing, cut off or damaged."""
+    """A GGUF that need not be in the catalogue. Raises ModelFileError if it is missing, cut off or damaged."""
     if not path.is_file():
         raise ModelFileError(f"{path} does not exist: name a GGUF file, or a model of `appliance models list`")
     spec = build_gguf_spec(read_gguf_header(path.resolve()))
@@ -24,13 +24,13 @@ def read_gguf_candidate(path: Path) -> ModelCandidate:
 
 
 def read_folder_candidate(path: Path) -> ModelCandidate:
-    """A folder of safetensors that need not be in the catalogue. Raises ModelFileError where it is not whole."""
+    """A folder of safetensors that need not be in the catalogue. Raises ModelFileError if it is not whole."""
     spec = read_folder_spec(path.resolve())
     return ModelCandidate(spec, spec.variants[0], path.resolve())
 
 
 def list_candidates(
-    wish: EngineModel, catalog: Catalog, store: ModelStore, *, has_gpus: bool
+    requested: EngineModel, catalog: Catalog, store: ModelStore, *, has_gpus: bool
 ) -> tuple[ModelCandidate, ...]:
     """The variants of one model that may be planned for, best first.
 
@@ -38,18 +38,18 @@ def list_candidates(
     before others, stand in where no GPU has room. Without GPUs it is the other way round. Raises UnknownModel and
     ModelFileError.
     """
-    own = _own_files(wish)
+    own = _own_files(requested)
     if own is not None:
         return (own,)
-    model = catalog.get_model(wish.name)
+    model = catalog.get_model(requested.name)
     variants: Sequence[Variant] = model.variants
-    if wish.variant is not None:
-        variants = (_named_variant(ModelCandidate(model, model.variants[0], Path()), wish.variant, store).variant,)
-    if wish.engine is not None:
-        variants = [variant for variant in variants if variant.engine == wish.engine]
+    if requested.variant is not None:
+        variants = (_named_variant(ModelCandidate(model, model.variants[0], Path()), requested.variant, store).variant,)
+    if requested.engine is not None:
+        variants = [variant for variant in variants if variant.engine == requested.engine]
         if not variants:
-            named = wish.variant or "no variant"
-            raise UnknownModel(f"model {model.name!r}: {named} is for {wish.engine}; leave `engine` or `variant` out")
+            named, engine = requested.variant or "no variant", requested.engine
+            raise UnknownModel(f"model {model.name!r}: {named} is for {engine}; leave `engine` or `variant` out")
     first = "vllm" if has_gpus else "llamacpp"
 
     def preference(variant: Variant) -> tuple[bool, bool]:
@@ -58,25 +58,25 @@ def list_candidates(
 
     return tuple(
         ModelCandidate(
-            model, variant, store.locate(model.name, variant.name, is_folder=variant.is_folder), overrides=wish
+            model, variant, store.locate(model.name, variant.name, is_folder=variant.is_folder), overrides=requested
         )
         for variant in sorted(variants, key=preference)
     )
 
 
-def _own_files(wish: EngineModel) -> ModelCandidate | None:
-    """What `wish` names by its path, under the name of its file or the one it is given; None for a catalogue name."""
-    named = wish.path or wish.name
+def _own_files(requested: EngineModel) -> ModelCandidate | None:
+    """What `requested` names by its path, under its file's name or the one it is given; None for a catalogue name."""
+    named = requested.path or requested.name
     path = Path(named).expanduser()
     if named.endswith(".gguf"):
         found = read_gguf_candidate(path)
-    elif wish.path is not None or (path / "config.json").is_file():
+    elif requested.path is not None or (path / "config.json").is_file():
         found = read_folder_candidate(path)
     else:
         return None
-    if wish.path is not None:
-        found = replace(found, model=replace(found.model, name=wish.name))
-    return replace(found, overrides=wish)
+    if requested.path is not None:
+        found = replace(found, model=replace(found.model, name=requested.name))
+    return replace(found, overrides=requested)
 
 
 def select_candidate(engine: EngineSettings, catalog: Catalog, store: ModelStore) -> ModelCandidate:

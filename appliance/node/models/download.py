@@ -250,7 +250,7 @@ def hash_file(path: Path, shown: PullProgress, report: PullReporter) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PullContext:
-    """Where a pull works, and who is told of its progress."""
+    """Where a pull works, and where it reports its progress."""
 
     folder: Path
     """Holds what is only half there; it survives until the pull succeeds."""

@@ -51,7 +51,7 @@ class GgufHeader:
     vocabulary_tokens: int
     sliding_window_tokens: int | None
     sliding_layers: int
-    """0 where the file does not say which layers slide: then all are counted in full."""
+    """0 if the file does not say which layers slide: then all are counted in full."""
     parameters: int
     tensors: int
     needed_bytes: int
@@ -130,7 +130,7 @@ def _preamble(reader: GgufReader) -> tuple[int, int, int]:
 
 
 def _length_ahead(reader: GgufReader, kind: int) -> int:
-    """How many items the array at the cursor has; 0 where it is not one. The cursor stays."""
+    """How many items the array at the cursor has; 0 if it is not one. The cursor stays."""
     if kind != ARRAY:
         return 0
     at = reader.at

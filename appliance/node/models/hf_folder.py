@@ -1,5 +1,5 @@
 """A folder of safetensors that is not in the catalogue, read so that it can be planned for: its config.json, and the
-heads of its weight files. Nothing is loaded, nobody is asked."""
+heads of its weight files. Nothing is loaded, nothing is fetched."""
 
 import json
 import math
@@ -29,7 +29,7 @@ Table = Mapping[str, Any]
 
 
 def read_folder_spec(folder: Path) -> ModelSpec:
-    """The model in `folder`. Raises ModelFileError where it is none, is cut off, or does not tell its dimensions."""
+    """The model in `folder`. Raises ModelFileError if it is none, is cut off, or does not tell its dimensions."""
     config = _json(folder / "config.json")
     text = config.get("text_config")
     dimensions: Table = text if isinstance(text, dict) else config
@@ -78,7 +78,7 @@ def read_folder_spec(folder: Path) -> ModelSpec:
 
 
 def check_weight_files(folder: Path) -> None:
-    """ModelFileError where the weights' index names files that are not there, or a weight file is cut off."""
+    """ModelFileError if the weights' index names files that are not there, or a weight file is cut off."""
     for file in _weight_files(folder):
         for _ in _tensors(file):
             pass
@@ -134,17 +134,17 @@ def _latent(dimensions: Table) -> int | None:
 
 
 def _quantisation(config: Table, dimensions: Table) -> str:
-    told = config.get("quantization_config") or dimensions.get("quantization_config")
-    if not isinstance(told, dict):
+    quantization = config.get("quantization_config") or dimensions.get("quantization_config")
+    if not isinstance(quantization, dict):
         dtype = dimensions.get("dtype") or dimensions.get("torch_dtype") or config.get("torch_dtype")
         return "F16" if dtype == "float16" else "BF16"
-    method = str(told.get("quant_method", ""))
+    method = str(quantization.get("quant_method", ""))
     if method == "compressed-tensors":
-        groups = json.dumps(told.get("config_groups", {}))
+        groups = json.dumps(quantization.get("config_groups", {}))
         bits = re.search(r'"num_bits": (\d+)', groups)
         is_float = '"type": "float"' in groups
         return ("NVFP4" if is_float else "GPTQ") if bits and bits[1] == "4" else "FP8" if is_float else "INT8"
-    if method == "modelopt" and "FP4" in str(told.get("quant_algo", "")):
+    if method == "modelopt" and "FP4" in str(quantization.get("quant_algo", "")):
         return "NVFP4"
     return _QUANTISATIONS.get(method, method.upper() or "BF16")
 

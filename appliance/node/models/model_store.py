@@ -96,7 +96,7 @@ class ModelStore:
         return folder if is_folder or (folder / "config.json").is_file() else self.folder / model / f"{variant}.gguf"
 
     def find(self, model: str, variant: str) -> StoredModel | None:
-        """The variant as it lies there; None where it does not."""
+        """The variant as it lies there; None if it does not."""
         path = self.locate(model, variant)
         return self._describe(model, variant, path) if path.exists() else None
 
@@ -158,7 +158,7 @@ class ModelStore:
 
     def adopt_draft(self, model: str, variant: str, *, source: str, derived_from: str) -> StoredModel:
         """Take a finished draft over, with its checksum and what it was made from. What was put there by hand is set
-        aside. Raises PullError where the disk fails, ModelFileError where the draft is not whole."""
+        aside. Raises PullError if the disk fails, ModelFileError if the draft is not whole."""
         draft, final = self.locate_draft(model, variant), self.folder / model / f"{variant}.gguf"
         read_gguf_header(draft)
         try:
@@ -237,7 +237,7 @@ class ModelStore:
             raise explain_disk_error(error, context.folder, what) from error
 
     def _clear(self, model: str, variant: str, final: Path) -> None:
-        """Make way for what was pulled. What somebody put there by hand is set aside, not deleted."""
+        """Make way for what was pulled. What was put there by hand is set aside, not deleted."""
         if final.exists() and self._read_stamp(model, variant) is None:
             final.replace(final.with_name(f"{final.name}.set-aside"))
         elif final.is_dir():

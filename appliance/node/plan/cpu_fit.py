@@ -42,7 +42,7 @@ def place_on_cpu(
     """The placement, or why there is none."""
     if engine.kind == "vllm" and item.variant.quantisation in _FOR_GPUS:
         return f"{item.variant.quantisation} is for GPUs; this machine has none that can be used"
-    config = _own(item, config)
+    config = _apply_overrides(item, config)
     abilities = engine.list_abilities(item.model)
     if not abilities:
         return f"{engine.kind} does nothing of what {item.model.name} is for ({', '.join(item.model.abilities)})"
@@ -112,11 +112,11 @@ def _fit_context(
         return least, f"{least:,} tokens of context, as configured"
     full = min(trained, _FULL_CONTEXT_TOKENS)
     per_sequence = min(trained, _TYPICAL_CONTEXT_TOKENS)
-    wish = full + (sequences - 1) * per_sequence
+    wanted_tokens = full + (sequences - 1) * per_sequence
     # Half of what the weights leave: the page cache, other programs and a second model live here too.
     fixed = memory(0).total_bytes
-    cells = max(least, _largest_context(memory, wish, fixed + (left_bytes - fixed) // 2))
-    if cells >= wish:
+    cells = max(least, _largest_context(memory, wanted_tokens, fixed + (left_bytes - fixed) // 2))
+    if cells >= wanted_tokens:
         return cells, f"{cells:,} tokens of context: one sequence of {full:,} and {per_sequence:,} for each other"
     return cells, f"{cells:,} tokens of context in half of the memory left (the model's own is {trained:,})"
 
@@ -128,9 +128,9 @@ def _remedy(memory: _MemoryOf, least: int, config: EngineConfig, left_bytes: int
     return f": set engine.context_tokens to {most:,} or less" if most >= _ROUNDING_TOKENS else ": free memory"
 
 
-def _largest_context(memory: _MemoryOf, wish: int, limit_bytes: int) -> int:
-    """The most cells, up to `wish` and in whole steps of 256, that stay within `limit_bytes`; 0 if none do."""
-    low, high = 0, -(-wish // _ROUNDING_TOKENS)
+def _largest_context(memory: _MemoryOf, wanted_tokens: int, limit_bytes: int) -> int:
+    """The most cells, up to `wanted_tokens` and in whole steps of 256, that stay within `limit_bytes`; 0 if none do."""
+    low, high = 0, -(-wanted_tokens // _ROUNDING_TOKENS)
     while low < high:
         middle = (low + high + 1) // 2
         if memory(middle * _ROUNDING_TOKENS).total_bytes <= limit_bytes:
@@ -140,7 +140,7 @@ def _largest_context(memory: _MemoryOf, wish: int, limit_bytes: int) -> int:
     return low * _ROUNDING_TOKENS
 
 
-def _own(item: ModelCandidate, config: EngineConfig) -> EngineConfig:
+def _apply_overrides(item: ModelCandidate, config: EngineConfig) -> EngineConfig:
     """`config` with what the operator set for this model alone."""
     if item.overrides is None:
         return config

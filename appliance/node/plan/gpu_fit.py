@@ -1,7 +1,7 @@
 """How models are placed on GPUs: which variant on which devices, and who gets how much KV cache. Pure.
 
-First every model is given devices on which its weights, its overheads and a useful cache fit; then what is left of each
-device is shared among those on it. A copy is split over the fewest devices that hold it well, and a precision that
+First every model gets devices on which its weights, its overheads and a useful cache fit. Then what is left of each
+device is shared among the models on it. A copy is split over the fewest devices that hold it well, and a precision that
 costs answers is taken only where none that does not fits well.
 """
 
@@ -79,7 +79,7 @@ class GpuFit:
     packed: bool
     """Fill devices up one after the other, instead of spreading over all of them."""
     is_alone: bool
-    """Nobody else wants these devices: idle ones may carry further copies."""
+    """No other model wants these devices: idle ones may carry further copies."""
 
     def claim(self, items: Sequence[ModelCandidate]) -> GpuClaim | str:
         """Devices for one model in the best of these variants; or why in none, of the one that came nearest."""
@@ -108,27 +108,29 @@ class GpuFit:
 
     def _groups(self, item: ModelCandidate, size: int) -> Iterator[tuple[GpuDevice, ...]]:
         """Devices of one kind that may hold one copy of `item` split over `size` of them, the best group first."""
-        wish = _wish(item)
-        if wish.tensor_parallel not in (None, size) or (size > 1 and not can_split(item.model, size)):
+        overrides = _overrides(item)
+        if overrides.tensor_parallel not in (None, size) or (size > 1 and not can_split(item.model, size)):
             return
-        for _, kind in groupby(sorted(self._allowed(wish), key=_kind), key=_kind):
+        for _, kind in groupby(sorted(self._allowed(overrides), key=_kind), key=_kind):
             same = [device for device in kind if size == 1 or not device.is_part]
-            same = [one for one in same if explain_refusal(item.variant, one.compute_capability, wish.kv_dtype) is None]
+            same = [
+                one for one in same if explain_refusal(item.variant, one.compute_capability, overrides.kv_dtype) is None
+            ]
             same.sort(key=lambda device: self.left[device.key], reverse=not self.packed)
             if self.packed:  # the fullest that still may hold it: tried one after the other
                 yield from (tuple(same[start : start + size]) for start in range(len(same) - size + 1))
             elif len(same) >= size:
                 yield tuple(same[:size])
 
-    def _allowed(self, wish: EngineModel) -> list[GpuDevice]:
-        return [device for device in self.devices if wish.gpus is None or device.index in wish.gpus]
+    def _allowed(self, overrides: EngineModel) -> list[GpuDevice]:
+        return [device for device in self.devices if overrides.gpus is None or device.index in overrides.gpus]
 
     def _try(
         self, item: ModelCandidate, devices: tuple[GpuDevice, ...], comfortable: bool
     ) -> GpuClaim | tuple[int, str]:
         """A claim on these devices; or by how much it does not fit and how to say so."""
-        wish, size, smallest = _wish(item), len(devices), min(one.total_bytes for one in devices)
-        batch, sequences = _step(smallest, wish, comfortable)
+        overrides, size, smallest = _overrides(item), len(devices), min(one.total_bytes for one in devices)
+        batch, sequences = _step(smallest, overrides, comfortable)
         measured = self.records.get((item.model.name, item.variant.name, devices[0].name, size))
         base = estimate_device_memory(
             item.model,
@@ -138,12 +140,12 @@ class GpuFit:
             sequences=sequences,
             measured=measured,
         )
-        cache = _Cache(item.model, wish.kv_dtype, size, batch)
-        least = wish.context_tokens or min(_MIN_CONTEXT_TOKENS, item.model.context_tokens)
-        kv = cache.comfortable(wish.context_tokens) if comfortable else cache.bytes(least)
+        cache = _Cache(item.model, overrides.kv_dtype, size, batch)
+        least = overrides.context_tokens or min(_MIN_CONTEXT_TOKENS, item.model.context_tokens)
+        kv = cache.comfortable(overrides.context_tokens) if comfortable else cache.bytes(least)
         limit = min(self.left[one.key] for one in devices)
-        if wish.gpu_memory_share is not None:
-            limit = min(limit, int(smallest * wish.gpu_memory_share))
+        if overrides.gpu_memory_share is not None:
+            limit = min(limit, int(smallest * overrides.gpu_memory_share))
         if base.total_bytes + kv > limit:
             needed = replace(base, kv_bytes=cache.bytes(least))
             where = f"each of {size} devices" if size > 1 else "one device"
@@ -151,9 +153,9 @@ class GpuFit:
             reason = f"needs {needed} on {where} with {least:,} tokens of context; {names}: {_REMEDY}"
             return needed.total_bytes - limit, reason
         copies = self._copies(item, devices, base.total_bytes + kv)
-        if wish.data_parallel is not None and len(copies) < wish.data_parallel * size:
+        if overrides.data_parallel is not None and len(copies) < overrides.data_parallel * size:
             can = f"{len(copies)} of the devices it may use can do it"
-            return 1, f"{wish.data_parallel} copies on {size} devices each were asked for; {can}"
+            return 1, f"{overrides.data_parallel} copies on {size} devices each were asked for; {can}"
         most = min(limit - base.total_bytes, max(kv, cache.useful(sequences)))
         claim = GpuClaim(item, copies, size, len(copies) // size, base, sequences, batch, kv, most)
         for device in copies:
@@ -161,29 +163,29 @@ class GpuFit:
         return claim
 
     def _copies(self, item: ModelCandidate, devices: tuple[GpuDevice, ...], needed: int) -> tuple[GpuDevice, ...]:
-        """`devices`, and those of further copies: as many as were asked for, or all idle ones where nobody else is."""
-        wish, size = _wish(item), len(devices)
-        wanted = wish.data_parallel or (len(self.devices) if self.is_alone else 1)
+        """`devices`, and those of further copies: as many as were asked for, or all that no other model wants."""
+        overrides, size = _overrides(item), len(devices)
+        wanted = overrides.data_parallel or (len(self.devices) if self.is_alone else 1)
         if devices[0].is_part:
             return devices  # a part is given to one process alone
         same = [
             one
-            for one in self._allowed(wish)
+            for one in self._allowed(overrides)
             if one not in devices and _kind(one) == _kind(devices[0]) and self.left[one.key] >= needed
         ]
         copies = min(wanted, 1 + len(same) // size)
         return (*devices, *same[: (copies - 1) * size])
 
     def _impossible(self, item: ModelCandidate) -> Iterator[str]:
-        wish = _wish(item)
-        allowed = self._allowed(wish)
+        overrides = _overrides(item)
+        allowed = self._allowed(overrides)
         if not allowed:
-            yield f"no GPU has one of the indices {', '.join(map(str, wish.gpus or ()))}"
+            yield f"no GPU has one of the indices {', '.join(map(str, overrides.gpus or ()))}"
         for device in allowed:
-            reason = explain_refusal(item.variant, device.compute_capability, wish.kv_dtype)
+            reason = explain_refusal(item.variant, device.compute_capability, overrides.kv_dtype)
             if reason is not None:
                 yield reason
-        size = wish.tensor_parallel
+        size = overrides.tensor_parallel
         if size is not None and not can_split(item.model, size):
             heads = f"{item.model.heads} heads and {item.model.kv_heads} KV heads"
             yield f"{item.model.name} cannot be split over {size} devices: it has {heads}"
@@ -215,7 +217,7 @@ class _Cache:
         return self.bytes(long) + (_COMFORTABLE_SEQUENCES - 1) * self.bytes(min(long, _TYPICAL_TOKENS))
 
     def useful(self, sequences: int) -> int:
-        """More would lie idle, as far as can be told before anybody has asked."""
+        """More would probably lie idle."""
         trained = self.model.context_tokens
         return max(sequences * self.bytes(min(trained, _CACHED_TOKENS)), 4 * self.bytes(trained))
 
@@ -257,12 +259,12 @@ def share_leftover_memory(claims: Sequence[GpuClaim], left: dict[str, int]) -> N
 
 def build_gpu_placement(claim: GpuClaim, engine: EngineAdapter, config: EngineConfig) -> Placement:
     """The claim as a placement, with the reasons for its figures."""
-    item, wish, size = claim.item, _wish(claim.item), claim.tensor_parallel
-    cache = _Cache(item.model, wish.kv_dtype, size, claim.batch_tokens)
-    longest = wish.context_tokens or cache.longest(claim.kv_bytes)
+    item, overrides, size = claim.item, _overrides(claim.item), claim.tensor_parallel
+    cache = _Cache(item.model, overrides.kv_dtype, size, claim.batch_tokens)
+    longest = overrides.context_tokens or cache.longest(claim.kv_bytes)
     fit = max(1, claim.kv_bytes // cache.bytes(min(longest, _TYPICAL_TOKENS)))
     # A power of two: another number would make the engine compile anew whenever a little memory is missing.
-    sequences = wish.sequences or min(claim.sequences, 1 << (fit.bit_length() - 1))
+    sequences = overrides.sequences or min(claim.sequences, 1 << (fit.bit_length() - 1))
     memory = replace(claim.base, kv_bytes=claim.kv_bytes)
     first = claim.devices[0]
     tokens = int(claim.kv_bytes / cache.bytes(longest) * longest)
@@ -292,7 +294,7 @@ def build_gpu_placement(claim: GpuClaim, engine: EngineAdapter, config: EngineCo
         memory=memory,
         abilities=engine.list_abilities(item.model),
         reasons=tuple(filter(None, reasons)),
-        quality=item.model.quality if wish.quality is None else wish.quality,
+        quality=item.model.quality if overrides.quality is None else overrides.quality,
         gpu=GpuShare(
             devices=tuple(device.key for device in claim.devices),
             memory_utilization=-(-memory.total_bytes * 10_000 // total) / 10_000,
@@ -300,17 +302,17 @@ def build_gpu_placement(claim: GpuClaim, engine: EngineAdapter, config: EngineCo
             max_batched_tokens=claim.batch_tokens,
             tensor_parallel=size,
             data_parallel=claim.data_parallel,
-            kv_dtype=wish.kv_dtype,
+            kv_dtype=overrides.kv_dtype,
             unified_memory=first.unified_memory,
         ),
-        settings=merge_engine_settings(engine, item, (*config.vllm_options, *wish.options)),
+        settings=merge_engine_settings(engine, item, (*config.vllm_options, *overrides.options)),
     )
 
 
 _REMEDY: Final = "choose a smaller model or variant, more devices, or free memory"
 
 
-def _wish(item: ModelCandidate) -> EngineModel:
+def _overrides(item: ModelCandidate) -> EngineModel:
     return item.overrides or EngineModel(name=item.model.name)
 
 
@@ -318,7 +320,7 @@ def _kind(device: GpuDevice) -> tuple[str, int, bool]:
     return device.name, device.total_bytes, device.is_part
 
 
-def _step(total_bytes: int, wish: EngineModel, comfortable: bool) -> tuple[int, int]:
+def _step(total_bytes: int, overrides: EngineModel, comfortable: bool) -> tuple[int, int]:
     """Tokens of the largest step and sequences at most, for a device of this size; few where memory is short."""
     if total_bytes >= _HUGE_DEVICE_BYTES:
         batch, sequences = 16_384, 512
@@ -326,4 +328,4 @@ def _step(total_bytes: int, wish: EngineModel, comfortable: bool) -> tuple[int, 
         batch, sequences = 8_192, 512
     else:
         batch, sequences = 2_048, 256
-    return batch, wish.sequences or (sequences if comfortable else _FEW_SEQUENCES)
+    return batch, overrides.sequences or (sequences if comfortable else _FEW_SEQUENCES)

@@ -18,7 +18,7 @@ class ModelCandidate:
     variant: Variant
     path: Path
     threads: int | None = None
-    """What was measured to be quickest; None where nothing was."""
+    """What was measured to be quickest; None if nothing was."""
     reason: str = ""
     """Why this variant and no other one, where it was chosen by measurement."""
     overrides: EngineModel | None = None

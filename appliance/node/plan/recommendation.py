@@ -38,7 +38,7 @@ class Recommendation:
 
 
 def recommend_model(hardware: Hardware, catalog: Catalog, measured: Measurement | None = None) -> Recommendation | None:
-    """The largest chat model for a CPU engine that fits and is estimated to be quick enough; None where none is.
+    """The largest chat model for a CPU engine that fits and is estimated to be quick enough; None if none is.
 
     What was `measured` of another model on this machine takes the place of the priors.
     """
@@ -88,7 +88,7 @@ def _estimate(model: ModelSpec, variant: Variant, placement: Placement, prior: D
     if prior is not None:
         bandwidth, origin = prior.memory_bandwidth_bytes_per_second, f"{prior.name}, {prior.basis}"
         known = dict(prior.prefill_operations_per_second or {})
-    # A quantisation nobody measured counts as the slowest of those that were.
+    # A quantisation that was not measured counts as the slowest of those that were.
     operations = known.get(variant.quantisation) or min(known.values(), default=_ASSUMED_OPERATIONS_PER_SECOND)
     active = model.active_parameters or model.parameters
     basis = f"estimated from {bandwidth / 1e9:.0f} GB/s and {operations / 1e9:.0f} GFLOP/s a core ({origin})"

@@ -1,4 +1,4 @@
-"""Which models a node serves, when it is told several or has GPUs: those that fit together, and those that take turns.
+"""Which models a node serves when several are configured or it has GPUs: those that fit together, and those on demand.
 
 Pure but for asking which files lie here.
 """
@@ -19,9 +19,9 @@ from appliance.node.plan.swap import RAM
 @dataclass(frozen=True, slots=True)
 class ServingPlan:
     loaded: Plan
-    """What runs together; its refusals are told for every variant."""
+    """What runs together; it has a refusal for every variant that has no place."""
     on_demand: tuple[Placement, ...]
-    """What would fit alone: loaded when it is wanted, in turn with others."""
+    """What would fit alone: loaded when it is wanted, in place of others."""
     items: Mapping[str, ModelCandidate]
     """What was placed, by model: to pull it."""
 
@@ -59,7 +59,11 @@ def build_serving_plan(
     planned as if it were alone.
     """
     refused = [
-        Refusal(item.model.name, item.variant.name, _NOT_HERE.get(item.variant.engine, "this node has no such engine"))
+        Refusal(
+            item.model.name,
+            item.variant.name,
+            _MISSING_ENGINES.get(item.variant.engine, "this node has no such engine"),
+        )
         for group in groups
         for item in group
         if item.variant.engine not in engines
@@ -82,7 +86,7 @@ def build_serving_plan(
     return ServingPlan(replace(outcome, refusals=(*outcome.refusals, *refused)), tuple(on_demand), taken)
 
 
-_NOT_HERE: Mapping[str, str] = {
+_MISSING_ENGINES: Mapping[str, str] = {
     "vllm": "vLLM is not installed on this machine: `appliance engines install vllm`",
 }
 

@@ -1,8 +1,8 @@
 """Which models are loaded when not all fit: what to load and what to unload now. Pure; `now` is monotonic seconds.
 
-Loading takes seconds to minutes, so models must not chase each other out: one that was loaded stays for a while, one
-that was put out for another comes back only after a while, and nobody is put out while it works. Until a model is
-loaded its requests wait or overflow, as their routes say.
+Loading takes seconds to minutes, so models must not displace each other all the time. A loaded model stays for a
+while, one that was unloaded for another comes back only after a while, and a busy model is never unloaded. Until a
+model is loaded its requests wait or overflow, as their routes say.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,17 +15,17 @@ Residence = Literal["loaded", "moving", "unloaded"]
 
 RAM: Final = "ram"
 _DEMAND_SECONDS: Final = 60.0
-"""A wish older than this has been given up or answered elsewhere."""
+"""A request older than this has been given up or answered elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
 class SwapRules:
     idle_unload_seconds: float | None = None
-    """A model that nobody has used for so long is unloaded; None: never for that alone."""
+    """A model that has not been used for so long is unloaded; None: never for that alone."""
     least_residence_seconds: float = 60.0
-    """So long a model stays once it is loaded, whoever wants its place."""
+    """So long a model stays once it is loaded, whatever else is wanted."""
     cool_down_seconds: float = 20.0
-    """So long a model that was put out for another waits before it puts out somebody itself."""
+    """So long a model that was unloaded for another waits before it displaces one itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class LoadedModel:
     """When a request last used it."""
     is_busy: bool = False
     requested_at: float | None = None
-    """When a request last wanted it in vain."""
+    """When a request last had to go without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,29 +55,31 @@ class SwapMove:
 
 
 def decide_swaps(
-    now: float, residents: Sequence[LoadedModel], pools: Mapping[str, int], rules: SwapRules
+    now: float, models: Sequence[LoadedModel], pools: Mapping[str, int], rules: SwapRules
 ) -> tuple[SwapMove, ...]:
-    """The moves to make now; none while there is nothing to do or somebody has to be waited for.
+    """The moves to make now; none while there is nothing to do or a model is still moving.
 
     `pools`: bytes that all models of a pool may hold together.
     """
     moves = [
         SwapMove("unload", one.model, f"unloaded: not used for {now - max(one.used_at, one.since):.0f} s")
-        for one in residents
+        for one in models
         if _is_idle(one, now, rules)
     ]
     leaving = {move.model for move in moves}
-    wanted = [one for one in residents if one.residence == "unloaded" and _is_wanted(one, now)]
+    wanted = [one for one in models if one.residence == "unloaded" and _is_wanted(one, now)]
     free = {
-        pool: room - sum(one.bytes for one in residents if pool in one.pools and one.residence != "unloaded")
+        pool: room - sum(one.bytes for one in models if pool in one.pools and one.residence != "unloaded")
         for pool, room in pools.items()
     }
     for one in sorted(wanted, key=lambda one: one.requested_at or 0.0):
         if all(one.bytes <= free.get(pool, 0) for pool in one.pools):
             moves.append(SwapMove("load", one.model, "wanted"))
             free |= {pool: free[pool] - one.bytes for pool in one.pools}
-        elif not _somebody_moves(residents, one.pools) and now - one.since >= rules.cool_down_seconds:
-            out = _victims(one, [other for other in residents if other.model not in leaving], free, now, rules)
+        elif not _is_any_moving(models, one.pools) and now - one.since >= rules.cool_down_seconds:
+            out = _choose_models_to_unload(
+                one, [other for other in models if other.model not in leaving], free, now, rules
+            )
             moves += [SwapMove("unload", other.model, f"unloaded: {one.model} is wanted") for other in out]
             leaving |= {other.model for other in out}
             free |= dict.fromkeys(one.pools, 0)  # what they give back is for this one
@@ -115,14 +117,14 @@ def _is_wanted(one: LoadedModel, now: float) -> bool:
     return one.requested_at is not None and one.requested_at > one.used_at and now - one.requested_at <= _DEMAND_SECONDS
 
 
-def _somebody_moves(residents: Sequence[LoadedModel], pools: Sequence[str]) -> bool:
-    return any(one.residence == "moving" and not set(pools).isdisjoint(one.pools) for one in residents)
+def _is_any_moving(models: Sequence[LoadedModel], pools: Sequence[str]) -> bool:
+    return any(one.residence == "moving" and not set(pools).isdisjoint(one.pools) for one in models)
 
 
-def _victims(
+def _choose_models_to_unload(
     wanted: LoadedModel, others: Sequence[LoadedModel], free: Mapping[str, int], now: float, rules: SwapRules
 ) -> Sequence[LoadedModel]:
-    """Whom to unload for `wanted`: the longest unused first, as few as it takes; nobody where that is not enough."""
+    """Which models to unload for `wanted`: the longest unused first, as few as it takes; none if that is not enough."""
     may_go = [
         one
         for one in others

@@ -127,7 +127,7 @@ class EngineSupervisor:
     def begin(self, *, unload_reason: str = "") -> None:
         """Begin to supervise. The engine is started unless `unload_reason` says why it stays unloaded for now."""
         self._unload_reason = unload_reason
-        self._publish()  # a target without a status would be one that nobody knows anything of
+        self._publish()  # a target must not be published without a status
         self._start_task("lifecycle", self._process_events)
         if not unload_reason:
             self._inbox.put_nowait(Start())

@@ -1,4 +1,4 @@
-"""Starts engines as child processes that cannot outlive this one, and keeps what they say."""
+"""Starts engines as child processes that cannot outlive this one, and keeps what they write."""
 
 import asyncio
 import logging
@@ -34,7 +34,7 @@ _PASSED_ON: Final = frozenset(
         "HF_HOME",
     )
 )
-"""All an engine sees of this process's environment. Keys of hosted providers are no business of an engine's."""
+"""All that an engine sees of this process's environment. It must not see the keys of hosted providers."""
 
 _KEPT_LINES: Final = 800
 """Enough for the tracebacks of all of an engine's processes: the first of them tells the cause."""
@@ -124,7 +124,7 @@ class Child:
         code = await self._process.wait()
         if not self._is_gone:
             self.kill()
-            self._is_gone = True  # from here on the number may belong to somebody else
+            self._is_gone = True  # from here on the number may belong to another program
             os.close(self._guard_write)
         await self._output.wait_for_end()
         return code
@@ -143,7 +143,7 @@ class Child:
         try:
             send(self._process.pid, number)
         except (ProcessLookupError, PermissionError):
-            return  # nobody is left; macOS says EPERM where only zombies are
+            return  # no process is left; macOS says EPERM for zombies
 
     def last_lines(self) -> Sequence[str]:
         return self._output.last_lines()
@@ -191,10 +191,10 @@ class EngineOutput:
         try:
             self._loop.call_soon_threadsafe(self._ended.set)
         except RuntimeError:
-            return  # the loop has been closed meanwhile: nobody waits
+            return  # the loop has been closed meanwhile
 
     def _open_log(self) -> logging.Handler | None:
-        """The log file, or None where none can be written: an engine is not to fail for its log."""
+        """The log file, or None if none can be written: an engine is not to fail for its log."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             file = _LogFile(self._path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES - 1, encoding="utf-8")

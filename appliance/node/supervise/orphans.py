@@ -1,8 +1,8 @@
 """Finding and ending what engines leave behind: processes that outlived the one that was started.
 
 Every engine is started with a variable in its environment that names its node's data directory, and in a session of its
-own. Its processes inherit both, whatever group or parent they come to have; whoever carries one of them while no engine
-runs is an orphan. One mark alone does not do: vLLM's core and workers write their title over their environment.
+own. Its processes inherit both, whatever group or parent they come to have. A process that carries one of them while no
+engine runs is an orphan. One mark is not enough: vLLM's core and workers write their title over their environment.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def find_marked_processes(value: str, session: int | None = None) -> Sequence[in
 
 def find_vllm_leftovers(sessions: Collection[int]) -> Sequence[int]:
     """vLLM's processes in sessions of engines whose node has died. The title is asked for because a number that was a
-    session's may meanwhile be somebody else's."""
+    session's may meanwhile belong to another program."""
     return [pid for pid, leader in _sessions().items() if leader in sessions and _title(pid).startswith(_TITLE)]
 
 

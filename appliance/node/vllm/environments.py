@@ -24,7 +24,7 @@ def locate_engines_folder(environment: Mapping[str, str]) -> Path:
 
 
 def find_vllm(folder: Path) -> InstalledVllm | None:
-    """The vLLM of one virtual environment, by what its packages say; None where there is none."""
+    """The vLLM of one virtual environment, by what its packages say; None if there is none."""
     if not (folder / "bin" / "vllm").exists() or not (folder / "bin" / "python").exists():
         return None
     for site in sorted(folder.glob("lib/python3*/site-packages")):
@@ -46,7 +46,7 @@ def list_installed(folder: Path) -> Sequence[InstalledVllm]:
 def select_installed(config: EngineConfig, environment: Mapping[str, str]) -> InstalledVllm | None:
     """The one to use: the configured one, else the newest that was installed, else what is on the PATH.
 
-    Raises ConfigError where the configured one is none.
+    Raises ConfigError if the configured one is none.
     """
     if config.vllm is not None:
         found = find_vllm(Path(config.vllm).expanduser())

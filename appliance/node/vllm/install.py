@@ -52,7 +52,7 @@ class Pins:
 
 
 def read_pins(build: VllmBuild) -> Pins:
-    """What this release of the appliance was made for. Raises OperatorError where its data is missing."""
+    """What this release of the appliance was made for. Raises OperatorError if its data is missing."""
     package = Path(__file__).resolve().parents[2]
     places = [folder / _PINS[build] for folder in (package.parent / "scripts/requirements", package / "_data/pins")]
     for place in places:
@@ -83,7 +83,7 @@ def install_vllm(pins: Pins, folder: Path, report: InstallReporter) -> Installed
     """Make `folder`/NAME-VERSION, unless it is there whole; says what it is doing. What is left of an attempt that did
     not finish is replaced.
 
-    Raises PullError where packages cannot be had, OperatorError where there is no room.
+    Raises PullError if packages cannot be had, OperatorError if there is no room.
     """
     target = folder / format_environment_name(pins)
     if (found := find_vllm(target)) is not None and not (target / _UNFINISHED).exists():

@@ -27,8 +27,8 @@ from tests.node.processes import eventually, group_members, is_running
 
 pytestmark = pytest.mark.anyio
 
-PROGRAM = Path(__file__).with_name("fake_engine.py")
-ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = Path(__file__).parents[1] / "fake_engine.py"
+ROOT = Path(__file__).resolve().parents[3]
 NAME = "onsite/fake"
 
 
@@ -401,7 +401,7 @@ def test_folders_of_dead_processes_are_swept_and_those_of_live_ones_kept(tmp_pat
 ROUTER = """
 import asyncio, sys
 from pathlib import Path
-from tests.node.test_node_supervisor import Stage
+from tests.node.supervise.test_supervisor import Stage
 
 async def main():
     scene = Stage(Path(sys.argv[1]))

@@ -13,7 +13,7 @@ from appliance.node.models.model_store import ModelStore
 from appliance.node.plan.hypothetical_hardware import build_hypothetical_hardware
 from appliance.node.plan.serving_plan import ServingPlan, build_serving_plan
 from tests.node.gguf_bytes import gguf_bytes
-from tests.node.test_hf_folder import PLAIN, folder
+from tests.node.models.test_hf_folder import PLAIN, folder
 
 CATALOG = load_catalog()
 BOTH = ("llamacpp", "vllm")

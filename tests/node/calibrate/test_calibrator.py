@@ -26,8 +26,8 @@ from appliance.node.models.candidates import select_candidate, select_measured_v
 from appliance.node.models.model_store import ModelStore
 from appliance.node.plan.models import ModelCandidate
 from appliance.node.plan.planner import plan_placements
+from tests.node.calibrate.test_calibration import GOOD, KEY, calibration, measurement, variant
 from tests.node.gguf_bytes import gguf_bytes
-from tests.node.test_calibration import GOOD, KEY, calibration, measurement, variant
 
 EMBEDDED = load_catalog().embedded
 
