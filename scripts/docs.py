@@ -89,11 +89,14 @@ def settings_table(model: type[BaseModel]) -> str:
     for prefix, name, field in settings_of(model):
         default = "required" if field.is_required() else _shown(field.get_default(call_default_factory=True))
         meaning = " ".join((field.description or "").split())
-        groups.setdefault(prefix, []).append(f"| `{name}` | {default} | {meaning} |")
+        row = f"| `{name}` | {describe_values(field.annotation)} | {default} | {meaning} |"
+        groups.setdefault(prefix, []).append(row)
     sections = []
     for prefix, rows in groups.items():
         title = "Top level" if not prefix else f"`{_toml_header(prefix)}`"
-        sections.append("\n".join([f"### {title}", "", "| setting | default | meaning |", "|---|---|---|", *rows]))
+        sections.append(
+            "\n".join([f"### {title}", "", "| setting | values | default | meaning |", "|---|---|---|---|", *rows])
+        )
     return "\n\n".join(sections)
 
 
@@ -128,9 +131,29 @@ def _inner_model(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
     return None, False
 
 
+_PLAIN: Final[Mapping[Any, str]] = {bool: "true, false", int: "integer", float: "number", str: "text"}
+
+
+def describe_values(annotation: Any) -> str:
+    """The values that a setting may have, in the words of TOML; an optional one is described as if it were given."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation in _PLAIN:
+        return _PLAIN[annotation]
+    if origin is typing.Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin is tuple:
+        return f"list of {describe_values(arguments[0])}"
+    if origin in (dict, Mapping):
+        return f"table of {describe_values(arguments[1])}"
+    inner = [argument for argument in arguments if argument is not type(None)]
+    return describe_values(inner[0]) if inner and not isinstance(annotation, type) else "text"
+
+
 def _shown(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, Mapping):
+        return "" if not value else f"`{value}`"
     if isinstance(value, tuple):
         return "`[" + ", ".join(f'"{item}"' if isinstance(item, str) else str(item) for item in value) + "]`"
     if isinstance(value, bool):

@@ -21,29 +21,29 @@ class RouteMatch(StrictModel):
     """Which requests a route is for. Every field given must hold; a list holds if one of its values does."""
 
     task: tuple[Task, ...] | None = None
-    """What the request is for, as the profile has it."""
+    """The profile's task."""
     endpoint: tuple[Endpoint, ...] | None = None
-    """Which API it came by."""
+    """The API that the request came by."""
     format: tuple[Format, ...] | None = None
-    """What the answer must look like."""
+    """The format that the answer must have."""
     latency_class: tuple[LatencyClass, ...] | None = None
     """`batch` for many texts in a call, else `interactive`."""
     language: tuple[str, ...] | None = None
     """ISO 639-1 codes, as the profile guesses them."""
     risk: tuple[Name, ...] | None = None
-    """Risk classes: `personal_data` where requests are searched for it and some was found, else `normal`."""
+    """Risk classes: `personal_data` where a search found some, else `normal`."""
     complexity_at_least: float | None = Field(default=None, ge=0, le=1)
-    """0 is a look-up, 1 needs a frontier model."""
+    """Least complexity, included. 0 is a look-up, 1 needs a frontier model."""
     complexity_below: float | None = Field(default=None, ge=0, le=1)
-    """As above; not included."""
+    """Upper limit of the complexity, not included."""
     prompt_tokens_at_least: int | None = Field(default=None, ge=0)
-    """Estimated length of the prompt."""
+    """Least estimated length of the prompt, included."""
     prompt_tokens_below: int | None = Field(default=None, ge=1)
-    """As above; not included."""
+    """Upper limit of the estimated length of the prompt, not included."""
     output_tokens_at_least: int | None = Field(default=None, ge=0)
-    """The caller's limit, or the usual length of an answer."""
+    """Least length of the answer, included: the request's limit, or the usual length."""
     output_tokens_below: int | None = Field(default=None, ge=1)
-    """As above; not included."""
+    """Upper limit of the length of the answer, not included."""
     key: tuple[str, ...] | None = None
     """Names of API keys."""
     tier: tuple[str, ...] | None = None
@@ -108,11 +108,11 @@ class RouteScore(StrictModel):
     """Weights to choose among the targets by, instead of their order. Only their proportions matter."""
 
     latency: Weight = 0.0
-    """Of a short predicted time to the first token."""
+    """Weight of a short predicted time to the first token."""
     quality: Weight = 0.0
-    """Of the targets' declared quality."""
+    """Weight of the target's declared quality."""
     cost: Weight = 0.0
-    """Of a low expected cost."""
+    """Weight of a low expected cost."""
 
     @model_validator(mode="after")
     def _weighs_something(self) -> "RouteScore":
@@ -125,15 +125,15 @@ class EscalationRule(StrictModel):
     """Ask a better target when the answer is unsure. Decisions, extractions, and chats that ask for logprobs."""
 
     below_confidence: Share
-    """What unsure means: the least confidence of an answer's parts is below this."""
+    """An answer is unsure when the least confidence of its parts is below this."""
     below_label_mass: Share | None = None
-    """Unsure too: so little probability fell on the options of a decision at all."""
+    """A decision is unsure too when less probability than this fell on its options."""
     max_rate: Share
     """Most escalations as a share of the answers judged in the window; beyond it unsure answers stand."""
     window_seconds: PositiveSeconds = 3600.0
-    """Over which that share is taken."""
+    """Window over which that share is taken."""
     to: tuple[str, ...] = Field(min_length=1)
-    """In order of preference, as a route's targets."""
+    """Targets to escalate to, in order of preference, as a route's targets."""
 
 
 class CascadeRule(StrictModel):
@@ -141,25 +141,25 @@ class CascadeRule(StrictModel):
     about the texts that the one before was unsure of. Other requests find the same targets, in order of preference."""
 
     bound: Annotated[float, Field(gt=0, lt=1)]
-    """Most of all texts, as a share, whose answer the classifier gives and the reference would not: the last step, or
-    whoever gives feedback. From which confidence on an answer may stand follows from this."""
+    """Largest share of all texts that the classifier may answer otherwise than the reference: the last step, or
+    feedback. The confidence from which an answer stands follows from it."""
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
-    """How surely the bound is kept."""
+    """Confidence with which the bound is kept."""
     over_texts: int = Field(default=1000, ge=0)
-    """The bound is kept by the next so many texts themselves; 0: in the long run, which short streams may exceed."""
+    """The bound holds for the next so many texts themselves; 0: in the long run, which short streams may exceed."""
     until_known: Literal["escalate", "below_confidence"] = "escalate"
-    """Where too few labels are known to keep the bound: every text goes on, or those below `below_confidence` do, and
-    then nothing is promised."""
+    """What happens while too few labels are known to keep the bound: every text goes on, or only those below
+    `below_confidence`, and then nothing is promised."""
     below_confidence: Share = 0.9
-    """What unsure means of the models on the way."""
+    """An answer of a model between the classifier and the last step is unsure below this confidence."""
     max_rate: Share = 1.0
-    """Most texts that go on, as a share of all in the window. The least sure go first; where there is no room the
-    others keep the classifier's answer, marked `unsure`, outside the bound."""
+    """Largest share of texts in the window that go on. The least sure go first; the others keep the classifier's
+    answer, marked `unsure`, outside the bound."""
     window_seconds: PositiveSeconds = 3600.0
-    """Over which that share is taken."""
+    """Window over which that share is taken."""
     audit_rate: float = Field(default=0.02, ge=0, le=1)
-    """Share of all texts, drawn at random, that the last step is asked about however sure the classifier is: what
-    tells how often it is right on this traffic. Only where the text may go there."""
+    """Share of all texts, drawn at random, that the last step answers too, however sure the classifier is. They show
+    how often it is right on this traffic. Only texts that may go there are drawn."""
     learn_after: int | None = Field(default=None, ge=20)
     """Train a candidate after so many new labels; empty: only on command. Needs `keep_texts`."""
     learn_from: tuple[Name, ...] | None = Field(default=None, min_length=1)
@@ -168,7 +168,7 @@ class CascadeRule(StrictModel):
 
 class PruningRule(StrictModel):
     keep_tokens: Tokens
-    """About how many prompt tokens stay: the system messages and the newest turns; the oldest turns go first."""
+    """About how many prompt tokens stay: system messages and the newest turns. The oldest turns are removed first."""
 
 
 class DegradeRule(StrictModel):
@@ -179,7 +179,7 @@ class DegradeRule(StrictModel):
     """
 
     step: Literal["constrained", "reduced_scope", "static"]
-    """What to do without."""
+    """What this step gives up."""
     max_output_tokens: Tokens | None = None
     """Longest answer of this step."""
     keep_tokens: Tokens | None = None
@@ -232,7 +232,8 @@ class PersonalDataRule(StrictModel):
     content: ContentSearch = "off"
     """`personal_data` searches the requests of every route that does not say otherwise."""
     kinds: tuple[PersonalKind, ...] = Field(default=STRUCTURED, min_length=1)
-    """What counts. `postal_address` and `person_name` are found in part only, and so are not among the defaults."""
+    """Kinds of personal data that count. `postal_address` and `person_name` are found in part only, so they are not
+    among the defaults."""
     bound: str = "onsite"
     """What binds such a request: onsite or region:XX."""
     detector: Literal["patterns", "presidio"] = "patterns"
@@ -252,9 +253,9 @@ class RouteRule(StrictModel):
     """One route. What is left out comes from [defaults]."""
 
     name: Name
-    """What headers, the ledger and keys call it."""
+    """Its name in headers, the ledger and keys."""
     stage: Stage = "managed"
-    """Life cycle. Answers of a deprecated route carry a warning header."""
+    """Life cycle. Responses of a deprecated route have a warning header."""
     match: RouteMatch = RouteMatch()
     targets: tuple[str, ...] = Field(min_length=1)
     """In order of preference: a target's name, `onsite` (all on-site targets) or `hosted` (all hosted ones)."""
@@ -263,15 +264,15 @@ class RouteRule(StrictModel):
     allowed_risk: tuple[Name, ...] | None = Field(default=None, min_length=1)
     """Requests of another risk class are refused."""
     residency: str | None = None
-    """Binds what takes this route: onsite, region:XX or any."""
+    """Binds every request of this route: onsite, region:XX or any."""
     content: ContentSearch | None = None
     """Whether personal data in a request binds it; empty: as under [residency]."""
     latency_budget_seconds: PositiveSeconds | None = None
-    """To the first token: a target predicted to need longer is passed over while another one is left."""
+    """Time to the first token. A target predicted to need longer is passed over while another one is left."""
     answer_budget_seconds: PositiveSeconds | None = None
-    """To the end of the answer, where that counts too: a target predicted to need longer is passed over."""
+    """Time to the end of the answer, where that counts too. A target predicted to need longer is passed over."""
     max_wait_seconds: PositiveSeconds | None = None
-    """How long a request may queue on-site when there is nowhere else to go."""
+    """How long a request may queue on-site when no other target may answer."""
     total_seconds: PositiveSeconds | None = None
     """One deadline for all attempts together."""
     max_attempts: int | None = Field(default=None, ge=1, le=10)
@@ -289,22 +290,22 @@ class RouteRule(StrictModel):
     max_cost_usd: PositiveUsd | None = None
     """Ceiling for one request, all its attempts together."""
     max_cost_per_success_usd: PositiveUsd | None = None
-    """Ceiling for what an answer of one target has cost of late, failures included; above it the target is left out."""
+    """Ceiling for the recent cost of an answer of one target, failures included. Above it the target is left out."""
     max_output_tokens: Tokens | None = None
     """Longest answer: a caller's higher limit is lowered to this."""
     prune_context: PruningRule | None = None
     escalation: EscalationRule | None = None
     cascade: CascadeRule | None = None
     keep_texts: bool = False
-    """Whether texts that a cascade has labels for are kept on this node, to learn from: those that went on, those that
-    were audited, those with feedback. Under [learning] stands for how long."""
+    """Whether texts that a cascade has labels for are kept on this node, to learn from: texts that went on, were
+    audited, or got feedback. [learning] says for how long."""
     fallback: Name | None = None
-    """A route whose targets follow after this one's own."""
+    """A route whose targets follow this route's own."""
     degrade: tuple[DegradeRule, ...] = ()
     quota: Share | None = None
-    """Most of all requests, as a share over the last hour, that this route takes."""
+    """Largest share of all requests over the last hour that this route takes."""
     beyond_quota: Literal["next", "refuse"] = "next"
-    """What happens then: the next route that matches is taken, or the request is refused."""
+    """What happens beyond the quota: the next route that matches is taken, or the request is refused."""
 
     @field_validator("residency")
     @classmethod
@@ -316,18 +317,18 @@ class PolicyDefaults(StrictModel):
     """For every route that does not say otherwise."""
 
     residency: str = "any"
-    """For routes that say nothing of it."""
+    """For routes without a residency of their own."""
     latency_budget_seconds: PositiveSeconds = 10.0
-    """To the first token."""
+    """Longest predicted time to the first token."""
     max_wait_seconds: PositiveSeconds = 60.0
-    """In the queue, where there is nowhere else to go."""
+    """Longest time in the queue, where no other target may answer."""
     total_seconds: PositiveSeconds = 600.0
-    """For all attempts together."""
+    """One deadline for all attempts together."""
     max_attempts: int = Field(default=3, ge=1, le=10)
-    """For the whole request."""
+    """Most attempts of one request."""
     profiler: Profiler = "rules"
-    """Who says what a request is for and how complex it is: `rules`, `learned` (weights trained on open routing data),
-    or `llm` (a model of this node, asked briefly; where it cannot answer in time the rules speak)."""
+    """What makes the profile of a request (its task, its complexity): `rules`, `learned` (weights trained on open
+    routing data), or `llm` (a model of this node; where it does not answer in time the rules decide)."""
 
     _residency = field_validator("residency")(check_residency)
 
@@ -336,7 +337,7 @@ class CapacityRule(StrictModel):
     """How the on-site engines are shared out."""
 
     reserved_for_bound: float = Field(default=0.1, ge=0, lt=1)
-    """Share of an engine's sequences that requests which may go elsewhere leave free for those that may not."""
+    """Share of an engine's sequences that is kept free for requests which may not leave the site."""
 
 
 class Policy(StrictModel):
@@ -347,8 +348,8 @@ class Policy(StrictModel):
     residency: PersonalDataRule = PersonalDataRule()
     capacity: CapacityRule = CapacityRule()
     aliases: Mapping[str, str] = {}
-    """Names that clients ask for, as they stand in code written for another API, and what is meant here: `auto`, a
-    target, or a model. `*` stands for anything, as in `"claude-*" = "auto"`; the first that fits counts."""
+    """Model names that clients send, and what they stand for here: `auto`, a target, or a model. `*` matches anything,
+    as in `"claude-*" = "auto"`; the first that fits counts."""
     routes: tuple[RouteRule, ...] = Field(min_length=1)
 
     def resolve_alias(self, model: str) -> str:

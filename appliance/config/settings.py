@@ -41,10 +41,11 @@ class ToleranceSettings(StrictModel):
     """How near a variant that was derived here must come to its source, or it is not used however quick it is."""
 
     label_agreement: float = Field(default=0.97, ge=0, le=1)
-    """Share of the built-in questions, at least, to which it gives its source's label, or one that the source finds
-    all but as likely (within a quarter of a nat). One question may differ, unless this is 1."""
+    """At least this share of built-in questions must get the same label from a derived variant as from its source, or
+    one that the source finds nearly as likely (within a quarter of a nat). One question may differ, unless this is
+    1."""
     median_kl: float = Field(default=0.02, ge=0)
-    """Divergence of next-token distributions, in nats, at most."""
+    """Largest median divergence of next-token distributions between a derived variant and its source, in nats."""
 
 
 class EngineModel(StrictModel):
@@ -53,7 +54,7 @@ class EngineModel(StrictModel):
     name: str = Field(min_length=1)
     """A catalogue name, the path of a GGUF file, or a folder with safetensors and config.json."""
     path: str | None = None
-    """Where it lies, if `name` is a name of your own for it."""
+    """Its path, if `name` is a name of your own."""
     variant: str | None = None
     """One of its variants; empty: the most precise that fits well."""
     engine: Literal["llamacpp", "vllm"] | None = None
@@ -63,7 +64,7 @@ class EngineModel(StrictModel):
     tensor_parallel: int | None = Field(default=None, ge=1, le=64)
     """Devices that one copy is split over; empty: the fewest it fits on."""
     data_parallel: int | None = Field(default=None, ge=1, le=64)
-    """Copies; empty: one, or as many as there are devices for where nothing else wants them."""
+    """Copies; empty: one, or as many as free devices can hold."""
     context_tokens: int | None = Field(default=None, ge=256)
     """The longest one sequence may become (of llama.cpp: all of them together)."""
     sequences: int | None = Field(default=None, ge=1, le=4096)
@@ -71,9 +72,9 @@ class EngineModel(StrictModel):
     kv_dtype: Literal["auto", "fp8"] = "auto"
     """fp8 holds twice the tokens, where the device can (compute capability 8.9), with slightly other answers."""
     gpu_memory_share: float | None = Field(default=None, gt=0, le=0.98)
-    """Of each device's memory, at most; empty: what the others leave."""
+    """Largest share of each device's memory; empty: what the other models leave."""
     quality: Quality | None = None
-    """How good its answers are, from 0 to 1 on your own scale; empty: what the catalogue says."""
+    """How good its answers are, from 0 to 1 on your own scale; empty: the catalogue's figure."""
     options: tuple[str, ...] = ()
     """Further options of its engine, as its command line takes them."""
 
@@ -84,9 +85,10 @@ class EngineSettings(StrictModel):
     model: str = "smollm2-135m-instruct"
     """A catalogue name, or the path of a GGUF file."""
     variant: str | None = None
-    """One of the model's variants; empty: one that lies here, else its first, or what was measured to be quicker."""
+    """One of the model's variants; empty: one that is in the data directory, else its first, or the one measured to be
+    quickest."""
     threads: int | None = Field(default=None, gt=0)
-    """Empty: what was measured to be quickest, else the cores this process may use."""
+    """Threads of the CPU engine; empty: the number measured to be quickest, else the cores this process may use."""
     workload: Workload = "balanced"
     """What the engine mostly does: prefill (decisions, extraction), decode (writing), or both. It decides between
     variants that answer alike."""
@@ -96,9 +98,10 @@ class EngineSettings(StrictModel):
     models: tuple[EngineModel, ...] = ()
     """Several models, each with settings of its own. With these, `model` is served only if it is set."""
     idle_unload_seconds: PositiveSeconds | None = None
-    """A model that nobody has used for so long gives its memory back until it is wanted; empty: never."""
+    """A model that was not used for so long is unloaded until it is wanted; empty: never."""
     least_residence_seconds: PositiveSeconds = 60.0
-    """So long a loaded model stays, whoever wants its place: swapping costs more than waiting."""
+    """A loaded model stays for at least so long, even if another model needs its memory: swapping costs more than
+    waiting."""
     vllm: str | None = None
     """Folder of the environment vLLM is in; empty: the newest of `appliance engines list`, else `vllm` on the PATH."""
     vllm_options: tuple[str, ...] = ()
@@ -108,9 +111,9 @@ class EngineSettings(StrictModel):
     sequences: int | None = Field(default=None, ge=1, le=256)
     """Requests computed at once."""
     quality: Quality | None = None
-    """How good its answers are, from 0 to 1 on your own scale; empty: what the catalogue says, if it says anything."""
+    """How good its answers are, from 0 to 1 on your own scale; empty: the catalogue's figure, if it has one."""
     max_queued_requests: int = Field(default=256, ge=1)
-    """The engine's own queue; a backstop, since the node queues before it."""
+    """Length of the engine's own queue. A backstop: the node queues before it."""
     start_seconds: PositiveSeconds = 300.0
     """An engine that is not ready after so long has failed."""
     stall_seconds: PositiveSeconds = 60.0
@@ -147,7 +150,7 @@ class CostSettings(StrictModel):
     watts_per_busy_core: Usd | None = None
     """Extra power of a core at work; empty: 10 is assumed."""
     hardware_usd_per_hour: Usd = 0.0
-    """Amortisation, charged for the seconds the engine works."""
+    """Amortisation, charged for the seconds that the engine works."""
 
 
 class LedgerSettings(StrictModel):
@@ -156,12 +159,12 @@ class LedgerSettings(StrictModel):
     url: str | None = None
     """An SQLAlchemy address; empty: a SQLite file in the data directory."""
     retention_days: int = Field(default=90, ge=1)
-    """Older decisions are removed."""
+    """Decisions are removed after so many days."""
 
 
 class LogSettings(StrictModel):
     level: Literal["debug", "info", "warning", "error"] = "info"
-    """What is logged on stderr."""
+    """Least level that is logged on stderr."""
     format: Literal["auto", "json", "console"] = "auto"
     """`auto`: plain text on a terminal, JSON elsewhere."""
 
@@ -170,7 +173,7 @@ class NetworkSettings(StrictModel):
     """Addresses that belong to this site besides loopback and unix sockets."""
 
     onsite: tuple[str, ...] = ()
-    """Networks in CIDR form; servers of this site are reached nowhere else."""
+    """Networks in CIDR form. On-site servers must have an address in one of them."""
 
     @field_validator("onsite")
     @classmethod
@@ -184,45 +187,45 @@ class ProviderModel(StrictModel):
     """One model of a provider, with its price in US dollars per million tokens."""
 
     name: str = Field(min_length=1)
-    """As the provider calls it; the target is `PROVIDER/NAME`."""
+    """The provider's name for it; the target is `PROVIDER/NAME`."""
     abilities: tuple[Ability, ...] | None = None
-    """What it can do; requests that need more are not sent to it. Empty: what models of its provider's kind usually
-    can: `chat`, `json_schema` and `tools`, and mostly `completions` and `logprobs`; never `vision` or `reasoning`."""
+    """What it can do; requests that need more are not sent to it. Empty: the usual abilities of its kind: `chat`,
+    `json_schema` and `tools`, and mostly `completions` and `logprobs`; never `vision` or `reasoning`."""
     context_tokens: int | None = Field(default=None, gt=0)
     """Longer prompts are not sent to it; empty: not known, not checked."""
     input_usd: Usd | None = None
-    """Per million prompt tokens. Required where hosted: unknown is not free."""
+    """US dollars per million prompt tokens. Required where hosted: unknown is not free."""
     cached_input_usd: Usd | None = None
-    """Per million cached prompt tokens; empty: as `input_usd`."""
+    """US dollars per million cached prompt tokens; empty: as `input_usd`."""
     output_usd: Usd | None = None
-    """Per million completion tokens. Required where hosted."""
+    """US dollars per million completion tokens. Required where hosted."""
     cache_write_usd: Usd | None = None
-    """Per million prompt tokens that the provider puts into its cache; empty: the usual multiple of `input_usd`."""
+    """US dollars per million prompt tokens that the provider writes to its cache; empty: the kind's usual multiple of
+    `input_usd`."""
     batch_discount: float | None = Field(default=None, gt=0, lt=1)
-    """How much cheaper requests are in the provider's own batches, as a share (0.5: half the price). Empty: not known,
-    and then jobs never use them."""
+    """How much cheaper requests are in the provider's own batches, as a share (0.5: half the price). Empty: unknown,
+    so jobs never use them."""
     api: Api = "chat"
     """`responses` for a model that speaks only OpenAI's Responses API."""
     thinking: Thinking = "effort"
-    """How a model that thinks is told how much: by a word, or by a `budget` of tokens (Claude before 4.6, Gemini
+    """How the amount of thinking is sent: as an `effort`, or as a `budget` of tokens (Claude before 4.6, Gemini
     2.5)."""
     max_output_tokens: int | None = Field(default=None, gt=0)
-    """The longest answer. It is sent as the limit to Anthropic and Gemini where the caller gave none (empty: 8,192 to
-    Anthropic, which wants one), and put aside from budgets for every call without a limit of its own."""
+    """The longest answer. Anthropic and Gemini get it as the limit where the request has none (empty: 8,192 to
+    Anthropic, which needs one). It is reserved from budgets for every call without a limit."""
     leaves_out: tuple[str, ...] = ()
-    """Fields that this model does not take, and that are left out of requests instead of refusing them, for example
-    `temperature`."""
+    """Fields that this model does not take and that are left out of requests, for example `temperature`."""
     refuses: tuple[str, ...] = ()
-    """Fields that this model does not take: requests that have one are not sent to it."""
+    """Fields that this model does not take; requests that have one are not sent to it."""
     quality: Quality | None = None
-    """How good its answers are, from 0 to 1 on your own scale: for the quality floors and scores of routes."""
+    """How good its answers are, from 0 to 1 on your own scale, for the quality floors and scores of routes."""
 
 
 class ProviderLimits(StrictModel):
     connect_seconds: PositiveSeconds = 5.0
-    """To be connected."""
+    """Longest time to connect."""
     first_byte_seconds: PositiveSeconds = 60.0
-    """From sending to the first byte."""
+    """Longest time from sending to the first byte."""
     between_tokens_seconds: PositiveSeconds = 30.0
     """The longest silence inside a stream."""
 
@@ -231,26 +234,26 @@ class Provider(StrictModel):
     """A server somebody else runs, or another server of this site (`location = "onsite"`)."""
 
     name: Name
-    """First part of its targets' names."""
+    """Its name, and the first part of its targets' names."""
     kind: ProviderKind | None = None
-    """Which provider it is, of those whose differences are known; empty: told by its address, else `compatible`."""
+    """Which provider's differences apply; empty: the one that its address belongs to, else `compatible`."""
     dialect: Dialect | None = None
     """The wire format it speaks; empty: its kind's."""
     location: Location = "hosted"
     """`onsite` for a server of your own; its address must then lie on-site."""
     region: str | None = Field(default=None, pattern=r"^[A-Z]{2}(-[A-Z0-9]{1,8})?$")
-    """Where it computes, for example `EU`. Without one it gets no region-bound request."""
+    """Region in which it computes, for example `EU`. Without one it gets no region-bound request."""
     base_url: str | None = Field(default=None, pattern=r"^https?://\S+[^/\s]$")
     """Up to and including the version, for example `https://host/v1`. Empty: its kind's own, where that is known."""
     api_version: str | None = Field(default=None, pattern=r"^[\w.-]+$")
     """Azure: the `api-version` of its address. Anthropic: the `anthropic-version`; empty: 2026-10-21, which takes no
     `temperature`, `top_p` or `top_k`; `2023-06-01` does."""
     headers: dict[str, str] = Field(default={})
-    """Sent with every call besides, for example an organisation's id. Never a key: that belongs in key_env."""
+    """Headers to send with every call, for example an organisation's id. Never a key: that belongs in key_env."""
     key_env: str | None = None
     """Environment variable that holds its API key."""
     key_file: str | None = None
-    """Or a file that holds it."""
+    """File that holds its API key, instead of a variable."""
     models: tuple[ProviderModel, ...] = Field(min_length=1)
     limits: ProviderLimits = ProviderLimits()
     daily_usd: Usd | None = None
@@ -308,20 +311,20 @@ class Budget(StrictModel):
     """Caps on what hosted calls may cost. They are hard: a call that could exceed one is not made."""
 
     daily_usd: Usd | None = None
-    """Over all providers, in one UTC day; empty: no limit."""
+    """Cap on hosted spend over all providers in one UTC day; empty: no limit."""
     alert_at: float = Field(default=0.8, gt=0, le=1)
-    """Share of a cap from which the health page warns."""
+    """The health page warns when this share of a cap is spent."""
 
 
 class KeySettings(StrictModel):
     """An API key, stored as the SHA-256 of its text: `appliance keys create` prints such a row."""
 
     name: Name
-    """Who uses it; decisions are recorded under this name."""
+    """The key's name; decisions are recorded under it."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """Of the key's text."""
+    """SHA-256 of the key's text, in hex."""
     scopes: tuple[Scope, ...] = ("client",)
-    """`admin` may read every decision and the metrics."""
+    """What it may do; `admin` may read every decision and the metrics, and reload."""
     residency: str = "any"
     """Binds everything sent with this key: onsite, region:XX or any."""
     tier: str | None = None
@@ -340,28 +343,28 @@ class JobsSettings(StrictModel):
     """Files and batches: work that can wait, done in capacity that nobody else wants."""
 
     folder: str | None = None
-    """Where files and what jobs write lie; empty: `jobs` in the data directory."""
+    """Folder of uploaded files and results; empty: `jobs` in the data directory."""
     url: str | None = None
-    """An SQLAlchemy address for what is known of them; empty: a SQLite file in that folder."""
+    """An SQLAlchemy address for the tables of files, batches and lines; empty: a SQLite file in that folder."""
     max_file_bytes: int = Field(default=1_000_000_000, gt=0)
     """Longer uploads get a 413."""
     max_line_bytes: int = Field(default=8_000_000, gt=0)
-    """Longer lines of a batch fail, the others go on."""
+    """Longer lines of a batch fail; the others go on."""
     max_lines: int = Field(default=200_000, gt=0)
     """A batch with more fails before it begins."""
     min_free_bytes: int = Field(default=500_000_000, ge=0)
     """With less free space on the disk uploads are refused and jobs pause."""
     retention_days: float = Field(default=30.0, gt=0)
-    """Files and ended batches are removed after so long, where they do not say sooner."""
+    """Files and ended batches are removed after so many days, or sooner where they say so."""
     concurrency: int | None = Field(default=None, ge=1)
-    """Calls under way together; empty: what keeps the engines busy."""
+    """Calls in flight at once; empty: as many as keep the engines busy."""
     hosted_concurrency: int = Field(default=8, ge=1)
-    """Calls under way together at hosted targets, for what would miss its deadline on-site."""
+    """Calls in flight at once at hosted targets, for lines that would miss their deadline on-site."""
     provider_batch_seconds: float = Field(default=86_400.0, gt=0)
-    """How long a provider's own batch may take. Lines are sent in one only while their deadline leaves so much time and
-    a tenth more; what is not back by then is taken out of it and asked singly."""
+    """How long a provider's own batch may take. Lines are sent in one only while their deadline leaves this time and a
+    tenth more. Lines that are not back by then are asked singly."""
     hours: tuple[str, ...] = ()
-    """When jobs run, as `22:00-06:00` in the machine's own time; empty: always."""
+    """When jobs run, as `22:00-06:00` in the machine's time zone; empty: always."""
 
     @field_validator("hours")
     @classmethod
@@ -376,9 +379,9 @@ class LearningSettings(StrictModel):
     """What classifiers learn from traffic, on routes with a cascade."""
 
     retention_days: float = Field(default=90.0, gt=0)
-    """Labels, and the texts that a route keeps, are removed after so long."""
+    """Labels, and the texts that a route keeps, are removed after so many days."""
     max_texts: int = Field(default=200_000, ge=1)
-    """Most labelled texts of one classifier that are kept; the oldest go first."""
+    """Labelled texts kept of one classifier; beyond it the oldest are removed."""
 
 
 class NodeConfig(StrictModel):
