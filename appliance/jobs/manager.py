@@ -59,7 +59,7 @@ class JobManager:
         state: State,
         alerts: HealthAlerts,
         clock: Callable[[], float],
-        wall: Callable[[], float],
+        wall_clock: Callable[[], float],
         free: Callable[[Path], int] = read_free_bytes,
         provider_lines: ProviderLines | None = None,
     ) -> "JobManager":
@@ -70,7 +70,9 @@ class JobManager:
         url = config.url or URL.create("sqlite", database=str(root / "jobs.sqlite")).render_as_string()
         store = await JobStore.open(url)
         places = FairShareSlots(lambda: choose_concurrency(state.snapshot, config.concurrency))
-        return cls(JobDeps(config, store, folder, line_handler, places, state, alerts, clock, wall, provider_lines))
+        return cls(
+            JobDeps(config, store, folder, line_handler, places, state, alerts, clock, wall_clock, provider_lines)
+        )
 
     async def start(self) -> None:
         """Go on with what has not ended, and remove what nobody knows of."""

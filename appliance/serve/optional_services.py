@@ -67,7 +67,7 @@ async def open_jobs(
             state=state,
             alerts=signals,
             clock=time.monotonic,
-            wall=time.time,
+            wall_clock=time.time,
             provider_lines=provider_lines,
         )
         stack.push_async_callback(jobs.aclose)

@@ -18,6 +18,7 @@ from appliance.config import NodeConfig
 from appliance.core import Target
 from appliance.errors import EngineFailed
 from appliance.jobs.lines.executor import LineExecutor
+from appliance.jobs.lines.requests import LineRequests
 from appliance.jobs.provider.lines import ProviderLines
 from appliance.ledger.store import Ledger
 from appliance.node.energy.sampler import EnergyMeters, EnergySampler
@@ -130,8 +131,10 @@ async def _start_data(
     start_background_task(stack, "keys", lambda: node.follow_keys(ledger), signals)
     task_fits = TaskCalibrationStore(site.home / "task_fits.json")
     saved_tasks = SavedTasks(site.home / "tasks")
-    lines = LineExecutor(pipeline=lambda: node.pipeline, auth=node.auth, fits=task_fits, saved=saved_tasks)
-    jobs = await open_jobs(site, lines, ProviderLines(lines, lambda: node.pipeline), state, signals, metrics, stack)
+    lines = LineRequests(node.auth, task_fits, saved_tasks)
+    executor = LineExecutor(lines, lambda: node.pipeline)
+    provider_lines = ProviderLines(lines, lambda: node.pipeline)
+    jobs = await open_jobs(site, executor, provider_lines, state, signals, metrics, stack)
     app = create_app(
         pipeline=lambda: node.pipeline,
         auth=node.auth,

@@ -16,6 +16,7 @@ from appliance.config import KeySettings
 from appliance.core import UpstreamCall
 from appliance.errors import ConfigError, RequestError, StorageFull
 from appliance.jobs.lines.executor import LineExecutor
+from appliance.jobs.lines.requests import LineRequests
 from appliance.jobs.models import BatchLine, BatchTerms
 from appliance.router.pii.text_extractor import extract_text
 from appliance.tasks.calibration_store import TaskCalibrationStore
@@ -239,7 +240,7 @@ async def test_lines_of_jobs_name_tasks_too(pipeline: StandInPipeline) -> None:
     saved.put(read_saved_task({**RECEIPT, "keys": ["somebody"]}, 0, "now"))
     keys = [KeySettings(name=name, sha256=hashlib.sha256(name.encode()).hexdigest()) for name in ("somebody", "else")]
     auth = Authenticator(keys, host="127.0.0.1")
-    lines = LineExecutor(pipeline=lambda: pipeline, auth=auth, fits=TaskCalibrationStore(), saved=saved)
+    lines = LineExecutor(LineRequests(auth, TaskCalibrationStore(), saved), lambda: pipeline)
     asked = [
         ("/v1/decisions", {"task": "mail", "input": "x"}),
         ("/v1/systemone", {"task": "mail", "state": "x"}),

@@ -115,7 +115,7 @@ class Office:
             state=state,
             alerts=self.alerts,
             clock=lambda: self.clock,
-            wall=lambda: self.wall,
+            wall_clock=lambda: self.wall,
             free=lambda _: self.free,
         )
         await desk.start()

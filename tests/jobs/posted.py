@@ -15,6 +15,7 @@ from appliance.config.targets import provider_targets
 from appliance.core import Target
 from appliance.errors import BudgetExceeded
 from appliance.jobs.lines.executor import LineExecutor
+from appliance.jobs.lines.requests import LineRequests
 from appliance.jobs.manager import JobManager, new_batch_id
 from appliance.jobs.models import Batch, StoredFile
 from appliance.jobs.provider.lines import ProviderLines
@@ -92,11 +93,8 @@ class PostOffice:
         scene.ledger = self.ledger
         scene.reload(self.policy)
         self.scene = scene
-        lines = LineExecutor(
-            pipeline=lambda: scene.pipeline,
-            auth=Authenticator(self.keys, host="127.0.0.1"),
-            fits=TaskCalibrationStore(),
-        )
+        requests = LineRequests(Authenticator(self.keys, host="127.0.0.1"), TaskCalibrationStore())
+        lines = LineExecutor(requests, lambda: scene.pipeline)
         desk = await JobManager.open(
             self.config,
             self.home,
@@ -104,8 +102,8 @@ class PostOffice:
             state=scene.state,
             alerts=Alerts(),
             clock=lambda: self.clock,
-            wall=lambda: self.wall,
-            provider_lines=ProviderLines(lines, lambda: scene.pipeline),
+            wall_clock=lambda: self.wall,
+            provider_lines=ProviderLines(requests, lambda: scene.pipeline),
         )
         await desk.start()
         try:

@@ -19,6 +19,7 @@ from appliance.api.auth import Authenticator
 from appliance.config import JobsSettings, KeySettings, ServerSettings
 from appliance.core import Decision, Request, TaskCall, UpstreamCall
 from appliance.jobs.lines.executor import LineExecutor
+from appliance.jobs.lines.requests import LineRequests
 from appliance.jobs.manager import JobManager
 from appliance.jobs.metrics import JobMetrics
 from appliance.state import State
@@ -97,7 +98,8 @@ async def node(home: Path, config: JobsSettings | None = None, free: int = 10**1
     auth = Authenticator(keys, host="127.0.0.1")
     state = State(lambda: NOW)
     state.publish(snapshot())
-    lines = LineExecutor(pipeline=lambda: pipeline, auth=auth, fits=fits, clock=lambda: NOW, wall_clock=lambda: WALL)
+    requests = LineRequests(auth, fits, clock=lambda: NOW, wall_clock=lambda: WALL)
+    lines = LineExecutor(requests, lambda: pipeline)
     desk = await JobManager.open(
         config or JobsSettings(min_free_bytes=1000),
         home,
@@ -105,7 +107,7 @@ async def node(home: Path, config: JobsSettings | None = None, free: int = 10**1
         state=state,
         alerts=Alerts(),
         clock=lambda: NOW,
-        wall=lambda: WALL,
+        wall_clock=lambda: WALL,
         free=lambda _: free,
     )
     await desk.start()

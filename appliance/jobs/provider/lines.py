@@ -6,7 +6,8 @@ from typing import Protocol
 
 from appliance.core import Request, ResponseMetadata, TaskCall
 from appliance.errors import ApplianceError
-from appliance.jobs.lines.executor import LineExecutor, make_answer, make_request_id, read_usage
+from appliance.jobs.lines.answers import make_answer, read_usage
+from appliance.jobs.lines.requests import LineRequests, make_request_id
 from appliance.jobs.models import BatchLine, BatchTerms, LineAnswer, ProviderBatch
 from appliance.router.provider_batches import PreparedLine, ProviderBatchSubmitter
 from appliance.upstream.provider_batches import BatchResult
@@ -22,8 +23,8 @@ class ProviderBatchPipeline(Protocol):
 class ProviderLines:
     """`pipeline` is called anew for each step: reloads replace it."""
 
-    def __init__(self, lines: LineExecutor, pipeline: Callable[[], ProviderBatchPipeline]) -> None:
-        self._lines, self._pipeline = lines, pipeline
+    def __init__(self, requests: LineRequests, pipeline: Callable[[], ProviderBatchPipeline]) -> None:
+        self._requests, self._pipeline = requests, pipeline
 
     @property
     def submitter(self) -> ProviderBatchSubmitter:
@@ -32,7 +33,7 @@ class ProviderLines:
 
     async def prepare_lines(self, lines: Sequence[BatchLine], terms: BatchTerms) -> Sequence[PreparedLine | None]:
         """Each line ready to be sent; None where it is to be asked the usual way. Raises Unauthorized."""
-        self._lines.find_caller(terms)
+        self._requests.find_caller(terms)
         return [await self._prepare(line, terms) for line in lines]
 
     async def _prepare(self, line: BatchLine, terms: BatchTerms) -> PreparedLine | None:
@@ -59,7 +60,7 @@ class ProviderLines:
         found = self.submitter.read(request, call, record, provider_batch.remote_id or "", row)
         if found.error is not None:
             return None
-        payload = self._lines.line_endpoints[line.url].payload([found.payload], [call])
+        payload = self._requests.make_payload(line, [found.payload], [call])
         name = make_request_id(line, terms)
         metadata = ResponseMetadata(
             name, found.decision_id, provider_batch.target, "hosted", "", "", "", found.cost_usd, True
@@ -68,9 +69,9 @@ class ProviderLines:
 
     async def _make_request(self, line: BatchLine, terms: BatchTerms) -> tuple[Request, TaskCall | None]:
         """The request, and its call where it is a single one."""
-        caller = self._lines.find_caller(terms)
-        parsed, calls = await self._lines.read_calls(line, caller)
-        request = self._lines.make_request(parsed, make_request_id(line, terms), caller, terms)
+        caller = self._requests.find_caller(terms)
+        parsed, calls = await self._requests.read_calls(line, caller)
+        request = self._requests.make_request(parsed, make_request_id(line, terms), caller, terms)
         return request, calls[0] if len(calls) == 1 else None
 
 
