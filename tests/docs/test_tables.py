@@ -87,6 +87,13 @@ def test_every_environment_variable_that_the_program_reads_is_documented() -> No
     }
 
 
+def test_every_file_that_is_named_exists() -> None:
+    named = set(re.findall(r"`((?:appliance|tests|scripts|model_configs|hardware)/[\w./-]*)`", ALL))
+    assert "appliance/upstream/egress.py" in named
+    made_up = {"model_configs/NAME.toml"}
+    assert not {name for name in named if not (ROOT / name).exists()} - made_up
+
+
 def test_every_script_that_is_named_exists() -> None:
     named = set(re.findall(r"scripts/([\w-]+)", ALL))
     assert {"serve", "test"} <= named
