@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,7 +193,7 @@ def _generates(folder: Path) -> bool:
     return not (folder / "model.onnx").is_file() and isinstance(config, dict) and "architectures" in config
 
 
-def _tensors(folder: Path) -> dict[str, Any]:
+def _tensors(folder: Path) -> Mapping[str, npt.NDArray[Any]]:
     path = folder / "model.safetensors"
     try:
         return load_file(path)

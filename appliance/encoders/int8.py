@@ -29,6 +29,9 @@ _RUN_TIME_DOMAIN: Final = "com.microsoft"
 _INT8_PRODUCT_FLAGS: Final = frozenset({"avx512_vnni", "avx_vnni", "asimddp"})
 """Processors without one of these add such products up in 16 bits and lose the large ones."""
 
+Messages = Mapping[str, Any]
+"""Nodes or tensors of a graph by name; protobuf's classes are made while the program runs."""
+
 _MESSAGES: Final[Mapping[str, tuple[tuple[str, int, str], ...]]] = {
     "OperatorSetIdProto": (("domain", 1, "string"), ("version", 2, "int64")),
     "NodeProto": (("input", 1, "string*"), ("output", 2, "string*"), ("op_type", 4, "string"), ("domain", 7, "string")),
@@ -94,7 +97,7 @@ def _replace_products(graph: Any) -> bool:
     return changed
 
 
-def _find_stored_weights(node: Any, makers: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[Any, Any] | None:
+def _find_stored_weights(node: Any, makers: Messages, tensors: Messages) -> tuple[Any, Any] | None:
     """The int8 weights and their scale that a product's right side is made of, if it is made of such."""
     scaled = makers.get(node.input[1])
     if scaled is None or scaled.op_type != "Mul":
@@ -112,7 +115,7 @@ def _find_stored_weights(node: Any, makers: Mapping[str, Any], tensors: Mapping[
     return None
 
 
-def _find_bias(add: Any, output: str, tensors: Mapping[str, Any]) -> str | None:
+def _find_bias(add: Any, output: str, tensors: Messages) -> str | None:
     """What is added to a product, if that is one row of numbers."""
     other = next((name for name in add.input if name != output), "")
     tensor = tensors.get(other)

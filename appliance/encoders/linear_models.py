@@ -15,10 +15,12 @@ from appliance.encoders.features import FeatureBlocks, FeatureVocabulary, build_
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+FeatureMatrices = Mapping[str, Any]
+"""A matrix for each block of features, by name, with a row for each text; sparse or dense."""
 Tier = Literal["words", "encoder"]
 
 TIERS: Final[tuple[Tier, ...]] = ("words", "encoder")
-"""From the cheapest to the dearest."""
+"""From the cheapest to the most expensive."""
 _TABLE_BYTES: Final = 64_000_000
 """What one head may remember of words. When it is full it begins anew."""
 CLIP: Final = 1e-6
@@ -58,13 +60,13 @@ class LinearModel:
     bias: Floats
 
 
-def stack_blocks(blocks: Mapping[str, Any], recipe: FeatureRecipe) -> Any:
+def stack_blocks(blocks: FeatureMatrices, recipe: FeatureRecipe) -> Any:
     """All features of `recipe` side by side, in the order of its shares."""
     parts = [sparse.csr_matrix(blocks[name]) * np.float32(share) for name, share in recipe.shares.items()]
     return sparse.hstack(parts, format="csr")
 
 
-def split_weights(weights: Floats, blocks: Mapping[str, Any], recipe: FeatureRecipe) -> Mapping[str, Floats]:
+def split_weights(weights: Floats, blocks: FeatureMatrices, recipe: FeatureRecipe) -> Mapping[str, Floats]:
     """The rows of `weights` by block, the shares multiplied in."""
     found, start = {}, 0
     for name, share in recipe.shares.items():
@@ -108,24 +110,24 @@ class ProbabilityCalibration:
 
 
 def compute_ood_scores(scores: Floats) -> Floats:
-    """How little a text is like any label: the highest score, turned round. Scores of one label against the rest are
-    all low for a text that is like none of them, which their softmax hides."""
+    """Out-of-distribution scores: the highest label score with its sign turned. Scores of one label against the
+    rest are all low for a text that is like none of them, which their softmax hides."""
     highest: Floats = -scores.max(axis=1)
     return highest
 
 
 class LinearScorer:
-    """Scores by a lexicon's words; every word's share of the scores is computed once. Safe to use from threads."""
+    """Scores by a vocabulary's words; every word's share of the scores is computed once. Safe to use from threads."""
 
-    def __init__(self, lexicon: FeatureVocabulary, linear: LinearModel) -> None:
-        self._lexicon, self._linear = lexicon, linear
+    def __init__(self, vocabulary: FeatureVocabulary, linear: LinearModel) -> None:
+        self._vocabulary, self._linear = vocabulary, linear
         self._labels = len(linear.bias)
         self._lock = threading.Lock()
-        weights, words = linear.weights, len(lexicon.words)
+        weights, words = linear.weights, len(vocabulary.words)
         self._uses_words, self._uses_pieces = "words" in weights, "pieces" in weights
         self._uses_static = "static" in weights
         if self._uses_words:
-            rarity, pair_rarity = lexicon.weights["words"], lexicon.weights["pairs"]
+            rarity, pair_rarity = vocabulary.weights["words"], vocabulary.weights["pairs"]
             self._word_scores = weights["words"][:words] * rarity[:, None]
             self._pair_scores = weights["words"][words:] * pair_rarity[:, None]
             self._word_squares, self._pair_squares = rarity**2, pair_rarity**2
@@ -137,7 +139,7 @@ class LinearScorer:
 
     @property
     def _dimensions(self) -> int:
-        return self._lexicon.vectors.dimensions if self._lexicon.vectors is not None and self._uses_static else 0
+        return self._vocabulary.vectors.dimensions if self._vocabulary.vectors is not None and self._uses_static else 0
 
     def scores(self, texts: Sequence[str]) -> Floats:
         split = [split_words(text) for text in texts]
@@ -149,7 +151,7 @@ class LinearScorer:
             total = np.tile(self._linear.bias, (len(texts), 1))
             member = build_incidence(places, len(place))
             if self._uses_words:
-                pairs = build_incidence(self._lexicon.pair_rows(split), len(self._lexicon.pairs))
+                pairs = build_incidence(self._vocabulary.pair_rows(split), len(self._vocabulary.pairs))
                 squares = member @ rows.word_squares + pairs @ self._pair_squares
                 total += (member @ rows.word_scores + pairs @ self._pair_scores) / _roots(squares)
             if self._uses_pieces:
@@ -170,20 +172,20 @@ class LinearScorer:
         return unique
 
     def _rows_of(self, words: Sequence[str]) -> "_WordRows":
-        lexicon, count = self._lexicon, len(words)
+        vocabulary, count = self._vocabulary, len(words)
         rows = _WordRows.zeros(count, self._labels, self._dimensions)
         if self._uses_words:
             for at, word in enumerate(words):
-                place = lexicon.word_place.get(word)
+                place = vocabulary.word_place.get(word)
                 if place is not None:
                     rows.word_scores[at] = self._word_scores[place]
                     rows.word_squares[at] = self._word_squares[place]
         if self._uses_pieces:
-            pieces = lexicon.piece_rows(words)
+            pieces = vocabulary.piece_rows(words)
             rows.piece_scores[:] = pieces @ self._linear.weights["pieces"]
             rows.piece_squares[:] = np.asarray(pieces.multiply(pieces).sum(axis=1)).ravel()
-        if lexicon.vectors is not None and self._uses_static:
-            rows.sums[:] = lexicon.vectors.sums(words)
+        if vocabulary.vectors is not None and self._uses_static:
+            rows.sums[:] = vocabulary.vectors.sums(words)
         return rows
 
 
@@ -220,7 +222,7 @@ class _WordRows:
         )
 
 
-def name_blocks(blocks: FeatureBlocks, encoded: Floats | None) -> Mapping[str, Any]:
+def name_blocks(blocks: FeatureBlocks, encoded: Floats | None) -> FeatureMatrices:
     """The blocks there are, by name."""
     found = {
         "words": blocks.words,

@@ -27,14 +27,16 @@ class EncoderEndpoints:
         return json_response({"status": "draining"}, 503) if self.is_draining else json_response({"status": "ok"})
 
     async def load(self, request: Request) -> Response:
-        return json_response(self.service.load())
+        return json_response(self.service.report_load())
 
     async def models(self, request: Request) -> Response:
-        return json_response({"object": "list", "data": self.service.models()})
+        return json_response({"object": "list", "data": self.service.list_models()})
 
     async def served(self, request: Request) -> Response:
         """What the router may send here, by name."""
-        return json_response(await asyncio.to_thread(self.service.served))
+        served = await asyncio.to_thread(self.service.list_served)
+        self.service.measure_speed_once()
+        return json_response(served)
 
     async def embeddings(self, request: Request) -> Response:
         return await self._work(request, self.service.embed)
@@ -51,12 +53,12 @@ class EncoderEndpoints:
 
     async def train(self, request: Request) -> Response:
         run = await self.service.train(await _body(request))
-        return json_response(run.facts(), 202)
+        return json_response(run.to_json(), 202)
 
     async def classifiers(self, request: Request) -> Response:
         rows = await asyncio.to_thread(self.service.list)
         running = self.service.training_jobs.running
-        return json_response({"object": "list", "data": rows, "training": running and running.facts()})
+        return json_response({"object": "list", "data": rows, "training": running and running.to_json()})
 
     async def show(self, request: Request) -> Response:
         return json_response(await asyncio.to_thread(self.service.show, request.path_params["name"], _version(request)))
@@ -85,10 +87,10 @@ class EncoderEndpoints:
         return json_response(await asyncio.to_thread(self.service.remove, request.path_params["name"]))
 
     async def training(self, request: Request) -> Response:
-        return json_response(self.service.training_jobs.get(request.path_params["name"]).facts())
+        return json_response(self.service.training_jobs.get(request.path_params["name"]).to_json())
 
     async def cancel(self, request: Request) -> Response:
-        return json_response(self.service.training_jobs.cancel(request.path_params["name"]).facts())
+        return json_response(self.service.training_jobs.cancel(request.path_params["name"]).to_json())
 
 
 def make_app(endpoints: EncoderEndpoints) -> Starlette:

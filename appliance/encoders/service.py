@@ -13,25 +13,38 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from appliance.core.json_types import JsonObject, MutableJsonObject
 from appliance.encoders.embedders import ONNX_MAX_TOKENS, STATIC_MAX_TOKENS
-from appliance.encoders.linear_models import TIERS
+from appliance.encoders.load_report import EncoderLoadReport, SpeedMeter
 from appliance.encoders.model_cache import ModelCache
+from appliance.encoders.request_fields import (
+    MAX_INPUTS,
+    MAX_TEXTS,
+    ThresholdRequest,
+    parse_model_name,
+    parse_texts,
+    parse_threshold_request,
+    parse_train_request,
+    parse_version,
+)
 from appliance.encoders.shadow import Shadows
+from appliance.encoders.store import ClassifierStore, check_name
 from appliance.encoders.training.examples import read_examples
-from appliance.encoders.training.jobs import TrainingJob, TrainingJobs
+from appliance.encoders.training.jobs import TrainingJob, TrainingJobs, TrainingOrder
 from appliance.encoders.training.metrics import build_report
-from appliance.encoders.training.selective_risk import RiskThreshold, find_threshold, has_enough_rows, tabulate_bounds
+from appliance.encoders.training.selective_risk import find_threshold, has_enough_rows, tabulate_bounds
 from appliance.encoders.two_stage import ClassifierHead, StageAnswers
-from appliance.encoders.versions import ClassifierStore, check_name
-from appliance.errors import RequestError
+from appliance.errors import ApplianceError, RequestError
+from appliance.worker.json_log import log
 from appliance.worker.server import ActiveRequests
 
-MAX_TEXTS: Final = 10_000
-MAX_INPUTS: Final = 2_048
 _CHARS_PER_TOKEN: Final = 4
-"""Heads count no tokens; what they report is this estimate."""
-_BATCH: Final = 512
+"""Classifiers count no tokens; what they report is this estimate."""
+_BATCH_TEXTS: Final = 512
 _MIN_EXAMPLES: Final = 2
+_SHORT_REPORT: Final = ("recipe", "tier", "accuracy", "macro_f1", "ece", "examples")
+_SPEED_TEXTS: Final = ("Where is my parcel? It should have come on Monday.", "Please send the invoice again.") * 8
+"""What the speed is measured on before anybody has asked: short texts in one call, as in everyday use."""
 
 Floats = npt.NDArray[np.float32]
 
@@ -44,17 +57,20 @@ class EncoderService:
         self.store = ClassifierStore(data)
         self.training_jobs = TrainingJobs(data, models, max(1, threads - 1), self._trained)
         self.shadows = Shadows(lambda head, texts: self._answers(head, texts).probabilities)
-        self.classified_batches = 0
-        self.tokens_total = 0
+        self.speed = SpeedMeter()
+        self._classified_batches = 0
         self.requests = ActiveRequests()
         self._heads: dict[str, tuple[int, ClassifierHead]] = {}
         self._loading = threading.Lock()
+        self._speed_tried: Sequence[str] = ()
+        """The names that were served when the speed was last measured without a request."""
+        self._measuring: asyncio.Task[None] | None = None
 
-    async def embed(self, body: Mapping[str, Any]) -> bytes:
-        name, texts = _text_of(body, "model"), _texts(body.get("input"), "input", MAX_INPUTS)
-        width = body.get("dimensions")
+    async def embed(self, body: JsonObject) -> bytes:
+        """OpenAI's reply to an embeddings request, as JSON."""
+        name, texts = parse_model_name(body), parse_texts(body, "input", MAX_INPUTS)
         encoding = body.get("encoding_format") or "float"
-        return await asyncio.to_thread(self._embed, name, texts, width, encoding)
+        return await asyncio.to_thread(self._embed, name, texts, body.get("dimensions"), encoding)
 
     def _embed(self, name: str, texts: Sequence[str], width: Any, encoding: str) -> bytes:
         model = self.model_cache.get_embedder(name)
@@ -62,7 +78,10 @@ class EncoderService:
             raise RequestError(
                 f"dimensions is {width!r}: {name} has {model.dimensions}, so from 1 to that", param="dimensions"
             )
+        began = time.perf_counter()
         found = model.embed(texts)
+        tokens = int(sum(found.tokens))
+        self.speed.observe(tokens, time.perf_counter() - began)
         rows = found.vectors
         if width is not None and width < model.dimensions:
             rows = rows[:, :width] / np.maximum(np.linalg.norm(rows[:, :width], axis=1, keepdims=True), 1e-12)
@@ -71,24 +90,25 @@ class EncoderService:
             {"object": "embedding", "index": place, "embedding": _encoded(row, encoding)}
             for place, row in enumerate(rows)
         ]
-        tokens = int(sum(found.tokens))
-        self.tokens_total += tokens
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         payload = {"object": "list", "data": data, "model": name, "usage": usage}
         return orjson.dumps(payload, option=orjson.OPT_SERIALIZE_NUMPY)
 
-    async def classify(self, body: Mapping[str, Any]) -> bytes:
-        name, texts = check_name(body.get("model")), _texts(body.get("texts"), "texts", MAX_TEXTS)
-        payload, answers = await asyncio.to_thread(self._classify, name, body.get("version"), texts)
-        if body.get("version") is None:
+    async def classify(self, body: JsonObject) -> bytes:
+        """Probabilities of every label for every text, as JSON. A shadow sees what the serving version answered."""
+        name, texts = check_name(body.get("model")), parse_texts(body, "texts", MAX_TEXTS)
+        version = parse_version(body.get("version"))
+        payload, answers = await asyncio.to_thread(self._classify, name, version, texts)
+        if version is None:
             self.shadows.observe(name, texts, answers)
         return payload
 
-    def _classify(self, name: str, version: Any, texts: Sequence[str]) -> tuple[bytes, Sequence[str]]:
-        number, head = self._head(name, version)
+    def _classify(self, name: str, version: int | None, texts: Sequence[str]) -> tuple[bytes, Sequence[str]]:
+        number, head = self._load_head(name, version)
+        began = time.perf_counter()
         found = self._answers(head, texts)
         tokens = sum(len(text) // _CHARS_PER_TOKEN + 1 for text in texts)
-        self.tokens_total += tokens
+        self.speed.observe(tokens, time.perf_counter() - began)
         payload = {
             "model": name,
             "version": number,
@@ -103,17 +123,17 @@ class EncoderService:
 
     def _answers(self, head: ClassifierHead, texts: Sequence[str]) -> StageAnswers:
         parts = []
-        for start in range(0, len(texts), _BATCH):
-            parts.append(head.answer(texts[start : start + _BATCH]))
-            self.classified_batches += 1
+        for start in range(0, len(texts), _BATCH_TEXTS):
+            parts.append(head.answer(texts[start : start + _BATCH_TEXTS]))
+            self._classified_batches += 1
         return StageAnswers(
             np.vstack([part.probabilities for part in parts]),
             np.concatenate([part.ood_scores for part in parts]),
             np.concatenate([part.escalated for part in parts]),
         )
 
-    def _head(self, name: str, version: Any) -> tuple[int, ClassifierHead]:
-        number = self.store.find_serving(name) if version is None else _whole(version)
+    def _load_head(self, name: str, version: int | None) -> tuple[int, ClassifierHead]:
+        number = self.store.find_serving(name) if version is None else version
         kept = self._heads.get(name)
         if kept is not None and kept[0] == number:
             return kept
@@ -123,35 +143,29 @@ class EncoderService:
                 self._heads[name] = (number, head)
             return number, head
 
-    async def train(self, body: Mapping[str, Any]) -> TrainingJob:
+    async def train(self, body: JsonObject) -> TrainingJob:
         """Start a training. What is wrong with the examples is said at once."""
-        name = check_name(body.get("name"))
-        wanted, dearest = body.get("accuracy"), body.get("tier", TIERS[-1])
-        if wanted is not None and (type(wanted) not in (int, float) or not 0 < wanted < 1):
-            raise RequestError(f"accuracy is {wanted!r}: it must be a number between 0 and 1", param="accuracy")
-        if dearest not in TIERS:
-            raise RequestError(f"tier is {str(dearest)[:40]!r}: it must be {' or '.join(TIERS)}", param="tier")
-        labels = _labels(body.get("labels"))
+        request = parse_train_request(body)
         given, format = body.get("examples"), body.get("format")
-        if _flag(body, "with_kept"):
-            given = await asyncio.to_thread(self._with_kept, name, given)
-        found = await asyncio.to_thread(read_examples, given, format, labels, at_least=_MIN_EXAMPLES)
-        if _flag(body, "keep_examples"):
-            await asyncio.to_thread(
-                self.store.keep_examples, name, found.texts, [found.labels[at] for at in found.truth]
+        if request.with_kept:
+            given = await asyncio.to_thread(self._with_kept, request.name, given)
+        found = await asyncio.to_thread(read_examples, given, format, request.labels, at_least=_MIN_EXAMPLES)
+        if request.keep_examples:
+            labels = [found.labels[place] for place in found.truth]
+            await asyncio.to_thread(self.store.keep_examples, request.name, found.texts, labels)
+        return self.training_jobs.start(
+            TrainingOrder(
+                name=request.name,
+                texts=found.texts,
+                truth=found.truth.tolist(),
+                labels=found.labels,
+                notes=found.notes,
+                wanted_accuracy=request.wanted_accuracy,
+                max_tier=request.max_tier,
+                encoder=request.encoder,
+                serve=request.serve,
             )
-        job = {
-            "serve": _flag(body, "serve", usual=True),
-            "name": name,
-            "texts": found.texts,
-            "truth": found.truth.tolist(),
-            "labels": found.labels,
-            "notes": found.notes,
-            "wanted_accuracy": wanted,
-            "dearest": dearest,
-            "encoder": body.get("encoder"),
-        }
-        return self.training_jobs.start(name, job)
+        )
 
     def _with_kept(self, name: str, given: Any) -> Any:
         """More examples together with those that were given and kept before. The newer label of a text counts."""
@@ -160,85 +174,68 @@ class EncoderService:
         newer = {row.get("text") for row in given if isinstance(row, Mapping)}
         return [*(row for row in self.store.read_kept_examples(name) if row["text"] not in newer), *given]
 
-    def _trained(self, run: TrainingJob) -> None:
-        self._heads.pop(run.name, None)
+    def _trained(self, job: TrainingJob) -> None:
+        self._heads.pop(job.name, None)
 
-    def list(self) -> Sequence[Mapping[str, Any]]:
-        return [self.show(name, None, short=True) for name in self.store.list_names()]
+    def list(self) -> Sequence[MutableJsonObject]:
+        """Every classifier in short."""
+        rows = []
+        for name in self.store.list_names():
+            facts, report = self._describe(name, None)
+            rows.append({**facts, "labels": len(facts["labels"]), **{key: report[key] for key in _SHORT_REPORT}})
+        return rows
 
-    def show(self, name: str, version: int | None, *, short: bool = False) -> Mapping[str, Any]:
+    def show(self, name: str, version: int | None) -> MutableJsonObject:
+        """One version of a classifier with its report; None: the one that serves."""
+        facts, report = self._describe(name, version)
+        job, shadow = self.training_jobs.find(name), self.shadows.get(name)
+        training, shadowing = job and job.to_json(), shadow and shadow.to_json()
+        return {**facts, "report": report, "training": training, "shadow": shadowing}
+
+    def _describe(self, name: str, version: int | None) -> tuple[MutableJsonObject, JsonObject]:
         stored = self.store.describe(name, version)
-        serving, run = self.store.find_serving(name), self.training_jobs.find(name)
-        told = stored.facts["report"]
-        facts: dict[str, Any] = {
+        facts = {
             "name": name,
             "model": f"classifier/{name}",
             "version": stored.version,
-            "serving": serving,
+            "serving": self.store.find_serving(name),
             "versions": self.store.list_versions(name),
             "made_at": stored.facts["made_at"],
             "labels": stored.facts["labels"],
         }
-        if short:
-            shown = ("recipe", "tier", "accuracy", "macro_f1", "ece", "examples")
-            return {**facts, "labels": len(facts["labels"]), **{key: told[key] for key in shown}}
-        shadow = self.shadows.get(name)
-        return {
-            **facts,
-            "report": told,
-            "training": None if run is None else run.facts(),
-            "shadow": None if shadow is None else shadow.facts(),
-        }
+        return facts, stored.facts["report"]
 
-    async def threshold(self, name: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        """From which confidence on answers may stand: by the held-out rows, and by labelled traffic.
+    async def threshold(self, name: str, body: JsonObject) -> JsonObject:
+        """From which confidence on answers may stand: by the held-out rows, and by labelled traffic."""
+        return await asyncio.to_thread(self._threshold, check_name(name), parse_threshold_request(body))
 
-        `live` rows [confidence, right] are a random sample of it; `complaints` are confidences of answers that somebody
-        said were wrong: no sample, so they only count against. `over_texts` 0: the bound is for the long run.
-        """
-        return await asyncio.to_thread(self._threshold, check_name(name), body)
-
-    def _threshold(self, name: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        bound, confidence = body.get("bound"), body.get("confidence")
-        if not isinstance(bound, float) or not isinstance(confidence, float):
-            raise RequestError("bound and confidence must be numbers between 0 and 1", param="bound")
-        next_rows = body.get("over_texts") or None
-        number = self.store.find_serving(name) if body.get("version") is None else _whole(body["version"])
-        wrong = [(float(score), False) for score in body.get("complaints") or ()]
-        live = [(float(score), bool(right)) for score, right in body.get("live") or ()]
+    def _threshold(self, name: str, request: ThresholdRequest) -> JsonObject:
+        number = self.store.find_serving(name) if request.version is None else request.version
         held = self.store.read_held_out(name, number)
-        strange = held["strangeness"] > float(self.store.describe(name, number).facts["strange_from"])
-        scores = np.where(strange, 0.0, held["confidence"]).tolist()
-        rows = list(zip(scores, held["right"].astype(bool).tolist(), strict=True))
-        try:
-            by_held_out = find_threshold(bound, confidence, rows + wrong, next_rows=next_rows)
-            by_live = find_threshold(bound, confidence, live + wrong, next_rows=next_rows)
-        except ValueError as error:
-            raise RequestError(str(error), param="bound") from error
-        enough = has_enough_rows(len(live), bound, confidence, next_rows=next_rows)
+        ood = held["strangeness"] > float(self.store.describe(name, number).facts["strange_from"])
+        scores = np.where(ood, 0.0, held["confidence"]).tolist()
+        held_out = list(zip(scores, held["right"].astype(bool).tolist(), strict=True))
         return {
             "version": number,
-            "held_out": _threshold_facts(
-                by_held_out, has_enough_rows(len(rows), bound, confidence, next_rows=next_rows)
-            ),
-            "live": _threshold_facts(by_live, enough),
+            "held_out": _threshold_json(request, held_out),
+            "live": _threshold_json(request, request.live),
         }
 
-    async def shadow(self, name: str, version: Any) -> Mapping[str, Any]:
+    async def shadow(self, name: str, version: Any) -> JsonObject:
         """Have a version see what the serving one answers; None: no more."""
-        if version is None:
+        wanted = parse_version(version)
+        if wanted is None:
             self.shadows.stop(check_name(name))
             return {"name": name, "shadow": None}
-        number, head = await asyncio.to_thread(self._head, check_name(name), version)
-        self.shadows.start(name, number, head)
-        return {"name": name, "shadow": {"version": number, "texts": 0, "disagreed": 0}}
+        number, head = await asyncio.to_thread(self._load_head, check_name(name), wanted)
+        return {"name": name, "shadow": self.shadows.start(name, number, head).to_json()}
 
-    async def evaluate(self, name: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+    async def evaluate(self, name: str, body: JsonObject) -> JsonObject:
         """The serving version, or the one named, on labelled examples that it was not trained on."""
-        return await asyncio.to_thread(self._evaluate, name, body)
+        return await asyncio.to_thread(self._evaluate, name, parse_version(body.get("version")), body)
 
-    def _evaluate(self, name: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        number, head = self._head(name, body.get("version"))
+    def _evaluate(self, name: str, version: int | None, body: JsonObject) -> JsonObject:
+        number, head = self._load_head(name, version)
         examples = read_examples(body.get("examples"), body.get("format"), head.labels)
         began = time.monotonic()
         found = self._answers(head, examples.texts)
@@ -256,13 +253,13 @@ class EncoderService:
             "notes": list(examples.notes),
         }
 
-    def roll_back(self, name: str, version: Any) -> Mapping[str, Any]:
-        number = self.store.roll_back(check_name(name), None if version is None else _whole(version))
+    def roll_back(self, name: str, version: Any) -> JsonObject:
+        number = self.store.roll_back(check_name(name), parse_version(version))
         self._heads.pop(name, None)
         self.shadows.stop(name)
         return {"name": name, "serving": number, "versions": self.store.list_versions(name)}
 
-    def remove_version(self, name: str, version: int) -> Mapping[str, Any]:
+    def remove_version(self, name: str, version: int) -> JsonObject:
         """One that does not serve."""
         self.store.remove_version(check_name(name), version)
         shadow = self.shadows.get(name)
@@ -270,7 +267,7 @@ class EncoderService:
             self.shadows.stop(name)
         return {"name": name, "removed": version}
 
-    def remove(self, name: str) -> Mapping[str, Any]:
+    def remove(self, name: str) -> JsonObject:
         self.shadows.stop(name)
         running = self.training_jobs.find(name)
         if running is not None and running.state == "running":
@@ -279,13 +276,14 @@ class EncoderService:
         self._heads.pop(name, None)
         return {"name": name, "removed": True}
 
-    def models(self) -> Sequence[Mapping[str, Any]]:
+    def list_models(self) -> Sequence[JsonObject]:
         return [
             {"id": name, "object": "model", "created": 0, "owned_by": "onsite", "kind": kind}
             for name, kind in self.model_cache.list_kinds().items()
         ]
 
-    def served(self) -> Mapping[str, Any]:
+    def list_served(self) -> JsonObject:
+        """What the router may send here, by name."""
         models = [
             {"name": name, "max_tokens": ONNX_MAX_TOKENS if kind == "onnx" else STATIC_MAX_TOKENS}
             for name, kind in self.model_cache.list_kinds().items()
@@ -296,71 +294,50 @@ class EncoderService:
             "is_training": self.training_jobs.running is not None,
         }
 
-    def load(self) -> Mapping[str, Any]:
-        """What the CPU engine's `/load` tells, in the terms of a program that keeps no cache and writes no tokens."""
-        return {
-            "queued_requests": 0,
-            "running_sequences": self.requests.count,
-            "sequences_capacity": _CAPACITY,
-            "queued_prompt_tokens": 0,
-            "remaining_output_tokens": 0,
-            "kv_used_tokens": 0,
-            "kv_cached_tokens": 0,
-            "kv_capacity_tokens": _ROOM_TOKENS,
-            "steps": self.classified_batches + self.model_cache.steps,
-            "prefill_tokens_total": self.tokens_total,
-            "decode_tokens_total": 0,
-            "prefill_tokens_per_second": _TOKENS_PER_SECOND,
-            "decode_tokens_per_second": {"1": _TOKENS_PER_SECOND},
-        }
+    def report_load(self) -> EncoderLoadReport:
+        speed = self.speed.tokens_per_second
+        return EncoderLoadReport(
+            running_sequences=self.requests.count,
+            steps=self._classified_batches + self.model_cache.steps,
+            prefill_tokens_total=self.speed.tokens_total,
+            prefill_tokens_per_second=speed,
+            decode_tokens_per_second={"1": speed} if speed else {},
+        )
 
+    def measure_speed_once(self) -> None:
+        """Begin to measure the speed on texts of its own, while something is served and nobody has asked yet.
 
-_CAPACITY: Final = 16
-_ROOM_TOKENS: Final = 1_000_000_000
-_TOKENS_PER_SECOND: Final = 100_000.0
-"""A prior: the router corrects it for each model by what it sees."""
+        An engine that was never measured counts as slow, and requests with a deadline would never come to measure it.
+        """
+        served = [*self.store.list_names(), *self.model_cache.list_kinds()]
+        if served and served != self._speed_tried and not self.speed.tokens_per_second:
+            self._speed_tried = served
+            self._measuring = asyncio.create_task(self._measure_speed(served[0]), name="measure speed")
+
+    async def wait_until_measured(self) -> None:
+        if self._measuring is not None:
+            await self._measuring
+
+    async def _measure_speed(self, name: str) -> None:
+        try:
+            if name in self.store.list_names():
+                await asyncio.to_thread(self._classify, name, None, _SPEED_TEXTS)
+            else:
+                await asyncio.to_thread(self._embed, name, _SPEED_TEXTS, None, "float")
+        except ApplianceError as error:
+            log("speed_not_measured", name=name, reason=error.message)
 
 
 def _encoded(row: Floats, encoding: str) -> Any:
     return base64.b64encode(row.astype("<f4").tobytes()).decode() if encoding == "base64" else row
 
 
-def _threshold_facts(found: RiskThreshold, enough: bool) -> Mapping[str, Any]:
-    return {**asdict(found), "is_enough": enough}
-
-
-def _flag(body: Mapping[str, Any], field: str, *, usual: bool = False) -> bool:
-    value = body.get(field)
-    if value is not None and not isinstance(value, bool):
-        raise RequestError(f"{field} is {value!r:.40}: it must be true or false", param=field)
-    return usual if value is None else value
-
-
-def _text_of(body: Mapping[str, Any], field: str) -> str:
-    value = body.get(field)
-    if not isinstance(value, str) or not value:
-        raise RequestError(f"{field} is {value!r:.40}: it must be a name", param=field)
-    return value
-
-
-def _texts(given: Any, field: str, most: int) -> Sequence[str]:
-    texts = [given] if isinstance(given, str) else given
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise RequestError(f"{field} must be a text or a list of 1 to {most} texts", param=field)
-    if len(texts) > most:
-        raise RequestError(f"{field} has {len(texts)} texts: at most {most} in one call", param=field)
-    return texts
-
-
-def _labels(given: Any) -> Sequence[str] | None:
-    if given is None:
-        return None
-    if not isinstance(given, list) or not all(isinstance(label, str) and label.strip() for label in given):
-        raise RequestError("labels must be a list of names", param="labels")
-    return [label.strip() for label in given]
-
-
-def _whole(version: Any) -> int:
-    if type(version) is not int or version < 1:
-        raise RequestError(f"version is {version!r:.40}: it must be a whole number from 1", param="version")
-    return version
+def _threshold_json(request: ThresholdRequest, rows: Sequence[tuple[float, bool]]) -> JsonObject:
+    """The threshold by `rows` and the complaints, and whether so many rows could keep the bound at all."""
+    bound, confidence, over_texts = request.bound, request.confidence, request.over_texts
+    wrong = [(score, False) for score in request.complaints]
+    try:
+        found = find_threshold(bound, confidence, [*rows, *wrong], next_rows=over_texts)
+    except ValueError as error:
+        raise RequestError(str(error), param="bound") from error
+    return {**asdict(found), "is_enough": has_enough_rows(len(rows), bound, confidence, next_rows=over_texts)}

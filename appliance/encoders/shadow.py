@@ -1,10 +1,9 @@
-"""Candidates beside the serving version: they see the same texts after these were answered, and how often they would
-have answered otherwise is counted. Texts are not kept."""
+"""Candidates beside the serving version. They see the same texts after these were answered; how often they would have
+answered otherwise is counted. Texts are not kept."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +22,7 @@ class Shadow:
     texts: int = 0
     disagreed: int = 0
 
-    def facts(self) -> Mapping[str, Any]:
+    def to_json(self) -> Mapping[str, int]:
         return {"version": self.version, "texts": self.texts, "disagreed": self.disagreed}
 
 
@@ -35,8 +34,9 @@ class Shadows:
         self._of: dict[str, Shadow] = {}
         self._task: asyncio.Task[None] | None = None
 
-    def start(self, name: str, version: int, head: ClassifierHead) -> None:
-        self._of[name] = Shadow(version, head)
+    def start(self, name: str, version: int, head: ClassifierHead) -> Shadow:
+        shadow = self._of[name] = Shadow(version, head)
+        return shadow
 
     def stop(self, name: str) -> None:
         self._of.pop(name, None)

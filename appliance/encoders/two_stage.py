@@ -1,18 +1,19 @@
-"""A trained classifier in one step or in two: cheap features answer all texts, and those that they leave unsure are
+"""A trained classifier in one stage or in two: cheap features answer all texts, and those that they leave unsure are
 asked of the encoder as well.
 
-Unsure is a text whose two highest scores of the first step lie close together. From which distance on the first answer
-stands is chosen on held-out rows, where both steps have scored every row: the encoder gets as few texts as reach the
-accuracy that is wanted. Each step is calibrated on the rows that it answers, so the answers of both together are.
+Unsure is a text whose two highest scores of the first stage lie close together. From which distance on the first answer
+stands is chosen on held-out rows, where both stages have scored every row: the encoder gets as few texts as reach the
+accuracy that is wanted. Each stage is calibrated on the rows that it answers, so the answers of both together are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from appliance.core.json_types import JsonObject
 from appliance.encoders.embedders import Embedder
 from appliance.encoders.features import FeatureVocabulary
 from appliance.encoders.linear_models import (
@@ -32,7 +33,7 @@ SHOWN_SHARES: Final = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 
 @dataclass(frozen=True, slots=True)
 class FittedStage:
-    """A step as numbers."""
+    """A stage as numbers."""
 
     recipe: FeatureRecipe
     linear: LinearModel
@@ -41,7 +42,7 @@ class FittedStage:
 
 @dataclass(frozen=True, slots=True)
 class StageModel:
-    """A step, ready to score. `encoder` is None where its recipe asks for none."""
+    """A stage, ready to score. `encoder` is None where its recipe asks for none."""
 
     scorer: LinearScorer
     encoder: Embedder | None
@@ -56,11 +57,11 @@ class StageModel:
 
 
 def build_stage(
-    lexicon: FeatureVocabulary, linear: LinearModel, encoder: Embedder | None, calibration: ProbabilityCalibration
+    vocabulary: FeatureVocabulary, linear: LinearModel, encoder: Embedder | None, calibration: ProbabilityCalibration
 ) -> StageModel:
     """`encoder` is left out where the weights have nothing for it."""
     weights = linear.weights.get("encoder")
-    return StageModel(LinearScorer(lexicon, linear), None if weights is None else encoder, weights, calibration)
+    return StageModel(LinearScorer(vocabulary, linear), None if weights is None else encoder, weights, calibration)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +70,9 @@ class StageAnswers:
 
     probabilities: Floats
     ood_scores: Floats
-    """By the first step, whoever answered."""
+    """By the first stage, whichever answered."""
     escalated: Flags
-    """Whether the second step answered."""
+    """Whether the second stage answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +82,10 @@ class ClassifierHead:
     labels: tuple[str, ...]
     first: StageModel
     ood_threshold: float
-    """Strangeness from which on a text counts as out of scope."""
+    """OOD score from which on a text counts as out of scope."""
     second: StageModel | None = None
     escalate_below: float = 0.0
-    """Texts whose margin is smaller are asked of the second step."""
+    """Texts whose margin is smaller go to the second stage."""
 
     def answer(self, texts: Sequence[str]) -> StageAnswers:
         scores = self.first.scores(texts)
@@ -107,10 +108,10 @@ class TrainedClassifier:
     vocabulary: FeatureVocabulary
     first: FittedStage
     second: FittedStage | None
-    """What texts with a margin below `ask_below` are asked of."""
+    """Texts with a margin below `escalate_below` go there."""
     escalate_below: float
     ood_threshold: float
-    report: Mapping[str, Any]
+    report: JsonObject
     held_confidences: Floats
     """Of each example by a head that had not seen it; in the examples' order."""
     held_right: Flags
@@ -135,7 +136,7 @@ def compute_margins(scores: Floats) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class EscalationThreshold:
-    """What asking the second step below a margin comes to on held-out rows."""
+    """What escalating below a margin comes to on held-out rows."""
 
     below: float
     share: float
@@ -145,7 +146,7 @@ class EscalationThreshold:
 def choose_escalation(first: Floats, second: Floats, truth: Ints, wanted: float) -> EscalationThreshold:
     """The smallest share of texts with which `wanted` is reached; where it cannot be, the one that comes closest.
 
-    `first` and `second` are both steps' scores of the same rows, which neither was fitted on.
+    `first` and `second` are both stages' scores of the same rows, which neither was fitted on.
     """
     apart = compute_margins(first)
     order = np.argsort(apart, kind="stable")
@@ -158,13 +159,13 @@ def choose_escalation(first: Floats, second: Floats, truth: Ints, wanted: float)
 
 
 def tabulate_accuracy_by_share(first: Floats, second: Floats, truth: Ints) -> Sequence[dict[str, float]]:
-    """What accuracy comes of asking the second step about so many of all texts, the least sure ones."""
+    """What accuracy comes of escalating so many of all texts, the least sure ones."""
     gained = _accuracies(first, second, truth, np.argsort(compute_margins(first), kind="stable"))
     return [{"asked_share": share, "accuracy": float(gained[round(share * truth.size)])} for share in SHOWN_SHARES]
 
 
 def _accuracies(first: Floats, second: Floats, truth: Ints, order: Ints) -> npt.NDArray[np.float64]:
-    """Accuracy with the first 0, 1, 2... rows of `order` asked of the second step."""
+    """Accuracy with the first 0, 1, 2... rows of `order` escalated."""
     before = first.argmax(axis=1) == truth
     after = second.argmax(axis=1) == truth
     gains = after[order].astype(np.int64) - before[order]
@@ -175,7 +176,7 @@ def _accuracies(first: Floats, second: Floats, truth: Ints, order: Ints) -> npt.
 def calibrate_probabilities(
     calibrations: Sequence[ProbabilityCalibration], first: Floats, second: Floats | None, asked: Flags
 ) -> Floats:
-    """Each row's probabilities by the step that answers it."""
+    """Each row's probabilities by the stage that answers it."""
     shares = calibrations[0].probabilities(first)
     if second is not None and asked.any():
         shares[asked] = calibrations[1].probabilities(second[asked])

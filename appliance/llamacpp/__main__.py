@@ -29,7 +29,7 @@ from appliance.worker.json_log import log, log_library_warnings
 from appliance.worker.server import add_worker_arguments, run_worker, serve_app
 
 # After a failure the waiting clients get their error before the socket goes.
-_LAST_WORDS_SECONDS = 2.0
+_ERRORS_SENT_SECONDS = 2.0
 
 Result = TypeVar("Result")
 
@@ -53,14 +53,14 @@ async def _live(options: argparse.Namespace, gate: EngineGate, stop: asyncio.Eve
     try:
         await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
-            log("stopped", reason="told to stop while loading")
+            log("stopped", reason="a signal came while loading")
             return EXIT_CLEAN
         gate.kernels, model, prompts, grammars = loading.result()
     except ModelFileError as error:
         gate.close("failed", error.message)
         log("model_file_error", reason=error.message)
         return EXIT_MODEL_FILE
-    except Exception as error:  # whatever keeps the engine from starting is told once, in one line
+    except Exception as error:  # whatever keeps the engine from starting is reported once, in one line
         gate.close("failed", str(error))
         log("engine_failed", reason=f"{type(error).__name__}: {error}")
         return EXIT_ENGINE
@@ -103,11 +103,11 @@ async def _work(
         log("engine_failed", reason=engine.failed.message)
         await engine.close(0)
     else:
-        gate.close("draining", "the engine was told to stop")
+        gate.close("draining", "the engine was asked to stop")
         log("draining", requests=gate.requests.count, seconds=options.drain_seconds)
         await engine.close(options.drain_seconds)
     with suppress(TimeoutError):
-        await asyncio.wait_for(gate.requests.wait_until_none(), _LAST_WORDS_SECONDS)
+        await asyncio.wait_for(gate.requests.wait_until_none(), _ERRORS_SENT_SECONDS)
     log("stopped")
     return EXIT_CLEAN if engine.failed is None else EXIT_ENGINE
 
@@ -162,7 +162,7 @@ async def _in_daemon_thread(work: Callable[[], Result]) -> Result:
             result = work()
         except Exception as error:
             problem = error
-        with suppress(RuntimeError):  # the loop is closed when nobody waits any more
+        with suppress(RuntimeError):  # the loop is closed once the result is not waited for
             loop.call_soon_threadsafe(deliver, result, problem)
 
     threading.Thread(target=run, name="load", daemon=True).start()

@@ -93,7 +93,7 @@ class LlamaContext:
         lib.llama_memory_seq_cp(self._memory, source, target, start, stop)
 
     def memory_remove(self, sequence: int, start: int, stop: int = -1) -> None:
-        """Take sequence `sequence` off its cells at positions [start, stop); cells nobody holds become free."""
+        """Take sequence `sequence` off its cells at positions [start, stop); cells that nothing holds become free."""
         lib.llama_memory_seq_rm(self._memory, sequence, start, stop)
 
     def memory_clear(self) -> None:

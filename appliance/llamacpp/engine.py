@@ -9,10 +9,9 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import count
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from appliance.errors import ApplianceError, ContextTooLong, EngineBusy, EngineFailed, RequestError
 from appliance.llamacpp.decode.sequence import Sequence as Running
@@ -24,6 +23,7 @@ from appliance.llamacpp.engine_protocol import (
     SequenceRequest,
     TokenEvent,
 )
+from appliance.llamacpp.engine_stream import EngineGeneration, Mailbox
 from appliance.llamacpp.kv.prefix_cache import to_token_array
 from appliance.llamacpp.labels.jobs import LabelJob
 from appliance.llamacpp.model import LlamaModel
@@ -34,73 +34,7 @@ _LEAST_RETRY_SECONDS: Final = 1.0
 _RESTART_SECONDS: Final = 5.0
 """About what an engine that ends needs to be back."""
 _JOIN_SECONDS: Final = 10.0
-"""A decode that is told to give up does so between two graph nodes, within milliseconds; this is for hung machines."""
-
-
-@dataclass(eq=False, slots=True)
-class _Mailbox:
-    """Where a generation's events wait for their reader. The loop's thread only."""
-
-    events: list[TokenEvent] = field(default_factory=list)
-    finished: SequenceFinished | None = None
-    waiter: asyncio.Future[None] | None = None
-
-    def put(self, events: list[TokenEvent], finished: SequenceFinished | None) -> None:
-        self.events.extend(events)
-        self.finished = finished
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
-
-
-class EngineGeneration:
-    """The answer to one request as it comes: an async iterator over lists of events, everything since the last read.
-
-    When the iterator ends, `finished` says why. Leaving it early (`async with`, `aclose`, `cancel`, or forgetting it)
-    frees its sequence before the next step.
-    """
-
-    def __init__(self, mailbox: _Mailbox, cancel: Callable[[], None]) -> None:
-        self._mailbox, self._cancel = mailbox, cancel
-
-    @property
-    def finished(self) -> SequenceFinished | None:
-        """Set once the generation has ended; events may still wait to be read."""
-        return self._mailbox.finished
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> list[TokenEvent]:
-        mailbox = self._mailbox
-        while not mailbox.events:
-            if mailbox.finished is not None:
-                raise StopAsyncIteration
-            mailbox.waiter = asyncio.get_running_loop().create_future()
-            try:
-                await mailbox.waiter
-            finally:
-                mailbox.waiter = None
-        events, mailbox.events = mailbox.events, []
-        return events
-
-    def cancel(self) -> None:
-        """Stop generating. What was generated before may still be read; `finished` follows. Safe to repeat."""
-        if self._mailbox.finished is None:
-            self._cancel()
-
-    async def aclose(self) -> None:
-        self.cancel()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.cancel()
-
-    def __del__(self) -> None:
-        self.cancel()
+"""A decode that is aborted stops between two graph nodes, within milliseconds; this is for hung machines."""
 
 
 class LlamaEngine:
@@ -129,15 +63,15 @@ class LlamaEngine:
         self._wake = threading.Event()
         self._closing = self._stopping = False
         self._thread = threading.Thread(target=self._work, name="llama.cpp", daemon=True)
-        self._mailboxes: dict[Running, _Mailbox] = {}
+        self._mailboxes: dict[Running, Mailbox] = {}
         self._answers: dict[LabelJob, asyncio.Future[None]] = {}
         self._ready: asyncio.Event = asyncio.Event()
         self._failing: asyncio.Event = asyncio.Event()
         self._idle: asyncio.Event = asyncio.Event()
         self._idle.set()
-        self._sent = _Sent()
-        self._noted = _Sent()
-        self._last_load = (self._runner.report_load(), self._noted)
+        self._sent = _InboxTotals()
+        self._received = _InboxTotals()
+        self._last_load = (self._runner.report_load(), self._received)
         """The thread's last word: its load, and what of the inbox that load takes in. Replaced whole."""
 
     def start(self) -> None:
@@ -165,7 +99,7 @@ class LlamaEngine:
         sequence = Running.from_request(
             request, next(self._numbers), self.model.sequence_context_tokens, self.model.end_tokens
         )
-        mailbox = self._mailboxes[sequence] = _Mailbox()
+        mailbox = self._mailboxes[sequence] = Mailbox()
         self._idle.clear()
         self._send(self._runner.submit, sequence, len(request.prompt), sequence.remaining)
         return EngineGeneration(mailbox, lambda: self._drop(sequence, self._runner.cancel))
@@ -261,8 +195,10 @@ class LlamaEngine:
 
     def _send(self, action: Callable[[Any], None], what: Any, prompt_tokens: int, output_tokens: int) -> None:
         sent = self._sent
-        self._sent = _Sent(sent.requests + 1, sent.prompt_tokens + prompt_tokens, sent.output_tokens + output_tokens)
-        self._post(self._take_note, self._sent)
+        self._sent = _InboxTotals(
+            sent.requests + 1, sent.prompt_tokens + prompt_tokens, sent.output_tokens + output_tokens
+        )
+        self._post(self._note_received, self._sent)
         self._post(action, what)
 
     def _post(self, action: Callable[[Any], None], what: Any) -> None:
@@ -270,7 +206,7 @@ class LlamaEngine:
         self._wake.set()
 
     def _drop(self, what: Running | LabelJob, action: Callable[[Any], None]) -> None:
-        """Take note that nobody waits for something; when that was all that is being computed, stop computing it."""
+        """Drop what is not waited for any more; when that was all that is being computed, stop computing it."""
         what.dropped = True
         self._post(action, what)
         in_step = self._runner.in_step
@@ -305,7 +241,7 @@ class LlamaEngine:
         self._mailboxes.clear()
         for answered in self._answers.values():
             if not answered.done():
-                answered.set_exception(_gone(error))
+                answered.set_exception(_closed_error(error))
         self._answers.clear()
         self._idle.set()
         self._ready.set()
@@ -342,11 +278,11 @@ class LlamaEngine:
         self._store_load()
         self._publish(result)
 
-    def _take_note(self, sent: "_Sent") -> None:
-        self._noted = sent
+    def _note_received(self, sent: "_InboxTotals") -> None:
+        self._received = sent
 
     def _store_load(self) -> None:
-        self._last_load = (self._runner.report_load(), self._noted)
+        self._last_load = (self._runner.report_load(), self._received)
 
     def _publish(self, result: StepResult) -> None:
         news = []
@@ -361,15 +297,15 @@ class LlamaEngine:
             self._loop.call_soon_threadsafe(function, *values)
 
 
-def _gone(error: str | None) -> ApplianceError:
+def _closed_error(error: str | None) -> ApplianceError:
     if error is not None:
         return EngineFailed(error)
     return EngineBusy("the engine was shut down: try again when it is back", retry_after_seconds=_RESTART_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
-class _Sent:
-    """Totals of what was put into the inbox, to tell what the thread has not seen yet."""
+class _InboxTotals:
+    """Totals of what was put into the inbox; the thread has not seen what it lacks of them."""
 
     requests: int = 0
     prompt_tokens: int = 0

@@ -28,7 +28,7 @@ class Constraint(Protocol):
 
 @runtime_checkable
 class LookaheadConstraint(Protocol):
-    """A constraint that can tell when it leaves no choice."""
+    """A constraint that knows when it leaves no choice."""
 
     def list_forced_tokens(self) -> list[int]:
         """The tokens that must come next, one after the other; none where there is a choice."""
@@ -69,7 +69,7 @@ class SequenceRequest:
     cache_salt: str = ""
     """Prefixes are shared only between requests with equal salts."""
     streamed: bool = True
-    """Somebody reads the tokens as they come, and notices pauses between them."""
+    """The tokens are read as they come, so pauses between them are noticed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ class EngineLoadReport:
     """Items of label calls that are not answered yet. They are no sequences, and their calls count as queued requests
     only until the first item is taken."""
     drafted_tokens_total: int = 0
-    """Tokens that were guessed and computed before it was their turn."""
+    """Tokens that were guessed and computed before they were chosen."""
     accepted_tokens_total: int = 0
     """Of those, the ones that came to be."""
     lane_sequences: int = 0

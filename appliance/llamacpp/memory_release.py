@@ -1,4 +1,4 @@
-"""Resident memory that nobody reads, given back to the system. On Linux alone; elsewhere nothing happens."""
+"""Gives resident memory that is not read any more back to the system. On Linux alone; elsewhere nothing happens."""
 
 import ctypes
 import mmap

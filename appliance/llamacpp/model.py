@@ -54,7 +54,7 @@ class LlamaModel(LlamaContext):
         self.end_tokens = frozenset(
             token for token in range(self.vocabulary_size) if lib.llama_vocab_is_eog(self.vocab_pointer, token)
         )
-        self.forkable = _forkable(handle)
+        self.forkable = _is_forkable(handle)
         self._pieces: list[bytes | None] = [None] * self.vocabulary_size
 
     @property
@@ -94,8 +94,8 @@ class LlamaModel(LlamaContext):
         `slot_tokens`: cells of each sequence's slot, taken out of the budget; 0: none. Left out, slots get what the
         budget has beyond one sequence of the trained length, if that makes useful slots.
 
-        `mapped`: the weights stay in the mapped file. Not where they are packed while they are loaded (`is_packed`):
-        both copies would be in memory for a while.
+        `mapped`: the weights stay in the mapped file. Not where they are packed while they load
+        (`has_packed_weights`): both copies would be in memory for a while.
 
         Raises ModelFileError when the file is missing, truncated, corrupt or no language model; EngineFailed when
         the file is good and the context does not fit into memory.
@@ -105,14 +105,9 @@ class LlamaModel(LlamaContext):
         handle = load_weights(path, mapped=mapped)
         try:
             _check_memory(handle, context_tokens)
-            forkable = _forkable(handle)
             if slot_tokens is None:
-                slot_tokens = (
-                    choose_slot_tokens(context_tokens, lib.llama_model_n_ctx_train(handle), sequences)
-                    if forkable
-                    else 0
-                )
-            ids = min(256, sequences + _SPARE_SEQUENCES) if forkable else sequences + 1
+                slot_tokens = _choose_slot_tokens(handle, context_tokens, sequences)
+            ids = min(256, sequences + _SPARE_SEQUENCES) if _is_forkable(handle) else sequences + 1
             rows = sequences + _SPARE_ROWS
             params = make_context_params(
                 cells=context_tokens - slot_tokens * sequences,
@@ -122,12 +117,7 @@ class LlamaModel(LlamaContext):
                 threads=threads,
                 attention=attention,
             )
-            context = lib.llama_init_from_model(handle, params)
-            if not context:
-                raise EngineFailed(
-                    f"a context of {context_tokens} tokens for {path.name!r} cannot be made: ask for fewer tokens. "
-                    f"llama.cpp says: {LOG.last_words()}"
-                )
+            context = _make_context(path, handle, params, context_tokens)
         except EngineFailed:
             lib.llama_model_free(handle)
             raise
@@ -182,8 +172,8 @@ class LlamaModel(LlamaContext):
             self.slots.memory_clear()
 
     def last_log_lines(self) -> str:
-        """What llama.cpp last complained about."""
-        return LOG.last_words()
+        """What llama.cpp last warned of or failed with."""
+        return LOG.last_lines()
 
     # The vocabulary: safe from any thread.
 
@@ -219,6 +209,22 @@ class LlamaModel(LlamaContext):
         return buffer.raw[:count]
 
 
+def _choose_slot_tokens(handle: Any, context_tokens: int, sequences: int) -> int:
+    if not _is_forkable(handle):
+        return 0
+    return choose_slot_tokens(context_tokens, lib.llama_model_n_ctx_train(handle), sequences)
+
+
+def _make_context(path: Path, handle: Any, params: Any, context_tokens: int) -> Any:
+    context = lib.llama_init_from_model(handle, params)
+    if not context:
+        raise EngineFailed(
+            f"a context of {context_tokens} tokens for {path.name!r} cannot be made: ask for fewer tokens. "
+            f"llama.cpp says: {LOG.last_lines()}"
+        )
+    return context
+
+
 def _check_memory(handle: Any, context_tokens: int) -> None:
     """Refuse what no memory of this machine could hold: llama.cpp would be killed while it fills it with zeros."""
     head_size = lib.llama_model_n_embd(handle) // max(1, lib.llama_model_n_head(handle))
@@ -232,7 +238,7 @@ def _check_memory(handle: Any, context_tokens: int) -> None:
         )
 
 
-def _forkable(handle: Any) -> bool:
+def _is_forkable(handle: Any) -> bool:
     """Whether a sequence's memory may be shared up to any position and cut there: not where it is one running state."""
     return not (lib.llama_model_is_recurrent(handle) or lib.llama_model_is_hybrid(handle))
 

@@ -22,7 +22,7 @@ _ALL_SECONDS: Final = 0.4
 
 
 class Rates:
-    """Prefill and decode tokens per second. A rate nobody measured is 0, never a guess."""
+    """Prefill and decode tokens per second. A rate that was not measured is 0, never a guess."""
 
     def __init__(self, sequences: int) -> None:
         self.prefill_tokens_per_second = 0.0
@@ -43,7 +43,7 @@ class Rates:
     def observe_decode(self, sequences: int, seconds: float, weight: float = _WEIGHT) -> None:
         """Correct the bucket nearest to `sequences` (in ratio) by what one step of that many took.
 
-        Each row of a step counts as a sequence; more than there can be of those tell about the last bucket.
+        Each row of a step counts as a sequence; steps of more than there can be correct the last bucket.
         """
         most = max(self._decode)
         if sequences > most:

@@ -10,15 +10,15 @@ from appliance.llamacpp.binding import lib
 
 _GGUF_MAGIC: Final = b"GGUF"
 _WARN, _ERROR = 3, 4  # ggml_log_level
-_LAST_WORDS: Final = 6
+_REPORTED_LINES: Final = 6
 _FILE_TYPE: Final = b"general.file_type"
 _GGUF_UINT32: Final = 4
 _PACKED_FILE_TYPES: Final = (2, 3, 7)
 """llama_ftype of files that are for the most part Q4_0, Q4_1 or Q8_0: what `kernels` packs."""
 
 
-class _Log:
-    """llama.cpp's log: kept, never printed. Its last words go into the error when something fails."""
+class LlamaLog:
+    """llama.cpp's log: kept, never printed. Its last lines go into the error when something fails."""
 
     def __init__(self) -> None:
         self._lines: deque[tuple[int, str]] = deque(maxlen=200)
@@ -33,14 +33,14 @@ class _Log:
         if line and line != ".":
             self._lines.append((level, line))
 
-    def last_words(self) -> str:
+    def last_lines(self) -> str:
         """The last errors, or, where there were none, the last lines of any level."""
         grave = [line for level, line in self._lines if level in (_WARN, _ERROR)]
         lines = grave or [line for _, line in self._lines]
-        return " | ".join(lines[-_LAST_WORDS:]) or "llama.cpp gave no reason"
+        return " | ".join(lines[-_REPORTED_LINES:]) or "llama.cpp gave no reason"
 
 
-LOG: Final = _Log()
+LOG: Final = LlamaLog()
 
 
 class _GgufInitParams(ctypes.Structure):
@@ -91,7 +91,7 @@ def load_weights(path: Path, *, mapped: bool) -> Any:
     if not handle:
         raise ModelFileError(
             f"{str(path)!r} cannot be loaded, it is truncated, corrupt or of an unknown kind: pull it again. "
-            f"llama.cpp says: {LOG.last_words()}"
+            f"llama.cpp says: {LOG.last_lines()}"
         )
     if not lib.llama_model_has_decoder(handle) or lib.llama_model_has_encoder(handle):
         lib.llama_model_free(handle)

@@ -106,10 +106,10 @@ def measured(
                 examples,
                 models,
                 wanted_accuracy={"words": None, "-": None, "most": 0.9999}.get(one) or _number(one),
-                dearest="words" if one == "words" else "encoder",
+                max_tier="words" if one == "words" else "encoder",
                 progress=lambda *_: None,
                 clock=time.monotonic,
-                bench=bench,
+                trainer=bench,
             )
             seen[one].add(made, unseen, models.encoder, number)
             if number == 0:
@@ -186,7 +186,7 @@ def out_of_scope(name: str, models: CandidateModels) -> Mapping[str, Any]:
 def _words(rows: Sequence[Row], models: CandidateModels) -> TrainedClassifier:
     examples = read_examples(list(rows), None, None, at_least=2)
     return train_classifier(
-        examples, models, wanted_accuracy=None, dearest="words", progress=lambda *_: None, clock=time.monotonic
+        examples, models, wanted_accuracy=None, max_tier="words", progress=lambda *_: None, clock=time.monotonic
     )
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+from appliance.encoders.load_report import SpeedMeter
+from appliance.encoders.service import EncoderService
 from appliance.engines.base import read_load
 from tests.encoders.samples import labelled
 
@@ -210,3 +212,30 @@ async def test_a_threshold_is_told_of_held_out_rows_and_of_traffic(program: Prog
     assert (complained["held_out"]["threshold"] or 1.0) > plain["held_out"]["threshold"]
     refused = await client.post("/v1/classifiers/bounded/threshold", json={"bound": 2.0, "confidence": 0.95})
     assert refused.status_code == 400
+
+
+async def test_the_load_has_the_speed_that_was_measured_and_none_before(program: Program) -> None:
+    served = (await program.client.get("/v1/served")).json()
+    load = read_load((await program.client.get("/load")).json())
+    assert bool(served["classifiers"]) or load.prefill_tokens_per_second == 0
+    meter = SpeedMeter()
+    assert meter.tokens_per_second == 0
+    meter.observe(1_000, 0.5)
+    assert (meter.tokens_per_second, meter.tokens_total) == (2_000, 1_000)
+    meter.observe(3_000, 0.5)
+    assert 2_000 < meter.tokens_per_second < 6_000
+
+
+async def test_what_nobody_has_asked_yet_is_measured_on_texts_of_its_own(tmp_path: Path) -> None:
+    service = EncoderService(data=tmp_path / "data", models=tmp_path / "models", threads=1)
+    service.measure_speed_once()
+    assert service.report_load().prefill_tokens_per_second == 0
+    assert service.report_load().decode_tokens_per_second == {}
+    await service.train({"name": "mail", "examples": labelled(90)})
+    await service.training_jobs.wait_until_idle()
+    service.measure_speed_once()
+    await service.wait_until_measured()
+    load = service.report_load()
+    assert load.prefill_tokens_per_second > 0 and load.prefill_tokens_total > 0
+    assert load.decode_tokens_per_second == {"1": load.prefill_tokens_per_second}
+    await service.training_jobs.aclose()

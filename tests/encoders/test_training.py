@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from appliance.encoders import versions
+from appliance.encoders import store as classifier_store
 from appliance.encoders.features import FeatureVocabulary, split_words
 from appliance.encoders.linear_models import (
     RECIPES,
@@ -18,12 +18,12 @@ from appliance.encoders.linear_models import (
     split_weights,
     stack_blocks,
 )
+from appliance.encoders.store import ClassifierStore
 from appliance.encoders.training.examples import read_examples
 from appliance.encoders.training.fitting import fit_calibration, fit_linear, fit_temperature
 from appliance.encoders.training.metrics import compute_ece
 from appliance.encoders.training.trainer import CandidateModels, train_classifier
 from appliance.encoders.two_stage import TrainedClassifier
-from appliance.encoders.versions import ClassifierStore
 from appliance.errors import ModelFileError, NotFound, RequestError
 from tests.encoders.samples import labelled
 
@@ -35,7 +35,7 @@ def trained(count: int = 150, unclear: float = 0.0, wanted: float | None = None)
         read_examples(labelled(count, unclear=unclear), None, None),
         NO_MODELS,
         wanted_accuracy=wanted,
-        dearest="encoder",
+        max_tier="encoder",
         progress=lambda step, share: None,
         clock=time.monotonic,
     )
@@ -147,7 +147,7 @@ def test_a_full_disk_leaves_what_serves_as_it_was(tmp_path: Path, monkeypatch: p
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(versions, "save_file", full)
+    monkeypatch.setattr(classifier_store, "save_file", full)
     with pytest.raises(OSError, match="No space"):
         saved(store, made)
     assert (store.find_serving("mail"), store.list_versions("mail")) == (1, [1])
@@ -167,4 +167,4 @@ def test_damaged_files_say_what_to_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", "../up", "A", "a/b", "x" * 65, None])
 def test_a_name_that_is_no_folder_name_is_refused(tmp_path: Path, name: object) -> None:
     with pytest.raises(RequestError, match="it must be 1 to 64"):
-        versions.check_name(name)
+        classifier_store.check_name(name)

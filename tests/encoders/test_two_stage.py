@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from appliance.encoders.embedders import _BATCH_TOKENS, _RUN_TOKENS, Embedded, _batches, normalise_rows
+from appliance.encoders.store import ClassifierStore
 from appliance.encoders.training.examples import read_examples
 from appliance.encoders.training.fitting import fit_calibrations
 from appliance.encoders.training.metrics import compute_ece
@@ -21,7 +22,6 @@ from appliance.encoders.two_stage import (
     compute_margins,
     tabulate_accuracy_by_share,
 )
-from appliance.encoders.versions import ClassifierStore
 from appliance.errors import ModelFileError
 from tests.encoders.samples import labelled
 
@@ -53,10 +53,10 @@ def trained(encoder: Knowing, wanted: float | None, bench: Trainer | None = None
         read_examples(EXAMPLES, None, None),
         CandidateModels(None, encoder),
         wanted_accuracy=wanted,
-        dearest="encoder",
+        max_tier="encoder",
         progress=lambda step, share: None,
         clock=time.monotonic,
-        bench=bench,
+        trainer=bench,
     )
 
 

@@ -3,8 +3,9 @@
 import asyncio
 from collections.abc import Callable, Sequence
 
-from appliance.llamacpp.engine import EngineGeneration, LlamaEngine
+from appliance.llamacpp.engine import LlamaEngine
 from appliance.llamacpp.engine_protocol import Sampling, SequenceRequest, TokenEvent
+from appliance.llamacpp.engine_stream import EngineGeneration
 from appliance.llamacpp.model import LlamaModel
 
 GREEDY = Sampling(temperature=0.0)

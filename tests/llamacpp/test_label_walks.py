@@ -51,7 +51,7 @@ def test_waves_give_the_shares_of_the_whole_trie_and_compute_less(f32_model: Lla
         while not runner.idle:
             runner.run_step()
         assert runner.report_load().kv_used_tokens == 0
-        counted.append(runner.prefill_tokens_total)
+        counted.append(runner.report_load().prefill_tokens_total)
         found.append([scores for scores in job.results if scores is not None])
     for whole, walked, roughly in zip(*found, strict=True):
         assert np.abs(shares(walked) - shares(whole)).sum() / 2 <= TOLERANCE + 1e-4
@@ -99,7 +99,7 @@ def test_what_takes_the_cells_between_two_waves_costs_nothing_but_time(f32_model
     runner.submit_labels(job)
     while not runner.idle:
         runner.run_step()
-        runner._prefix_cache.evict(f32_model.context_tokens)
+        runner._manager.prefix_cache.evict(f32_model.context_tokens)
     for one, other in zip(expected, job.results, strict=True):
         assert other is not None
         np.testing.assert_allclose(shares(one), shares(other), atol=1e-4)

@@ -4,8 +4,9 @@ import asyncio
 
 import pytest
 
-from appliance.llamacpp.engine import EngineGeneration, LlamaEngine
+from appliance.llamacpp.engine import LlamaEngine
 from appliance.llamacpp.engine_protocol import Sampling, SequenceRequest
+from appliance.llamacpp.engine_stream import EngineGeneration
 from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.scheduler.scheduler import (
     BACKGROUND_STEP_SECONDS,

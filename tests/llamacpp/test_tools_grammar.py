@@ -16,7 +16,7 @@ from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.tools.formats import SYNTAXES
 from appliance.llamacpp.tools.grammar import ReplyGrammarSpec
 from appliance.llamacpp.tools.offered import check_offered_tools
-from appliance.llamacpp.tools.reading import ReplySyntaxes
+from appliance.llamacpp.tools.parser import ReplySyntaxes
 from tests.llamacpp.written_calls import SCHEMAS, TOOLS, TWO_CALLS, read
 
 FORMATS = sorted(TWO_CALLS)

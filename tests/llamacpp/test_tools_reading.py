@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from appliance.core import ToolFormat
 from appliance.llamacpp.tools.formats import SYNTAXES, find_reasoning_format, find_tool_format
-from appliance.llamacpp.tools.reading import ReplySyntaxes, ToolCallBroken
+from appliance.llamacpp.tools.parser import ReplySyntaxes, ToolCallBroken
 from tests.llamacpp.written_calls import ARGUMENTS, SCHEMAS, TWO_CALLS, deepseek, read
 
 FORMATS = sorted(TWO_CALLS)

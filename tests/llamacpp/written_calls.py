@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from appliance.core import ToolFormat
-from appliance.llamacpp.tools.reading import ReplySyntaxes, ToolReplyParser
-from appliance.llamacpp.tools.source import ContentDelta, Event, ReasoningDelta, ToolCallArgumentsDelta, ToolCallStart
+from appliance.llamacpp.tools.cursor import ContentDelta, Event, ReasoningDelta, ToolCallArgumentsDelta, ToolCallStart
+from appliance.llamacpp.tools.parser import ReplySyntaxes, ToolReplyParser
 
 TOOLS: list[dict[str, Any]] = [
     {

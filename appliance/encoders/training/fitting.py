@@ -22,7 +22,7 @@ _LEAST_FOR_A_CURVE: Final = 25
 """Right answers, and wrong ones, that a curve needs."""
 _CURVE_STRENGTH: Final = 100.0
 _LEAST_TO_CALIBRATE: Final = 40
-"""Rows of its own that a step is calibrated on; with fewer it is calibrated on all."""
+"""Rows of its own that a stage is calibrated on; with fewer it is calibrated on all."""
 
 
 def fit_linear(features: Any, truth: Ints, labels: int, closeness: float) -> tuple[Floats, Floats]:
@@ -53,7 +53,7 @@ def fit_temperature(scores: Floats, truth: Ints) -> float:
 
 
 def fit_calibration(scores: Floats, truth: Ints) -> ProbabilityCalibration:
-    """From rows that the scores' weights were not fitted on. Too few, or none wrong, tell no curve."""
+    """From rows that the scores' weights were not fitted on. Too few, or none wrong, give no curve."""
     temperature = fit_temperature(scores, truth)
     shares = compute_softmax(scores, temperature)
     right = shares.argmax(axis=1) == truth
@@ -70,7 +70,7 @@ def fit_calibration(scores: Floats, truth: Ints) -> ProbabilityCalibration:
 def fit_calibrations(
     first: Floats, second: Floats | None, asked: Flags, truth: Ints
 ) -> Sequence[ProbabilityCalibration]:
-    """Of each step on the rows that it answers."""
+    """Of each stage on the rows that it answers."""
     found = [_fitted(first, ~asked, truth)]
     if second is not None:
         found.append(_fitted(second, asked, truth))

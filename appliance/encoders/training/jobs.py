@@ -1,24 +1,44 @@
-"""Trainings under way: each a child process that is fed examples and tells how far it is. One at a time."""
+"""Trainings under way: each is a child process that reads examples and reports its progress. One at a time."""
 
 import asyncio
 import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import orjson
 
+from appliance.encoders.linear_models import Tier
 from appliance.errors import Busy, NotFound
 from appliance.worker.json_log import log
 
-RunState = Literal["running", "done", "failed", "cancelled"]
+JobState = Literal["running", "done", "failed", "cancelled"]
 
 _LONGEST_LINE_BYTES: Final = 1_000_000
-_KEPT_RUNS: Final = 50
+_KEPT_JOBS: Final = 50
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingOrder:
+    """What a training process reads from its stdin, as JSON."""
+
+    name: str
+    texts: Sequence[str]
+    truth: Sequence[int]
+    """Of each text: the place of its label in `labels`."""
+    labels: Sequence[str]
+    notes: Sequence[str]
+    wanted_accuracy: float | None
+    max_tier: Tier
+    """The most expensive tier that may be used."""
+    encoder: str | None
+    """Name of the encoder to train on; None: the first there is."""
+    serve: bool
+    """Whether the new version serves at once."""
 
 
 @dataclass(slots=True)
@@ -28,7 +48,7 @@ class TrainingJob:
     name: str
     examples: int
     started_at: float
-    state: RunState = "running"
+    state: JobState = "running"
     step: str = "starting"
     share: float = 0.0
     version: int | None = None
@@ -36,7 +56,7 @@ class TrainingJob:
     ended_at: float | None = None
     process: "asyncio.subprocess.Process | None" = field(default=None, repr=False)
 
-    def facts(self) -> Mapping[str, Any]:
+    def to_json(self) -> Mapping[str, str | int | float | None]:
         seconds = (self.ended_at or time.time()) - self.started_at
         return {
             "name": self.name,
@@ -52,83 +72,91 @@ class TrainingJob:
 
 
 class TrainingJobs:
-    """`ended` is called on the event loop with each run that has come to its end."""
+    """`ended` is called on the event loop with each job that has come to its end."""
 
     def __init__(self, data: Path, models: Path, threads: int, ended: Callable[[TrainingJob], None]) -> None:
         self._data, self._models, self._threads, self._ended = data, models, threads, ended
-        self._runs: dict[str, TrainingJob] = {}
+        self._jobs: dict[str, TrainingJob] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def running(self) -> TrainingJob | None:
-        return next((run for run in self._runs.values() if run.state == "running"), None)
+        return next((job for job in self._jobs.values() if job.state == "running"), None)
 
     def get(self, name: str) -> TrainingJob:
         """The last training of that name. Raises NotFound."""
-        run = self._runs.get(name)
-        if run is None:
+        job = self._jobs.get(name)
+        if job is None:
             raise NotFound(f"no training of {name!r} since this program started; its report is at the classifier")
-        return run
+        return job
 
     def find(self, name: str) -> TrainingJob | None:
-        return self._runs.get(name)
+        return self._jobs.get(name)
 
-    def start(self, name: str, job: Mapping[str, Any]) -> TrainingJob:
+    def start(self, order: TrainingOrder) -> TrainingJob:
         """Raises Busy while another one runs: two would only slow each other down."""
         busy = self.running
         if busy is not None:
             raise Busy(
                 f"{busy.name!r} is being trained ({busy.share:.0%}): wait for it, or cancel it", retry_after_seconds=10
             )
-        run = TrainingJob(name, len(job["texts"]), time.time())
-        self._runs.pop(name, None)
-        while len(self._runs) >= _KEPT_RUNS:
-            self._runs.pop(next(iter(self._runs)))
-        self._runs[name] = run
-        task = asyncio.create_task(self._train(run, orjson.dumps(job)), name=f"training {name}")
+        name = order.name
+        job = TrainingJob(name, len(order.texts), time.time())
+        self._jobs.pop(name, None)
+        while len(self._jobs) >= _KEPT_JOBS:
+            self._jobs.pop(next(iter(self._jobs)))
+        self._jobs[name] = job
+        task = asyncio.create_task(self._train(job, orjson.dumps(order)), name=f"training {name}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return run
+        return job
 
     def cancel(self, name: str) -> TrainingJob:
         """What serves stays as it is. A training that has ended stays as it ended."""
-        run = self.get(name)
-        if run.state == "running":
-            run.state = "cancelled"
-            if run.process is not None:
+        job = self.get(name)
+        if job.state == "running":
+            job.state = "cancelled"
+            if job.process is not None:
                 with contextlib.suppress(ProcessLookupError):
-                    run.process.kill()
-        return run
+                    job.process.kill()
+        return job
 
     async def wait_until_idle(self) -> None:
         """Until no training is under way."""
         await asyncio.gather(*self._tasks)
 
     async def aclose(self) -> None:
-        for run in list(self._runs.values()):
-            if run.state == "running":
-                self.cancel(run.name)
+        for job in list(self._jobs.values()):
+            if job.state == "running":
+                self.cancel(job.name)
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _train(self, run: TrainingJob, job: bytes) -> None:
+    async def _train(self, job: TrainingJob, order: bytes) -> None:
         try:
-            await self._work(run, job)
+            await self._run_process(job, order)
         except OSError as error:
-            run.error = f"the training could not be started: {error.strerror or error}"
-        if run.state == "running":
-            run.state = "done" if run.version is not None else "failed"
-            run.error = run.error if run.version is None else None
-            if run.state == "failed" and run.error is None:
-                run.error = "the training process ended without a result; the log of this program says more"
-        run.ended_at = time.time()
-        log("training_ended", name=run.name, state=run.state, version=run.version, reason=run.error)
-        self._ended(run)
+            job.error = f"the training could not be started: {error.strerror or error}"
+        if job.state == "running":
+            job.state = "done" if job.version is not None else "failed"
+            job.error = job.error if job.version is None else None
+            if job.state == "failed" and job.error is None:
+                job.error = "the training process ended without a result; the log of this program says more"
+        job.ended_at = time.time()
+        log("training_ended", name=job.name, state=job.state, version=job.version, reason=job.error)
+        self._ended(job)
 
-    async def _work(self, run: TrainingJob, job: bytes) -> None:
-        words = ["-m", "appliance.encoders.training.worker", "--data", str(self._data), "--models", str(self._models)]
+    async def _run_process(self, job: TrainingJob, order: bytes) -> None:
+        arguments = [
+            "-m",
+            "appliance.encoders.training.worker",
+            "--data",
+            str(self._data),
+            "--models",
+            str(self._models),
+        ]
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *words,
+            *arguments,
             "--threads",
             str(self._threads),
             stdin=asyncio.subprocess.PIPE,
@@ -136,36 +164,36 @@ class TrainingJobs:
             env={**os.environ, "OMP_NUM_THREADS": str(self._threads), "OPENBLAS_NUM_THREADS": str(self._threads)},
             limit=_LONGEST_LINE_BYTES,
         )
-        run.process = process
-        if run.state == "cancelled":
+        job.process = process
+        if job.state == "cancelled":
             process.kill()
         assert process.stdin is not None and process.stdout is not None
-        feeding = asyncio.create_task(_feed(process.stdin, job))
+        feeding = asyncio.create_task(_feed(process.stdin, order))
         try:
             async for line in process.stdout:
-                _note(run, line)
+                _note(job, line)
         finally:
             feeding.cancel()
             await asyncio.gather(feeding, return_exceptions=True)
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             code = await process.wait()
-            if code not in (0, -9) and run.error is None:
-                run.error = f"the training process ended with code {code}"
+            if code not in (0, -9) and job.error is None:
+                job.error = f"the training process ended with code {code}"
 
 
-async def _feed(stdin: asyncio.StreamWriter, job: bytes) -> None:
+async def _feed(stdin: asyncio.StreamWriter, order: bytes) -> None:
     with contextlib.suppress(ConnectionError):
-        stdin.write(job)
+        stdin.write(order)
         await stdin.drain()
         stdin.close()
 
 
-def _note(run: TrainingJob, line: bytes) -> None:
+def _note(job: TrainingJob, line: bytes) -> None:
     fact = orjson.loads(line)
     if "version" in fact:
-        run.version, run.share, run.step = fact["version"], 1.0, "done"
+        job.version, job.share, job.step = fact["version"], 1.0, "done"
     elif "error" in fact:
-        run.error = fact["error"]
+        job.error = fact["error"]
     else:
-        run.step, run.share = fact["step"], fact["share"]
+        job.step, job.share = fact["step"], fact["share"]

@@ -1,13 +1,53 @@
 """How good a classifier's held-out probabilities are. Pure."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+
+
+class ClassScore(TypedDict):
+    """Of one label on held-out rows."""
+
+    label: str
+    precision: float
+    recall: float
+    f1: float
+    examples: int
+
+
+class Confusion(TypedDict):
+    """So many rows of `label` were answered with `answer`."""
+
+    label: str
+    answer: str
+    count: int
+
+
+class CoverageRow(TypedDict):
+    """Answers of at least `threshold`: their share of all, and how often they are right; None where there are none."""
+
+    threshold: float
+    coverage: float
+    accuracy: float | None
+
+
+class ClassifierReport(TypedDict):
+    """The figures of a classifier on rows that it was not fitted on."""
+
+    rows: int
+    accuracy: float
+    macro_f1: float
+    ece: float
+    brier: float
+    per_class: Sequence[ClassScore]
+    confusions: Sequence[Confusion]
+    coverage: Sequence[CoverageRow]
+
 
 ECE_BINS: Final = 15
 COVERAGE_THRESHOLDS: Final = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -35,22 +75,28 @@ def compute_brier(probabilities: Floats, truth: Ints) -> float:
     return float((squares - 2 * hit + 1).mean())
 
 
-def score_classes(predicted: Ints, truth: Ints, labels: Sequence[str]) -> Sequence[Mapping[str, Any]]:
+def score_classes(predicted: Ints, truth: Ints, labels: Sequence[str]) -> Sequence[ClassScore]:
     count = len(labels)
     support = np.bincount(truth, minlength=count)
     guessed = np.bincount(predicted, minlength=count)
     hits = np.bincount(truth[predicted == truth], minlength=count)
-    rows = []
+    rows: list[ClassScore] = []
     for index, label in enumerate(labels):
         precision = float(hits[index] / guessed[index]) if guessed[index] else 0.0
         recall = float(hits[index] / support[index]) if support[index] else 0.0
         f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-        row = {"label": label, "precision": precision, "recall": recall, "f1": f1, "examples": int(support[index])}
+        row: ClassScore = {
+            "label": label,
+            "precision": precision,
+            "recall": recall,
+            "f1": f1,
+            "examples": int(support[index]),
+        }
         rows.append(row)
     return rows
 
 
-def count_confusions(predicted: Ints, truth: Ints, labels: Sequence[str]) -> Sequence[Mapping[str, Any]]:
+def count_confusions(predicted: Ints, truth: Ints, labels: Sequence[str]) -> Sequence[Confusion]:
     """Pairs of label and answer that differ, the most frequent first."""
     wrong = predicted != truth
     pairs, counts = np.unique(truth[wrong] * len(labels) + predicted[wrong], return_counts=True)
@@ -65,10 +111,10 @@ def count_confusions(predicted: Ints, truth: Ints, labels: Sequence[str]) -> Seq
     ]
 
 
-def measure_coverage(confidences: npt.ArrayLike, right: npt.ArrayLike) -> Sequence[Mapping[str, Any]]:
+def measure_coverage(confidences: npt.ArrayLike, right: npt.ArrayLike) -> Sequence[CoverageRow]:
     """What share of texts is answered with at least so much confidence, and how often those answers are right."""
     sure, hit = np.asarray(confidences), np.asarray(right, dtype=bool)
-    rows = []
+    rows: list[CoverageRow] = []
     for threshold in COVERAGE_THRESHOLDS:
         kept = sure >= threshold
         accuracy = float(hit[kept].mean()) if kept.any() else None
@@ -78,7 +124,7 @@ def measure_coverage(confidences: npt.ArrayLike, right: npt.ArrayLike) -> Sequen
     return rows
 
 
-def build_report(probabilities: Floats, truth: Ints, labels: Sequence[str]) -> Mapping[str, Any]:
+def build_report(probabilities: Floats, truth: Ints, labels: Sequence[str]) -> ClassifierReport:
     """Every figure of a classifier on rows that it was not fitted on. `truth` are places in `labels`."""
     predicted = probabilities.argmax(axis=1).astype(np.int64)
     right = predicted == truth

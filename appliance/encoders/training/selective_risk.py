@@ -14,9 +14,9 @@ both together, each is as likely to be held out as to come. That holds for the w
 threshold at once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,17 @@ from scipy.special import betaincinv, gammaln, logsumexp
 
 SHOWN_BOUNDS: Final = (0.01, 0.02, 0.05, 0.10)
 CONFIDENCE: Final = 0.95
+
+
+class BoundRow(TypedDict):
+    """A bound that is shown, and the threshold that keeps it (see RiskThreshold)."""
+
+    bound: float
+    confidence: float
+    threshold: float | None
+    local_share: float
+    disagreement: float
+    upper_limit: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +104,10 @@ def has_enough_rows(rows: int, bound: float, confidence: float, *, next_rows: in
     return _most_wrong(bound, confidence, rows, next_rows) >= 0
 
 
-def tabulate_bounds(confidences: npt.ArrayLike, right: npt.ArrayLike) -> Sequence[Mapping[str, Any]]:
+def tabulate_bounds(confidences: npt.ArrayLike, right: npt.ArrayLike) -> Sequence[BoundRow]:
     """For each bound that is shown: from which confidence on answers may stand, and what share of texts that is."""
     scores = list(zip(np.asarray(confidences).tolist(), np.asarray(right).tolist(), strict=True))
-    rows = []
+    rows: list[BoundRow] = []
     for bound in SHOWN_BOUNDS:
         found = find_threshold(bound, CONFIDENCE, scores)
         rows.append(

@@ -13,16 +13,16 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import orjson
 
 from appliance.encoders.embedders import OnnxEmbedder, StaticEmbedder
 from appliance.encoders.model_cache import ModelCache
+from appliance.encoders.store import ClassifierStore
 from appliance.encoders.training.examples import Examples
+from appliance.encoders.training.jobs import TrainingOrder
 from appliance.encoders.training.trainer import CandidateModels, train_classifier
-from appliance.encoders.versions import ClassifierStore
 from appliance.errors import ApplianceError, OperatorError
 from appliance.worker.json_log import log, log_library_warnings
 from appliance.worker.parent_guard import end_with_parent
@@ -40,9 +40,9 @@ def main() -> int:
     options = parser.parse_args()
     end_with_parent()
     os.nice(_NICENESS)
-    job = orjson.loads(sys.stdin.buffer.read())
+    order = TrainingOrder(**orjson.loads(sys.stdin.buffer.read()))
     try:
-        _say({"version": _learn(job, options)})
+        _say({"version": _learn(order, options)})
     except ApplianceError as error:
         _say({"error": error.message, "code": error.code})
     except OSError as error:
@@ -51,17 +51,16 @@ def main() -> int:
     return 0
 
 
-def _learn(job: Mapping[str, Any], options: argparse.Namespace) -> int:
-    examples = Examples(
-        tuple(job["texts"]), np.array(job["truth"], dtype=np.int64), tuple(job["labels"]), tuple(job["notes"])
-    )
-    dearest = job["dearest"]
-    models = _models(ModelCache(options.models, options.threads), job.get("encoder"), wants_encoder=dearest != "words")
+def _learn(order: TrainingOrder, options: argparse.Namespace) -> int:
+    truth = np.array(order.truth, dtype=np.int64)
+    examples = Examples(tuple(order.texts), truth, tuple(order.labels), tuple(order.notes))
+    model_cache = ModelCache(options.models, options.threads)
+    models = _load_models(model_cache, order.encoder, wants_encoder=order.max_tier != "words")
     trained = train_classifier(
         examples,
         models,
-        wanted_accuracy=job["wanted_accuracy"],
-        dearest=dearest,
+        wanted_accuracy=order.wanted_accuracy,
+        max_tier=order.max_tier,
         progress=lambda step, share: _say({"step": step, "share": round(share, 3)}),
         clock=time.monotonic,
     )
@@ -72,19 +71,18 @@ def _learn(job: Mapping[str, Any], options: argparse.Namespace) -> int:
         if model is not None
     }
     made_at = datetime.now(UTC).isoformat(timespec="seconds")
-    versions = ClassifierStore(options.data)
-    return versions.save(job["name"], trained, made_at=made_at, models=built_on, serve=job.get("serve", True))
+    return ClassifierStore(options.data).save(order.name, trained, made_at=made_at, models=built_on, serve=order.serve)
 
 
-def _models(library: ModelCache, wanted: str | None, *, wants_encoder: bool) -> CandidateModels:
+def _load_models(model_cache: ModelCache, wanted: str | None, *, wants_encoder: bool) -> CandidateModels:
     """The first static model and the wanted encoder, or the first one. What cannot be read is left out, and said."""
     vectors: StaticEmbedder | None = None
     encoder: OnnxEmbedder | None = None
-    for name, kind in library.list_kinds().items():
+    for name, kind in model_cache.list_kinds().items():
         if kind == "onnx" and (not wants_encoder or (wanted is not None and name != wanted)):
             continue
         try:
-            model = library.get_embedder(name)
+            model = model_cache.get_embedder(name)
         except ApplianceError as error:
             log("model_left_out", model=name, reason=error.message)
             continue
@@ -95,7 +93,7 @@ def _models(library: ModelCache, wanted: str | None, *, wants_encoder: bool) -> 
     return CandidateModels(vectors, encoder)
 
 
-def _say(fact: Mapping[str, Any]) -> None:
+def _say(fact: Mapping[str, str | int | float]) -> None:
     sys.stdout.buffer.write(orjson.dumps(fact) + b"\n")
     sys.stdout.buffer.flush()
 

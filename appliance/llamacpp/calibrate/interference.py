@@ -1,8 +1,8 @@
-"""Whether somebody else used the cores while something was measured: how long our threads were ready and had to wait.
+"""Whether other programs used the cores during a measurement: how long our threads were ready and had to wait.
 
 The kernel keeps that for every thread. Comparing CPU time with wall time would not show it: threads that wait for each
 other sleep, so that a step which nobody disturbs gets less than its share of CPU time as well. But CPU time says what a
-disturbed step took of the cores, whoever else had them in between.
+disturbed step took of the cores, whatever else ran in between.
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import Final
 _TASKS: Final = Path("/proc/self/task")
 _STAT: Final = Path("/proc/stat")
 _STEAL_FIELD: Final = 8
-"""Of the first line of /proc/stat, counted from its name: ticks the hypervisor gave to somebody else."""
+"""Of the first line of /proc/stat, counted from its name: ticks the hypervisor gave to other machines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class InterferenceStopwatch:
 
 
 def read_stolen_seconds() -> float | None:
-    """CPU time the hypervisor has given to other machines since this one started; None where nobody says."""
+    """CPU time the hypervisor has given to other machines since this one started; None where unknown."""
     try:
         first = _STAT.read_text().split("\n", 1)[0].split()
         return int(first[_STEAL_FIELD]) / os.sysconf("SC_CLK_TCK")

@@ -18,13 +18,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import llama_cpp
 import llama_cpp.llama_cpp as lib
 import orjson
 import psutil
 
+from appliance.core.json_types import MutableJsonObject
 from appliance.errors import ApplianceError, ConfigError, ModelFileError
 from appliance.llamacpp.calibrate.interference import read_load_average, read_stolen_seconds
 from appliance.llamacpp.calibrate.quantise import FORMS, derive_variant, estimate_bytes
@@ -54,7 +55,7 @@ _SOURCE_SHARE: Final = 0.25
 _REST_SHARE: Final = 0.35
 """What does not decide between variants is measured only while more than this share of the time is left."""
 _DERIVED_BYTES_PER_SECOND: Final = 150_000_000
-"""What deriving reached on two cores that others used as well; it tells whether there is time left for it."""
+"""What deriving reached on two cores that others used as well; it decides whether there is time left for it."""
 
 
 Speed = tuple[int, int | None]
@@ -104,14 +105,14 @@ class MeasuredVariant:
     """None for the source, and where it was not measured."""
     figures: list[SpeedSample] = field(default_factory=list)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> MutableJsonObject:
         table = dataclasses.asdict(self)
         del table["path"]
         return table
 
 
 class CalibrationProgress:
-    """Counts the pieces of work and tells of each; knows when there is no time for another one."""
+    """Counts the pieces of work and reports each; knows when there is no time for another one."""
 
     def __init__(self, total: int, seconds: float) -> None:
         self._done, self._total = 0, total
@@ -123,7 +124,7 @@ class CalibrationProgress:
         return self._ends - time.monotonic()
 
     def begin(self, what: str, needed_seconds: float = 0.0) -> bool:
-        """Tell of the next piece of work; False where it must be left out for want of time."""
+        """Report the next piece of work; False where it must be left out for want of time."""
         self._done += 1
         if self.seconds_left < needed_seconds:
             self.left_out.append(UnmeasuredVariant(what, "no time was left for it"))
@@ -144,13 +145,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModelFileError as error:
         log("model_file_error", reason=error.message)
         return EXIT_MODEL_FILE
-    except Exception as error:  # whatever it is, it is told once, in one line
+    except Exception as error:  # reported once, in one line
         log("calibration_failed", reason=f"{type(error).__name__}: {error}")
         return EXIT_ENGINE
     return EXIT_CLEAN
 
 
-def calibrate(job: CalibrationJob) -> dict[str, Any]:
+def calibrate(job: CalibrationJob) -> MutableJsonObject:
     """Measure all variants, the source first. Raises what the source's own measurement raises.
 
     What decides between variants comes first for all of them; other thread counts and numbers of sequences follow.
@@ -271,7 +272,7 @@ def _grown(before: float | None, after: float | None) -> float | None:
     return None if before is None or after is None else round(after - before, 2)
 
 
-def _tell(message: dict[str, Any]) -> None:
+def _tell(message: MutableJsonObject) -> None:
     sys.stdout.buffer.write(orjson.dumps(message) + b"\n")
     sys.stdout.buffer.flush()
 

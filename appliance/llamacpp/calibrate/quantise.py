@@ -59,7 +59,7 @@ def estimate_bytes(parameters: int, variant: str) -> int:
 def derive_variant(source: Path, target: Path, variant: str, *, parameters: int, threads: int) -> None:
     """Write `variant` of the GGUF `source` to `target`, which appears whole or not at all.
 
-    `parameters` of the model tell beforehand whether the disk has room. Raises ConfigError for an unknown form,
+    `parameters` of the model say beforehand whether the disk has room. Raises ConfigError for an unknown form,
     EngineFailed where the disk is too full or llama.cpp cannot convert.
     """
     form = _form(variant)

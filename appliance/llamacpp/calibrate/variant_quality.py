@@ -90,7 +90,7 @@ class QualityComparison:
 
 @cache
 def load_quality_texts() -> tuple[QualityText, ...]:
-    """All texts; fields and languages take turns, so that the first few are a fair sample."""
+    """All texts; fields and languages alternate, so that the first few are a fair sample."""
     table = json.loads(_TEXTS_FILE.read_text("utf-8"))
     questions = {name: QualityQuestion(one["ask"], tuple(one["labels"])) for name, one in table["questions"].items()}
     return tuple(

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from appliance.core import ToolFormat
+from appliance.core.json_types import JsonObject, MutableJsonObject
 from appliance.errors import RequestError, Unsupported
 from appliance.llamacpp.binding import lib
 from appliance.llamacpp.chat.message import MessageIn
@@ -20,7 +21,7 @@ from appliance.llamacpp.chat.reply_format import find_reply_format
 from appliance.llamacpp.chat.template import ChatTemplate
 from appliance.llamacpp.vocabulary import Vocabulary
 
-NOT_THINKING: Mapping[str, Any] = {"enable_thinking": False}
+NOT_THINKING: JsonObject = {"enable_thinking": False}
 MAX_REMEMBERED_CHARS = 32_768
 MAX_REMEMBERED_FRAGMENTS = 512
 
@@ -69,21 +70,19 @@ class PromptBuilder:
         """A prompt given as text, no template: control tokens in it count, and BOS stands first if the model has it."""
         return [*self._bos(text), *self.tokenize(text)]
 
-    def tokenize_chat(
-        self, messages: Sequence[MessageIn], tools: Sequence[Mapping[str, Any]] | None = None
-    ) -> list[int]:
+    def tokenize_chat(self, messages: Sequence[MessageIn], tools: Sequence[JsonObject] | None = None) -> list[int]:
         """A conversation up to where the assistant's answer begins."""
         return self.tokenize_raw(self.render(messages, tools))
 
     def render(
         self,
         messages: Sequence[MessageIn],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        variables: Mapping[str, Any] | None = None,
+        tools: Sequence[JsonObject] | None = None,
+        variables: JsonObject | None = None,
     ) -> str:
         """The template's text; control tokens that a message merely quotes are marked as quoted, see `tokens`.
 
-        Without `variables` the model is told not to think first, where it can be told: a label, for one, is read where
+        Without `variables` thinking is switched off where the template has a switch: a label, for one, is read where
         the answer begins.
         """
         if self.template is None:
@@ -186,7 +185,7 @@ class PromptBuilder:
         number = int(match.group(1)[:9])
         return self._control_texts[number] if number < len(self._control_texts) else ""
 
-    def _plain(self, position: int, message: MessageIn) -> dict[str, Any]:
+    def _plain(self, position: int, message: MessageIn) -> MutableJsonObject:
         content = message.content
         if isinstance(content, list):
             content = "".join(_part_text(f"messages[{position}].content[{n}]", part) for n, part in enumerate(content))
@@ -225,7 +224,7 @@ def _is_latin_word(character: str) -> bool:
     return character.isalnum() and character < "\u2e80"
 
 
-def _part_text(place: str, part: Mapping[str, Any]) -> str:
+def _part_text(place: str, part: JsonObject) -> str:
     kind, text = part.get("type"), part.get("text")
     if kind != "text":
         raise Unsupported(f"{place}: parts of type {kind!r} are not supported by this model; send text", param=place)
@@ -250,7 +249,7 @@ def _text(model: Vocabulary, token: int) -> str:
 
 
 def _control_texts(model: Vocabulary) -> set[str]:
-    """Texts of the tokens that steer the model (turns, roles, end) and that no user means to write."""
+    """Texts of the tokens that steer the model (turns, roles, end) and that users do not mean to write."""
     attribute = lib.llama_vocab_get_attr
     return {
         text

@@ -26,7 +26,7 @@ class ReplyFormat:
 
     @property
     def abilities(self) -> frozenset[Ability]:
-        """What was found that this model can do, whatever anybody has declared."""
+        """What this model was found to be able to do, whatever was declared."""
         found = set(_ANY_MODEL)
         if self.chat:
             found |= {"chat", "decisions"}

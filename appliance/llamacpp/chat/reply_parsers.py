@@ -7,8 +7,8 @@ from typing import Protocol
 
 from appliance.llamacpp.chat.reply_text import PlacedToken, ReplyText, StopFinder
 from appliance.llamacpp.engine_protocol import TokenEvent
-from appliance.llamacpp.tools.reading import ReplySyntaxes, ToolReplyParser
-from appliance.llamacpp.tools.source import ContentDelta, Event, ReasoningDelta
+from appliance.llamacpp.tools.cursor import ContentDelta, Event, ReasoningDelta
+from appliance.llamacpp.tools.parser import ReplySyntaxes, ToolReplyParser
 
 
 class ReplyPieces(Protocol):

@@ -12,10 +12,11 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.exceptions import SecurityError
 
+from appliance.core.json_types import JsonObject
 from appliance.errors import RequestError, Unsupported
 from appliance.llamacpp.chat.template_sandbox import TemplateLimit, TemplateSandbox
 
-Message = Mapping[str, Any]
+Message = JsonObject
 
 MAX_TEMPLATE_CHARS = 1_000_000
 _PROBE = "probe-3f1c"
@@ -100,9 +101,9 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[JsonObject] | None = None,
         reply: bool = True,
-        variables: Mapping[str, Any] | None = None,
+        variables: JsonObject | None = None,
     ) -> str:
         """The prompt text; with `reply` it ends where the assistant's answer begins. `variables`: further ones that
         the template knows, such as `enable_thinking`.
@@ -116,7 +117,7 @@ class ChatTemplate:
         return self._render(fitted if self.abilities.system else _folded(fitted), tools or None, reply, variables)
 
     def end_of_turn(self) -> str:
-        """What the template writes after an assistant's answer; empty when the template does not tell."""
+        """What the template writes after an assistant's answer; empty when it cannot be found out."""
         try:
             text = self.render(
                 [{"role": "user", "content": "hi"}, {"role": "assistant", "content": _PROBE}], reply=False
@@ -180,9 +181,9 @@ class ChatTemplate:
     def _render(
         self,
         messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None,
+        tools: Sequence[JsonObject] | None,
         reply: bool,
-        more: Mapping[str, Any] | None = None,
+        more: JsonObject | None = None,
     ) -> str:
         own = {"messages": messages, "tools": tools, "add_generation_prompt": reply, **self._special}
         try:

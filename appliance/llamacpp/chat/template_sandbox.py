@@ -17,6 +17,8 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
+from appliance.core.json_types import JsonObject
+
 MAX_STEPS = 2_000_000
 """Loop rounds and calls in one rendering. A 1,000-message conversation takes about 20,000 in the longest templates."""
 MAX_SECONDS = 2.0
@@ -196,7 +198,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         _BINARY[operator](left, right)
         return super().call_binop(context, operator, left, right)
 
-    def render_bounded(self, template: Template, variables: Mapping[str, Any]) -> str:
+    def render_bounded(self, template: Template, variables: JsonObject) -> str:
         """The rendered text. Raises TemplateLimit, or whatever the template itself raises."""
         return template.render({**variables, _BUDGET: _Budget()})
 

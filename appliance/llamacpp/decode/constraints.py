@@ -4,25 +4,25 @@ import ctypes
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from appliance.core.json_types import JsonObject, JsonSchema
 from appliance.errors import ApplianceError, EngineBusy, RequestError
 from appliance.llamacpp.binding import lib
 from appliance.llamacpp.engine_protocol import Logits
 from appliance.llamacpp.memory_release import release_freed
 from appliance.llamacpp.tools.grammar import ReplyGrammarSpec, write_grammar
 
-JSON_OBJECT: Mapping[str, Any] = {"type": "object"}
+JSON_OBJECT: JsonSchema = {"type": "object"}
 
 # Small models fill the gaps of flexible JSON with spaces until their budget is gone; a schema may still ask for
 # whitespace by its own `x-guidance`.
-COMPACT: Mapping[str, Any] = {"whitespace_flexible": False}
+COMPACT: JsonObject = {"whitespace_flexible": False}
 
 MAX_CACHED_GRAMMARS = 64
 _FORMAT = "response_format"
@@ -130,7 +130,7 @@ class GrammarCompiler:
         self._max_cached = max_cached
         self._lock, self._tables_lock = threading.Lock(), threading.Lock()
 
-    def compile(self, schema: Mapping[str, Any], *, param: str = _FORMAT) -> JsonConstraint:
+    def compile(self, schema: JsonSchema, *, param: str = _FORMAT) -> JsonConstraint:
         """A fresh constraint for one sequence. Takes milliseconds, or seconds for a huge schema: call it in a thread.
 
         Raises RequestError with llguidance's own reason when the schema is invalid or uses what cannot be enforced.
@@ -158,7 +158,7 @@ class GrammarCompiler:
             return self._tables
 
     def close(self) -> None:
-        """The model goes: read its vocabulary no more, and wait for whoever is reading it."""
+        """The model goes: read its vocabulary no more, and wait until it is not being read."""
         with self._tables_lock:
             self._vocab_pointer = None
 
@@ -176,7 +176,7 @@ class GrammarCompiler:
                     self._compiled.popitem(last=False)
         return JsonConstraint(matcher.deep_copy(), self._vocabulary_size)
 
-    def _enforceable(self, rules: ReplyGrammarSpec, name: str, schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _enforceable(self, rules: ReplyGrammarSpec, name: str, schema: JsonSchema) -> JsonSchema:
         try:
             self.compile(schema, param=f"tools: the parameters of {name}")
         except RequestError as error:
@@ -185,7 +185,7 @@ class GrammarCompiler:
             return JSON_OBJECT
         return schema
 
-    def _build(self, schema: Mapping[str, Any], param: str) -> LLMatcher:
+    def _build(self, schema: JsonSchema, param: str) -> LLMatcher:
         try:
             grammar = LLMatcher.grammar_from_json_schema(orjson.dumps(schema).decode(), defaults=dict(COMPACT))
         except ValueError as error:

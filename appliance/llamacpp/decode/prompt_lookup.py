@@ -2,7 +2,7 @@
 
 A step reads all weights however few tokens it computes, so a guess that is right saves a sequence a step, and one that
 is wrong costs a row. Three tokens are looked up in the sequence itself, which finds what is copied out of a prompt, and
-in what the same tenant's other answers held there, which finds what a schema or a habit of the model repeats. Both are
+in the other answers of the same cache salt, which finds what a schema or the model itself repeats. Both are
 believed as far as they have been right, whether or not anything was drafted. Nothing here decides about an answer: the
 sampler does, and a draft is kept as far as it says the same.
 """
@@ -29,12 +29,12 @@ _OWN_RATE: Final = 0.15
 _TABLE_RATE: Final = 0.02
 _UNKNOWN: Final = 0.5
 _MAX_KEYS: Final = 8_192
-"""Keys of one generation; two are kept, about 2 MB for a tenant."""
+"""Keys of one generation; two are kept, about 2 MB for a cache salt."""
 _MAX_TABLES: Final = 16
 
 
 class NgramTable:
-    """What followed each three tokens in one tenant's answers. The engine's thread only.
+    """What followed each three tokens in the answers of one cache salt. The engine's thread only.
 
     A value is one integer: the token that follows, how often it did and how often another one did. Integers make no
     work for the garbage collector.
@@ -48,8 +48,8 @@ class NgramTable:
         self.repeat_rate = _UNKNOWN
         """How often what was seen once came again."""
         self.copy_rates = [_UNKNOWN, _UNKNOWN]
-        """How often the sequence's own past told the next token: after it had been wrong or silent, and after it had
-        been right."""
+        """How often the sequence's own past predicted the next token: after it had been wrong or silent, and after it
+        had been right."""
 
     def record(self, key: int, token: int) -> None:
         """`token` followed `key`."""
@@ -83,8 +83,8 @@ class NgramTable:
 
 
 class PerKeyTables:
-    """The habits of the tenants seen last. Timing tells what was guessed, so nobody's answers are guessed from
-    another's."""
+    """The tables of the cache salts seen last. Timing shows what was guessed, so answers of one salt are never guessed
+    from another's."""
 
     def __init__(self) -> None:
         self._tables: OrderedDict[str, NgramTable] = OrderedDict()

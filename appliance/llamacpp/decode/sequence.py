@@ -27,7 +27,7 @@ class Sequence:
     tokens: Tokens
     length: int
     start_tag: float = 0.0
-    """Its tenant's turn; see `fairness`."""
+    """Its place in the fair order; see `fair_queue`."""
     id: int = -1
     slot: int = -1
     computed: int = 0
@@ -43,7 +43,7 @@ class Sequence:
     """Not delivered yet."""
     finished: SequenceFinished | None = None
     dropped: bool = False
-    """Nobody waits for it any more. Set by the event loop's thread before the engine's takes note."""
+    """Its caller has left. Set by the event loop's thread before the engine's takes note."""
 
     @classmethod
     def from_request(
@@ -77,7 +77,7 @@ class Sequence:
 
     @property
     def rank(self) -> tuple[int, float, int]:
-        """Who goes first: lower priority value, then the tenant's turn, then order of arrival."""
+        """Lower goes first: by priority value, then start tag, then order of arrival."""
         return self.request.priority, self.start_tag, self.number
 
     @property

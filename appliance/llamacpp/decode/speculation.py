@@ -11,7 +11,7 @@ from appliance.llamacpp.decode.sequence import Sequence
 from appliance.llamacpp.rates import Rates
 
 MAX_STEP_GROWTH: Final = 1.0
-"""Drafts make a step longer by at most this share while somebody reads a stream of a sequence in it."""
+"""Drafts make a step longer by at most this share while a stream of a sequence in it is read."""
 _UNMEASURED_LEAST: Final = 0.5
 
 
@@ -25,7 +25,7 @@ class SpeculationPlanner:
     def plan_drafts(self, sequences: Ordered[Sequence], room: int, *, has_readers: bool) -> None:
         """Set the `draft` of each of `sequences`, whose next token the step finds; at most `room` tokens in all.
 
-        `has_readers`: somebody reads a stream of one of them.
+        `has_readers`: a stream of one of them is read.
         """
         least, bound = self._bounds(len(sequences))
         if has_readers:

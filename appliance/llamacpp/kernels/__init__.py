@@ -2,7 +2,7 @@
 
 ggml asks each of its "extra buffer types" whether it wants a tensor or an operation; the library adds one. It is
 compiled when the engine is set up (`python -m appliance.llamacpp.kernels`) and loaded by `install_kernels`. Where it is
-missing or does not fit, llama.cpp computes as ever, and the reason is told.
+missing or does not fit, llama.cpp computes as ever, and `Kernels.reason` says why.
 """
 
 import ctypes

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class BatchCapacity:
-    """KV cells: `capacity`, those in use by somebody running, and those promised but not yet used."""
+    """KV cells: all, those in use by what runs, and those promised but not yet used."""
 
     capacity: int
     used: int

@@ -1,6 +1,6 @@
 """Slots: KV memory in which every generating sequence has cells of its own, next to the memory that all share.
 
-With llama.cpp's own attention each token of the shared memory looks at the mask of every cell in use, whoever holds it
+With llama.cpp's own attention each token of the shared memory looks at the mask of every cell in use
 (the native kernels look at a sequence's own cells alone, and then there are no slots). With 32 sequences of 160 tokens
 that makes a decode step of SmolLM2-135M 1.6 times as long as one in which each looks at its own cells only. Prompts,
 prefixes and labels stay in the shared memory, where they can be forked without copying; a sequence moves to a slot
@@ -32,7 +32,7 @@ def choose_slot_tokens(cells: int, trained_tokens: int, sequences: int) -> int:
     """How long each of `sequences` slots may be within `cells` in all, or 0 for no slots.
 
     The shared memory keeps at least room for one sequence as long as the model was trained for, so that slots shorten
-    nobody's context, and at least half.
+    no context, and at least half.
     """
     spare = min(cells // 2, cells - trained_tokens)
     each = min(spare // max(1, sequences), _MOST_SLOT_TOKENS) // _ROUNDING_TOKENS * _ROUNDING_TOKENS

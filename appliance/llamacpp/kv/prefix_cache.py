@@ -1,7 +1,7 @@
-"""The prefix tree: which computed prompts lie in KV memory, who uses them, and which go first when room is short.
+"""The prefix tree: which computed prompts lie in KV memory, what uses them, and which go first when cells are short.
 
 Every leaf owns one sequence id whose cells hold its whole path, so any point inside the tree can be forked by sharing
-the cells of a leaf below it. Nodes on a path that somebody pinned are not evicted. Every cell of the tree counts once.
+the cells of a leaf below it. Nodes on a pinned path are not evicted. Every cell of the tree counts once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -57,7 +57,7 @@ class PrefixMatch:
 
 
 class PrefixCache:
-    """Cached prefixes of all tenants: one tree for each salt. One thread only."""
+    """Cached prefixes: one tree for each cache salt. One thread only."""
 
     def __init__(self, memory: SequenceMemory, free_ids: list[int]) -> None:
         self._memory, self._free_ids = memory, free_ids
@@ -162,7 +162,7 @@ class PrefixCache:
         return freed
 
     def discard(self, tokens: Tokens, salt: str) -> None:
-        """Drop a cached prompt that nobody is expected to ask for again, unless it is pinned or begins another."""
+        """Drop a cached prompt that is not expected again, unless it is pinned or begins another."""
         node = self.match(tokens, salt, len(tokens)).node
         if node.depth == len(tokens) and node.parent is not None and not node.children and not node.pins:
             self._drop(node)
@@ -177,7 +177,7 @@ class PrefixCache:
         return True
 
     def clear(self) -> None:
-        """Drop everything without touching memory, which somebody cleared. Pins must be gone."""
+        """Drop everything without touching memory, which was cleared. Pins must be gone."""
         for node in list(self._leaves()):
             self._free_ids.append(node.sequence)
         self._roots.clear()

@@ -35,11 +35,11 @@ class LabelJob:
         """Prompt tokens of items that are not answered yet."""
         self.priority = min((item.priority for item in items), default=0)
         self.start_tag = 0.0
-        """The turn of its next item; see `fairness`."""
+        """Start tag of its next item; see `fair_queue`."""
         self.number = 0
         """Order of arrival."""
         self.dropped = False
-        """Nobody waits for it any more. Set by the event loop's thread before the engine's takes note."""
+        """Its caller has left. Set by the event loop's thread before the engine's takes note."""
         self.cancelled = False
         self.pieces: list[PromptPiece] = []
         """Pieces that are not taken yet, of the item before the cursor and of items between two waves."""
@@ -47,7 +47,7 @@ class LabelJob:
 
     @property
     def rank(self) -> tuple[int, float, int]:
-        """Whose next item goes first: lower priority value, then what is begun, then the tenant's turn."""
+        """Lower goes first: by priority value, then what is begun, then the start tag of the next item."""
         return self.priority, 0.0 if self.pieces else self.start_tag, self.number
 
     @property

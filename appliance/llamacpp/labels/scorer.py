@@ -1,15 +1,12 @@
-"""Label calls in work: takes items from the calls in turn, computes them a window at a time, and answers.
+"""Label calls in work: items of all calls are computed a window at a time, and answered.
 
 A window is as many items as fit into what is left of a step; it may last several steps when one item is longer. An item
 whose labels are computed in waves (see `search`) is in one window after the other, each time beside items that are new.
-Between two windows it holds nothing: its prompt is cached, and computed again where somebody needed the cells.
+Between two windows it holds nothing: its prompt is cached, and computed again where the cells were needed meanwhile.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from heapq import nsmallest
-from itertools import count
-from operator import attrgetter
+from collections.abc import Callable
 from typing import Final
 
 from appliance.llamacpp.fair_queue import FairQueue
@@ -22,10 +19,10 @@ from appliance.llamacpp.labels.jobs import (
     PromptPiece,
     build_window,
     count_shared_tokens,
-    failed_scores,
     prepare_item,
     split_into_pieces,
 )
+from appliance.llamacpp.labels.queue import LabelQueue
 from appliance.llamacpp.labels.search import SearchBudget
 from appliance.llamacpp.model import LlamaModel
 
@@ -38,38 +35,29 @@ _SEARCHES_AT_ONCE: Final = 32
 _RECENT_PROMPTS: Final = 8
 """Prompts remembered (as tokens, not cells): what the next one shares with any of them is worth caching."""
 _WORTH_CACHING_TOKENS: Final = 16
-_CALLS_KEPT_WARM: Final = 8
-"""Calls take turns, so that what several of them fork is kept: of so many, those that are next."""
 
 
 class LabelScorer:
-    """The label side of a runner; its thread only. `room` tells the KV cells in use and promised."""
+    """Computes label calls for a StepRunner. The engine's thread only.
+
+    `measure_capacity` gives the KV cells in use and promised.
+    """
 
     def __init__(
         self,
         model: LlamaModel,
-        tree: PrefixCache,
+        prefix_cache: PrefixCache,
         free_ids: list[int],
         fair_queue: FairQueue,
-        room: Callable[[], BatchCapacity],
+        measure_capacity: Callable[[], BatchCapacity],
     ) -> None:
-        self._model, self._batch, self._prefix_cache, self._free_ids, self._measure_capacity = (
-            model,
-            model.batch,
-            tree,
-            free_ids,
-            room,
-        )
-        self._fair_queue, self._search_budget = fair_queue, SearchBudget()
-        self._paths = _PATHS if model.forkable else 1
-        self._jobs: list[LabelJob] = []
-        """Calls with items that are not taken yet."""
-        self._numbers = count()
+        self._model, self._batch = model, model.batch
+        self._prefix_cache, self._free_ids = prefix_cache, free_ids
+        self._measure_capacity, self._search_budget = measure_capacity, SearchBudget()
+        self.queue = LabelQueue(fair_queue)
+        self._max_paths = _PATHS if model.forkable else 1
         self._suspects = 0
         """So many items in a row are computed alone: one of them made a step fail."""
-        self._open: list[LabelJob] = []
-        """Calls not answered yet, those with all items taken included."""
-        self._answered: list[LabelJob] = []
         self._window: LabelWindow | None = None
         self._stop = 0
         """Where the part of the window ends that is in the batch; 0: none is."""
@@ -77,7 +65,7 @@ class LabelScorer:
 
     @property
     def busy(self) -> bool:
-        return bool(self._jobs or self._window or self._answered)
+        return self.queue.busy or self._window is not None
 
     @property
     def window_tokens(self) -> int:
@@ -85,24 +73,13 @@ class LabelScorer:
         return self._window.tokens if self._window else 0
 
     @property
-    def waiting_tokens(self) -> int:
-        return sum(job.waiting_tokens for job in self._open)
-
-    @property
-    def untouched_jobs(self) -> int:
-        return sum(1 for job in self._jobs if not job.cursor)
-
-    @property
-    def open_items(self) -> int:
-        return sum(job.open for job in self._open)
-
-    @property
     def priority(self) -> int | None:
         """Of the most urgent work there is; None: there is none."""
-        waiting = [job.priority for job in self._jobs]
-        if self._window is not None:
-            waiting.extend(piece.item.job.priority for piece in self._window.pieces)
-        return min(waiting, default=None)
+        waiting = self.queue.priority
+        if self._window is None:
+            return waiting
+        urgent = min(piece.item.job.priority for piece in self._window.pieces)
+        return urgent if waiting is None else min(waiting, urgent)
 
     @property
     def in_step(self) -> set[LabelJob]:
@@ -117,58 +94,30 @@ class LabelScorer:
     def touch_expected_prefixes(self) -> int:
         """Mark the prefixes that the next items fork as used, so that they are the last to go; give their cells."""
         warm: set[PrefixNode] = set()
-        for prompt, salt in self._list_expected_prompts():
+        if not self._model.forkable:
+            return 0
+        for prompt, salt in self.queue.list_expected_prompts():
             node: PrefixNode | None = self._prefix_cache.match(prompt, salt, len(prompt)).node
             while node is not None and node not in warm:
                 warm.add(node)
                 node = node.parent
         return sum(len(node.tokens) for node in warm)
 
-    def _list_expected_prompts(self) -> Iterator[tuple[Tokens, str]]:
-        """Prompts and salts of the pieces that wait, and of the items whose turn is next, each of another call."""
-        if not self._jobs or not self._model.forkable:
-            return
-        for job in self._jobs:
-            yield from ((piece.item.prompt, piece.item.cache_salt) for piece in job.pieces)
-        for job in nsmallest(_CALLS_KEPT_WARM, self._jobs, key=attrgetter("rank")):
-            if job.following is not None:
-                yield to_token_array(job.following.prompt), job.following.cache_salt
-
-    def add(self, job: LabelJob) -> None:
-        self._open.append(job)
-        job.number = next(self._numbers)
-        if job.items:
-            self._assign_start_tag(job)
-            self._jobs.append(job)
-        else:
-            self._answered.append(job)
-
     def cancel(self, job: LabelJob) -> None:
         """Drop a call. A window in work goes on when it holds items of others too."""
         job.cancelled = True
-        if job in self._open:
-            self._open.remove(job)
-        if job in self._jobs:
-            self._jobs.remove(job)
+        self.queue.remove(job)
         if self._window is not None and all(piece.item.job.cancelled for piece in self._window.pieces):
             self._close_window(keep_prefixes=False)
 
-    def take_answered(self) -> list[LabelJob]:
-        """The calls whose last item was answered since the last time."""
-        done = [job for job in self._open if not job.open]
-        if done:
-            self._open = [job for job in self._open if job.open]
-        self._answered.clear()
-        return done
-
     def fill_batch(self, tokens: int, *, alone: bool, urgent: int) -> None:
-        """Add up to `tokens` of label work to the batch. `alone`: nobody else holds KV cells or will free any;
+        """Add up to `tokens` of label work to the batch. `alone`: nothing else holds KV cells or will free any;
         `urgent`: what is less urgent than that holds still."""
         self._stop = 0
         priority = self.priority
         if priority is not None and priority > urgent:
             return
-        if self._window is None and self._jobs and tokens > 0:
+        if self._window is None and self.queue.has_pieces and tokens > 0:
             self._open_window(tokens, alone)
         window = self._window
         if window is None:
@@ -198,14 +147,14 @@ class LabelScorer:
 
     def recover(self, reason: str, *, alone: bool) -> None:
         """The decode of what `fill` added failed, and memory is cleared next. An item that was alone in it gets the
-        reason; of several nobody knows which it was, so they come again one by one."""
+        reason; of several it is unknown which it was, so they come again one by one."""
         if self._window is None:
             return
         items = {id(piece.item): piece.item for piece in self._window.pieces}
         if self._stop and alone and len(items) == 1:
             for item in items.values():
                 item.fail(reason)
-                self._drop_pieces(item)
+                self.queue.drop_pieces(item)
             self._suspects = max(0, self._suspects - 1)
             self._close_window(keep_prefixes=False)
             return
@@ -221,24 +170,24 @@ class LabelScorer:
         self._close_window(keep_prefixes=False)
         for piece in reversed(window.pieces):
             if not piece.item.job.cancelled:
-                self._requeue(piece)
+                self.queue.requeue(piece)
 
     # Windows.
 
     def _open_window(self, tokens: int, alone: bool) -> None:
         pieces: list[PromptPiece] = []
         total = paths = searches = 0
-        while total < tokens and self._jobs and not (self._suspects and pieces):
-            if pieces and min(self._jobs, key=attrgetter("rank")).priority > pieces[0].item.job.priority:
+        while total < tokens and self.queue.has_pieces and not (self._suspects and pieces):
+            if pieces and self.queue.next_job().priority > pieces[0].item.job.priority:
                 break  # a window is computed to its end, and what is urgent does not wait for what is not
-            piece = self._next_piece()
+            piece = self.queue.take_piece(self._prepare_item, self._first_pieces)
             if piece is None:
                 continue
             self._attach(piece)
             needed = self._count_needed(piece, pieces)
             searches += piece.starts_search
             crowded = bool(pieces) and (
-                total + needed > tokens or paths + len(piece.chains) > self._paths or searches > _SEARCHES_AT_ONCE
+                total + needed > tokens or paths + len(piece.chains) > self._max_paths or searches > _SEARCHES_AT_ONCE
             )
             if crowded or not self._fits(total + needed, paths + len(piece.chains)):
                 self._refuse_or_requeue(piece, impossible=alone and not pieces)
@@ -256,28 +205,8 @@ class LabelScorer:
                 for path in range(first, first + len(piece.chains)):
                     self._prefix_cache.share_cells(piece.node, int(window.ids[path]), 0, piece.depth)
 
-    def _assign_start_tag(self, job: LabelJob) -> None:
-        """Give the next item of a call its turn."""
-        if job.cursor < len(job.items):
-            item = job.items[job.cursor]
-            job.start_tag = self._fair_queue.assign_start_tag(item.cache_salt, len(item.prompt))
-
-    def _next_piece(self) -> PromptPiece | None:
-        """The next piece of the call whose turn it is; calls of one tenant take turns item by item."""
-        job = min(self._jobs, key=attrgetter("rank"))
-        if not job.pieces:
-            index, job.cursor = job.cursor, job.cursor + 1
-            self._fair_queue.advance(job.start_tag, len(job.items[index].prompt))
-            self._assign_start_tag(job)
-            item = prepare_item(job, index, self._model.sequence_context_tokens, self._model.vocabulary_size)
-            if isinstance(item, str):
-                job.answer(index, failed_scores(len(job.items[index].prompt), item))
-            else:
-                job.pieces = self._first_pieces(item)
-        piece = job.pieces.pop(0) if job.pieces else None
-        if not job.untaken:
-            self._jobs.remove(job)
-        return piece
+    def _prepare_item(self, job: LabelJob, index: int) -> LabelItemState | str:
+        return prepare_item(job, index, self._model.sequence_context_tokens, self._model.vocabulary_size)
 
     def _first_pieces(self, item: LabelItemState) -> list[PromptPiece]:
         """The whole trie, or the prompt alone where the rest depends on what is read at its end."""
@@ -296,21 +225,9 @@ class LabelScorer:
                 f"prompt and labels take {piece.tokens} tokens of memory and there are {self._model.context_tokens}: "
                 "shorten the text or use fewer labels"
             )
-            self._drop_pieces(piece.item)
+            self.queue.drop_pieces(piece.item)
         else:
-            self._requeue(piece)
-
-    def _requeue(self, piece: PromptPiece) -> None:
-        job = piece.item.job
-        job.pieces.insert(0, piece)
-        if job not in self._jobs:
-            self._jobs.append(job)
-
-    def _drop_pieces(self, item: LabelItemState) -> None:
-        job = item.job
-        job.pieces = [other for other in job.pieces if other.item is not item]
-        if job in self._jobs and not job.untaken:
-            self._jobs.remove(job)
+            self.queue.requeue(piece)
 
     def _attach(self, piece: PromptPiece) -> None:
         if self._model.forkable:
@@ -373,7 +290,7 @@ class LabelScorer:
             elif not item.pieces_open:
                 chains = item.plan_next_chains()
                 for following in reversed(split_into_pieces(item, chains, _CHAINS_AT_ONCE)):
-                    self._requeue(following)
+                    self.queue.requeue(following)
                 if not chains:
                     if item.search.spent_tokens:
                         self._search_budget.observe(item.search)

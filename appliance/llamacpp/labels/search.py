@@ -38,17 +38,17 @@ _FORGOTTEN: Final = 0.01
 
 
 class SearchBudget:
-    """Whether walking pays, from what it has cost of late as a share of computing whole tries.
+    """Whether a search pays, from what recent ones cost as a share of computing whole tries.
 
-    Where a model is sure of its answers a walk ends after a small part. Where it is not, nearly all has to be computed,
-    and the tokens that several waves pass are computed several times.
+    Where a model is sure of its answers a search ends after a small part. Where it is not, nearly all has to be
+    computed, and the tokens that several waves pass are computed several times.
     """
 
     def __init__(self) -> None:
         self._share = _EXPECTED
 
     def is_worth_searching(self, trie: LabelTrie, items: int, tolerance: float) -> bool:
-        """For an item in a call of so many. Experience that keeps items from walking is forgotten little by little."""
+        """For an item in a call of so many. Experience against searching is forgotten little by little."""
         most = len(trie) - 1
         least = _FEWEST_TOKENS + _STEPS_TOKENS / max(1, items)
         if tolerance <= 0 or most * (1 - _EXPECTED) < least:
@@ -59,7 +59,7 @@ class SearchBudget:
         return False
 
     def observe(self, search: "LabelSearch") -> None:
-        """Take note of a walk that is over."""
+        """Take note of a search that is over."""
         whole = (len(search.trie) - 1) * (1 + _ROW_TOKENS)
         self._share += _OBSERVED * (search.spent_tokens / whole - self._share)
 

@@ -24,9 +24,9 @@ prompt take twice as long as 64, and 96 as long as 128."""
 SLOW_STEP_TOKENS: Final = 32
 """The least part of a prompt, where a model is so slow that a tile takes seconds; less wastes the matrix kernels."""
 BACKGROUND_STEP_SECONDS: Final = 0.04
-"""Of a step in which nothing is urgent: what a reader who comes in its middle does not notice."""
+"""Of a step in which nothing is urgent: what a reader that comes in its middle does not notice."""
 BACKGROUND_AFTER_SECONDS: Final = 10.0
-"""After so long without anything urgent nobody is expected, and steps are as long as is quickest."""
+"""After so long without anything urgent no reader is expected, and steps are as long as is quickest."""
 IDLE_PRIORITY: Final = 1 << 30
 CROWDED_CACHE_TOKENS: Final = 2048
 CACHED_SHARE: Final = 0.5
@@ -36,7 +36,7 @@ SLOT_MIN_OUTPUT_TOKENS: Final = 8
 
 
 class WaitQueue:
-    """Waiting sequences: lower priority value first, then the tenants in turn, each in order of arrival."""
+    """Waiting sequences: lower priority value first, then by start tag, then in order of arrival."""
 
     def __init__(self) -> None:
         self._waiting: list[Sequence] = []
@@ -73,7 +73,7 @@ def is_worth_a_slot(sequence: Sequence, slot_tokens: int, running: int) -> bool:
 
 
 def count_charged_tokens(sequence: Sequence) -> int:
-    """What a request counts for in its tenant's turn: its prompt and the first part of its output."""
+    """Tokens a request is charged with in fair queueing: its prompt and the first part of its output."""
     return sequence.length + min(sequence.remaining, OUTPUT_RESERVE_TOKENS)
 
 
@@ -106,8 +106,7 @@ def plan_step_tokens(
 ) -> int:
     """Tokens one step may compute in the shared memory, `decoding` of them for sequences that generate there.
 
-    `can_wait`: nothing in it is urgent and somebody may come at any moment, who waits for its end: it is as short as is
-    any good.
+    `can_wait`: nothing in it is urgent, and a request that arrives meanwhile waits for its end: it is as short as pays.
 
     While `readers` streams are read, there or in slots, prompts and labels get about `step_seconds` of a step, so that
     a long prompt cannot stall them. An answer that is given whole is there sooner when all prompts that came with its
@@ -130,7 +129,7 @@ def plan_step_tokens(
 def limit_cached_tokens(context_tokens: int, crowded: bool) -> int:
     """How many cells unused prefixes may keep: a share of all, but while more work waits than a step takes, few.
 
-    Attention passes every cell in use, whoever holds it: 4,000 idle ones make prompts and labels of SmolLM2-135M take
+    Attention passes every cell in use, whatever holds it: 4,000 idle ones make prompts and labels of SmolLM2-135M take
     40 % longer. A prefix that is forked again and again stays, as the least recently used go first.
     """
     kept = int(CACHED_SHARE * context_tokens)
@@ -164,11 +163,11 @@ def plan_prefill_chunks(sequences: Iterable[Sequence], tokens: int, outputs: int
 
 
 def choose_victim(running: Ordered[Sequence]) -> Sequence:
-    """Who gives way when KV room runs out: the one that ranks last. It waited least, and has least to recompute."""
+    """The sequence to preempt when KV cells run out: the one that ranks last. It waited least."""
     return max(running, key=_rank)
 
 
 def choose_preempted(running: Ordered[Sequence], arrived: Sequence) -> Sequence | None:
-    """Who is put back for one that waits and is more urgent; never one of the same priority."""
+    """The sequence to preempt for a more urgent one that waits; never one of the same priority."""
     last = max(running, key=_rank, default=None)
     return last if last is not None and last.request.priority > arrived.request.priority else None

@@ -1,6 +1,6 @@
-"""Who waits, who runs, and the cells they get: admission, preemption, slots, and room for the next step.
+"""Which sequences wait, which run, and their KV cells: admission, preemption, slots, cells for the next step.
 
-Decisions lie in `scheduler`, where a sequence's cells lie in `cells`. Owned by the thread that steps.
+`scheduler` decides, `kv_allocator` moves cells. Owned by the thread that steps.
 """
 
 from collections import deque
@@ -156,6 +156,6 @@ class SequenceManager:
             chunks = [chunk for chunk in chunks if chunk[0].id >= 0]
 
     def count_unused_cells(self) -> int:
-        """Cells of the shared memory that nobody holds, not even the cache."""
+        """Cells of the shared memory that nothing holds, not even the cache."""
         own = sum(sequence.private_cells for sequence in self.running)
         return self.model.context_tokens - self.prefix_cache.tokens - own - self.label_scorer.window_tokens

@@ -1,7 +1,7 @@
-"""One step at a time: admit, compute the slots, fill the batch with the rest, decode, read it, tell.
+"""One step at a time: admit, compute the slots, fill the batch with the rest, decode, read the rows, report.
 
-Owned by one thread. Who runs is told by `roster`, decisions lie in `scheduler`, what is cached in `prefix`, where a
-sequence lies in `cells`, label work in `scoring`.
+Owned by one thread. `sequence_manager` says which sequences run, `scheduler` decides, `kv_allocator` moves sequences,
+`labels.scorer` computes labels, `decode_meter` runs and times each decode.
 """
 
 import time
@@ -12,7 +12,7 @@ from typing import Final
 
 from appliance.errors import EngineFailed
 from appliance.llamacpp.batch import DecodeBatch
-from appliance.llamacpp.context import ABORTED, NO_KV_ROOM, LlamaContext, Rows
+from appliance.llamacpp.context import ABORTED, NO_KV_ROOM, Rows
 from appliance.llamacpp.decode.sampling import find_row_maxima
 from appliance.llamacpp.decode.sequence import Sequence
 from appliance.llamacpp.decode.speculation import SpeculationPlanner
@@ -21,6 +21,7 @@ from appliance.llamacpp.engine_protocol import EngineLoadReport
 from appliance.llamacpp.labels.jobs import LabelJob
 from appliance.llamacpp.model import LlamaModel
 from appliance.llamacpp.rates import Rates
+from appliance.llamacpp.scheduler.decode_meter import DecodeMeter
 from appliance.llamacpp.scheduler.scheduler import (
     BACKGROUND_AFTER_SECONDS,
     IDLE_PRIORITY,
@@ -31,10 +32,9 @@ from appliance.llamacpp.scheduler.scheduler import (
     plan_step_tokens,
 )
 from appliance.llamacpp.scheduler.sequence_manager import Chunk, SequenceManager
-from appliance.llamacpp.scheduler.thread_governor import ThreadGovernor
 
 STEP_SECONDS: Final = 0.2
-"""About what prompts and labels may take of a step while somebody reads a stream. Shorter steps compute prompts in
+"""About what prompts and labels may take of a step while a stream is read. Shorter steps compute prompts in
 batches that waste the matrix kernels, and generate with few sequences at once while the others' prompts wait: with 0.1
 the CPU time for 32 answers of 128 tokens to prompts of 156 was 4 % more."""
 _FATAL_FAILURES: Final = 3
@@ -47,7 +47,7 @@ _RUN_TOKENS: Final = 16
 
 @dataclass(slots=True)
 class StepResult:
-    """What one step has to tell: sequences with new events or an end, and calls that are answered."""
+    """What one step brought: sequences with new events or an end, and calls that are answered."""
 
     sequences: list[Sequence] = field(default_factory=list)
     jobs: list[LabelJob] = field(default_factory=list)
@@ -67,30 +67,19 @@ class StepRunner:
         self.model, self.batch = model, model.batch
         self.rates = Rates(model.sequences)
         self._speculation = SpeculationPlanner(self.rates)
-        self._thread_governor = ThreadGovernor(model.threads)
+        self._meter = DecodeMeter(model, clock)
         self._clock, self._step_seconds = clock, step_seconds
         self._last_urgent_seconds = float("-inf")
         """When something that cannot wait ran last."""
         self._forced_run_tokens = min(_RUN_TOKENS, model.batch.capacity_tokens // (2 * model.sequences))
         self._batch_tokens = min(batch_tokens or model.batch.capacity_tokens, model.batch.capacity_tokens)
         self._manager = SequenceManager(model)
-        self._prefix_cache, self._kv, self._wait_queue = (
-            self._manager.prefix_cache,
-            self._manager.kv,
-            self._manager.wait_queue,
-        )
-        self._running, self._suspects, self._label_scorer = (
-            self._manager.running,
-            self._manager.suspects,
-            self._manager.label_scorer,
-        )
+        self._kv, self._running = self._manager.kv, self._manager.running
+        self._suspects, self._label_scorer = self._manager.suspects, self._manager.label_scorer
         self._result = StepResult()
         self._failures = 0
         self.in_step: frozenset[Sequence | LabelJob] = frozenset()
-        """Whose prompts and labels are being computed. Read by the event loop's thread, to abort what nobody wants."""
-        self.steps = self.prefill_tokens_total = self.decode_tokens_total = 0
-        self._compute_seconds = self._compute_cpu_seconds = 0.0
-        self._cpu_at_start: float | None = None
+        """Whose prompts and labels are being computed. Read by the event loop's thread, to abort it."""
 
     # What comes in, between steps.
 
@@ -105,11 +94,11 @@ class StepRunner:
         if sequence.running:
             self._retire(sequence)
         else:
-            self._wait_queue.remove(sequence)
+            self._manager.wait_queue.remove(sequence)
             self._result.sequences.append(sequence)
 
     def submit_labels(self, job: LabelJob) -> None:
-        self._label_scorer.add(job)
+        self._label_scorer.queue.add(job)
 
     def cancel_labels(self, job: LabelJob) -> None:
         """Drop what is left of a call."""
@@ -117,26 +106,25 @@ class StepRunner:
 
     @property
     def idle(self) -> bool:
-        return not (self._running or len(self._wait_queue) or self._label_scorer.busy or self._result.sequences)
+        return not (self._running or len(self._manager.wait_queue) or self._label_scorer.busy or self._result.sequences)
 
     # One step.
 
     def run_step(self) -> StepResult:
         """Do one step's work; give everything that changed since the last one."""
-        if self._cpu_at_start is None:
-            self._cpu_at_start = time.thread_time()
+        self._meter.begin()
         self._update_urgency()
         self._manager.admit_waiting()
         self._update_urgency()
         if self._step_slots():
             self._step_shared()
-        waiting = self._label_scorer.waiting_tokens + sum(one.pending for one in self._running if one.slot < 0)
-        crowded = len(self._wait_queue) > 0 or waiting > self._batch_tokens
+        waiting = self._label_scorer.queue.waiting_tokens + sum(one.pending for one in self._running if one.slot < 0)
+        crowded = len(self._manager.wait_queue) > 0 or waiting > self._batch_tokens
         kept = max(
             limit_cached_tokens(self.model.context_tokens, crowded), self._label_scorer.touch_expected_prefixes()
         )
-        self._prefix_cache.evict(self._prefix_cache.evictable_tokens - kept)
-        self._result.jobs = self._label_scorer.take_answered()
+        self._manager.prefix_cache.evict(self._manager.prefix_cache.evictable_tokens - kept)
+        self._result.jobs = self._label_scorer.queue.take_answered()
         result, self._result = self._result, StepResult()
         return result
 
@@ -155,11 +143,12 @@ class StepRunner:
             return True
         slots.batch.clear()
         _add_next_tokens(slots.batch, sequences)
-        code, seconds = self._decode(slots)
+        code, seconds = self._meter.decode(slots)
         if code:
             self._recover(code, sequences)
             return False
-        self.decode_tokens_total += len(sequences)
+        self._failures = 0
+        self._meter.decode_tokens += len(sequences)
         self.rates.observe_decode(len(sequences), seconds)
         self._read_decoding(sequences, slots.rows)
         return True
@@ -174,18 +163,19 @@ class StepRunner:
             return
         with_labels = self._label_scorer.in_step
         self.in_step = frozenset((*decoding, *(sequence for sequence, _ in chunks), *with_labels))
-        code, seconds = self._decode(self.model)
+        code, seconds = self._meter.decode(self.model)
         self.in_step = frozenset()
         if code:
             self._recover(code, [*decoding, *(sequence for sequence, _ in chunks)])
             return
+        self._failures = 0
         next_tokens, accepted = sum(sequence.pending for sequence in decoding), self._speculation.accepted_total
         decoded = next_tokens + sum(len(sequence.draft) for sequence in decoding)
         prefilled = self.batch.size - decoded
-        self.prefill_tokens_total += prefilled
+        self._meter.prefill_tokens += prefilled
         row = self._read_decoding(decoding, self.model.rows)
         self._label_scorer.read_rows(self._read_prefilled(chunks, row))
-        self.decode_tokens_total += next_tokens + self._speculation.accepted_total - accepted
+        self._meter.decode_tokens += next_tokens + self._speculation.accepted_total - accepted
         if decoded and not prefilled:
             self.rates.observe_decode(decoded, seconds)
         elif prefilled >= _PREFILL_OBSERVED and not decoded:
@@ -210,7 +200,9 @@ class StepRunner:
         )
         pending = sum(sequence.pending for sequence in prefilling)
         urgent = min((sequence.request.priority for sequence in prefilling), default=0)
-        for_prompts = allot_prompt_tokens(budget - next_tokens, pending, urgent, scorer.waiting_tokens, scorer.priority)
+        for_prompts = allot_prompt_tokens(
+            budget - next_tokens, pending, urgent, scorer.queue.waiting_tokens, scorer.priority
+        )
         chunks = plan_prefill_chunks(prefilling, for_prompts, batch.outputs_max - len(decoding))
         chunks = self._manager.free_cells_for_step(decoding, chunks)
         self._plan_drafts(decoding, chunks)
@@ -240,21 +232,6 @@ class StepRunner:
         self._speculation.plan_drafts(
             writing, room if self.model.forkable and not self._suspects else 0, has_readers=has_readers
         )
-
-    def _decode(self, context: LlamaContext) -> tuple[int, float]:
-        """llama.cpp's code and the seconds it took."""
-        began, cpu, all_cpu = self._clock(), time.thread_time(), time.process_time()
-        code = context.decode()
-        self._compute_cpu_seconds += time.thread_time() - cpu
-        seconds = self._clock() - began
-        threads = self._thread_governor.observe(seconds, time.process_time() - all_cpu)
-        if threads != self.model.threads:
-            self.model.set_threads(threads)
-        self._compute_seconds += seconds
-        if not code:
-            self._failures = 0
-            self.steps += 1
-        return code, seconds
 
     # Generating.
 
@@ -300,7 +277,7 @@ class StepRunner:
     # Room, and what happens when a step fails.
 
     def _recover(self, code: int, sequences: list[Sequence]) -> None:
-        """A decode failed. What was alone in it ends; of several, nobody knows who did it, so they try one by one.
+        """A decode failed. What was alone in it ends; of several, it is unknown which it was, so they try one by one.
 
         All others are put back too and begin again with empty memory; they lose nothing but time.
         """
@@ -310,7 +287,7 @@ class StepRunner:
             self._resume_after_abort(sequences)
             return
         self._failures += 1
-        if code == NO_KV_ROOM and self._failures == 1 and self._prefix_cache.evict(self.model.context_tokens):
+        if code == NO_KV_ROOM and self._failures == 1 and self._manager.prefix_cache.evict(self.model.context_tokens):
             return  # nothing changed in memory: the same step comes again with the cache gone
         reason = f"llama_decode failed with {code}: {self.model.last_log_lines()}"
         alone = len(sequences) + len(self._label_scorer.in_step) == 1
@@ -325,12 +302,12 @@ class StepRunner:
         for sequence in list(self._running):
             self._manager.preempt(sequence)
         self.model.memory_clear()
-        self._prefix_cache.clear()
+        self._manager.prefix_cache.clear()
         if self._failures >= _FATAL_FAILURES:
             raise EngineFailed(f"{self._failures} steps failed in a row; the last: {reason}")
 
     def _resume_after_abort(self, sequences: list[Sequence]) -> None:
-        """A decode was given up, since nobody wanted what was in it; what somebody does want comes again.
+        """A decode was given up, since nothing in it was wanted any more; what still is comes again.
 
         llama.cpp takes the cells of an aborted batch back. Label forks share cells, so they begin anew.
         """
@@ -341,42 +318,9 @@ class StepRunner:
             if self._kv.count_held_positions(sequence) != sequence.computed:
                 self._manager.preempt(sequence)
 
-    def _host_seconds(self) -> float:
-        """CPU time of the thread that steps, outside of decoding. Only that thread can tell."""
-        if self._cpu_at_start is None:
-            return 0.0
-        return max(0.0, time.thread_time() - self._cpu_at_start - self._compute_cpu_seconds)
-
     def report_load(self) -> EngineLoadReport:
         """The state as of now, between two steps."""
-        line, running = self._wait_queue.list_in_order(), self._running
-        prompts = sum(sequence.length for sequence in line)
-        prompts += sum(sequence.pending for sequence in running if sequence.pending > 1)
-        private = sum(sequence.private_cells for sequence in running)
-        return EngineLoadReport(
-            queued_requests=len(line) + self._label_scorer.untouched_jobs,
-            running_sequences=len(running),
-            sequences_capacity=self.model.sequences,
-            queued_prompt_tokens=prompts + self._label_scorer.waiting_tokens,
-            remaining_output_tokens=sum(sequence.remaining for sequence in (*line, *running)),
-            kv_used_tokens=private
-            + self._kv.used_slot_tokens
-            + self._prefix_cache.pinned_tokens
-            + self._label_scorer.window_tokens,
-            kv_cached_tokens=self._prefix_cache.evictable_tokens,
-            kv_capacity_tokens=self.model.kv_capacity_tokens,
-            steps=self.steps,
-            prefill_tokens_total=self.prefill_tokens_total,
-            decode_tokens_total=self.decode_tokens_total,
-            prefill_tokens_per_second=self.rates.prefill_tokens_per_second,
-            decode_tokens_per_second=self.rates.decode_tokens_per_second,
-            label_items=self._label_scorer.open_items,
-            drafted_tokens_total=self._speculation.drafted_total,
-            accepted_tokens_total=self._speculation.accepted_total,
-            lane_sequences=len(self._kv.in_slots),
-            compute_seconds_total=self._compute_seconds,
-            host_seconds_total=self._host_seconds(),
-        )
+        return self._meter.report_load(self._manager, self.rates, self._speculation)
 
 
 def _add_next_tokens(batch: DecodeBatch, sequences: list[Sequence]) -> None:

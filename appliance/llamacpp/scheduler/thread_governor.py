@@ -2,7 +2,7 @@
 
 Threads wait for each other about a thousand times a step. Where one of them shares its core with another program, all
 wait for it each time: two threads then need 40 ms for 16 sequences of SmolLM2-135M and one thread alone 28, though on
-an idle machine two need 17. What tells the two cases apart is the CPU time that the threads get together.
+an idle machine two need 17. The two cases differ in the CPU time that the threads get together.
 """
 
 from typing import Final

@@ -1,11 +1,12 @@
 """Runs one call's sequences and gives their text: several prompts, several choices, stop strings, one owner."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Literal, Protocol, Self
 
+from appliance.core.json_types import JsonSchema
 from appliance.errors import ApplianceError, EngineFailed, Unavailable
 from appliance.llamacpp.chat.reply_parsers import (
     MessagePart,
@@ -25,9 +26,9 @@ from appliance.llamacpp.engine_protocol import (
     SequenceRequest,
     TokenEvent,
 )
+from appliance.llamacpp.tools.cursor import ContentDelta, ReasoningDelta, ToolCallArgumentsDelta, ToolCallStart
 from appliance.llamacpp.tools.grammar import ReplyGrammarSpec
-from appliance.llamacpp.tools.reading import ReplySyntaxes
-from appliance.llamacpp.tools.source import ContentDelta, ReasoningDelta, ToolCallArgumentsDelta, ToolCallStart
+from appliance.llamacpp.tools.parser import ReplySyntaxes
 
 End = Literal["stop", "length", "tool_calls"]
 
@@ -68,7 +69,7 @@ class GenerationRequest:
     sampling: Sampling
     stops: Sequence[str] = ()
     logprobs: int | None = None
-    schema: Mapping[str, Any] | None = None
+    schema: JsonSchema | None = None
     grammar: ReplyGrammarSpec | None = None
     """Where the reply may hold calls, or reasoning before JSON; then `schema` is part of them."""
     syntaxes: ReplySyntaxes | None = None
@@ -98,7 +99,7 @@ class TokenUsage:
     cached_tokens: int = 0
     completion_tokens: int = 0
     reasoning_tokens: int | None = None
-    """None where the model does not tell its reasoning apart."""
+    """None where the model writes no reasoning of its own."""
 
 
 @dataclass(slots=True)
@@ -138,7 +139,7 @@ class _Choice:
 
 
 class RunningGeneration:
-    """The sequences of one call. Whoever makes it closes it, whatever happens: closing frees them in the engine."""
+    """The sequences of one call. Its maker closes it in every case: closing frees the sequences in the engine."""
 
     def __init__(
         self,

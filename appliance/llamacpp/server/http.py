@@ -1,11 +1,11 @@
-"""HTTP on one unix socket: what comes in, what goes out, and who has left meanwhile."""
+"""HTTP on one unix socket: requests in, replies and streams out, and clients that leave meanwhile."""
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import orjson
 from starlette.applications import Starlette
@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from appliance.core.json_types import JsonObject
 from appliance.errors import ApplianceError, ClientGone, EngineFailed, RequestError, Unavailable
 from appliance.llamacpp.chat.prompts import PromptBuilder
 from appliance.llamacpp.decode.constraints import GrammarCompiler
@@ -142,7 +143,7 @@ class EventStream(Response):
 
 
 class EngineEndpoints:
-    """The endpoints. One instance for one gate."""
+    """The endpoints of one engine."""
 
     def __init__(self, gate: EngineGate) -> None:
         self.gate = gate
@@ -313,5 +314,5 @@ async def _off_loop(body_bytes: int, work: Callable[[], Result]) -> Result:
     return work() if body_bytes <= INLINE_BODY_BYTES else await asyncio.to_thread(work)
 
 
-def _event(value: Mapping[str, Any]) -> bytes:
+def _event(value: JsonObject) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"

@@ -19,8 +19,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from appliance.core.json_types import MutableJsonObject
 from appliance.errors import ApplianceError, RequestError, Unsupported
 from appliance.llamacpp.chat.message import MessageIn
 from appliance.llamacpp.chat.prompts import LabelTail, PromptBuilder
@@ -64,10 +64,10 @@ def build_label_request(call: LabelsIn, prompts: PromptBuilder, limits: ModelLim
     return LabelRequest(items, errors, [call.label_sets[item.labels] for item in call.items])
 
 
-def write_label_reply(ask: LabelRequest, scores: Sequence[LabelScores], model: str) -> dict[str, Any]:
+def write_label_reply(ask: LabelRequest, scores: Sequence[LabelScores], model: str) -> MutableJsonObject:
     """The reply's body. `scores` are those of `ask.items`, in order."""
     usage = TokenUsage()
-    results: list[dict[str, Any]] = []
+    results: list[MutableJsonObject] = []
     found = dict(zip(ask.items, scores, strict=True))
     for position, names in enumerate(ask.names):
         score = found.get(position)
@@ -96,7 +96,7 @@ def compute_shares(logprobs: Sequence[float]) -> list[float]:
     return [weight / whole for weight in weights]
 
 
-def _result(names: Sequence[str], score: LabelScores) -> dict[str, Any]:
+def _result(names: Sequence[str], score: LabelScores) -> MutableJsonObject:
     labels = [
         {"label": name, "logprob": max(float(logprob), IMPOSSIBLE_LOGPROB), "probability": share}
         for name, logprob, share in zip(names, score.logprobs, compute_shares(score.logprobs), strict=True)

@@ -4,15 +4,16 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from appliance.core.json_types import MutableJsonObject
 from appliance.llamacpp.chat.reply_parsers import MessagePart, ReplyPieces
 from appliance.llamacpp.chat.reply_text import PlacedToken
 from appliance.llamacpp.engine_protocol import TokenEvent
 from appliance.llamacpp.server.generation import GenerationDelta, TokenUsage, WholeReply
-from appliance.llamacpp.tools.source import ContentDelta, Event, ReasoningDelta, ToolCallArgumentsDelta, ToolCallStart
+from appliance.llamacpp.tools.cursor import ContentDelta, Event, ReasoningDelta, ToolCallArgumentsDelta, ToolCallStart
 
-Json = dict[str, Any]
+Json = MutableJsonObject
 Kind = Literal["chat", "completion"]
 
 IMPOSSIBLE_LOGPROB = -9999.0
@@ -57,7 +58,7 @@ class ReplyWriter:
         }
 
     def opening(self, index: int) -> Json | None:
-        """The chunk that tells the role; plain completions have none."""
+        """The chunk with the role; plain completions have none."""
         if self.kind == "completion":
             return None
         return self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}, **_NO_END})
@@ -180,7 +181,7 @@ def _finite(logprob: float | None) -> float:
 
 
 def _stop(found: str | None) -> Mapping[str, str]:
-    """vLLM's field for the stop string that ended a choice; OpenAI's own API does not tell it."""
+    """vLLM's field for the stop string that ended a choice; OpenAI's own API has none."""
     return {} if found is None else {"stop_reason": found}
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Protocol
 
+from appliance.core.json_types import JsonObject, JsonSchema, MutableJsonObject
 from appliance.errors import ContextTooLong, RequestError, UnknownModel, Unsupported
 from appliance.llamacpp.chat.prompts import PromptBuilder
 from appliance.llamacpp.chat.reply_format import ReplyFormat
@@ -14,7 +15,7 @@ from appliance.llamacpp.server.request_models import ChatIn, CompletionIn, Respo
 from appliance.llamacpp.tools.formats import THINKING
 from appliance.llamacpp.tools.grammar import ReplyGrammarSpec
 from appliance.llamacpp.tools.offered import OfferedTools, check_offered_tools
-from appliance.llamacpp.tools.reading import ReplySyntaxes
+from appliance.llamacpp.tools.parser import ReplySyntaxes
 
 DEFAULT_CHAT_TOKENS = 1_024
 """A chat reply's length where the caller sets none: OpenAI gives the rest of the context, but a small model that does
@@ -153,7 +154,7 @@ def _bias(given: Mapping[str, float], vocabulary_size: int) -> dict[int, float]:
     return bias
 
 
-def _schema(wanted: ResponseFormatIn | None) -> Mapping[str, Any] | None:
+def _schema(wanted: ResponseFormatIn | None) -> JsonSchema | None:
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type == "json_object":
@@ -199,9 +200,9 @@ def check_tools_supported(prompts: PromptBuilder) -> None:
     raise Unsupported(f"tools: {why}; leave them out, or ask a model with the ability tools", param="tools")
 
 
-def build_template_variables(call: ChatIn, prompts: PromptBuilder) -> Mapping[str, Any]:
-    """What the template is told besides the messages. Raises Unsupported where it would not listen."""
-    variables: dict[str, Any] = {}
+def build_template_variables(call: ChatIn, prompts: PromptBuilder) -> JsonObject:
+    """Variables of the template besides the messages. Raises Unsupported for one that it does not read."""
+    variables: MutableJsonObject = {}
     effort, template, style = call.reasoning_effort, prompts.template, prompts.reply_format
     if effort is not None and effort != "none" and style.reasoning is None:
         raise Unsupported(
@@ -215,7 +216,7 @@ def build_template_variables(call: ChatIn, prompts: PromptBuilder) -> Mapping[st
         if template.abilities.switch:
             variables[_SWITCH] = effort != "none"
     elif wants_json(call) and template is not None and template.abilities.switch:
-        # Thinking first may take all of a reply's length; who wants it says so by reasoning_effort.
+        # Thinking first may take all of a reply's length; reasoning_effort asks for it.
         variables[_SWITCH] = False
     for name, value in (call.chat_template_kwargs or {}).items():
         known = template is not None and name not in _OWN_VARIABLES and template.knows(name)

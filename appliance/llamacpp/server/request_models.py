@@ -2,12 +2,13 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from appliance.core.json_types import JsonObject, MutableJsonObject
 from appliance.errors import RequestError
 from appliance.llamacpp.chat.message import MessageIn
 
@@ -38,7 +39,7 @@ class _Strict(BaseModel):
 class JsonSchemaIn(_Strict):
     name: str = "schema"
     strict: bool | None = None
-    json_schema: dict[str, Any] = Field(alias="schema")
+    json_schema: MutableJsonObject = Field(alias="schema")
 
 
 class ResponseFormatIn(_Strict):
@@ -82,11 +83,11 @@ class ChatIn(SampledIn):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    tools: list[MutableJsonObject] | None = None
+    tool_choice: Literal["none", "auto", "required"] | MutableJsonObject | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=16)] | None = None
+    chat_template_kwargs: Annotated[MutableJsonObject, Field(max_length=16)] | None = None
 
 
 class CompletionIn(SampledIn):
@@ -100,7 +101,7 @@ class CompletionIn(SampledIn):
 class TokenizeIn(_Strict):
     content: str | None = None
     messages: Annotated[list[MessageIn], Field(min_length=1)] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list[MutableJsonObject] | None = None
 
 
 class LabelItemIn(_Strict):
@@ -172,8 +173,8 @@ def _refuse_character(value: Any, wrong: re.Pattern[str], name: str, path: str =
             _refuse_character(inner, wrong, name, f"{path}[{position}]")
 
 
-def _refusal(error: ValidationError, body: Mapping[str, Any]) -> RequestError:
-    """The deepest complaint, in the caller's terms: where alternatives failed, the one that came closest tells most."""
+def _refusal(error: ValidationError, body: JsonObject) -> RequestError:
+    """The deepest error, in the caller's terms: where alternatives failed, the one that came closest says most."""
     placed = [(_path(problem["loc"], body), problem) for problem in error.errors(include_url=False)]
     deepest = max(len(path) for path, _ in placed)
     path, first = next((path, problem) for path, problem in placed if len(path) == deepest)

@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from appliance.core import ReasoningFormat, ToolFormat
+from appliance.core.json_types import JsonSchema
+
+ToolSchemas = Mapping[str, JsonSchema]
+"""The parameters' JSON schema of every tool that was offered, by name."""
+MAX_NAME_CHARS: Final = 256
+"""Of a tool's name in a reply: what is longer is no name."""
 
 Kind = Literal["json", "named", "tagged", "pythonic", "harmony"]
 

@@ -7,13 +7,14 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from appliance.core import ReasoningFormat, ToolFormat
+from appliance.core.json_types import JsonSchema
 from appliance.llamacpp.tools.formats import SYNTAXES, THINKING, ToolSyntax
 from appliance.llamacpp.tools.offered import OfferedTools
 
-_GUIDANCE: Final[Mapping[str, Any]] = {
+_GUIDANCE: Final[JsonSchema] = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
@@ -23,7 +24,7 @@ _MAX_LOOSE: Final = 8
 """Tools with a search of their own for calls without a marker; among more, arguments are held to be an object."""
 _COMMONS: Final = ("$defs", "definitions")
 
-Enforceable = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
+Enforceable = Callable[[str, JsonSchema], JsonSchema]
 """The schema of a tool, or what is enforced in its place where it uses what cannot be."""
 
 
@@ -33,7 +34,7 @@ class ReplyGrammarSpec:
 
     offered: OfferedTools | None
     tools: ToolFormat | None
-    schema: Mapping[str, Any] | None = None
+    schema: JsonSchema | None = None
     """Of the content, where JSON was asked for."""
     reasoning: ReasoningFormat | None = None
     thinking_open: bool = False
@@ -100,7 +101,7 @@ class _Writer:
         return f"({' | '.join(tokens)})?" if tokens else ""
 
     def _channels(self) -> str:
-        """Harmony: turns of thinking and of comment, then the answer or a call."""
+        """Harmony: messages of thinking and of comment, then the answer or a call."""
         channel, message = self._literal("<|channel|>"), self._literal("<|message|>")
         self._rule(
             "turn",
@@ -151,7 +152,7 @@ class _Writer:
         arguments = self._arguments(syntax, number, self._schemas[name])
         return self._rule(rule, f"{self._literal(head)} {arguments} {self._literal(syntax.call_close)}")
 
-    def _arguments(self, syntax: ToolSyntax, number: int, schema: Mapping[str, Any]) -> str:
+    def _arguments(self, syntax: ToolSyntax, number: int, schema: JsonSchema) -> str:
         rule = f"args_{number}"
         if syntax.kind not in ("tagged", "pythonic"):
             return self._rule(rule, _json_rule(schema))
@@ -168,7 +169,7 @@ class _Writer:
             parts.append((part, isinstance(required, list) and key in required))
         return self._rule(rule, _joined(parts, '", "' if syntax.kind == "pythonic" else ""))
 
-    def _tagged(self, syntax: ToolSyntax, rule: str, key: str, schema: Mapping[str, Any]) -> str:
+    def _tagged(self, syntax: ToolSyntax, rule: str, key: str, schema: JsonSchema) -> str:
         before, middle, after = syntax.parameter
         head = f"{self._literal(before + key + middle)}"
         if schema.get("type") == "string" and not isinstance(schema.get("enum"), list):
@@ -180,7 +181,7 @@ class _Writer:
             return f"{head} ({values}) {self._literal(after)}"
         return f"{head} {_json_rule(schema)} {self._literal(after)}"
 
-    def _keyword(self, syntax: ToolSyntax, rule: str, key: str, schema: Mapping[str, Any]) -> str:
+    def _keyword(self, syntax: ToolSyntax, rule: str, key: str, schema: JsonSchema) -> str:
         value = '("True" | "False")' if schema.get("type") == "boolean" else _json_rule(schema)
         return f"{_quoted(key + '=')} {value}"
 
@@ -228,7 +229,7 @@ def _joined(parts: Sequence[tuple[str, bool]], separator: str) -> str:
     return f"({' | '.join(choices)})"
 
 
-def _json_rule(schema: Mapping[str, Any]) -> str:
+def _json_rule(schema: JsonSchema) -> str:
     return f"%json {json.dumps({'x-guidance': dict(_GUIDANCE), **schema})}"
 
 

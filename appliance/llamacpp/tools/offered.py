@@ -5,18 +5,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from appliance.core.json_types import JsonObject, JsonSchema
 from appliance.errors import RequestError, Unsupported
 
 MAX_TOOLS: Final = 128
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,128}")
-_NO_PARAMETERS: Final[Mapping[str, Any]] = {"type": "object", "properties": {}, "additionalProperties": False}
+_NO_PARAMETERS: Final[JsonSchema] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 @dataclass(frozen=True, slots=True)
 class OfferedTools:
-    tools: Sequence[Mapping[str, Any]]
+    tools: Sequence[JsonObject]
     """As the caller wrote them; the template shows them to the model."""
-    schemas: Mapping[str, Mapping[str, Any]]
+    schemas: Mapping[str, JsonSchema]
     """Of the arguments of each tool that may be called, by name."""
     strict: frozenset[str]
     """Tools whose schema the caller wants kept to the letter."""
@@ -33,7 +34,7 @@ def check_offered_tools(tools: Sequence[Any] | None, choice: Any, parallel: bool
         return None
     if len(tools) > MAX_TOOLS:
         raise RequestError(f"tools: {len(tools)} are more than {MAX_TOOLS}; offer fewer", param="tools")
-    schemas: dict[str, Mapping[str, Any]] = {}
+    schemas: dict[str, JsonSchema] = {}
     strict: set[str] = set()
     for index, tool in enumerate(tools):
         name, function = _function(f"tools[{index}]", tool)
@@ -55,7 +56,7 @@ def check_offered_tools(tools: Sequence[Any] | None, choice: Any, parallel: bool
     )
 
 
-def _function(place: str, tool: Any) -> tuple[str, Mapping[str, Any]]:
+def _function(place: str, tool: Any) -> tuple[str, JsonObject]:
     kind = tool.get("type", "function") if isinstance(tool, Mapping) else None
     if kind not in ("function", None):
         raise Unsupported(f"{place}.type: {kind!r:.40} is not supported by local models; use function", param=place)
@@ -69,8 +70,8 @@ def _function(place: str, tool: Any) -> tuple[str, Mapping[str, Any]]:
     return name, function
 
 
-def _arguments_schema(place: str, given: Any) -> Mapping[str, Any]:
-    """The schema of the arguments as an object; a call with arguments that no one declared helps nobody."""
+def _arguments_schema(place: str, given: Any) -> JsonSchema:
+    """The schema of the arguments as an object; arguments that were not declared are of no use."""
     if given is None or given == {}:
         return _NO_PARAMETERS
     if not isinstance(given, Mapping) or given.get("type", "object") != "object":
@@ -81,7 +82,7 @@ def _arguments_schema(place: str, given: Any) -> Mapping[str, Any]:
     return schema
 
 
-def _chosen(choice: Any, known: Mapping[str, Any]) -> tuple[Sequence[str], bool]:
+def _chosen(choice: Any, known: JsonObject) -> tuple[Sequence[str], bool]:
     if choice is None or choice in ("auto", "required"):
         return list(known), choice == "required"
     kind = choice.get("type") if isinstance(choice, Mapping) else None

@@ -1,16 +1,23 @@
 """Reads one reply as it comes: what is reasoning, what is content, what are calls and their arguments."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from appliance.core import ReasoningFormat, ToolFormat
 from appliance.errors import ApplianceError
-from appliance.llamacpp.tools.formats import SYNTAXES, THINKING, WRAPPERS, ToolSyntax
+from appliance.llamacpp.tools.cursor import Event, MalformedReply, ReplyCursor, Step, TruncatedReply
+from appliance.llamacpp.tools.formats import SYNTAXES, THINKING, WRAPPERS, ToolSchemas, ToolSyntax
 from appliance.llamacpp.tools.harmony import read_harmony
-from appliance.llamacpp.tools.source import Event, MalformedReply, ReplyCursor, Step, TruncatedReply
-from appliance.llamacpp.tools.syntaxes import read_loose, read_loose_end, read_section
+from appliance.llamacpp.tools.json_calls import (
+    read_end_of_unmarked_call,
+    read_json_calls,
+    read_named_calls,
+    read_unmarked_call,
+)
+from appliance.llamacpp.tools.pythonic_calls import read_pythonic_calls
+from appliance.llamacpp.tools.tagged_calls import read_tagged_call
 
 _WHITE: Final = " \t\r\n"
 
@@ -30,7 +37,7 @@ class ReplySyntaxes:
     reasoning: ReasoningFormat | None = None
     thinking_open: bool = False
     """The prompt ends inside the reasoning."""
-    schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    schemas: ToolSchemas = field(default_factory=dict)
     """Parameters of the tools that were offered, by name."""
     shown: frozenset[int] = frozenset()
     """Control tokens whose text the reader must see."""
@@ -40,62 +47,62 @@ class ToolReplyParser:
     """One reply. The events of all its pieces together are the same however it was cut."""
 
     def __init__(self, read_as: ReplySyntaxes) -> None:
-        self._source = ReplyCursor()
+        self._cursor = ReplyCursor()
         self._as = read_as
         self._reasoned = False
         self._unread = -1
         self._marked = False
-        """What is unread began with the format's own marker, so half of it is no text for anybody."""
+        """What is unread began with the format's own marker, so half of it is no text."""
         self.thinking = read_as.thinking_open
-        """What is being read is reasoning, as far as is known. Harmony's channels tell by their events."""
+        """What is being read is reasoning, as far as is known. Harmony's channels say it by their events."""
         self._steps = self._reply()
         self._done = next(self._steps, self) is self
 
     @property
     def calls(self) -> int:
         """Calls that were read, complete or not."""
-        return self._source.calls + self._source.call_open
+        return self._cursor.calls + self._cursor.call_open
 
     def push(self, text: str) -> Sequence[Event]:
-        """Raises CallBroken."""
-        self._source.text += text
+        """Raises ToolCallBroken."""
+        self._cursor.text += text
         return self._events()
 
     def close(self, *, cut: bool) -> Sequence[Event]:
-        """The rest. `cut`: the reply was ended by its length, so a call may be unfinished. Raises CallBroken."""
-        source = self._source
-        source.ended = True
+        """The rest. `cut`: the reply was ended by its length, so a call may be unfinished. Raises ToolCallBroken."""
+        cursor = self._cursor
+        cursor.ended = True
         events = self._events()
-        if source.call_open and not cut:
+        if cursor.call_open and not cut:
             raise _broken("it ends before its arguments do")
-        if self._unread >= 0 and not source.calls and not source.call_open and not (cut and self._marked):
-            source.content(self._unread, len(source.text))
-        if not source.calls:
-            source.flush_space()
+        if self._unread >= 0 and not cursor.calls and not cursor.call_open and not (cut and self._marked):
+            cursor.content(self._unread, len(cursor.text))
+        if not cursor.calls:
+            cursor.flush_space()
         return [*events, *self._taken()]
 
     def _events(self) -> Sequence[Event]:
-        source = self._source
+        cursor = self._cursor
         if not self._done:
             try:
                 self._done = next(self._steps, self) is self
             except MalformedReply as problem:
                 raise _broken(str(problem)) from problem
-        if self._done and self._unread < 0 and source.position < len(source.text):
-            source.content(source.position, len(source.text))
-            source.position = len(source.text)
+        if self._done and self._unread < 0 and cursor.position < len(cursor.text):
+            cursor.content(cursor.position, len(cursor.text))
+            cursor.position = len(cursor.text)
         return self._taken()
 
     def _taken(self) -> Sequence[Event]:
-        events, self._source.events = self._source.events, []
+        events, self._cursor.events = self._cursor.events, []
         return events
 
     def _reply(self) -> Step[None]:
-        source = self._source
+        cursor = self._cursor
         if "harmony" in (self._as.reasoning, self._as.tools):
             with suppress(TruncatedReply):
-                yield from read_harmony(source)
-            source.position = len(source.text)
+                yield from read_harmony(cursor)
+            cursor.position = len(cursor.text)
             return
         if self._as.reasoning is not None:
             yield from self._reasoning(*THINKING[self._as.reasoning])
@@ -103,89 +110,101 @@ class ToolReplyParser:
             yield from self._with_calls(SYNTAXES[self._as.tools])
 
     def _reasoning(self, opens: str, shuts: str) -> Step[None]:
-        source = self._source
+        cursor = self._cursor
         if not self._as.thinking_open:
-            start = source.position
-            yield from source.skip()
+            start = cursor.position
+            yield from cursor.skip()
             begins = False
             with suppress(TruncatedReply):
-                begins = yield from source.starts(opens)
+                begins = yield from cursor.starts(opens)
             if not begins:
-                source.position = start
+                cursor.position = start
                 return
         self.thinking = True
         pending: list[str] = []
 
         def give(begin: int, stop: int) -> None:
             """White space at either end belongs to the markers."""
-            text = source.text[begin:stop]
+            text = cursor.text[begin:stop]
             if not self._reasoned:
                 text = text.lstrip(_WHITE)
             kept = text.rstrip(_WHITE)
             if kept:
-                source.reasoning("".join(pending) + kept)
+                cursor.reasoning("".join(pending) + kept)
                 pending.clear()
                 self._reasoned = True
             pending.append(text[len(kept) :])
 
-        yield from source.until((shuts,), give)
+        yield from cursor.until((shuts,), give)
         self.thinking = False
-        yield from source.skip()
+        yield from cursor.skip()
 
     def _with_calls(self, syntax: ToolSyntax) -> Step[None]:
-        source = self._source
+        cursor = self._cursor
         if syntax.bare:
-            start = source.position
-            sign = yield from source.skip()
+            start = cursor.position
+            sign = yield from cursor.skip()
             if sign == syntax.bare:
-                source.position += 1 if syntax.kind == "pythonic" else 0
+                cursor.position += 1 if syntax.kind == "pythonic" else 0
                 yield from self._section(syntax, "", start)
             else:
-                source.position = start
-        loose = (*WRAPPERS, "{") if syntax.loose else ()
-        while marker := (yield from source.until((*syntax.triggers, *loose), source.content)):
-            start = source.position - len(marker)
-            if marker in loose:
-                yield from self._loose(marker, start)
+                cursor.position = start
+        unmarked = (*WRAPPERS, "{") if syntax.loose else ()
+        while marker := (yield from cursor.until((*syntax.triggers, *unmarked), cursor.content)):
+            start = cursor.position - len(marker)
+            if marker in unmarked:
+                yield from self._unmarked_call(marker, start)
             else:
                 yield from self._section(syntax, marker, start)
 
-    def _loose(self, wrapper: str, start: int) -> Step[None]:
+    def _unmarked_call(self, wrapper: str, start: int) -> Step[None]:
         """A call without its marker, or text. Nothing is kept back longer than it could be a call."""
-        source = self._source
-        behind = source.position
+        cursor = self._cursor
+        behind = cursor.position
         try:
-            yield from read_loose(source, wrapper, self._as.schemas)
+            yield from read_unmarked_call(cursor, wrapper, self._as.schemas)
         except MalformedReply:
-            if source.call_open:
+            if cursor.call_open:
                 raise
-            source.position = behind
-            source.content(start, behind)
+            cursor.position = behind
+            cursor.content(start, behind)
         except TruncatedReply:
             self._unread = start
-            source.position = len(source.text)
+            cursor.position = len(cursor.text)
         else:
             with suppress(TruncatedReply):
-                yield from read_loose_end(source)
+                yield from read_end_of_unmarked_call(cursor)
 
     def _section(self, syntax: ToolSyntax, marker: str, start: int) -> Step[None]:
         """Calls, or, where it turns out that there are none, the text as it stands."""
-        source = self._source
-        before = source.calls
+        cursor = self._cursor
+        before = cursor.calls
         if marker.endswith("["):
-            source.position -= 1
+            cursor.position -= 1
         try:
-            yield from read_section(source, syntax, marker, self._as.schemas)
+            yield from self._read_calls(syntax, marker)
         except MalformedReply:
-            if source.call_open:
+            if cursor.call_open:
                 raise
-            if source.calls == before:
-                source.position = max(source.position, start + len(marker))
-                source.content(start, source.position)
+            if cursor.calls == before:
+                cursor.position = max(cursor.position, start + len(marker))
+                cursor.content(start, cursor.position)
         except TruncatedReply:
-            self._unread = start if source.calls == before else source.position
+            self._unread = start if cursor.calls == before else cursor.position
             self._marked = bool(marker)
-            source.position = len(source.text)
+            cursor.position = len(cursor.text)
+
+    def _read_calls(self, syntax: ToolSyntax, marker: str) -> Step[None]:
+        """All calls of one section. Raises MalformedReply or TruncatedReply."""
+        match syntax.kind:
+            case "json":
+                yield from read_json_calls(self._cursor, syntax)
+            case "named":
+                yield from read_named_calls(self._cursor, syntax)
+            case "tagged":
+                yield from read_tagged_call(self._cursor, syntax, marker, self._as.schemas)
+            case _:
+                yield from read_pythonic_calls(self._cursor, syntax)
 
 
 def _broken(reason: str) -> ToolCallBroken:

@@ -10,13 +10,15 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from appliance.core.json_types import JsonObject
 from appliance.encoders.embedders import Embedder, StaticEmbedder
 from appliance.encoders.features import FeatureVocabulary
 from appliance.encoders.linear_models import LinearModel, ProbabilityCalibration
@@ -32,6 +34,33 @@ _SECOND: Final = "second."
 _KEPT: Final = "examples.jsonl"
 
 
+Tensors = Mapping[str, npt.NDArray[Any]]
+
+
+class SecondStageFile(TypedDict):
+    calibration: Mapping[str, float]
+    ask_below: float
+
+
+class HeadFile(TypedDict):
+    """head.json."""
+
+    format: int
+    name: str
+    version: int
+    made_at: str
+    labels: list[str]
+    calibration: Mapping[str, float]
+    second: SecondStageFile | None
+    strange_from: float
+    """OOD score from which on a text counts as out of scope."""
+    models: Mapping[str, str]
+    """Fingerprints of the models it was trained on, by kind."""
+    report: JsonObject
+    lexicon: Mapping[str, list[str]]
+    """Words, pairs and pieces that are features."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredClassifier:
     """One version as it lies there."""
@@ -39,8 +68,7 @@ class StoredClassifier:
     name: str
     version: int
     folder: Path
-    facts: Mapping[str, Any]
-    """head.json without its word lists."""
+    facts: HeadFile
 
 
 def check_name(name: object) -> str:
@@ -81,9 +109,7 @@ class ClassifierStore:
         """Raises NotFound, naming the versions there are."""
         number = self.find_serving(name) if version is None else version
         folder = self.data / name / f"v{number}"
-        facts = dict(self._head(name, number))
-        facts.pop("lexicon", None)
-        return StoredClassifier(name, number, folder, facts)
+        return StoredClassifier(name, number, folder, self._read_head(name, number))
 
     def save(
         self, name: str, trained: TrainedClassifier, *, made_at: str, models: Mapping[str, str], serve: bool = True
@@ -101,8 +127,8 @@ class ClassifierStore:
         try:
             draft.mkdir()
             with replacing_file(draft / "weights.safetensors") as path:
-                save_file(_tensors(trained), path)
-            replace_file(draft / "head.json", orjson.dumps(_facts(name, number, trained, made_at, models)))
+                save_file(_write_tensors(trained), path)
+            replace_file(draft / "head.json", orjson.dumps(_write_head(name, number, trained, made_at, models)))
             draft.replace(folder / f"v{number}")
             sync_to_disk(folder)
             if serve or not (folder / _SERVING).exists():
@@ -120,7 +146,7 @@ class ClassifierStore:
             if not earlier:
                 raise NotFound(f"classifier {name!r} has no version before {current}")
             version = earlier[-1]
-        self._head(name, version)
+        self._read_head(name, version)
         self._point(name, version)
         return version
 
@@ -128,7 +154,7 @@ class ClassifierStore:
         """Raises NotFound, and RequestError for the one that serves."""
         if self.find_serving(name) == version:
             raise RequestError(f"version {version} of {name!r} serves: roll back to another one first", param="version")
-        self._head(name, version)
+        self._read_head(name, version)
         shutil.rmtree(self.data / name / f"v{version}")
 
     def keep_examples(self, name: str, texts: Sequence[str], labels: Sequence[str]) -> None:
@@ -159,25 +185,25 @@ class ClassifierStore:
     ) -> ClassifierHead:
         """Raises NotFound, and ModelFileError where a file is damaged or a model that it builds on is not here."""
         number = self.find_serving(name) if version is None else version
-        facts = self._head(name, number)
+        facts = self._read_head(name, number)
         path = self.data / name / f"v{number}" / "weights.safetensors"
         try:
             tensors = load_file(path)
-            return _head(facts, tensors, vectors, encoders)
+            return _build_head(facts, tensors, vectors, encoders)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise ModelFileError(f"{path} cannot be used ({error!r}): roll back or train again") from error
 
-    def read_held_out(self, name: str, version: int | None = None) -> Mapping[str, Any]:
+    def read_held_out(self, name: str, version: int | None = None) -> Tensors:
         """Of each held-out row: `confidence`, `right`, `strangeness`. No texts."""
         number = self.find_serving(name) if version is None else version
-        self._head(name, number)
+        self._read_head(name, number)
         tensors = load_file(self.data / name / f"v{number}" / "weights.safetensors")
         return {name.removeprefix("held."): rows for name, rows in tensors.items() if name.startswith("held.")}
 
-    def _head(self, name: str, version: int) -> Mapping[str, Any]:
+    def _read_head(self, name: str, version: int) -> HeadFile:
         path = self.data / check_name(name) / f"v{version}" / "head.json"
         try:
-            facts: Mapping[str, Any] = orjson.loads(path.read_bytes())
+            facts: HeadFile = orjson.loads(path.read_bytes())
         except FileNotFoundError:
             known = ", ".join(str(number) for number in self.list_versions(name)) or "none"
             raise NotFound(f"classifier {name!r} has no version {version}; it has {known}") from None
@@ -191,8 +217,8 @@ class ClassifierStore:
         replace_file(self.data / name / _SERVING, json.dumps({"version": version}))
 
 
-def _tensors(trained: TrainedClassifier) -> dict[str, Any]:
-    tensors: dict[str, Any] = {}
+def _write_tensors(trained: TrainedClassifier) -> dict[str, npt.NDArray[Any]]:
+    tensors: dict[str, npt.NDArray[Any]] = {}
     for prefix, step in (("", trained.first), (_SECOND, trained.second)):
         if step is not None:
             linear = step.linear
@@ -205,10 +231,10 @@ def _tensors(trained: TrainedClassifier) -> dict[str, Any]:
     return tensors
 
 
-def _facts(
+def _write_head(
     name: str, number: int, trained: TrainedClassifier, made_at: str, models: Mapping[str, str]
-) -> Mapping[str, Any]:
-    lexicon = trained.vocabulary
+) -> HeadFile:
+    vocabulary = trained.vocabulary
     return {
         "format": FORMAT,
         "name": name,
@@ -216,26 +242,26 @@ def _facts(
         "made_at": made_at,
         "labels": list(trained.labels),
         "calibration": asdict(trained.first.calibration),
-        "second": None if trained.second is None else _second_facts(trained),
+        "second": None if trained.second is None else _write_second(trained),
         "strange_from": trained.ood_threshold,
         "models": dict(models),
         "report": trained.report,
         "lexicon": {
-            "words": list(lexicon.words),
-            "pairs": list(lexicon.pairs),
-            "pieces": list(lexicon.pieces),
+            "words": list(vocabulary.words),
+            "pairs": list(vocabulary.pairs),
+            "pieces": list(vocabulary.pieces),
         },
     }
 
 
-def _second_facts(trained: TrainedClassifier) -> Mapping[str, Any]:
+def _write_second(trained: TrainedClassifier) -> SecondStageFile:
     assert trained.second is not None
     return {"calibration": asdict(trained.second.calibration), "ask_below": trained.escalate_below}
 
 
-def _head(
-    facts: Mapping[str, Any],
-    tensors: Mapping[str, Any],
+def _build_head(
+    facts: HeadFile,
+    tensors: Tensors,
     vectors: StaticEmbedder | None,
     encoders: Mapping[str, Embedder],
 ) -> ClassifierHead:
@@ -249,28 +275,28 @@ def _head(
         _check_same(built_on.get("encoder"), None if encoder is None else encoder.fingerprint)
     words = facts["lexicon"]
     rarity = {name.removeprefix("rarity."): rows for name, rows in tensors.items() if name.startswith("rarity.")}
-    lexicon = FeatureVocabulary(words["words"], words["pairs"], words["pieces"], rarity, vectors)
+    vocabulary = FeatureVocabulary(words["words"], words["pairs"], words["pieces"], rarity, vectors)
     second = facts.get("second")
     return ClassifierHead(
         labels=tuple(facts["labels"]),
-        first=_step(tensors, "", lexicon, encoder, facts["calibration"]),
+        first=_build_stage(tensors, "", vocabulary, encoder, facts["calibration"]),
         ood_threshold=float(facts["strange_from"]),
-        second=None if second is None else _step(tensors, _SECOND, lexicon, encoder, second["calibration"]),
+        second=None if second is None else _build_stage(tensors, _SECOND, vocabulary, encoder, second["calibration"]),
         escalate_below=0.0 if second is None else float(second["ask_below"]),
     )
 
 
-def _step(
-    tensors: Mapping[str, Any],
+def _build_stage(
+    tensors: Tensors,
     prefix: str,
-    lexicon: FeatureVocabulary,
+    vocabulary: FeatureVocabulary,
     encoder: Embedder | None,
-    calibration: Mapping[str, Any],
+    calibration: Mapping[str, float],
 ) -> StageModel:
     start = f"{prefix}linear."
     weights = {name.removeprefix(start): rows for name, rows in tensors.items() if name.startswith(start)}
     linear = LinearModel(weights, tensors[f"{prefix}bias"])
-    return build_stage(lexicon, linear, encoder, ProbabilityCalibration(**calibration))
+    return build_stage(vocabulary, linear, encoder, ProbabilityCalibration(**calibration))
 
 
 def _check_same(wanted: str | None, here: str | None) -> None:

@@ -113,7 +113,7 @@ class ReplyCursor:
             self._add(ToolCallArgumentsDelta(self.calls, text))
 
     def close_call(self) -> None:
-        """Raises Malformed unless the arguments are a JSON object."""
+        """Raises MalformedReply unless the arguments are a JSON object."""
         written = "".join(self._arguments)
         if not written.strip():
             self.arguments("{}")
@@ -128,7 +128,7 @@ class ReplyCursor:
     # Steps
 
     def more(self) -> Step[None]:
-        """Wait for more text. Raises Cut where none can come."""
+        """Wait for more text. Raises TruncatedReply where none can come."""
         if self.ended:
             raise TruncatedReply
         yield
@@ -150,7 +150,7 @@ class ReplyCursor:
             self.position += 1
 
     def starts(self, literal: str) -> Step[bool]:
-        """Whether `literal` stands next; taken if it does. Raises Cut where the reply ends within it."""
+        """Whether `literal` stands next; taken if it does. Raises TruncatedReply where the reply ends within it."""
         while True:
             at = self.text[self.position : self.position + len(literal)]
             if at == literal:
@@ -163,6 +163,13 @@ class ReplyCursor:
     def take(self, literal: str) -> Step[None]:
         if not (yield from self.starts(literal)):
             raise MalformedReply(f"{literal!r} is missing") if (yield from self.peek()) else TruncatedReply
+
+    def skip_optional(self, closing: str) -> Step[None]:
+        """The closing marker, with white space before it, if it stands there."""
+        start = self.position
+        yield from self.skip()
+        if not (yield from self.starts(closing)):
+            self.position = start
 
     def until(self, markers: Sequence[str], give: Callable[[int, int], None], *, inside: bool = False) -> Step[str]:
         """Pass all text before the first of `markers` to `give` (as start and stop) and take the marker.
@@ -188,7 +195,7 @@ class ReplyCursor:
             yield
 
     def collect_until(self, markers: Sequence[str]) -> Step[tuple[str, str]]:
-        """The text before the first of `markers`, and that marker. Raises Cut where the reply ends before."""
+        """The text before the first of `markers`, and that marker. Raises TruncatedReply where it ends before."""
         parts: list[str] = []
         marker = yield from self.until(markers, lambda start, stop: parts.append(self.text[start:stop]))
         if not marker:
@@ -208,7 +215,7 @@ class ReplyCursor:
             yield from self._scalar(sink)
 
     def collect_json(self) -> Step[Any]:
-        """One JSON value. Raises Malformed where it is none."""
+        """One JSON value. Raises MalformedReply where it is none."""
         parts: list[str] = []
         yield from self.json(parts.append)
         value = parse_json("".join(parts))
@@ -275,6 +282,10 @@ def parse_json(text: str) -> Any:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(name)
+
+
+def write_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def is_value(found: Any) -> bool:
