@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from appliance.catalog import EngineKind, ModelSpec, Variant
 from appliance.core import Ability, EngineLoad
+from appliance.core.json_types import JsonObject
 from appliance.errors import BackendGarbage
 
 
@@ -116,7 +117,7 @@ class ProbeRequest:
     """A request for the least possible work, sent where nothing moves: whether the engine still computes."""
 
     path: str
-    body: Mapping[str, Any]
+    body: JsonObject
 
 
 class EngineAdapter(Protocol):

@@ -93,10 +93,8 @@ def gather_facts(
     full: bool,
 ) -> DoctorFacts:
     """Read everything. Seconds: models up to 1 GB are read, all of them with `full`."""
-    hardware = probe_hardware()
-    rapl, quota = find_rapl(), read_cpu_quota(Path("/"))
-    missing, seen = _packages()
-    server = config.server
+    hardware, rapl, quota = probe_hardware(), find_rapl(), read_cpu_quota(Path("/"))
+    (missing, seen), server = _packages(), config.server
     return DoctorFacts(
         cpu=hardware.cpu,
         ram=hardware.ram,

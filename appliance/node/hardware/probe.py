@@ -3,13 +3,13 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from appliance.core.json_types import JsonObject
 from appliance.node.hardware.cpu import Cpu, Ram, read_cpu, read_ram
-from appliance.node.hardware.nvidia import Gpus, load_nvml, read_gpus
+from appliance.node.hardware.nvidia import Gpu, Gpus, load_nvml, read_gpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,10 @@ class Hardware:
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
-    def _own_memory(self) -> list[Any]:
+    def _own_memory(self) -> list[Gpu]:
         return [gpu for gpu in self.gpus.devices if not gpu.unified_memory]
 
-    def to_dict(self) -> Mapping[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Plain values for JSON."""
         table = dataclasses.asdict(self)
         table["cpu"]["flags"] = sorted(self.cpu.flags)

@@ -195,11 +195,7 @@ def _describe(
         embedding=embedding,
         heads=heads,
         kv_heads=_number(metadata, f"{architecture}.attention.head_count_kv", heads) or heads,
-        head_dimension=max(
-            _number(metadata, f"{architecture}.attention.key_length", 0),
-            _number(metadata, f"{architecture}.attention.value_length", 0),
-        )
-        or max(1, embedding // heads),
+        head_dimension=_head_dimension(metadata, architecture) or max(1, embedding // heads),
         vocabulary_tokens=lengths.get("tokenizer.ggml.tokens") or _number(metadata, f"{architecture}.vocab_size", 0),
         sliding_window_tokens=window or None,
         sliding_layers=_sliding_layers(metadata, architecture, layers) if window else 0,
@@ -229,6 +225,11 @@ def _needed(metadata: Mapping[str, Value], key: str) -> int:
     if not 0 < value <= 1 << 31:
         raise DamagedHeader(f"its header gives no usable {key} (found {metadata.get(key)!r})")
     return value
+
+
+def _head_dimension(metadata: Mapping[str, Value], architecture: str) -> int:
+    """The larger one of keys and values; 0 if neither is given."""
+    return max(_number(metadata, f"{architecture}.attention.{name}_length", 0) for name in ("key", "value"))
 
 
 def _sliding_layers(metadata: Mapping[str, Value], architecture: str, layers: int) -> int:

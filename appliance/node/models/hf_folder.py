@@ -5,12 +5,13 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from appliance.catalog import FileSource, ModelSpec, Variant
 from appliance.core import Ability
+from appliance.core.json_types import JsonObject
 from appliance.errors import ModelFileError
 
 _MOST_HEADER_BYTES: Final = 100 << 20
@@ -25,14 +26,13 @@ _QUANTISATIONS: Final = {
     "modelopt": "FP8",
     "modelopt_fp4": "NVFP4",
 }
-Table = Mapping[str, Any]
 
 
 def read_folder_spec(folder: Path) -> ModelSpec:
     """The model in `folder`. Raises ModelFileError if it is none, is cut off, or does not tell its dimensions."""
     config = _json(folder / "config.json")
     text = config.get("text_config")
-    dimensions: Table = text if isinstance(text, dict) else config
+    dimensions: JsonObject = text if isinstance(text, dict) else config
     elements, size_bytes = _weights(folder)
     layers, heads = _number(folder, dimensions, "num_hidden_layers"), _number(folder, dimensions, "num_attention_heads")
     embedding = _number(folder, dimensions, "hidden_size")
@@ -56,16 +56,7 @@ def read_folder_spec(folder: Path) -> ModelSpec:
         vocabulary_tokens=_number(folder, dimensions, "vocab_size"),
         abilities=_abilities(folder, config),
         notes="Not in the catalogue: read from its own config.json.",
-        variants=(
-            Variant(
-                name=quantisation.lower(),
-                engine="vllm",
-                format="safetensors",
-                quantisation=quantisation,
-                size_bytes=max(1, size_bytes),
-                sources=(FileSource(kind="file", path=str(folder)),),
-            ),
-        ),
+        variants=(_describe_variant(folder, quantisation, max(1, size_bytes)),),
         sliding_layers=sliding,
         sliding_window_tokens=int(dimensions["sliding_window"]) if sliding else None,
         architecture=next(iter(config.get("architectures") or ()), None),
@@ -77,6 +68,17 @@ def read_folder_spec(folder: Path) -> ModelSpec:
     )
 
 
+def _describe_variant(folder: Path, quantisation: str, size_bytes: int) -> Variant:
+    return Variant(
+        name=quantisation.lower(),
+        engine="vllm",
+        format="safetensors",
+        quantisation=quantisation,
+        size_bytes=size_bytes,
+        sources=(FileSource(kind="file", path=str(folder)),),
+    )
+
+
 def check_weight_files(folder: Path) -> None:
     """ModelFileError if the weights' index names files that are not there, or a weight file is cut off."""
     for file in _weight_files(folder):
@@ -84,7 +86,7 @@ def check_weight_files(folder: Path) -> None:
             pass
 
 
-def _layer_kinds(dimensions: Table, layers: int) -> list[str]:
+def _layer_kinds(dimensions: JsonObject, layers: int) -> list[str]:
     """Of each layer: full, sliding or linear. What is not understood counts as full, which needs the most memory."""
     named = dimensions.get("layer_types") or dimensions.get("layers_block_type")
     if isinstance(named, list):
@@ -101,7 +103,7 @@ def _layer_kinds(dimensions: Table, layers: int) -> list[str]:
     return ["full"] * layers
 
 
-def _state_bytes(dimensions: Table) -> int:
+def _state_bytes(dimensions: JsonObject) -> int:
     """What one linear layer keeps of a sequence: a matrix a head in f32, and the last inputs of a short convolution."""
     width = int(dimensions["hidden_size"])
     heads = _first(dimensions, 0, "linear_num_value_heads", "mamba_num_heads", "mamba_n_heads")
@@ -116,24 +118,24 @@ def _state_bytes(dimensions: Table) -> int:
     return heads * value * key * 4 + convolution
 
 
-def _first(dimensions: Table, default: int, *names: str) -> int:
+def _first(dimensions: JsonObject, default: int, *names: str) -> int:
     """The number under the first of these names that has one: each family has names of its own."""
     return next((dimensions[name] for name in names if isinstance(dimensions.get(name), int)), default)
 
 
-def _global(dimensions: Table, name: str, layer_name: str) -> int | None:
+def _global(dimensions: JsonObject, name: str, layer_name: str) -> int | None:
     """What layers that keep every token have instead, as older and as newer files tell it."""
     layers = dimensions.get("per_layer_config")
-    one: Table = next(iter(layers.values()), {}) if isinstance(layers, dict) else {}
+    one: JsonObject = next(iter(layers.values()), {}) if isinstance(layers, dict) else {}
     return _first(dimensions, _first(one, 0, layer_name), name) or None
 
 
-def _latent(dimensions: Table) -> int | None:
+def _latent(dimensions: JsonObject) -> int | None:
     rank = dimensions.get("kv_lora_rank")
     return int(rank) + int(dimensions.get("qk_rope_head_dim") or 0) if rank else None
 
 
-def _quantisation(config: Table, dimensions: Table) -> str:
+def _quantisation(config: JsonObject, dimensions: JsonObject) -> str:
     quantization = config.get("quantization_config") or dimensions.get("quantization_config")
     if not isinstance(quantization, dict):
         dtype = dimensions.get("dtype") or dimensions.get("torch_dtype") or config.get("torch_dtype")
@@ -149,7 +151,7 @@ def _quantisation(config: Table, dimensions: Table) -> str:
     return _QUANTISATIONS.get(method, method.upper() or "BF16")
 
 
-def _abilities(folder: Path, config: Table) -> tuple[Ability, ...]:
+def _abilities(folder: Path, config: JsonObject) -> tuple[Ability, ...]:
     writes = any("ForCausalLM" in str(one) or "Generation" in str(one) for one in config.get("architectures") or ())
     if not writes or (folder / "modules.json").is_file():  # modules.json: made for sentence-transformers
         return ("embeddings",)
@@ -206,14 +208,14 @@ def _tensors(file: Path) -> Iterator[tuple[str, int]]:
         raise ModelFileError(f"{file}: is cut off: {needed:,} bytes are needed, {size:,} are there; pull again")
 
 
-def _number(folder: Path, dimensions: Table, key: str) -> int:
+def _number(folder: Path, dimensions: JsonObject, key: str) -> int:
     value = dimensions.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ModelFileError(f"{folder / 'config.json'}: gives no usable {key} (found {value!r})")
     return value
 
 
-def _json(path: Path) -> Table:
+def _json(path: Path) -> JsonObject:
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:

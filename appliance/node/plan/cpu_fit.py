@@ -1,5 +1,6 @@
 """How a model is placed on the processor: threads, context and sequences, or a refusal in bytes. Pure."""
 
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Final
 
@@ -130,14 +131,9 @@ def _remedy(memory: _MemoryOf, least: int, config: EngineConfig, left_bytes: int
 
 def _largest_context(memory: _MemoryOf, wanted_tokens: int, limit_bytes: int) -> int:
     """The most cells, up to `wanted_tokens` and in whole steps of 256, that stay within `limit_bytes`; 0 if none do."""
-    low, high = 0, -(-wanted_tokens // _ROUNDING_TOKENS)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if memory(middle * _ROUNDING_TOKENS).total_bytes <= limit_bytes:
-            low = middle
-        else:
-            high = middle - 1
-    return low * _ROUNDING_TOKENS
+    steps = range(1, -(-wanted_tokens // _ROUNDING_TOKENS) + 1)
+    fitting = bisect_left(steps, True, key=lambda step: memory(step * _ROUNDING_TOKENS).total_bytes > limit_bytes)
+    return fitting * _ROUNDING_TOKENS
 
 
 def _apply_overrides(item: ModelCandidate, config: EngineConfig) -> EngineConfig:

@@ -5,6 +5,7 @@ device is shared among the models on it. A copy is split over the fewest devices
 costs answers is taken only where none that does not fits well.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -224,17 +225,16 @@ class _Cache:
     def longest(self, kv_bytes: int) -> int:
         """Tokens of the longest sequence of which two have room at once, or one where that is little."""
         trained = self.model.context_tokens
+        steps = range(1, -(-trained // _ROUNDING_TOKENS) + 1)
         for together in (_LONG_SEQUENCES, 1):
-            low, high = 0, -(-trained // _ROUNDING_TOKENS)
-            while low < high:
-                middle = (low + high + 1) // 2
-                if together * self.bytes(min(trained, middle * _ROUNDING_TOKENS)) <= kv_bytes:
-                    low = middle
-                else:
-                    high = middle - 1
-            if low * _ROUNDING_TOKENS >= min(trained, _MIN_CONTEXT_TOKENS):
+
+            def is_too_long(step: int, together: int = together) -> bool:
+                return together * self.bytes(min(trained, step * _ROUNDING_TOKENS)) > kv_bytes
+
+            longest = bisect_left(steps, True, key=is_too_long) * _ROUNDING_TOKENS
+            if longest >= min(trained, _MIN_CONTEXT_TOKENS):
                 break
-        return min(trained, max(low * _ROUNDING_TOKENS, 256))
+        return min(trained, max(longest, 256))
 
 
 def share_leftover_memory(claims: Sequence[GpuClaim], left: dict[str, int]) -> None:
@@ -266,19 +266,7 @@ def build_gpu_placement(claim: GpuClaim, engine: EngineAdapter, config: EngineCo
     # A power of two: another number would make the engine compile anew whenever a little memory is missing.
     sequences = overrides.sequences or min(claim.sequences, 1 << (fit.bit_length() - 1))
     memory = replace(claim.base, kv_bytes=claim.kv_bytes)
-    first = claim.devices[0]
     tokens = int(claim.kv_bytes / cache.bytes(longest) * longest)
-    total = min(device.total_bytes for device in claim.devices)
-    names = ", ".join(str(device.index) for device in claim.devices)
-    layout = f"{claim.data_parallel} copies, each " if claim.data_parallel > 1 else ""
-    layout += f"split over {size} devices" if size > 1 else "on one device"
-    reasons = (
-        item.reason,
-        f"needs {memory} on each device; {first.name} has {total:,}",
-        f"GPU {names}: {layout}",
-        f"{sequences} sequences, {longest:,} tokens of context, {tokens:,} tokens of KV cache",
-        describe_precision(item.variant, first.compute_capability),
-    )
     return Placement(
         model=item.model.name,
         variant=item.variant.name,
@@ -293,20 +281,41 @@ def build_gpu_placement(claim: GpuClaim, engine: EngineAdapter, config: EngineCo
         ),
         memory=memory,
         abilities=engine.list_abilities(item.model),
-        reasons=tuple(filter(None, reasons)),
+        reasons=_explain_placement(claim, memory, f"{sequences} sequences, {longest:,} tokens of context, {tokens:,}"),
         quality=item.model.quality if overrides.quality is None else overrides.quality,
-        gpu=GpuShare(
-            devices=tuple(device.key for device in claim.devices),
-            memory_utilization=-(-memory.total_bytes * 10_000 // total) / 10_000,
-            kv_cache_bytes=claim.kv_bytes,
-            max_batched_tokens=claim.batch_tokens,
-            tensor_parallel=size,
-            data_parallel=claim.data_parallel,
-            kv_dtype=overrides.kv_dtype,
-            unified_memory=first.unified_memory,
-        ),
+        gpu=_build_gpu_share(claim, memory, overrides.kv_dtype),
         settings=merge_engine_settings(engine, item, (*config.vllm_options, *overrides.options)),
     )
+
+
+def _build_gpu_share(claim: GpuClaim, memory: EngineMemory, kv_dtype: str) -> GpuShare:
+    total = min(device.total_bytes for device in claim.devices)
+    return GpuShare(
+        devices=tuple(device.key for device in claim.devices),
+        memory_utilization=-(-memory.total_bytes * 10_000 // total) / 10_000,
+        kv_cache_bytes=claim.kv_bytes,
+        max_batched_tokens=claim.batch_tokens,
+        tensor_parallel=claim.tensor_parallel,
+        data_parallel=claim.data_parallel,
+        kv_dtype=kv_dtype,
+        unified_memory=claim.devices[0].unified_memory,
+    )
+
+
+def _explain_placement(claim: GpuClaim, memory: EngineMemory, shape: str) -> tuple[str, ...]:
+    first, size = claim.devices[0], claim.tensor_parallel
+    total = min(device.total_bytes for device in claim.devices)
+    names = ", ".join(str(device.index) for device in claim.devices)
+    layout = f"{claim.data_parallel} copies, each " if claim.data_parallel > 1 else ""
+    layout += f"split over {size} devices" if size > 1 else "on one device"
+    reasons = (
+        claim.item.reason,
+        f"needs {memory} on each device; {first.name} has {total:,}",
+        f"GPU {names}: {layout}",
+        f"{shape} tokens of KV cache",
+        describe_precision(claim.item.variant, first.compute_capability),
+    )
+    return tuple(filter(None, reasons))
 
 
 _REMEDY: Final = "choose a smaller model or variant, more devices, or free memory"

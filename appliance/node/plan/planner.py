@@ -5,7 +5,6 @@ has one for llama.cpp to the processor, and a model is placed once.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Final
@@ -29,9 +28,6 @@ ENGINE_ADAPTERS: Final[Mapping[EngineKind, EngineAdapter]] = {
     "vllm": Vllm(InstalledVllm(Path("/opt/vllm"), f"{OLDEST[0]}.{OLDEST[1]}.{OLDEST[2]}")),
 }
 """What is planned for. Whether vLLM is installed, and where, shows when it is to be launched."""
-
-_CLEAR_GAIN: Final = 1.25
-"""A plan with so much more KV cache is worth restarting an engine for; loading takes minutes."""
 
 
 def plan_placements(
@@ -145,43 +141,3 @@ class _Attempt:
 
     def _refuse(self, item: ModelCandidate, reason: str) -> None:
         self._refusals.append(Refusal(item.model.name, item.variant.name, reason))
-
-
-@dataclass(frozen=True, slots=True)
-class SteadyPlan:
-    """The plan to go on with, and why."""
-
-    plan: Plan
-    reason: str
-    changed: bool
-
-
-def stabilise_plan(present: Plan | None, proposed: Plan) -> SteadyPlan:
-    """`present`, unless it serves less, no longer stands, or the gain of `proposed` is clear.
-
-    A little more or less free memory must not restart engines: loading takes minutes, and drops what they cached.
-    """
-    if present is None:
-        return SteadyPlan(proposed, "the first plan", True)
-    before = {placement.model: placement for placement in present.placements}
-    after = {placement.model: placement for placement in proposed.placements}
-    if before.keys() != after.keys():
-        lost, won = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
-        said = [f"{', '.join(won)} can be served"] * bool(won) + [f"{', '.join(lost)} cannot"] * bool(lost)
-        return SteadyPlan(proposed, " and ".join(said), True)
-    for model, old in before.items():
-        reason = _why_change(old, after[model], proposed.gpu_usable_bytes)
-        if reason is not None:
-            return SteadyPlan(proposed, f"{model}: {reason}", True)
-    return SteadyPlan(present, "nothing clearly better", False)
-
-
-def _why_change(old: Placement, new: Placement, devices: Mapping[str, int]) -> str | None:
-    if old.gpu is not None and not devices.keys() >= set(old.gpu.devices):
-        return "a device it runs on is gone"
-    if (old.engine, old.path) != (new.engine, new.path) or old.settings != new.settings:
-        return f"other settings or another file: {new.variant} on {new.engine}"
-    if new.memory.kv_bytes > old.memory.kv_bytes * _CLEAR_GAIN:
-        return f"{new.memory.kv_bytes:,} bytes of KV cache instead of {old.memory.kv_bytes:,}"
-    copies, before = (1 if one.gpu is None else one.gpu.data_parallel for one in (new, old))
-    return f"{copies} copies instead of {before}" if copies > before else None

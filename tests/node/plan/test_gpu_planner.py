@@ -15,7 +15,7 @@ from appliance.engines.vllm_memory import VllmOverheads, can_split, estimate_dev
 from appliance.node.hardware.probe import Hardware, probe_hardware
 from appliance.node.plan.hypothetical_hardware import build_hypothetical_hardware
 from appliance.node.plan.models import ModelCandidate, Plan
-from appliance.node.plan.planner import plan_placements, stabilise_plan
+from appliance.node.plan.planner import plan_placements
 from tests.node.machines import GIB, meminfo, recorded_nvml, topology, write_tree
 
 CATALOG = load_catalog()
@@ -314,33 +314,3 @@ def test_every_model_on_every_device_fits_or_is_refused_in_bytes(device: DeviceP
         assert len(outcome.refusals) == len(items)
         for refusal in outcome.refusals:
             assert re.search(r"needs [\d,]+ bytes|compute capability", refusal.reason)
-
-
-def _with_cache(outcome: Plan, factor: float) -> Plan:
-    placements = tuple(
-        replace(one, memory=replace(one.memory, kv_bytes=int(one.memory.kv_bytes * factor)))
-        for one in outcome.placements
-    )
-    return replace(outcome, placements=placements)
-
-
-def test_a_plan_stays_while_the_gain_is_small_and_changes_when_it_is_clear() -> None:
-    present = placed(machine("h200"), wanted("qwen3-8b"))
-    assert stabilise_plan(None, present).changed
-    for factor in (0.5, 0.9, 1.0, 1.2):
-        steady = stabilise_plan(present, _with_cache(present, factor))
-        assert not steady.changed and steady.plan is present
-    better = stabilise_plan(present, _with_cache(present, 1.3))
-    assert better.changed and "bytes of KV cache instead of" in better.reason
-
-
-def test_a_plan_changes_when_models_come_go_or_lose_their_device() -> None:
-    one, two = placed(machine("h200"), wanted("qwen3-8b")), placed(machine("h200"), wanted("qwen3-8b"), wanted("phi-4"))
-    assert stabilise_plan(one, two).reason == "phi-4 can be served"
-    assert stabilise_plan(two, one).reason == "phi-4 cannot"
-    moved = replace(one, gpu_usable_bytes={"another": 1})
-    assert stabilise_plan(one, moved).reason == "qwen3-8b: a device it runs on is gone"
-    other = placed(machine("h200"), wanted("qwen3-8b", variant="fp8"))
-    assert stabilise_plan(one, other).reason.startswith("qwen3-8b: other settings or another file: fp8")
-    more = placed(machine("h200", 2), wanted("qwen3-8b"))
-    assert "2 copies instead of 1" in stabilise_plan(one, more).reason
