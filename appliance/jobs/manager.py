@@ -26,7 +26,7 @@ from appliance.jobs.storage.store import JobStore
 from appliance.state import State
 from appliance.telemetry.background import GuardedTask
 
-_SWEEP_SECONDS: Final = 600.0
+_CLEANUP_SECONDS: Final = 600.0
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -69,9 +69,9 @@ class JobManager:
         folder = await asyncio.to_thread(partial(JobFolder, root, free=free, **limits))
         url = config.url or URL.create("sqlite", database=str(root / "jobs.sqlite")).render_as_string()
         store = await JobStore.open(url)
-        places = FairShareSlots(lambda: choose_concurrency(state.snapshot, config.concurrency))
+        slots = FairShareSlots(lambda: choose_concurrency(state.snapshot, config.concurrency))
         return cls(
-            JobDeps(config, store, folder, line_handler, places, state, alerts, clock, wall_clock, provider_lines)
+            JobDeps(config, store, folder, line_handler, slots, state, alerts, clock, wall_clock, provider_lines)
         )
 
     async def start(self) -> None:
@@ -82,7 +82,7 @@ class JobManager:
         await asyncio.to_thread(self.folder.remove_unknown, known | results, frozenset(batch.id for batch in batches))
         for batch in batches:
             self._begin(batch)
-        self._spawn(GuardedTask("sweeping of job files", self._sweep, self._deps.alerts).run())
+        self._spawn(GuardedTask("cleanup of job files", self._remove_expired_forever, self._deps.alerts).run())
 
     async def aclose(self) -> None:
         for task in self._tasks:
@@ -140,11 +140,11 @@ class JobManager:
             await self.remove_file(file_id)
         await self.store.remove_old_batches(now - self.config.retention_days * 86_400.0)
 
-    async def _sweep(self) -> None:
+    async def _remove_expired_forever(self) -> None:
         while True:
             with contextlib.suppress(ApplianceError, OSError):
                 await self.remove_expired()
-            await asyncio.sleep(_SWEEP_SECONDS)
+            await asyncio.sleep(_CLEANUP_SECONDS)
 
     def _begin(self, batch: Batch) -> None:
         self._runs[batch.id] = run = BatchRun(batch, self._deps)

@@ -29,10 +29,10 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class BatchRun:
-    """`run` it once. `stop` ends it early, `nudge` makes it look around at once.
+    """`run` it once. `stop` ends it early, `wake` makes it look around at once.
 
-    Its parts: `keeper` (what is on disk), `queue` (what is to be asked), `asker` (calls), `upstream` (what leaves in
-    providers' batches).
+    Its parts: `batch_state` (what is on disk), `queue` (what is to be asked), `dispatcher` (calls), `provider` (what
+    leaves in providers' batches).
     """
 
     def __init__(self, batch: Batch, deps: JobDeps) -> None:

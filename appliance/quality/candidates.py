@@ -59,52 +59,52 @@ class CandidateProgram:
 
     async def get_classifier(self, name: str) -> Mapping[str, Any] | None:
         """None where no such classifier serves."""
-        status, told = await self._ask("GET", _path(name))
-        return None if status == 404 else _good(status, told)
+        status, found = await self._ask("GET", _path(name))
+        return None if status == 404 else _check_reply(status, found)
 
     async def train_candidate(self, name: str, examples: Sequence[Mapping[str, str]], *, serve: bool) -> None:
         body = {"name": name, "examples": examples, "with_kept": True, "serve": serve}
-        _good(*await self._ask("POST", "/v1/classifiers", body))
+        _check_reply(*await self._ask("POST", "/v1/classifiers", body))
 
     async def get_training(self, name: str) -> Mapping[str, Any] | None:
-        status, told = await self._ask("GET", f"{_path(name)}/training")
-        return None if status == 404 else _good(status, told)
+        status, found = await self._ask("GET", f"{_path(name)}/training")
+        return None if status == 404 else _check_reply(status, found)
 
     async def estimate_threshold(self, name: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        return _good(*await self._ask("POST", f"{_path(name)}/threshold", body))
+        return _check_reply(*await self._ask("POST", f"{_path(name)}/threshold", body))
 
     async def start_shadow(self, name: str, version: int) -> None:
-        _good(*await self._ask("POST", f"{_path(name)}/shadow", {"version": version}))
+        _check_reply(*await self._ask("POST", f"{_path(name)}/shadow", {"version": version}))
 
     async def promote_version(self, name: str, version: int) -> None:
-        _good(*await self._ask("POST", f"{_path(name)}/rollback", {"version": version}))
+        _check_reply(*await self._ask("POST", f"{_path(name)}/rollback", {"version": version}))
 
     async def remove_version(self, name: str, version: int) -> None:
-        _good(*await self._ask("DELETE", f"{_path(name)}?version={version}"))
+        _check_reply(*await self._ask("DELETE", f"{_path(name)}?version={version}"))
 
     async def classify_texts(self, name: str, version: int, texts: Sequence[str]) -> Sequence[str]:
         """The label of each text, as one version has it."""
         found: list[str] = []
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             body = {"model": name, "version": version, "texts": texts[start : start + _TEXTS_AT_ONCE]}
-            told = _good(*await self._ask("POST", "/v1/classify", body))
-            found += [told["labels"][max(range(len(row)), key=row.__getitem__)] for row in told["probabilities"]]
+            reply = _check_reply(*await self._ask("POST", "/v1/classify", body))
+            found += [reply["labels"][max(range(len(row)), key=row.__getitem__)] for row in reply["probabilities"]]
         return found
 
     async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
-        told = await self._encoders.ask(method, path, b"" if body is None else orjson.dumps(body))
-        return told.status, orjson.loads(told.body)
+        found = await self._encoders.ask(method, path, b"" if body is None else orjson.dumps(body))
+        return found.status, orjson.loads(found.body)
 
 
 def _path(name: str) -> str:
     return f"/v1/classifiers/{quote(name, safe='')}"
 
 
-def _good(status: int, told: Any) -> Mapping[str, Any]:
+def _check_reply(status: int, found: Any) -> Mapping[str, Any]:
     if status < 400:
-        good: Mapping[str, Any] = told
+        good: Mapping[str, Any] = found
         return good
-    message = str(told.get("error", {}).get("message", told) if isinstance(told, dict) else told)
+    message = str(found.get("error", {}).get("message", found) if isinstance(found, dict) else found)
     if status == 429:
         raise Busy(message, retry_after_seconds=10)
     if status < 500:
@@ -118,128 +118,132 @@ class Candidates:
     def __init__(self, store: LearningStore, program: CandidateProgram, alerts: HealthAlerts) -> None:
         self._store, self._program, self._alerts = store, program, alerts
 
-    async def advance(self, lesson: CascadeClassifier, learnt: LearningState) -> LearningState:
-        match learnt.phase:
+    async def advance(self, classifier: CascadeClassifier, state: LearningState) -> LearningState:
+        match state.phase:
             case "training":
-                return await self._trained(lesson, learnt)
+                return await self._finish_training(classifier, state)
             case "shadow":
-                return await self._compared(lesson, learnt)
+                return await self._compare_in_shadow(classifier, state)
             case _:
-                counts = await self._store.count_labels(lesson.target)
-                due = rules.is_training_due(counts["texts"], learnt.examples_trained, lesson.cascade.learn_after)
-                return await self._begun(lesson, learnt, counts["texts"]) if due else learnt
+                counts = await self._store.count_labels(classifier.target)
+                due = rules.is_training_due(counts["texts"], state.examples_trained, classifier.cascade.learn_after)
+                return await self._start_if_possible(classifier, state, counts["texts"]) if due else state
 
-    async def start_training(self, lesson: CascadeClassifier, learnt: LearningState) -> LearningState:
+    async def start_training(self, classifier: CascadeClassifier, state: LearningState) -> LearningState:
         """Train a candidate now. Raises RequestError for what is missing, and Busy while another training runs."""
-        if learnt.phase != "idle":
-            raise Busy(f"{lesson.target} is learning already ({learnt.phase})", retry_after_seconds=10)
-        rows = await self._rows(lesson)
+        if state.phase != "idle":
+            raise Busy(f"{classifier.target} is learning already ({state.phase})", retry_after_seconds=10)
+        rows = await self._rows(classifier)
         if rows is None:
-            raise RequestError(_mixed(lesson))
-        return await self._train(lesson, learnt, rows)
+            raise RequestError(_mixed_keys_message(classifier))
+        return await self._train(classifier, state, rows)
 
-    async def _begun(self, lesson: CascadeClassifier, learnt: LearningState, texts: int) -> LearningState:
-        rows = await self._rows(lesson)
+    async def _start_if_possible(
+        self, classifier: CascadeClassifier, state: LearningState, texts: int
+    ) -> LearningState:
+        rows = await self._rows(classifier)
         if rows is None:
-            self._alerts.warn("learning_mixed_keys", _mixed(lesson), lesson.route)
-            return learnt
-        self._alerts.clear("learning_mixed_keys", lesson.route)
+            self._alerts.warn("learning_mixed_keys", _mixed_keys_message(classifier), classifier.route)
+            return state
+        self._alerts.clear("learning_mixed_keys", classifier.route)
         try:
-            return await self._train(lesson, learnt, rows)
+            return await self._train(classifier, state, rows)
         except Busy:
-            return learnt
+            return state
         except RequestError as error:
             # Too few of a label, for example: with more examples it may be tried again.
-            return _with_news(replace(learnt, examples_trained=texts), f"not trained: {error.message}")
+            return _with_news(replace(state, examples_trained=texts), f"not trained: {error.message}")
 
-    async def _rows(self, lesson: CascadeClassifier) -> Sequence[Labelled] | None:
-        owners = await self._store.list_owners(lesson.target)
-        chosen = rules.select_owners(owners, lesson.cascade.learn_from)
-        return None if chosen is None else await self._store.list_texts(lesson.target, chosen)
+    async def _rows(self, classifier: CascadeClassifier) -> Sequence[Labelled] | None:
+        owners = await self._store.list_owners(classifier.target)
+        chosen = rules.select_owners(owners, classifier.cascade.learn_from)
+        return None if chosen is None else await self._store.list_texts(classifier.target, chosen)
 
-    async def _train(self, lesson: CascadeClassifier, learnt: LearningState, rows: Sequence[Labelled]) -> LearningState:
-        serving = await self._program.get_classifier(lesson.name)
+    async def _train(
+        self, classifier: CascadeClassifier, state: LearningState, rows: Sequence[Labelled]
+    ) -> LearningState:
+        serving = await self._program.get_classifier(classifier.name)
         labels = None if serving is None else serving["labels"]
         latest = {row.text: row.label for row in rows if row.text is not None}
         examples = rules.select_examples(list(latest.items()), labels)
         if not examples:
-            raise RequestError(f"{lesson.target} has no labelled texts to learn from yet: keep_texts, and wait")
-        await self._program.train_candidate(lesson.name, examples, serve=serving is None)
-        counts = await self._store.count_labels(lesson.target)
-        begun = replace(learnt, phase="training", candidate=None, tests=0, tested_rows=0)
+            raise RequestError(f"{classifier.target} has no labelled texts to learn from yet: keep_texts, and wait")
+        await self._program.train_candidate(classifier.name, examples, serve=serving is None)
+        counts = await self._store.count_labels(classifier.target)
+        begun = replace(state, phase="training", candidate=None, tests=0, tested_rows=0)
         return _with_news(
             replace(begun, examples_trained=counts["texts"]), f"training on {len(examples)} texts from traffic"
         )
 
-    async def _trained(self, lesson: CascadeClassifier, learnt: LearningState) -> LearningState:
-        run = await self._program.get_training(lesson.name)
+    async def _finish_training(self, classifier: CascadeClassifier, state: LearningState) -> LearningState:
+        run = await self._program.get_training(classifier.name)
         if run is not None and run["state"] == "running":
-            return learnt
-        idle = replace(learnt, phase="idle")
+            return state
+        idle = replace(state, phase="idle")
         if run is None or run["state"] != "done":
             reason = "the node was restarted" if run is None else run["error"] or run["state"]
             return _with_news(idle, f"the training came to nothing: {reason}")
         version = int(run["version"])
-        told = await self._program.get_classifier(lesson.name)
-        if told is None or told["serving"] == version:
+        found = await self._program.get_classifier(classifier.name)
+        if found is None or found["serving"] == version:
             return _with_news(idle, f"version {version} serves, the first one")
-        await self._program.start_shadow(lesson.name, version)
-        return _with_news(replace(learnt, phase="shadow", candidate=version), f"version {version} is seen in shadow")
+        await self._program.start_shadow(classifier.name, version)
+        return _with_news(replace(state, phase="shadow", candidate=version), f"version {version} is seen in shadow")
 
-    async def _compared(self, lesson: CascadeClassifier, learnt: LearningState) -> LearningState:
-        assert learnt.candidate is not None
-        told = await self._program.get_classifier(lesson.name)
-        if told is None or learnt.candidate not in told["versions"] or told["serving"] == learnt.candidate:
-            return _with_news(replace(learnt, phase="idle", candidate=None), "the candidate was taken away")
-        shadow = told["shadow"]
-        if shadow is None or shadow["version"] != learnt.candidate:
-            await self._program.start_shadow(lesson.name, learnt.candidate)
-            return learnt
-        rows = [row for row in await self._rows(lesson) or () if row.text and rules.is_for_testing(row.text)]
-        if not rules.is_test_due(len(rows), learnt.tested_rows, shadow["texts"]):
-            return learnt
-        match = await self._match(lesson, rows, told["serving"], learnt.candidate)
-        learnt = replace(learnt, tests=learnt.tests + 1, tested_rows=len(rows))
-        return await self._judged(lesson, learnt, match, shadow)
+    async def _compare_in_shadow(self, classifier: CascadeClassifier, state: LearningState) -> LearningState:
+        assert state.candidate is not None
+        found = await self._program.get_classifier(classifier.name)
+        if found is None or state.candidate not in found["versions"] or found["serving"] == state.candidate:
+            return _with_news(replace(state, phase="idle", candidate=None), "the candidate was taken away")
+        shadow = found["shadow"]
+        if shadow is None or shadow["version"] != state.candidate:
+            await self._program.start_shadow(classifier.name, state.candidate)
+            return state
+        rows = [row for row in await self._rows(classifier) or () if row.text and rules.is_for_testing(row.text)]
+        if not rules.is_test_due(len(rows), state.tested_rows, shadow["texts"]):
+            return state
+        match = await self._compare_versions(classifier, rows, found["serving"], state.candidate)
+        state = replace(state, tests=state.tests + 1, tested_rows=len(rows))
+        return await self._apply_verdict(classifier, state, match, shadow)
 
-    async def _match(
-        self, lesson: CascadeClassifier, rows: Sequence[Labelled], serving: int, candidate: int
+    async def _compare_versions(
+        self, classifier: CascadeClassifier, rows: Sequence[Labelled], serving: int, candidate: int
     ) -> rules.CandidateComparison:
         texts = [row.text or "" for row in rows]
         return rules.compare_candidates(
             [row.label for row in rows],
-            await self._program.classify_texts(lesson.name, serving, texts),
-            await self._program.classify_texts(lesson.name, candidate, texts),
+            await self._program.classify_texts(classifier.name, serving, texts),
+            await self._program.classify_texts(classifier.name, candidate, texts),
             [row.audited for row in rows],
         )
 
-    async def _judged(
+    async def _apply_verdict(
         self,
-        lesson: CascadeClassifier,
-        learnt: LearningState,
+        classifier: CascadeClassifier,
+        state: LearningState,
         match: rules.CandidateComparison,
         shadow: Mapping[str, Any],
     ) -> LearningState:
-        version = learnt.candidate
+        version = state.candidate
         assert version is not None
         beside = f"{match}; in shadow it differed on {shadow['disagreed']} of {shadow['texts']} texts"
-        ended = replace(learnt, phase="idle", candidate=None)
-        match rules.judge_candidate(match, learnt.tests):
+        ended = replace(state, phase="idle", candidate=None)
+        match rules.judge_candidate(match, state.tests):
             case "promote":
-                await self._program.promote_version(lesson.name, version)
+                await self._program.promote_version(classifier.name, version)
                 return _with_news(ended, f"version {version} serves: {beside}")
             case "reject":
-                await self._program.remove_version(lesson.name, version)
+                await self._program.remove_version(classifier.name, version)
                 return _with_news(ended, f"version {version} is no better and was removed: {beside}")
-        return _with_news(learnt, f"version {version} is not known to be better yet: {beside}")
+        return _with_news(state, f"version {version} is not known to be better yet: {beside}")
 
 
-def _with_news(learnt: LearningState, text: str) -> LearningState:
-    return replace(learnt, news=(text, *learnt.news)[:_MOST_NEWS])
+def _with_news(state: LearningState, text: str) -> LearningState:
+    return replace(state, news=(text, *state.news)[:_MOST_NEWS])
 
 
-def _mixed(lesson: CascadeClassifier) -> str:
+def _mixed_keys_message(classifier: CascadeClassifier) -> str:
     return (
-        f"texts of several keys came by route {lesson.route!r}, and nobody said that {lesson.target} may learn from "
-        "them together: name the keys in cascade.learn_from"
+        f"texts of several keys came by route {classifier.route!r}, and nobody said that {classifier.target} may learn "
+        "from them together: name the keys in cascade.learn_from"
     )

@@ -32,5 +32,7 @@ class LearningMetrics(Collector):
             labels=["classifier", "version", "bound"],
         )
         for key, found in self._learning.thresholds.items():
-            threshold.add_metric([key[0], key[1], f"{key[2]:g}"], 2.0 if found.threshold is None else found.threshold)
+            threshold.add_metric(
+                [key.classifier, key.version, f"{key.bound:g}"], 2.0 if found.threshold is None else found.threshold
+            )
         yield threshold

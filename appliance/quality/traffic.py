@@ -1,5 +1,6 @@
-"""A cascade's texts as rows: which of them teach, and what they add to their day. Pure."""
+"""A cascade's texts: which of them are examples, what they add to their day, and the recent ones. No I/O."""
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -14,6 +15,11 @@ SECONDS_PER_DAY: Final = 86_400
 _MOST_TEXT_CHARS: Final = 20_000
 """Longer texts are no examples: training refuses them, and with them all the others."""
 
+_RECENT_TEXTS: Final = 50_000
+"""Answers that feedback may still be given to without their text; older ones where they were labelled anyway."""
+_RECENT_CHARACTERS: Final = 20_000_000
+"""Of texts that are kept in memory for that."""
+
 
 def find_cascade_classifiers(policy: Policy) -> Mapping[str, CascadeClassifier]:
     """The cascades of a policy by classifier; of several routes that begin with the same one, the first."""
@@ -21,8 +27,8 @@ def find_cascade_classifiers(policy: Policy) -> Mapping[str, CascadeClassifier]:
     for route in policy.routes:
         if route.cascade is not None:
             name = route.targets[0].partition("/")[2]
-            lesson = CascadeClassifier(name, route.name, route.cascade, route.keep_texts)
-            found.setdefault(lesson.target, lesson)
+            classifier = CascadeClassifier(name, route.name, route.cascade, route.keep_texts)
+            found.setdefault(classifier.target, classifier)
     return found
 
 
@@ -74,3 +80,29 @@ def format_day(day: int) -> str:
 def drop_unusable_text(row: CascadeText) -> CascadeText:
     """Without its text where that can be no example."""
     return row if len(row.text) <= _MOST_TEXT_CHARS and row.text.strip() else replace(row, text="")
+
+
+class RecentCalls:
+    """The last cascades by decision, as many as memory is granted for."""
+
+    def __init__(self) -> None:
+        self.calls: OrderedDict[str, CascadeCall] = OrderedDict()
+        self.texts = self.characters = 0
+
+    def add(self, call: CascadeCall) -> None:
+        self.calls[call.decision_id] = call
+        self._count(call, 1)
+        while len(self.calls) > 1 and (self.texts > _RECENT_TEXTS or self.characters > _RECENT_CHARACTERS):
+            _, oldest = self.calls.popitem(last=False)
+            self._count(oldest, -1)
+
+    def get(self, decision_id: str) -> CascadeCall | None:
+        return self.calls.get(decision_id)
+
+    def remove_owner(self, owner: str) -> None:
+        for decision_id in [name for name, call in self.calls.items() if call.owner == owner]:
+            self._count(self.calls.pop(decision_id), -1)
+
+    def _count(self, call: CascadeCall, times: int) -> None:
+        self.texts += times * len(call.rows)
+        self.characters += times * sum(len(row.text) for row in call.rows)

@@ -10,6 +10,7 @@ import pytest
 from appliance.errors import StorageFull
 from appliance.jobs.models import Batch, BatchLine, BatchTerms, LineAnswer
 from appliance.jobs.storage.result_files import ResultFile
+from appliance.jobs.storage.store import JobStore
 from tests.jobs.office import HOSTED, Answers, Office, answered, ended, line, rows, until
 
 pytestmark = pytest.mark.anyio
@@ -388,6 +389,17 @@ async def test_files_and_batches_that_have_had_their_time_are_removed(office: Of
         assert await desk.store.get_file(batch.output_file_id) is None
         assert not desk.folder.file_path(batch.output_file_id).exists()
         assert await desk.store.get_batch(batch.id) is None
+
+
+async def test_a_cleanup_that_fails_unexpectedly_is_seen_on_the_health_page(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> list[str]:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(JobStore, "list_expired_files", fail)
+    async with office.desk():
+        await until(lambda: ("control_task_failed", "cleanup of job files") in office.alerts.warnings)
 
 
 async def test_what_a_crash_left_of_an_upload_is_swept_away(office: Office) -> None:

@@ -64,8 +64,8 @@ async def test_what_is_remembered_for_feedback_is_bounded_by_length_too(tmp_path
     learns = await learning(tmp_path)
     for number in range(1_500):
         learns.record_cascade(call(number, "x" * MAX_TEXT_CHARS))
-    held = sum(len(row.text) for one in learns._recent.values() for row in one.rows)
+    held = sum(len(row.text) for one in learns._recent.calls.values() for row in one.rows)
     assert held == 20_000_000
     await learns.forget_owner("ann")
-    assert (learns._recent_texts, learns._recent_characters) == (0, 0)
+    assert (learns._recent.texts, learns._recent.characters) == (0, 0)
     await learns.aclose()
