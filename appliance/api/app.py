@@ -1,8 +1,8 @@
 """The application: which path leads where, and how errors look."""
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute, Route
 
 from appliance import __version__
 from appliance.api.auth import Authenticator
-from appliance.api.caller_dialect import error_response
+from appliance.api.caller_dialect import respond_error
 from appliance.api.endpoints.admin import AdminEndpoints
 from appliance.api.endpoints.classifiers import ClassifierEndpoints
 from appliance.api.endpoints.explain import ExplainEndpoints
@@ -21,14 +21,14 @@ from appliance.api.endpoints.feedback import FeedbackEndpoints, FeedbackStore
 from appliance.api.endpoints.gemini import GeminiEndpoints
 from appliance.api.endpoints.jobs import JobEndpoints
 from appliance.api.endpoints.messages import MessagesEndpoints
-from appliance.api.endpoints.openai import OpenAIEndpoints
-from appliance.api.endpoints.responses import ResponsesEndpoints
+from appliance.api.endpoints.openai import OpenAIEndpoints, ResponsesEndpoints
 from appliance.api.endpoints.saved_tasks import SavedTaskEndpoints
 from appliance.api.endpoints.tasks import TaskEndpoints
 from appliance.api.error_middleware import ErrorMiddleware
 from appliance.api.intake import RequestIntake
 from appliance.api.protocols import LedgerReader, MetricsPage, SnapshotSource
 from appliance.config import ServerSettings
+from appliance.core.json_types import JsonObject
 from appliance.errors import ApplianceError, NotFound, RequestError
 from appliance.jobs.manager import JobManager
 from appliance.quality.candidates import EncoderClient
@@ -37,47 +37,49 @@ from appliance.tasks.calibration_store import TaskCalibrationStore
 from appliance.tasks.store import KnownTasks, SavedTasks
 
 
-def create_app(
-    *,
-    pipeline: Callable[[], RequestPipeline],
-    auth: Authenticator,
-    state: SnapshotSource,
-    ledger: LedgerReader,
-    metrics: MetricsPage,
-    server: ServerSettings,
-    reload: Callable[[], Awaitable[Mapping[str, Any]]],
-    task_fits: TaskCalibrationStore | None = None,
-    saved_tasks: SavedTasks | None = None,
-    desk: JobManager | None = None,
-    encoders: EncoderClient | None = None,
-    learning: FeedbackStore | None = None,
-    clock: Callable[[], float] = time.monotonic,
-    wall_clock: Callable[[], float] = time.time,
-) -> FastAPI:
-    """The HTTP API over the given rooms. `pipeline` is called once for each request, so a reload may replace it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AppDeps:
+    """What the HTTP API is built over."""
 
-    `task_fits` and `saved_tasks` remember tasks (None: while the program runs); `desk` keeps files and batches (None:
-    there are none). `reload` reads the configuration again and says what is in force; `clock` must be the one that
-    snapshots are dated with.
-    """
-    rim = RequestIntake(
-        pipeline=pipeline, auth=auth, max_body_bytes=server.max_body_bytes, clock=clock, wall_clock=wall_clock
+    pipeline: Callable[[], RequestPipeline]
+    """Called once for each request, so that a reload may replace it."""
+    auth: Authenticator
+    state: SnapshotSource
+    ledger: LedgerReader
+    metrics: MetricsPage
+    server: ServerSettings
+    reload: Callable[[], Awaitable[JsonObject]]
+    """Reads the configuration again and says what is in force."""
+    task_fits: TaskCalibrationStore = field(default_factory=TaskCalibrationStore)
+    """Calibrations of tasks. The default remembers them while the program runs, as does that of `saved_tasks`."""
+    saved_tasks: SavedTasks = field(default_factory=SavedTasks)
+    jobs: JobManager | None = None
+    """Files and batches. None: there are no such paths."""
+    encoders: EncoderClient | None = None
+    """The program of the classifiers. None: every call about them says that there is none."""
+    learning: FeedbackStore | None = None
+    clock: Callable[[], float] = time.monotonic
+    """The clock that snapshots are dated with, in seconds."""
+    wall_clock: Callable[[], float] = time.time
+
+
+def create_app(deps: AppDeps) -> FastAPI:
+    """The HTTP API over `deps`."""
+    intake = RequestIntake(
+        pipeline=deps.pipeline,
+        auth=deps.auth,
+        max_body_bytes=deps.server.max_body_bytes,
+        clock=deps.clock,
+        wall_clock=deps.wall_clock,
     )
-    known = KnownTasks(task_fits or TaskCalibrationStore(), saved_tasks or SavedTasks())
     # No interactive documentation: its pages load scripts from elsewhere, and requests travel verbatim anyway.
     app = FastAPI(
         title="Appliance",
         version=__version__,
         openapi_url=None,
-        routes=[
-            *_routes(rim, AdminEndpoints(rim, state, ledger, metrics, reload), ledger, known),
-            *_task_routes(SavedTaskEndpoints(rim, known, server.max_body_bytes)),
-            *([] if desk is None else _job_routes(JobEndpoints(rim, desk))),
-            *_classifier_routes(ClassifierEndpoints(rim, encoders, server.max_body_bytes, learning)),
-            *_feedback_routes(FeedbackEndpoints(rim, learning)),
-        ],
+        routes=_all_routes(deps, intake),
         redirect_slashes=False,
-        # Errors of our own, and defects, are answered by the envelope.
+        # Other errors, defects included, are answered by ErrorMiddleware.
         exception_handlers={
             HTTPException: _on_http_error,
             RequestValidationError: _on_invalid,
@@ -87,65 +89,79 @@ def create_app(
     return app
 
 
-def _routes(rim: RequestIntake, admin: AdminEndpoints, ledger: LedgerReader, known: KnownTasks) -> list[BaseRoute]:
-    """Plain routes: endpoints take the request and return the response, with no model in between for each message."""
-    openai, tasks = OpenAIEndpoints(rim), TaskEndpoints(rim, known)
-    messages, responses, gemini = MessagesEndpoints(rim), ResponsesEndpoints(rim), GeminiEndpoints(rim)
-    explain = ExplainEndpoints(rim, ledger, known)
+def _all_routes(deps: AppDeps, intake: RequestIntake) -> list[BaseRoute]:
+    known, max_body_bytes = KnownTasks(deps.task_fits, deps.saved_tasks), deps.server.max_body_bytes
+    admin = AdminEndpoints(intake, deps.state, deps.ledger, deps.metrics, deps.reload)
     return [
-        Route("/v1/chat/completions", openai.chat, methods=["POST"]),
-        Route("/v1/completions", openai.completions, methods=["POST"]),
-        Route("/v1/embeddings", openai.embeddings, methods=["POST"]),
-        Route("/v1/decisions", tasks.decisions, methods=["POST"]),
-        Route("/v1/decisions/batch", tasks.batch, methods=["POST"]),
-        Route("/v1/decisions/calibrate", tasks.calibrate, methods=["POST"]),
-        Route("/v1/systemone", tasks.systemone, methods=["POST"]),
-        Route("/v1/extract", tasks.extract, methods=["POST"]),
-        Route("/v1/messages", messages.create, methods=["POST"]),
-        Route("/v1/messages/count_tokens", messages.count, methods=["POST"]),
-        Route("/v1/responses", responses.create, methods=["POST"]),
-        Route("/v1/responses/input_tokens", responses.count, methods=["POST"]),
+        *_routes(intake, admin, deps.ledger, known),
+        *_task_routes(SavedTaskEndpoints(intake, known, max_body_bytes)),
+        *([] if deps.jobs is None else _job_routes(JobEndpoints(intake, deps.jobs))),
+        *_classifier_routes(ClassifierEndpoints(intake, deps.encoders, max_body_bytes, deps.learning)),
+        *_feedback_routes(FeedbackEndpoints(intake, deps.learning)),
+    ]
+
+
+def _routes(intake: RequestIntake, admin: AdminEndpoints, ledger: LedgerReader, known: KnownTasks) -> list[BaseRoute]:
+    """Plain routes: endpoints take the request and return the response, with no model in between for each message."""
+    openai, tasks = OpenAIEndpoints(intake), TaskEndpoints(intake, known)
+    messages, responses, gemini = MessagesEndpoints(intake), ResponsesEndpoints(intake), GeminiEndpoints(intake)
+    explain = ExplainEndpoints(intake, ledger, known)
+    return [
+        Route("/v1/chat/completions", openai.create_chat_completion, methods=["POST"]),
+        Route("/v1/completions", openai.create_completion, methods=["POST"]),
+        Route("/v1/embeddings", openai.create_embeddings, methods=["POST"]),
+        Route("/v1/decisions", tasks.create_decision, methods=["POST"]),
+        Route("/v1/decisions/batch", tasks.create_decision_batch, methods=["POST"]),
+        Route("/v1/decisions/calibrate", tasks.calibrate_task, methods=["POST"]),
+        Route("/v1/systemone", tasks.create_systemone_decision, methods=["POST"]),
+        Route("/v1/extract", tasks.extract_fields, methods=["POST"]),
+        Route("/v1/messages", messages.create_message, methods=["POST"]),
+        Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
+        Route("/v1/responses", responses.create_response, methods=["POST"]),
+        Route("/v1/responses/input_tokens", responses.count_tokens, methods=["POST"]),
         Route(
-            "/v1/models", _by_dialect(openai.models, anthropic=messages.models, gemini=gemini.models), methods=["GET"]
-        ),
-        Route("/v1/models/{name:path}", gemini.act, methods=["POST"]),
-        Route(
-            "/v1/models/{name:path}",
-            _by_dialect(openai.model, anthropic=messages.model, gemini=gemini.model),
+            "/v1/models",
+            _by_dialect(openai.list_models, anthropic=messages.list_models, gemini=gemini.list_models),
             methods=["GET"],
         ),
-        Route("/v1beta/models", gemini.models, methods=["GET"]),
-        Route("/v1beta/models/{name:path}", gemini.act, methods=["POST"]),
-        Route("/v1beta/models/{name:path}", gemini.model, methods=["GET"]),
-        Route("/v1/explain", explain.dry_run, methods=["POST"]),
-        Route("/v1/explain/{decision_id}", explain.decision, methods=["GET"]),
-        Route("/healthz", admin.healthz, methods=["GET"]),
-        Route("/readyz", admin.readyz, methods=["GET"]),
-        Route("/metrics", admin.metrics, methods=["GET"]),
-        Route("/admin/reload", admin.reload, methods=["POST"]),
+        Route("/v1/models/{name:path}", gemini.run_action, methods=["POST"]),
+        Route(
+            "/v1/models/{name:path}",
+            _by_dialect(openai.get_model, anthropic=messages.get_model, gemini=gemini.get_model),
+            methods=["GET"],
+        ),
+        Route("/v1beta/models", gemini.list_models, methods=["GET"]),
+        Route("/v1beta/models/{name:path}", gemini.run_action, methods=["POST"]),
+        Route("/v1beta/models/{name:path}", gemini.get_model, methods=["GET"]),
+        Route("/v1/explain", explain.explain_request, methods=["POST"]),
+        Route("/v1/explain/{decision_id}", explain.get_decision, methods=["GET"]),
+        Route("/healthz", admin.show_health, methods=["GET"]),
+        Route("/readyz", admin.show_readiness, methods=["GET"]),
+        Route("/metrics", admin.show_metrics, methods=["GET"]),
+        Route("/admin/reload", admin.reload_settings, methods=["POST"]),
     ]
 
 
 def _task_routes(tasks: SavedTaskEndpoints) -> list[BaseRoute]:
     return [
-        Route("/v1/tasks", tasks.save, methods=["POST"]),
-        Route("/v1/tasks", tasks.list, methods=["GET"]),
-        Route("/v1/tasks/{name:path}", tasks.show, methods=["GET"]),
-        Route("/v1/tasks/{name:path}", tasks.remove, methods=["DELETE"]),
+        Route("/v1/tasks", tasks.save_task, methods=["POST"]),
+        Route("/v1/tasks", tasks.list_tasks, methods=["GET"]),
+        Route("/v1/tasks/{name:path}", tasks.get_task, methods=["GET"]),
+        Route("/v1/tasks/{name:path}", tasks.delete_task, methods=["DELETE"]),
     ]
 
 
 def _job_routes(jobs: JobEndpoints) -> list[BaseRoute]:
     return [
-        Route("/v1/files", jobs.upload, methods=["POST"]),
-        Route("/v1/files", jobs.files, methods=["GET"]),
-        Route("/v1/files/{file_id}", jobs.file, methods=["GET"]),
-        Route("/v1/files/{file_id}", jobs.remove_file, methods=["DELETE"]),
-        Route("/v1/files/{file_id}/content", jobs.content, methods=["GET"]),
-        Route("/v1/batches", jobs.create, methods=["POST"]),
-        Route("/v1/batches", jobs.batches, methods=["GET"]),
-        Route("/v1/batches/{batch_id}", jobs.batch, methods=["GET"]),
-        Route("/v1/batches/{batch_id}/cancel", jobs.cancel, methods=["POST"]),
+        Route("/v1/files", jobs.upload_file, methods=["POST"]),
+        Route("/v1/files", jobs.list_files, methods=["GET"]),
+        Route("/v1/files/{file_id}", jobs.get_file, methods=["GET"]),
+        Route("/v1/files/{file_id}", jobs.delete_file, methods=["DELETE"]),
+        Route("/v1/files/{file_id}/content", jobs.get_file_content, methods=["GET"]),
+        Route("/v1/batches", jobs.create_batch, methods=["POST"]),
+        Route("/v1/batches", jobs.list_batches, methods=["GET"]),
+        Route("/v1/batches/{batch_id}", jobs.get_batch, methods=["GET"]),
+        Route("/v1/batches/{batch_id}/cancel", jobs.cancel_batch, methods=["POST"]),
     ]
 
 
@@ -164,22 +180,22 @@ def _by_dialect(openai: Endpoint, **others: Endpoint) -> Endpoint:
 def _classifier_routes(classifiers: ClassifierEndpoints) -> list[BaseRoute]:
     one = "/v1/classifiers/{name}"
     return [
-        Route("/v1/classifiers", classifiers.train, methods=["POST"]),
-        Route("/v1/classifiers", classifiers.list, methods=["GET"]),
-        Route(one, classifiers.show, methods=["GET"]),
-        Route(one, classifiers.remove, methods=["DELETE"]),
-        Route(f"{one}/evaluate", classifiers.evaluate, methods=["POST"]),
-        Route(f"{one}/rollback", classifiers.roll_back, methods=["POST"]),
-        Route(f"{one}/learn", classifiers.learn, methods=["POST"]),
-        Route(f"{one}/training", classifiers.training, methods=["GET"]),
-        Route(f"{one}/training", classifiers.cancel, methods=["DELETE"]),
+        Route("/v1/classifiers", classifiers.train_classifier, methods=["POST"]),
+        Route("/v1/classifiers", classifiers.list_classifiers, methods=["GET"]),
+        Route(one, classifiers.get_classifier, methods=["GET"]),
+        Route(one, classifiers.delete_classifier, methods=["DELETE"]),
+        Route(f"{one}/evaluate", classifiers.evaluate_classifier, methods=["POST"]),
+        Route(f"{one}/rollback", classifiers.roll_back_classifier, methods=["POST"]),
+        Route(f"{one}/learn", classifiers.start_learning, methods=["POST"]),
+        Route(f"{one}/training", classifiers.get_training, methods=["GET"]),
+        Route(f"{one}/training", classifiers.cancel_training, methods=["DELETE"]),
     ]
 
 
 def _feedback_routes(feedback: FeedbackEndpoints) -> list[BaseRoute]:
     return [
-        Route("/v1/feedback", feedback.give, methods=["POST"]),
-        Route("/v1/examples", feedback.forget, methods=["DELETE"]),
+        Route("/v1/feedback", feedback.add_feedback, methods=["POST"]),
+        Route("/v1/examples", feedback.forget_examples, methods=["DELETE"]),
     ]
 
 
@@ -195,13 +211,13 @@ async def _on_http_error(http: Http, error: Exception) -> Response:
     else:
         ours = RequestError(str(error.detail), status=error.status_code)
     ours.headers = dict(error.headers or {})
-    return error_response(ours, http.state.dialect, http.state.request_id)
+    return respond_error(ours, http.state.dialect, http.state.request_id)
 
 
 async def _on_invalid(http: Http, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
-    return error_response(
+    return respond_error(
         RequestError(f"{place}: {first['msg']}", param=place), http.state.dialect, http.state.request_id
     )

@@ -24,7 +24,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Authenticator:
-    """Turns headers into a Caller. `load` replaces the keys whole, as a reload does."""
+    """Turns headers into a Caller. `replace_keys` is what a reload calls."""
 
     def __init__(self, keys: Sequence[KeySettings], *, host: str, has_had_keys: bool = False) -> None:
         """`has_had_keys`: there were keys before, even if none is left."""
@@ -33,13 +33,13 @@ class Authenticator:
         self._callers: Mapping[str, Caller] = {}
         self._has_had_keys = has_had_keys
         """A node whose last key is revoked or lost is closed, not open to everybody."""
-        self.load(keys)
+        self.replace_keys(keys)
 
-    def load(self, keys: Sequence[KeySettings]) -> None:
+    def replace_keys(self, keys: Sequence[KeySettings]) -> None:
         self._callers = {key.sha256: _caller(key) for key in keys}
         self._has_had_keys = self._has_had_keys or bool(keys)
 
-    def caller(self, headers: Mapping[str, str], scope: Scope = "client") -> Caller:
+    def authenticate(self, headers: Mapping[str, str], scope: Scope = "client") -> Caller:
         """Who asks. `headers` must not mind case. Raises Unauthorized, or Forbidden where the key lacks `scope`."""
         if not self._has_had_keys:
             return self._anonymous(headers)
@@ -58,7 +58,7 @@ class Authenticator:
             )
         return caller
 
-    def named(self, key_id: str) -> Caller:
+    def find_caller(self, key_id: str) -> Caller:
         """The caller of that name as its key is now, for work that it left behind. Raises Unauthorized."""
         if key_id == ANONYMOUS.key_id and not self._has_had_keys:
             return ANONYMOUS
@@ -67,10 +67,10 @@ class Authenticator:
             raise Unauthorized(f"API key {key_id!r} is not in use any more: work is done only for keys that are")
         return found
 
-    def knows(self, headers: Mapping[str, str]) -> bool:
+    def is_known(self, headers: Mapping[str, str]) -> bool:
         """Whether `headers` name a caller at all, for pages that show strangers less."""
         try:
-            self.caller(headers)
+            self.authenticate(headers)
         except (Unauthorized, Forbidden):
             return False
         return True

@@ -19,7 +19,7 @@ GOOGLE_KEY_HEADER = b"x-goog-api-key"
 GEMINI_ACTIONS = (":generateContent", ":streamGenerateContent", ":countTokens")
 
 
-def dialect_of(scope: Scope) -> Dialect:
+def detect_dialect(scope: Scope) -> Dialect:
     """By the path; where several APIs share one (`/v1/models`), by the headers that their own SDKs send."""
     path = scope.get("path", "")
     if path.startswith(("/v1beta/", "/v1alpha/")):
@@ -36,7 +36,7 @@ def dialect_of(scope: Scope) -> Dialect:
     return "anthropic" if "anthropic-version" in headers else "openai"
 
 
-def take_key(scope: MutableMapping[str, Any]) -> None:
+def move_query_key(scope: MutableMapping[str, Any]) -> None:
     """Move a key in the address (`?key=`) to a header, before anything could write the address down."""
     query = scope.get("query_string", b"")
     if b"key=" not in query:
@@ -50,7 +50,7 @@ def take_key(scope: MutableMapping[str, Any]) -> None:
         scope["headers"] = [*scope["headers"], (GOOGLE_KEY_HEADER, keys[0].encode("latin-1", "replace"))]
 
 
-def error_response(error: ApplianceError, dialect: Dialect = "openai", request_id: str | None = None) -> Response:
+def respond_error(error: ApplianceError, dialect: Dialect = "openai", request_id: str | None = None) -> Response:
     """The error in the dialect's shape. Retry-After is in whole seconds, rounded up, where waiting helps."""
     headers = dict(error.headers)
     if error.retry_after_seconds is not None:
@@ -58,9 +58,9 @@ def error_response(error: ApplianceError, dialect: Dialect = "openai", request_i
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
     status = DIALECTS[dialect].error_status(error)
-    body = orjson.dumps(error_body(error, dialect, request_id), default=str)
+    body = orjson.dumps(write_error(error, dialect, request_id), default=str)
     return Response(body, status, headers, "application/json")
 
 
-def error_body(error: ApplianceError, dialect: Dialect, request_id: str | None = None) -> Any:
+def write_error(error: ApplianceError, dialect: Dialect, request_id: str | None = None) -> Any:
     return DIALECTS[dialect].write_error(error, request_id)

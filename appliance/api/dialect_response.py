@@ -6,9 +6,8 @@ from typing import Final
 from starlette.types import ASGIApp
 
 from appliance.api.intake import InboundRequest
-from appliance.api.json_responses import json_response
-from appliance.api.relay import StreamResponse, as_stream
-from appliance.errors import ApplianceError
+from appliance.api.json_responses import respond_whole
+from appliance.api.relay import StreamResponse, stream_pieces
 from appliance.router.protocols import PipelineAnswer
 from appliance.tasks.chat import ChatCall
 from appliance.wire.dialect import InboundDialect
@@ -16,7 +15,7 @@ from appliance.wire.openai.stream import write_chat_stream
 from appliance.wire.stream_writer import StreamRewriter, StreamStart
 
 
-class DialectResponse:
+class DialectStream:
     """The events of `source` as `rewriter` writes them. Not a generator: one that never starts is never closed."""
 
     def __init__(self, source: AsyncIterator[bytes], rewriter: StreamRewriter) -> None:
@@ -46,7 +45,7 @@ class DialectResponse:
 
 async def respond_in_dialect(
     answer: PipelineAnswer,
-    opened: InboundRequest[ChatCall],
+    inbound: InboundRequest[ChatCall],
     dialect: InboundDialect,
     *,
     as_events: bool = True,
@@ -56,21 +55,14 @@ async def respond_in_dialect(
 
     Owns the answer. Raises BackendGarbage for a reply that cannot be rewritten.
     """
-    original = opened.calls[0].original or {}
-    if answer.stream is not None or opened.request.stream:
+    original = inbound.calls[0].original or {}
+    if answer.stream is not None or inbound.request.stream:
         # What had to be verified whole first is written as a stream of the verified reply.
-        source = answer.stream or as_stream(write_chat_stream(answer.payload, _WITH_USAGE))
-        start = StreamStart(original, opened.prompt_tokens, as_events)
+        source = answer.stream or stream_pieces(write_chat_stream(answer.payload, _WITH_USAGE))
+        start = StreamStart(original, inbound.prompt_tokens, as_events)
         rewriter = StreamRewriter(dialect.write_stream(start))
-        return StreamResponse(answer, DialectResponse(source, rewriter), rewriter.fail, content_type)
-    headers = answer.metadata.headers()
-    try:
-        return json_response(dialect.write_reply(answer.payload, original), status=answer.status, headers=headers)
-    except ApplianceError as error:
-        error.headers = headers
-        raise
-    finally:
-        await answer.aclose()
+        return StreamResponse(answer, DialectStream(source, rewriter), rewriter.fail, content_type)
+    return await respond_whole(answer, lambda payload: dialect.write_reply(payload, original))
 
 
 _WITH_USAGE: Final = {"stream_options": {"include_usage": True}}

@@ -7,7 +7,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from appliance.api.caller_dialect import ANTHROPIC_REQUEST_ID_HEADER, dialect_of, error_response, take_key
+from appliance.api.caller_dialect import ANTHROPIC_REQUEST_ID_HEADER, detect_dialect, move_query_key, respond_error
 from appliance.errors import ApplianceError, OperatorError
 
 REQUEST_ID_HEADER = "x-request-id"
@@ -28,10 +28,10 @@ class ErrorMiddleware:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(Headers(scope=scope))
-        dialect = dialect_of(scope)
+        dialect = detect_dialect(scope)
         scope.setdefault("state", {}).update(request_id=request_id, dialect=dialect)
         if dialect == "gemini":
-            take_key(scope)
+            move_query_key(scope)
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -51,20 +51,20 @@ class ErrorMiddleware:
             if started:
                 # Half a response is out: only closing the connection tells the client that it is not whole.
                 raise
-            await error_response(failed, dialect, request_id)(scope, receive, send_with_id)
+            await respond_error(failed, dialect, request_id)(scope, receive, send_with_id)
 
 
 def _request_id(headers: Headers) -> str:
     given = headers.get(REQUEST_ID_HEADER, "")
-    return given if _SANE_ID.fullmatch(given) else new_request_id()
+    return given if _SANE_ID.fullmatch(given) else make_request_id()
 
 
-def new_request_id() -> str:
+def make_request_id() -> str:
     return f"req_{secrets.token_hex(12)}"
 
 
 def _as_ours(error: Exception, request_id: str, path: str) -> ApplianceError:
-    """Errors of ours as they are; any other is a defect, logged here with its trace and told to nobody else."""
+    """Errors of ours as they are; any other is a defect, logged here with its trace and hidden from the client."""
     if isinstance(error, ApplianceError) and not isinstance(error, OperatorError):
         return error
     log.error("request failed unexpectedly", request_id=request_id, path=path, exc_info=error)

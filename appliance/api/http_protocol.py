@@ -6,8 +6,8 @@ from typing import Any, Final
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from appliance.api.caller_dialect import error_response
-from appliance.api.error_middleware import ErrorMiddleware, new_request_id
+from appliance.api.caller_dialect import respond_error
+from appliance.api.error_middleware import ErrorMiddleware, make_request_id
 from appliance.errors import ApplianceError, RequestError, Unavailable
 
 MAX_HEAD_BYTES: Final = 65_536
@@ -74,8 +74,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _refuse(self, error: ApplianceError) -> None:
         """Answer without an application, and close."""
-        response = error_response(error)
-        response.headers["x-request-id"] = new_request_id()
+        response = respond_error(error)
+        response.headers["x-request-id"] = make_request_id()
         response.headers["connection"] = "close"
         lines = [name + b": " + value + b"\r\n" for name, value in response.raw_headers]
         head = b"HTTP/1.1 %d Bad Request\r\n" % error.status

@@ -11,7 +11,7 @@ from appliance.router.routing.match import bare_name
 AUTO: Final = "auto"
 
 
-def found(pipeline: RequestPipeline, caller: Caller, name: str) -> Target | None:
+def find_model(pipeline: RequestPipeline, caller: Caller, name: str) -> Target | None:
     """What a request for `name` would be given; None where the policy chooses. Raises UnknownModel."""
     resolve_alias = pipeline.resolve_alias(name)
     if resolve_alias == AUTO:
@@ -26,7 +26,7 @@ def found(pipeline: RequestPipeline, caller: Caller, name: str) -> Target | None
     raise UnknownModel(f"model {name[:256]!r} is not known here: list the models to see those that are")
 
 
-def described(target: Target) -> Mapping[str, Any]:
+def describe_target(target: Target) -> Mapping[str, Any]:
     """What the appliance knows of a target beside OpenAI's fields. Prices are in US dollars per million tokens."""
     return {
         "location": target.location,

@@ -1,4 +1,4 @@
-"""What the API needs of the rooms below, and no more: serve gives the real ones, tests give stand-ins."""
+"""What the API needs of the packages below. `serve` gives the real ones, tests give stand-ins."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol

@@ -27,7 +27,7 @@ STALLED_SECONDS = 60.0
 log = structlog.stdlib.get_logger(__name__)
 
 
-async def unless_gone(receive: Receive, work: Awaitable[Result]) -> Result:
+async def wait_unless_disconnected(receive: Receive, work: Awaitable[Result]) -> Result:
     """Wait for `work`, but not for a client that has left: then `work` is cancelled and ClientGone raised.
 
     The body must have been read before, so that the next message can only be the disconnect. A result that comes in the
@@ -128,6 +128,6 @@ def _openai_failure(error: ApplianceError) -> bytes:
     return write_event(error.to_openai())
 
 
-async def as_stream(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
+async def stream_pieces(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
     for piece in pieces:
         yield piece

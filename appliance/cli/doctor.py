@@ -15,7 +15,7 @@ from appliance.errors import ConfigError
 from appliance.node.doctor.checks import run_checks
 from appliance.node.doctor.gather import gather_facts
 from appliance.node.doctor.models import DoctorFacts
-from appliance.serve import ledger_url
+from appliance.serve import locate_ledger
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
@@ -56,7 +56,7 @@ def _gather(config_path: Path | None, data_dir: Path | None, *, full: bool) -> D
     return gather_facts(
         config,
         home,
-        ledger_url=ledger_url(config, home),
+        ledger_url=locate_ledger(config, home),
         is_loopback=is_loopback(config.server.host),
         config_path=config_path,
         config_problem=problem,

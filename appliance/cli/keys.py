@@ -14,7 +14,7 @@ from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, data_
 from appliance.cli.output import fail, guarded, say, say_json, stdout
 from appliance.config import KeySettings, load_config
 from appliance.ledger.keys import add_key, list_keys, revoke_key
-from appliance.serve import ledger_url
+from appliance.serve import locate_ledger
 
 _PREFIX = "apl_"
 
@@ -91,7 +91,7 @@ def _url(config_path: Path | None, data_dir: Path | None) -> str:
     config = guarded(lambda: load_config(config_path))
     home = data_dir_of(data_dir, config)
     home.mkdir(parents=True, exist_ok=True)
-    return ledger_url(config, home)
+    return locate_ledger(config, home)
 
 
 def _date(at: float | None) -> str:

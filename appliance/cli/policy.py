@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from appliance.api.endpoints.explain import read_any
+from appliance.api.endpoints.explain import read_any_request
 from appliance.cli.options import ConfigOption, JsonOption, catalog_of, data_dir_of
 from appliance.cli.output import fail, guarded, say, say_json
 from appliance.config import (
@@ -159,7 +159,7 @@ def _read(path: Path, caller: Caller, given: list[str], policy: Policy) -> tuple
         if not equals:
             fail(f"--header {pair!r}: write NAME=VALUE")
         headers[name.strip().lower()] = value.strip()
-    asked, calls = read_any(body)
+    asked, calls = read_any_request(body)
     request = make_request(
         asked, headers=headers, caller=caller, request_id="explain", now=time.monotonic(), wall=time.time()
     )

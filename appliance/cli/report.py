@@ -11,7 +11,7 @@ from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, data_
 from appliance.cli.output import guarded, say, say_json, stdout
 from appliance.config import load_config
 from appliance.ledger.queries import Report, offline_report
-from appliance.serve import ledger_url
+from appliance.serve import locate_ledger
 
 
 def report_command(
@@ -22,7 +22,7 @@ def report_command(
 ) -> None:
     """What was asked, who answered, and what it cost. Works while the node runs and when it does not."""
     config = guarded(lambda: load_config(config_path))
-    url = ledger_url(config, data_dir_of(data_dir, config))
+    url = locate_ledger(config, data_dir_of(data_dir, config))
     now = time.time()
     report = guarded(lambda: offline_report(url, since_at=now - days * 86_400, until_at=now + 1))
     if as_json:

@@ -31,7 +31,7 @@ from appliance.node.plan.planner import plan_placements
 from appliance.node.plan.recommendation import recommend_model
 from appliance.node.plan.serving_plan import build_serving_plan
 from appliance.node.vllm.environments import load_vllm_adapters
-from appliance.serve import NodeSpec, RunningNode, check_free, prepare, serve
+from appliance.serve import NodeSpec, RunningNode, build_node_spec, check_can_start, serve_node
 
 
 def serve_command(
@@ -60,8 +60,8 @@ def serve_command(
 
     def check(placements: tuple[Placement, ...]) -> None:
         """What can be told at once is told before a model is pulled and measured."""
-        guarded(lambda: prepare(config, home, placements))
-        guarded(lambda: check_free(config, home))
+        guarded(lambda: build_node_spec(config, home, placements))
+        guarded(lambda: check_can_start(config, home))
 
     if _is_a_line_up(config.engine, has_gpus):
         serving = _line_up(config.engine, check, catalog, store, hardware, engines, has_gpus, home)
@@ -71,7 +71,7 @@ def serve_command(
 
     def read() -> NodeSpec:
         now = _with_options(load_config(config_path), host, port, model)
-        return prepare(now, home, serving.placements, serving.pools)
+        return build_node_spec(now, home, serving.placements, serving.pools)
 
     site = guarded(read)
 
@@ -82,7 +82,7 @@ def serve_command(
         say("Stop it with Ctrl-C.")
 
     try:
-        uvloop.run(serve(site, read, announce))
+        uvloop.run(serve_node(site, read, announce))
     except ApplianceError as error:
         fail(str(error))
     except KeyboardInterrupt:

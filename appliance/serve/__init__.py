@@ -1,7 +1,7 @@
-"""The composition root: every room is built here, started in order, and stopped in the opposite order."""
+"""The composition root: builds every part of a node, starts them in order and stops them in the opposite order."""
 
-from appliance.serve.http_server import check_free
-from appliance.serve.run import RunningNode, serve
-from appliance.serve.startup_config import NodeSpec, ledger_url, prepare
+from appliance.serve.http_server import check_can_start
+from appliance.serve.run import RunningNode, serve_node
+from appliance.serve.startup_config import NodeSpec, build_node_spec, locate_ledger
 
-__all__ = ["NodeSpec", "RunningNode", "check_free", "ledger_url", "prepare", "serve"]
+__all__ = ["NodeSpec", "RunningNode", "build_node_spec", "check_can_start", "locate_ledger", "serve_node"]

@@ -23,7 +23,7 @@ class NodeServer(uvicorn.Server):
         yield
 
     @contextlib.contextmanager
-    def stops_on(self, *numbers: signal.Signals) -> Iterator[None]:
+    def stop_on_signals(self, *numbers: signal.Signals) -> Iterator[None]:
         """The first signal drains, a second one stops waiting for requests that are still running."""
         loop = asyncio.get_running_loop()
 
@@ -41,7 +41,7 @@ class NodeServer(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def reloads_on_hangup(reload_all: Callable[[], Awaitable[object]]) -> Iterator[None]:
+def reload_on_hangup(reload_all: Callable[[], Awaitable[object]]) -> Iterator[None]:
     loop = asyncio.get_running_loop()
     tasks: set[asyncio.Task[None]] = set()
 
@@ -61,19 +61,19 @@ def reloads_on_hangup(reload_all: Callable[[], Awaitable[object]]) -> Iterator[N
         loop.remove_signal_handler(signal.SIGHUP)
 
 
-async def ended(server: NodeServer, serving: "asyncio.Task[None]") -> None:
+async def stop_server(server: NodeServer, serving: "asyncio.Task[None]") -> None:
     server.should_exit = True
     await asyncio.wait({serving})
 
 
-def check_free(config: NodeConfig, home: Path) -> None:
+def check_can_start(config: NodeConfig, home: Path) -> None:
     """Before anything slow is done. Raises OperatorError where another node uses `home`, or something its port."""
-    with alone(home), listening(config.server.host, config.server.port):
+    with lock_data_dir(home), open_listener(config.server.host, config.server.port):
         pass
 
 
 @contextlib.contextmanager
-def alone(home: Path) -> Iterator[None]:
+def lock_data_dir(home: Path) -> Iterator[None]:
     """One node a data directory: two would share a ledger file, logs and sockets without knowing of each other."""
     try:
         lock = (home / "node.lock").open("w")
@@ -88,7 +88,7 @@ def alone(home: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def listening(host: str, port: int) -> Iterator[socket.socket]:
+def open_listener(host: str, port: int) -> Iterator[socket.socket]:
     """A bound socket, before anything slow is started: a port in use is said at once."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -107,12 +107,12 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-def url_of(listener: socket.socket) -> str:
+def format_url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def uvicorn_config(app: object, config: NodeConfig) -> uvicorn.Config:
+def make_uvicorn_config(app: object, config: NodeConfig) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
         http=BoundedHttpProtocol,

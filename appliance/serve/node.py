@@ -53,24 +53,24 @@ class ReloadableNode:
 
     def __init__(
         self,
-        site: NodeSpec,
-        reread: Callable[[], NodeSpec],
+        spec: NodeSpec,
+        read_spec: Callable[[], NodeSpec],
         state: State,
-        signals: StatusPublisher,
-        books: SpendAccounting,
+        status: StatusPublisher,
+        accounting: SpendAccounting,
         learning: CascadeLearning | None = None,
     ) -> None:
-        self._site, self._reread, self._learning = site, reread, learning
-        self._state, self._signals, self._books = state, signals, books
-        self._office, self._breakers, self._stats = EgressPermitIssuer(), Breakers(), RuntimeStats()
-        self._admission = Admission(state, time.monotonic, self._stats.estimators, signals)
-        self._retired: list[Transports] = []
-        self._changing = asyncio.Lock()
+        self._spec, self._read_spec, self._learning = spec, read_spec, learning
+        self._state, self._status, self._accounting = state, status, accounting
+        self._permit_issuer, self._breakers, self._stats = EgressPermitIssuer(), Breakers(), RuntimeStats()
+        self._admission = Admission(state, time.monotonic, self._stats.estimators, status)
+        self._retired_transports: list[Transports] = []
+        self._reload_lock = asyncio.Lock()
         """What was read first comes into force first: an older reading never replaces a newer one."""
-        self._doors = self._make_doors(site)
-        host = site.config.server.host
-        self.auth = Authenticator(tuple(site.keys.values()), host=host, has_had_keys=site.has_had_keys)
-        self.pipeline = self._make_pipeline(site)
+        self._transports = self._make_transports(spec)
+        host = spec.config.server.host
+        self.auth = Authenticator(tuple(spec.keys.values()), host=host, has_had_keys=spec.has_had_keys)
+        self.pipeline = self._make_pipeline(spec, self._transports)
 
     async def reload(self) -> Mapping[str, Any]:
         """Read configuration and policy again and use them from the next request on.
@@ -78,13 +78,13 @@ class ReloadableNode:
         Says what is in force and which changed settings wait for a restart. Raises ConfigError for a mistake, and then
         all stays as it was.
         """
-        async with self._changing:
+        async with self._reload_lock:
             try:
-                site = await asyncio.to_thread(self._reread)
-                return self._replace(site)
+                spec = await asyncio.to_thread(self._read_spec)
+                return self._replace(spec)
             except Exception as error:
                 reason = str(error) if isinstance(error, ConfigError) else repr(error)
-                self._signals.warn("reload_failed", f"the old settings stay in force: {scrub_text(reason)}")
+                self._status.warn("reload_failed", f"the old settings stay in force: {scrub_text(reason)}")
                 _log.error(
                     "reload failed; the old settings stay in force",
                     reason=reason,
@@ -92,31 +92,30 @@ class ReloadableNode:
                 )
                 raise
 
-    def _replace(self, site: NodeSpec) -> Mapping[str, Any]:
-        if site.stored_keys is None:
+    def _replace(self, spec: NodeSpec) -> Mapping[str, Any]:
+        if spec.stored_keys is None:
             # An unreadable ledger must not take away keys: with them would go what binds their requests.
-            site = replace(site, stored_keys=self._site.stored_keys)
-        old, self._site = self._site.config, site
-        if (
-            site.config.providers != old.providers
-            or site.secrets != self._doors_secrets
-            or site.config.network != old.network
-        ):
-            # Requests under way still hold the old doors; they are closed when the node stops.
-            self._retired.append(self._doors)
-            self._doors = self._make_doors(site)
-        self._signals.set_configured_targets(site.configured)
-        self._use(site)
-        self.pipeline = self._make_pipeline(site)
-        self._signals.clear("reload_failed")
-        waiting = [name for name in _FIXED if getattr(site.config, name) != getattr(old, name)]
-        _log.info("reloaded", policy=site.policy.version, needs_restart=waiting)
-        return {"policy_version": site.policy.version, "policy": str(site.policy_path), "needs_restart": waiting}
+            spec = replace(spec, stored_keys=self._spec.stored_keys)
+        old = self._spec
+        transports = self._transports if _same_upstreams(old, spec) else self._make_transports(spec)
+        pipeline = self._make_pipeline(spec, transports)
+        # Nothing below fails: either all of the new settings come into force, or none.
+        if transports is not self._transports:
+            # Requests under way still hold the old transports; they are closed when the node stops.
+            self._retired_transports.append(self._transports)
+            self._transports = transports
+        self._status.set_configured_targets(spec.configured)
+        self._apply_keys(spec)
+        self.pipeline = pipeline
+        self._status.clear("reload_failed")
+        waiting = [name for name in _FIXED if getattr(spec.config, name) != getattr(old.config, name)]
+        _log.info("reloaded", policy=spec.policy.version, needs_restart=waiting)
+        return {"policy_version": spec.policy.version, "policy": str(spec.policy_path), "needs_restart": waiting}
 
-    def _use(self, site: NodeSpec) -> None:
-        self._site = site
-        self.auth.load(tuple(site.keys.values()))
-        self._books.caps = SpendCaps(site.config, site.policy, site.keys)
+    def _apply_keys(self, spec: NodeSpec) -> None:
+        self._spec = spec
+        self.auth.replace_keys(tuple(spec.keys.values()))
+        self._accounting.caps = SpendCaps(spec.config, spec.policy, spec.keys)
 
     async def follow_keys(self, ledger: KeySource, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
         """Use keys that are made or revoked by command while the node runs. Runs until cancelled.
@@ -126,43 +125,49 @@ class ReloadableNode:
         known: tuple[Any, ...] | None = None
         while True:
             with contextlib.suppress(LedgerUnavailable):  # the health page says so; keys stay as they are
-                async with self._changing:
+                async with self._reload_lock:
                     mark = await ledger.read_keys_mark()
                     if mark != known:
-                        self._use(replace(self._site, stored_keys=tuple(await ledger.list_keys())))
+                        self._apply_keys(replace(self._spec, stored_keys=tuple(await ledger.list_keys())))
                     known = mark
             await sleep(_KEYS_SECONDS)
 
     async def aclose(self) -> None:
         await self._admission.aclose()
-        for doors in (*self._retired, self._doors):
-            await doors.local.aclose()
-            if doors.egress is not None:
-                await doors.egress.aclose()
+        for transports in (*self._retired_transports, self._transports):
+            await transports.local.aclose()
+            if transports.egress is not None:
+                await transports.egress.aclose()
 
-    def _make_doors(self, site: NodeSpec) -> Transports:
-        """What leads to targets. Without a hosted provider there is only the local door."""
-        config, self._doors_secrets = site.config, site.secrets
+    def _make_transports(self, spec: NodeSpec) -> Transports:
+        """Connections to targets. Without a hosted provider there is only the local transport."""
+        config = spec.config
         hosted = {one.name: one.address for one in config.providers if one.location == "hosted"}
-        onsite_secrets = {name: secret for name, secret in site.secrets.items() if name not in hosted}
+        onsite_secrets = {name: secret for name, secret in spec.secrets.items() if name not in hosted}
         local = LocalTransport(config.network.onsite, onsite_secrets)
         if not hosted:
             return Transports(local)
-        secrets = {name: secret for name, secret in site.secrets.items() if name in hosted}
-        return Transports(local, EgressTransport(hosted, secrets, self._office.key))
+        secrets = {name: secret for name, secret in spec.secrets.items() if name in hosted}
+        return Transports(local, EgressTransport(hosted, secrets, self._permit_issuer.key))
 
-    def _make_pipeline(self, site: NodeSpec) -> Pipeline:
+    def _make_pipeline(self, spec: NodeSpec, transports: Transports) -> Pipeline:
         deps = RouterDeps(
             state=self._state,
-            ledger=self._books,
+            ledger=self._accounting,
             admission=self._admission,
             breakers=self._breakers,
             stats=self._stats,
-            transports=self._doors,
-            permits=self._office,
-            cost=site.config.cost,
-            cores=site.config.engine.threads or len(os.sched_getaffinity(0)),
-            alerts=self._signals,
+            transports=transports,
+            permits=self._permit_issuer,
+            cost=spec.config.cost,
+            cores=spec.config.engine.threads or len(os.sched_getaffinity(0)),
+            alerts=self._status,
             feedback=self._learning or NoFeedback(),
         )
-        return Pipeline(site.policy, deps, site.detector)
+        return Pipeline(spec.policy, deps, spec.detector)
+
+
+def _same_upstreams(old: NodeSpec, new: NodeSpec) -> bool:
+    """Whether the transports of `old` serve `new` too."""
+    before, after = old.config, new.config
+    return (before.providers, before.network, old.secrets) == (after.providers, after.network, new.secrets)

@@ -1,9 +1,10 @@
-"""The rooms that a node can lack: what cannot be opened is said on the health page, and the rest is served."""
+"""What a node can run without: jobs and learning. Where one cannot be opened, the health page says so."""
 
 import os
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 
 import structlog
 
@@ -33,39 +34,44 @@ from appliance.telemetry.metrics import Metrics
 _log = structlog.get_logger(__name__)
 
 
-def supervisor_of(site: NodeSpec, signals: StatusPublisher) -> Supervisor:
-    found = load_vllm_adapters(site.config.engine, site.home, os.environ)
-    for placement in site.placements:
+@dataclass(frozen=True, slots=True)
+class NodeControl:
+    """The control plane: what measures, starts and watches."""
+
+    state: State
+    metrics: Metrics
+    status: StatusPublisher
+    supervisor: Supervisor
+    encoders: EncoderHost
+
+
+def build_supervisor(spec: NodeSpec, status: StatusPublisher) -> Supervisor:
+    found = load_vllm_adapters(spec.config.engine, spec.home, os.environ)
+    for placement in spec.placements:
         if placement.engine == "vllm" and "vllm" not in found:
             raise EngineFailed(f"{placement.model} needs vLLM, which is not here: `appliance engines install vllm`")
     deps = SupervisorDeps(
-        launcher=ChildLauncher(site.home / "logs"),
-        status=signals,
-        config=site.config.engine,
-        drain_seconds=site.config.server.drain_seconds,
-        runtime_folder=site.home / "run",
-        watts_per_busy_core=site.config.cost.watts_per_busy_core,
+        launcher=ChildLauncher(spec.home / "logs"),
+        status=status,
+        config=spec.config.engine,
+        drain_seconds=spec.config.server.drain_seconds,
+        runtime_folder=spec.home / "run",
+        watts_per_busy_core=spec.config.cost.watts_per_busy_core,
     )
-    return Supervisor(site.placements, deps, {**ENGINE_ADAPTERS, "encoder": Encoder(), **found})
+    return Supervisor(spec.placements, deps, {**ENGINE_ADAPTERS, "encoder": Encoder(), **found})
 
 
 async def open_jobs(
-    site: NodeSpec,
-    lines: LineExecutor,
-    provider_lines: ProviderLines,
-    state: State,
-    signals: StatusPublisher,
-    metrics: Metrics,
-    stack: AsyncExitStack,
+    spec: NodeSpec, control: NodeControl, lines: LineExecutor, provider_lines: ProviderLines, stack: AsyncExitStack
 ) -> JobManager | None:
-    """Files and batches, what was under way begun again; None, and a warning, where they cannot be kept."""
+    """Files and batches; unfinished batches continue. None, and a warning, where they cannot be stored."""
     try:
         jobs = await JobManager.open(
-            site.config.jobs,
-            site.home,
+            spec.config.jobs,
+            spec.home,
             line_handler=lines,
-            state=state,
-            alerts=signals,
+            state=control.state,
+            alerts=control.status,
             clock=time.monotonic,
             wall_clock=time.time,
             provider_lines=provider_lines,
@@ -73,40 +79,34 @@ async def open_jobs(
         stack.push_async_callback(jobs.aclose)
         await jobs.start()
     except (ApplianceError, OSError) as error:
-        signals.warn("jobs_unavailable", f"files and batches are not served: {error}")
+        control.status.warn("jobs_unavailable", f"files and batches are not served: {error}")
         _log.error("files and batches are not served", reason=str(error))
         return None
-    JobMetrics(jobs, metrics.registry)
+    JobMetrics(jobs, control.metrics.registry)
     return jobs
 
 
 async def open_learning(
-    site: NodeSpec,
-    encoders: EncoderHost,
-    policy: Callable[[], Policy],
-    state: State,
-    signals: StatusPublisher,
-    metrics: Metrics,
-    stack: AsyncExitStack,
+    spec: NodeSpec, control: NodeControl, policy: Callable[[], Policy], stack: AsyncExitStack
 ) -> CascadeLearning | None:
-    """What classifiers learn from; None, and a warning, where it cannot be kept: then no answer of theirs stands."""
+    """What classifiers learn from. None, and a warning, where it cannot be stored: then no answer of theirs is used."""
     try:
-        store = await LearningStore.open(site.home / "learning.sqlite")
+        store = await LearningStore.open(spec.home / "learning.sqlite")
         learning = CascadeLearning(
             store,
-            encoders,
+            control.encoders,
             lambda: find_cascade_classifiers(policy()),
-            signals,
-            site.config.learning,
+            control.status,
+            spec.config.learning,
             wall=time.time,
-            is_served=lambda name: state.snapshot.target(name) is not None,
+            is_served=lambda name: control.state.snapshot.target(name) is not None,
         )
         stack.push_async_callback(learning.aclose)
         await learning.start()
     except ApplianceError as error:
-        signals.warn("learning_unavailable", f"what is known of classifiers' answers cannot be read: {error}")
+        control.status.warn("learning_unavailable", f"what is known of classifiers' answers cannot be read: {error}")
         _log.error("labels are not kept", reason=str(error))
         return None
-    LearningMetrics(learning, metrics.registry)
-    start_background_task(stack, "learning", learning.run, signals)
+    LearningMetrics(learning, control.metrics.registry)
+    start_background_task(stack, "learning", learning.run, control.status)
     return learning

@@ -50,12 +50,12 @@ class NodeSpec:
         return {key.name: key for key in (*(self.stored_keys or ()), *self.config.keys)}
 
 
-def ledger_url(config: NodeConfig, home: Path) -> str:
+def locate_ledger(config: NodeConfig, home: Path) -> str:
     """Where the ledger lies: the configured database, else a file in the data directory."""
     return config.ledger.url or sqlite_url(home / "ledger.sqlite")
 
 
-def prepare(
+def build_node_spec(
     config: NodeConfig, home: Path, placements: tuple[Placement, ...], pools: Mapping[str, int] | None = None
 ) -> NodeSpec:
     """Read everything that a start depends on. `pools`: bytes that models may hold together; None: all fit.
@@ -101,7 +101,7 @@ def _stored_keys(config: NodeConfig, home: Path) -> tuple[tuple[KeySettings, ...
     """API keys made by command, and whether there ever were any. None where there is no ledger yet, or it cannot be
     read (said when it is opened)."""
     try:
-        stored = list_keys(ledger_url(config, home))
+        stored = list_keys(locate_ledger(config, home))
     except LedgerUnavailable:
         return None, False
     return tuple(one.key for one in stored if one.revoked_at is None), bool(stored)

@@ -10,7 +10,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from appliance.api.app import create_app
+from appliance.api.app import AppDeps, create_app
 from appliance.api.auth import Authenticator
 from appliance.config import KeySettings, ServerSettings
 from appliance.core import (
@@ -226,15 +226,17 @@ def make_app(
     state = State(lambda: NOW)
     state.publish(snapshot() if shown is None else shown)
     return create_app(
-        pipeline=lambda: pipeline,
-        auth=Authenticator(keys, host=host),
-        state=state,
-        ledger=ledger or StandInLedger(),
-        metrics=Metrics(),
-        server=ServerSettings(max_body_bytes=max_body_bytes),
-        reload=reload,
-        clock=lambda: NOW,
-        wall_clock=lambda: 1_800_000_000.0,
+        AppDeps(
+            pipeline=lambda: pipeline,
+            auth=Authenticator(keys, host=host),
+            state=state,
+            ledger=ledger or StandInLedger(),
+            metrics=Metrics(),
+            server=ServerSettings(max_body_bytes=max_body_bytes),
+            reload=reload,
+            clock=lambda: NOW,
+            wall_clock=lambda: 1_800_000_000.0,
+        )
     )
 
 

@@ -262,10 +262,10 @@ async def test_where_keys_are_configured_one_is_needed(
 
 async def test_a_node_whose_last_key_is_gone_is_closed_and_not_open_to_everybody() -> None:
     auth = Authenticator(KEYS, host="127.0.0.1")
-    auth.load(())
+    auth.replace_keys(())
     for headers in ({}, {"authorization": "Bearer sk-client"}):
         with pytest.raises(Unauthorized):
-            auth.caller(headers)
+            auth.authenticate(headers)
 
 
 async def test_an_unknown_key_is_refused_before_the_body_is_read(pipeline: StandInPipeline) -> None:
@@ -477,4 +477,4 @@ async def test_a_chat_model_asked_for_embeddings_says_what_would_make_them(
 async def test_a_node_whose_keys_are_all_revoked_is_closed_after_a_restart_too(pipeline: StandInPipeline) -> None:
     auth = Authenticator((), host="127.0.0.1", has_had_keys=True)
     with pytest.raises(Unauthorized, match="no API key was sent"):
-        auth.caller({})
+        auth.authenticate({})

@@ -60,11 +60,11 @@ def key(name: str, **more: Any) -> KeySettings:
 def client(learning: Learning | None) -> httpx.AsyncClient:
     keys = (key("one"), key("two"), key("bound", residency="onsite"), key("boss", scopes=("client", "admin")))
     pipeline = StandInPipeline()
-    rim = RequestIntake(pipeline=lambda: pipeline, auth=Authenticator(keys, host="127.0.0.1"), max_body_bytes=1_000)
-    feedback = FeedbackEndpoints(rim, learning)
+    intake = RequestIntake(pipeline=lambda: pipeline, auth=Authenticator(keys, host="127.0.0.1"), max_body_bytes=1_000)
+    feedback = FeedbackEndpoints(intake, learning)
     routes = [
-        Route("/v1/feedback", feedback.give, methods=["POST"]),
-        Route("/v1/examples", feedback.forget, methods=["DELETE"]),
+        Route("/v1/feedback", feedback.add_feedback, methods=["POST"]),
+        Route("/v1/examples", feedback.forget_examples, methods=["DELETE"]),
     ]
     app = Starlette(routes=routes)
     app.add_middleware(ErrorMiddleware)

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from appliance.api.auth import Authenticator
-from appliance.api.rate_limits import RateLimits
+from appliance.api.intake import RateLimits
 from appliance.config import KeySettings
 from appliance.core import Caller
 from appliance.errors import RateLimited, Unauthorized
@@ -21,7 +21,7 @@ class Clock:
 def test_a_key_without_a_limit_is_never_stopped() -> None:
     limits = RateLimits(Clock())
     for _ in range(1000):
-        limits.take(Caller("a", "a"))
+        limits.count_request(Caller("a", "a"))
 
 
 def test_a_key_may_use_ten_seconds_worth_at_once_and_then_waits_as_long_as_it_is_told() -> None:
@@ -29,14 +29,14 @@ def test_a_key_may_use_ten_seconds_worth_at_once_and_then_waits_as_long_as_it_is
     limits = RateLimits(clock)
     caller = Caller("a", "a", requests_per_minute=60)
     for _ in range(10):
-        limits.take(caller)
+        limits.count_request(caller)
     with pytest.raises(RateLimited, match="60 requests a minute") as caught:
-        limits.take(caller)
+        limits.count_request(caller)
     assert caught.value.retry_after_seconds == pytest.approx(1.0)
     clock.now += 1.0
-    limits.take(caller)
+    limits.count_request(caller)
     with pytest.raises(RateLimited):
-        limits.take(caller)
+        limits.count_request(caller)
 
 
 def test_over_a_long_time_a_key_gets_its_rate_and_no_more() -> None:
@@ -47,7 +47,7 @@ def test_over_a_long_time_a_key_gets_its_rate_and_no_more() -> None:
     for _ in range(6000):
         clock.now += 0.1
         try:
-            limits.take(caller)
+            limits.count_request(caller)
             passed += 1
         except RateLimited:
             continue
@@ -57,11 +57,11 @@ def test_over_a_long_time_a_key_gets_its_rate_and_no_more() -> None:
 def test_one_key_does_not_use_up_anothers_allowance_and_a_clock_that_stands_still_gives_none() -> None:
     limits = RateLimits(Clock())
     slow, other = Caller("a", "a", requests_per_minute=1), Caller("b", "b", requests_per_minute=1)
-    limits.take(slow)
-    limits.take(other)
+    limits.count_request(slow)
+    limits.count_request(other)
     for caller in (slow, other):
         with pytest.raises(RateLimited):
-            limits.take(caller)
+            limits.count_request(caller)
 
 
 def test_5000_keys_are_told_apart() -> None:
@@ -71,6 +71,6 @@ def test_5000_keys_are_told_apart() -> None:
     keys = [KeySettings.model_validate({"name": f"key-{number}", "sha256": digest(number)}) for number in range(5000)]
     auth = Authenticator(keys, host="127.0.0.1")
     for number in (0, 2499, 4999):
-        assert auth.caller({"authorization": f"Bearer sk-{number}"}).key_id == f"key-{number}"
+        assert auth.authenticate({"authorization": f"Bearer sk-{number}"}).key_id == f"key-{number}"
     with pytest.raises(Unauthorized):
-        auth.caller({"authorization": "Bearer sk-5000"})
+        auth.authenticate({"authorization": "Bearer sk-5000"})

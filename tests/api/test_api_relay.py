@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from appliance.api import relay
-from appliance.api.relay import StreamResponse, unless_gone
+from appliance.api.relay import StreamResponse, wait_unless_disconnected
 from appliance.core import ResponseMetadata
 from appliance.errors import ClientGone, StreamBroken
 from tests.api.stand_ins import SMALL, StandInAnswer, StandInPipeline, StandInStream, make_app, served
@@ -174,10 +174,10 @@ async def test_waiting_ends_when_the_client_leaves_and_not_before() -> None:
     async def work() -> int:
         return 7
 
-    assert await unless_gone(receive, work()) == 7
+    assert await wait_unless_disconnected(receive, work()) == 7
     left.set()
     with pytest.raises(ClientGone):
-        await unless_gone(receive, asyncio.Event().wait())
+        await wait_unless_disconnected(receive, asyncio.Event().wait())
 
 
 async def test_a_client_that_stops_reading_does_not_hold_what_answers_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import openai
 import pytest
 from openai.types import Batch
 
-from appliance.api.app import create_app
+from appliance.api.app import AppDeps, create_app
 from appliance.api.auth import Authenticator
 from appliance.config import JobsSettings, KeySettings, ServerSettings
 from appliance.core import Decision, Request, TaskCall, UpstreamCall
@@ -117,16 +117,18 @@ async def node(home: Path, config: JobsSettings | None = None, free: int = 10**1
         return {}
 
     app = create_app(
-        pipeline=lambda: pipeline,
-        auth=auth,
-        state=state,
-        ledger=StandInLedger(),
-        metrics=metrics,
-        server=ServerSettings(),
-        reload=reload,
-        desk=desk,
-        clock=lambda: NOW,
-        wall_clock=lambda: WALL,
+        AppDeps(
+            pipeline=lambda: pipeline,
+            auth=auth,
+            state=state,
+            ledger=StandInLedger(),
+            metrics=metrics,
+            server=ServerSettings(),
+            reload=reload,
+            jobs=desk,
+            clock=lambda: NOW,
+            wall_clock=lambda: WALL,
+        )
     )
     try:
         async with served(app) as url:

@@ -18,7 +18,7 @@ from starlette.responses import Response, StreamingResponse
 from appliance.api.body import read_body
 from appliance.api.endpoints.feedback import FeedbackStore
 from appliance.api.intake import RequestIntake
-from appliance.api.json_responses import json_response
+from appliance.api.json_responses import respond_json
 from appliance.errors import NotFound, Unavailable
 from appliance.quality.candidates import EncoderClient, EncoderReply
 from appliance.wire.json_body import parse_body
@@ -33,83 +33,83 @@ class ClassifierEndpoints:
 
     def __init__(
         self,
-        rim: RequestIntake,
+        intake: RequestIntake,
         encoders: EncoderClient | None,
         max_body_bytes: int,
         learning: FeedbackStore | None = None,
     ) -> None:
-        self._rim, self._encoders, self._max_body_bytes = rim, encoders, max_body_bytes
+        self._intake, self._encoders, self._max_body_bytes = intake, encoders, max_body_bytes
         self._learning = learning
 
-    async def train(self, http: Http) -> Response:
-        return await self._changed(http, "POST", _PATH)
+    async def train_classifier(self, http: Http) -> Response:
+        return await self._forward_change(http, "POST", _PATH)
 
-    async def list(self, http: Http) -> Response:
-        return await self._shown(http, _PATH)
+    async def list_classifiers(self, http: Http) -> Response:
+        return await self._forward_read(http, _PATH)
 
-    async def show(self, http: Http) -> Response:
+    async def get_classifier(self, http: Http) -> Response:
         query = f"?version={quote(http.query_params['version'])}" if "version" in http.query_params else ""
-        shown = await self._shown(http, _path(http) + query)
+        shown = await self._forward_read(http, _path(http) + query)
         traffic = None if self._learning is None else await self._learning.describe_classifier(http.path_params["name"])
         if shown.status_code != 200 or traffic is None:
             return shown
-        return json_response({**orjson.loads(shown.body), "traffic": traffic})
+        return respond_json({**orjson.loads(shown.body), "traffic": traffic})
 
-    async def learn(self, http: Http) -> Response:
+    async def start_learning(self, http: Http) -> Response:
         """Train a candidate on what traffic has taught so far."""
-        self._rim.auth.caller(http.headers, "admin")
+        self._intake.auth.authenticate(http.headers, "admin")
         if self._learning is None:
             raise Unavailable("this program keeps no labels: ask a node that `appliance serve` runs, and see /healthz")
-        return json_response(await self._learning.start_training(http.path_params["name"]), status=202)
+        return respond_json(await self._learning.start_training(http.path_params["name"]), status=202)
 
-    async def evaluate(self, http: Http) -> Response:
-        return await self._changed(http, "POST", f"{_path(http)}/evaluate")
+    async def evaluate_classifier(self, http: Http) -> Response:
+        return await self._forward_change(http, "POST", f"{_path(http)}/evaluate")
 
-    async def roll_back(self, http: Http) -> Response:
-        return await self._changed(http, "POST", f"{_path(http)}/rollback")
+    async def roll_back_classifier(self, http: Http) -> Response:
+        return await self._forward_change(http, "POST", f"{_path(http)}/rollback")
 
-    async def remove(self, http: Http) -> Response:
+    async def delete_classifier(self, http: Http) -> Response:
         """All versions with what was learned for them; with `?version=N` that one alone, which must not serve."""
         version = http.query_params.get("version")
         if version is not None:
-            return await self._changed(http, "DELETE", f"{_path(http)}?version={quote(version)}")
-        gone = await self._changed(http, "DELETE", _path(http))
+            return await self._forward_change(http, "DELETE", f"{_path(http)}?version={quote(version)}")
+        gone = await self._forward_change(http, "DELETE", _path(http))
         if gone.status_code == 200 and self._learning is not None:
             await self._learning.forget_classifier(http.path_params["name"])
         return gone
 
-    async def training(self, http: Http) -> Response:
+    async def get_training(self, http: Http) -> Response:
         path = f"{_path(http)}/training"
         if http.query_params.get("stream") != "true":
-            return await self._shown(http, path)
-        self._rim.auth.caller(http.headers)
+            return await self._forward_read(http, path)
+        self._intake.auth.authenticate(http.headers)
         first = await self._ask("GET", path)
         if first.status != 200:
             return _response(first)
         return StreamingResponse(self._progress(path, first), media_type="text/event-stream")
 
-    async def cancel(self, http: Http) -> Response:
-        return await self._changed(http, "DELETE", f"{_path(http)}/training")
+    async def cancel_training(self, http: Http) -> Response:
+        return await self._forward_change(http, "DELETE", f"{_path(http)}/training")
 
-    async def _progress(self, path: str, told: EncoderReply) -> AsyncIterator[bytes]:
+    async def _progress(self, path: str, reply: EncoderReply) -> AsyncIterator[bytes]:
         """An event for each change, the last one when the training has ended."""
-        said = b""
+        sent = b""
         while True:
-            if told.body != said:
-                said = told.body
-                yield b"data: " + said + b"\n\n"
-            if told.status != 200 or orjson.loads(told.body)["state"] != "running":
+            if reply.body != sent:
+                sent = reply.body
+                yield b"data: " + sent + b"\n\n"
+            if reply.status != 200 or orjson.loads(reply.body)["state"] != "running":
                 yield b"data: [DONE]\n\n"
                 return
             await asyncio.sleep(_PROGRESS_SECONDS)
-            told = await self._ask("GET", path)
+            reply = await self._ask("GET", path)
 
-    async def _shown(self, http: Http, path: str) -> Response:
-        self._rim.auth.caller(http.headers)
+    async def _forward_read(self, http: Http, path: str) -> Response:
+        self._intake.auth.authenticate(http.headers)
         return _response(await self._ask("GET", path))
 
-    async def _changed(self, http: Http, method: str, path: str) -> Response:
-        self._rim.auth.caller(http.headers, "admin")
+    async def _forward_change(self, http: Http, method: str, path: str) -> Response:
+        self._intake.auth.authenticate(http.headers, "admin")
         raw = b""
         if method == "POST":
             raw = await read_body(http.receive, http.headers, self._max_body_bytes)
@@ -131,6 +131,6 @@ def _path(http: Http) -> str:
     return f"{_PATH}/{quote(name, safe='')}"
 
 
-def _response(told: EncoderReply) -> Response:
-    headers = {} if told.retry_after is None else {"retry-after": told.retry_after}
-    return Response(told.body, told.status, headers=headers, media_type="application/json")
+def _response(reply: EncoderReply) -> Response:
+    headers = {} if reply.retry_after is None else {"retry-after": reply.retry_after}
+    return Response(reply.body, reply.status, headers=headers, media_type="application/json")

@@ -10,7 +10,7 @@ from starlette.requests import Request as Http
 from starlette.responses import Response
 
 from appliance.api.intake import Reader, RequestIntake
-from appliance.api.json_responses import json_response
+from appliance.api.json_responses import respond_json
 from appliance.api.protocols import LedgerReader
 from appliance.core import Caller, Decision, ParsedRequest, TaskCall
 from appliance.errors import NotFound
@@ -44,19 +44,19 @@ _DECISION_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
 class ExplainEndpoints:
-    def __init__(self, rim: RequestIntake, ledger: LedgerReader, known: KnownTasks) -> None:
-        self._rim = rim
+    def __init__(self, intake: RequestIntake, ledger: LedgerReader, known: KnownTasks) -> None:
+        self._intake = intake
         self._known = known
         self._ledger = ledger
 
-    async def dry_run(self, http: Http) -> Response:
+    async def explain_request(self, http: Http) -> Response:
         """Body: that of any endpoint, with `endpoint` naming it ("chat" where it is left out)."""
-        caller = self._rim.auth.caller(http.headers)
-        opened = await self._rim.open(http, lambda body: read_any(self._meant(body, caller)))
-        pipeline = self._rim.pipeline
-        request = await pipeline.with_pii_scan(opened.request)
-        decision = pipeline.decide(request, prompt_tokens=opened.prompt_tokens, output_tokens=opened.output_tokens)
-        return json_response(_story(decision, opened.request.endpoint, len(opened.calls)))
+        caller = self._intake.auth.authenticate(http.headers)
+        inbound = await self._intake.read_request(http, lambda body: read_any_request(self._meant(body, caller)))
+        pipeline = self._intake.pipeline
+        request = await pipeline.with_pii_scan(inbound.request)
+        decision = pipeline.decide(request, prompt_tokens=inbound.prompt_tokens, output_tokens=inbound.output_tokens)
+        return respond_json(_story(decision, inbound.request.endpoint, len(inbound.calls)))
 
     def _meant(self, body: Mapping[str, Any], caller: Caller) -> Mapping[str, Any]:
         """What a body that names a saved task stands for."""
@@ -65,19 +65,19 @@ class ExplainEndpoints:
             return body
         return {**self._known.expanded(body, shape, caller)}
 
-    async def decision(self, http: Http) -> Response:
+    async def get_decision(self, http: Http) -> Response:
         """A decision that was made; other callers' decisions do not exist for a key without the scope admin."""
-        caller = self._rim.auth.caller(http.headers)
+        caller = self._intake.auth.authenticate(http.headers)
         decision_id = http.path_params["decision_id"]
         story = await self._ledger.read_decision(decision_id) if _DECISION_ID.fullmatch(decision_id) else None
         if story is None or ("admin" not in caller.scopes and story.get("key_id") != caller.key_id):
             raise NotFound(
                 f"decision {decision_id[:80]!r} is not known: its answer had the id in the header x-appliance-decision"
             )
-        return json_response(story)
+        return respond_json(story)
 
 
-def read_any(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[TaskCall]]:
+def read_any_request(body: Mapping[str, Any]) -> tuple[ParsedRequest, Sequence[TaskCall]]:
     """Read a body that says itself for which endpoint it is meant. Raises RequestError as that endpoint would."""
     named = body.get("endpoint", "chat")
     name = named.removeprefix("/v1/").replace("chat/completions", "chat") if isinstance(named, str) else ""

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from appliance.api.body import read_body
 from appliance.api.intake import RequestIntake
-from appliance.api.json_responses import json_response
+from appliance.api.json_responses import respond_json
 from appliance.core import ANYWHERE, strictest
 from appliance.errors import Forbidden, RequestError, Unavailable
 from appliance.router.request_builder import read_residency
@@ -49,32 +49,32 @@ class FeedbackStore(Protocol):
 class FeedbackEndpoints:
     """`learning` is None where nothing is kept: then every call says so."""
 
-    def __init__(self, rim: RequestIntake, learning: FeedbackStore | None) -> None:
-        self._rim, self._learning = rim, learning
+    def __init__(self, intake: RequestIntake, learning: FeedbackStore | None) -> None:
+        self._intake, self._learning = intake, learning
 
-    async def give(self, http: Http) -> Response:
-        caller = self._rim.caller(http)
+    async def add_feedback(self, http: Http) -> Response:
+        caller = self._intake.authenticate(http)
         body = parse_body(await read_body(http.receive, http.headers, _MAX_BODY_BYTES))
         label = _text(body, "label", _MOST_LABEL_CHARS)
         if body.get("decision_id") is None and (body.get("input") is not None or body.get("classifier") is not None):
             classifier, text = _text(body, "classifier", _MOST_LABEL_CHARS), _text(body, "input", _MOST_TEXT_CHARS)
             bound = strictest(caller.residency, read_residency(http.headers) or ANYWHERE)
-            return json_response(await self._keeper.add_example(caller.key_id, classifier, text, label, str(bound)))
+            return respond_json(await self._store.add_example(caller.key_id, classifier, text, label, str(bound)))
         decision_id, index = _text(body, "decision_id", _MOST_LABEL_CHARS), _index(body)
         sees_all = "admin" in caller.scopes
-        told = await self._keeper.add_feedback(caller.key_id, decision_id, index, label, sees_all=sees_all)
-        return json_response(told)
+        result = await self._store.add_feedback(caller.key_id, decision_id, index, label, sees_all=sees_all)
+        return respond_json(result)
 
-    async def forget(self, http: Http) -> Response:
-        caller, query = self._rim.caller(http), http.query_params
+    async def forget_examples(self, http: Http) -> Response:
+        caller, query = self._intake.authenticate(http), http.query_params
         owner = query.get("key", caller.key_id)
         if owner != caller.key_id and "admin" not in caller.scopes:
             raise Forbidden("the examples of another key are removed with the scope admin alone")
-        gone = await self._keeper.forget_owner(owner, query.get("classifier"))
-        return json_response({"key": owner, "removed": gone})
+        gone = await self._store.forget_owner(owner, query.get("classifier"))
+        return respond_json({"key": owner, "removed": gone})
 
     @property
-    def _keeper(self) -> FeedbackStore:
+    def _store(self) -> FeedbackStore:
         if self._learning is None:
             raise Unavailable("this program keeps no labels: ask a node that `appliance serve` runs, and see /healthz")
         return self._learning

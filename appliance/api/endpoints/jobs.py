@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 
 from appliance.api.body import read_body
 from appliance.api.intake import RequestIntake
-from appliance.api.json_responses import json_response
+from appliance.api.json_responses import respond_json
 from appliance.api.upload import UploadForm, receive_form
 from appliance.core import Caller, Residency, Usage, strictest
 from appliance.errors import BodyTooLarge, NotFound, RequestError
@@ -34,77 +34,77 @@ _SHORTEST_SECONDS, _LONGEST_SECONDS = 3_600, 2_592_000
 
 
 class JobEndpoints:
-    def __init__(self, rim: RequestIntake, desk: JobManager) -> None:
-        self._rim, self._desk = rim, desk
+    def __init__(self, intake: RequestIntake, jobs: JobManager) -> None:
+        self._intake, self._jobs = intake, jobs
 
     # Files.
 
-    async def upload(self, http: Http) -> Response:
-        caller, desk = self._rim.caller(http), self._desk
+    async def upload_file(self, http: Http) -> Response:
+        caller, jobs = self._intake.authenticate(http), self._jobs
         length = http.headers.get("content-length", "")
         announced = int(length) if length.isdecimal() else 0
-        if announced > desk.config.max_file_bytes + _FORM_BYTES:
+        if announced > jobs.config.max_file_bytes + _FORM_BYTES:
             raise BodyTooLarge(
-                f"the upload has {announced} bytes, and files may have {desk.config.max_file_bytes} here "
+                f"the upload has {announced} bytes, and files may have {jobs.config.max_file_bytes} here "
                 "(jobs.max_file_bytes): split it",
                 param="file",
             )
-        await asyncio.to_thread(desk.folder.check_space, announced)
+        await asyncio.to_thread(jobs.folder.check_space, announced)
         file_id = new_file_id()
-        with desk.folder.receive_upload(file_id) as receiver:
+        with jobs.folder.receive_upload(file_id) as receiver:
             form = UploadForm(http.headers.get("content-type", ""), receiver.write)
             await receive_form(http, form)
             purpose, lifetime = _purpose(form.fields), _lifetime(form.fields)
             await asyncio.to_thread(receiver.commit)
-        now = self._rim.wall_clock()
-        kept = lifetime or desk.config.retention_days * 86_400.0
+        now = self._intake.wall_clock()
+        kept = lifetime or jobs.config.retention_days * 86_400.0
         filename = form.filename or "upload"
         file = StoredFile(file_id, caller.key_id, filename, purpose, receiver.size_bytes, now, now + kept)
         try:
-            await desk.store.add_file(file)
+            await jobs.store.add_file(file)
         except BaseException:
-            await asyncio.to_thread(desk.folder.remove_file, file_id)
+            await asyncio.to_thread(jobs.folder.remove_file, file_id)
             raise
-        return json_response(_file(file))
+        return respond_json(_file(file))
 
-    async def files(self, http: Http) -> Response:
-        caller, query = self._rim.caller(http), http.query_params
+    async def list_files(self, http: Http) -> Response:
+        caller, query = self._intake.authenticate(http), http.query_params
         limit, order = _limit(query.get("limit"), 10_000, 10_000), query.get("order", "desc")
         if order not in ("asc", "desc"):
             raise RequestError(f"order is {order[:20]!r}: use asc or desc", param="order")
-        rows = await self._desk.store.list_files(
+        rows = await self._jobs.store.list_files(
             _owner(caller),
             after=query.get("after"),
             limit=limit + 1,
             newest_first=order == "desc",
             purpose=query.get("purpose"),
         )
-        return json_response(_page([_file(row) for row in rows], limit))
+        return respond_json(_page([_file(row) for row in rows], limit))
 
-    async def file(self, http: Http) -> Response:
-        return json_response(_file(await self._file(http)))
+    async def get_file(self, http: Http) -> Response:
+        return respond_json(_file(await self._file(http)))
 
-    async def content(self, http: Http) -> ASGIApp:
+    async def get_file_content(self, http: Http) -> ASGIApp:
         file = await self._file(http)
-        path = self._desk.folder.file_path(file.id)
+        path = self._jobs.folder.file_path(file.id)
         if not await asyncio.to_thread(path.exists):
             raise NotFound(f"the content of {file.id} is not on this node's disk any more")
         return FileResponse(path, media_type="application/octet-stream", filename=file.filename)
 
-    async def remove_file(self, http: Http) -> Response:
+    async def delete_file(self, http: Http) -> Response:
         file = await self._file(http)
-        await self._desk.remove_file(file.id)
-        return json_response({"id": file.id, "object": "file", "deleted": True})
+        await self._jobs.remove_file(file.id)
+        return respond_json({"id": file.id, "object": "file", "deleted": True})
 
     # Batches.
 
-    async def create(self, http: Http) -> Response:
-        caller = self._rim.caller(http)
+    async def create_batch(self, http: Http) -> Response:
+        caller = self._intake.authenticate(http)
         body = parse_body(await read_body(http.receive, http.headers, _MAX_BODY_BYTES))
         endpoint, window = body.get("endpoint"), body.get("completion_window")
-        if not isinstance(endpoint, str) or endpoint not in self._desk.endpoints:
+        if not isinstance(endpoint, str) or endpoint not in self._jobs.endpoints:
             raise RequestError(
-                f"endpoint is {str(endpoint)[:80]!r}: use one of {', '.join(self._desk.endpoints)}", param="endpoint"
+                f"endpoint is {str(endpoint)[:80]!r}: use one of {', '.join(self._jobs.endpoints)}", param="endpoint"
             )
         if not isinstance(window, str):
             raise RequestError("completion_window is missing: write for example 24h", param="completion_window")
@@ -114,7 +114,7 @@ class JobEndpoints:
             raise RequestError(
                 f"{file.id} was uploaded for {file.purpose!r}: upload it with purpose=batch", param="input_file_id"
             )
-        now = self._rim.wall_clock()
+        now = self._intake.wall_clock()
         batch = Batch(
             id=new_batch_id(),
             owner=caller.key_id,
@@ -124,49 +124,49 @@ class JobEndpoints:
             created_at=now,
             expires_at=now + seconds,
             metadata=metadata,
-            residency=str(_bound(caller, http.headers, metadata)),
+            residency=str(_residency(caller, http.headers, metadata)),
             tag=read_tag(http.headers.get(TAG_HEADER)),
             output_seconds=_output_seconds(body.get("output_expires_after")),
         )
-        return json_response(self._batch(await self._desk.create(batch)))
+        return respond_json(self._batch(await self._jobs.create(batch)))
 
-    async def batches(self, http: Http) -> Response:
-        caller, query = self._rim.caller(http), http.query_params
+    async def list_batches(self, http: Http) -> Response:
+        caller, query = self._intake.authenticate(http), http.query_params
         limit = _limit(query.get("limit"), 20, 100)
-        rows = await self._desk.store.list_batches(_owner(caller), after=query.get("after"), limit=limit + 1)
-        return json_response(_page([self._batch(self._desk.current_batch(row)) for row in rows], limit))
+        rows = await self._jobs.store.list_batches(_owner(caller), after=query.get("after"), limit=limit + 1)
+        return respond_json(_page([self._batch(self._jobs.current_batch(row)) for row in rows], limit))
 
-    async def batch(self, http: Http) -> Response:
-        return json_response(self._batch(await self._owned_batch(http)))
+    async def get_batch(self, http: Http) -> Response:
+        return respond_json(self._batch(await self._owned_batch(http)))
 
-    async def cancel(self, http: Http) -> Response:
+    async def cancel_batch(self, http: Http) -> Response:
         batch = await self._owned_batch(http)
         if batch.is_over:
             raise RequestError(f"batch {batch.id} is {batch.status}: there is nothing to cancel", status=409)
-        return json_response(self._batch(await self._desk.cancel(batch)))
+        return respond_json(self._batch(await self._jobs.cancel(batch)))
 
     async def _file(self, http: Http) -> StoredFile:
-        return await self._owned_file(self._rim.caller(http), http.path_params["file_id"])
+        return await self._owned_file(self._intake.authenticate(http), http.path_params["file_id"])
 
     async def _owned_file(self, caller: Caller, file_id: object) -> StoredFile:
         """Somebody else's does not exist for this caller."""
-        file = await self._desk.store.get_file(file_id) if isinstance(file_id, str) else None
+        file = await self._jobs.store.get_file(file_id) if isinstance(file_id, str) else None
         if file is None or _owner(caller) not in (None, file.owner):
             raise NotFound(f"there is no file {str(file_id)[:80]!r}: GET /v1/files lists yours", param="file_id")
         return file
 
     async def _owned_batch(self, http: Http) -> Batch:
-        caller, batch_id = self._rim.caller(http), http.path_params["batch_id"]
-        batch = await self._desk.store.get_batch(batch_id)
+        caller, batch_id = self._intake.authenticate(http), http.path_params["batch_id"]
+        batch = await self._jobs.store.get_batch(batch_id)
         if batch is None or _owner(caller) not in (None, batch.owner):
             raise NotFound(f"there is no batch {batch_id[:80]!r}: GET /v1/batches lists yours", param="batch_id")
-        return self._desk.current_batch(batch)
+        return self._jobs.current_batch(batch)
 
     def _batch(self, batch: Batch) -> Mapping[str, Any]:
-        return batch_object(batch, self._desk.progress(batch.id), self._rim.wall_clock())
+        return describe_batch(batch, self._jobs.progress(batch.id), self._intake.wall_clock())
 
 
-def batch_object(batch: Batch, progress: JobProgress | None, now: float) -> Mapping[str, Any]:
+def describe_batch(batch: Batch, progress: JobProgress | None, now: float) -> Mapping[str, Any]:
     """As the official SDK types it, and `appliance` besides."""
     times = {f"{status}_at": _seconds(batch.times.get(status)) for status in _TIMED}
     counts = batch.counts
@@ -198,7 +198,7 @@ _TIMED: Final = (
 
 def _extension(batch: Batch, progress: JobProgress | None, now: float) -> Mapping[str, Any]:
     counts = batch.counts
-    told: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "owner": batch.owner,
         "residency": batch.residency,
         "copied": counts.copied,
@@ -210,7 +210,7 @@ def _extension(batch: Batch, progress: JobProgress | None, now: float) -> Mappin
     }
     if progress is not None:
         left = progress.seconds_left
-        told |= {
+        facts |= {
             "state": progress.state,
             "reason": progress.reason,
             "lines_per_second": None if progress.lines_per_second is None else round(progress.lines_per_second, 3),
@@ -220,7 +220,7 @@ def _extension(batch: Batch, progress: JobProgress | None, now: float) -> Mappin
             "under_way": progress.lines_in_flight,
             "in_provider_batches": progress.lines_at_providers,
         }
-    return told
+    return facts
 
 
 def _file(file: StoredFile) -> Mapping[str, Any]:
@@ -259,7 +259,7 @@ def _owner(caller: Caller) -> str | None:
     return None if "admin" in caller.scopes else caller.key_id
 
 
-def _bound(caller: Caller, headers: Mapping[str, str], metadata: Mapping[str, str]) -> Residency:
+def _residency(caller: Caller, headers: Mapping[str, str], metadata: Mapping[str, str]) -> Residency:
     """The strictest of key, header and metadata, in which names are taken as in headers.
 
     Raises RequestError for one that cannot be understood.

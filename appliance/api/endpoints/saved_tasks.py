@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from appliance.api.body import read_body
 from appliance.api.intake import RequestIntake
-from appliance.api.json_responses import json_response
+from appliance.api.json_responses import respond_json
 from appliance.core import Caller
 from appliance.errors import RequestError
 from appliance.tasks.saved_tasks import (
@@ -33,42 +33,42 @@ _log = structlog.get_logger(__name__)
 
 
 class SavedTaskEndpoints:
-    def __init__(self, rim: RequestIntake, known: KnownTasks, max_body_bytes: int) -> None:
-        self._rim, self._known, self._max_body_bytes = rim, known, max_body_bytes
+    def __init__(self, intake: RequestIntake, known: KnownTasks, max_body_bytes: int) -> None:
+        self._intake, self._known, self._max_body_bytes = intake, known, max_body_bytes
 
-    async def save(self, http: Http) -> Response:
-        caller = self._rim.auth.caller(http.headers, "admin")
+    async def save_task(self, http: Http) -> Response:
+        caller = self._intake.auth.authenticate(http.headers, "admin")
         raw = await read_body(http.receive, http.headers, self._max_body_bytes)
-        made_at = datetime.fromtimestamp(self._rim.wall_clock(), UTC).isoformat(timespec="seconds")
+        made_at = datetime.fromtimestamp(self._intake.wall_clock(), UTC).isoformat(timespec="seconds")
         # Checked and written in a thread: a definition may be large, and disks are slow.
         kept = await asyncio.to_thread(lambda: self._known.saved.put(read_saved_task(parse_body(raw), 0, made_at)))
         _log.info("task saved", task=kept.name, version=kept.version, key=caller.key_id)
-        return json_response(self._row(kept))
+        return respond_json(self._row(kept))
 
-    async def list(self, http: Http) -> Response:
-        caller = self._rim.auth.caller(http.headers)
+    async def list_tasks(self, http: Http) -> Response:
+        caller = self._intake.auth.authenticate(http.headers)
         saved = self._known.saved.tasks
         rows = [self._row(versions[-1]) for _, versions in sorted(saved.items()) if versions[-1].open_to(caller)]
         only_fitted = sorted(self._known.fits.tasks.keys() - saved.keys())
         rows += [self._fitted_row(name) for name in only_fitted]
-        return json_response({"object": "list", "data": rows})
+        return respond_json({"object": "list", "data": rows})
 
-    async def show(self, http: Http) -> Response:
-        caller = self._rim.auth.caller(http.headers)
+    async def get_task(self, http: Http) -> Response:
+        caller = self._intake.auth.authenticate(http.headers)
         name = http.path_params["name"]
         if name in self._known.fits.tasks and name not in self._known.saved.tasks:
-            return json_response(self._fitted_row(name))
-        return json_response(self._row(self._found(name, http.query_params.get("version"), caller)))
+            return respond_json(self._fitted_row(name))
+        return respond_json(self._row(self._found(name, http.query_params.get("version"), caller)))
 
-    async def remove(self, http: Http) -> Response:
-        caller = self._rim.auth.caller(http.headers, "admin")
+    async def delete_task(self, http: Http) -> Response:
+        caller = self._intake.auth.authenticate(http.headers, "admin")
         name = http.path_params["name"]
         saved = await asyncio.to_thread(self._known.saved.remove, name)
         fitted = await asyncio.to_thread(self._known.fits.remove, name)
         if not (saved or fitted):
             raise make_unknown_task_error(name, self._known.saved.tasks, caller)
         _log.info("task removed", task=name, key=caller.key_id)
-        return json_response({"object": "task.deleted", "name": name, "deleted": True})
+        return respond_json({"object": "task.deleted", "name": name, "deleted": True})
 
     def _found(self, name: str, version: str | None, caller: Caller) -> SavedTask:
         if version is not None and not version.isdecimal():

@@ -8,9 +8,8 @@ import structlog
 from starlette.requests import Request as Http
 from starlette.responses import Response
 
-from appliance.api.endpoints.openai import whole
 from appliance.api.intake import Reader, RequestIntake
-from appliance.api.json_responses import json_response
+from appliance.api.json_responses import respond_json, respond_whole
 from appliance.errors import ApplianceError
 from appliance.router.protocols import PipelineBatchAnswer
 from appliance.tasks.decisions import calibration, openai_shape, systemone
@@ -30,67 +29,69 @@ _log = structlog.get_logger(__name__)
 
 
 class TaskEndpoints:
-    def __init__(self, rim: RequestIntake, known: KnownTasks) -> None:
-        self._rim = rim
+    def __init__(self, intake: RequestIntake, known: KnownTasks) -> None:
+        self._intake = intake
         self._known = known
         self._priors = Priors()
 
-    async def decisions(self, http: Http) -> Response:
+    async def create_decision(self, http: Http) -> Response:
         return await self._decide(http, openai_shape.read_decision_request, "decisions")
 
-    async def systemone(self, http: Http) -> Response:
+    async def create_systemone_decision(self, http: Http) -> Response:
         return await self._decide(http, systemone.read_systemone_request, "systemone")
 
     async def _decide(self, http: Http, read: Callable[..., Any], shape: Shape) -> Response:
-        opened = await self._rim.open(http, self._judging(http, read, shape))
-        answer = await self._rim.answer(http, opened)
-        return await whole(answer, answer.payload)
+        inbound = await self._intake.read_request(http, self._decision_reader(http, read, shape))
+        answer = await self._intake.answer(http, inbound)
+        return await respond_whole(answer)
 
-    async def batch(self, http: Http) -> Response:
-        opened = await self._rim.open(http, self._judging(http, openai_shape.read_decision_batch, "decisions"))
-        many = await self._rim.answer_many(http, opened, concurrency=DECISION_CALLS_AT_ONCE)
+    async def create_decision_batch(self, http: Http) -> Response:
+        inbound = await self._intake.read_request(
+            http, self._decision_reader(http, openai_shape.read_decision_batch, "decisions")
+        )
+        many = await self._intake.answer_many(http, inbound, concurrency=DECISION_CALLS_AT_ONCE)
         # In a thread: 10,000 inputs with 77 options make 44 MB of JSON, and streams go on.
-        return await asyncio.to_thread(lambda: _rows(many, openai_shape.make_batch_payload(_some(many), opened.calls)))
+        return await asyncio.to_thread(lambda: _rows(many, openai_shape.make_batch_payload(_some(many), inbound.calls)))
 
-    async def calibrate(self, http: Http) -> Response:
+    async def calibrate_task(self, http: Http) -> Response:
         """Changes the answers of every caller that names the task, so it takes the scope admin."""
-        caller = self._rim.auth.caller(http.headers, "admin")
-        opened = await self._rim.open(
+        caller = self._intake.auth.authenticate(http.headers, "admin")
+        inbound = await self._intake.read_request(
             http, self._known.reading(calibration.read_calibration_request, "calibrate", caller, priors=self._priors)
         )
-        many = await self._rim.answer_many(http, opened, concurrency=DECISION_CALLS_AT_ONCE)
-        learnt = await asyncio.to_thread(calibration.fit_task, opened.request.body, opened.calls, _some(many))
+        many = await self._intake.answer_many(http, inbound, concurrency=DECISION_CALLS_AT_ONCE)
+        learnt = await asyncio.to_thread(calibration.fit_task, inbound.request.body, inbound.calls, _some(many))
         await asyncio.to_thread(self._known.fits.put, learnt.fit)
         _log.info("task calibrated", task=learnt.fit.task, target=learnt.fit.target, key=caller.key_id)
         return _rows(many, learnt.report)
 
-    async def extract(self, http: Http) -> Response:
-        caller = self._rim.auth.caller(http.headers)
+    async def extract_fields(self, http: Http) -> Response:
+        caller = self._intake.auth.authenticate(http.headers)
         reader: Reader[ExtractCall] = self._known.reading(extraction.read_extract_request, "extract", caller)
-        opened = await self._rim.open(http, reader)
-        is_single = "texts" not in opened.request.body
+        inbound = await self._intake.read_request(http, reader)
+        is_single = "texts" not in inbound.request.body
         # In threads: looking for every value of a long text takes tens of milliseconds, and streams go on.
-        if is_single and len(opened.calls) == 1:
-            answer = await self._rim.answer(http, opened)
+        if is_single and len(inbound.calls) == 1:
+            answer = await self._intake.answer(http, inbound)
             try:
-                told = await asyncio.to_thread(extraction.make_extract_payload, [answer.payload], opened.calls)
+                payload = await asyncio.to_thread(extraction.make_extract_payload, [answer.payload], inbound.calls)
             except BaseException:
                 await answer.aclose()
                 raise
-            return await whole(answer, told)
-        many = await self._rim.answer_many(http, opened, concurrency=EXTRACT_CALLS_AT_ONCE)
+            return await respond_whole(answer, lambda _: payload)
+        many = await self._intake.answer_many(http, inbound, concurrency=EXTRACT_CALLS_AT_ONCE)
         results = _some(many)
         if not is_single:
-            return _rows(many, await asyncio.to_thread(extraction.make_texts_payload, results, opened.calls))
+            return _rows(many, await asyncio.to_thread(extraction.make_texts_payload, results, inbound.calls))
         try:
-            return _rows(many, await asyncio.to_thread(extraction.make_extract_payload, results, opened.calls))
+            return _rows(many, await asyncio.to_thread(extraction.make_extract_payload, results, inbound.calls))
         except ApplianceError as error:
             error.headers = {**many.metadata.headers(), **error.headers}
             raise
 
-    def _judging(self, http: Http, read: Callable[..., Any], shape: Shape) -> Reader[DecisionsCall]:
+    def _decision_reader(self, http: Http, read: Callable[..., Any], shape: Shape) -> Reader[DecisionsCall]:
         """A reader of decisions that knows the tasks saved and calibrated here."""
-        caller = self._rim.auth.caller(http.headers)
+        caller = self._intake.auth.authenticate(http.headers)
         return self._known.reading(read, shape, caller, tasks=self._known.fits.tasks, priors=self._priors)
 
 
@@ -104,4 +105,4 @@ def _some(many: PipelineBatchAnswer) -> Sequence[Any]:
 
 
 def _rows(many: PipelineBatchAnswer, payload: Mapping[str, Any]) -> Response:
-    return json_response(payload, headers=many.metadata.headers())
+    return respond_json(payload, headers=many.metadata.headers())

@@ -34,7 +34,7 @@ Payload = Callable[[Sequence[Any], Sequence[Any]], Any]
 class CallerLookup(Protocol):
     """Who has which API key now."""
 
-    def named(self, key_id: str) -> Caller:
+    def find_caller(self, key_id: str) -> Caller:
         """The caller of that name as its key is now. Raises Unauthorized where the key is no more."""
 
 
@@ -101,7 +101,7 @@ class LineRequests:
 
     def find_caller(self, terms: BatchTerms) -> Caller:
         """Raises Unauthorized where the key is no more."""
-        return self._auth.named(terms.owner)
+        return self._auth.find_caller(terms.owner)
 
     async def read_calls(self, line: BatchLine, caller: Caller) -> tuple[ParsedRequest, Sequence[Any]]:
         """By its endpoint's own reader. Raises RequestError and its like."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from appliance.api.endpoints.admin import targets_ready
+from appliance.api.endpoints.admin import list_readiness
 from appliance.config import EngineSettings as EngineConfig
 from appliance.core import EngineStatus
 from appliance.engines.base import EngineMemory, EngineShape, Placement
@@ -102,7 +102,7 @@ async def test_an_idle_model_gives_its_memory_back_and_is_loaded_when_wanted(tmp
         await eventually(lambda: stage.view("m").state == "ready", "the model")
         await eventually(lambda: stage.view("m").state == "stopped", "its rest")
         assert stage.view("m").reason.startswith("unloaded: not used for")
-        (row,) = targets_ready(stage.state.snapshot, time.monotonic())
+        (row,) = list_readiness(stage.state.snapshot, time.monotonic())
         assert row["ready"]  # a load balancer must not turn away from a node that only rests
         await stage.request("m")
 

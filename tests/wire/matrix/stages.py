@@ -5,7 +5,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from appliance.api.app import create_app
+from appliance.api.app import AppDeps, create_app
 from appliance.api.auth import Authenticator
 from appliance.config import ServerSettings
 from appliance.core import Target
@@ -64,15 +64,17 @@ async def node_over(*targets: Target, policy: str = HOSTED) -> AsyncIterator[tup
     """The application's address, and what is behind it."""
     scene = Scene(*targets, policy=policy)
     app = create_app(
-        pipeline=lambda: scene.pipeline,
-        auth=Authenticator((), host="127.0.0.1"),
-        state=scene.state,
-        ledger=StandInLedger(),
-        metrics=Metrics(),
-        server=ServerSettings(),
-        reload=_nothing,
-        clock=scene.now,
-        wall_clock=scene.wall,
+        AppDeps(
+            pipeline=lambda: scene.pipeline,
+            auth=Authenticator((), host="127.0.0.1"),
+            state=scene.state,
+            ledger=StandInLedger(),
+            metrics=Metrics(),
+            server=ServerSettings(),
+            reload=_nothing,
+            clock=scene.now,
+            wall_clock=scene.wall,
+        )
     )
     try:
         async with served(app) as url:

@@ -1,8 +1,9 @@
-"""API keys made or revoked by command count while a node runs, whatever happened to the task that follows them."""
+"""What a node changes while it runs: API keys made or revoked by command, and reloads, which change all or nothing."""
 
 import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from appliance.errors import ConfigError, Unauthorized
 from appliance.node.supervise.status import StatusPublisher
 from appliance.router.accounting import SpendAccounting
 from appliance.serve.node import ReloadableNode
-from appliance.serve.startup_config import NodeSpec, prepare
+from appliance.serve.startup_config import NodeSpec, build_node_spec
 from appliance.state import State
 from appliance.telemetry.background import TASK_FAILED, GuardedTask
 
@@ -54,7 +55,7 @@ class Scene:
     def __init__(self, home: Path, keys: Keys, stored: Sequence[KeySettings]) -> None:
         self.state, self.keys = State(lambda: 0.0), keys
         self.signals = StatusPublisher(self.state, lambda: 0.0)
-        spec = prepare(NodeConfig(), home, ())
+        spec = build_node_spec(NodeConfig(), home, ())
         self.spec = NodeSpec(
             spec.config, home, (), (), spec.policy, spec.policy_path, {}, tuple(stored), has_had_keys=True
         )
@@ -64,7 +65,7 @@ class Scene:
 
     def is_let_in(self, key: str) -> bool:
         try:
-            self.node.auth.caller({"authorization": f"Bearer {key}"})
+            self.node.auth.authenticate({"authorization": f"Bearer {key}"})
         except Unauthorized:
             return False
         return True
@@ -113,4 +114,21 @@ async def test_a_reload_that_fails_is_on_the_health_page_whatever_failed(tmp_pat
     with pytest.raises(type(fault)):
         await scene.node.reload()
     assert str(fault) in scene.warnings["reload_failed"]
+    await scene.node.aclose()
+
+
+async def test_a_reload_that_fails_halfway_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = Keys("ann")
+    scene = Scene(tmp_path, keys, await keys.list_keys())
+    before = scene.node.pipeline
+    scene.spec = replace(scene.spec, stored_keys=())
+
+    def fail(*_: object, **__: object) -> None:
+        raise TypeError("a fault of ours")
+
+    monkeypatch.setattr("appliance.serve.node.Pipeline", fail)
+    with pytest.raises(TypeError):
+        await scene.node.reload()
+    assert scene.is_let_in("ann")
+    assert scene.node.pipeline is before
     await scene.node.aclose()
