@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from appliance.config.policy import STRUCTURED
+from appliance.config.route_rules import STRUCTURED
 from scripts.benchmarks.privacy import ANNOTATED, KIND_OF, NEGATIVE, bound_share, is_tuning, read, tally
 from tests.evaldata import evaluation_data
 

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from appliance.api.auth import is_loopback
-from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, data_dir_of
+from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, resolve_data_dir
 from appliance.cli.output import say_json, stdout
 from appliance.config import NodeConfig, load_config
 from appliance.errors import ConfigError
@@ -52,7 +52,7 @@ def _gather(config_path: Path | None, data_dir: Path | None, *, full: bool) -> D
         config = load_config(config_path)
     except ConfigError as error:
         config, problem = NodeConfig(), str(error)
-    home = data_dir_of(data_dir, config)
+    home = resolve_data_dir(data_dir, config)
     return gather_facts(
         config,
         home,

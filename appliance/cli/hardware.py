@@ -8,8 +8,8 @@ import typer
 from rich.table import Table
 
 from appliance.catalog import Catalog, DevicePrior, load_device
-from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, catalog_of, data_dir_of
-from appliance.cli.output import bytes_text, guarded, say, say_json, stdout
+from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, load_node_catalog, resolve_data_dir
+from appliance.cli.output import exit_on_error, format_bytes, say, say_json, stdout
 from appliance.config import EngineModel, EngineSettings, load_config
 from appliance.engines.base import Placement
 from appliance.node.calibrate.gpu_memory_records import read_gpu_records
@@ -35,8 +35,8 @@ def probe_command(as_json: JsonOption = False) -> None:
     say(f"        {cpu.usable_cores} usable cores: {cpu.usable_reason}")
     say(f"        {' '.join(sorted(cpu.flags)) or 'no instruction sets known'}")
     for node in cpu.nodes if len(cpu.nodes) > 1 else ():
-        say(f"        NUMA node {node.index}: {len(node.cpus)} CPUs, {bytes_text(node.memory_total_bytes)}")
-    say(f"memory  {bytes_text(ram.usable_bytes)} usable: {ram.usable_reason}")
+        say(f"        NUMA node {node.index}: {len(node.cpus)} CPUs, {format_bytes(node.memory_total_bytes)}")
+    say(f"memory  {format_bytes(ram.usable_bytes)} usable: {ram.usable_reason}")
     say(f"gpus    {gpus.reason}{f'; driver {gpus.driver}, CUDA {gpus.cuda}' if gpus.driver else ''}")
     for gpu in gpus.devices:
         for line in _gpu_lines(gpu):
@@ -65,12 +65,12 @@ def plan_command(
 
     Each by itself, or with --model several together.
     """
-    config = guarded(lambda: load_config(config_path))
-    home = data_dir_of(data_dir, config)
-    catalog, store = catalog_of(home), ModelStore(home)
+    config = exit_on_error(lambda: load_config(config_path))
+    home = resolve_data_dir(data_dir, config)
+    catalog, store = load_node_catalog(home), ModelStore(home)
     hardware = probe_hardware()
     if device is not None:
-        prior = guarded(lambda: _prior(device, catalog))
+        prior = exit_on_error(lambda: _prior(device, catalog))
         ram = None if memory_gib is None else int(memory_gib * (1 << 30))
         hardware = build_hypothetical_hardware(prior, gpus=gpus, cores=cores, memory_bytes=ram)
     has_gpus = bool(list_usable_devices(hardware)[0])
@@ -85,7 +85,7 @@ def plan_command(
 
 
 def _candidates(name: str, catalog: Catalog, store: ModelStore, has_gpus: bool) -> tuple[ModelCandidate, ...]:
-    return guarded(lambda: list_candidates(EngineModel(name=name), catalog, store, has_gpus=has_gpus))
+    return exit_on_error(lambda: list_candidates(EngineModel(name=name), catalog, store, has_gpus=has_gpus))
 
 
 def _prior(name: str, catalog: Catalog) -> DevicePrior:
@@ -153,7 +153,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         on = f"{shape['threads']} threads" if gpu is None else _gpus_text(gpu)
         # Of a GPU engine the longest sequence says more than its cache; of llama.cpp both are one.
         context = shape["context_tokens" if gpu is None else "sequence_context_tokens"]
-        cells = (place["engine"], bytes_text(place["memory_bytes"]), on, context, shape["sequences"], "fits")
+        cells = (place["engine"], format_bytes(place["memory_bytes"]), on, context, shape["sequences"], "fits")
         table.add_row(row["model"], row["variant"], *map(str, cells))
     return table
 
@@ -165,8 +165,8 @@ def _gpus_text(gpu: dict[str, Any]) -> str:
 
 
 def _gpu_lines(gpu: Gpu) -> list[str]:
-    memory = gpu.memory_reason if gpu.memory_free_bytes is None else f"{bytes_text(gpu.memory_free_bytes)} free"
-    total = "unknown" if gpu.memory_total_bytes is None else bytes_text(gpu.memory_total_bytes)
+    memory = gpu.memory_reason if gpu.memory_free_bytes is None else f"{format_bytes(gpu.memory_free_bytes)} free"
+    total = "unknown" if gpu.memory_total_bytes is None else format_bytes(gpu.memory_total_bytes)
     lines = [f"{gpu.index}: {gpu.name}, compute capability {gpu.compute_capability}, {total}, {memory}"]
     now = [
         f"{gpu.power_watts:.0f} W" if gpu.power_watts is not None else "",
@@ -181,6 +181,6 @@ def _gpu_lines(gpu: Gpu) -> list[str]:
     told = ", ".join(filter(None, now))
     lines += [f"   {told}"] if told else []
     for part in gpu.mig_devices:
-        free = "memory unknown" if part.memory_free_bytes is None else f"{bytes_text(part.memory_free_bytes)} free"
+        free = "memory unknown" if part.memory_free_bytes is None else f"{format_bytes(part.memory_free_bytes)} free"
         lines.append(f"   part {part.index}: {part.name}, {free}")
     return lines

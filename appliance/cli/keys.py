@@ -10,8 +10,8 @@ import typer
 from pydantic import ValidationError
 from rich.table import Table
 
-from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, data_dir_of
-from appliance.cli.output import fail, guarded, say, say_json, stdout
+from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, resolve_data_dir
+from appliance.cli.output import exit_on_error, fail, say, say_json, stdout
 from appliance.config import KeySettings, load_config
 from appliance.ledger.keys import add_key, list_keys, revoke_key
 from appliance.serve import locate_ledger
@@ -56,7 +56,7 @@ def create_command(
         first = error.errors()[0]
         fail(f"{first['loc'][0]}: {first['msg'].removeprefix('Value error, ')} (it is {first['input']!r})")
     url = _url(config_path, data_dir)
-    guarded(lambda: add_key(url, key))
+    exit_on_error(lambda: add_key(url, key))
     say(f"The key of {name}, shown this once:\n\n    {text}\n")
 
 
@@ -65,7 +65,7 @@ def list_command(config_path: ConfigOption = None, data_dir: DataDirOption = Non
     url = _url(config_path, data_dir)
     rows: list[dict[str, Any]] = [
         {**stored.key.model_dump(mode="json"), "created_at": stored.created_at, "revoked_at": stored.revoked_at}
-        for stored in guarded(lambda: list_keys(url))
+        for stored in exit_on_error(lambda: list_keys(url))
     ]
     if as_json:
         say_json([{name: value for name, value in row.items() if name != "sha256"} for row in rows])
@@ -83,13 +83,13 @@ def list_command(config_path: ConfigOption = None, data_dir: DataDirOption = Non
 def revoke_command(name: NameArgument, config_path: ConfigOption = None, data_dir: DataDirOption = None) -> None:
     """Make a key useless; a running node refuses it within seconds."""
     url = _url(config_path, data_dir)
-    guarded(lambda: revoke_key(url, name))
+    exit_on_error(lambda: revoke_key(url, name))
     say(f"{name} is revoked")
 
 
 def _url(config_path: Path | None, data_dir: Path | None) -> str:
-    config = guarded(lambda: load_config(config_path))
-    home = data_dir_of(data_dir, config)
+    config = exit_on_error(lambda: load_config(config_path))
+    home = resolve_data_dir(data_dir, config)
     home.mkdir(parents=True, exist_ok=True)
     return locate_ledger(config, home)
 

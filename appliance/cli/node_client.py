@@ -8,7 +8,7 @@ import httpx
 import orjson
 import typer
 
-from appliance.cli.output import fail, guarded
+from appliance.cli.output import exit_on_error, fail
 from appliance.config import load_config
 from appliance.core.json_types import JsonObject
 
@@ -20,7 +20,7 @@ UrlOption = Annotated[str | None, typer.Option(help="Where the node is; empty: a
 
 def configured_url(config_path: Path | None) -> str:
     """The address of this machine's node as it is configured."""
-    server = guarded(lambda: load_config(config_path)).server
+    server = exit_on_error(lambda: load_config(config_path)).server
     host = "127.0.0.1" if server.host in ("0.0.0.0", "::") else server.host
     return f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
 

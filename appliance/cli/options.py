@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from appliance.catalog import Catalog, load_catalog
-from appliance.cli.output import guarded
+from appliance.cli.output import exit_on_error
 from appliance.config import NodeConfig
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="The node's configuration file (TOML).")]
@@ -18,7 +18,7 @@ DataDirOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
-def data_dir_of(option: Path | None, config: NodeConfig) -> Path:
+def resolve_data_dir(option: Path | None, config: NodeConfig) -> Path:
     """The command line wins over the configuration, and that over APPLIANCE_HOME and the user's data folder."""
     if option is not None:
         return option.expanduser().resolve()
@@ -29,6 +29,6 @@ def data_dir_of(option: Path | None, config: NodeConfig) -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "appliance"
 
 
-def catalog_of(home: Path) -> Catalog:
+def load_node_catalog(home: Path) -> Catalog:
     """The catalogue that came with the program, and the operator's own files in DATA_DIR/model_configs."""
-    return guarded(lambda: load_catalog([home / "model_configs"]))
+    return exit_on_error(lambda: load_catalog([home / "model_configs"]))

@@ -32,7 +32,7 @@ def fail(message: str, code: int = 1) -> NoReturn:
     raise typer.Exit(code)
 
 
-def guarded(work: Callable[[], Result]) -> Result:
+def exit_on_error(work: Callable[[], Result]) -> Result:
     """Do `work`; one of our own errors ends the program with its sentence instead of a traceback."""
     try:
         return work()
@@ -40,7 +40,7 @@ def guarded(work: Callable[[], Result]) -> Result:
         fail(str(error))
 
 
-def bytes_text(count: float) -> str:
+def format_bytes(count: float) -> str:
     """1234567 -> '1.2 MB' (decimal units, as disks and downloads are sold)."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:

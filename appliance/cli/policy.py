@@ -9,18 +9,18 @@ from typing import Annotated, Any, Literal
 import typer
 
 from appliance.api.endpoints.explain import read_any_request
-from appliance.cli.options import ConfigOption, JsonOption, catalog_of, data_dir_of
-from appliance.cli.output import fail, guarded, say, say_json
+from appliance.cli.options import ConfigOption, JsonOption, load_node_catalog, resolve_data_dir
+from appliance.cli.output import exit_on_error, fail, say, say_json
 from appliance.config import (
     DEFAULT_POLICY_PATH,
     EngineModel,
     NodeConfig,
     Policy,
+    list_provider_targets,
     load_config,
     load_policy,
-    provider_targets,
 )
-from appliance.config.policy_diff import differences
+from appliance.config.policy_diff import list_policy_changes
 from appliance.core import Ability, Caller, Profile, Request, Residency, Snapshot, Target
 from appliance.errors import ApplianceError, ConfigError, UnknownModel
 from appliance.router.capacity.predictor import NOT_PREDICTED, Prediction
@@ -61,7 +61,7 @@ def show_command(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, with every default filled in.")] = False,
 ) -> None:
     """Print a policy: its text, or as JSON what the node makes of it."""
-    policy = guarded(lambda: load_policy(path))
+    policy = exit_on_error(lambda: load_policy(path))
     if as_json:
         say_json({"version": policy.version, **policy.model_dump(mode="json", exclude_none=True)})
     else:
@@ -73,8 +73,8 @@ def diff_command(
     new_path: Annotated[Path, typer.Argument(metavar="NEW", help="The one to compare it with.")],
 ) -> None:
     """Say in words what changes from one policy to another: routes that come, go and move, and every field."""
-    old, new = guarded(lambda: load_policy(old_path)), guarded(lambda: load_policy(new_path))
-    lines = differences(old, new)
+    old, new = exit_on_error(lambda: load_policy(old_path)), exit_on_error(lambda: load_policy(new_path))
+    lines = list_policy_changes(old, new)
     say("\n".join(lines) if lines else "they say the same")
 
 
@@ -112,7 +112,7 @@ def _path_of(path: Path | None, config: NodeConfig) -> Path:
 
 def _targets(config: NodeConfig) -> tuple[Target, ...]:
     """What the configuration has: the engines' models as the catalogue knows them, then the providers' models."""
-    return (*(_engine_target(config, wish) for wish in config.engine.wanted_models), *provider_targets(config))
+    return (*(_engine_target(config, wish) for wish in config.engine.wanted_models), *list_provider_targets(config))
 
 
 def _engine_target(config: NodeConfig, wish: EngineModel) -> Target:
@@ -120,8 +120,8 @@ def _engine_target(config: NodeConfig, wish: EngineModel) -> Target:
         name = wish.name if wish.path is not None else Path(wish.name).stem
         abilities, quality, context = _ANY_ENGINE, None, wish.context_tokens
     else:
-        catalog = catalog_of(data_dir_of(None, config))
-        spec = guarded(lambda: catalog.get_model(wish.name))
+        catalog = load_node_catalog(resolve_data_dir(None, config))
+        spec = exit_on_error(lambda: catalog.get_model(wish.name))
         name, abilities, quality = spec.name, frozenset(spec.abilities), spec.quality
         context = min(spec.context_tokens, wish.context_tokens or spec.context_tokens)
     return Target(

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, data_dir_of
-from appliance.cli.output import guarded, say, say_json, stdout
+from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, resolve_data_dir
+from appliance.cli.output import exit_on_error, say, say_json, stdout
 from appliance.config import load_config
 from appliance.ledger.queries import Report, offline_report
 from appliance.serve import locate_ledger
@@ -21,10 +21,10 @@ def report_command(
     as_json: JsonOption = False,
 ) -> None:
     """What was asked, who answered, and what it cost. Works while the node runs and when it does not."""
-    config = guarded(lambda: load_config(config_path))
-    url = locate_ledger(config, data_dir_of(data_dir, config))
+    config = exit_on_error(lambda: load_config(config_path))
+    url = locate_ledger(config, resolve_data_dir(data_dir, config))
     now = time.time()
-    report = guarded(lambda: offline_report(url, since_at=now - days * 86_400, until_at=now + 1))
+    report = exit_on_error(lambda: offline_report(url, since_at=now - days * 86_400, until_at=now + 1))
     if as_json:
         say_json(report.to_dict())
     else:

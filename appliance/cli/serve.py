@@ -15,8 +15,8 @@ import uvloop
 from appliance.catalog import Catalog, EngineKind
 from appliance.cli.models.calibrate import first_start
 from appliance.cli.models.models import pull_with_progress
-from appliance.cli.options import ConfigOption, DataDirOption, catalog_of, data_dir_of
-from appliance.cli.output import bytes_text, fail, guarded, say, stderr
+from appliance.cli.options import ConfigOption, DataDirOption, load_node_catalog, resolve_data_dir
+from appliance.cli.output import exit_on_error, fail, format_bytes, say, stderr
 from appliance.config import EngineSettings, NodeConfig, load_config
 from appliance.engines.base import Placement
 from appliance.errors import ApplianceError
@@ -48,20 +48,20 @@ def serve_command(
 ) -> None:
     """Run a node: pull the model if it is not here, start the engine, serve the API until stopped."""
     started = time.monotonic()
-    config = _with_options(guarded(lambda: load_config(config_path)), host, port, model)
-    home = data_dir_of(data_dir, config)
-    catalog, store, hardware = catalog_of(home), ModelStore(home), probe_hardware()
+    config = _with_options(exit_on_error(lambda: load_config(config_path)), host, port, model)
+    home = resolve_data_dir(data_dir, config)
+    catalog, store, hardware = load_node_catalog(home), ModelStore(home), probe_hardware()
     engines: set[EngineKind] = {
         "llamacpp",
         "encoder",
-        *guarded(lambda: load_vllm_adapters(config.engine, home, os.environ)),
+        *exit_on_error(lambda: load_vllm_adapters(config.engine, home, os.environ)),
     }
     has_gpus = "vllm" in engines and bool(list_usable_devices(hardware)[0])
 
     def check(placements: tuple[Placement, ...]) -> None:
         """What can be told at once is told before a model is pulled and measured."""
-        guarded(lambda: build_node_spec(config, home, placements))
-        guarded(lambda: check_can_start(config, home))
+        exit_on_error(lambda: build_node_spec(config, home, placements))
+        exit_on_error(lambda: check_can_start(config, home))
 
     if _is_a_line_up(config.engine, has_gpus):
         serving = _line_up(config.engine, check, catalog, store, hardware, engines, has_gpus, home)
@@ -73,7 +73,7 @@ def serve_command(
         now = _with_options(load_config(config_path), host, port, model)
         return build_node_spec(now, home, serving.placements, serving.pools)
 
-    site = guarded(read)
+    site = exit_on_error(read)
 
     def announce(running: RunningNode) -> None:
         first, seconds = serving.placements[0], time.monotonic() - started
@@ -117,7 +117,7 @@ def _one_model(
     engine: EngineSettings, check: _Check, catalog: Catalog, store: ModelStore, hardware: Hardware, home: Path
 ) -> _Serving:
     """One model on the processor, in the variant that was measured to be quickest."""
-    chosen = guarded(lambda: select_candidate(engine, catalog, store))
+    chosen = exit_on_error(lambda: select_candidate(engine, catalog, store))
     placements = plan_placements(hardware, [chosen], engine).placements
     if placements:
         check(placements)
@@ -142,7 +142,7 @@ def _line_up(
 ) -> _Serving:
     """Several models, or one with GPUs at hand: planned together, pulled where they are not here."""
     groups = [
-        guarded(lambda requested=requested: list_candidates(requested, catalog, store, has_gpus=has_gpus))  # type: ignore[misc]
+        exit_on_error(lambda requested=requested: list_candidates(requested, catalog, store, has_gpus=has_gpus))  # type: ignore[misc]
         for requested in engine.wanted_models
     ]
     found = build_serving_plan(hardware, groups, engine, engines, read_gpu_records(home))
@@ -162,7 +162,7 @@ def _line_up(
 
 def _pull(store: ModelStore, item: ModelCandidate) -> None:
     if not item.path.exists():
-        stderr.print(f"pulling {item.model.name} ({item.variant.name}, {bytes_text(item.variant.size_bytes)})")
+        stderr.print(f"pulling {item.model.name} ({item.variant.name}, {format_bytes(item.variant.size_bytes)})")
         pull_with_progress(store, item.model, item.variant)
 
 
@@ -273,7 +273,7 @@ def _advice(catalog: Catalog, hardware: Hardware, chosen: ModelCandidate, calibr
         f"This machine could run {better.model.title}: about {better.decode_tokens_per_second:,.0f} tokens/s for one "
         f"request and {better.prefill_tokens_per_second:,.0f} prompt tokens/s, {better.basis}."
     )
-    size = bytes_text(better.variant.size_bytes)
+    size = format_bytes(better.variant.size_bytes)
     lines.append(
         f"Get ({size}) and serve it with: appliance models pull {name} --variant {variant} && "
         f"scripts/serve --model {name}"

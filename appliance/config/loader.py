@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from appliance.config.policy import Policy
-from appliance.config.policy_checks import first_mistake
-from appliance.config.settings import NodeConfig, Provider
+from appliance.config.policy_checks import find_first_mistake
+from appliance.config.provider_settings import Provider
+from appliance.config.settings import NodeConfig
 from appliance.config.strict import StrictModel
 from appliance.core import Target
 from appliance.core.toml_positions import dotted, line_of
@@ -42,7 +43,7 @@ def load_policy(path: Path | None, targets: Sequence[Target | str] | None = None
 def parse_policy(text: str, file: str, targets: Sequence[Target | str] | None = None) -> Policy:
     """As load_policy, from text; `file` is for messages."""
     policy = _validate(Policy, text, file)
-    mistake = first_mistake(policy, targets)
+    mistake = find_first_mistake(policy, targets)
     if mistake is not None:
         place = mistake.location
         raise ConfigError(mistake.message, file=file, line=line_of(text, place), field=dotted(place))

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
-from appliance.config.policy import Policy, RouteMatch, RouteRule
+from appliance.config.policy import Policy, RouteRule
+from appliance.config.route_match import RouteMatch
 from appliance.core import Residency, Target
 
 LOCATIONS: Final = ("onsite", "hosted")
@@ -17,7 +18,7 @@ class PolicyMistake(NamedTuple):
     message: str
 
 
-def first_mistake(policy: Policy, targets: Sequence[Target | str] | None) -> PolicyMistake | None:
+def find_first_mistake(policy: Policy, targets: Sequence[Target | str] | None) -> PolicyMistake | None:
     """The first contradiction, or None. `targets`: all there are, a plain name for an engine of this node; None where
     they are not known, and then only the policy itself is looked at."""
     return next(_mistakes(policy, targets), None)

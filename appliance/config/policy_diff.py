@@ -6,7 +6,7 @@ from typing import Any
 from appliance.config.policy import Policy
 
 
-def differences(old: Policy, new: Policy) -> list[str]:
+def list_policy_changes(old: Policy, new: Policy) -> list[str]:
     """One line for each route that came, went or moved and for each field that changed; none where nothing did."""
     before, after = _dumped(old), _dumped(new)
     lines = [

@@ -176,7 +176,7 @@ def kind_at(host: str) -> ProviderKind:
     return "compatible"
 
 
-def kind_of(kind: ProviderKind | None, dialect: Dialect | None, base_url: str) -> ProviderKind:
+def find_provider_kind(kind: ProviderKind | None, dialect: Dialect | None, base_url: str) -> ProviderKind:
     """What a provider is by what the configuration says of it. Raises ValueError where that contradicts itself."""
     if kind is not None:
         spoken = KINDS[kind].dialect

@@ -4,13 +4,14 @@ import ipaddress
 from dataclasses import replace
 from urllib.parse import urlsplit
 
+from appliance.config.provider_settings import NetworkSettings, Provider, ProviderModel
 from appliance.config.providers import ANTHROPIC_SAMPLING, ANTHROPIC_VERSION, KINDS, ProviderPreset, uses_deployments
-from appliance.config.settings import NetworkSettings, NodeConfig, Provider, ProviderModel
+from appliance.config.settings import NodeConfig
 from appliance.core import PLAIN, Price, ProviderQuirks, Target, TimeLimits
 from appliance.errors import ConfigError
 
 
-def provider_targets(config: NodeConfig) -> tuple[Target, ...]:
+def list_provider_targets(config: NodeConfig) -> tuple[Target, ...]:
     """One target for every model of every provider, in the order of the file.
 
     Raises ConfigError where a provider that calls itself on-site has an address that is not.

@@ -77,7 +77,7 @@ class Pipeline:
         llm_profile = await self._profiler.llm_profile(request)
         loop, close = self._start(request, call.prompt_tokens, call.output_tokens, llm_profile)
         try:
-            with traces.within(loop.span):
+            with traces.use_request_span(loop.span):
                 runner, payload = await loop.run(call)
         except ApplianceError as error:
             close(error)
@@ -104,7 +104,7 @@ class Pipeline:
         try:
             if loop.refusal is not None:
                 raise loop.refusal
-            with traces.within(loop.span):
+            with traces.use_request_span(loop.span):
                 if loop.uses_cascade(calls[0]):
                     results = await loop.run_cascade(calls, at_once=concurrency)
                 else:

@@ -10,8 +10,8 @@ from appliance.config import (
     KeySettings,
     NodeConfig,
     Policy,
+    list_provider_targets,
     load_policy,
-    provider_targets,
     read_secret,
 )
 from appliance.core import Target
@@ -62,7 +62,7 @@ def build_node_spec(
 
     Raises ConfigError for what contradicts itself or is missing.
     """
-    configured = provider_targets(config)
+    configured = list_provider_targets(config)
     policy_path = Path(config.policy).expanduser() if config.policy else DEFAULT_POLICY_PATH
     policy = load_policy(policy_path, [*configured, *(placed.target for placed in placements)])
     secrets = {one.name: secret for one in config.providers if (secret := read_secret(one)) is not None}

@@ -16,7 +16,7 @@ from appliance.core import Attempt, AttemptOutcome, Decision, Endpoint, Outcome
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
-def tracer() -> Tracer:
+def get_tracer() -> Tracer:
     return trace.get_tracer("appliance", __version__)
 
 
@@ -58,10 +58,10 @@ def begin_request(endpoint: Endpoint, headers: Mapping[str, str]) -> Span:
     For a request that outlives the function it began in, as a stream does.
     """
     parent = _PROPAGATOR.extract(headers) if "traceparent" in headers else None
-    return tracer().start_span(endpoint, context=parent, kind=SpanKind.SERVER)
+    return get_tracer().start_span(endpoint, context=parent, kind=SpanKind.SERVER)
 
 
-def within(span: Span) -> AbstractContextManager[Span]:
+def use_request_span(span: Span) -> AbstractContextManager[Span]:
     """What is begun inside becomes a child of `span`, which does not end with it."""
     return trace.use_span(span, end_on_exit=False, record_exception=False, set_status_on_exception=False)
 
@@ -74,7 +74,7 @@ def end_request(span: Span, decision: Decision, outcome: Outcome) -> None:
 
 def begin_attempt(attempt: Attempt, index: int) -> Span:
     """The span of one attempt, inside the current request's; `end_attempt` ends it."""
-    span = tracer().start_span("attempt", kind=SpanKind.CLIENT)
+    span = get_tracer().start_span("attempt", kind=SpanKind.CLIENT)
     _describe_target(span, attempt, index)
     return span
 

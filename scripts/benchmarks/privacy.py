@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, get_args
 
-from appliance.config.policy import STRUCTURED
+from appliance.config.route_rules import STRUCTURED
 from appliance.core import PersonalKind
 from appliance.router.pii.patterns import PiiPatternDetector, find_personal_data, plain
 

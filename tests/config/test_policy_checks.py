@@ -2,7 +2,7 @@
 
 import pytest
 
-from appliance.config import load_policy, parse_policy, provider_targets
+from appliance.config import list_provider_targets, load_policy, parse_policy
 from appliance.config.settings import NodeConfig
 from appliance.core import ONSITE, Target
 from appliance.errors import ConfigError
@@ -41,7 +41,7 @@ def configured() -> tuple[Target, ...]:
         return {"name": name, "region": region, "base_url": f"https://{name}.example.com/v1", "models": (row,)}
 
     rows = (provider("eu", "EU", "mini", 0.5), provider("us", "US", "maxi", 0.9))
-    return provider_targets(NodeConfig.model_validate({"providers": rows}))
+    return list_provider_targets(NodeConfig.model_validate({"providers": rows}))
 
 
 def test_the_policy_that_the_mistakes_are_made_in_is_right() -> None:
@@ -135,7 +135,7 @@ def test_a_score_by_quality_needs_targets_that_declare_theirs() -> None:
         }
     )
     with pytest.raises(ConfigError, match="eu/m declares none: set quality on its model"):
-        parse_policy(text, "p.toml", provider_targets(bare))
+        parse_policy(text, "p.toml", list_provider_targets(bare))
 
 
 def test_the_policy_that_comes_along_fits_every_set_of_targets() -> None:

@@ -6,8 +6,8 @@ import orjson
 import pytest
 from pydantic import ValidationError
 
-from appliance.config import NodeConfig, provider_targets
-from appliance.config.providers import KINDS, kind_of
+from appliance.config import NodeConfig, list_provider_targets
+from appliance.config.providers import KINDS, find_provider_kind
 from appliance.core import PLAIN, Price, Target, UpstreamCall
 from appliance.errors import Unsupported
 from appliance.upstream import client
@@ -19,7 +19,7 @@ ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 def target_of(model: dict[str, Any] | None = None, **row: Any) -> Target:
     models = [{"name": "m", "input_usd": 1.0, "output_usd": 4.0, **(model or {})}]
     config = NodeConfig.model_validate_json(orjson.dumps({"providers": [{"name": "p", "models": models, **row}]}))
-    return provider_targets(config)[0]
+    return list_provider_targets(config)[0]
 
 
 def sent(target: Target, body: dict[str, Any], path: str = CHAT, *, stream: bool = False) -> dict[str, Any]:
@@ -47,14 +47,14 @@ def path_of(target: Target, path: str = CHAT, *, stream: bool = False) -> str:
     ],
 )
 def test_a_provider_is_known_by_its_address(address: str, kind: str) -> None:
-    assert kind_of(None, None, address) == kind
+    assert find_provider_kind(None, None, address) == kind
 
 
 def test_a_dialect_that_is_said_counts_more_than_the_address() -> None:
-    assert kind_of(None, "openai", "https://api.anthropic.com/v1") == "compatible"
-    assert kind_of(None, "anthropic", "https://llm.example.org/v1") == "anthropic"
+    assert find_provider_kind(None, "openai", "https://api.anthropic.com/v1") == "compatible"
+    assert find_provider_kind(None, "anthropic", "https://llm.example.org/v1") == "anthropic"
     with pytest.raises(ValueError, match="speaks the 'anthropic' dialect"):
-        kind_of("anthropic", "openai", "")
+        find_provider_kind("anthropic", "openai", "")
 
 
 def test_a_known_provider_needs_no_address_and_an_unknown_one_does() -> None:
@@ -213,4 +213,4 @@ def test_extra_headers_go_along() -> None:
 def test_every_kind_is_sound() -> None:
     for name, kind in KINDS.items():
         assert "chat" in kind.abilities and kind.long_to_short >= 1 <= kind.cache_write, name
-        assert kind.base_url is None or kind_of(None, None, kind.base_url) == name
+        assert kind.base_url is None or find_provider_kind(None, None, kind.base_url) == name

@@ -11,7 +11,7 @@ from typing import Any
 from appliance.api.auth import Authenticator
 from appliance.config import JobsSettings, KeySettings, Provider, ProviderModel
 from appliance.config.settings import NodeConfig
-from appliance.config.targets import provider_targets
+from appliance.config.targets import list_provider_targets
 from appliance.core import Target
 from appliance.errors import BudgetExceeded
 from appliance.jobs.lines.executor import LineExecutor
@@ -63,7 +63,7 @@ class Ledger(RecordingLedger):
 def provider_rows(address: str, kind: Any = "openai", discount: float | None = 0.5, **more: Any) -> tuple[Target, ...]:
     model = ProviderModel(name="big", input_usd=2.0, output_usd=8.0, batch_discount=discount, abilities=("chat",))
     provider = Provider(name="cloud", kind=kind, base_url=address, models=(model,), key_env="NONE", **more)
-    return provider_targets(NodeConfig(providers=(provider,)))
+    return list_provider_targets(NodeConfig(providers=(provider,)))
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import orjson
 
-from appliance.config import NodeConfig, provider_targets
+from appliance.config import NodeConfig, list_provider_targets
 from appliance.core import EgressPermit, Target, UpstreamCall, UpstreamReply
 from appliance.upstream import client
 from appliance.upstream.egress import EgressTransport
@@ -47,7 +47,7 @@ def row_of(spoken: Spoken, address: str, **fields: Any) -> dict[str, Any]:
 
 def target_of(row: Mapping[str, Any]) -> Target:
     config = NodeConfig.model_validate_json(orjson.dumps({"providers": [row]}))
-    (target,) = provider_targets(config)
+    (target,) = list_provider_targets(config)
     return target
 
 

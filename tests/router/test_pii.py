@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from appliance.config.policy import STRUCTURED
+from appliance.config.route_rules import STRUCTURED
 from appliance.core import PersonalKind
 from appliance.router.pii.patterns import PiiPatternDetector, find_personal_data, plain
 from appliance.router.pii.text_extractor import CHUNK_CHARACTERS, extract_text, split_chunks

@@ -420,7 +420,7 @@ def decision() -> Decision:
 def test_a_request_and_its_attempts_become_spans_of_the_callers_trace(tracer: RecordingTracer) -> None:
     headers = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
     span = traces.begin_request("chat", headers)
-    with traces.within(span):
+    with traces.use_request_span(span):
         traces.end_attempt(traces.begin_attempt(Attempt(LOCAL, "first"), 0), replace(ANSWERED, result="failed"))
     traces.end_request(span, decision(), replace(OUTCOME, status=502, error_code="backend_garbage"))
 
@@ -441,7 +441,7 @@ def test_a_request_and_its_attempts_become_spans_of_the_callers_trace(tracer: Re
 
 
 def test_an_error_in_a_span_leaves_none_of_its_words_there(tracer: RecordingTracer) -> None:
-    with pytest.raises(ValueError, match="xylophone"), traces.within(traces.begin_request("chat", {})):
+    with pytest.raises(ValueError, match="xylophone"), traces.use_request_span(traces.begin_request("chat", {})):
         raise ValueError("xylophone-4711")
 
     (span,) = tracer.spans
@@ -457,7 +457,7 @@ def test_a_broken_traceparent_starts_a_trace_of_its_own(tracer: RecordingTracer,
 
 def test_without_an_sdk_nothing_is_recorded_and_nothing_breaks() -> None:
     span = traces.begin_request("chat", {})
-    with traces.within(span):
+    with traces.use_request_span(span):
         traces.end_attempt(traces.begin_attempt(Attempt(LOCAL, "first"), 0), ANSWERED)
     traces.end_request(span, decision(), OUTCOME)
 

@@ -11,10 +11,10 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from appliance.cli.evaluate.temporary_node import started_node
+from appliance.cli.evaluate.temporary_node import start_temporary_node
 from appliance.cli.node_client import KEY_VARIABLE, configured_url, read_key
 from appliance.cli.options import ConfigOption, DataDirOption, JsonOption
-from appliance.cli.output import fail, guarded, say, say_json, stderr, stdout
+from appliance.cli.output import exit_on_error, fail, say, say_json, stderr, stdout
 from appliance.quality.evaluation.adapters import load_adapters
 from appliance.quality.evaluation.client import EvalRequestOptions, NodeClient
 from appliance.quality.evaluation.datasets import Dataset, DatasetRow, pick_examples, read_dataset, sample_rows
@@ -71,10 +71,10 @@ def eval_command(
         fail("--start and --node are both given: the one starts a node, the other names one")
     if task is not None and (few_shot or debias or content_free):
         fail("--task brings its own examples and method: leave --few-shot, --debias and --content-free out")
-    dataset = guarded(lambda: read_dataset(path, load_adapters(adapter_path)))
+    dataset = exit_on_error(lambda: read_dataset(path, load_adapters(adapter_path)))
     rows = sample_rows(dataset.rows, limit, seed)
     shown = _shown(dataset, rows, path, few_shot, few_shot_from, seed)
-    record = guarded(lambda: AnswerRecord(answers_path))
+    record = exit_on_error(lambda: AnswerRecord(answers_path))
     labels = dataset.labels if dataset.adapter.kind == "decision" else ()
     options: dict[str, Any] = {"debias": True} if debias else {}
     options |= {"calibrate": "content_free"} if content_free else {}
@@ -86,7 +86,7 @@ def eval_command(
             dataset.adapter, name, labels, shown, task, of_task if dataset.adapter.kind == "decision" else {}
         )
         with _node(start, url, key, name, config_path, data_dir) as node:
-            scored[name] = guarded(partial(_asked, asking, node, rows, record, concurrency))
+            scored[name] = exit_on_error(partial(_asked, asking, node, rows, record, concurrency))
     report = _report(dataset, rows, scored, baseline, {"seed": seed, "few_shot": len(shown), "task": task, **options})
     if out is not None:
         out.write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
@@ -100,7 +100,7 @@ def _node(
     start: bool, url: str | None, key: str | None, model: str, config_path: Path | None, data_dir: Path | None
 ) -> Iterator[NodeClient]:
     if start:
-        with started_node(
+        with start_temporary_node(
             model.removeprefix(ONSITE) if model.startswith(ONSITE) else None, config_path, data_dir
         ) as at:
             client = NodeClient(at, key)
@@ -123,7 +123,7 @@ def _shown(
     beside = path.with_name(path.name.replace(*_FEWSHOT_SUFFIX))
     source = given or (beside if beside != path and beside.exists() else None)
     if source is not None:
-        pool = guarded(lambda: read_dataset(source, [dataset.adapter])).rows
+        pool = exit_on_error(lambda: read_dataset(source, [dataset.adapter])).rows
     else:
         asked = {row.line for row in rows}
         pool = [row for row in dataset.rows if row.line not in asked]

@@ -22,7 +22,7 @@ _TAIL_BYTES: Final = 2_000
 
 
 @contextmanager
-def started_node(model: str | None, config_path: Path | None, data_dir: Path | None) -> Iterator[str]:
+def start_temporary_node(model: str | None, config_path: Path | None, data_dir: Path | None) -> Iterator[str]:
     """`appliance serve` on a free port; gives its address when it can answer, and ends it afterwards."""
     command = [sys.executable, "-m", "appliance", "serve", "--port", "0"]
     command += ["--model", model] if model is not None else []

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from appliance.cli.models.models import pull_with_progress
-from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, catalog_of, data_dir_of
-from appliance.cli.output import bytes_text, fail, guarded, say, say_json, stderr, stdout
+from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, load_node_catalog, resolve_data_dir
+from appliance.cli.output import exit_on_error, fail, format_bytes, say, say_json, stderr, stdout
 from appliance.config import EngineSettings, NodeConfig, ToleranceSettings, Workload, load_config
 from appliance.errors import ApplianceError
 from appliance.node.calibrate.calibration import (
@@ -61,11 +61,11 @@ def calibrate_command(
     Variants are derived from the file that is here and compared with it. The figures are remembered, and the node
     serves what they say. Programs that compute meanwhile disturb them; figures they touched are marked with a star.
     """
-    config = guarded(lambda: load_config(config_path))
+    config = exit_on_error(lambda: load_config(config_path))
     engine = config.engine.model_copy(update={"model": name, "variant": None, "workload": _workload(workload, config)})
-    home, hardware = data_dir_of(data_dir, config), probe_hardware()
+    home, hardware = resolve_data_dir(data_dir, config), probe_hardware()
     store, calibrations = ModelStore(home), CalibrationStore(home)
-    source = guarded(lambda: select_candidate(engine, catalog_of(home), store))
+    source = exit_on_error(lambda: select_candidate(engine, load_node_catalog(home), store))
     if not source.path.exists():
         pull_with_progress(store, source.model, source.variant)
     key = build_calibration_key(source, hardware, store)
@@ -73,7 +73,7 @@ def calibrate_command(
     if stale is not None:
         stderr.print(f"older figures of {source.model.name} do not hold: they were {stale}")
     if known is None or known.extent != "full" or force or variants or threads:
-        order = guarded(
+        order = exit_on_error(
             lambda: build_calibration_order(
                 source,
                 key,
@@ -84,7 +84,7 @@ def calibrate_command(
                 threads=_numbers(threads),
             )
         )
-        known = guarded(lambda: _with_progress(order, store, calibrations))
+        known = exit_on_error(lambda: _with_progress(order, store, calibrations))
     else:
         stderr.print(f"measured on {known.measured_at} and still valid; --force measures again")
     choice = choose_variant(known.measurement, engine.workload, engine.tolerance)
@@ -204,7 +204,7 @@ def _rows(variant: VariantFigures, counts: list[int]) -> Iterator[list[str]]:
     for threads in sorted({one.threads for one in variant.figures}):
         prefill = figures.get(("prefill", threads, 1))
         cells = [prefill, *(figures.get(("decode", threads, count)) for count in counts)]
-        yield [variant.name, bytes_text(variant.size_bytes), str(threads), *map(_cell, cells), *agreement]
+        yield [variant.name, format_bytes(variant.size_bytes), str(threads), *map(_cell, cells), *agreement]
 
 
 def _cell(figure: MeasuredRate | None) -> str:

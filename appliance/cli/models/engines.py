@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from appliance.cli.options import ConfigOption, JsonOption
-from appliance.cli.output import bytes_text, fail, guarded, say, say_json, stderr
+from appliance.cli.output import exit_on_error, fail, format_bytes, say, say_json, stderr
 from appliance.config import load_config
 from appliance.node.vllm.environments import list_installed, locate_engines_folder, select_installed
 from appliance.node.vllm.install import install_vllm, is_complete, read_pins, remove_environment
@@ -21,7 +21,7 @@ def install_command(
     """Make an environment with vLLM in the user's cache: the versions this release was made for, checked by hash."""
     if engine != "vllm":
         fail(f"{engine!r} cannot be installed: vllm can")
-    pins = guarded(lambda: read_pins("cpu" if cpu else "gpu"))
+    pins = exit_on_error(lambda: read_pins("cpu" if cpu else "gpu"))
     stderr.print(f"vLLM {pins.version}: {pins.packages} packages")
     with stderr.status("") as status:
 
@@ -30,14 +30,14 @@ def install_command(
             if not stderr.is_terminal:
                 stderr.print(text)
 
-        made = guarded(lambda: install_vllm(pins, locate_engines_folder(os.environ), report))
+        made = exit_on_error(lambda: install_vllm(pins, locate_engines_folder(os.environ), report))
     say(f"vLLM {made.version} is in {made.folder}; the node uses the newest one (engine.vllm names another)")
 
 
 def list_command(config_path: ConfigOption = None, as_json: JsonOption = False) -> None:
     """The vLLMs on this machine, and which one the node uses."""
-    config = guarded(lambda: load_config(config_path))
-    used = guarded(lambda: select_installed(config.engine, os.environ))
+    config = exit_on_error(lambda: load_config(config_path))
+    used = exit_on_error(lambda: select_installed(config.engine, os.environ))
     here = list(list_installed(locate_engines_folder(os.environ)))
     if used is not None and used.folder not in [one.folder for one in here]:
         here.append(used)
@@ -73,4 +73,4 @@ def remove_command(
         fail(f"no vLLM {version!r} was installed by command; there are: {known}")
     size = sum(path.lstat().st_size for path in found.folder.rglob("*"))
     remove_environment(found)
-    say(f"removed {found.folder} ({bytes_text(size)})")
+    say(f"removed {found.folder} ({format_bytes(size)})")

@@ -10,8 +10,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from appliance.catalog import Catalog, ModelSpec, Variant
-from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, catalog_of, data_dir_of
-from appliance.cli.output import bytes_text, guarded, say, say_json, stderr, stdout
+from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, load_node_catalog, resolve_data_dir
+from appliance.cli.output import exit_on_error, format_bytes, say, say_json, stderr, stdout
 from appliance.config import load_config
 from appliance.node.models.download import PullProgress
 from appliance.node.models.model_store import ModelStore, StoredModel
@@ -37,7 +37,7 @@ def list_command(config_path: ConfigOption = None, data_dir: DataDirOption = Non
     table = Table("model", "variant", "size", "engine", "licence", "here", box=None, pad_edge=False)
     for row in rows:
         here = row.get("source") or "yes" if row["here"] else ""
-        cells = (row["model"], row["variant"], bytes_text(row["size_bytes"]))
+        cells = (row["model"], row["variant"], format_bytes(row["size_bytes"]))
         table.add_row(*cells, row.get("engine", ""), row.get("licence", ""), here)
     stdout.print(table)
 
@@ -67,7 +67,7 @@ def verify_command(
     """Read a model again and compare it with the checksum that was recorded."""
     catalog, store = _open(config_path, data_dir)
     chosen = variant or _variant(_model(catalog, name), None).name
-    stored = guarded(lambda: _with_progress(lambda report: store.verify(name, chosen, report)))
+    stored = exit_on_error(lambda: _with_progress(lambda report: store.verify(name, chosen, report)))
     say(f"{stored.path}: whole, sha256 {stored.sha256}")
 
 
@@ -77,12 +77,12 @@ def remove_command(
     """Delete a model from this machine."""
     catalog, store = _open(config_path, data_dir)
     chosen = variant or _variant(_model(catalog, name), None).name
-    say(f"{bytes_text(guarded(lambda: store.remove(name, chosen)))} freed")
+    say(f"{format_bytes(exit_on_error(lambda: store.remove(name, chosen)))} freed")
 
 
 def pull_with_progress(store: ModelStore, model: ModelSpec, variant: Variant) -> Path:
     """Pull with a bar on a terminal, and with a line now and then elsewhere. Ends the program when it cannot be had."""
-    return guarded(lambda: _with_progress(lambda report: store.pull(model, variant, report))).path
+    return exit_on_error(lambda: _with_progress(lambda report: store.pull(model, variant, report))).path
 
 
 def _with_progress(work: Callable[[Callable[[PullProgress], None]], StoredModel]) -> StoredModel:
@@ -118,25 +118,25 @@ def _plain_reporter() -> Callable[[PullProgress], None]:
         if now.step == step and time.monotonic() - said_at < _PLAIN_EVERY_SECONDS:
             return
         said_at, step = time.monotonic(), now.step
-        of = f" of {bytes_text(now.total_bytes)}" if now.total_bytes else ""
-        done = f": {bytes_text(now.done_bytes)}{of}" if now.done_bytes else ""
+        of = f" of {format_bytes(now.total_bytes)}" if now.total_bytes else ""
+        done = f": {format_bytes(now.done_bytes)}{of}" if now.done_bytes else ""
         stderr.print(f"{now.step} {now.what}{done}{f' ({now.note})' if now.note else ''}")
 
     return report
 
 
 def _open(config_path: Path | None, data_dir: Path | None) -> tuple[Catalog, ModelStore]:
-    config = guarded(lambda: load_config(config_path))
-    home = data_dir_of(data_dir, config)
-    return catalog_of(home), ModelStore(home)
+    config = exit_on_error(lambda: load_config(config_path))
+    home = resolve_data_dir(data_dir, config)
+    return load_node_catalog(home), ModelStore(home)
 
 
 def _model(catalog: Catalog, name: str) -> ModelSpec:
-    return guarded(lambda: catalog.get_model(name))
+    return exit_on_error(lambda: catalog.get_model(name))
 
 
 def _variant(model: ModelSpec, name: str | None) -> Variant:
-    return model.variants[0] if name is None else guarded(lambda: model.get_variant(name))
+    return model.variants[0] if name is None else exit_on_error(lambda: model.get_variant(name))
 
 
 def _row(model: ModelSpec, variant: Variant, store: ModelStore) -> dict[str, Any]:
