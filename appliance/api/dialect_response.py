@@ -12,7 +12,7 @@ from appliance.router.protocols import PipelineAnswer
 from appliance.tasks.chat import ChatCall
 from appliance.wire.dialect import InboundDialect
 from appliance.wire.openai.stream import write_chat_stream
-from appliance.wire.stream_writer import StreamRewriter, StreamStart
+from appliance.wire.streams import StreamRewriter, StreamStart
 
 
 class DialectStream:

@@ -19,10 +19,11 @@ from appliance.core import (
 from appliance.core.json_types import JsonObject, JsonSchema
 from appliance.errors import RequestError, Unsupported
 from appliance.wire.chat_ir import MAX_CHOICES, MAX_STOPS, MAX_TOP_LOGPROBS, REASONING_EFFORTS, ChatBody, ChatChoice
+from appliance.wire.chat_replies import ChatStreamCheck, check_choices, check_json_choice, check_tool_calls
 from appliance.wire.dialect import InboundDialect
 from appliance.wire.json_schema import check_schema
 from appliance.wire.openai.inbound import check_messages, holds_more_than_text, join_message_text
-from appliance.wire.reply_checks import ChatStreamCheck, check_choices, check_json_choice, check_tool_calls
+from appliance.wire.registry import INBOUND
 from appliance.wire.strict_fields import (
     missing,
     read_bool,
@@ -37,7 +38,7 @@ from appliance.wire.strict_fields import (
 )
 from appliance.wire.token_estimate import MESSAGE_TOKENS, estimate_tokens
 
-CHAT_ENDPOINTS: frozenset[Endpoint] = frozenset({"chat", "messages", "responses", "generate_content"})
+CHAT_ENDPOINTS: frozenset[Endpoint] = frozenset({"chat", *INBOUND})
 """Those whose requests are chats, whatever dialect they came in: their bodies hold OpenAI's `messages`."""
 
 ONLY_ELSEWHERE: Mapping[str, tuple[Any, ...]] = {

@@ -9,7 +9,7 @@ from appliance.core.json_types import JsonObject
 from appliance.errors import RequestError, Unsupported
 from appliance.tasks.chat import check_sampling
 from appliance.wire.chat_ir import MAX_TOP_LOGPROBS
-from appliance.wire.reply_checks import check_choices
+from appliance.wire.chat_replies import check_choices
 from appliance.wire.strict_fields import missing, read_bool, read_int, read_list, read_model, wrong
 from appliance.wire.token_estimate import estimate_tokens
 

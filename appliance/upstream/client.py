@@ -24,10 +24,11 @@ from appliance.upstream.error_mapping import error_in_success, error_of_status, 
 from appliance.upstream.label_scoring import tokens
 from appliance.upstream.rate_limit_headers import rest_seconds
 from appliance.wire.chat_ir import SHAPE_ERRORS
-from appliance.wire.dialect import StreamTranslator, WireRequest, is_written
+from appliance.wire.dialect import WireRequest, is_written
 from appliance.wire.media import check_carried
 from appliance.wire.registry import find_outbound
 from appliance.wire.sse import DONE, EventTooLong
+from appliance.wire.streams import StreamTranslator
 
 _LABELS: Final = tokens.TokenLabelScorer()
 

@@ -11,7 +11,7 @@ from appliance.core import Endpoint, Target, UpstreamCall, Usage
 from appliance.core.json_types import JsonObject
 from appliance.errors import ApplianceError
 from appliance.wire.chat_ir import ChatBody
-from appliance.wire.stream_writer import StreamStart, StreamWriter
+from appliance.wire.streams import StreamStart, StreamTranslator, StreamWriter
 
 CHAT_PATH: Final = "/chat/completions"
 _WRITING: Final = (CHAT_PATH, "/completions")
@@ -48,23 +48,6 @@ def most_output_tokens(target: Target, outgoing: UpstreamCall, body: JsonObject)
     limit = max(limits, default=target.wire.max_output_tokens)
     choices = settings.get("n") or settings.get("candidateCount") or 1
     return None if limit is None else limit * (choices if isinstance(choices, int) else 1)
-
-
-class StreamTranslator(Protocol):
-    """The bytes of one stream in passing: what comes in is the target's, what goes out are events of a chat."""
-
-    usage: Usage | None
-    error: object
-    """The error object of an error event; nothing after it is passed on, nor is the event itself."""
-    done: bool
-    """Whether the end of the stream came and was passed on."""
-    finished_choices: int
-
-    def feed(self, chunk: bytes) -> bytes:
-        """Take what the socket had, return complete events (maybe none). Raises EventTooLong."""
-
-    def end(self) -> bytes:
-        """The bytes are over: what is still to be passed on."""
 
 
 @dataclass(frozen=True, slots=True)

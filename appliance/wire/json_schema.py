@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 import jsonschema
 import orjson
@@ -13,8 +13,8 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
+from appliance.core.json_types import JsonSchema
 from appliance.errors import RejectedReply, RequestError
-from appliance.wire.schema_termination import has_finite_values
 
 MAX_SCHEMA_BYTES = 32_768
 """Checking a schema costs some 6 ms of CPU per KiB, once: the result is kept."""
@@ -23,12 +23,18 @@ MAX_SCHEMA_DEPTH = 32
 MAX_EXPANDED_NODES = 20_000
 """References that fan out double the work at each level; twenty such levels would hold the event loop for minutes."""
 
+_Lookup = Callable[[str], object]
+"""What a reference leads to."""
+
+_ENDLESS: Final = frozenset({"object", "array"})
+"""Types whose values hold others."""
+
 _UNBOUNDED = re.compile(r"[*+]|\{\d*,\}")
 _QUANTIFIED_GROUP = re.compile(r"\)(?:[*+]|\{)")
 _MAX_UNBOUNDED = 3
 
 
-def check_schema(schema: object, path: str) -> Mapping[str, Any]:
+def check_schema(schema: object, path: str) -> JsonSchema:
     """The schema itself when it is one. Raises RequestError with the reason and the place in the schema."""
     if not isinstance(schema, dict):
         raise RequestError(f"{path} is not an object: it must be a JSON schema", param=path)
@@ -43,7 +49,7 @@ def check_schema(schema: object, path: str) -> Mapping[str, Any]:
     return schema
 
 
-def check_value(schema: Mapping[str, Any], value: Any) -> None:
+def check_value(schema: JsonSchema, value: Any) -> None:
     """Raise RejectedReply where `value` does not match a schema that passed `check_schema`."""
     try:
         error = next(iter(_validator(orjson.dumps(schema)).iter_errors(value)), None)
@@ -67,7 +73,7 @@ def is_strict_subset(schema: object) -> bool:
     return all(is_strict_subset(value) for key, value in schema.items() if key not in ("enum", "const", "default"))
 
 
-def _dump(schema: Mapping[str, Any], path: str) -> bytes:
+def _dump(schema: JsonSchema, path: str) -> bytes:
     level: list[Any] = [schema]
     for _ in range(MAX_SCHEMA_DEPTH):
         level = [child for item in level for child in _children(item) if isinstance(child, dict | list)]
@@ -99,7 +105,7 @@ def _reason_against(text: bytes) -> str | None:
     return None
 
 
-def _check_parts(schema: Mapping[str, Any]) -> None:
+def _check_parts(schema: JsonSchema) -> None:
     """Compile every pattern, resolve every reference, and bound the work that references multiply."""
     stack: list[Any] = [schema]
     while stack:
@@ -123,7 +129,7 @@ def _check_parts(schema: Mapping[str, Any]) -> None:
     nodes = _expanded_nodes(schema, lookup, {})
     if nodes > MAX_EXPANDED_NODES:
         raise ValueError(f"its references expand to {nodes} parts, at most {MAX_EXPANDED_NODES} are checked")
-    if not has_finite_values(schema, lookup):
+    if not _has_finite_values(schema, lookup):
         raise ValueError("it needs itself inside itself without end, so no value matches: let a property be left out")
 
 
@@ -145,6 +151,75 @@ def _expanded_nodes(item: object, lookup: Callable[[str], object], known: dict[s
             known[reference] = _expanded_nodes(lookup(reference), lookup, known)
         nodes += known[reference]
     return nodes
+
+
+def _has_finite_values(schema: JsonSchema, lookup: _Lookup) -> bool:
+    """False only where every value would have to be endless; whether there is a value at all is not asked.
+
+    References of the schema must all be good ones.
+    """
+    search = _FiniteSearch(lookup)
+    while True:
+        before = len(search.ends)
+        if search.is_finite(schema):
+            return True
+        if len(search.ends) == before:
+            return False
+        search.seen.clear()
+
+
+class _FiniteSearch:
+    """A walk over the schema. A reference counts as endless while it is followed, and for good once it has an end."""
+
+    def __init__(self, lookup: _Lookup) -> None:
+        self._lookup = lookup
+        self.ends: set[str] = set()
+        self.seen: set[str] = set()
+
+    def is_finite(self, schema: object) -> bool:
+        if not isinstance(schema, Mapping):
+            return True
+        if isinstance(schema.get("$ref"), str) and not self._leads_to_an_end(schema["$ref"]):
+            return False
+        if not all(map(self.is_finite, _list(schema, "allOf"))):
+            return False
+        for word in ("anyOf", "oneOf"):
+            choices = _list(schema, word)
+            if choices and not any(map(self.is_finite, choices)):
+                return False
+        return "enum" in schema or "const" in schema or self._has_a_finite_type(schema)
+
+    def _leads_to_an_end(self, reference: str) -> bool:
+        if reference in self.ends:
+            return True
+        if reference in self.seen:
+            return False
+        self.seen.add(reference)
+        if self.is_finite(self._lookup(reference)):
+            self.ends.add(reference)
+        return reference in self.ends
+
+    def _has_a_finite_type(self, schema: JsonSchema) -> bool:
+        given = schema.get("type")
+        types = {given} if isinstance(given, str) else set(given or ())
+        if not types or types - _ENDLESS:
+            return True
+        return any(self._object_ends(schema) if kind == "object" else self._array_ends(schema) for kind in types)
+
+    def _object_ends(self, schema: JsonSchema) -> bool:
+        properties, rest = schema.get("properties") or {}, schema.get("additionalProperties", True)
+        return all(self.is_finite(properties.get(name, rest)) for name in schema.get("required") or ())
+
+    def _array_ends(self, schema: JsonSchema) -> bool:
+        least, first = int(schema.get("minItems") or 0), _list(schema, "prefixItems")
+        if not all(map(self.is_finite, first[:least])):
+            return False
+        return least <= len(first) or self.is_finite(schema.get("items", True))
+
+
+def _list(schema: JsonSchema, name: str) -> list[Any]:
+    value = schema.get(name)
+    return value if isinstance(value, list) else []
 
 
 @lru_cache(maxsize=256)

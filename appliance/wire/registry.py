@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Final
 
-from appliance.core import Target, UpstreamCall
+from appliance.core import Endpoint, Target, UpstreamCall
 from appliance.core.json_types import JsonObject
 from appliance.errors import ApplianceError
 from appliance.wire.anthropic.inbound import read_anthropic_chat, read_anthropic_count
@@ -87,7 +87,7 @@ GEMINI: Final = Dialect(
 )
 
 DIALECTS: Final[Mapping[str, Dialect]] = {one.name: one for one in (OPENAI, ANTHROPIC, RESPONSES, GEMINI)}
-INBOUND: Final[Mapping[str, InboundDialect]] = {
+INBOUND: Final[Mapping[Endpoint, InboundDialect]] = {
     one.inbound.endpoint: one.inbound for one in DIALECTS.values() if one.inbound is not None
 }
 """Dialects that callers speak and that are translated, by their endpoint."""

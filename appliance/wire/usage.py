@@ -63,6 +63,12 @@ def read_usage(fields: object) -> Usage | None:
     return shape.read(fields)
 
 
+def read_payload_usage(payload: object) -> Usage:
+    """What the payload of any endpoint says of its tokens; no tokens where it says nothing."""
+    usage = read_usage(payload.get("usage")) if isinstance(payload, Mapping) else None
+    return usage or Usage()
+
+
 def write_usage(usage: Usage) -> ChatUsage:
     """The usage of a chat completion."""
     return {

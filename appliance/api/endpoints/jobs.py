@@ -15,7 +15,7 @@ from appliance.api.body import read_body
 from appliance.api.intake import RequestIntake
 from appliance.api.json_responses import respond_json
 from appliance.api.upload import UploadForm, receive_form
-from appliance.core import Caller, Residency, Usage, strictest
+from appliance.core import Caller, Residency, strictest
 from appliance.errors import BodyTooLarge, NotFound, RequestError
 from appliance.jobs.deps import JobProgress
 from appliance.jobs.manager import JobManager, new_batch_id
@@ -24,6 +24,7 @@ from appliance.jobs.planner import parse_window
 from appliance.jobs.storage.files import new_file_id
 from appliance.router.request_builder import TAG_HEADER, read_residency, read_tag
 from appliance.wire.json_body import parse_body
+from appliance.wire.usage import write_responses_usage
 
 PURPOSES: Final = ("batch", "batch_output", "user_data", "assistants", "fine-tune", "vision", "evals")
 _FORM_BYTES: Final = 65_536
@@ -185,7 +186,7 @@ def describe_batch(batch: Batch, progress: JobProgress | None, now: float) -> Ma
         "expires_at": int(batch.expires_at),
         **times,
         "request_counts": {"total": counts.total, "completed": counts.completed, "failed": counts.failed},
-        "usage": _usage(batch.usage),
+        "usage": write_responses_usage(batch.usage),
         "metadata": batch.metadata or None,
         "appliance": _extension(batch, progress, now),
     }
@@ -234,16 +235,6 @@ def _file(file: StoredFile) -> Mapping[str, Any]:
         "purpose": file.purpose,
         "status": "processed",
         "status_details": None,
-    }
-
-
-def _usage(usage: Usage) -> Mapping[str, Any]:
-    return {
-        "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }
 
 

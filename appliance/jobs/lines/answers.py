@@ -1,6 +1,5 @@
 """What came of a line as its answer: a payload with its tokens and cost, or an error and whether to ask again."""
 
-from collections.abc import Mapping
 from typing import Any, Final
 
 from appliance.core import ResponseMetadata, Usage
@@ -36,28 +35,3 @@ def _retry_after_seconds(error: ApplianceError) -> float | None:
     if passes or isinstance(error, Unavailable | DeadlineExceeded):
         return error.retry_after_seconds or 1.0
     return None
-
-
-def read_usage(payload: Any) -> Usage:
-    """What a payload of any endpoint says of its tokens."""
-    usage = payload.get("usage") if isinstance(payload, dict) else None
-    if not isinstance(usage, Mapping):
-        return Usage()
-    prompt = _details(usage, "prompt_tokens_details") or _details(usage, "input_tokens_details")
-    output = _details(usage, "completion_tokens_details") or _details(usage, "output_tokens_details")
-    return Usage(
-        _count(usage, "prompt_tokens") or _count(usage, "input_tokens"),
-        _count(usage, "completion_tokens") or _count(usage, "output_tokens"),
-        _count(prompt, "cached_tokens"),
-        _count(output, "reasoning_tokens"),
-    )
-
-
-def _details(usage: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = usage.get(name)
-    return found if isinstance(found, Mapping) else {}
-
-
-def _count(usage: Mapping[str, Any], name: str) -> int:
-    found = usage.get(name)
-    return found if isinstance(found, int) else 0

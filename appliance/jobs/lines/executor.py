@@ -8,11 +8,12 @@ import orjson
 
 from appliance.core import Caller, Request, ResponseMetadata
 from appliance.errors import ApplianceError
-from appliance.jobs.lines.answers import make_answer, make_refusal, read_usage
+from appliance.jobs.lines.answers import make_answer, make_refusal
 from appliance.jobs.lines.decision_groups import DecisionGroups
 from appliance.jobs.lines.requests import DECISIONS, LineRequests, make_request_id
 from appliance.jobs.models import BatchLine, BatchTerms, LineAnswer
 from appliance.router.protocols import RequestPipeline
+from appliance.wire.usage import read_payload_usage
 
 _CALLS_AT_ONCE: Final = 16
 """Of one line: a long document is extracted from piece by piece."""
@@ -52,7 +53,7 @@ class LineExecutor:
             payload = self.requests.make_payload(line, results, calls)
         except ApplianceError as error:
             return make_refusal(error, name)
-        return make_answer(payload, name, metadata, read_usage(payload), metadata.cost_usd)
+        return make_answer(payload, name, metadata, read_payload_usage(payload), metadata.cost_usd)
 
     async def _answer_calls(self, request: Request, calls: Sequence[Any]) -> tuple[Sequence[Any], ResponseMetadata]:
         """What every call came to. Raises the first error where none succeeded."""

@@ -6,11 +6,12 @@ from typing import Protocol
 
 from appliance.core import Request, ResponseMetadata, TaskCall
 from appliance.errors import ApplianceError
-from appliance.jobs.lines.answers import make_answer, read_usage
+from appliance.jobs.lines.answers import make_answer
 from appliance.jobs.lines.requests import LineRequests, make_request_id
 from appliance.jobs.models import BatchLine, BatchTerms, LineAnswer, ProviderBatch
 from appliance.router.provider_batches import PreparedLine, ProviderBatchSubmitter
 from appliance.upstream.provider_batches import BatchResult
+from appliance.wire.usage import read_payload_usage
 
 
 class ProviderBatchPipeline(Protocol):
@@ -65,7 +66,7 @@ class ProviderLines:
         metadata = ResponseMetadata(
             name, found.decision_id, provider_batch.target, "hosted", "", "", "", found.cost_usd, True
         )
-        return make_answer(payload, name, metadata, read_usage(payload), found.cost_usd)
+        return make_answer(payload, name, metadata, read_payload_usage(payload), found.cost_usd)
 
     async def _make_request(self, line: BatchLine, terms: BatchTerms) -> tuple[Request, TaskCall | None]:
         """The request, and its call where it is a single one."""

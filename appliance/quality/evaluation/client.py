@@ -13,6 +13,7 @@ from appliance.errors import Unavailable
 from appliance.quality.evaluation.adapters import Adapter
 from appliance.quality.evaluation.datasets import DatasetRow
 from appliance.quality.evaluation.scoring import GradedRow
+from appliance.wire.usage import read_payload_usage
 
 CLASSIFIER: Final = "classifier/"
 _TEXTS: Final[Mapping[str, int]] = {"decision": 32, "extraction": 4}
@@ -139,11 +140,10 @@ def _results(reply: httpx.Response, count: int) -> Sequence[GradedRow]:
     if reply.status_code != 200 or not isinstance(told.get("results"), list) or len(told["results"]) != count:
         error = told.get("error") or {"message": f"the node answered {reply.status_code}"}
         return [GradedRow({"error": error})] * count
-    usage = told.get("usage") or {}
+    usage = read_payload_usage(told)
     cost = reply.headers.get("x-appliance-cost-usd", "")
     paid = float(cost) if cost.replace(".", "", 1).replace("e-", "", 1).isdecimal() else None
-    tokens_in = usage.get("input_tokens", usage.get("prompt_tokens", 0))
-    tokens_out = usage.get("output_tokens", usage.get("completion_tokens", 0))
+    tokens_in, tokens_out = usage.prompt_tokens, usage.completion_tokens
     return [
         GradedRow(row, told.get("model"), None if paid is None else paid / count, tokens_in / count, tokens_out / count)
         for row in told["results"]

@@ -33,11 +33,11 @@ from appliance.tasks.decisions.openai_shape import (
     DecisionsCall,
     make_call,
     make_parsed_request,
-    make_usage_object,
     split_call,
 )
 from appliance.tasks.decisions.questions import Question, read_questions
 from appliance.wire.strict_fields import missing, read_bool, read_list, read_object, refuse_other_contract
+from appliance.wire.usage import write_responses_usage
 
 MAX_EXAMPLES = 2_000
 """Beyond, a fit changes little; fitting takes some seconds for so many with 77 options."""
@@ -112,7 +112,7 @@ def fit_task(
         "target": target,
         "variant": variant,
         "questions": [_describe_fit(question, one) for question, one in zip(questions, fitted, strict=True)],
-        "usage": make_usage_object(sum((result.usage for result in done), Usage())),
+        "usage": write_responses_usage(sum((result.usage for result in done), Usage())),
     }
     return CalibrationResult(TaskCalibration(name, target, variant, method, fits), report)
 

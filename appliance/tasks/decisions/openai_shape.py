@@ -41,6 +41,7 @@ from appliance.tasks.decisions.probabilities import WORTH_A_TEMPLATE, ShareWrite
 from appliance.tasks.decisions.questions import Question, QuestionResult, join_question_texts, read_questions
 from appliance.wire.strict_fields import missing, read_list, read_model, refuse_other_contract
 from appliance.wire.token_estimate import estimate_tokens
+from appliance.wire.usage import write_responses_usage
 
 MAX_INPUTS = 10_000
 INPUTS_PER_CALL = 32
@@ -321,7 +322,7 @@ def make_openai_payload(result: DecisionResult, questions: Sequence[Question]) -
     return {
         "model": result.model,
         "answers": _answers(row, questions),
-        "usage": make_usage_object(result.usage),
+        "usage": write_responses_usage(result.usage),
     }
 
 
@@ -354,7 +355,7 @@ def make_batch_payload(
     return {
         "model": ", ".join(dict.fromkeys(models)) or None,
         "results": rows,
-        "usage": make_usage_object(usage),
+        "usage": write_responses_usage(usage),
     }
 
 
@@ -388,14 +389,3 @@ def _answer(question_result: QuestionResult, question: Question, writer: ShareWr
         ]
         result = {"score": question_result.score}
     return {**head, **result, "confidence": question_result.confidence, "probabilities": rows, **tail}
-
-
-def make_usage_object(usage: Usage) -> JsonObject:
-    """Usage as the SDK types it for decisions. No target reports cache writes, and on-site ones cost nothing."""
-    return {
-        "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
-        "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-    }

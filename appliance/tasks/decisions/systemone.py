@@ -26,7 +26,6 @@ from appliance.tasks.decisions.openai_shape import (
     DecisionsCall,
     make_call,
     make_parsed_request,
-    make_usage_object,
     require_single_row,
 )
 from appliance.tasks.decisions.questions import (
@@ -40,6 +39,7 @@ from appliance.tasks.decisions.questions import (
     require_unique_options,
 )
 from appliance.wire.strict_fields import missing, read_object, refuse_other_contract, wrong
+from appliance.wire.usage import write_responses_usage
 
 
 def read_systemone_request(
@@ -149,7 +149,7 @@ def _payload(result: DecisionResult, questions: Sequence[Question]) -> JsonObjec
             for question_result, question in zip(row, questions, strict=True)
             if question_result.probabilities is not None
         },
-        "usage": make_usage_object(result.usage),
+        "usage": write_responses_usage(result.usage),
     }
 
 

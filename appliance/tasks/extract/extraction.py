@@ -29,8 +29,8 @@ from appliance.tasks.extract import chunks, token_budget
 from appliance.tasks.extract.annotations import Annotations, annotate_object, lower_confidence, read_annotations
 from appliance.tasks.extract.decode_schema import MAX_STRING_CHARS, bound_schema
 from appliance.tasks.extract.value_spans import iter_strings
+from appliance.wire.chat_replies import check_choices, check_json_choice
 from appliance.wire.json_schema import check_schema, check_value, is_strict_subset
-from appliance.wire.reply_checks import check_choices, check_json_choice
 from appliance.wire.strict_fields import (
     missing,
     read_int,
@@ -42,6 +42,7 @@ from appliance.wire.strict_fields import (
     wrong,
 )
 from appliance.wire.token_estimate import MESSAGE_TOKENS, estimate_tokens
+from appliance.wire.usage import write_usage
 
 MAX_TEXTS = 1_000
 CHUNK_TOKENS = 2_048
@@ -267,7 +268,7 @@ def make_extract_payload(results: Sequence[Result], calls: Sequence[ExtractCall]
     (found,) = _by_text(results, calls)
     if isinstance(found, ApplianceError):
         raise found
-    return {"model": found.model, **_row(found), "usage": make_usage_object(found.usage)}
+    return {"model": found.model, **_row(found), "usage": write_usage(found.usage)}
 
 
 def make_texts_payload(results: Sequence[Result], calls: Sequence[ExtractCall]) -> JsonObject:
@@ -281,7 +282,7 @@ def make_texts_payload(results: Sequence[Result], calls: Sequence[ExtractCall]) 
     return {
         "model": ", ".join(dict.fromkeys(result.model for result in done)) or None,
         "results": rows,
-        "usage": make_usage_object(sum((result.usage for result in done), Usage())),
+        "usage": write_usage(sum((result.usage for result in done), Usage())),
     }
 
 
@@ -336,13 +337,3 @@ def _source(evidence: Mapping[str, chunks.Span], pointer: str) -> chunks.Span:
 def _with_more(found: Extracted, annotations: Annotations, piece_of: Callable[[str], tuple[int, str]]) -> Extracted:
     changed, more = annotate_object(found.object, annotations, piece_of)
     return replace(found, object=changed, extra_fields=more)
-
-
-def make_usage_object(usage: Usage) -> JsonObject:
-    """Usage as a chat completion gives it."""
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    }

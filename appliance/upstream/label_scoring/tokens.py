@@ -20,6 +20,7 @@ from appliance.upstream.base import Transport, close_response
 from appliance.upstream.error_mapping import error_of_status
 from appliance.upstream.label_scoring.tree import LabelTreeNode, LabelTreeScoring, Tokens, mass, tree
 from appliance.wire.dialect import WireRequest
+from appliance.wire.usage import read_payload_usage, write_usage
 
 PATH: Final = "/labels"
 _MOST_TOKEN_IDS: Final = 128
@@ -55,7 +56,7 @@ class TokenLabelScorer:
                 results = await _all(_item(call, body, item, *trees[item["labels"]]) for item in body["items"])
         except TimeoutError as error:
             raise BackendTimeout(f"{letter.target.name} did not answer within {seconds:.1f} s") from error
-        payload = {"object": "list", "model": letter.target.model, "results": results, "usage": _usage(call.usage)}
+        payload = {"object": "list", "model": letter.target.model, "results": results, "usage": write_usage(call.usage)}
         taken = time.monotonic() - started
         return UpstreamReply(payload, call.usage, taken, taken)
 
@@ -174,9 +175,7 @@ class _Call:
             "return_tokens_as_token_ids": True,
         }
         payload = await self._post("/completions", body)
-        usage = payload.get("usage") or {}
-        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        self.usage += Usage(usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0), cached)
+        self.usage += read_payload_usage(payload)
         try:
             rows = payload["choices"][0]["logprobs"]["top_logprobs"][0]
             return {int(name.removeprefix("token_id:")): float(value) for name, value in rows.items()}
@@ -223,12 +222,3 @@ def _common(rows: Sequence[Tokens]) -> Tokens:
     while all(len(row) > shared and row[shared] == rows[0][shared] for row in rows):
         shared += 1
     return rows[0][:shared]
-
-
-def _usage(usage: Usage) -> Mapping[str, Any]:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    }

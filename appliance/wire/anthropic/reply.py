@@ -18,10 +18,9 @@ from appliance.wire.chat_ir import (
     reasoning_text,
     thinking_blocks,
 )
+from appliance.wire.chat_replies import check_choices, make_completion, read_reply_call
 from appliance.wire.dialect import WireRequest
 from appliance.wire.opaque_state import foreign_state, pack_state
-from appliance.wire.reply_checks import check_choices, read_reply_call
-from appliance.wire.stream_translator import make_completion
 from appliance.wire.usage import UsageShape, read_usage
 
 ANTHROPIC_USAGE: Final = UsageShape(

@@ -24,8 +24,7 @@ from appliance.wire.anthropic.reply import (
 from appliance.wire.chat_ir import ChatChoice, ChatChunk, ChatDelta, ToolCall, json_text, reasoning_text, wants_usage
 from appliance.wire.dialect import WireRequest
 from appliance.wire.sse import write_event
-from appliance.wire.stream_translator import ChunkTranslator
-from appliance.wire.stream_writer import StreamStart
+from appliance.wire.streams import ChunkTranslator, StreamStart
 from appliance.wire.usage import read_usage
 
 _PING: Final = b'event: ping\ndata: {"type":"ping"}\n\n'

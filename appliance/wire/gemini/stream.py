@@ -26,8 +26,7 @@ from appliance.wire.gemini.reply import (
     write_head,
     write_parts,
 )
-from appliance.wire.stream_translator import ChunkTranslator
-from appliance.wire.stream_writer import StreamStart
+from appliance.wire.streams import ChunkTranslator, StreamStart
 from appliance.wire.usage import read_usage
 
 

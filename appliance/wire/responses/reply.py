@@ -17,10 +17,9 @@ from appliance.wire.chat_ir import (
     ToolCall,
     reasoning_text,
 )
+from appliance.wire.chat_replies import check_choices, make_completion, reply_function
 from appliance.wire.dialect import WireRequest
 from appliance.wire.opaque_state import foreign_state, pack_state
-from appliance.wire.reply_checks import check_choices, reply_function
-from appliance.wire.stream_translator import make_completion
 from appliance.wire.usage import read_usage, write_responses_usage
 
 Item: TypeAlias = MutableJsonObject

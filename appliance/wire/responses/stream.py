@@ -28,8 +28,7 @@ from appliance.wire.responses.reply import (
     write_logprobs,
 )
 from appliance.wire.sse import write_event
-from appliance.wire.stream_translator import ChunkTranslator
-from appliance.wire.stream_writer import StreamStart
+from appliance.wire.streams import ChunkTranslator, StreamStart
 from appliance.wire.usage import read_usage
 
 

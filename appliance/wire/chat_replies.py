@@ -1,15 +1,38 @@
-"""Checks on whole chat replies before a caller gets them. A rejected reply makes the loop ask another target."""
+"""Whole replies of a chat: made of what a target answered, and checked before a caller gets them.
 
+A rejected reply makes the loop ask another target.
+"""
+
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
 
+from appliance.core import Usage
 from appliance.core.json_types import JsonSchema
 from appliance.errors import BackendGarbage, RejectedReply
-from appliance.wire.chat_ir import SHAPE_ERRORS, CalledFunction, ChatChoice, ChatMessage, ToolCall
+from appliance.wire.chat_ir import SHAPE_ERRORS, CalledFunction, ChatChoice, ChatCompletion, ChatMessage, ToolCall
 from appliance.wire.json_schema import check_value
 from appliance.wire.sse import read_events
+from appliance.wire.usage import write_usage
+
+
+def make_completion(
+    identity: str, model: str, choices: Sequence[ChatChoice], usage: Usage, *, service_tier: str | None = None
+) -> ChatCompletion:
+    """A chat completion as OpenAI's API gives it."""
+    made: ChatCompletion = {
+        "id": identity,
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": list(choices),
+        "usage": write_usage(usage),
+    }
+    if service_tier is not None:
+        made["service_tier"] = service_tier
+    return made
 
 
 def check_choices(payload: object, holds: str) -> Sequence[ChatChoice]:

@@ -17,7 +17,7 @@ from appliance.upstream import client
 from appliance.wire.registry import find_outbound
 from tests.providers.reached import SPOKEN, Spoken, api_of, row_of, target_of
 from tests.providers.speech import THINKS_AND_CALLS
-from tests.wire.test_dialects import CLOCK, PNG, WEATHER
+from tests.wire.test_outbound import CLOCK, PNG, WEATHER
 
 ODD: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 3.5, 1e308, "", "x", "auto", "none", "high", [], [1], ["x"], [{}], [[]], {},
