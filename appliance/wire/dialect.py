@@ -10,6 +10,7 @@ from typing import Final, Protocol
 from appliance.core import Endpoint, Target, UpstreamCall, Usage
 from appliance.core.json_types import JsonObject
 from appliance.errors import ApplianceError
+from appliance.wire.chat_fields import dump_body
 from appliance.wire.chat_ir import ChatBody
 from appliance.wire.streams import StreamStart, StreamTranslator, StreamWriter
 
@@ -50,6 +51,16 @@ def most_output_tokens(target: Target, outgoing: UpstreamCall, body: JsonObject)
     return None if limit is None else limit * (choices if isinstance(choices, int) else 1)
 
 
+def make_wire_request(target: Target, outgoing: UpstreamCall, path: str, body: JsonObject) -> WireRequest:
+    """`body` as it was written for `target`. Raises RequestError where it cannot be written as JSON."""
+    most = most_output_tokens(target, outgoing, body)
+    return WireRequest(target, outgoing, path, dump_body(target, body), dict(target.wire.headers), most)
+
+
+def add_query(target: Target, path: str) -> str:
+    return f"{path}?{target.wire.query}" if target.wire.query else path
+
+
 @dataclass(frozen=True, slots=True)
 class InboundDialect:
     """What callers speak. All of it is pure."""
@@ -82,7 +93,9 @@ class OutboundDialect:
 
 
 @dataclass(frozen=True, slots=True)
-class Dialect:
+class WireDialect:
+    """One row of the registry."""
+
     name: str
     inbound: InboundDialect | None
     """None for the chat dialect itself, whose bodies and replies travel as they are."""

@@ -15,7 +15,7 @@ from appliance.wire.anthropic.reply import (
     write_anthropic_reply,
 )
 from appliance.wire.anthropic.stream import AnthropicStreamTranslator, AnthropicStreamWriter
-from appliance.wire.dialect import CHAT_PATH, Dialect, InboundDialect, OutboundDialect
+from appliance.wire.dialect import CHAT_PATH, InboundDialect, OutboundDialect, WireDialect
 from appliance.wire.gemini.inbound import read_gemini_chat, read_gemini_count
 from appliance.wire.gemini.outbound import write_gemini_request
 from appliance.wire.gemini.reply import read_gemini_reply, write_gemini_error, write_gemini_reply
@@ -36,14 +36,14 @@ def _own_status(error: ApplianceError) -> int:
     return error.status
 
 
-OPENAI: Final = Dialect(
+OPENAI: Final = WireDialect(
     name="openai",
     inbound=None,
     outbound=OutboundDialect(write_openai_request, read_openai_reply, pass_openai_stream),
     write_error=write_openai_error,
     error_status=_own_status,
 )
-ANTHROPIC: Final = Dialect(
+ANTHROPIC: Final = WireDialect(
     name="anthropic",
     inbound=InboundDialect(
         endpoint="messages",
@@ -57,7 +57,7 @@ ANTHROPIC: Final = Dialect(
     write_error=write_anthropic_error,
     error_status=anthropic_error_status,
 )
-RESPONSES: Final = Dialect(
+RESPONSES: Final = WireDialect(
     name="responses",
     inbound=InboundDialect(
         endpoint="responses",
@@ -71,7 +71,7 @@ RESPONSES: Final = Dialect(
     write_error=write_openai_error,
     error_status=_own_status,
 )
-GEMINI: Final = Dialect(
+GEMINI: Final = WireDialect(
     name="gemini",
     inbound=InboundDialect(
         endpoint="generate_content",
@@ -86,7 +86,7 @@ GEMINI: Final = Dialect(
     error_status=_own_status,
 )
 
-DIALECTS: Final[Mapping[str, Dialect]] = {one.name: one for one in (OPENAI, ANTHROPIC, RESPONSES, GEMINI)}
+DIALECTS: Final[Mapping[str, WireDialect]] = {one.name: one for one in (OPENAI, ANTHROPIC, RESPONSES, GEMINI)}
 INBOUND: Final[Mapping[Endpoint, InboundDialect]] = {
     one.inbound.endpoint: one.inbound for one in DIALECTS.values() if one.inbound is not None
 }

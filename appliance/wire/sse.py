@@ -27,6 +27,8 @@ class SseReader:
 
     def feed(self, chunk: bytes) -> bytes:
         """Take what the socket had, return the complete events in it (maybe none). Raises EventTooLong."""
+        if not self._held and chunk.endswith(b"\n\n"):
+            return chunk
         seen = self._tail + chunk  # what is held back was looked through when it came, but for its last bytes
         end = _end_of_last_event(seen)
         if end < 0:

@@ -14,9 +14,9 @@ import orjson
 from appliance.core import Usage
 from appliance.core.json_types import JsonObject
 from appliance.errors import ApplianceError, StreamBroken
-from appliance.wire.chat_ir import SHAPE_ERRORS, ChatChoice, ChatChunk, ChatDelta
+from appliance.wire.chat_ir import SHAPE_ERRORS, ChatChoice, ChatChunk, ChatDelta, ToolCall
 from appliance.wire.sse import DONE, SseReader, read_events, write_event
-from appliance.wire.usage import write_usage
+from appliance.wire.usage import read_usage, write_usage
 
 
 class StreamTranslator(Protocol):
@@ -135,6 +135,87 @@ class StreamWriter(Protocol):
 
     def fail(self, error: ApplianceError) -> bytes:
         """It was not, and nothing follows."""
+
+
+class ItemStreamWriter(ABC):
+    """What writers share whose dialect has one choice, told as items (blocks) one after the other.
+
+    It is a `StreamWriter`, but for `end` and `fail`.
+    """
+
+    def __init__(self, start: StreamStart) -> None:
+        self._original = start.original
+        self._usage = Usage()
+        self._choice: ChatChoice = {}
+        """The one that ended the answer."""
+        self._calls = 0
+        self._has_begun = False
+
+    def feed(self, chunk: ChatChunk) -> bytes:
+        out = self._begin_once(chunk)
+        self._usage = read_usage(chunk.get("usage")) or self._usage
+        for choice in chunk.get("choices") or ():
+            delta = choice.get("delta")
+            if delta:
+                out += self._delta(delta, choice)
+            if choice.get("finish_reason"):
+                self._choice = choice
+        return out
+
+    def _begin_once(self, chunk: ChatChunk) -> bytes:
+        if self._has_begun:
+            return b""
+        self._has_begun = True
+        return self._begin(chunk)
+
+    def _delta(self, delta: ChatDelta, choice: ChatChoice) -> bytes:
+        out = self._think(delta)
+        content, refusal = delta.get("content"), delta.get("refusal")
+        if isinstance(content, str) and content:
+            out += self._say(content, choice)
+        if isinstance(refusal, str) and refusal:
+            out += self._refuse(refusal)
+        for call in delta.get("tool_calls") or ():
+            out += self._call(call)
+        return out
+
+    def _call(self, call: ToolCall) -> bytes:
+        number = call.get("index")
+        if number is None:  # some servers send each call whole, without one
+            number = self._calls if call.get("id") else self._calls - 1
+        function = call.get("function") or {}
+        out = b""
+        if not self._is_in_call() or number != self._calls - 1:
+            if number < self._calls:
+                raise ValueError("a tool call goes on after the next one began")
+            self._calls = number + 1
+            out += self._begin_call(str(call.get("id") or ""), str(function["name"]))
+        arguments = function.get("arguments")
+        return out + self._add_arguments(arguments) if arguments else out
+
+    @abstractmethod
+    def _begin(self, chunk: ChatChunk) -> bytes:
+        """What comes before all items."""
+
+    @abstractmethod
+    def _think(self, delta: ChatDelta) -> bytes:
+        """Thinking, and what other dialects want back."""
+
+    @abstractmethod
+    def _say(self, text: str, choice: ChatChoice) -> bytes: ...
+
+    @abstractmethod
+    def _refuse(self, text: str) -> bytes: ...
+
+    @abstractmethod
+    def _is_in_call(self) -> bool:
+        """Whether the open item is a tool call."""
+
+    @abstractmethod
+    def _begin_call(self, call_id: str, name: str) -> bytes: ...
+
+    @abstractmethod
+    def _add_arguments(self, text: str) -> bytes: ...
 
 
 class StreamRewriter:

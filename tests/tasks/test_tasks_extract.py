@@ -65,7 +65,8 @@ def test_an_object_comes_with_a_confidence_for_each_field() -> None:
             "prompt_tokens": 20,
             "completion_tokens": 9,
             "total_tokens": 29,
-            "prompt_tokens_details": {"cached_tokens": 5},
+            "prompt_tokens_details": {"cached_tokens": 5, "cache_write_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 0},
         },
     }
 

@@ -13,9 +13,9 @@ from appliance.core.json_types import JsonObject, MutableJsonObject
 from appliance.errors import Unsupported
 from appliance.wire.anthropic.outbound_blocks import write_messages
 from appliance.wire.anthropic.output_schema import narrow_schema
-from appliance.wire.chat_fields import DEFAULT_OUTPUT_TOKENS, ChatFields, ChosenTools, dump_body, unsupported
+from appliance.wire.chat_fields import DEFAULT_OUTPUT_TOKENS, ChatFields, ChosenTools, unsupported
 from appliance.wire.chat_ir import EFFORT_TOKENS, ChatTool
-from appliance.wire.dialect import CHAT_PATH, WireRequest, most_output_tokens
+from appliance.wire.dialect import CHAT_PATH, WireRequest, add_query, make_wire_request
 
 _JSON_TOOL: Final = "json_answer"
 """Anthropic has no JSON without a schema: a tool that takes any object and must be called is the same."""
@@ -42,9 +42,7 @@ def write_anthropic_request(target: Target, outgoing: UpstreamCall, *, stream: b
     body = write_message_body(target, outgoing.body)
     if stream:
         body["stream"] = True
-    query = f"?{target.wire.query}" if target.wire.query else ""
-    most = most_output_tokens(target, outgoing, body)
-    return WireRequest(target, outgoing, f"/messages{query}", dump_body(target, body), dict(target.wire.headers), most)
+    return make_wire_request(target, outgoing, add_query(target, "/messages"), body)
 
 
 def answer_tool(body: JsonObject) -> str | None:

@@ -24,8 +24,7 @@ from appliance.wire.anthropic.reply import (
 from appliance.wire.chat_ir import ChatChoice, ChatChunk, ChatDelta, ToolCall, json_text, reasoning_text, wants_usage
 from appliance.wire.dialect import WireRequest
 from appliance.wire.sse import write_event
-from appliance.wire.streams import ChunkTranslator, StreamStart
-from appliance.wire.usage import read_usage
+from appliance.wire.streams import ChunkTranslator, ItemStreamWriter, StreamStart
 
 _PING: Final = b'event: ping\ndata: {"type":"ping"}\n\n'
 
@@ -124,48 +123,28 @@ class AnthropicStreamTranslator(ChunkTranslator):
         return self._chunk({} if refusal is None else {"refusal": refusal}, finish=ending["finish_reason"], more=ending)
 
 
-class AnthropicStreamWriter:
+class AnthropicStreamWriter(ItemStreamWriter):
     """One block after the other, each opened, filled and closed."""
 
-    __slots__ = ("_call", "_choice", "_hides", "_index", "_kind", "_opened", "_original", "_refused", "_usage", "calls")
-
     def __init__(self, start: StreamStart) -> None:
-        self._original = start.original
+        super().__init__(start)
         self._hides = hides_thinking(start.original)
         self._usage = Usage(prompt_tokens=start.prompt_tokens)
-        self._opened = False
         self._index = -1
         self._kind = ""
         """Of the block that is open: text, thinking or tool_use."""
-        self._call = -1
-        """Number of the tool call whose block is open."""
-        self._choice: ChatChoice = {}
         self._refused = False
-        self.calls = 0
-
-    def feed(self, chunk: ChatChunk) -> bytes:
-        out = b"" if self._opened else self._open(chunk)
-        self._usage = read_usage(chunk.get("usage")) or self._usage
-        for choice in chunk.get("choices") or ():
-            delta = choice.get("delta")
-            if delta:
-                out += self._delta(delta)
-            if choice.get("finish_reason"):
-                self._choice = choice
-        return out
 
     def end(self) -> bytes:
-        reason, stop = write_stop(self._choice, self._original, self.calls > 0)
+        reason, stop = write_stop(self._choice, self._original, self._calls > 0)
         delta = {"stop_reason": "refusal" if self._refused else reason, "stop_sequence": stop}
         last = {"type": "message_delta", "delta": delta, "usage": write_anthropic_usage(self._usage)}
-        opening = b"" if self._opened else self._open({})
-        return opening + self._close() + _event(last) + _event({"type": "message_stop"})
+        return self._begin_once({}) + self._close() + _event(last) + _event({"type": "message_stop"})
 
     def fail(self, error: ApplianceError) -> bytes:
         return _event(write_anthropic_error(error))
 
-    def _open(self, chunk: ChatChunk) -> bytes:
-        self._opened = True
+    def _begin(self, chunk: ChatChunk) -> bytes:
         rest: JsonObject = {
             "content": [],
             "stop_reason": None,
@@ -174,22 +153,14 @@ class AnthropicStreamWriter:
         }
         return _event({"type": "message_start", "message": {**write_head(chunk), **rest}}) + _PING
 
-    def _delta(self, delta: ChatDelta) -> bytes:
-        out = self._thinking(delta)
-        content, refusal = delta.get("content"), delta.get("refusal")
-        if isinstance(content, str) and content:
-            out += self._text(content)
-        if isinstance(refusal, str) and refusal:
-            self._refused = True
-            out += self._text(refusal)
-        for call in delta.get("tool_calls") or ():
-            out += self._tool_call(call)
-        return out
-
-    def _text(self, text: str) -> bytes:
+    def _say(self, text: str, choice: ChatChoice) -> bytes:
         return self._in_block("text", {"type": "text", "text": ""}) + self._filled({"type": "text_delta", "text": text})
 
-    def _thinking(self, delta: ChatDelta) -> bytes:
+    def _refuse(self, text: str) -> bytes:
+        self._refused = True
+        return self._say(text, {})
+
+    def _think(self, delta: ChatDelta) -> bytes:
         """Thinking comes as text, as signed blocks, or as text and then, once it is whole, its blocks."""
         text, blocks = reasoning_text(delta), own_thinking_blocks(delta)
         out = b""
@@ -215,28 +186,24 @@ class AnthropicStreamWriter:
             out += self._filled({"type": "signature_delta", "signature": whole["signature"]}) + self._close()
         return out
 
-    def _tool_call(self, call: ToolCall) -> bytes:
-        number = call.get("index")
-        if number is None:  # some servers send each call whole, without one
-            number = self.calls if call.get("id") else self._call
-        function = call.get("function") or {}
-        out = b""
-        if self._kind != "tool_use" or number != self._call:
-            if number < self.calls:
-                raise ValueError("a tool call goes on after the next one began")
-            self._call, self.calls = number, number + 1
-            block = {"type": "tool_use", "id": call.get("id") or "", "name": function["name"], "input": {}}
-            out += self._close() + self._begin("tool_use", block)
-        arguments = function.get("arguments")
-        return out + self._filled({"type": "input_json_delta", "partial_json": arguments}) if arguments else out
+    def _is_in_call(self) -> bool:
+        return self._kind == "tool_use"
+
+    def _begin_call(self, call_id: str, name: str) -> bytes:
+        return self._close() + self._begin_block(
+            "tool_use", {"type": "tool_use", "id": call_id, "name": name, "input": {}}
+        )
+
+    def _add_arguments(self, text: str) -> bytes:
+        return self._filled({"type": "input_json_delta", "partial_json": text})
 
     def _in_block(self, kind: str, empty: JsonObject) -> bytes:
-        return b"" if self._kind == kind else self._close() + self._begin(kind, empty)
+        return b"" if self._kind == kind else self._close() + self._begin_block(kind, empty)
 
     def _whole_block(self, block: JsonObject) -> bytes:
-        return self._close() + self._begin(str(block["type"]), block) + self._close()
+        return self._close() + self._begin_block(str(block["type"]), block) + self._close()
 
-    def _begin(self, kind: str, block: JsonObject) -> bytes:
+    def _begin_block(self, kind: str, block: JsonObject) -> bytes:
         self._index += 1
         self._kind = kind
         return _event({"type": "content_block_start", "index": self._index, "content_block": block})

@@ -12,9 +12,9 @@ from urllib.parse import quote
 from appliance.core import Target, UpstreamCall
 from appliance.core.json_types import JsonObject, MutableJsonObject
 from appliance.errors import Unsupported
-from appliance.wire.chat_fields import ChatFields, dump_body, unsupported
+from appliance.wire.chat_fields import ChatFields, unsupported
 from appliance.wire.chat_ir import EFFORT_TOKENS, ToolFunction
-from appliance.wire.dialect import CHAT_PATH, WireRequest, most_output_tokens
+from appliance.wire.dialect import CHAT_PATH, WireRequest, make_wire_request
 from appliance.wire.gemini.outbound_contents import write_contents
 from appliance.wire.strict_fields import camel_name
 
@@ -51,8 +51,7 @@ def write_gemini_request(target: Target, outgoing: UpstreamCall, *, stream: bool
     query = "&".join(part for part in ("alt=sse" if stream else "", target.wire.query) if part)
     name = quote(target.model.removeprefix("models/"), safe="/")
     path = f"/models/{name}:{verb}" + (f"?{query}" if query else "")
-    most = most_output_tokens(target, outgoing, body)
-    return WireRequest(target, outgoing, path, dump_body(target, body), dict(target.wire.headers), most)
+    return make_wire_request(target, outgoing, path, body)
 
 
 def write_content_body(target: Target, given: JsonObject) -> MutableJsonObject:

@@ -6,9 +6,9 @@ from urllib.parse import quote
 
 from appliance.core import PLAIN, Target, UpstreamCall, Usage
 from appliance.core.json_types import JsonObject, MutableJsonObject
-from appliance.wire.chat_fields import drop_left_out, dump_body, is_harmless, unsupported
+from appliance.wire.chat_fields import drop_left_out, is_harmless, unsupported
 from appliance.wire.chat_ir import wants_usage
-from appliance.wire.dialect import CHAT_PATH, WireRequest, most_output_tokens
+from appliance.wire.dialect import CHAT_PATH, WireRequest, add_query, make_wire_request
 from appliance.wire.openai import vllm
 from appliance.wire.openai.stream import ChatStreamPassthrough
 from appliance.wire.usage import read_usage
@@ -32,9 +32,7 @@ def write_openai_request(target: Target, outgoing: UpstreamCall, *, stream: bool
             body["stream_options"] = {**(options if isinstance(options, Mapping) else {}), "include_usage": True}
     if target.provider is None:
         body["cache_salt"] = salt
-    most = most_output_tokens(target, outgoing, body)
-    path = _path(target, outgoing.path)
-    return WireRequest(target, outgoing, path, dump_body(target, body), dict(wire.headers), most)
+    return make_wire_request(target, outgoing, _path(target, outgoing.path), body)
 
 
 def read_openai_reply(request: WireRequest, payload: JsonObject) -> tuple[JsonObject, Usage]:
@@ -49,10 +47,9 @@ def pass_openai_stream(request: WireRequest) -> ChatStreamPassthrough:
 
 
 def _path(target: Target, path: str) -> str:
-    wire = target.wire
-    if wire.deployments:
+    if target.wire.deployments:
         path = f"/deployments/{quote(target.model, safe='')}{path}"
-    return f"{path}?{wire.query}" if wire.query else path
+    return add_query(target, path)
 
 
 def _adapt(target: Target, path: str, body: JsonObject) -> MutableJsonObject:

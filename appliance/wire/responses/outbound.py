@@ -9,7 +9,6 @@ from appliance.wire.chat_fields import (
     ChatFields,
     called_function,
     content_parts,
-    dump_body,
     image_address,
     message_role,
     own_blocks,
@@ -19,7 +18,7 @@ from appliance.wire.chat_fields import (
     unsupported,
 )
 from appliance.wire.chat_ir import ChatMessage, ContentPart
-from appliance.wire.dialect import WireRequest, most_output_tokens
+from appliance.wire.dialect import WireRequest, add_query, make_wire_request
 
 LOGPROBS: Final = "message.output_text.logprobs"
 ENCRYPTED: Final = "reasoning.encrypted_content"
@@ -42,9 +41,7 @@ def write_responses_request(target: Target, outgoing: UpstreamCall, *, stream: b
     body = write_response_body(target, outgoing.body)
     if stream:
         body["stream"] = True
-    query = f"?{target.wire.query}" if target.wire.query else ""
-    most = most_output_tokens(target, outgoing, body)
-    return WireRequest(target, outgoing, f"/responses{query}", dump_body(target, body), dict(target.wire.headers), most)
+    return make_wire_request(target, outgoing, add_query(target, "/responses"), body)
 
 
 def write_response_body(target: Target, given: JsonObject) -> MutableJsonObject:

@@ -6,10 +6,9 @@ Events are numbered; items come one after the other, each with its parts.
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
-from appliance.core import Usage
 from appliance.core.json_types import JsonObject, MutableJsonObject
 from appliance.errors import ApplianceError
-from appliance.wire.chat_ir import ChatChoice, ChatChunk, ChatDelta, ToolCall, reasoning_text, wants_usage
+from appliance.wire.chat_ir import ChatChoice, ChatChunk, ChatDelta, reasoning_text, wants_usage
 from appliance.wire.dialect import WireRequest
 from appliance.wire.opaque_state import foreign_state
 from appliance.wire.responses.reply import (
@@ -28,7 +27,7 @@ from appliance.wire.responses.reply import (
     write_logprobs,
 )
 from appliance.wire.sse import write_event
-from appliance.wire.streams import ChunkTranslator, StreamStart
+from appliance.wire.streams import ChunkTranslator, ItemStreamWriter, StreamStart
 from appliance.wire.usage import read_usage
 
 
@@ -90,36 +89,20 @@ class ResponsesStreamTranslator(ChunkTranslator):
         yield self._finish()
 
 
-class ResponsesStreamWriter:
+class ResponsesStreamWriter(ItemStreamWriter):
     """This API repeats each part whole at its end, so its text is kept until then."""
 
     def __init__(self, start: StreamStart) -> None:
-        self._original = start.original
+        super().__init__(start)
         self._is_summary = summary_kind(start.original) is not None
-        self._head: MutableJsonObject | None = None
+        self._head: JsonObject = {}
         self._names = ResponseItemIds("")
         self._number = 0
         self._items: list[Item] = []
         self._open: OpenItem | None = None
-        self._calls = 0
-        self._choice: ChatChoice = {}
-        self._usage = Usage()
-
-    def feed(self, chunk: ChatChunk) -> bytes:
-        out = b"" if self._head is not None else self._begin(chunk)
-        self._usage = read_usage(chunk.get("usage")) or self._usage
-        for choice in chunk.get("choices") or ():
-            delta = choice.get("delta")
-            if delta:
-                out += self._delta(delta, choice)
-            if choice.get("finish_reason"):
-                self._choice = choice
-        return out
 
     def end(self) -> bytes:
-        out = b"" if self._head is not None else self._begin({})
-        assert self._head is not None
-        out += self._close()
+        out = self._begin_once({}) + self._close()
         if not self._items:
             out += self._start(lambda: _Text(self, self._names.next("msg"), "output_text")) + self._close()
         response = finish_response(self._head, self._items, self._choice, self._usage)
@@ -127,7 +110,7 @@ class ResponsesStreamWriter:
 
     def fail(self, error: ApplianceError) -> bytes:
         out = self.event("error", code=error.code, message=error.message, param=error.param)
-        if self._head is None:
+        if not self._head:
             return out
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
         failed = {
@@ -155,18 +138,8 @@ class ResponsesStreamWriter:
             "response.in_progress", response=self._head
         )
 
-    def _delta(self, delta: ChatDelta, choice: ChatChoice) -> bytes:
-        out = self._think(reasoning_text(delta), foreign_state(delta))
-        text, refusal = delta.get("content"), delta.get("refusal")
-        if isinstance(text, str) and text:
-            out += self._say("output_text", text, write_logprobs(choice))
-        if isinstance(refusal, str) and refusal:
-            out += self._say("refusal", refusal, [])
-        for call in delta.get("tool_calls") or ():
-            out += self._call(call)
-        return out
-
-    def _think(self, text: str, foreign: JsonObject) -> bytes:
+    def _think(self, delta: ChatDelta) -> bytes:
+        text, foreign = reasoning_text(delta), foreign_state(delta)
         if not text and not foreign:
             return b""
         out = b""
@@ -176,28 +149,28 @@ class ResponsesStreamWriter:
         self._open.keep(foreign)
         return out + (self._open.add(text) if text else b"")
 
-    def _say(self, kind: str, text: str, logprobs: list[Item]) -> bytes:
+    def _say(self, text: str, choice: ChatChoice) -> bytes:
+        return self._add_text("output_text", text, write_logprobs(choice))
+
+    def _refuse(self, text: str) -> bytes:
+        return self._add_text("refusal", text, [])
+
+    def _add_text(self, kind: str, text: str, logprobs: list[Item]) -> bytes:
         out = b""
         if not isinstance(self._open, _Text) or self._open.kind != kind:
             out += self._start(lambda: _Text(self, self._names.next("msg"), kind))
         assert isinstance(self._open, _Text)
         return out + self._open.add(text, logprobs)
 
-    def _call(self, call: ToolCall) -> bytes:
-        number = call.get("index")
-        if number is None:  # some servers send each call whole, without one
-            number = self._calls if call.get("id") else self._calls - 1
-        function = call.get("function") or {}
-        out = b""
-        if not isinstance(self._open, _Call) or number != self._calls - 1:
-            if number < self._calls:
-                raise ValueError("a tool call goes on after the next one began")
-            self._calls = number + 1
-            name = self._names.next("fc")
-            out += self._start(lambda: _Call(self, name, str(call.get("id") or ""), str(function["name"])))
+    def _is_in_call(self) -> bool:
+        return isinstance(self._open, _Call)
+
+    def _begin_call(self, call_id: str, name: str) -> bytes:
+        return self._start(lambda: _Call(self, self._names.next("fc"), call_id, name))
+
+    def _add_arguments(self, text: str) -> bytes:
         assert isinstance(self._open, _Call)
-        arguments = function.get("arguments")
-        return out + self._open.add(arguments) if arguments else out
+        return self._open.add(text)
 
     def _start(self, make: "Callable[[], OpenItem]") -> bytes:
         """Items know their place when they are made, so the one before is closed first."""
