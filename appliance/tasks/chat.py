@@ -1,6 +1,6 @@
 """Chat completions: the envelope is checked, the body travels on verbatim, whole replies are verified."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from appliance.core import (
 )
 from appliance.core.json_types import JsonObject, JsonSchema
 from appliance.errors import RequestError, Unsupported
+from appliance.wire.chat_fields import is_harmless
 from appliance.wire.chat_ir import MAX_CHOICES, MAX_STOPS, MAX_TOP_LOGPROBS, REASONING_EFFORTS, ChatBody, ChatChoice
 from appliance.wire.chat_replies import ChatStreamCheck, check_choices, check_json_choice, check_tool_calls
 from appliance.wire.dialect import InboundDialect
@@ -41,14 +42,8 @@ from appliance.wire.token_estimate import MESSAGE_TOKENS, estimate_tokens
 CHAT_ENDPOINTS: frozenset[Endpoint] = frozenset({"chat", *INBOUND})
 """Those whose requests are chats, whatever dialect they came in: their bodies hold OpenAI's `messages`."""
 
-ONLY_ELSEWHERE: Mapping[str, tuple[Any, ...]] = {
-    "store": (False,),
-    "web_search_options": (),
-    "moderation": (),
-    "verbosity": ("medium",),
-    "service_tier": ("auto", "default"),
-}
-"""What some providers do besides answering, and no engine of this node does; and the values that ask for nothing."""
+ONLY_ELSEWHERE = ("store", "web_search_options", "moderation", "verbosity", "service_tier")
+"""What some providers do besides answering, and no engine of this node does."""
 
 DEFAULT_OUTPUT_TOKENS = 256
 """What admission reckons with where the caller sets no bound: chat answers are seldom longer, and reckoning with the
@@ -206,9 +201,9 @@ def _with_thinking(body: JsonObject, original: JsonObject) -> JsonObject:
 
 
 def _check_only_elsewhere(body: JsonObject, target: Target) -> None:
-    for name, harmless in ONLY_ELSEWHERE.items():
+    for name in ONLY_ELSEWHERE:
         value = body.get(name)
-        if value is not None and value not in harmless:
+        if value is not None and not is_harmless(name, value):
             raise Unsupported(f"{name} is not something that {target.name} can do: leave it out", param=name)
 
 

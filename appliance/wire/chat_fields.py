@@ -79,7 +79,7 @@ class ChosenTools(NamedTuple):
 
 
 class ChatFields(StrictFields):
-    """The fields of a chat body for `target`. `finish` refuses those that nobody took."""
+    """The fields of a chat body for `target`. `finish` refuses those that were not read."""
 
     __slots__ = ("target",)
 

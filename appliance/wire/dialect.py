@@ -30,7 +30,7 @@ class WireRequest:
     body: bytes
     headers: Mapping[str, str] = field(default_factory=dict)
     most_output_tokens: int | None = None
-    """The most that the target may write in answer, all choices together; None where nobody knows."""
+    """The most that the target may write in answer, all choices together; None where it is not known."""
 
 
 def is_written(outgoing: UpstreamCall) -> bool:

@@ -28,7 +28,7 @@ _WEB: Final = ("https://", "http://")
 
 _HARMLESS_PARTS: Final = TEXT_PARTS | {"input_json"}
 _LABELS: Final = frozenset({"type", "detail", "format", "filename", "name", "mime_type", "media_type", "uuid"})
-"""Fields of a part that nobody fetches."""
+"""Fields of a part that hold no address."""
 _LISTS: Final = ("messages", "input")
 _CONTENTS: Final = ("content", "output")
 

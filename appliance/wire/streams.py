@@ -138,7 +138,7 @@ class StreamWriter(Protocol):
 
 
 class ItemStreamWriter(ABC):
-    """What writers share whose dialect has one choice, told as items (blocks) one after the other.
+    """What writers share whose dialect has one choice, written as items (blocks) one after the other.
 
     It is a `StreamWriter`, but for `end` and `fail`.
     """

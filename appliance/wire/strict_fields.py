@@ -210,7 +210,7 @@ class StrictFields:
         self._seen.update(names)
 
     def finish(self) -> None:
-        """Raise for the first field that nobody has looked at. A null asks for nothing."""
+        """Raise for the first field that was not read. A null asks for nothing."""
         for name, value in self._given.items():
             if name not in self._seen and value is not None:
                 self._refuse_unread(name, value)

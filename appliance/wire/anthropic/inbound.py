@@ -11,6 +11,7 @@ from appliance.wire.anthropic.inbound_blocks import (
     read_system_message,
     read_user_messages,
 )
+from appliance.wire.anthropic.outbound import EFFORTS, MIN_BUDGET_TOKENS
 from appliance.wire.chat_ir import (
     MAX_MESSAGES,
     MAX_STOPS,
@@ -25,8 +26,7 @@ from appliance.wire.chat_ir import (
 from appliance.wire.json_schema import check_schema, is_strict_subset
 from appliance.wire.strict_fields import StrictFields, check_tool_name, missing, read_model, wrong
 
-MIN_BUDGET_TOKENS: Final = 1_024
-_EFFORTS: Final = ("low", "medium", "high", "xhigh", "max")
+_EFFORTS: Final = tuple(dict.fromkeys(EFFORTS.values()))
 _ANY_TOKENS: Final = 10_000_000
 """Stands for the limit of an answer that is not asked for."""
 
@@ -78,7 +78,7 @@ def _refuse_unsupported(given: StrictFields) -> None:
 
 
 def _context_management(given: StrictFields) -> None:
-    """Edits that keep everything are none; others would have to be made by who keeps the conversation."""
+    """Edits that keep everything are none; others are for the one who keeps the conversation to make."""
     management = given.object("context_management")
     if management is None:
         return

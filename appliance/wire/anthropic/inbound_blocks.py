@@ -66,9 +66,9 @@ def read_assistant_message(content: object, path: str, called: set[str]) -> Chat
         message["tool_calls"] = calls
     if thinking:
         message["thinking_blocks"] = thinking
-        told = "".join(block.get("thinking", "") for block in thinking)
-        if told:
-            message["reasoning_content"] = told
+        text = "".join(block.get("thinking", "") for block in thinking)
+        if text:
+            message["reasoning_content"] = text
     for foreign in carried:
         restore_state(message, foreign)
     return message
@@ -237,7 +237,7 @@ def _result_content(block: StrictFields) -> str | list[ContentPart]:
 
 
 def _thinking(block: StrictFields) -> JsonObject:
-    """As it came: its signature is checked by who wrote it."""
+    """As it came: the provider checks its signature."""
     if block.get("type") == "thinking":
         text, signature = block.required_text("thinking"), block.text("signature")
         kept: JsonObject = {"type": "thinking", "thinking": text, "signature": signature or ""}

@@ -24,7 +24,7 @@ MIN_BUDGET_TOKENS: Final = 1_024
 """Anthropic takes no smaller budget."""
 
 _SAMPLING: Final = ("temperature", "top_p", "top_k")
-_EFFORTS: Final[Mapping[str, str]] = {
+EFFORTS: Final[Mapping[str, str]] = {
     "minimal": "low",
     "low": "low",
     "medium": "medium",
@@ -32,6 +32,7 @@ _EFFORTS: Final[Mapping[str, str]] = {
     "xhigh": "xhigh",
     "max": "max",
 }
+"""Chat's reasoning efforts -> Anthropic's."""
 _TIERS: Final[Mapping[str, str]] = {"auto": "auto", "default": "standard_only", "standard_only": "standard_only"}
 
 
@@ -121,8 +122,8 @@ def _write_thinking(target: Target, fields: ChatFields, body: MutableJsonObject,
         budget = given.get("budget_tokens")
         if limit is None and isinstance(budget, int):
             body["max_tokens"] += budget
-        if effort is not None and effort in _EFFORTS and target.wire.thinking == "effort":
-            body["output_config"] = {"effort": _EFFORTS[effort]}
+        if effort is not None and effort in EFFORTS and target.wire.thinking == "effort":
+            body["output_config"] = {"effort": EFFORTS[effort]}
         return
     if effort is None:
         return
@@ -132,11 +133,11 @@ def _write_thinking(target: Target, fields: ChatFields, body: MutableJsonObject,
         raise unsupported(target, "reasoning_effort", "its abilities do not name reasoning")
     if effort == "none":
         body["thinking"] = {"type": "disabled"}
-    elif effort not in _EFFORTS:
+    elif effort not in EFFORTS:
         raise unsupported(target, "reasoning_effort")
     elif target.wire.thinking == "effort":
         body["thinking"] = {"type": "adaptive", "display": "summarized"}
-        body["output_config"] = {"effort": _EFFORTS[effort]}
+        body["output_config"] = {"effort": EFFORTS[effort]}
     else:
         _write_budget(target, body, limit, EFFORT_TOKENS[effort])
 

@@ -1,7 +1,7 @@
 """A JSON schema as Anthropic's structured output takes it: nothing wider, and what it does not know put into words.
 
 Anthropic constrains by a part of JSON schema only, and wants every object closed. A closed object is valid under an
-open one's schema; the keywords that are put into words are checked on the answer by whoever asked for the schema.
+open one's schema; the keywords that are put into words are checked on the answer.
 """
 
 from collections.abc import Mapping

@@ -92,7 +92,7 @@ def _read_chat(given: StrictFields, model: str) -> ChatBody:
 
 
 def _safety(given: StrictFields) -> None:
-    """Nothing is filtered here, so who asks for a filter is told; who asks for none gets that."""
+    """Nothing is filtered here: a request for a filter is refused, one for no filter is granted."""
     for index, row in enumerate(given.rows("safetySettings", 0, 64, "settings") or ()):
         setting = StrictFields(row, f"safetySettings[{index}]", snake=True)
         setting.required_text("category")
