@@ -151,7 +151,7 @@ class EngineAdapter(Protocol):
         """A reader of its load, for one run of the engine."""
 
     def build_liveness_probe(self, placement: Placement) -> ProbeRequest | None:
-        """What to ask where nothing moves; None: its gauges tell the truth when it hangs."""
+        """What to ask when no counter moves; None: its load is true even when it hangs."""
 
     def build_warm_up(self, placement: Placement) -> ProbeRequest | None:
         """Work to begin with, from which its load reader learns how fast it is; None: it measures itself. Until it is

@@ -21,8 +21,8 @@ _PROGRAM_BYTES: Final = 130_000_000
 """Interpreter, libraries, vocabulary, graphs, compiled grammars, and the token embeddings that are read from the file
 beside a copy in another order. Measured: 62 MB after imports, before a model is loaded."""
 
-_FAREWELL_SECONDS: Final = 3.0
-"""From the end of its drain to its exit the engine needs up to 2 s: clients get their last words."""
+_EXIT_SECONDS: Final = 3.0
+"""From the end of its drain to its exit the engine needs up to 2 s, in which clients get the end of their answers."""
 
 ENVIRONMENT: Final[Mapping[str, str]] = {
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -75,7 +75,7 @@ class LlamaCpp(EngineDefaults):
                 "--context-tokens": shape.context_tokens,
                 "--sequences": shape.sequences,
                 "--max-queued-requests": shape.max_queued_requests,
-                "--drain-seconds": max(0.0, drain_seconds - _FAREWELL_SECONDS),
+                "--drain-seconds": max(0.0, drain_seconds - _EXIT_SECONDS),
                 "--parent-guard-fd": parent_guard_fd,
                 **dict(placement.settings),
             },

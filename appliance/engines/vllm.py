@@ -1,4 +1,4 @@
-"""vLLM as the control plane sees it: its command line, environment, memory, readings and last words.
+"""vLLM as the control plane sees it: its command line, environment, memory, load and crash reasons.
 
 It is a program in an environment of its own and is never imported. Its processes form one group: the front end that is
 started (`vllm serve`), an engine core, and workers. What it was seen to do is noted beside the code that handles it.
@@ -20,7 +20,7 @@ _PROGRAM_BYTES: Final = 1_900_000_000
 _BLOCK_TOKENS_CPU: Final = 128
 _BATCH_TOKENS: Final = 2_048
 _ACTIVATION_WIDTHS: Final = 12
-_FAREWELL_SECONDS: Final = 5.0
+_EXIT_SECONDS: Final = 5.0
 """From the end of its own drain to its exit; four seconds were seen with idle workers."""
 _QUEUED_PROMPT_TOKENS: Final = 2_048
 """Of one queued request, for the bound of its queue in tokens."""
@@ -118,7 +118,7 @@ class Vllm(EngineDefaults):
             "--generation-config": "vllm",
             "--disable-uvicorn-access-log": "",
             # Without it SIGTERM kills the engine core at once and leaves callers hanging.
-            "--shutdown-timeout": str(max(1, int(drain_seconds - _FAREWELL_SECONDS))),
+            "--shutdown-timeout": str(max(1, int(drain_seconds - _EXIT_SECONDS))),
         }
         if not placement.abilities & {"chat", "completions"}:
             settings["--runner"] = "pooling"

@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 
 import huggingface_hub  # its parts that are slow to import are loaded when first used
-from huggingface_hub import errors as hub_errors
 
 from appliance.catalog import HubSource, Variant
 from appliance.errors import PullError
@@ -91,7 +90,9 @@ def _keep_or_download(download: Download, context: PullContext) -> str:
 
 def _list_hub_errors() -> tuple[type[Exception], ...]:
     """What the hub's library raises. Its own base class carries the one of the HTTP library that it is built on."""
-    return (ValueError, *hub_errors.HfHubHTTPError.__bases__)
+    from huggingface_hub import errors  # noqa: PLC0415 - brings a second HTTP library, 0.4 s that only failures need
+
+    return (ValueError, *errors.HfHubHTTPError.__bases__)
 
 
 def _build_hub_headers() -> dict[str, str]:
@@ -100,12 +101,14 @@ def _build_hub_headers() -> dict[str, str]:
 
 
 def _explain_hub_error(name: str, error: Exception) -> PullError:
+    from huggingface_hub import errors  # noqa: PLC0415 - brings a second HTTP library, 0.4 s that only failures need
+
     first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    if isinstance(error, hub_errors.GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         return SourceRefused(
             f"finding {name}: its publisher wants its licence accepted first; do that on the hub, then set HF_TOKEN"
         )
-    if isinstance(error, (hub_errors.RepositoryNotFoundError, hub_errors.RemoteEntryNotFoundError)):
+    if isinstance(error, (errors.RepositoryNotFoundError, errors.RemoteEntryNotFoundError)):
         return PullError(
             f"finding {name}: the hub does not have it, or only for who is logged in (HF_TOKEN): {first_line}"
         )

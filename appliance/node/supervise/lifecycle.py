@@ -123,36 +123,36 @@ _STATES: Final[dict[Phase, EngineState]] = {
 Transition = tuple[EngineLifecycle, tuple[Action, ...]]
 
 
-def advance(life: EngineLifecycle, event: Event, now: float, limits: LifecycleLimits) -> Transition:
-    """What becomes of `life` by `event` at `now`, and the actions to take, in order."""
+def advance(lifecycle: EngineLifecycle, event: Event, now: float, limits: LifecycleLimits) -> Transition:
+    """The next state after `event` at `now`, and the actions to take, in order."""
     match event:
         case Start():
-            return _start(life, now, limits)
+            return _start(lifecycle, now, limits)
         case Stop():
-            return _stop(life, now, limits)
+            return _stop(lifecycle, now, limits)
         case Exited(code, crash_reason):
-            return _exited(life, code, crash_reason, now, limits)
+            return _exited(lifecycle, code, crash_reason, now, limits)
         case Healthy():
-            return _healthy(life, now)
+            return _healthy(lifecycle, now)
         case Unhealthy(reason):
-            return _unhealthy(life, reason, now, limits)
+            return _unhealthy(lifecycle, reason, now, limits)
         case ProgressReport(steps, has_work):
-            return _progressed(life, steps, has_work, now, limits)
+            return _progressed(lifecycle, steps, has_work, now, limits)
         case Tick():
-            return _tick(life, now, limits)
+            return _tick(lifecycle, now, limits)
 
 
-def _start(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Transition:
-    if life.phase in ("stopped", "failed"):
-        return _spawn(replace(life, should_run=True, back_off_seconds=_FIRST_BACK_OFF_SECONDS), now, limits)
-    if life.phase == "waiting":
-        return _spawn(replace(life, should_run=True), now, limits)
-    return replace(life, should_run=True), ()
+def _start(lifecycle: EngineLifecycle, now: float, limits: LifecycleLimits) -> Transition:
+    if lifecycle.phase in ("stopped", "failed"):
+        return _spawn(replace(lifecycle, should_run=True, back_off_seconds=_FIRST_BACK_OFF_SECONDS), now, limits)
+    if lifecycle.phase == "waiting":
+        return _spawn(replace(lifecycle, should_run=True), now, limits)
+    return replace(lifecycle, should_run=True), ()
 
 
-def _spawn(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Transition:
+def _spawn(lifecycle: EngineLifecycle, now: float, limits: LifecycleLimits) -> Transition:
     fresh = replace(
-        life,
+        lifecycle,
         phase="starting",
         since=now,
         wake_at=now + limits.start_seconds,
@@ -165,36 +165,36 @@ def _spawn(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Transi
     return fresh, ("spawn",)
 
 
-def _stop(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Transition:
-    life = replace(life, should_run=False)
-    match life.phase:
+def _stop(lifecycle: EngineLifecycle, now: float, limits: LifecycleLimits) -> Transition:
+    lifecycle = replace(lifecycle, should_run=False)
+    match lifecycle.phase:
         case "starting":
             # An engine that is still loading may lose or swallow SIGTERM, and has nothing to finish.
-            return _kill(life, "stopped while starting", now)
+            return _kill(lifecycle, "stopped while starting", now)
         case "ready":
             reason = "asked to stop"
-            return replace(life, phase="stopping", since=now, wake_at=now + limits.drain_seconds, reason=reason), (
+            return replace(lifecycle, phase="stopping", since=now, wake_at=now + limits.drain_seconds, reason=reason), (
                 "terminate",
             )
         case "waiting" | "failed":
-            return replace(life, phase="stopped", since=now, wake_at=None, reason="asked to stop"), ()
+            return replace(lifecycle, phase="stopped", since=now, wake_at=None, reason="asked to stop"), ()
         case "stopped" | "stopping" | "killing":
-            return life, ()
+            return lifecycle, ()
 
 
 def _exited(
-    life: EngineLifecycle, code: int | None, crash_reason: str, now: float, limits: LifecycleLimits
+    lifecycle: EngineLifecycle, code: int | None, crash_reason: str, now: float, limits: LifecycleLimits
 ) -> Transition:
-    if life.phase in ("stopped", "waiting", "failed"):
-        return life, ()
-    if not life.should_run:
-        return replace(life, phase="stopped", since=now, wake_at=None, reason="stopped as asked"), ()
-    reason = life.reason if life.phase == "killing" else describe_exit(code, crash_reason)
-    if life.phase == "starting" and code in limits.permanent_exits:
-        return replace(life, phase="failed", since=now, wake_at=None, reason=reason), ()
-    delay = _back_off_seconds(life, now)
+    if lifecycle.phase in ("stopped", "waiting", "failed"):
+        return lifecycle, ()
+    if not lifecycle.should_run:
+        return replace(lifecycle, phase="stopped", since=now, wake_at=None, reason="stopped as asked"), ()
+    reason = lifecycle.reason if lifecycle.phase == "killing" else describe_exit(code, crash_reason)
+    if lifecycle.phase == "starting" and code in limits.permanent_exits:
+        return replace(lifecycle, phase="failed", since=now, wake_at=None, reason=reason), ()
+    delay = _back_off_seconds(lifecycle, now)
     waiting = replace(
-        life,
+        lifecycle,
         phase="waiting",
         since=now,
         wake_at=now + delay,
@@ -204,10 +204,10 @@ def _exited(
     return waiting, ()
 
 
-def _healthy(life: EngineLifecycle, now: float) -> Transition:
-    if life.phase == "starting":
+def _healthy(lifecycle: EngineLifecycle, now: float) -> Transition:
+    if lifecycle.phase == "starting":
         ready = replace(
-            life,
+            lifecycle,
             phase="ready",
             since=now,
             wake_at=None,
@@ -217,54 +217,61 @@ def _healthy(life: EngineLifecycle, now: float) -> Transition:
             unhealthy_seconds=0.0,
         )
         return ready, ()
-    return replace(life, unhealthy_at=now, unhealthy_seconds=0.0), ()
+    return replace(lifecycle, unhealthy_at=now, unhealthy_seconds=0.0), ()
 
 
-def _unhealthy(life: EngineLifecycle, reason: str, now: float, limits: LifecycleLimits) -> Transition:
-    if life.phase != "ready":
-        return life, ()
-    silent = life.unhealthy_seconds + min(now - life.unhealthy_at, _LONGEST_GAP_SECONDS)
+def _unhealthy(lifecycle: EngineLifecycle, reason: str, now: float, limits: LifecycleLimits) -> Transition:
+    if lifecycle.phase != "ready":
+        return lifecycle, ()
+    silent = lifecycle.unhealthy_seconds + min(now - lifecycle.unhealthy_at, _LONGEST_GAP_SECONDS)
     if silent >= limits.unhealthy_seconds:
-        return _kill(life, f"no answer for {silent:.0f} s: {reason}", now)
-    return replace(life, unhealthy_at=now, unhealthy_seconds=silent), ()
+        return _kill(lifecycle, f"no answer for {silent:.0f} s: {reason}", now)
+    return replace(lifecycle, unhealthy_at=now, unhealthy_seconds=silent), ()
 
 
-def _progressed(life: EngineLifecycle, steps: int, has_work: bool, now: float, limits: LifecycleLimits) -> Transition:
-    if life.phase != "ready":
-        return life, ()
-    answered = replace(life, unhealthy_at=now, unhealthy_seconds=0.0)
-    if not (has_work and life.had_work) or steps != life.steps:
+def _progressed(
+    lifecycle: EngineLifecycle, steps: int, has_work: bool, now: float, limits: LifecycleLimits
+) -> Transition:
+    if lifecycle.phase != "ready":
+        return lifecycle, ()
+    answered = replace(lifecycle, unhealthy_at=now, unhealthy_seconds=0.0)
+    if not (has_work and lifecycle.had_work) or steps != lifecycle.steps:
         return replace(answered, steps=steps, progress_at=now, stalled_seconds=0.0, had_work=has_work), ()
-    stalled = life.stalled_seconds + min(now - life.progress_at, _LONGEST_GAP_SECONDS)
+    stalled = lifecycle.stalled_seconds + min(now - lifecycle.progress_at, _LONGEST_GAP_SECONDS)
     if stalled >= limits.stall_seconds:
         return _kill(answered, f"hung: work waited and no step was done for {stalled:.0f} s", now)
     return replace(answered, progress_at=now, stalled_seconds=stalled), ()
 
 
-def _tick(life: EngineLifecycle, now: float, limits: LifecycleLimits) -> Transition:
-    if life.wake_at is None or now < life.wake_at:
-        return life, ()
-    match life.phase:
+def _tick(lifecycle: EngineLifecycle, now: float, limits: LifecycleLimits) -> Transition:
+    if lifecycle.wake_at is None or now < lifecycle.wake_at:
+        return lifecycle, ()
+    match lifecycle.phase:
         case "starting":
-            return _kill(life, f"not ready within {limits.start_seconds:g} s", now)
+            return _kill(lifecycle, f"not ready within {limits.start_seconds:g} s", now)
         case "stopping":
-            return _kill(life, f"did not end within {limits.drain_seconds:g} s of SIGTERM", now)
+            return _kill(lifecycle, f"did not end within {limits.drain_seconds:g} s of SIGTERM", now)
         case "waiting":
-            return _spawn(replace(life, restarts=life.restarts + 1), now, limits)
+            return _spawn(replace(lifecycle, restarts=lifecycle.restarts + 1), now, limits)
         case _:
-            return replace(life, wake_at=None), ()
+            return replace(lifecycle, wake_at=None), ()
 
 
-def _kill(life: EngineLifecycle, reason: str, now: float) -> Transition:
+def _kill(lifecycle: EngineLifecycle, reason: str, now: float) -> Transition:
     killed = replace(
-        life, phase="killing", since=now, wake_at=None, reason=reason, back_off_seconds=_back_off_seconds(life, now)
+        lifecycle,
+        phase="killing",
+        since=now,
+        wake_at=None,
+        reason=reason,
+        back_off_seconds=_back_off_seconds(lifecycle, now),
     )
     return killed, ("kill",)
 
 
-def _back_off_seconds(life: EngineLifecycle, now: float) -> float:
-    good = life.phase == "ready" and now - life.since >= _GOOD_RUN_SECONDS
-    return _FIRST_BACK_OFF_SECONDS if good else life.back_off_seconds
+def _back_off_seconds(lifecycle: EngineLifecycle, now: float) -> float:
+    good = lifecycle.phase == "ready" and now - lifecycle.since >= _GOOD_RUN_SECONDS
+    return _FIRST_BACK_OFF_SECONDS if good else lifecycle.back_off_seconds
 
 
 def describe_exit(code: int | None, crash_reason: str) -> str:

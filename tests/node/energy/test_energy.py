@@ -288,22 +288,22 @@ class Scene:
         self.signals = StatusPublisher(self.state, lambda: self.now)
         self.device = dict(H200) | {"nvmlDeviceGetUUID": "GPU-0", "nvmlDeviceGetTotalEnergyConsumption": 0}
         placement = SimpleNamespace(gpu=SimpleNamespace(devices=("GPU-0",)))
-        self.keeper = SimpleNamespace(
+        self.engine = SimpleNamespace(
             target=SimpleNamespace(name="onsite/a"), load=LOAD, pid=None, is_busy=False, placement=placement
         )
         meters = EnergyMeters(NvmlMeters(FakeNvml(self.device)), RaplMeters(find_rapl(Path("/nowhere"))))
-        self.sampler = EnergySampler(self.keepers, self.signals, meters, lambda: self.now)
+        self.sampler = EnergySampler(self.engines, self.signals, meters, lambda: self.now)
         self.shown: dict[str, Any] = {}
 
-    def keepers(self) -> Sequence[EngineSupervisor]:
-        return (cast(EngineSupervisor, self.keeper),)
+    def engines(self) -> Sequence[EngineSupervisor]:
+        return (cast(EngineSupervisor, self.engine),)
 
     async def step(self, watts: float, written: int = 0) -> tuple[float, str]:
         self.now += STEP
         self.millijoules += int(watts * STEP * 1000)
         self.device["nvmlDeviceGetTotalEnergyConsumption"] = self.millijoules
-        load = self.keeper.load
-        self.keeper.load = replace(
+        load = self.engine.load
+        self.engine.load = replace(
             load, decode_tokens_total=load.decode_tokens_total + written, steps=load.steps + written
         )
         await self.sampler.sample()
@@ -325,5 +325,5 @@ async def test_an_engine_that_was_started_anew_is_not_charged_with_negative_work
     for _ in range(6):
         await scene.step(80.0)
     await scene.step(480.0, written=200)
-    scene.keeper.load = LOAD
+    scene.engine.load = LOAD
     assert (await scene.step(80.0))[1] == "measured"

@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import os
+import subprocess
+import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -355,3 +357,9 @@ def test_a_local_folder_of_weights_is_taken_over(store: ModelStore, tmp_path: Pa
         (here / name).write_bytes(content)
     pull(store, folder_variant(FileSource("file", str(here))))
     assert store.verify("tiny", "bf16", lambda _: None).unchanged
+
+
+def test_importing_the_store_loads_no_second_http_library() -> None:
+    code = "import sys, appliance.node.models.model_store; print('httpx2' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -218,11 +218,11 @@ async def test_a_model_that_rests_gives_everything_back_and_comes_again(tmp_path
     async with stage(tmp_path) as scene:
         await scene.supervisor.start()
         await scene.supervisor.wait_ready(20)
-        (keeper,) = scene.supervisor.engines
-        await keeper.unload("not used for 300 s")
+        (engine,) = scene.supervisor.engines
+        await engine.unload("not used for 300 s")
         assert (scene.view.state, scene.view.reason) == ("stopped", "not used for 300 s")
         assert scene.members() == []
-        await keeper.wake()
+        await engine.wake()
         await scene.until("ready")
 
 
@@ -232,13 +232,13 @@ async def test_a_model_on_a_gpu_sleeps_instead_and_keeps_its_process(tmp_path: P
     async with stage(tmp_path, on_gpu, stall_seconds=0.5) as scene:
         await scene.supervisor.start()
         await scene.supervisor.wait_ready(20)
-        (keeper,) = scene.supervisor.engines
+        (engine,) = scene.supervisor.engines
         before = scene.members()
-        await keeper.unload("not used for 300 s")
+        await engine.unload("not used for 300 s")
         assert (scene.view.state, scene.view.reason) == ("stopped", "not used for 300 s")
         await eventually(lambda: time.monotonic() - scene.view.seen < 0.2, "its next view")
         assert scene.view.state == "stopped" and scene.members() == before
-        await keeper.wake()
+        await engine.wake()
         await scene.until("ready")
         assert scene.members() == before and scene.view.restarts == 0
         asked = ["/sleep?level=1", "/wake_up"]  # what the program says arrives when it likes
@@ -249,11 +249,11 @@ async def test_a_model_on_a_gpu_sleeps_instead_and_keeps_its_process(tmp_path: P
 
 async def test_a_probe_that_is_refused_is_no_sign_of_a_hang(tmp_path: Path) -> None:
     async with stage(tmp_path, stall_seconds=0.4) as scene:
-        (keeper,) = scene.supervisor.engines
-        keeper.process.key = "wrong"
+        (engine,) = scene.supervisor.engines
+        engine.process.key = "wrong"
         await scene.supervisor.start()
         await scene.supervisor.wait_ready(20)
-        keeper.process.key = "another"
-        await eventually(lambda: keeper.monitor is not None and not keeper.monitor.sends_probes, "a refusal")
+        engine.process.key = "another"
+        await eventually(lambda: engine.monitor is not None and not engine.monitor.sends_probes, "a refusal")
         await asyncio.sleep(1.0)  # longer than a hang takes to be noticed
         assert scene.view.state == "ready" and scene.view.restarts == 0
