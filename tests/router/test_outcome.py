@@ -57,7 +57,7 @@ class Tracer(trace.NoOpTracer):
 @pytest.fixture
 def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Span]]:
     tracer = Tracer()
-    monkeypatch.setattr("appliance.telemetry.traces.tracer", lambda: tracer)
+    monkeypatch.setattr("appliance.telemetry.traces.get_tracer", lambda: tracer)
     yield tracer.spans
     assert all(span.is_ended for span in tracer.spans), "a span was left open"
 

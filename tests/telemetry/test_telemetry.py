@@ -397,7 +397,7 @@ class RecordingTracer(trace.NoOpTracer):
 @pytest.fixture
 def tracer(monkeypatch: pytest.MonkeyPatch) -> RecordingTracer:
     made = RecordingTracer()
-    monkeypatch.setattr(traces, "tracer", lambda: made)
+    monkeypatch.setattr(traces, "get_tracer", lambda: made)
     return made
 
 
