@@ -1,4 +1,4 @@
-"""The encoder program: read the arguments, open the socket, serve until told to stop.
+"""The encoder program: read the arguments, open the socket, serve until a signal.
 
 Exit codes: 0 clean, 2 bad arguments.
 """

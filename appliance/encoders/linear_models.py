@@ -97,14 +97,14 @@ class ProbabilityCalibration:
         rows = np.arange(len(shares))
         best = shares.argmax(axis=1)
         top = np.clip(shares[rows, best].astype(np.float64), CLIP, 1 - CLIP)
-        told = expit(self.sure * np.log(top) - self.unsure * np.log1p(-top) + self.offset)
+        calibrated_top = expit(self.sure * np.log(top) - self.unsure * np.log1p(-top) + self.offset)
         rest = shares.copy()
         rest[rows, best] = 0.0
         others = np.maximum(rest.sum(axis=1, dtype=np.float64), _SMALLEST_SHARE)
         second = rest.max(axis=1) / others
-        told = np.maximum(told, second / (1 + second))
-        rest *= ((1 - told) / others)[:, None].astype(np.float32)
-        rest[rows, best] = told
+        calibrated_top = np.maximum(calibrated_top, second / (1 + second))
+        rest *= ((1 - calibrated_top) / others)[:, None].astype(np.float32)
+        rest[rows, best] = calibrated_top
         calibrated: Floats = rest
         return calibrated
 

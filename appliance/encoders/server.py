@@ -19,8 +19,8 @@ _MOST_DIGITS = 10
 
 
 class EncoderEndpoints:
-    def __init__(self, desk: EncoderService) -> None:
-        self.service = desk
+    def __init__(self, service: EncoderService) -> None:
+        self.service = service
         self.is_draining = False
 
     async def health(self, request: Request) -> Response:

@@ -18,7 +18,7 @@ _PROGRAM_BYTES: Final = 180_000_000
 """Interpreter, numerical libraries and a head or two. Measured: 148 MB with a head of 77 labels."""
 _WEIGHTS_BYTES: Final = 120_000_000
 """A small encoder in int8 with its run-time buffers, and static vectors."""
-_FAREWELL_SECONDS: Final = 3.0
+_EXIT_SECONDS: Final = 3.0
 
 
 class Encoder(EngineDefaults):
@@ -44,7 +44,7 @@ class Encoder(EngineDefaults):
                 "--data": placement.path / CLASSIFIERS,
                 "--models": placement.path / _MODELS,
                 "--threads": placement.shape.threads,
-                "--drain-seconds": max(0.0, drain_seconds - _FAREWELL_SECONDS),
+                "--drain-seconds": max(0.0, drain_seconds - _EXIT_SECONDS),
                 "--parent-guard-fd": parent_guard_fd,
             },
         )

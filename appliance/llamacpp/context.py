@@ -104,6 +104,20 @@ class LlamaContext:
         """Positions held by a sequence, counted from 0."""
         return int(lib.llama_memory_seq_pos_max(self._memory, sequence)) + 1
 
+    def save_sequence(self, sequence: int, spare_bytes: int = 0) -> npt.NDArray[np.uint8]:
+        """A sequence's keys and values in llama.cpp's own form, followed by `spare_bytes` of zeros."""
+        size = lib.llama_state_seq_get_size(self._context, sequence)
+        saved = np.empty(size + spare_bytes, np.uint8)
+        saved[size:] = 0
+        target = saved.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        lib.llama_state_seq_get_data(self._context, target, size, sequence)
+        return saved
+
+    def restore_sequence(self, sequence: int, saved: npt.NDArray[np.uint8]) -> bool:
+        """Put what was saved into an empty sequence. False: it does not fit; the sequence stays empty."""
+        source = saved.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        return bool(lib.llama_state_seq_set_data(self._context, source, len(saved), sequence))
+
     def set_threads(self, threads: int) -> None:
         """Compute with so many threads from the next decode on."""
         lib.llama_set_n_threads(self._context, threads, threads)

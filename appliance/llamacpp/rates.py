@@ -103,21 +103,36 @@ def measure_first_rates(model: LlamaModel, rates: Rates) -> None:
     Prefill on up to 256 tokens, decoding at 1, 4, 8 and 32 sequences. Leaves the model's memory empty.
     """
     began = time.perf_counter()
-    _prefill(model, _PROBE_TOKENS)  # touches the weights for the first time: not measured
-    probe = _prefill(model, _PROBE_TOKENS)
+    _prefill_once(model, _PROBE_TOKENS)  # touches the weights for the first time: not measured
+    probe = _prefill_once(model, _PROBE_TOKENS)
     affordable = int(_PREFILL_SECONDS / probe * _PROBE_TOKENS)
     tokens = max(_PROBE_TOKENS, min(_PREFILL_TOKENS, affordable, model.batch.capacity_tokens, model.context_tokens))
-    rates.observe_prefill(tokens, _prefill(model, tokens), weight=1.0)
+    rates.observe_prefill(tokens, _prefill_once(model, tokens), weight=1.0)
     for sequences in _DECODE_SEQUENCES:
         if sequences in rates.buckets and (sequences == 1 or time.perf_counter() - began < _ALL_SECONDS):
             rates.observe_decode(sequences, _decode(model, sequences), weight=1.0)
     model.memory_clear()
 
 
-def _prefill(model: LlamaModel, tokens: int) -> float:
+def run_prefill(model: LlamaModel, tokens: int) -> float:
+    """Seconds that a prompt of `tokens` takes in one batch. The memory holds it afterwards, as sequence 0."""
     model.batch.clear()
     model.batch.add([position % model.vocabulary_size for position in range(tokens)], 0, 0, last_output=True)
-    seconds = _run(model, model)
+    return run_batch(model, model)
+
+
+def run_batch(model: LlamaModel, context: LlamaContext) -> float:
+    """Seconds of one decode, its result awaited. Raises EngineFailed."""
+    began = time.perf_counter()
+    code = context.decode()
+    if code:
+        raise EngineFailed(f"a decode failed with {code} while measuring: {model.last_log_lines()}")
+    _ = context.rows  # waits for the result
+    return time.perf_counter() - began
+
+
+def _prefill_once(model: LlamaModel, tokens: int) -> float:
+    seconds = run_prefill(model, tokens)
     model.memory_clear()
     return seconds
 
@@ -129,15 +144,6 @@ def _decode(model: LlamaModel, sequences: int) -> float:
     while sum(times) < _DECODE_SECONDS or len(times) < 2:
         where.batch.clear()
         where.batch.add_each([1] * sequences, [len(times)] * sequences, list(range(sequences)))
-        times.append(_run(model, where))
+        times.append(run_batch(model, where))
     where.memory_clear()
     return min(times)
-
-
-def _run(model: LlamaModel, context: LlamaContext) -> float:
-    began = time.perf_counter()
-    code = context.decode()
-    if code:
-        raise EngineFailed(f"the first decode failed with {code}: {model.last_log_lines()}")
-    _ = context.rows  # waits for the result
-    return time.perf_counter() - began

@@ -105,5 +105,5 @@ def read(text: str, read_as: ReplySyntaxes, cuts: Sequence[int] = (), *, cut: bo
     for stop in [*cuts, len(text)]:
         message.add(reading.push(text[edge:stop]))
         edge = stop
-    message.add(reading.close(cut=cut))
+    message.add(reading.close(truncated=cut))
     return message

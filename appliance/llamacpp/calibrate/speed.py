@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from appliance.errors import EngineFailed
 from appliance.llamacpp.calibrate.interference import InterferenceSample, InterferenceStopwatch
 from appliance.llamacpp.model import LlamaModel
+from appliance.llamacpp.rates import run_batch, run_prefill
 
 SEQUENCES: Final = (8, 1, 4, 16, 32)
 MOST_SEQUENCES: Final = max(SEQUENCES)
@@ -63,7 +63,7 @@ def measure_decode(model: LlamaModel, sequences: int, seconds: float) -> SpeedSa
     def step(number: int) -> None:
         model.batch.clear()
         model.batch.add_each([1] * sequences, [start + number] * sequences, list(range(sequences)))
-        _run(model)
+        run_batch(model, model)
 
     step(0)  # the first one after a prompt still builds its graph
     laps = _repeat(lambda number: step(number + 1), seconds, min(_MOST_REPEATS, room - 1))
@@ -76,7 +76,7 @@ def _fork_prefix(model: LlamaModel, sequences: int) -> int:
     model.memory_clear()
     if not model.forkable:
         return 0
-    _fill(model, _PREFIX_TOKENS)
+    run_prefill(model, _PREFIX_TOKENS)
     for sequence in range(1, sequences):
         model.memory_copy(0, sequence, 0, _PREFIX_TOKENS)
     return _PREFIX_TOKENS
@@ -84,20 +84,7 @@ def _fork_prefix(model: LlamaModel, sequences: int) -> int:
 
 def _prefill(model: LlamaModel, tokens: int) -> None:
     model.memory_clear()
-    _fill(model, tokens)
-
-
-def _fill(model: LlamaModel, tokens: int) -> None:
-    model.batch.clear()
-    model.batch.add([position % model.vocabulary_size for position in range(tokens)], 0, 0, last_output=True)
-    _run(model)
-
-
-def _run(model: LlamaModel) -> None:
-    code = model.decode()
-    if code:
-        raise EngineFailed(f"a decode failed with {code} while measuring: {model.last_log_lines()}")
-    _ = model.rows  # waits for the result
+    run_prefill(model, tokens)
 
 
 def _repeat(work: Callable[[int], None], seconds: float, most: int) -> list[InterferenceSample]:

@@ -19,6 +19,7 @@ from appliance.llamacpp.binding import lib
 from appliance.llamacpp.chat.message import MessageIn
 from appliance.llamacpp.chat.reply_format import find_reply_format
 from appliance.llamacpp.chat.template import ChatTemplate
+from appliance.llamacpp.kv.prefix_cache import count_shared_prefix
 from appliance.llamacpp.vocabulary import Vocabulary
 
 NOT_THINKING: JsonObject = {"enable_thinking": False}
@@ -147,7 +148,7 @@ class PromptBuilder:
         """
         bare = self.tokenize(tail)
         joined = [self.tokenize(tail + find_joint(tail, label) + label) for label in labels]
-        shared = min((_common(bare, tokens) for tokens in joined), default=len(bare))
+        shared = min((count_shared_prefix(bare, tokens) for tokens in joined), default=len(bare))
         rests = [tuple(tokens[shared:]) for tokens in joined]
         if ending and self.turn_end is not None:
             rests = [(*rest, self.turn_end) if any(_begins(rest, other) for other in rests) else rest for rest in rests]
@@ -231,13 +232,6 @@ def _part_text(place: str, part: JsonObject) -> str:
     if not isinstance(text, str):
         raise RequestError(f"{place}.text: must be a string, got {text!r:.80}", param=f"{place}.text")
     return text
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    for position, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
-            return position
-    return min(len(one), len(other))
 
 
 def _begins(one: Sequence[int], other: Sequence[int]) -> bool:

@@ -49,8 +49,8 @@ class ReplyParser(Protocol):
 
     def push(self, events: Sequence[TokenEvent]) -> MessagePart: ...
 
-    def close(self, *, cut: bool) -> MessagePart:
-        """The rest; `cut` where the reply was ended by its length."""
+    def close(self, *, truncated: bool) -> MessagePart:
+        """The rest; `truncated` where the reply was ended by its length."""
 
 
 class PlainReplyParser:
@@ -84,7 +84,7 @@ class PlainReplyParser:
                 break
         return MessagePart("".join(text), tokens)
 
-    def close(self, *, cut: bool) -> MessagePart:
+    def close(self, *, truncated: bool) -> MessagePart:
         rest = self._text.close()
         return MessagePart(rest.text, rest.notes)
 
@@ -92,12 +92,12 @@ class PlainReplyParser:
 class MessageReplyParser:
     """Text is reasoning, content and calls. Stop strings and log probabilities are those of the content alone."""
 
-    def __init__(self, pieces: ReplyPieces, stops: Sequence[str], read_as: ReplySyntaxes) -> None:
-        self._pieces, self._shown = pieces, read_as.shown
+    def __init__(self, pieces: ReplyPieces, stops: Sequence[str], syntaxes: ReplySyntaxes) -> None:
+        self._pieces, self._shown = pieces, syntaxes.shown
         self._text: ReplyText[TokenEvent] = ReplyText()
         self._stop = StopFinder(stops)
         self._held_chars = 0
-        self._reading = ToolReplyParser(read_as)
+        self._reading = ToolReplyParser(syntaxes)
         self._waiting: deque[PlacedToken[TokenEvent]] = deque()
         self.completion_tokens = 0
         self.reasoning_tokens = 0
@@ -129,12 +129,12 @@ class MessageReplyParser:
                 break
         return step.part()
 
-    def close(self, *, cut: bool) -> MessagePart:
+    def close(self, *, truncated: bool) -> MessagePart:
         step = _Step()
         delta = self._text.close()
         self._waiting.extend(delta.notes)
         self._sort(self._reading.push(delta.text), step)
-        self._sort(self._reading.close(cut=cut), step)
+        self._sort(self._reading.close(truncated=truncated), step)
         self._release(step)
         return step.part()
 

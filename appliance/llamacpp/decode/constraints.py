@@ -138,14 +138,14 @@ class GrammarCompiler:
         written = orjson.dumps(schema, option=orjson.OPT_NON_STR_KEYS)
         return self._remembered(written, lambda: self._build(schema, param))
 
-    def compile_reply(self, rules: ReplyGrammarSpec) -> JsonConstraint:
+    def compile_reply(self, spec: ReplyGrammarSpec) -> JsonConstraint:
         """A fresh constraint for one reply with tool calls or reasoning in it. As slow as `compile`.
 
         A tool whose schema uses what cannot be enforced gets arguments that are some JSON object, unless it is strict.
         Raises RequestError where it is, or where the schema of the content cannot be enforced.
         """
-        grammar = write_grammar(rules, lambda name, schema: self._enforceable(rules, name, schema))
-        return self._remembered(grammar.encode(), lambda: self._matcher(grammar, "tools" if rules.offered else _FORMAT))
+        grammar = write_grammar(spec, lambda name, schema: self._enforceable(spec, name, schema))
+        return self._remembered(grammar.encode(), lambda: self._matcher(grammar, "tools" if spec.offered else _FORMAT))
 
     @property
     def _tokenizer(self) -> LLTokenizer:
@@ -176,11 +176,11 @@ class GrammarCompiler:
                     self._compiled.popitem(last=False)
         return JsonConstraint(matcher.deep_copy(), self._vocabulary_size)
 
-    def _enforceable(self, rules: ReplyGrammarSpec, name: str, schema: JsonSchema) -> JsonSchema:
+    def _enforceable(self, spec: ReplyGrammarSpec, name: str, schema: JsonSchema) -> JsonSchema:
         try:
             self.compile(schema, param=f"tools: the parameters of {name}")
         except RequestError as error:
-            if rules.offered is not None and name in rules.offered.strict:
+            if spec.offered is not None and name in spec.offered.strict:
                 raise RequestError(error.message, param="tools") from error
             return JSON_OBJECT
         return schema

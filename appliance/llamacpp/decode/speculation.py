@@ -22,23 +22,23 @@ class SpeculationPlanner:
         self._rates, self._tables = rates, PerKeyTables()
         self.drafted_total = self.accepted_total = 0
 
-    def plan_drafts(self, sequences: Ordered[Sequence], room: int, *, has_readers: bool) -> None:
-        """Set the `draft` of each of `sequences`, whose next token the step finds; at most `room` tokens in all.
+    def plan_drafts(self, sequences: Ordered[Sequence], free_rows: int, *, has_readers: bool) -> None:
+        """Set the `draft` of each of `sequences`, whose next token the step finds; at most `free_rows` tokens in all.
 
         `has_readers`: a stream of one of them is read.
         """
         least, bound = self._bounds(len(sequences))
         if has_readers:
-            room = min(room, bound)
+            free_rows = min(free_rows, bound)
         for sequence in sequences:
             sequence.draft = []
-        guesses = [(one, *self._guess(one, least)) for one in sequences if room > 0 and one.sampler.repeatable]
-        least = _cutoff([share for _, _, shares in guesses for share in shares], room)
-        for sequence, tokens, shares in guesses:
-            likely = min(room, sum(share >= least for share in shares))
+        guesses = [(one, *self._guess(one, least)) for one in sequences if free_rows > 0 and one.sampler.repeatable]
+        least = _cutoff([share for _, _, probabilities in guesses for share in probabilities], free_rows)
+        for sequence, tokens, probabilities in guesses:
+            likely = min(free_rows, sum(share >= least for share in probabilities))
             if likely:
                 sequence.set_draft(sequence.sampler.cut_to_allowed(tokens[:likely]))
-                room -= len(sequence.draft)
+                free_rows -= len(sequence.draft)
                 self.drafted_total += len(sequence.draft)
 
     def _guess(self, sequence: Sequence, least: float) -> tuple[list[int], list[float]]:
@@ -58,6 +58,6 @@ class SpeculationPlanner:
         return one_more / average, int(MAX_STEP_GROWTH * sequences * average / one_more)
 
 
-def _cutoff(shares: list[float], room: int) -> float:
-    """The probability from which on guesses fit into `room`, the likeliest first."""
-    return sorted(shares, reverse=True)[room - 1] if len(shares) > room > 0 else 0.0
+def _cutoff(probabilities: list[float], free_rows: int) -> float:
+    """The probability from which on guesses fit into `free_rows`, the likeliest first."""
+    return sorted(probabilities, reverse=True)[free_rows - 1] if len(probabilities) > free_rows > 0 else 0.0

@@ -9,6 +9,7 @@ from collections.abc import Sequence as Ordered
 from appliance.llamacpp.context import Rows
 from appliance.llamacpp.decode.sequence import Sequence
 from appliance.llamacpp.engine_protocol import Logits, TokenEvent
+from appliance.llamacpp.kv.prefix_cache import count_shared_prefix
 from appliance.llamacpp.model import LlamaModel
 
 
@@ -28,7 +29,7 @@ def commit_tokens(sequence: Sequence, rows: Rows, best: Ordered[int], model: Lla
         else:
             _choose(sequence, rows[kept], model)
         new = sequence.tokens[start + kept : sequence.length].tolist()
-        agreed = _agreement(new, draft[kept:])
+        agreed = count_shared_prefix(new, draft[kept:])
         kept += agreed
         if sequence.finished is not None:
             return kept
@@ -38,16 +39,6 @@ def commit_tokens(sequence: Sequence, rows: Rows, best: Ordered[int], model: Lla
     if kept < len(draft):
         model.memory_remove(sequence.id, start + kept)
     return kept
-
-
-def _agreement(written: list[int], drafted: list[int]) -> int:
-    """How many tokens both begin with."""
-    count = 0
-    for token, other in zip(written, drafted, strict=False):
-        if token != other:
-            break
-        count += 1
-    return count
 
 
 def _choose(sequence: Sequence, row: Logits, model: LlamaModel) -> None:

@@ -8,11 +8,9 @@ once its prompt is computed, and back when it outgrows the slot or to be cached.
 about a quarter of a millisecond.
 """
 
-import ctypes
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from appliance.llamacpp.batch import DecodeBatch
 from appliance.llamacpp.binding import lib
@@ -70,38 +68,29 @@ class PerSequenceKv(LlamaContext):
 
     def copy_in(self, sequence: int, slot: int) -> bool:
         """Copy a sequence of the shared memory into an empty slot. False: it does not fit; the slot stays empty."""
-        saved = self._save(self._main, sequence, room_words=self.count)
+        # One stream of the shared memory becomes one of many: those of the other slots have no cells.
+        saved = self._main.save_sequence(sequence, (self.count - 1) * _WORD_BYTES)
         saved.view(np.uint32)[_HEADER_WORDS - 1] = self.count
-        return _restore(self, slot, saved)
+        return self.restore_sequence(slot, saved)
 
     def move_out(self, slot: int, sequence: int, start: int = 0) -> bool:
         """Move what a slot holds from position `start` on into an unused sequence of the shared memory, and empty the
         slot. False: no room there; the sequence stays unused."""
         if start:
             self.memory_remove(slot, 0, start)
-        saved = self._save(self, slot, room_words=0)
+        saved = self.save_sequence(slot)
         self.memory_remove(slot, 0)
         # The shared memory is one stream: cut off what says that the other slots' streams are empty.
         own = saved[slot * _WORD_BYTES : len(saved) - (self.count - slot - 1) * _WORD_BYTES]
         header = own[: _HEADER_WORDS * _WORD_BYTES].view(np.uint32)
         header[:] = saved[:_WORD_BYTES].view(np.uint32)[0], sequence, 1
-        return _restore(self._main, sequence, own)
+        return self._main.restore_sequence(sequence, own)
 
     def move_slot(self, source: int, target: int) -> bool:
         """Move a slot's content into another, empty one."""
-        saved = self._save(self, source, room_words=0)
+        saved = self.save_sequence(source)
         self.memory_remove(source, 0)
-        return _restore(self, target, saved)
-
-    def _save(self, context: LlamaContext, sequence: int, *, room_words: int) -> npt.NDArray[np.uint8]:
-        """The bytes of a sequence; into the shared memory's go `room_words` - 1 more streams, without cells."""
-        size = lib.llama_state_seq_get_size(context._context, sequence)
-        more = max(0, room_words - 1) * _WORD_BYTES
-        saved = np.empty(size + more, np.uint8)
-        saved[size:] = 0
-        target = saved.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        lib.llama_state_seq_get_data(context._context, target, size, sequence)
-        return saved
+        return self.restore_sequence(target, saved)
 
     def _moves(self) -> bool:
         """Try it: one token there and back. The form of a saved sequence is llama.cpp's own and may change."""
@@ -114,8 +103,3 @@ class PerSequenceKv(LlamaContext):
         self.memory_clear()
         batch.clear()
         return worked
-
-
-def _restore(context: LlamaContext, sequence: int, saved: npt.NDArray[np.uint8]) -> bool:
-    source = saved.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-    return bool(lib.llama_state_seq_set_data(context._context, source, len(saved), sequence))

@@ -71,9 +71,9 @@ class PrefixCache:
     def evictable_tokens(self) -> int:
         return self.tokens - self.pinned_tokens
 
-    def match(self, tokens: Tokens, salt: str, limit: int) -> PrefixMatch:
+    def match(self, tokens: Tokens, cache_salt: str, limit: int) -> PrefixMatch:
         """The longest cached prefix of `tokens[:limit]`. Splits an edge where the match ends inside one."""
-        node, now = self._root(salt), next(self._clock)
+        node, now = self._root(cache_salt), next(self._clock)
         while True:
             node.used = now
             child = node.children.get(int(tokens[node.depth])) if node.depth < limit else None
@@ -86,9 +86,9 @@ class PrefixCache:
                 return PrefixMatch(child, child.depth)
             node = child
 
-    def count_cached(self, tokens: Tokens, salt: str) -> int:
+    def count_cached(self, tokens: Tokens, cache_salt: str) -> int:
         """How many of `tokens` are cached, changing nothing."""
-        node = self._root(salt)
+        node = self._root(cache_salt)
         while node.depth < len(tokens):
             child = node.children.get(int(tokens[node.depth]))
             if child is None:
@@ -104,13 +104,13 @@ class PrefixCache:
         if stop > start:
             self._memory.memory_copy(node.leaf.sequence, target, start, stop)
 
-    def insert(self, tokens: Tokens, salt: str, source: int, shared: int) -> PrefixNode | None:
+    def insert(self, tokens: Tokens, cache_salt: str, source: int, shared: int) -> PrefixNode | None:
         """Cache `tokens`, whose cells sequence `source` holds; None when no sequence id can be had for it.
 
         The first `shared` cells of `source` are the tree's already. Where more is cached by now, `source` lets go of
         its own cells for that part and shares the tree's, so that afterwards all `len(tokens)` are the tree's.
         """
-        match = self.match(tokens, salt, len(tokens))
+        match = self.match(tokens, cache_salt, len(tokens))
         node, known = match.node, match.depth
         if known < len(tokens):
             extends_leaf = node.parent is not None and not node.children
@@ -123,7 +123,7 @@ class PrefixCache:
             child = PrefixNode(tokens[known:].copy(), len(tokens), node, sequence=sequence, used=next(self._clock))
             node.children[int(tokens[known])] = child
             if node.parent is None:
-                self._roots[salt] = node
+                self._roots[cache_salt] = node
             self.tokens += len(child.tokens)
             return child
         self._dedupe(node, source, shared, known)
@@ -161,9 +161,9 @@ class PrefixCache:
             freed += self._drop(leaf)
         return freed
 
-    def discard(self, tokens: Tokens, salt: str) -> None:
+    def discard(self, tokens: Tokens, cache_salt: str) -> None:
         """Drop a cached prompt that is not expected again, unless it is pinned or begins another."""
-        node = self.match(tokens, salt, len(tokens)).node
+        node = self.match(tokens, cache_salt, len(tokens)).node
         if node.depth == len(tokens) and node.parent is not None and not node.children and not node.pins:
             self._drop(node)
 
@@ -189,9 +189,9 @@ class PrefixCache:
         self.unpin(keep)
         return found
 
-    def _root(self, salt: str) -> PrefixNode:
+    def _root(self, cache_salt: str) -> PrefixNode:
         """The tree of one salt; remembered once something is put into it, so that lookups leave no trace."""
-        return self._roots.get(salt) or PrefixNode(np.empty(0, np.int32), 0, None, cache_salt=salt)
+        return self._roots.get(cache_salt) or PrefixNode(np.empty(0, np.int32), 0, None, cache_salt=cache_salt)
 
     def _split(self, node: PrefixNode, length: int) -> PrefixNode:
         """Cut an edge after `length` tokens; give the new upper node."""
@@ -237,6 +237,11 @@ def count_common_prefix(one: Tokens, other: Tokens) -> int:
     length = min(len(one), len(other))
     different = one[:length] != other[:length]
     return int(different.argmax()) if different.any() else length
+
+
+def count_shared_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """The same for plain sequences, which are short."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def to_token_array(tokens: Sequence[int]) -> Tokens:

@@ -16,9 +16,15 @@ import numpy.typing as npt
 
 from appliance.llamacpp.decode.sampling import compute_log_normalizer
 from appliance.llamacpp.engine_protocol import LabelItem, LabelScores, Logits
-from appliance.llamacpp.kv.prefix_cache import PrefixNode, Tokens, count_common_prefix, to_token_array
+from appliance.llamacpp.kv.prefix_cache import (
+    PrefixNode,
+    Tokens,
+    count_common_prefix,
+    count_shared_prefix,
+    to_token_array,
+)
 from appliance.llamacpp.labels.search import LabelSearch
-from appliance.llamacpp.labels.trie import LabelTrie, Path, count_shared_prefix
+from appliance.llamacpp.labels.trie import LabelTrie, Path
 
 Ints = npt.NDArray[np.int32]
 

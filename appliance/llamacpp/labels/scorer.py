@@ -96,8 +96,8 @@ class LabelScorer:
         warm: set[PrefixNode] = set()
         if not self._model.forkable:
             return 0
-        for prompt, salt in self.queue.list_expected_prompts():
-            node: PrefixNode | None = self._prefix_cache.match(prompt, salt, len(prompt)).node
+        for prompt, cache_salt in self.queue.list_expected_prompts():
+            node: PrefixNode | None = self._prefix_cache.match(prompt, cache_salt, len(prompt)).node
             while node is not None and node not in warm:
                 warm.add(node)
                 node = node.parent
@@ -302,20 +302,23 @@ class LabelScorer:
     def _keep_prefix(self, piece: PromptPiece, sequence: int, *, over: bool) -> None:
         """Cache what the prompt shares with a recent one or with the call's next item; all of it where more of the same
         item follows."""
-        prompt, salt, following = piece.item.prompt, piece.item.cache_salt, piece.item.job.following
+        prompt, cache_salt, following = piece.item.prompt, piece.item.cache_salt, piece.item.job.following
         shared, worth = len(prompt), 1
         if over:
             if piece.depth == len(prompt):  # cached for this item's waves only
                 self._unpin(piece)
-                self._prefix_cache.discard(prompt, salt)
+                self._prefix_cache.discard(prompt, cache_salt)
             worth = _WORTH_CACHING_TOKENS
             shared = max(
-                (count_common_prefix(prompt, other) for kept, other in self._recent if kept == salt), default=0
+                (count_common_prefix(prompt, other) for kept, other in self._recent if kept == cache_salt), default=0
             )
-            self._recent.append((salt, prompt))
-            if following is not None and following.cache_salt == salt:
+            self._recent.append((cache_salt, prompt))
+            if following is not None and following.cache_salt == cache_salt:
                 shared = max(shared, count_common_prefix(prompt, to_token_array(following.prompt)))
-        if shared - self._prefix_cache.count_cached(prompt[:shared], salt) >= worth:
+        if shared - self._prefix_cache.count_cached(prompt[:shared], cache_salt) >= worth:
             self._prefix_cache.insert(
-                prompt[:shared], salt, sequence, min(piece.depth, self._prefix_cache.count_cached(prompt, salt))
+                prompt[:shared],
+                cache_salt,
+                sequence,
+                min(piece.depth, self._prefix_cache.count_cached(prompt, cache_salt)),
             )

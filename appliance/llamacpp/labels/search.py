@@ -20,7 +20,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from appliance.llamacpp.labels.trie import LabelTrie, Path, count_shared_prefix
+from appliance.llamacpp.kv.prefix_cache import count_shared_prefix
+from appliance.llamacpp.labels.trie import LabelTrie, Path
 
 _HOPEFUL_WAVES: Final = 2
 """So many waves leave out what would not matter if all that is computed led to labels; later ones only what does not

@@ -114,8 +114,3 @@ class LabelTrie:
     def compute_mass(self, logprobs: npt.ArrayLike) -> float:
         """Probability that the text goes on with any of the labels; a label that begins another includes it."""
         return min(1.0, float(np.exp(np.asarray(logprobs)[self.prefix_free]).sum()))
-
-
-def count_shared_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """Number of leading tokens that are equal."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

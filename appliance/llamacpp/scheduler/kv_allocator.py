@@ -9,8 +9,8 @@ from appliance.llamacpp.model import LlamaModel
 class KvAllocator:
     """Moves sequences between waiting, the shared memory and the slots. The engine's thread only."""
 
-    def __init__(self, model: LlamaModel, tree: PrefixCache, free_ids: list[int]) -> None:
-        self._model, self._prefix_cache, self._free_ids = model, tree, free_ids
+    def __init__(self, model: LlamaModel, prefix_cache: PrefixCache, free_ids: list[int]) -> None:
+        self._model, self._prefix_cache, self._free_ids = model, prefix_cache, free_ids
         self._slots = model.slots
         self.in_slots: list[Sequence] = []
         """Number i lies in slot i."""
@@ -93,16 +93,16 @@ class KvAllocator:
         sequence.slot, sequence.computed = slot, computed
         self.in_slots.append(sequence)
 
-    def move_to_shared(self, sequence: Sequence, spare: int) -> bool:
+    def move_to_shared(self, sequence: Sequence, unused_cells: int) -> bool:
         """Move a sequence out of its slot, forking what is cached of it. False: there was no room.
 
-        `spare`: cells of the shared memory that nothing holds.
+        `unused_cells`: cells of the shared memory that nothing holds.
         """
         assert self._slots is not None
         match = self._prefix_cache.match(sequence.tokens, sequence.request.cache_salt, sequence.computed)
         self._prefix_cache.pin(match.node)
         rest = sequence.computed - match.depth
-        if spare + self._prefix_cache.evict(rest - spare) < rest or not self._prefix_cache.free_up_ids(1):
+        if unused_cells + self._prefix_cache.evict(rest - unused_cells) < rest or not self._prefix_cache.free_up_ids(1):
             self._prefix_cache.unpin(match.node)
             return False
         target = self._free_ids.pop()
@@ -118,9 +118,9 @@ class KvAllocator:
         sequence.id, sequence.node, sequence.shared = target, match.node, match.depth
         return True
 
-    def cache_computed(self, sequence: Sequence, spare: int) -> None:
+    def cache_computed(self, sequence: Sequence, unused_cells: int) -> None:
         """Cache all that a sequence has computed, wherever it lies; the caller frees it next."""
-        if sequence.slot < 0 or self.move_to_shared(sequence, spare):
+        if sequence.slot < 0 or self.move_to_shared(sequence, unused_cells):
             self.cache_prefix(sequence, sequence.computed)
 
     def _leave_slot(self, sequence: Sequence) -> None:

@@ -148,16 +148,16 @@ class RunningGeneration:
         requests: Sequence[SequenceRequest],
         stops: Sequence[str],
         n: int,
-        read_as: ReplySyntaxes | None = None,
+        syntaxes: ReplySyntaxes | None = None,
     ) -> None:
         self._engine = engine
         self._choices: list[_Choice] = []
-        self.usage = TokenUsage(reasoning_tokens=0 if read_as is not None and read_as.reasoning is not None else None)
+        self.usage = TokenUsage(reasoning_tokens=0 if syntaxes is not None and syntaxes.reasoning is not None else None)
         try:
             for index, request in enumerate(requests):
                 sequence = engine.submit(request)
                 reader = (
-                    PlainReplyParser(pieces, stops) if read_as is None else MessageReplyParser(pieces, stops, read_as)
+                    PlainReplyParser(pieces, stops) if syntaxes is None else MessageReplyParser(pieces, stops, syntaxes)
                 )
                 self._choices.append(_Choice(index, index % n == 0, sequence, reader))
         except BaseException:
@@ -166,31 +166,31 @@ class RunningGeneration:
 
     @classmethod
     async def start(
-        cls, engine: SequenceEngine, pieces: ReplyPieces, grammars: GrammarCompiler | None, ask: GenerationRequest
+        cls, engine: SequenceEngine, pieces: ReplyPieces, grammars: GrammarCompiler | None, request: GenerationRequest
     ) -> Self:
         """Queue all sequences of the call, or none: EngineBusy, ContextTooLong, RequestError (bad schema)."""
         requests: list[SequenceRequest] = []
-        for prompt, max_tokens in zip(ask.prompts, ask.max_tokens, strict=True):
-            for number in range(ask.n):
+        for prompt, max_tokens in zip(request.prompts, request.max_tokens, strict=True):
+            for number in range(request.n):
                 constraint = None
-                if ask.grammar is not None and grammars is not None:
-                    constraint = await asyncio.to_thread(grammars.compile_reply, ask.grammar)
-                elif ask.schema is not None and grammars is not None:
-                    constraint = await asyncio.to_thread(grammars.compile, ask.schema)
+                if request.grammar is not None and grammars is not None:
+                    constraint = await asyncio.to_thread(grammars.compile_reply, request.grammar)
+                elif request.schema is not None and grammars is not None:
+                    constraint = await asyncio.to_thread(grammars.compile, request.schema)
                 requests.append(
                     SequenceRequest(
                         prompt=prompt,
                         max_tokens=max_tokens,
-                        sampling=_seeded(ask.sampling, len(requests) if number else 0),
-                        logprobs=ask.logprobs,
+                        sampling=_seeded(request.sampling, len(requests) if number else 0),
+                        logprobs=request.logprobs,
                         constraint=constraint,
-                        ignore_eos=ask.ignore_eos,
-                        priority=ask.priority,
-                        cache_salt=ask.cache_salt,
-                        streamed=ask.streamed,
+                        ignore_eos=request.ignore_eos,
+                        priority=request.priority,
+                        cache_salt=request.cache_salt,
+                        streamed=request.streamed,
                     )
                 )
-        return cls(engine, pieces, requests, ask.stops, ask.n, ask.syntaxes)
+        return cls(engine, pieces, requests, request.stops, request.n, request.syntaxes)
 
     async def __aenter__(self) -> Self:
         return self
@@ -265,7 +265,7 @@ class RunningGeneration:
             if part:
                 yield GenerationDelta(choice.index, part)
         end = self._end(self._count(choice))
-        part = reader.close(cut=end == "length")
+        part = reader.close(truncated=end == "length")
         if reader.stopped:
             end = "stop"
         elif reader.called and end == "stop":

@@ -83,8 +83,8 @@ class EngineGate:
         self.started = time.monotonic()
         self.requests = ActiveRequests()
 
-    def open(self, serving: ServerContext) -> None:
-        self.context = serving
+    def open(self, loaded: ServerContext) -> None:
+        self.context = loaded
         self.phase, self.reason = "ok", ""
 
     def close(self, phase: Phase, reason: str) -> None:
@@ -154,20 +154,20 @@ class EngineEndpoints:
         return json_response({"status": self.gate.phase, "reason": self.gate.reason}, 503)
 
     async def load(self, request: Request) -> Response:
-        serving = self._loaded()
+        loaded = self._loaded()
         load = {
-            **asdict(serving.engine.report_load()),
-            "model": serving.alias,
-            "threads": serving.model.threads,
-            "context_tokens": serving.model.context_tokens,
+            **asdict(loaded.engine.report_load()),
+            "model": loaded.alias,
+            "threads": loaded.model.threads,
+            "context_tokens": loaded.model.context_tokens,
             "uptime_seconds": time.monotonic() - self.gate.started,
         }
         # decode_tokens_per_second has numbers for keys
         return raw_json_response(orjson.dumps(load, option=orjson.OPT_NON_STR_KEYS))
 
     async def models(self, request: Request) -> Response:
-        serving = self._loaded()
-        model = serving.model
+        loaded = self._loaded()
+        model = loaded.model
         meta = {
             "context_tokens": model.context_tokens,
             "sequences": model.sequences,
@@ -175,18 +175,18 @@ class EngineEndpoints:
             "parameters": model.n_params,
             "architecture": model.architecture,
             "train_context_tokens": model.train_context_tokens,
-            "chat_template": serving.prompts.template is not None,
+            "chat_template": loaded.prompts.template is not None,
             "vocabulary_size": model.vocabulary_size,
             "sequence_context_tokens": model.sequence_context_tokens,
-            "abilities": sorted(serving.prompts.reply_format.abilities),
-            "tool_format": serving.prompts.reply_format.tools,
-            "reasoning_format": serving.prompts.reply_format.reasoning,
+            "abilities": sorted(loaded.prompts.reply_format.abilities),
+            "tool_format": loaded.prompts.reply_format.tools,
+            "reasoning_format": loaded.prompts.reply_format.reasoning,
         }
-        row = {"id": serving.alias, "object": "model", "created": 0, "owned_by": "local", "meta": meta}
+        row = {"id": loaded.alias, "object": "model", "created": 0, "owned_by": "local", "meta": meta}
         return json_response({"object": "list", "data": [row]})
 
     async def tokenize(self, request: Request) -> Response:
-        serving = self._loaded()
+        loaded = self._loaded()
         body = await read_body(request, self.gate.max_body_bytes)
         call = parse_request(TokenizeIn, body)
         if (call.content is None) == (call.messages is None):
@@ -194,50 +194,50 @@ class EngineEndpoints:
 
         def tokens() -> list[int]:
             if call.messages:
-                return serving.prompts.tokenize_chat(call.messages, call.tools)
-            return serving.prompts.tokenize_raw(call.content or "")
+                return loaded.prompts.tokenize_chat(call.messages, call.tools)
+            return loaded.prompts.tokenize_raw(call.content or "")
 
         found = await _off_loop(len(body), tokens)
         return json_response({"tokens": found, "count": len(found)})
 
     async def chat(self, request: Request) -> Response:
-        serving = self.gate.require_ready()
+        loaded = self.gate.require_ready()
         body = await read_body(request, self.gate.max_body_bytes)
         call = parse_request(ChatIn, body)
-        check_model(call.model, serving.alias)
-        ask = await _off_loop(len(body), lambda: build_chat_request(call, serving.prompts, serving.model))
-        return await self._generate(request, serving, "chat", call, ask)
+        check_model(call.model, loaded.alias)
+        generation = await _off_loop(len(body), lambda: build_chat_request(call, loaded.prompts, loaded.model))
+        return await self._generate(request, loaded, "chat", call, generation)
 
     async def completions(self, request: Request) -> Response:
-        serving = self.gate.require_ready()
+        loaded = self.gate.require_ready()
         body = await read_body(request, self.gate.max_body_bytes)
         call = parse_request(CompletionIn, body)
-        check_model(call.model, serving.alias)
-        ask = await _off_loop(len(body), lambda: build_completion_request(call, serving.prompts, serving.model))
-        return await self._generate(request, serving, "completion", call, ask)
+        check_model(call.model, loaded.alias)
+        generation = await _off_loop(len(body), lambda: build_completion_request(call, loaded.prompts, loaded.model))
+        return await self._generate(request, loaded, "completion", call, generation)
 
     async def labels(self, request: Request) -> Response:
-        serving = self.gate.require_ready()
+        loaded = self.gate.require_ready()
         call = parse_request(LabelsIn, await read_body(request, self.gate.max_body_bytes))
-        check_model(call.model, serving.alias)
+        check_model(call.model, loaded.alias)
 
         async def reply() -> bytes:
-            ask = await asyncio.to_thread(build_label_request, call, serving.prompts, serving.model)
-            scores = await serving.engine.score_labels(list(ask.items.values())) if ask.items else []
-            return await asyncio.to_thread(lambda: orjson.dumps(write_label_reply(ask, scores, serving.alias)))
+            labels = await asyncio.to_thread(build_label_request, call, loaded.prompts, loaded.model)
+            scores = await loaded.engine.score_labels(list(labels.items.values())) if labels.items else []
+            return await asyncio.to_thread(lambda: orjson.dumps(write_label_reply(labels, scores, loaded.alias)))
 
         with self.gate.requests.track():
             return raw_json_response(await _unless_gone(request.receive, reply()))
 
     async def _generate(
-        self, request: Request, serving: ServerContext, kind: Kind, call: SampledIn, ask: GenerationRequest
+        self, request: Request, loaded: ServerContext, kind: Kind, call: SampledIn, generation: GenerationRequest
     ) -> Response:
         usage_wanted = call.stream_options is not None and call.stream_options.include_usage
         writer = ReplyWriter.new(
-            kind, serving.alias, serving.model, logprobs=ask.logprobs is not None, include_usage=usage_wanted
+            kind, loaded.alias, loaded.model, logprobs=generation.logprobs is not None, include_usage=usage_wanted
         )
         with self.gate.requests.track():
-            running = await RunningGeneration.start(serving.engine, serving.model, serving.grammars, ask)
+            running = await RunningGeneration.start(loaded.engine, loaded.model, loaded.grammars, generation)
             try:
                 if call.stream:
                     events = _events(running, writer)

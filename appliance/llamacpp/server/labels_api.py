@@ -64,15 +64,15 @@ def build_label_request(call: LabelsIn, prompts: PromptBuilder, limits: ModelLim
     return LabelRequest(items, errors, [call.label_sets[item.labels] for item in call.items])
 
 
-def write_label_reply(ask: LabelRequest, scores: Sequence[LabelScores], model: str) -> MutableJsonObject:
-    """The reply's body. `scores` are those of `ask.items`, in order."""
+def write_label_reply(request: LabelRequest, scores: Sequence[LabelScores], model: str) -> MutableJsonObject:
+    """The reply's body. `scores` are those of `request.items`, in order."""
     usage = TokenUsage()
     results: list[MutableJsonObject] = []
-    found = dict(zip(ask.items, scores, strict=True))
-    for position, names in enumerate(ask.names):
+    found = dict(zip(request.items, scores, strict=True))
+    for position, names in enumerate(request.names):
         score = found.get(position)
         if score is None:
-            results.append(dict(ask.errors[position].to_openai()))
+            results.append(dict(request.errors[position].to_openai()))
             continue
         usage.prompt_tokens += score.prompt_tokens
         usage.cached_tokens += score.cached_tokens

@@ -57,9 +57,11 @@ def build_chat_request(call: ChatIn, prompts: PromptBuilder, limits: ModelLimits
     )
     asked = call.max_completion_tokens or call.max_tokens
     logprobs = (call.top_logprobs or 0) if call.logprobs else None
-    ask = _ask(call, [prompts.tokenize_raw(text)], asked or DEFAULT_CHAT_TOKENS, logprobs, limits, "messages")
+    request = _build_request(
+        call, [prompts.tokenize_raw(text)], asked or DEFAULT_CHAT_TOKENS, logprobs, limits, "messages"
+    )
     thinks = call.reasoning_effort not in (None, "none")
-    return with_reply_format(ask, prompts.reply_format, offered, text, thinks=thinks)
+    return with_reply_format(request, prompts.reply_format, offered, text, thinks=thinks)
 
 
 def build_completion_request(call: CompletionIn, prompts: PromptBuilder, limits: ModelLimits) -> GenerationRequest:
@@ -71,7 +73,7 @@ def build_completion_request(call: CompletionIn, prompts: PromptBuilder, limits:
     if call.best_of is not None and call.best_of != (call.n or 1):
         raise Unsupported(f"best_of: {call.best_of} is not supported unless it equals n; leave it out", param="best_of")
     given = _prompt_tokens(call.prompt, prompts, limits.vocabulary_size)
-    return _ask(call, given, call.max_tokens or DEFAULT_COMPLETION_TOKENS, call.logprobs, limits, "prompt")
+    return _build_request(call, given, call.max_tokens or DEFAULT_COMPLETION_TOKENS, call.logprobs, limits, "prompt")
 
 
 def join_cache_salt(cache_salt: str | None, prompt_cache_key: str | None) -> str:
@@ -81,17 +83,17 @@ def join_cache_salt(cache_salt: str | None, prompt_cache_key: str | None) -> str
 
 def check_length(tokens: int, limits: ModelLimits, param: str) -> int:
     """How many tokens may follow a prompt. Raises ContextTooLong with both numbers where none may."""
-    room = limits.sequence_context_tokens - tokens
-    if room < 1:
+    left = limits.sequence_context_tokens - tokens
+    if left < 1:
         raise ContextTooLong(
             f"{param}: {tokens} tokens do not fit the context of {limits.sequence_context_tokens} tokens with room for "
             "a reply; shorten it",
             param=param,
         )
-    return room
+    return left
 
 
-def _ask(
+def _build_request(
     call: SampledIn,
     prompts: Sequence[Sequence[int]],
     tokens: int,
@@ -232,27 +234,27 @@ def wants_json(call: ChatIn) -> bool:
 
 
 def with_reply_format(
-    ask: GenerationRequest, style: ReplyFormat, offered: OfferedTools | None, prompt: str, *, thinks: bool
+    request: GenerationRequest, style: ReplyFormat, offered: OfferedTools | None, prompt: str, *, thinks: bool
 ) -> GenerationRequest:
     """The call with what its replies are held to and read by; unchanged where they can be text alone.
 
     `thinks`: the caller wants thoughts, also before JSON.
     """
     if offered is None and style.reasoning is None:
-        return ask
+        return request
     opened = _thinking_open(style, prompt)
     tools = style.tools if offered is not None else None
-    rules = None
-    if offered is not None or (ask.schema is not None and (opened or thinks or style.reasoning == "harmony")):
-        rules = ReplyGrammarSpec(offered, tools, ask.schema, style.reasoning, opened, style.specials)
-    read_as = ReplySyntaxes(
+    grammar = None
+    if offered is not None or (request.schema is not None and (opened or thinks or style.reasoning == "harmony")):
+        grammar = ReplyGrammarSpec(offered, tools, request.schema, style.reasoning, opened, style.specials)
+    syntaxes = ReplySyntaxes(
         tools=tools,
         reasoning=style.reasoning,
         thinking_open=opened,
         schemas=offered.schemas if offered is not None else {},
         shown=style.shown,
     )
-    return replace(ask, grammar=rules, syntaxes=read_as)
+    return replace(request, grammar=grammar, syntaxes=syntaxes)
 
 
 def _thinking_open(style: ReplyFormat, prompt: str) -> bool:

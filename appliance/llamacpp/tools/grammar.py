@@ -42,45 +42,45 @@ class ReplyGrammarSpec:
     """Texts of control tokens and their ids; whatever else stands in a marker is letters."""
 
 
-def write_grammar(rules: ReplyGrammarSpec, enforceable: Enforceable) -> str:
+def write_grammar(spec: ReplyGrammarSpec, enforceable: Enforceable) -> str:
     """The grammar of a reply, beginning where the prompt ends."""
-    return _Writer(rules, enforceable).grammar()
+    return _Writer(spec, enforceable).grammar()
 
 
 class _Writer:
-    def __init__(self, rules: ReplyGrammarSpec, enforceable: Enforceable) -> None:
-        self._rules = rules
-        self._specials = rules.specials
+    def __init__(self, spec: ReplyGrammarSpec, enforceable: Enforceable) -> None:
+        self._spec = spec
+        self._specials = spec.specials
         texts = sorted(map(re.escape, self._specials), key=len, reverse=True)
         self._special = re.compile("|".join(texts)) if texts else None
         self._lines: list[str] = []
-        schemas = rules.offered.schemas if rules.offered is not None else {}
+        schemas = spec.offered.schemas if spec.offered is not None else {}
         self._schemas = {name: enforceable(name, schema) for name, schema in schemas.items()}
 
     def grammar(self) -> str:
-        harmony = "harmony" in (self._rules.tools, self._rules.reasoning)
+        harmony = "harmony" in (self._spec.tools, self._spec.reasoning)
         start = self._channels() if harmony else f"{self._thinking()} {self._answer()}"
         return "\n".join(["%llguidance {}", f"start: {start}", *self._lines, r"TXT: /(.|\n)*/", r"WS: /[ \n]*/", ""])
 
     # The parts of a reply
 
     def _thinking(self) -> str:
-        if self._rules.reasoning is None:
+        if self._spec.reasoning is None:
             return ""
-        opens, shuts = THINKING[self._rules.reasoning]
+        opens, shuts = THINKING[self._spec.reasoning]
         thought = f"{self._text_until(shuts)} WS"
-        return thought if self._rules.thinking_open else f"({self._literal(opens)} {thought})?"
+        return thought if self._spec.thinking_open else f"({self._literal(opens)} {thought})?"
 
     def _answer(self) -> str:
-        rules = self._rules
-        if rules.offered is None or rules.tools is None:
+        spec = self._spec
+        if spec.offered is None or spec.tools is None:
             return self._content()
-        syntax = SYNTAXES[rules.tools]
+        syntax = SYNTAXES[spec.tools]
         calls = self._calls(syntax)
         opening = self._literal(syntax.opening)
-        if rules.offered.required:
+        if spec.offered.required:
             return f"{opening} {calls}"
-        if rules.schema is not None:
+        if spec.schema is not None:
             return f"({self._content()} | {opening} {calls})"
         if syntax.bare:
             return f"({self._plain_words(syntax)} | {self._bare_openings(syntax)} {calls})"
@@ -90,7 +90,7 @@ class _Writer:
         return f"(TXT | {self._text_until(syntax.opening)} {calls}{loose})"
 
     def _content(self) -> str:
-        return "TXT" if self._rules.schema is None else _json_rule(self._rules.schema)
+        return "TXT" if self._spec.schema is None else _json_rule(self._spec.schema)
 
     def _plain_words(self, syntax: ToolSyntax) -> str:
         """Text that cannot be taken for a call."""
@@ -109,20 +109,20 @@ class _Writer:
             f'{self._literal("<|start|>")} "assistant"',
         )
         ends = [f'{channel} "final" {message} {self._content()}']
-        if self._rules.offered is not None:
+        if self._spec.offered is not None:
             calls = [self._call(SYNTAXES["harmony"], name, "") for name in self._schemas]
-            ends = calls if self._rules.offered.required else [*ends, *calls]
+            ends = calls if self._spec.offered.required else [*ends, *calls]
         return f"turn* ({' | '.join(ends)})"
 
     # Calls
 
     def _calls(self, syntax: ToolSyntax) -> str:
         """What follows the opening marker: one call or, where that is allowed, several."""
-        assert self._rules.offered is not None
+        assert self._spec.offered is not None
         inside = "" if syntax.section_open or syntax.bare else syntax.opening
         first = " | ".join(self._call(syntax, name, inside) for name in self._schemas)
         more = ""
-        if self._rules.offered.parallel:
+        if self._spec.offered.parallel:
             following = " | ".join(self._call(syntax, name, "") for name in self._schemas)
             more = f"({self._literal(syntax.between)} ({following}))*"
         head, tail = syntax.list_open, syntax.list_close + syntax.section_close
@@ -130,7 +130,7 @@ class _Writer:
 
     def _loose_calls(self) -> str:
         """A call's JSON without its marker, wherever it stands: its arguments are held to their schema all the same."""
-        assert self._rules.offered is not None
+        assert self._spec.offered is not None
         heads = []
         if len(self._schemas) > _MAX_LOOSE:
             heads.append(("|".join(map(re.escape, self._schemas)), _json_rule({"type": "object"})))
@@ -142,7 +142,7 @@ class _Writer:
             self._rule(f"loose_{number}[lazy]", head)
             choices.append(self._rule(f"loose_{number}_call", f"loose_{number} {arguments}"))
         one = f"({' | '.join(choices)})"
-        return f"{one}+ TXT" if self._rules.offered.parallel else one
+        return f"{one}+ TXT" if self._spec.offered.parallel else one
 
     def _call(self, syntax: ToolSyntax, name: str, written: str) -> str:
         """One call as a rule, without the part of it that is `written` already."""

@@ -46,14 +46,14 @@ class ReplySyntaxes:
 class ToolReplyParser:
     """One reply. The events of all its pieces together are the same however it was cut."""
 
-    def __init__(self, read_as: ReplySyntaxes) -> None:
+    def __init__(self, syntaxes: ReplySyntaxes) -> None:
         self._cursor = ReplyCursor()
-        self._as = read_as
+        self._syntaxes = syntaxes
         self._reasoned = False
         self._unread = -1
         self._marked = False
         """What is unread began with the format's own marker, so half of it is no text."""
-        self.thinking = read_as.thinking_open
+        self.thinking = syntaxes.thinking_open
         """What is being read is reasoning, as far as is known. Harmony's channels say it by their events."""
         self._steps = self._reply()
         self._done = next(self._steps, self) is self
@@ -68,14 +68,17 @@ class ToolReplyParser:
         self._cursor.text += text
         return self._events()
 
-    def close(self, *, cut: bool) -> Sequence[Event]:
-        """The rest. `cut`: the reply was ended by its length, so a call may be unfinished. Raises ToolCallBroken."""
+    def close(self, *, truncated: bool) -> Sequence[Event]:
+        """The rest. `truncated`: the reply was ended by its length, so a call may be unfinished.
+
+        Raises ToolCallBroken.
+        """
         cursor = self._cursor
         cursor.ended = True
         events = self._events()
-        if cursor.call_open and not cut:
+        if cursor.call_open and not truncated:
             raise _broken("it ends before its arguments do")
-        if self._unread >= 0 and not cursor.calls and not cursor.call_open and not (cut and self._marked):
+        if self._unread >= 0 and not cursor.calls and not cursor.call_open and not (truncated and self._marked):
             cursor.content(self._unread, len(cursor.text))
         if not cursor.calls:
             cursor.flush_space()
@@ -99,19 +102,19 @@ class ToolReplyParser:
 
     def _reply(self) -> Step[None]:
         cursor = self._cursor
-        if "harmony" in (self._as.reasoning, self._as.tools):
+        if "harmony" in (self._syntaxes.reasoning, self._syntaxes.tools):
             with suppress(TruncatedReply):
                 yield from read_harmony(cursor)
             cursor.position = len(cursor.text)
             return
-        if self._as.reasoning is not None:
-            yield from self._reasoning(*THINKING[self._as.reasoning])
-        if self._as.tools is not None:
-            yield from self._with_calls(SYNTAXES[self._as.tools])
+        if self._syntaxes.reasoning is not None:
+            yield from self._reasoning(*THINKING[self._syntaxes.reasoning])
+        if self._syntaxes.tools is not None:
+            yield from self._with_calls(SYNTAXES[self._syntaxes.tools])
 
     def _reasoning(self, opens: str, shuts: str) -> Step[None]:
         cursor = self._cursor
-        if not self._as.thinking_open:
+        if not self._syntaxes.thinking_open:
             start = cursor.position
             yield from cursor.skip()
             begins = False
@@ -162,7 +165,7 @@ class ToolReplyParser:
         cursor = self._cursor
         behind = cursor.position
         try:
-            yield from read_unmarked_call(cursor, wrapper, self._as.schemas)
+            yield from read_unmarked_call(cursor, wrapper, self._syntaxes.schemas)
         except MalformedReply:
             if cursor.call_open:
                 raise
@@ -202,7 +205,7 @@ class ToolReplyParser:
             case "named":
                 yield from read_named_calls(self._cursor, syntax)
             case "tagged":
-                yield from read_tagged_call(self._cursor, syntax, marker, self._as.schemas)
+                yield from read_tagged_call(self._cursor, syntax, marker, self._syntaxes.schemas)
             case _:
                 yield from read_pythonic_calls(self._cursor, syntax)
 

@@ -117,7 +117,7 @@ async def test_of_waves_that_fail_only_the_item_gets_an_error_that_made_them_fai
     await until_idle(engine)
 
 
-async def test_a_cancelled_walk_holds_nothing(engine: LlamaEngine) -> None:
+async def test_a_cancelled_search_holds_nothing(engine: LlamaEngine) -> None:
     task = asyncio.create_task(engine.score_labels(items(engine.model, TOLERANCE, [f"Text {n}." for n in range(200)])))
     await until(lambda: engine.report_load().steps > 1)
     task.cancel()
@@ -127,7 +127,7 @@ async def test_a_cancelled_walk_holds_nothing(engine: LlamaEngine) -> None:
 
 
 @pytest.mark.slow
-async def test_walks_and_urgent_streams_that_need_all_cells_both_come_to_an_end(engine: LlamaEngine) -> None:
+async def test_searches_and_urgent_streams_that_need_all_cells_both_come_to_an_end(engine: LlamaEngine) -> None:
     texts = [f"Text {n}." for n in range(16)]
     bulk = [replace(item, priority=5) for item in items(engine.model, TOLERANCE, texts)]
     task = asyncio.create_task(engine.score_labels(bulk))

@@ -54,13 +54,13 @@ def test_words_are_cut_where_a_script_has_no_spaces() -> None:
 def test_serving_gives_the_scores_that_were_trained_on() -> None:
     rows = labelled(80)
     texts, truth = [row["text"] for row in rows], np.array([ord(row["label"][0]) % 3 for row in rows])
-    lexicon = FeatureVocabulary.learn(texts, None)
-    blocks = name_blocks(lexicon.blocks(texts), None)
+    vocabulary = FeatureVocabulary.learn(texts, None)
+    blocks = name_blocks(vocabulary.blocks(texts), None)
     recipe = RECIPES[0]
     weights, bias = fit_linear(stack_blocks(blocks, recipe), truth, 3, 1.0)
-    scorer = LinearScorer(lexicon, LinearModel(split_weights(weights, blocks, recipe), bias))
+    scorer = LinearScorer(vocabulary, LinearModel(split_weights(weights, blocks, recipe), bias))
     new = [*texts[:20], "never seen words here", "", "parcel parcel parcel"]
-    expected = stack_blocks(name_blocks(lexicon.blocks(new), None), recipe) @ weights + bias
+    expected = stack_blocks(name_blocks(vocabulary.blocks(new), None), recipe) @ weights + bias
     for _ in range(2):  # the second time every word is remembered
         np.testing.assert_allclose(scorer.scores(new), expected, atol=1e-4)
     one_by_one = np.vstack([scorer.scores([text]) for text in new])
@@ -70,10 +70,10 @@ def test_serving_gives_the_scores_that_were_trained_on() -> None:
 def test_what_is_remembered_of_words_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("appliance.encoders.linear_models._TABLE_BYTES", 2_000)
     rows = [row["text"] for row in labelled(40)]
-    lexicon = FeatureVocabulary.learn(rows, None)
-    blocks = name_blocks(lexicon.blocks(rows), None)
+    vocabulary = FeatureVocabulary.learn(rows, None)
+    blocks = name_blocks(vocabulary.blocks(rows), None)
     weights, bias = fit_linear(stack_blocks(blocks, RECIPES[0]), np.arange(40) % 3, 3, 1.0)
-    scorer = LinearScorer(lexicon, LinearModel(split_weights(weights, blocks, RECIPES[0]), bias))
+    scorer = LinearScorer(vocabulary, LinearModel(split_weights(weights, blocks, RECIPES[0]), bias))
     first = scorer.scores(rows[:5])
     for text in rows:
         scorer.scores([text])

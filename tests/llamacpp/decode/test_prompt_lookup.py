@@ -10,11 +10,11 @@ from appliance.llamacpp.engine_protocol import Sampling, SequenceRequest
 from appliance.llamacpp.rates import Rates
 
 
-def drafts_of(prompt: list[int], output: list[int], habits: NgramTable | None = None) -> PromptLookup:
+def drafts_of(prompt: list[int], output: list[int], table: NgramTable | None = None) -> PromptLookup:
     """What has read a prompt and an output."""
     tokens = np.zeros(len(prompt) + len(output) + 32, np.int32)
     tokens[: len(prompt) + len(output)] = prompt + output
-    made = PromptLookup(tokens, len(prompt), habits if habits is not None else NgramTable())
+    made = PromptLookup(tokens, len(prompt), table if table is not None else NgramTable())
     made.observe(len(prompt) + len(output))
     return made
 
@@ -55,39 +55,39 @@ def test_guesses_become_shorter_as_they_are_wrong_and_longer_as_they_are_right()
     assert len(guessed(wrong, 8, 0.2)) < len(guessed(unknown, 8, 0.2)) < len(guessed(right, 8, 0.2))
 
 
-def test_what_answers_of_a_tenant_repeat_is_guessed_in_the_next_one() -> None:
-    habits = NgramTable()
+def test_what_answers_of_a_cache_salt_repeat_is_guessed_in_the_next_one() -> None:
+    table = NgramTable()
     for number in range(5):
-        drafts_of([1, 2, 3], [10, 11, 12, 13, 20 + number, 14], habits)
-    assert guessed(drafts_of([1, 2, 3], [], habits), 8, 0.5) == [10, 11, 12, 13]
-    token, probability = habits.predict(11 << 40 | 12 << 20 | 13)
+        drafts_of([1, 2, 3], [10, 11, 12, 13, 20 + number, 14], table)
+    assert guessed(drafts_of([1, 2, 3], [], table), 8, 0.5) == [10, 11, 12, 13]
+    token, probability = table.predict(11 << 40 | 12 << 20 | 13)
     assert 20 <= token < 25
     assert probability < 0.5
 
 
-def test_a_habit_that_changes_is_learned_anew() -> None:
-    habits = NgramTable()
+def test_a_sequel_that_changes_is_learned_anew() -> None:
+    table = NgramTable()
     for _ in range(200):
-        habits.record(7, 1)
-    token, probability = habits.predict(7)
+        table.record(7, 1)
+    token, probability = table.predict(7)
     assert (token, probability > 0.98) == (1, True)
     for _ in range(80):
-        habits.record(7, 2)
-    token, probability = habits.predict(7)
+        table.record(7, 2)
+    token, probability = table.predict(7)
     assert (token, probability > 0.5) == (2, True)
 
 
-def test_habits_are_bounded_and_the_ones_in_use_stay() -> None:
-    habits = NgramTable()
+def test_tables_are_bounded_and_the_ones_in_use_stay() -> None:
+    table = NgramTable()
     for key in range(100_000):
-        habits.record(key, 3)
-        habits.record(-1, 4)
-    assert habits.predict(-1)[0] == 4
-    assert habits.predict(99_999)[0] == 3
-    assert habits.predict(5) == (0, 0.0)
+        table.record(key, 3)
+        table.record(-1, 4)
+    assert table.predict(-1)[0] == 4
+    assert table.predict(99_999)[0] == 3
+    assert table.predict(5) == (0, 0.0)
 
 
-def test_a_tenant_learns_nothing_of_another_and_the_oldest_is_forgotten() -> None:
+def test_a_cache_salt_learns_nothing_of_another_and_the_oldest_is_forgotten() -> None:
     tenants = PerKeyTables()
     first = tenants.table_for("a")
     first.record(1, 2)

@@ -28,27 +28,27 @@ class Source:
         return logprobs
 
 
-def read(walk: LabelSearch, source: Source, chains: list[Path]) -> None:
+def read(search: LabelSearch, source: Source, chains: list[Path]) -> None:
     for chain in chains:
-        for length, node in enumerate(walk.trie.list_nodes(chain)):
-            if not walk.has_read(node):
-                walk.add_logprobs(node, source.logprobs(chain[:length])[walk.trie.read_tokens[node]])
+        for length, node in enumerate(search.trie.list_nodes(chain)):
+            if not search.has_read(node):
+                search.add_logprobs(node, source.logprobs(chain[:length])[search.trie.read_tokens[node]])
 
 
 def walked(trie: LabelTrie, source: Source, tolerance: float) -> npt.NDArray[np.float64]:
-    walk = LabelSearch(trie)
+    search = LabelSearch(trie)
     chains: list[Path] = [()]
     while chains:
-        read(walk, source, chains)
-        chains = walk.plan_next_chains(tolerance)
-    return walk.compute_logprobs()
+        read(search, source, chains)
+        chains = search.plan_next_chains(tolerance)
+    return search.compute_logprobs()
 
 
 def whole(trie: LabelTrie, source: Source) -> npt.NDArray[np.float64]:
-    walk = LabelSearch(trie)
-    read(walk, source, trie.chains)
-    assert not walk.plan_next_chains(0.0)
-    return walk.compute_logprobs()
+    search = LabelSearch(trie)
+    read(search, source, trie.chains)
+    assert not search.plan_next_chains(0.0)
+    return search.compute_logprobs()
 
 
 def shares(logprobs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -91,18 +91,18 @@ def test_where_the_model_is_sure_a_small_part_of_a_large_trie_is_computed() -> N
     assert source.asked < len(LabelTrie(labels)) / 10
 
 
-def test_impossible_labels_end_a_walk_at_once() -> None:
-    walk = LabelSearch(LabelTrie([(0, 1), (2, 3)]))
-    walk.add_logprobs(0, np.full(2, -np.inf))
-    assert walk.plan_next_chains(1e-3) == []
-    assert walk.compute_logprobs().tolist() == [-np.inf, -np.inf]
+def test_impossible_labels_end_a_search_at_once() -> None:
+    search = LabelSearch(LabelTrie([(0, 1), (2, 3)]))
+    search.add_logprobs(0, np.full(2, -np.inf))
+    assert search.plan_next_chains(1e-3) == []
+    assert search.compute_logprobs().tolist() == [-np.inf, -np.inf]
 
 
 def test_a_wave_goes_on_to_the_next_choice() -> None:
     trie = LabelTrie([(0, 1, 2, 3), (0, 1, 2, 4), (5, 1)])
-    walk = LabelSearch(trie)
-    walk.add_logprobs(0, np.log([0.5, 0.5, 0.5])[: len(trie.read_tokens[0])])
-    assert walk.plan_next_chains(1e-3) == [(0, 1, 2), (5,)]
+    search = LabelSearch(trie)
+    search.add_logprobs(0, np.log([0.5, 0.5, 0.5])[: len(trie.read_tokens[0])])
+    assert search.plan_next_chains(1e-3) == [(0, 1, 2), (5,)]
 
 
 def test_labels_that_begin_each_other_can_all_be_likely() -> None:
@@ -121,15 +121,15 @@ def test_small_tries_and_small_calls_are_computed_in_one_pass() -> None:
     assert not SearchBudget().is_worth_searching(LARGE, 1000, 0.0)
 
 
-def test_where_walks_save_nothing_few_items_walk() -> None:
-    thrift, walks = SearchBudget(), 0
+def test_where_searches_save_nothing_few_items_search() -> None:
+    budget, searches = SearchBudget(), 0
     for seed in range(400):
-        if thrift.is_worth_searching(LARGE, 1000, 1e-3):
-            walk, source = LabelSearch(LARGE), Source(seed, 0.1, 0.0)
+        if budget.is_worth_searching(LARGE, 1000, 1e-3):
+            search, source = LabelSearch(LARGE), Source(seed, 0.1, 0.0)
             chains: list[Path] = [()]
             while chains:
-                read(walk, source, chains)
-                chains = walk.plan_next_chains(1e-3)
-            thrift.observe(walk)
-            walks += 1
-    assert 10 < walks < 100
+                read(search, source, chains)
+                chains = search.plan_next_chains(1e-3)
+            budget.observe(search)
+            searches += 1
+    assert 10 < searches < 100

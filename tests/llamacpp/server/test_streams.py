@@ -87,17 +87,17 @@ async def scripted(
     model: LlamaModel, folder: Path, *sequences: ScriptedSequence
 ) -> AsyncIterator[tuple[httpx.AsyncClient, EngineGate]]:
     grammars = GrammarCompiler(model.vocab_pointer, model.end_tokens, vocabulary_size=model.vocabulary_size)
-    desk = EngineGate()
-    desk.open(ServerContext("smol", model, ScriptedEngine(*sequences), PromptBuilder(model), grammars))
+    gate = EngineGate()
+    gate.open(ServerContext("smol", model, ScriptedEngine(*sequences), PromptBuilder(model), grammars))
     uds = folder / "scripted.sock"
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(uds))
-        server = uvicorn.Server(uvicorn.Config(make_app(desk), lifespan="off", log_config=None, ws="none"))
+        server = uvicorn.Server(uvicorn.Config(make_app(gate), lifespan="off", log_config=None, ws="none"))
         task = asyncio.create_task(server._serve(sockets=[sock]))
         async with httpx.AsyncClient(
             transport=httpx.AsyncHTTPTransport(uds=str(uds)), base_url="http://engine"
         ) as http:
-            yield http, desk
+            yield http, gate
         server.should_exit = True
         await task
 
@@ -161,18 +161,18 @@ async def test_leaving_before_the_first_token_cancels_at_once(
     vocabulary: LlamaModel, tmp_path: Path, stream: bool
 ) -> None:
     waiting = ScriptedSequence([None], "stop", None)
-    async with scripted(vocabulary, tmp_path, waiting) as (http, desk):
+    async with scripted(vocabulary, tmp_path, waiting) as (http, gate):
         call = asyncio.create_task(http.post("/v1/chat/completions", json={"messages": HI, "stream": stream}))
 
         async def at_work() -> bool:
-            return desk.requests.count > 0
+            return gate.requests.count > 0
 
         await eventually(at_work)
         assert not waiting.cancelled.is_set()
         call.cancel()
         async with asyncio.timeout(5):
             await waiting.cancelled.wait()
-            await desk.requests.wait_until_none()
+            await gate.requests.wait_until_none()
 
 
 async def test_an_item_the_engine_cannot_score_is_an_error_in_its_place(vocabulary: LlamaModel, tmp_path: Path) -> None:
