@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -49,6 +49,8 @@ __all__ = [
     "load_device",
     "load_model",
 ]
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +192,7 @@ def _contradictory_variants(spec: ModelSpec) -> Iterator[tuple[Location, str]]:
                 yield (*place, "sources", number, "files"), "a gguf variant is one file; name exactly one"
 
 
-def _load(path: Path, adapter: TypeAdapter[Any]) -> tuple[Any, str]:
+def _load(path: Path, adapter: TypeAdapter[_T]) -> tuple[_T, str]:
     """The file's content as a value, and its text for looking lines up."""
     try:
         text = path.read_text("utf-8")

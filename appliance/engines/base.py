@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -183,7 +183,7 @@ class EngineAdapter(Protocol):
 _LOAD: Final[TypeAdapter[EngineLoad]] = TypeAdapter(EngineLoad)
 
 
-def read_load(payload: Any) -> EngineLoad:
+def read_load(payload: object) -> EngineLoad:
     """An engine's `/load` as a value. Raises BackendGarbage on anything else; unknown fields are left out."""
     try:
         return _LOAD.validate_python(payload)

@@ -16,8 +16,8 @@ from appliance.jobs.manager import JobManager
 from appliance.jobs.metrics import JobMetrics
 from appliance.jobs.provider.lines import ProviderLines
 from appliance.node.plan.planner import ENGINE_ADAPTERS
+from appliance.node.supervise.deps import SupervisorDeps
 from appliance.node.supervise.encoder_host import EncoderHost
-from appliance.node.supervise.engine_supervisor import SupervisorDeps
 from appliance.node.supervise.launcher import ChildLauncher
 from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor

@@ -12,8 +12,8 @@ import pytest
 from appliance.config import EngineSettings
 from appliance.core import Target
 from appliance.engines.encoder import Encoder, has_encoder_work
+from appliance.node.supervise.deps import SupervisorDeps
 from appliance.node.supervise.encoder_host import EncoderHost
-from appliance.node.supervise.engine_supervisor import SupervisorDeps
 from appliance.node.supervise.launcher import ChildLauncher
 from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor

@@ -14,7 +14,7 @@ from appliance.core import EngineState, EngineStatus
 from appliance.engines.base import EngineMemory, EngineShape, Placement
 from appliance.engines.vllm import InstalledVllm, Vllm
 from appliance.node.supervise import orphans
-from appliance.node.supervise.engine_supervisor import SupervisorDeps
+from appliance.node.supervise.deps import SupervisorDeps
 from appliance.node.supervise.launcher import Child, ChildLauncher
 from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -58,7 +58,7 @@ class CalibrationStore:
         return self.folder / model / f"{source}.{hardware}.json"
 
 
-def read_measurement(payload: Any) -> Measurement:
+def read_measurement(payload: object) -> Measurement:
     """The program's result as a value. Raises BackendGarbage on anything else."""
     try:
         return _MEASUREMENT.validate_python(payload)

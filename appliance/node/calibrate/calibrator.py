@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Final
 
 from appliance.config import ToleranceSettings
 from appliance.engines.llamacpp import ENVIRONMENT, LlamaCpp
@@ -239,7 +239,7 @@ def _options(order: CalibrationOrder, files: dict[str, Path], effort: Calibratio
     return [*words, "--seconds", str(effort.seconds)]
 
 
-def _listen(process: "subprocess.Popen[bytes]", report: Callable[[CalibrationStep], None]) -> Any:
+def _listen(process: "subprocess.Popen[bytes]", report: Callable[[CalibrationStep], None]) -> object:
     """The result among the program's lines; None if it ended without one."""
     assert process.stdout is not None
     result = None

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from appliance.catalog import Variant
@@ -11,6 +13,7 @@ from appliance.node.models.download import (
     CHUNK_BYTES,
     PullContext,
     PullProgress,
+    PullReporter,
     explain_disk_error,
     hash_file,
     require_checksum,
@@ -66,3 +69,41 @@ def _copy_file(source: Path, target: Path, context: PullContext, what: str) -> s
             done += len(chunk)
             context.report(PullProgress("copy", what, done, total))
     return digest.hexdigest()
+
+
+def hash_path(path: Path, report: PullReporter) -> str:
+    """The sha256 of a file; of a folder, over its sorted checksums."""
+    if path.is_file():
+        return hash_file(path, PullProgress("verify", path.name), report)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return hash_checksums(
+        {str(file.relative_to(path)): hash_file(file, PullProgress("verify", file.name), report) for file in files}
+    )
+
+
+def hash_checksums(sums: Mapping[str, str]) -> str:
+    """One sha256 over the checksums of a folder, by file name."""
+    lines = "".join(f"{sha256}  {name}\n" for name, sha256 in sorted(sums.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def measure_bytes(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size
+
+
+def read_mtime_ns(path: Path) -> int:
+    """When the file, or the youngest file of the folder, was last written."""
+    if path.is_dir():
+        return max((file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()), default=0)
+    return path.stat().st_mtime_ns
+
+
+def delete_path(path: Path) -> None:
+    """Delete a file or a folder; none is no error."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -8,11 +8,10 @@ A file whose stamp still matches is served without contacting anything; a file w
 """
 
 import fcntl
-import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -28,11 +27,11 @@ from appliance.node.models.download import (
     PullProgress,
     PullReporter,
     explain_disk_error,
-    hash_file,
     require_space,
 )
 from appliance.node.models.gguf_header import read_gguf_header
 from appliance.node.models.hf_folder import check_weight_files
+from appliance.node.models.local_files import delete_path, hash_checksums, hash_path, measure_bytes, read_mtime_ns
 from appliance.node.models.sources import (
     describe_source,
     estimate_peak_bytes,
@@ -127,7 +126,7 @@ class ModelStore:
             read_gguf_header(stored.path)
         elif any(stored.path.glob("*.safetensors")):
             check_weight_files(stored.path)
-        found = _sha256_of(stored.path, report)
+        found = hash_path(stored.path, report)
         if stored.sha256 is not None and found != stored.sha256:
             raise ModelFileError(
                 f"{stored.path}: sha256 is {found}, recorded was {stored.sha256}; remove it and pull again"
@@ -140,11 +139,11 @@ class ModelStore:
         """Delete the variant and what is left of its pulls; the bytes freed. NotFound if there is nothing."""
         with self._lock(model, variant, lambda _: None):
             places = [self.locate(model, variant), self._stamp_path(model, variant), self._pull_folder(model, variant)]
-            freed = sum(_size_bytes(place) for place in places if place.exists())
+            freed = sum(measure_bytes(place) for place in places if place.exists())
             if freed == 0:
                 raise NotFound(f"{model} {variant} is not here; appliance models list shows what is")
             for place in places:
-                _delete(place)
+                delete_path(place)
             folder = self.folder / model
             if not any(folder.iterdir()):
                 folder.rmdir()
@@ -162,7 +161,7 @@ class ModelStore:
         draft, final = self.locate_draft(model, variant), self.folder / model / f"{variant}.gguf"
         read_gguf_header(draft)
         try:
-            sha256 = _sha256_of(draft, lambda _: None)
+            sha256 = hash_path(draft, lambda _: None)
             self._clear(model, variant, final)
             draft.replace(final)
             self._write_stamp(model, variant, final, sha256, f"derived from {source}", derived_from)
@@ -192,7 +191,7 @@ class ModelStore:
             read_gguf_header(path)
         except ModelFileError:
             return None
-        found = _sha256_of(path, report)
+        found = hash_path(path, report)
         stored = self.find(spec.name, variant.name)
         recorded = variant.sha256 or (stored.sha256 if stored else None)
         if recorded not in (None, found):
@@ -218,13 +217,13 @@ class ModelStore:
         what = f"{spec.name} {variant.name}"
         try:
             context.folder.mkdir(parents=True, exist_ok=True)
-            still_to_come = estimate_peak_bytes(source, variant) - _size_bytes(context.folder)
+            still_to_come = estimate_peak_bytes(source, variant) - measure_bytes(context.folder)
             require_space(context.folder, max(0, still_to_come), what)
             name = variant.name if variant.is_folder else f"{variant.name}.gguf"
             made, final = context.folder / name, self.folder / spec.name / name
             if variant.is_folder:
                 sums = obtain_folder(source, made, context)
-                sha256 = _sha256_of_sums(sums)
+                sha256 = hash_checksums(sums)
                 _check_folder(made, variant)
             else:
                 sha256 = obtain_file(source, variant, made, context)
@@ -241,7 +240,7 @@ class ModelStore:
         if final.exists() and self._read_stamp(model, variant) is None:
             final.replace(final.with_name(f"{final.name}.set-aside"))
         elif final.is_dir():
-            _delete(final)
+            delete_path(final)
 
     @contextmanager
     def _lock(self, model: str, variant: str, report: PullReporter) -> Iterator[None]:
@@ -265,7 +264,7 @@ class ModelStore:
     # ---- what is recorded ----
 
     def _describe(self, model: str, variant: str, path: Path) -> StoredModel:
-        size_bytes, mtime_ns = _size_bytes(path), _mtime_ns(path)
+        size_bytes, mtime_ns = measure_bytes(path), read_mtime_ns(path)
         stamp = self._read_stamp(model, variant)
         return StoredModel(
             model=model,
@@ -289,7 +288,7 @@ class ModelStore:
         self, model: str, variant: str, path: Path, sha256: str, source: str, derived_from: str | None = None
     ) -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        stamp = _Stamp(_size_bytes(path), _mtime_ns(path), sha256, source, now, derived_from)
+        stamp = _Stamp(measure_bytes(path), read_mtime_ns(path), sha256, source, now, derived_from)
         replace_file(self._stamp_path(model, variant), json.dumps(asdict(stamp), indent=1) + "\n")
 
     def _stamp_path(self, model: str, variant: str) -> Path:
@@ -321,37 +320,3 @@ def _check_folder(path: Path, variant: Variant) -> None:
             check_weight_files(path)
         except ModelFileError as error:
             raise PullError(f"checking what came: {error.message}") from error
-
-
-def _sha256_of(path: Path, report: PullReporter) -> str:
-    if path.is_file():
-        return hash_file(path, PullProgress("verify", path.name), report)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return _sha256_of_sums(
-        {str(file.relative_to(path)): hash_file(file, PullProgress("verify", file.name), report) for file in files}
-    )
-
-
-def _sha256_of_sums(sums: Mapping[str, str]) -> str:
-    lines = "".join(f"{sha256}  {name}\n" for name, sha256 in sorted(sums.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _size_bytes(path: Path) -> int:
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return path.stat().st_size
-
-
-def _mtime_ns(path: Path) -> int:
-    """When the file, or the youngest file of the folder, was last written."""
-    if path.is_dir():
-        return max((file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()), default=0)
-    return path.stat().st_mtime_ns
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -1,22 +1,20 @@
 """One engine under supervision: its process, its life cycle and what it last reported."""
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import structlog
 
-from appliance.config import EngineSettings as EngineConfig
 from appliance.core import EngineLoad, EngineStatus, Target
 from appliance.engines.base import EngineAdapter, Placement
+from appliance.node.supervise.deps import SupervisorDeps
 from appliance.node.supervise.engine_client import EngineClient
 from appliance.node.supervise.engine_monitor import EngineMonitor, EngineRun, has_work
 from appliance.node.supervise.engine_process import EngineProcess
-from appliance.node.supervise.launcher import Launcher, Process
+from appliance.node.supervise.launcher import Process
 from appliance.node.supervise.lifecycle import (
     Action,
     EngineLifecycle,
@@ -31,7 +29,6 @@ from appliance.node.supervise.lifecycle import (
     Tick,
     advance,
 )
-from appliance.node.supervise.status import StatusPublisher
 from appliance.telemetry.background import TASK_FAILED, GuardedTask
 
 _SLEEP_SECONDS: Final = 60.0
@@ -40,21 +37,6 @@ _LASTING_TASKS: Final = ("lifecycle", "poll", "exit")
 
 
 _log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class SupervisorDeps:
-    """What all engine supervisors of a node share."""
-
-    launcher: Launcher
-    status: StatusPublisher
-    config: EngineConfig
-    drain_seconds: float
-    """From SIGTERM to SIGKILL."""
-    runtime_folder: Path
-    """Where the sockets are to lie. The processes of this node's engines are recognised by it."""
-    watts_per_busy_core: float | None = None
-    clock: Callable[[], float] = time.monotonic
 
 
 class EngineSupervisor:

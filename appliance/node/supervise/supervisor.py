@@ -13,7 +13,8 @@ from appliance.engines.base import EngineAdapter, Placement
 from appliance.errors import EngineFailed
 from appliance.node.plan.planner import ENGINE_ADAPTERS
 from appliance.node.supervise import orphans
-from appliance.node.supervise.engine_supervisor import EngineSupervisor, SupervisorDeps
+from appliance.node.supervise.deps import SupervisorDeps
+from appliance.node.supervise.engine_supervisor import EngineSupervisor
 from appliance.node.supervise.lifecycle import EngineLifecycle
 from appliance.node.supervise.sockets import SocketFolder
 

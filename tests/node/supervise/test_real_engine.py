@@ -19,7 +19,7 @@ from appliance.errors import EngineFailed
 from appliance.node.hardware.probe import probe_hardware
 from appliance.node.plan.models import ModelCandidate
 from appliance.node.plan.planner import plan_placements
-from appliance.node.supervise.engine_supervisor import SupervisorDeps
+from appliance.node.supervise.deps import SupervisorDeps
 from appliance.node.supervise.launcher import ChildLauncher
 from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor

@@ -17,7 +17,7 @@ from appliance.config import EngineSettings as EngineConfig
 from appliance.core import Ability, EngineState, EngineStatus, Target
 from appliance.engines.base import EngineDefaults, EngineMemory, EngineShape, Placement
 from appliance.errors import EngineFailed
-from appliance.node.supervise.engine_supervisor import SupervisorDeps
+from appliance.node.supervise.deps import SupervisorDeps
 from appliance.node.supervise.launcher import Child, ChildLauncher
 from appliance.node.supervise.sockets import SocketFolder
 from appliance.node.supervise.status import StatusPublisher

@@ -16,7 +16,7 @@ from appliance.engines.base import EngineMemory, EngineShape, Placement
 from appliance.engines.llamacpp import LlamaCpp
 from appliance.engines.vllm import Vllm
 from appliance.node.plan.swap import RAM, SwapRules, find_initially_unloaded
-from appliance.node.supervise.engine_supervisor import SupervisorDeps
+from appliance.node.supervise.deps import SupervisorDeps
 from appliance.node.supervise.launcher import ChildLauncher
 from appliance.node.supervise.status import StatusPublisher
 from appliance.node.supervise.supervisor import Supervisor
