@@ -1,8 +1,9 @@
-"""Answers in another dialect than OpenAI's: whole ones rewritten, streams rewritten event by event."""
+"""Answers in another dialect than OpenAI's: as they came where the target speaks it, else rewritten."""
 
 from collections.abc import AsyncIterator
 from typing import Final
 
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from appliance.api.intake import InboundRequest
@@ -61,7 +62,12 @@ async def respond_in_dialect(
         source = answer.stream or stream_pieces(write_chat_stream(answer.payload, _WITH_USAGE))
         start = StreamStart(original, inbound.prompt_tokens, as_events)
         rewriter = StreamRewriter(dialect.write_stream(start))
+        if answer.stream is not None and answer.is_forwarded:
+            return StreamResponse(answer, answer.stream, rewriter.fail, content_type)
         return StreamResponse(answer, DialectStream(source, rewriter), rewriter.fail, content_type)
+    if answer.raw is not None:
+        await answer.aclose()
+        return Response(answer.raw, answer.status, answer.metadata.headers(), "application/json")
     return await respond_whole(answer, lambda payload: dialect.write_reply(payload, original))
 
 

@@ -30,6 +30,7 @@ from appliance.core.requests import Caller, ParsedRequest, PiiScanResult, Profil
 from appliance.core.residency import ANYWHERE, ONSITE, Residency, strictest
 from appliance.core.results import (
     AttemptOutcome,
+    CallerBody,
     LateVerifiedCall,
     Outcome,
     ResponseMetadata,
@@ -64,6 +65,7 @@ __all__ = [
     "AttemptResult",
     "BatchApi",
     "Caller",
+    "CallerBody",
     "CostBasis",
     "Decision",
     "Dialect",

@@ -12,12 +12,21 @@ from appliance.core.routing import ExcludedTarget
 from appliance.core.targets import Target
 
 
+class CallerBody(NamedTuple):
+    """A request's body as it came, and the endpoint whose dialect it is in."""
+
+    endpoint: Endpoint
+    body: JsonObject
+
+
 @dataclass(frozen=True, slots=True)
 class UpstreamCall:
     """One HTTP call to a target: path below its address, and the body. Its `model` is put in on sending."""
 
     path: str
     body: JsonObject
+    original: CallerBody | None = None
+    """What came in another dialect than OpenAI's chat, where a target that speaks it may be sent that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +40,8 @@ class UpstreamReply:
     total_seconds: float
     rest_seconds: float | None = None
     """How long the target wants no more requests, where it said that this one took the last that it allows."""
+    raw: bytes | None = None
+    """The JSON body as it came, where it is in the caller's own dialect; `payload` is its translation then."""
 
 
 class TaskCall(Protocol):

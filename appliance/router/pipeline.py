@@ -37,7 +37,6 @@ from appliance.router.routing.match import list_visible_targets
 from appliance.router.routing.router import Router, RoutingResult
 from appliance.router.token_count import TokenCount, count_prompt_tokens
 from appliance.telemetry import traces
-from appliance.wire.sse import without_end
 
 
 class Pipeline:
@@ -86,7 +85,7 @@ class Pipeline:
             close(_as_internal_error(error))
             raise
         if runner is None or runner.stream is None:
-            return Answer(close(None), payload=payload)
+            return Answer(close(None), payload=payload, raw=None if runner is None else runner.raw)
         return Answer(loop.interim_metadata(runner), streaming=_Streaming(runner, loop, close))
 
     async def answer_many(self, request: Request, calls: Sequence[TaskCall], *, concurrency: int) -> "BatchAnswer":
@@ -195,16 +194,28 @@ class Answer:
     """
 
     def __init__(
-        self, metadata: ResponseMetadata, *, payload: Any = None, streaming: "_Streaming | None" = None
+        self,
+        metadata: ResponseMetadata,
+        *,
+        payload: Any = None,
+        raw: bytes | None = None,
+        streaming: "_Streaming | None" = None,
     ) -> None:
         self.status = 200
         self.metadata = metadata
         self.payload = payload
+        self.raw = raw
+        """The whole reply as the target sent it, where that is in the caller's own dialect."""
         self._streaming = streaming
 
     @property
     def stream(self) -> AsyncIterator[bytes] | None:
         return self._streaming
+
+    @property
+    def is_forwarded(self) -> bool:
+        """Whether the stream is in the caller's own dialect, as it comes. What goes wrong in it is raised then."""
+        return self._streaming is not None and self._streaming.is_forwarded
 
     async def aclose(self) -> None:
         """Give back what is still held: slot, reservation, connection. The upstream call is cancelled at once."""
@@ -231,29 +242,46 @@ class _Streaming:
         self._loop = loop
         self._close = close
         self._stream = runner.stream
+        self.is_forwarded = runner.stream.is_forwarded
         self._is_over = False
+        self._late_error: ApplianceError | None = None
+        """Raised after the last block that could still be passed on."""
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
 
     async def __anext__(self) -> bytes:
         if self._is_over:
+            self._raise_late_error()
             raise StopAsyncIteration
         try:
             block = await self._stream.next_block()
         except StreamBroken as error:
-            self._finish(error)
-            return _error_event(error)
+            return self._fail(error, b"")
+        try:
+            self._runner.check_block(block, is_last=not block or self._stream.is_whole)
+        except RejectedReply as error:
+            return self._fail(error, self._stream.without_ending(block))
         if not block:
             self._finish(None)
             raise StopAsyncIteration
         self._runner.count_events(block.count(b"data:"))
-        try:
-            self._runner.check_block(block, is_last=self._stream.is_whole)
-        except RejectedReply as error:
-            self._finish(error)
-            return without_end(block) + _error_event(error)
         return block
+
+    def _fail(self, error: ApplianceError, last: bytes) -> bytes:
+        """What is still passed on, and how it ends. A dialect's own error event is written by who knows the dialect."""
+        self._finish(error)
+        if not self.is_forwarded:
+            return last + _error_event(error)
+        self._late_error = error
+        if not last:
+            self._raise_late_error()
+        return last
+
+    def _raise_late_error(self) -> None:
+        error, self._late_error = self._late_error, None
+        if error is not None:
+            raise error
 
     async def aclose(self) -> None:
         self._finish(None if self._stream.is_whole else ClientGone("the caller left before the stream had ended"))

@@ -22,6 +22,14 @@ class PipelineAnswer(Protocol):
     @property
     def stream(self) -> AsyncIterator[bytes] | None: ...
 
+    @property
+    def raw(self) -> bytes | None:
+        """The whole reply as it came, where that is in the caller's own dialect."""
+
+    @property
+    def is_forwarded(self) -> bool:
+        """Whether the stream is in the caller's own dialect. Errors in it are raised, not written into it."""
+
     async def aclose(self) -> None: ...
 
 

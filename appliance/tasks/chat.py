@@ -8,6 +8,7 @@ import orjson
 
 from appliance.core import (
     Ability,
+    CallerBody,
     Endpoint,
     Format,
     LateVerifiedCall,
@@ -64,6 +65,8 @@ class ChatCall:
     tools: frozenset[str] = frozenset()
     original: JsonObject | None = None
     """The body as it came, where it came in another dialect and `body` is its translation."""
+    forwards_as: Endpoint | None = None
+    """The endpoint of `original`, where a target that speaks its dialect may be sent that."""
     stream_where_held: bool = False
     """Whether targets are to stream it whose tool calls are held to their schemas while they are written."""
 
@@ -79,16 +82,22 @@ class ChatCall:
 
     def outgoing(self, target: Target) -> Sequence[UpstreamCall]:
         """Raises Unsupported for an engine of this node where a field asks for more than an answer."""
-        body = self.body
+        body, original = self.body, self._caller_body()
         if target.provider is None:
             _check_only_elsewhere(body, target)
         if target.dialect == "anthropic" and self.original is not None and self.original.get("thinking") is not None:
             body = _with_thinking(body, self.original)
-        elif self.original is not None and "reasoning" not in target.abilities:
+        elif self.original is not None and "reasoning" not in target.abilities and "reasoning_effort" in body:
             body = {name: value for name, value in body.items() if name != "reasoning_effort"}
+            original = None
         if body.get("stream") and not self.streams(target):
             body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
-        return (UpstreamCall("/chat/completions", body),)
+        return (UpstreamCall("/chat/completions", body, original),)
+
+    def _caller_body(self) -> CallerBody | None:
+        if self.original is None or self.forwards_as is None:
+            return None
+        return CallerBody(self.forwards_as, self.original)
 
     def read(self, target: Target, replies: Sequence[UpstreamReply]) -> Any:
         """The target's payload, untouched. Raises BackendGarbage or RejectedReply."""
@@ -146,13 +155,17 @@ def read_chat_request(body: JsonObject) -> tuple[ParsedRequest, Sequence[ChatCal
     return asked, (call,)
 
 
-def read_translated_chat(dialect: InboundDialect, original: JsonObject) -> tuple[ParsedRequest, Sequence[ChatCall]]:
+def read_translated_chat(
+    dialect: InboundDialect, original: JsonObject, *, forwards: bool = True
+) -> tuple[ParsedRequest, Sequence[ChatCall]]:
     """Read a body in another dialect as the chat it is translated to. Raises RequestError naming field and remedy.
 
     Streams always carry usage: other dialects report it without being asked. Reasoning
     effort is a wish in them, which agents send with every request, so a model that does not reason may answer too.
+    `forwards`: whether a target of the same dialect may be sent `original`, and its answer handed on as it comes.
     """
-    return _read_translated(dialect, original, dialect.read_chat(original))
+    asked, calls = _read_translated(dialect, original, dialect.read_chat(original))
+    return asked, tuple(replace(call, forwards_as=dialect.endpoint if forwards else None) for call in calls)
 
 
 def read_translated_count(dialect: InboundDialect, original: JsonObject) -> tuple[ParsedRequest, Sequence[ChatCall]]:

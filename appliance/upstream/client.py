@@ -25,9 +25,10 @@ from appliance.upstream.label_scoring import tokens
 from appliance.upstream.rate_limit_headers import rest_seconds
 from appliance.wire.chat_ir import SHAPE_ERRORS
 from appliance.wire.dialect import WireRequest, is_written
+from appliance.wire.forward import ForwardedStream
 from appliance.wire.media import check_carried
-from appliance.wire.registry import find_outbound
-from appliance.wire.sse import DONE, EventTooLong
+from appliance.wire.registry import find_forwarder, find_outbound
+from appliance.wire.sse import DONE, EventTooLong, without_end
 from appliance.wire.streams import StreamTranslator
 
 _LABELS: Final = tokens.TokenLabelScorer()
@@ -73,12 +74,16 @@ def salt_of(key_id: str) -> str:
     return hashlib.sha256(key_id.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def write(target: Target, outgoing: UpstreamCall, *, stream: bool, salt: str) -> WireRequest:
-    """What is to be sent to `target`. Nothing is sent yet.
+def write(target: Target, outgoing: UpstreamCall, *, stream: bool, salt: str, may_forward: bool = False) -> WireRequest:
+    """What is to be sent to `target`. Nothing is sent yet. `may_forward`: the caller's own body, where that can be.
 
     Raises Unsupported naming the field that `target` cannot be given, RequestError where it cannot be written as JSON.
     """
     check_carried(target, outgoing.body)
+    forwarder = find_forwarder(target, outgoing) if may_forward else None
+    forwarded = None if forwarder is None else forwarder.write_request(target, outgoing, stream=stream)
+    if forwarded is not None:
+        return forwarded
     return find_outbound(target, outgoing).write_request(target, outgoing, stream=stream, salt=salt)
 
 
@@ -102,7 +107,8 @@ async def send(door: Transport, letter: WireRequest, *, permit: EgressPermit | N
         raise BackendTimeout(f"{target.name} did not answer within {seconds:.1f} s") from error
     payload, usage = _read_reply(letter, _payload(target, raw))
     rest = rest_seconds(response.headers, time.time()) if target.provider is not None else None
-    return UpstreamReply(payload, usage, first_byte, time.monotonic() - started, rest)
+    own = raw if letter.is_forwarded else None
+    return UpstreamReply(payload, usage, first_byte, time.monotonic() - started, rest, own)
 
 
 def read_batched(letter: WireRequest, payload: Any) -> UpstreamReply:
@@ -142,7 +148,8 @@ class ReplyStream:
     def __init__(self, letter: WireRequest, response: httpx.Response, seconds: float) -> None:
         self._target = letter.target
         self._response = response
-        self._passage: StreamTranslator = find_outbound(letter.target, letter.outgoing).translate_stream(letter)
+        self.is_forwarded = letter.is_forwarded
+        self._passage: StreamTranslator = _stream_reader(letter)
         choices = letter.outgoing.body.get("n")
         self._choices = choices if isinstance(choices, int) else 1
         self._ends_at = asyncio.get_running_loop().time() + seconds
@@ -174,6 +181,12 @@ class ReplyStream:
     def is_whole(self) -> bool:
         """Whether everything that the target had to say has come and was handed out."""
         return self._passage.done and not self._first
+
+    def without_ending(self, block: bytes) -> bytes:
+        """The last block without the event that tells the caller that all is well."""
+        if isinstance(self._passage, ForwardedStream):
+            return block.removesuffix(self._passage.ending)
+        return without_end(block)
 
     async def peek(self, seconds: float) -> None:
         """Read up to the first event and keep it. Raises where the stream fails before that."""
@@ -251,7 +264,7 @@ class ReplyStream:
         if self._passage.finished_choices < self._choices:
             raise StreamBroken(f"{self._target.name} ended its stream in the middle of the answer")
         self._passage.done = True
-        return DONE
+        return b"" if self.is_forwarded else DONE
 
     async def _drain(self) -> None:
         with contextlib.suppress(TimeoutError, httpx.HTTPError, aiohttp.ClientError, OSError):
@@ -259,6 +272,16 @@ class ReplyStream:
                 while await anext(self._chunks, None) is not None:
                     pass
         await self.aclose()
+
+
+def _stream_reader(letter: WireRequest) -> StreamTranslator:
+    forwarder = find_forwarder(letter.target, letter.outgoing) if letter.is_forwarded else None
+    return translate_stream(letter) if forwarder is None else forwarder.read_stream(letter)
+
+
+def translate_stream(letter: WireRequest) -> StreamTranslator:
+    """What makes a stream of chat chunks of the target's, event by event."""
+    return find_outbound(letter.target, letter.outgoing).translate_stream(letter)
 
 
 async def open_stream(

@@ -31,6 +31,8 @@ class WireRequest:
     headers: Mapping[str, str] = field(default_factory=dict)
     most_output_tokens: int | None = None
     """The most that the target may write in answer, all choices together; None where it is not known."""
+    is_forwarded: bool = False
+    """Whether the body is the caller's own, and so the answer goes back as it comes."""
 
 
 def is_written(outgoing: UpstreamCall) -> bool:
@@ -51,10 +53,12 @@ def most_output_tokens(target: Target, outgoing: UpstreamCall, body: JsonObject)
     return None if limit is None else limit * (choices if isinstance(choices, int) else 1)
 
 
-def make_wire_request(target: Target, outgoing: UpstreamCall, path: str, body: JsonObject) -> WireRequest:
+def make_wire_request(
+    target: Target, outgoing: UpstreamCall, path: str, body: JsonObject, *, is_forwarded: bool = False
+) -> WireRequest:
     """`body` as it was written for `target`. Raises RequestError where it cannot be written as JSON."""
     most = most_output_tokens(target, outgoing, body)
-    return WireRequest(target, outgoing, path, dump_body(target, body), dict(target.wire.headers), most)
+    return WireRequest(target, outgoing, path, dump_body(target, body), dict(target.wire.headers), most, is_forwarded)
 
 
 def add_query(target: Target, path: str) -> str:

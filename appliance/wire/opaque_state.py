@@ -14,19 +14,19 @@ import orjson
 from appliance.core.json_types import JsonObject, MutableJsonObject
 from appliance.wire.chat_ir import ChatDelta, ChatMessage, thinking_blocks
 
-_MARK: Final = "appliance1."
+MARK: Final = "appliance1."
 
 
 def pack_state(value: JsonObject) -> str:
-    return _MARK + base64.urlsafe_b64encode(orjson.dumps(value)).decode()
+    return MARK + base64.urlsafe_b64encode(orjson.dumps(value)).decode()
 
 
 def unpack_state(text: str) -> JsonObject | None:
     """What `pack_state` was given; None for texts that were not made here."""
-    if not text.startswith(_MARK):
+    if not text.startswith(MARK):
         return None
     try:
-        value = orjson.loads(base64.urlsafe_b64decode(text[len(_MARK) :]))
+        value = orjson.loads(base64.urlsafe_b64decode(text[len(MARK) :]))
     except (binascii.Error, ValueError):
         return None
     return value if isinstance(value, dict) else None

@@ -6,6 +6,7 @@ from typing import Final
 from appliance.core import Endpoint, Target, UpstreamCall
 from appliance.core.json_types import JsonObject
 from appliance.errors import ApplianceError
+from appliance.wire.anthropic.forward import AnthropicForwardedStream, forward_anthropic_request
 from appliance.wire.anthropic.inbound import read_anthropic_chat, read_anthropic_count
 from appliance.wire.anthropic.outbound import write_anthropic_request
 from appliance.wire.anthropic.reply import (
@@ -16,11 +17,14 @@ from appliance.wire.anthropic.reply import (
 )
 from appliance.wire.anthropic.stream import AnthropicStreamTranslator, AnthropicStreamWriter
 from appliance.wire.dialect import CHAT_PATH, InboundDialect, OutboundDialect, WireDialect
+from appliance.wire.forward import Forwarder
+from appliance.wire.gemini.forward import GeminiForwardedStream, forward_gemini_request
 from appliance.wire.gemini.inbound import read_gemini_chat, read_gemini_count
 from appliance.wire.gemini.outbound import write_gemini_request
 from appliance.wire.gemini.reply import read_gemini_reply, write_gemini_error, write_gemini_reply
 from appliance.wire.gemini.stream import GeminiStreamTranslator, GeminiStreamWriter
 from appliance.wire.openai.outbound import pass_openai_stream, read_openai_reply, write_openai_request
+from appliance.wire.responses.forward import ResponsesForwardedStream, forward_responses_request
 from appliance.wire.responses.inbound import read_responses_chat, read_responses_count
 from appliance.wire.responses.outbound import write_responses_request
 from appliance.wire.responses.reply import read_responses_reply, write_responses_reply
@@ -93,8 +97,29 @@ INBOUND: Final[Mapping[Endpoint, InboundDialect]] = {
 """Dialects that callers speak and that are translated, by their endpoint."""
 
 
+FORWARDERS: Final[Mapping[str, Forwarder]] = {
+    "anthropic": Forwarder(forward_anthropic_request, AnthropicForwardedStream),
+    "responses": Forwarder(forward_responses_request, ResponsesForwardedStream),
+    "gemini": Forwarder(forward_gemini_request, GeminiForwardedStream),
+}
+"""By the dialect's name. Chats are not here: their translation changes nothing but what a provider's quirks ask for."""
+
+
+def find_forwarder(target: Target, outgoing: UpstreamCall) -> Forwarder | None:
+    """How the caller's own body is written for `target`; None where it does not speak the caller's dialect."""
+    if outgoing.original is None or target.provider is None:
+        return None
+    spoken = find_dialect(target, outgoing)
+    is_same = spoken.inbound is not None and spoken.inbound.endpoint == outgoing.original.endpoint
+    return FORWARDERS[spoken.name] if is_same else None
+
+
 def find_outbound(target: Target, outgoing: UpstreamCall) -> OutboundDialect:
+    return find_dialect(target, outgoing).outbound
+
+
+def find_dialect(target: Target, outgoing: UpstreamCall) -> WireDialect:
     """What `target` speaks. Models that know OpenAI's newer API alone speak that for chats."""
     if target.dialect == "openai" and target.wire.api == "responses" and outgoing.path == CHAT_PATH:
-        return RESPONSES.outbound
-    return DIALECTS[target.dialect].outbound
+        return RESPONSES
+    return DIALECTS[target.dialect]

@@ -83,6 +83,8 @@ class StandInAnswer:
     metadata: ResponseMetadata
     payload: Any = None
     stream: StandInStream | None = None
+    raw: bytes | None = None
+    is_forwarded: bool = False
     status: int = 200
     closed: asyncio.Event = field(default_factory=asyncio.Event)
 

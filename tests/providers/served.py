@@ -34,6 +34,8 @@ class Served:
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.paths: list[str] = []
+        self.replies: list[bytes] = []
+        """What it answered, streams as a whole."""
         self.wrongs: list[str] = []
         self.address = ""
         self._server: uvicorn.Server | None = None
@@ -82,9 +84,12 @@ class Served:
             error = orjson.dumps(self.error(speech))
             return Response(error, speech.status, {**self.limits, **speech.headers}, "application/json")
         if self.is_stream(path, body):
-            return StreamingResponse(_flow(self.events(path, body, speech)), 200, self.limits, "text/event-stream")
+            events = list(self.events(path, body, speech))
+            self.replies.append(b"".join(events))
+            return StreamingResponse(_flow(events), 200, self.limits, "text/event-stream")
         assert isinstance(speech, Say), "only streams are cut or fail late"
-        return Response(self.whole(path, body, speech), 200, self.limits, "application/json")
+        self.replies.append(self.whole(path, body, speech))
+        return Response(self.replies[-1], 200, self.limits, "application/json")
 
     def is_stream(self, path: str, body: Mapping[str, Any]) -> bool:
         return bool(body.get("stream"))

@@ -57,7 +57,10 @@ class GeminiEndpoints:
         inbound = await self._intake.read_request(
             http,
             partial(
-                read_translated_chat, replace(_GEMINI, read_chat=partial(read_gemini_chat, model=name, stream=stream))
+                read_translated_chat,
+                replace(_GEMINI, read_chat=partial(read_gemini_chat, model=name, stream=stream)),
+                # targets stream events, and a caller without alt=sse wants a list that grows
+                forwards=alt == "sse" or not stream,
             ),
         )
         answer = await self._intake.answer(http, inbound)

@@ -31,7 +31,7 @@ from appliance.errors import (
     Unavailable,
 )
 from appliance.router.attempts.outcome import classify_error, describe_error, may_have_cost
-from appliance.router.attempts.verify import read_verified_reply
+from appliance.router.attempts.verify import TranslatedCheck, read_verified_reply
 from appliance.router.attempts.wire_requests import add_idempotency_key, set_priority
 from appliance.router.capacity.request_load import make_request_load
 from appliance.router.capacity.target_queue import Slot
@@ -85,6 +85,7 @@ class AttemptRunner:
         "first_byte_seconds",
         "index",
         "outcome",
+        "raw",
         "reason",
         "stream",
         "stream_check",
@@ -111,6 +112,8 @@ class AttemptRunner:
         self.stream: client.ReplyStream | None = None
         self.stream_check: StreamCheck | None = None
         """What verifies its stream at the end, where that was not asked for whole."""
+        self.raw: bytes | None = None
+        """The whole reply as it came, where it is in the caller's own dialect."""
         self.usage = Usage()
         self.first_byte_seconds: float | None = None
         self.outcome: AttemptOutcome | None = None
@@ -124,7 +127,9 @@ class AttemptRunner:
             salt = client.salt_of(request.caller.key_id)
             # before anything is waited for, reserved or sent: what cannot be carried over goes elsewhere at once
             wire_requests = [
-                add_idempotency_key(request, client.write(target, one, stream=call.streams(target), salt=salt))
+                add_idempotency_key(
+                    request, client.write(target, one, stream=call.streams(target), salt=salt, may_forward=True)
+                )
                 for one in set_priority(request, target, call.outgoing(target))
             ]
             await self._acquire_slot(call, timeouts)
@@ -210,10 +215,12 @@ class AttemptRunner:
 
     def check_block(self, block: bytes, *, is_last: bool) -> None:
         """Verify a stream that is verified late. Raises RejectedReply with its last block, where it does not pass."""
-        if self.stream_check is not None:
-            self.stream_check.feed(block)
-            if is_last:
-                self.stream_check.finish()
+        if self.stream_check is None:
+            return
+        self.stream_check.feed(block)
+        if is_last:
+            check, self.stream_check = self.stream_check, None
+            check.finish()
 
     def record_broken_stream(self) -> None:
         """The stream broke after it had begun: its target counts as failing."""
@@ -326,6 +333,8 @@ class AttemptRunner:
             )
         except BackendTimeout as error:
             raise self._timeout_error(error, until, "begun to answer") from error
+        if self.stream_check is not None and wire_request.is_forwarded:
+            self.stream_check = TranslatedCheck(client.translate_stream(wire_request), self.stream_check)
         self._record_first_byte()
         self._deps.breakers.succeed(target.name)
         self._record_cooldown(self.stream.rest_seconds)
@@ -375,6 +384,7 @@ class AttemptRunner:
         self._record_first_byte()
         for reply in replies:
             self.usage += reply.usage
+        self.raw = replies[0].raw if len(replies) == 1 else None
         self._record_cooldown(max((reply.rest_seconds or 0.0 for reply in replies), default=None))
         if any(reply.usage == Usage() for reply in replies):
             self.usage = Usage()  # a part that is not known leaves the sum unknown

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from appliance.core import Target, TaskCall, UpstreamCall, UpstreamReply
+from appliance.core import StreamCheck, Target, TaskCall, UpstreamCall, UpstreamReply
 from appliance.errors import BackendGarbage, RejectedReply
+from appliance.wire.streams import StreamTranslator
 
 _MUST_HAVE = {"/chat/completions": "choices", "/completions": "choices", "/decisions": "answers"}
 
@@ -33,3 +34,18 @@ def wants_schema(outgoing: UpstreamCall) -> bool:
 def _is_cut_off(reply: UpstreamReply) -> bool:
     choices = reply.payload["choices"] if isinstance(reply.payload.get("choices"), list) else []
     return any(isinstance(choice, dict) and choice.get("finish_reason") == "length" for choice in choices)
+
+
+class TranslatedCheck:
+    """Verifies a stream in another dialect than OpenAI's, which is passed on as it comes. It is a `StreamCheck`."""
+
+    def __init__(self, translator: StreamTranslator, check: StreamCheck) -> None:
+        self._translator = translator
+        self._check = check
+
+    def feed(self, block: bytes) -> None:
+        self._check.feed(self._translator.feed(block))
+
+    def finish(self) -> None:
+        self._check.feed(self._translator.end())
+        self._check.finish()

@@ -88,6 +88,7 @@ class TrimmedCall:
         body = outgoing.body
         if self.messages is not None and "messages" in body:
             body = {**body, "messages": list(self.messages)}
+            outgoing = replace(outgoing, original=None)
         if self.shape.max_output_tokens is not None:
             body = {**body, **_limits(body, self.shape.max_output_tokens)}
         return outgoing if body is outgoing.body else replace(outgoing, body=body)

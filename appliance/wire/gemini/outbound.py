@@ -47,11 +47,15 @@ def write_gemini_request(target: Target, outgoing: UpstreamCall, *, stream: bool
     if outgoing.path != CHAT_PATH:
         raise Unsupported(f"{target.name} speaks Gemini's generateContent, which has no {outgoing.path}", param="model")
     body = write_content_body(target, outgoing.body)
+    return make_wire_request(target, outgoing, write_path(target, stream=stream), body)
+
+
+def write_path(target: Target, *, stream: bool) -> str:
+    """The path below the target's address, with its query."""
     verb = "streamGenerateContent" if stream else "generateContent"
     query = "&".join(part for part in ("alt=sse" if stream else "", target.wire.query) if part)
     name = quote(target.model.removeprefix("models/"), safe="/")
-    path = f"/models/{name}:{verb}" + (f"?{query}" if query else "")
-    return make_wire_request(target, outgoing, path, body)
+    return f"/models/{name}:{verb}" + (f"?{query}" if query else "")
 
 
 def write_content_body(target: Target, given: JsonObject) -> MutableJsonObject:

@@ -2,78 +2,35 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Final, cast
+from typing import cast
 
-import orjson
-
-from appliance.core import Usage
 from appliance.core.json_types import JsonObject, MutableJsonObject
 from appliance.wire.chat_ir import ChatCompletion, ChatMessage, wants_usage
-from appliance.wire.sse import DONE, SseReader, write_event
+from appliance.wire.sse import DONE, write_event
+from appliance.wire.stream_passthrough import StreamPassthrough
 from appliance.wire.usage import read_usage
 
-# One pass of the regex engine over a block decides whether anything in it needs a look. A text that quotes these words
-# has its quotes escaped inside JSON, so only fields match.
-_NOTABLE: Final = re.compile(rb'"usage"\s*:\s*\{|"finish_reason"\s*:\s*"|"error"\s*:\s*[{"]|\[DONE\]')
-_EVENT_END: Final = re.compile(rb"\r?\n\r?\n")
 
+class ChatStreamPassthrough(StreamPassthrough):
+    """`keep_usage`: whether the caller asked for the usage event; else one that carries nothing else is left out."""
 
-class ChatStreamPassthrough:
-    """Whole events go through as bytes; those that must be known are read. It is a `StreamTranslator`.
-
-    `keep_usage`: whether the caller asked for the usage event; else an event that carries nothing else is left out.
-    """
-
-    __slots__ = ("_keep_usage", "_reader", "done", "error", "finished_choices", "usage")
+    __slots__ = ("_keep_usage",)
+    notable = re.compile(rb'"usage"\s*:\s*\{|"finish_reason"\s*:\s*"|"error"\s*:\s*[{"]|\[DONE\]')
 
     def __init__(self, *, keep_usage: bool) -> None:
+        super().__init__()
         self._keep_usage = keep_usage
-        self._reader = SseReader()
-        self.usage: Usage | None = None
-        self.error: object = None
-        self.done = False
-        self.finished_choices = 0
 
-    def feed(self, chunk: bytes) -> bytes:
-        block = self._reader.feed(chunk)
-        return block if _NOTABLE.search(block) is None else self._look_at(block)
-
-    def end(self) -> bytes:
-        rest = self._reader.end()
-        return self._look_at(rest + b"\n\n") if rest.startswith(b"data:") else b""
-
-    def _look_at(self, block: bytes) -> bytes:
-        kept = []
-        start = 0
-        for match in _EVENT_END.finditer(block):
-            event, start = block[start : match.end()], match.end()
-            if self.error is not None or self.done:
-                break
-            if _NOTABLE.search(event) is None or self._note(event):
-                kept.append(event)
-        return b"".join(kept)
-
-    def _note(self, event: bytes) -> bool:
-        """Remember what a notable event says. False where it is not to be passed on."""
-        data = b"\n".join(line[5:].strip() for line in event.splitlines() if line.startswith(b"data:"))
-        if data == b"[DONE]":
-            self.done = True
-            return True
-        try:
-            payload = orjson.loads(data)
-        except orjson.JSONDecodeError:
-            return True  # not ours to judge: bytes in are bytes out
-        if not isinstance(payload, dict):
-            return True
-        if payload.get("error"):
-            self.error = payload["error"]
+    def read_event(self, event: JsonObject) -> bool:
+        if event.get("error"):
+            self.error = event["error"]
             return False
-        choices = payload.get("choices") or []
+        choices = event.get("choices") or []
         self.finished_choices += sum(
             1 for choice in choices if isinstance(choice, dict) and choice.get("finish_reason")
         )
-        if isinstance(payload.get("usage"), dict):
-            self.usage = read_usage(payload["usage"])
+        if isinstance(event.get("usage"), dict):
+            self.usage = read_usage(event["usage"])
             return bool(choices) or self._keep_usage
         return True
 

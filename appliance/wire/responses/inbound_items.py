@@ -21,6 +21,9 @@ from appliance.wire.strict_fields import StrictFields, check_tool_name, missing,
 _ROLES: Final = ("user", "assistant", "system", "developer")
 _STATUSES: Final = ("in_progress", "completed", "incomplete")
 _TEXTS: Final = ("input_text", "output_text", "text")
+_OWN_STATE: Final = "gAAAAA"
+"""How encrypted reasoning begins that OpenAI's API made: a Fernet token of version 128."""
+
 _KNOWN: Final = "message, function_call, function_call_output or reasoning"
 
 
@@ -138,7 +141,7 @@ class _Reader:
         item.accept("id")
         item.finish()
         if sealed:
-            foreign = unpack_state(sealed)
+            foreign = _own_reasoning(item, sealed) if sealed.startswith(_OWN_STATE) else unpack_state(sealed)
             if foreign is None:
                 place = item.at("encrypted_content")
                 raise Unsupported(
@@ -146,6 +149,13 @@ class _Reader:
                 )
             self._carried.append(foreign)
         self._reasoning += content or summary
+
+
+def _own_reasoning(item: StrictFields, sealed: str) -> JsonObject:
+    """What came from OpenAI's API itself, for that API alone to read."""
+    block = {"type": "reasoning", "summary": item.get("summary") or [], "encrypted_content": sealed}
+    given = item.get("id")
+    return {"thinking_blocks": [{**block, "id": given} if given else block]}
 
 
 def _unknown_item(item: StrictFields, kind: object) -> RequestError:

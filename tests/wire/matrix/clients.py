@@ -210,7 +210,8 @@ async def _messages(stack: AsyncExitStack, url: str) -> Callable[[Question], Any
             elif block.type == "text":
                 heard.text += block.text
         if done.stop_reason == "refusal":
-            heard.text, heard.refusal = "", heard.text
+            said = heard.text or (done.stop_details.explanation if done.stop_details else "")
+            heard.text, heard.refusal = "", said
         return heard
 
     return ask
@@ -248,6 +249,9 @@ async def _gemini(stack: AsyncExitStack, url: str) -> Callable[[Question], Any]:
 
 
 def _hear_piece(heard: Heard, piece: Any) -> None:
+    feedback = piece.prompt_feedback
+    if feedback and feedback.block_reason:
+        heard.end, heard.text = feedback.block_reason.name, feedback.block_reason_message
     for candidate in piece.candidates or ():
         heard.end = candidate.finish_reason.name if candidate.finish_reason else heard.end
         for part in (candidate.content and candidate.content.parts) or ():
