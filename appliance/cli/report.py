@@ -10,7 +10,7 @@ from rich.table import Table
 from appliance.cli.options import ConfigOption, DataDirOption, JsonOption, resolve_data_dir
 from appliance.cli.output import exit_on_error, say, say_json, stdout
 from appliance.config import load_config
-from appliance.ledger.queries import Report, offline_report
+from appliance.ledger.report import Report, offline_report
 from appliance.serve import locate_ledger
 
 

@@ -19,19 +19,13 @@ from appliance.config import KeySettings
 from appliance.core import Outcome, Target
 from appliance.errors import LedgerUnavailable
 from appliance.ledger.budgets import SpendCap, utc_day
+from appliance.ledger.commands import FlushCommand, Reservation, Settlement, WakeCommand, WriteResult, WriterState
 from appliance.ledger.database import explaining_errors, open_reader, open_writer
+from appliance.ledger.decision_story import read_decision
 from appliance.ledger.keys import read_keys, read_keys_mark
-from appliance.ledger.queries import Report, read_decision, read_report
+from appliance.ledger.report import Report, read_report
 from appliance.ledger.rows import to_nano, to_usd
-from appliance.ledger.writer import (
-    FlushCommand,
-    LedgerWriter,
-    Reservation,
-    Settlement,
-    WakeCommand,
-    WriteResult,
-    WriterState,
-)
+from appliance.ledger.writer import LedgerWriter
 
 Found = TypeVar("Found")
 

@@ -4,15 +4,12 @@ Reservations are committed at once, for somebody waits for each. Everything else
 in one transaction. What cannot be written is kept, up to a bound, and tried again until it can.
 """
 
-import asyncio
 import contextlib
 import logging
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
 from sqlalchemy import Connection, Engine, delete, insert, select, text
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, NotSupportedError, ProgrammingError
@@ -20,7 +17,8 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError
 from appliance.core import Outcome
 from appliance.errors import BudgetExceeded, LedgerUnavailable
 from appliance.ledger import rows
-from appliance.ledger.budgets import SpendCap, SpendSums, utc_day
+from appliance.ledger.budgets import SpendSums, utc_day
+from appliance.ledger.commands import FlushCommand, Reservation, Settlement, WakeCommand, WriterState
 from appliance.ledger.database import LedgerFile, explain_error
 from appliance.ledger.tables import attempts, decisions, exclusions, reservations, spend
 
@@ -40,75 +38,6 @@ _SECONDS_PER_DAY = 86_400
 # A write that changes nothing: whether there is room again can only be found out by writing.
 _PROBE = text("UPDATE alembic_version SET version_num = version_num")
 _ABOUT_THE_ROW = (IntegrityError, DataError, ProgrammingError, InterfaceError, NotSupportedError)
-
-
-@dataclass(frozen=True, slots=True)
-class WriteResult:
-    """Somebody on an event loop who waits for the writer."""
-
-    loop: asyncio.AbstractEventLoop
-    future: "asyncio.Future[None]"
-
-    def set_result(self, error: BaseException | None = None) -> None:
-        try:
-            self.loop.call_soon_threadsafe(self._set, error)
-        except RuntimeError:
-            # The loop has been closed: nobody waits any more.
-            return
-
-    def _set(self, error: BaseException | None) -> None:
-        if self.future.done():
-            return
-        if error is None:
-            self.future.set_result(None)
-        else:
-            self.future.set_exception(error)
-
-
-@dataclass(slots=True)
-class Reservation:
-    row: rows.Row
-    caps: Sequence[SpendCap]
-    answer: WriteResult
-    spent: Mapping[str, int] = field(default_factory=dict)
-    """Nano-dollars by scope, this reservation included, once it is written. Writer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settlement:
-    reservation_id: str
-    nano_usd: int
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class FlushCommand:
-    """Answered when the first `accepted` entries have been written. `is_last`: then the writer ends, written or not."""
-
-    accepted: int
-    answer: WriteResult
-    is_last: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class WakeCommand:
-    """There is something to gather."""
-
-
-@dataclass(slots=True)
-class WriterState:
-    """What both threads see. Each field has one writer; deque and SimpleQueue take either side's calls."""
-
-    urgent: "queue.SimpleQueue[Reservation | FlushCommand | WakeCommand]" = field(default_factory=queue.SimpleQueue)
-    entries: "deque[Outcome | Settlement]" = field(default_factory=deque)
-    is_asleep: bool = False
-    """Whether the next entry has to wake the writer."""
-    held: int = 0
-    """Entries the writer has taken and not written yet. Writer."""
-    spoiled: int = 0
-    """Entries that no database takes. Writer."""
-    reason: str = ""
-    """Why the last write failed; empty when it did not. Writer."""
 
 
 class LedgerWriter(threading.Thread):

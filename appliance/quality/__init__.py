@@ -1,1 +1,1 @@
-"""How good answers are, and what is made of that: classifiers that learn from what better models and callers say."""
+"""What a cascade's traffic teaches, and how good models are on rows with known answers. README.md is the way in."""

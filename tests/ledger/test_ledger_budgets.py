@@ -8,9 +8,10 @@ import pytest
 
 from appliance.errors import BudgetExceeded
 from appliance.ledger.budgets import SpendCap
+from appliance.ledger.commands import FlushCommand, Reservation, Settlement, WriteResult, WriterState
 from appliance.ledger.database import open_writer
 from appliance.ledger.store import Ledger
-from appliance.ledger.writer import FlushCommand, LedgerWriter, Reservation, Settlement, WriteResult, WriterState
+from appliance.ledger.writer import LedgerWriter
 from tests.ledger.samples import HOSTED, NOW_AT, url_in
 
 pytestmark = pytest.mark.anyio

@@ -16,7 +16,7 @@ from sqlalchemy.dialects import postgresql
 from appliance.errors import LedgerUnavailable
 from appliance.ledger import database, migrate
 from appliance.ledger import tables as schema
-from appliance.ledger.queries import offline_report
+from appliance.ledger.report import offline_report
 from appliance.ledger.store import Ledger
 from appliance.ledger.writer import _PROBE
 from tests.ledger.samples import NOW_AT, outcome, url_in

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from appliance.core import Usage
-from appliance.ledger.queries import offline_report
+from appliance.ledger.report import offline_report
 from appliance.ledger.store import Ledger
 from tests.ledger.samples import HOSTED, NOW_AT, hosted_attempt, onsite_attempt, outcome, url_in
 

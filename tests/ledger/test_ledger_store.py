@@ -15,7 +15,7 @@ from sqlalchemy import Engine, event
 
 from appliance.core import Caller, Outcome, Request
 from appliance.errors import LedgerUnavailable
-from appliance.ledger.queries import offline_report
+from appliance.ledger.report import offline_report
 from appliance.ledger.store import Ledger, LedgerHealth
 from tests.ledger.samples import HOSTED, NOW_AT, hosted_attempt, onsite_attempt, outcome, until, url_in
 

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine, event
 
 from appliance.errors import LedgerUnavailable
 from appliance.ledger import database
-from appliance.ledger.queries import offline_report
+from appliance.ledger.report import offline_report
 from appliance.ledger.store import Ledger
 from tests.ledger.samples import HOSTED, NOW_AT, outcome, until, url_in
 

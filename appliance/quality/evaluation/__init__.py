@@ -4,6 +4,6 @@ adapters   data (adapters.toml): which fields of a row are the text and the righ
 datasets   a JSONL file as rows; a sample of them, and examples to show
 metrics    pure: shares with their intervals, F1, calibration error, differences between two models
 scoring    pure: rows and answers -> a report
-asking     rows -> answers, from a node over HTTP
+client     rows -> answers, from a node over HTTP
 record     answers on disk, so that a run that was stopped goes on
 """
