@@ -18,7 +18,7 @@ OWNER_ONLY: Final = 0o600
 """The mode of files that hold texts of people, keys or tokens."""
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
 _RETRY_SECONDS: Final = 30.0
-"""What a caller is told to wait when the disk is full: somebody has to free space first."""
+"""When a caller may try again after the disk was full: space has to be freed first."""
 
 
 def replace_file(path: Path, content: str | bytes, *, mode: int | None = None) -> None:
@@ -29,7 +29,7 @@ def replace_file(path: Path, content: str | bytes, *, mode: int | None = None) -
     """
     data = content.encode() if isinstance(content, str) else content
     with replacing_file(path, mode=mode) as draft:
-        # The kept mode first: content that nobody else may read must not lie open for a moment.
+        # The kept mode first: private content must not be readable by others for a moment.
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _first_mode(path, mode))
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)

@@ -1,4 +1,4 @@
-"""What a run works with, how it tells its progress, why it stops, and which lines it asks together."""
+"""What runs share, how they report progress, why they stop, and which lines go into one call."""
 
 import asyncio
 from collections.abc import Callable, Hashable, Sequence
@@ -66,12 +66,12 @@ class JobStopped(Exception):
         self.code, self.message = code, message
 
 
-def group_lines(lines: Sequence[BatchLine], kin: Callable[[BatchLine], Hashable | None]) -> list[list[BatchLine]]:
+def group_lines(lines: Sequence[BatchLine], group_key: Callable[[BatchLine], Hashable | None]) -> list[list[BatchLine]]:
     """Lines that may be asked together, in the order of the first of each."""
     groups: list[list[BatchLine]] = []
     open_groups: dict[Hashable, list[BatchLine]] = {}
     for line in lines:
-        key = kin(line)
+        key = group_key(line)
         group = None if key is None else open_groups.get(key)
         if group is None or len(group) >= LINES_AT_ONCE:
             group = []

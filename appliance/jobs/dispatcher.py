@@ -19,7 +19,7 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class Dispatcher:
-    """`ask` what has a place, and `stop` what is under way. `stopped` is set once nobody may be asked for any more."""
+    """`try_dispatch` lines when a slot is free, `stop` what is in flight. `stopped` is set once the key is no more."""
 
     def __init__(self, deps: JobDeps, batch_state: BatchState, queue: LineQueue) -> None:
         self._deps, self._batch_state, self._queue = deps, batch_state, queue
@@ -30,7 +30,7 @@ class Dispatcher:
         self._pace = BatchPace()
         self._pace_onsite = make_pace(batch_state.batch.expires_at - batch_state.batch.created_at)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._hosted_lane = 0
+        self._hosted_in_flight = 0
 
     @property
     def is_busy(self) -> bool:
@@ -39,7 +39,7 @@ class Dispatcher:
     @property
     def late_lines(self) -> int:
         """Lines that should leave the site, and are not on their way."""
-        return max(0, self.forecast.late_lines - self._hosted_lane)
+        return max(0, self.forecast.late_lines - self._hosted_in_flight)
 
     @property
     def lines_per_second(self) -> float | None:
@@ -59,8 +59,8 @@ class Dispatcher:
         self.slot_request.is_urgent = self.forecast.late_lines > 0
 
     def try_dispatch(self, group: list[BatchLine], *, may_leave: bool) -> bool:
-        """Whether the lines are under way now. `may_leave`: those that would be late may be sent off one by one."""
-        if may_leave and self._leaves():
+        """Whether the lines are in flight now. `may_leave`: those that would be late may be sent off one by one."""
+        if may_leave and self._can_leave():
             for line in group:
                 self._spawn([line], hosted=True)
             return True
@@ -84,18 +84,19 @@ class Dispatcher:
         """No more calls."""
         self._deps.slots.unregister(self.slot_request)
 
-    def _leaves(self) -> bool:
-        """Whether lines are sent off at once because on-site they would be late. Those that are bound are never sent:
-        that is decided for each anew where it is asked, whatever is hoped for here."""
-        if not self.late_lines or self._hosted_lane >= self._deps.config.hosted_concurrency:
+    def _can_leave(self) -> bool:
+        """Whether lines are sent to hosted targets at once because they would be late on-site.
+
+        Residency-bound lines are never sent: the router decides that anew for each line."""
+        if not self.late_lines or self._hosted_in_flight >= self._deps.config.hosted_concurrency:
             return False
-        bound = Residency.parse(self._batch_state.batch.residency)
+        residency = Residency.parse(self._batch_state.batch.residency)
         hosted = [target for target in self._deps.state.snapshot.targets if target.location == "hosted"]
-        return any(bound.allows(target) for target in hosted)
+        return any(residency.allows(target) for target in hosted)
 
     def _spawn(self, group: list[BatchLine], *, hosted: bool) -> None:
         self.lines_in_flight += len(group)
-        self._hosted_lane += hosted
+        self._hosted_in_flight += hosted
         task = asyncio.create_task(self._ask(group, hosted=hosted), name=f"jobs {self._batch_state.batch.id}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -104,21 +105,21 @@ class Dispatcher:
         batch = self._batch_state.batch
         try:
             answers = await self._deps.line_handler.execute(group, self.make_terms(hosted))
-            self._take(group, answers)
+            self._record_answers(group, answers)
         except Unauthorized as error:
             self.stopped = self.stopped or JobStopped("failed", error.code, error.message)
         except Exception:  # a defect harms the lines that meet it
             _log.exception("lines failed unexpectedly", batch=batch.id, lines=[line.number for line in group])
             text = "the appliance failed unexpectedly; its log has the details under the batch's id"
-            self._take(group, [LineAnswer(500, ApplianceError(text).to_openai(), batch.id)] * len(group))
+            self._record_answers(group, [LineAnswer(500, ApplianceError(text).to_openai(), batch.id)] * len(group))
         finally:
             self.lines_in_flight -= len(group)
-            self._hosted_lane -= hosted
+            self._hosted_in_flight -= hosted
             if not hosted:
                 self._deps.slots.release(self.slot_request)
             self._batch_state.wake()
 
-    def _take(self, group: Sequence[BatchLine], answers: Sequence[LineAnswer]) -> None:
+    def _record_answers(self, group: Sequence[BatchLine], answers: Sequence[LineAnswer]) -> None:
         now, batch_state = self._deps.clock(), self._batch_state
         for line, answer in zip(group, answers, strict=True):
             if self._queue.retry_later(line, answer):

@@ -11,7 +11,7 @@ class SlotRequest:
 
     owner: str
     wake: Callable[[], None]
-    """Called when there may be a place for it."""
+    """Called when a slot may be free."""
     is_urgent: bool = False
     is_waiting: bool = False
     in_flight: int = 0
@@ -25,8 +25,8 @@ class FairShareSlots:
         self._requests: list[SlotRequest] = []
         self._by_owner: Counter[str] = Counter()
 
-    def register(self, owner: str, nudge: Callable[[], None]) -> SlotRequest:
-        slot_request = SlotRequest(owner, nudge)
+    def register(self, owner: str, wake: Callable[[], None]) -> SlotRequest:
+        slot_request = SlotRequest(owner, wake)
         self._requests.append(slot_request)
         return slot_request
 
@@ -35,8 +35,10 @@ class FairShareSlots:
         self._wake_waiting()
 
     def try_acquire(self, slot_request: SlotRequest) -> bool:
-        """Take a place if there is one and nobody who wants one has less. Whoever gets False is nudged, and should try
-        again now and then besides: more places may come."""
+        """Take a slot if one is free and no waiting batch has fewer.
+
+        A batch that gets False is woken later, and should also try again now and then: the limit may rise.
+        """
         slot_request.is_waiting = True
         if sum(one.in_flight for one in self._requests) >= self._most():
             return False

@@ -32,7 +32,7 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 def new_batch_id() -> str:
-    """128 random bits: nobody finds a batch by trying."""
+    """128 random bits: a batch cannot be found by guessing."""
     return f"batch_{secrets.token_hex(16)}"
 
 
@@ -75,7 +75,7 @@ class JobManager:
         )
 
     async def start(self) -> None:
-        """Go on with what has not ended, and remove what nobody knows of."""
+        """Go on with what has not ended, and remove files that the store does not know."""
         batches = await self.store.list_open_batches()
         known = await self.store.list_file_ids()
         results = {name for one in batches for name in (one.output_file_id, one.error_file_id) if name is not None}

@@ -2,9 +2,10 @@
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from appliance.core import Location, Usage
+from appliance.core.json_types import JsonObject
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 ENDED: frozenset[Status] = frozenset({"failed", "completed", "expired", "cancelled"})
@@ -33,7 +34,7 @@ class BatchProblem:
     line: int | None = None
     param: str | None = None
 
-    def to_json(self) -> Mapping[str, Any]:
+    def to_json(self) -> JsonObject:
         return {"code": self.code, "line": self.line, "message": self.message, "param": self.param}
 
 
@@ -104,7 +105,7 @@ class BatchLine:
     length: int
     custom_id: str
     url: str
-    body: Mapping[str, Any]
+    body: JsonObject
     digest: bytes
 
 
@@ -134,7 +135,7 @@ class LineAnswer:
     """What came of one line."""
 
     status: int
-    body: Mapping[str, Any]
+    body: JsonObject
     request_id: str
     location: Location | None = None
     usage: Usage = field(default_factory=Usage)

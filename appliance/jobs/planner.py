@@ -41,7 +41,7 @@ def parse_window(text: str) -> float:
 
 
 class BatchPace:
-    """Lines a second of late, over the time in which there was work. Fed with counts; `now` is monotonic."""
+    """Lines a second over the last window, counting only time with work. Fed with counts; `now` is monotonic."""
 
     def __init__(self, window_seconds: float = WINDOW_SECONDS) -> None:
         self._window_seconds = window_seconds

@@ -50,10 +50,10 @@ class BatchRun:
 
     @property
     def progress(self) -> JobProgress:
-        batch_state, dispatcher, posted = self._batch_state, self._dispatcher, self._provider.lines
+        batch_state, dispatcher, at_providers = self._batch_state, self._dispatcher, self._provider.lines
         rate = dispatcher.lines_per_second
-        # A provider does not tell when it will be done.
-        seconds = None if posted or rate is None or rate <= 0 else self.batch.counts.left / rate
+        # A provider does not say when it will be done.
+        seconds = None if at_providers or rate is None or rate <= 0 else self.batch.counts.left / rate
         return JobProgress(
             batch_state.run_state,
             batch_state.reason,
@@ -61,7 +61,7 @@ class BatchRun:
             seconds,
             dispatcher.forecast.late_lines,
             dispatcher.lines_in_flight,
-            posted,
+            at_providers,
         )
 
     def wake(self) -> None:
@@ -143,7 +143,7 @@ class BatchRun:
                 elif group is None or await self._waits():
                     pass
                 elif not (duplicates and await batch_state.retry_storage(batch_state.results.copy_duplicates)):
-                    self._check_end()  # a last call may have found that there is nobody to ask for any more
+                    self._check_end()  # a last call may have found that the key is no more
                     if not self.batch.counts.left:
                         break
                     await batch_state.wait_until_woken(0.05)  # what came back meanwhile is fetched
@@ -191,7 +191,7 @@ class BatchRun:
                 return
 
     async def _allowed(self) -> None:
-        """Wait while the disk is nearly full or it is not the time for jobs. Raises Stopped."""
+        """Wait while the disk is nearly full or it is not the time for jobs. Raises JobStopped."""
         while True:
             self._check_end()
             reason = await self._pause_reason()

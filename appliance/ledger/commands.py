@@ -13,7 +13,7 @@ from appliance.ledger.budgets import SpendCap
 
 @dataclass(frozen=True, slots=True)
 class WriteResult:
-    """Somebody on an event loop who waits for the writer."""
+    """Where a coroutine waits for the writer."""
 
     loop: asyncio.AbstractEventLoop
     future: "asyncio.Future[None]"
@@ -22,7 +22,7 @@ class WriteResult:
         try:
             self.loop.call_soon_threadsafe(self._set, error)
         except RuntimeError:
-            # The loop has been closed: nobody waits any more.
+            # The loop has been closed: nothing waits any more.
             return
 
     def _set(self, error: BaseException | None) -> None:

@@ -34,7 +34,7 @@ def open_writer(url: str) -> Engine:
     address = _parse(url)
     with explaining_errors(address, "opened"):
         pragmas = ("journal_mode=WAL", f"journal_size_limit={_WAL_BYTES}")
-        # Not durable unless asked: NORMAL is good enough for what is told, not for what is spent.
+        # Not durable unless asked: NORMAL is good enough for outcomes, not for spend.
         engine = open_sql_engine(address, busy_seconds=BUSY_SECONDS, pragmas=pragmas, durable=False)
         try:
             _bring_up_to_date(engine, address)
@@ -161,7 +161,7 @@ def _revision(connection: Connection, place: str) -> str | None:
 
 
 class LedgerFile:
-    """The file that an engine has open. SQLite would go on writing into one that was deleted, and nobody would know."""
+    """The file that an engine has open. SQLite would go on writing into one that was deleted, unnoticed."""
 
     def __init__(self, engine: Engine) -> None:
         self._path = sqlite_path(engine.url) if is_sqlite(engine.url) else None

@@ -36,13 +36,13 @@ class TargetRow:
     unsettled: int
     """Reservations without a settlement: calls under way, or cut off by a crash."""
     unpriced_attempts: int
-    """Attempts that used tokens at a cost nobody knows; they are in no sum."""
+    """Attempts that used tokens at an unknown cost; they are in no sum."""
     energy_joules: float
     """Of the node's own engines, beyond what the machine takes idling."""
     measured_joules: float
     """Of these, counted by the machine's own meters; the rest rests on a power that was configured or assumed."""
     assumed_usd: float
-    """Part of `cost_usd` that rests on a power or a price of electricity that nobody has told or measured."""
+    """Part of `cost_usd` that rests on a power or a price of electricity that is neither configured nor measured."""
 
 
 @dataclass(frozen=True, slots=True)

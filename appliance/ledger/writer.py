@@ -1,7 +1,7 @@
 """The one thread that writes the ledger, on a connection of its own.
 
-Reservations are committed at once, for somebody waits for each. Everything else is gathered for a moment and written
-in one transaction. What cannot be written is kept, up to a bound, and tried again until it can.
+A request waits for each reservation, so they are committed at once. All else is gathered for a moment and written in
+one transaction. What cannot be written is kept, up to a bound, and tried again until it can.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ PRUNE_SECONDS = 3600.0
 PRUNE_PAUSE_SECONDS = 0.05
 _SECONDS_PER_DAY = 86_400
 
-# A write that changes nothing: whether there is room again can only be found out by writing.
+# A write that changes nothing: whether there is space again can only be found out by writing.
 _PROBE = text("UPDATE alembic_version SET version_num = version_num")
 _ABOUT_THE_ROW = (IntegrityError, DataError, ProgrammingError, InterfaceError, NotSupportedError)
 
@@ -137,7 +137,7 @@ class LedgerWriter(threading.Thread):
             with self._durable.begin() as connection:
                 refused = _reserve(connection, waiting)
         except Exception as error:
-            # Whatever it was, each of these has somebody waiting who must not call without it.
+            # Whatever it was, a request waits for each of these and must not call without it.
             self._failed(error)
             for reservation in waiting:
                 reservation.answer.set_result(self._unavailable())
@@ -149,7 +149,7 @@ class LedgerWriter(threading.Thread):
                 reservation.answer.set_result(refused.get(index))
 
     def _write_entries(self) -> None:
-        """Write until nothing is left or somebody waits for a reservation."""
+        """Write until nothing is left or a reservation waits."""
         if not self._is_due():
             return
         is_probe = self._retry_at is not None

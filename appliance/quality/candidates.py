@@ -3,16 +3,24 @@ real traffic in shadow, and let serve only when they are better."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 from urllib.parse import quote
 
 import orjson
 
 from appliance.config import CascadeRule
 from appliance.core import HealthAlerts
+from appliance.core.json_types import JsonObject
 from appliance.errors import Busy, RequestError, Unavailable
 from appliance.quality import rules
-from appliance.quality.models import Labelled, LearningState
+from appliance.quality.models import (
+    ClassifierReply,
+    Labelled,
+    LearningState,
+    ShadowReply,
+    ThresholdReply,
+    TrainingReply,
+)
 from appliance.quality.store import LearningStore
 
 _TEXTS_AT_ONCE: Final = 1_000
@@ -57,21 +65,21 @@ class CandidateProgram:
     def __init__(self, encoders: EncoderClient) -> None:
         self._encoders = encoders
 
-    async def get_classifier(self, name: str) -> Mapping[str, Any] | None:
+    async def get_classifier(self, name: str) -> ClassifierReply | None:
         """None where no such classifier serves."""
         status, found = await self._ask("GET", _path(name))
-        return None if status == 404 else _check_reply(status, found)
+        return None if status == 404 else cast(ClassifierReply, _check_reply(status, found))
 
     async def train_candidate(self, name: str, examples: Sequence[Mapping[str, str]], *, serve: bool) -> None:
         body = {"name": name, "examples": examples, "with_kept": True, "serve": serve}
         _check_reply(*await self._ask("POST", "/v1/classifiers", body))
 
-    async def get_training(self, name: str) -> Mapping[str, Any] | None:
+    async def get_training(self, name: str) -> TrainingReply | None:
         status, found = await self._ask("GET", f"{_path(name)}/training")
-        return None if status == 404 else _check_reply(status, found)
+        return None if status == 404 else cast(TrainingReply, _check_reply(status, found))
 
-    async def estimate_threshold(self, name: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        return _check_reply(*await self._ask("POST", f"{_path(name)}/threshold", body))
+    async def estimate_threshold(self, name: str, body: JsonObject) -> ThresholdReply:
+        return cast(ThresholdReply, _check_reply(*await self._ask("POST", f"{_path(name)}/threshold", body)))
 
     async def start_shadow(self, name: str, version: int) -> None:
         _check_reply(*await self._ask("POST", f"{_path(name)}/shadow", {"version": version}))
@@ -91,7 +99,7 @@ class CandidateProgram:
             found += [reply["labels"][max(range(len(row)), key=row.__getitem__)] for row in reply["probabilities"]]
         return found
 
-    async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
+    async def _ask(self, method: str, path: str, body: JsonObject | None = None) -> tuple[int, Any]:
         found = await self._encoders.ask(method, path, b"" if body is None else orjson.dumps(body))
         return found.status, orjson.loads(found.body)
 
@@ -100,9 +108,9 @@ def _path(name: str) -> str:
     return f"/v1/classifiers/{quote(name, safe='')}"
 
 
-def _check_reply(status: int, found: Any) -> Mapping[str, Any]:
+def _check_reply(status: int, found: Any) -> JsonObject:
     if status < 400:
-        good: Mapping[str, Any] = found
+        good: JsonObject = found
         return good
     message = str(found.get("error", {}).get("message", found) if isinstance(found, dict) else found)
     if status == 429:
@@ -180,10 +188,10 @@ class Candidates:
         if run is not None and run["state"] == "running":
             return state
         idle = replace(state, phase="idle")
-        if run is None or run["state"] != "done":
+        if run is None or run["state"] != "done" or run["version"] is None:
             reason = "the node was restarted" if run is None else run["error"] or run["state"]
             return _with_news(idle, f"the training came to nothing: {reason}")
-        version = int(run["version"])
+        version = run["version"]
         found = await self._program.get_classifier(classifier.name)
         if found is None or found["serving"] == version:
             return _with_news(idle, f"version {version} serves, the first one")
@@ -222,7 +230,7 @@ class Candidates:
         classifier: CascadeClassifier,
         state: LearningState,
         match: rules.CandidateComparison,
-        shadow: Mapping[str, Any],
+        shadow: ShadowReply,
     ) -> LearningState:
         version = state.candidate
         assert version is not None

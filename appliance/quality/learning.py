@@ -18,7 +18,7 @@ from appliance.config import LearningSettings as LearningRules
 from appliance.core import HealthAlerts
 from appliance.errors import ApplianceError, NotFound, RequestError
 from appliance.quality.candidates import CandidateProgram, Candidates, CascadeClassifier, EncoderClient
-from appliance.quality.models import FEEDBACK, DailyTraffic, Labelled, LearningState
+from appliance.quality.models import FEEDBACK, DailyTraffic, FeedbackReceipt, Labelled, LearningState, TrainingStarted
 from appliance.quality.store import LearningStore
 from appliance.quality.thresholds import ThresholdEstimates, ThresholdKey
 from appliance.quality.traffic import (
@@ -94,7 +94,7 @@ class CascadeLearning:
             await self._flush()
         await self.store.close()
 
-    # What the pipeline asks and tells.
+    # What the pipeline calls.
 
     def get_thresholds(self, cascade: CascadeRule, classifier: str, version: str | None) -> CascadeThresholds:
         return self._estimates.get(cascade, classifier, version)
@@ -116,21 +116,19 @@ class CascadeLearning:
 
     async def add_feedback(
         self, owner: str, decision_id: str, index: int, label: str, *, sees_all: bool
-    ) -> Mapping[str, Any]:
-        """What was right for one text of a decision. Raises NotFound for one that is not known, or somebody else's."""
+    ) -> FeedbackReceipt:
+        """What was right for one text of a decision. Raises NotFound for one that is not known, or another key's."""
         row = await self._known(decision_id, index)
         if row is None or not (sees_all or row.owner == owner):
             raise NotFound(
                 f"text {index} of decision {decision_id[:80]!r} is not known here (any more): its route must have a "
                 "cascade; give input and classifier besides to add a labelled text of your own"
             )
-        told = replace(row, label=label, source=FEEDBACK, at=self._wall())
-        await self._add(told, kept=row.label)
+        corrected = replace(row, label=label, source=FEEDBACK, at=self._wall())
+        await self._add(corrected, kept=row.label)
         return {"decision_id": decision_id, "index": index, "classifier": row.classifier, "answered": row.own}
 
-    async def add_example(
-        self, owner: str, classifier: str, text: str, label: str, residency: str
-    ) -> Mapping[str, Any]:
+    async def add_example(self, owner: str, classifier: str, text: str, label: str, residency: str) -> FeedbackReceipt:
         """A labelled text of the caller's own. Raises RequestError where no route keeps texts for the classifier."""
         learner = self._classifiers().get(classifier)
         if learner is None or not learner.keep_texts:
@@ -208,7 +206,7 @@ class CascadeLearning:
             "days": [{"day": format_day(one.day), "route": one.route, **one.to_json()} for one in days],
         }
 
-    async def start_training(self, name: str) -> Mapping[str, Any]:
+    async def start_training(self, name: str) -> TrainingStarted:
         """Train a candidate now. Raises NotFound, RequestError, Busy."""
         classifier = self._classifiers().get(f"classifier/{name}")
         if classifier is None:

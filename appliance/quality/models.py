@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 FEEDBACK = "feedback"
 """The source of labels that callers give."""
@@ -12,7 +12,7 @@ Phase = Literal["idle", "training", "shadow"]
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A text that somebody better has labelled. Fields as the table `labelled` has them."""
+    """A text that a better model, or feedback, has labelled. Fields as the table `labelled` has them."""
 
     decision_id: str
     index: int
@@ -55,8 +55,8 @@ class DailyTraffic:
         sums = {name: getattr(self, name) + getattr(other, name) for name in COUNTS}
         return DailyTraffic(self.classifier, self.route, self.day, **sums)
 
-    def to_json(self) -> Mapping[str, Any]:
-        counts: dict[str, Any] = {name: getattr(self, name) for name in COUNTS}
+    def to_json(self) -> Mapping[str, float | None]:
+        counts: dict[str, float | None] = {name: getattr(self, name) for name in COUNTS}
         counts["local_share"] = round(self.local / self.texts, 4) if self.texts else None
         counts["agreement"] = round(self.agreed / self.audited, 4) if self.audited else None
         return counts
@@ -77,3 +77,60 @@ class LearningState:
     tested_rows: int = 0
     news: tuple[str, ...] = ()
     """What happened last, newest first."""
+
+
+# What the encoder program answers.
+
+
+class ShadowReply(TypedDict):
+    """What the candidate in shadow has seen."""
+
+    version: int
+    texts: int
+    disagreed: int
+
+
+class ClassifierReply(TypedDict):
+    serving: int
+    versions: list[int]
+    labels: list[str]
+    shadow: ShadowReply | None
+
+
+class TrainingReply(TypedDict):
+    state: str
+    """running, done, or how it failed."""
+    error: str | None
+    version: int | None
+
+
+class SampleThreshold(TypedDict):
+    """What one sample allows."""
+
+    rows: int
+    is_enough: bool
+    threshold: float | None
+    """None: no threshold keeps the bound on it."""
+
+
+class ThresholdReply(TypedDict):
+    held_out: SampleThreshold
+    live: SampleThreshold
+    """Audited traffic."""
+
+
+# What callers are answered.
+
+
+class FeedbackReceipt(TypedDict):
+    decision_id: str
+    index: int
+    classifier: str
+    answered: str | None
+    """What the classifier had answered; None where it was not asked."""
+
+
+class TrainingStarted(TypedDict):
+    name: str
+    phase: Phase
+    news: list[str]

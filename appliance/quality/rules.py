@@ -1,6 +1,6 @@
 """What to make of labels: whether a threshold is known, whether a candidate is better, when to train. Pure.
 
-Every fifth labelled text, told by its digest, is never trained on: versions are compared on those, which no version has
+Every fifth labelled text, by its digest, is never trained on: versions are compared on those, which no version has
 seen. A comparison counts only the texts on which the two differ; were they equally good, each would win such a text as
 often as the other (McNemar, "Note on the sampling error of the difference between correlated proportions or
 percentages", Psychometrika 12, 1947; here the exact binomial form). It is made at most MOST_TESTS times for a
@@ -14,14 +14,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
+from appliance.quality.models import ThresholdReply
 from appliance.tasks.classify.cascade import CascadeThresholds
 
 SIGNIFICANCE: Final = 0.05
 MOST_TESTS: Final = 5
 LEAST_TEST_ROWS: Final = 30
-"""Fewer texts never tell two versions apart."""
+"""Fewer texts never show a difference."""
 LEAST_SHADOW_TEXTS: Final = 100
 """Real traffic that a candidate must have seen first."""
 _GROWTH: Final = 1.5
@@ -38,13 +39,13 @@ def is_for_testing(text: str) -> bool:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).digest()[0] % _TEST_SHARE == 0
 
 
-def combine_thresholds(told: Mapping[str, Any], bound: float) -> CascadeThresholds:
+def combine_thresholds(reply: ThresholdReply, bound: float) -> CascadeThresholds:
     """The threshold that both samples allow: held-out rows of the training, and audited traffic as soon as it suffices.
 
-    `told` is the encoder program's answer. Held-out rows alone promise only for traffic like the examples; audited
+    `reply` is the encoder program's answer. Held-out rows alone promise only for traffic like the examples; audited
     traffic overrules them, and where it allows no threshold there is none.
     """
-    held, live = told["held_out"], told["live"]
+    held, live = reply["held_out"], reply["live"]
     rows = f"{held['rows']} held-out and {live['rows']} audited texts"
     if live["is_enough"] and live["threshold"] is None:
         return CascadeThresholds(None, f"no threshold keeps {bound:.0%} on {live['rows']} audited texts")
@@ -120,7 +121,7 @@ def is_training_due(examples: int, examples_trained: int, learn_after: int | Non
 
 
 def select_owners(owners: Sequence[str], allowed: Sequence[str] | None) -> Sequence[str] | None:
-    """Whose texts go into one classifier; None where several keys have some and nobody said that they may be mixed."""
+    """Whose texts go into one classifier; None where several keys have some and no setting lets them be mixed."""
     if allowed is not None:
         return [owner for owner in owners if owner in allowed]
     return owners if len(owners) <= 1 else None

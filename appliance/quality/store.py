@@ -32,7 +32,7 @@ STORE_SPEC: Final = StoreSpec(
 
 
 class LearningStore(SqliteStore):
-    """`open` it, and `close` it. Raises Unavailable, or StorageFull where the disk has no room, from any method."""
+    """`open` it, and `close` it. Every method raises Unavailable, or StorageFull where the disk is full."""
 
     @classmethod
     async def open(cls, path: Path) -> "LearningStore":
@@ -132,8 +132,8 @@ class LearningStore(SqliteStore):
             found[row["classifier"]] = LearningState(**{**document, "news": tuple(document["news"])})
         return found
 
-    async def save_state(self, classifier: str, learnt: LearningState) -> None:
-        values = {"classifier": classifier, "document": json.dumps(asdict(learnt))}
+    async def save_state(self, classifier: str, state: LearningState) -> None:
+        values = {"classifier": classifier, "document": json.dumps(asdict(state))}
         change = upsert(states).values(values).on_conflict_do_update(index_elements=["classifier"], set_=values)
         await self._transact(lambda one: one.execute(change))
 

@@ -30,7 +30,7 @@ labelled = Table(
     # What is right, and who says so: a target, or `feedback`.
     Column("label", Text, nullable=False),
     Column("source", String, nullable=False),
-    # Whether it was drawn by chance: such rows tell of all traffic.
+    # Whether it was drawn by chance: such rows stand for all traffic.
     Column("audited", Boolean, nullable=False),
     # Empty where the route keeps no texts.
     Column("text", Text),
@@ -38,7 +38,7 @@ labelled = Table(
     Index("ix_labelled_classifier", "classifier", "at"),
     Index("ix_labelled_owner", "owner"),
 )
-"""One row a text that somebody better than the classifier has labelled."""
+"""One row a text that a better model, or feedback, has labelled."""
 
 traffic = Table(
     "traffic",

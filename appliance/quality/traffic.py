@@ -33,7 +33,7 @@ def find_cascade_classifiers(policy: Policy) -> Mapping[str, CascadeClassifier]:
 
 
 def is_example(call: CascadeCall, row: CascadeText) -> bool:
-    """Whether somebody better has labelled the text, and there is anything to be learned of it."""
+    """Whether a better model has labelled the text, so that a classifier can learn from it."""
     if row.answer is None or row.answered_by == call.classifier:
         return False
     return row.audited or (call.keep_texts and row.is_sure)

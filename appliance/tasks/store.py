@@ -34,7 +34,7 @@ class SavedTasks:
     def put(self, task: SavedTask) -> SavedTask:
         """Keep it as the newest version of its name; one that says the same as the newest is that one. Writes to disk.
 
-        Raises RequestError where there are too many, and StorageFull where the disk has no room.
+        Raises RequestError where there are too many, and StorageFull where the disk is full.
         """
         with self._lock:
             versions = tuple(self.tasks.get(task.name, ()))
@@ -87,7 +87,7 @@ class KnownTasks:
 
 
 def _path(folder: Path, name: str) -> Path:
-    # In small letters: where a file system does not tell case, two names must not be one file.
+    # In small letters: where a file system ignores case, two names must not be one file.
     marks = "".join("1" if letter.isupper() else "0" for letter in name)
     return folder / f"{name.lower()}{f'+{int(marks, 2):x}' if '1' in marks else ''}.json"
 

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from appliance.quality import rules
+from appliance.quality.models import SampleThreshold
 from appliance.quality.rules import (
     CandidateComparison,
     combine_thresholds,
@@ -32,7 +33,7 @@ def side(threshold: float | None, *, enough: bool = True, rows: int = 500) -> di
     ],
 )
 def test_a_threshold_must_be_allowed_by_both_samples_and_traffic_overrules_examples(
-    held: object, live: object, threshold: float | None, reason: str
+    held: SampleThreshold, live: SampleThreshold, threshold: float | None, reason: str
 ) -> None:
     found = combine_thresholds({"held_out": held, "live": live}, 0.05)
     assert found.threshold == threshold

@@ -49,7 +49,7 @@ class DecisionGroups:
         self._requests, self._pipeline, self._execute_one = requests, pipeline, execute_one
 
     async def execute(self, lines: Sequence[BatchLine], caller: Caller, terms: BatchTerms) -> Sequence[LineAnswer]:
-        """Those that would go the same way alone are asked in one call; the others, and what cannot be told, alone."""
+        """Those that would go the same way alone are asked in one call; the others alone."""
         answers: dict[int, LineAnswer] = {}
         by_route: defaultdict[Hashable, list[RoutedLine]] = defaultdict(list)
         for line in lines:

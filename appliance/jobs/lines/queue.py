@@ -78,11 +78,11 @@ class LineQueue:
         self._again.append(_RetryLine(line, self._deps.clock() + pause))
         return True
 
-    async def next_group(self, batch_state: BatchState, sift: LineSelector) -> list[BatchLine] | None:
-        """Lines to be asked in one call; empty where none is ready now, None where `sift` took all that was fetched,
+    async def next_group(self, batch_state: BatchState, select: LineSelector) -> list[BatchLine] | None:
+        """Lines to be asked in one call; empty where none is ready now, None where `select` took all that was fetched,
         and there may be more.
 
-        Raises Stopped where the batch's input is gone.
+        Raises JobStopped where the batch's input is gone.
         """
         now = self._deps.clock()
         due = next((one for one in self._again if one.ready <= now), None)
@@ -91,14 +91,14 @@ class LineQueue:
             return [due.line]
         if not self._groups and len(self._again) < _MOST_AGAIN:
             fetched = await self._fetch(batch_state)
-            lines = await sift(fetched)
+            lines = await select(fetched)
             if fetched and not lines:
                 return None
             self._groups += group_lines(lines, self._deps.line_handler.group_key)
         return self._groups.popleft() if self._groups else []
 
     async def _fetch(self, batch_state: BatchState) -> list[BatchLine]:
-        """The next lines that wait and that nobody has in hand."""
+        """The next lines that wait and are not in hand."""
         while True:
             more = partial(self._deps.store.list_ready_lines, batch_state.batch.id, self._fetched_to, _FETCHED_LINES)
             places = await batch_state.retry_storage(more)

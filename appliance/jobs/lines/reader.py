@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, Final
 
 import orjson
 
+from appliance.core.json_types import MutableJsonObject
 from appliance.jobs.models import BadLine, BatchLine, BatchProblem
 
 MAX_CUSTOM_ID_CHARS: Final = 512
@@ -69,11 +70,11 @@ def parse_line(raw: RawLine, endpoint: str) -> BatchLine | BadLine:
     return _check_request(raw, value, endpoint)
 
 
-def _check_request(raw: RawLine, value: dict[str, Any], endpoint: str) -> BatchLine | BadLine:
+def _check_request(raw: RawLine, value: MutableJsonObject, endpoint: str) -> BatchLine | BadLine:
     custom_id, method, url, body = (value.get(name) for name in ("custom_id", "method", "url", "body"))
     if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_CUSTOM_ID_CHARS:
-        told = "is missing" if custom_id is None else f"is {str(custom_id)[:80]!r}"
-        text = f"custom_id {told}: give every line a text of 1 to {MAX_CUSTOM_ID_CHARS} characters of its own"
+        found = "is missing" if custom_id is None else f"is {str(custom_id)[:80]!r}"
+        text = f"custom_id {found}: give every line a text of 1 to {MAX_CUSTOM_ID_CHARS} characters of its own"
         return _bad(raw, None, "missing_required_parameter", text, "custom_id")
     if method != "POST":
         return _bad(raw, custom_id, "invalid_method", f"method is {str(method)[:20]!r}: only POST is done", "method")
@@ -96,7 +97,7 @@ def _check_request(raw: RawLine, value: dict[str, Any], endpoint: str) -> BatchL
     return BatchLine(raw.number, raw.offset, raw.length, custom_id, url, body, digest)
 
 
-def _digest(url: str, body: dict[str, Any]) -> bytes:
+def _digest(url: str, body: MutableJsonObject) -> bytes:
     """The same for the same request, whatever the order of its fields."""
     said = url.encode() + b"\n" + orjson.dumps(body, option=orjson.OPT_SORT_KEYS)
     return hashlib.blake2b(said, digest_size=16).digest()

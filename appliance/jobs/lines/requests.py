@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 import orjson
 
 from appliance.core import Caller, ParsedRequest, Request
+from appliance.core.json_types import JsonObject
 from appliance.jobs.models import BatchLine, BatchTerms
 from appliance.router.request_builder import RESIDENCY_HEADER, TAG_HEADER, make_request
 from appliance.tasks import chat, completions, embeddings
@@ -42,7 +43,7 @@ class CallerLookup(Protocol):
 class LineEndpoint:
     """How an endpoint's bodies are read, and how its payload is made of what its calls came to."""
 
-    read: Callable[[Mapping[str, Any]], tuple[ParsedRequest, Sequence[Any]]]
+    read: Callable[[JsonObject], tuple[ParsedRequest, Sequence[Any]]]
     payload: Payload
     shape: Shape | None = None
     """Of bodies that may name a saved task."""
@@ -70,7 +71,7 @@ def make_line_endpoints(fits: TaskCalibrationStore) -> Mapping[str, LineEndpoint
     """By url. Tasks that are calibrated while the node runs are known from then on."""
     priors = Priors()
 
-    def with_calibration(read: Callable[..., Any], body: Mapping[str, Any]) -> Any:
+    def with_calibration(read: Callable[..., Any], body: JsonObject) -> Any:
         return read(body, tasks=fits.tasks, priors=priors)
 
     return {
@@ -127,5 +128,5 @@ class LineRequests:
 
 
 def make_request_id(line: BatchLine, terms: BatchTerms) -> str:
-    """The same however often the line is asked: what is sent twice can be told to be the same."""
+    """The same however often the line is asked, so that a target can recognise what it is sent twice."""
     return f"{terms.batch_id}-{line.number}"

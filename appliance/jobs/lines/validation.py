@@ -87,14 +87,14 @@ def _chunks(path: Path, endpoint: str, max_line_bytes: int) -> Iterator[_Seen]:
 
 def _look(found: BatchLine | BadLine, duplicates: DuplicateTracker, seen: _Seen) -> None:
     if isinstance(found, BatchLine):
-        twin = duplicates.check_line(found)
-        if not isinstance(twin, BadLine):
-            seen.good.append((replace(found, body={}), twin))
+        checked = duplicates.check_line(found)
+        if not isinstance(checked, BadLine):
+            seen.good.append((replace(found, body={}), checked))
             model = found.body.get("model")
             if len(seen.models) < _MODELS_TOLD_APART:
                 seen.models.add(model[:_MOST_MODEL_CHARS] if isinstance(model, str) else "auto")
             return
-        found = twin
+        found = checked
     seen.bad.append(found)
 
 

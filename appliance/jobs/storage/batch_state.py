@@ -25,10 +25,10 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class BatchState:
-    """Answers wait here until they are committed together. `lock` is held by whoever changes the batch."""
+    """Answers wait here until they are committed together. Code that changes the batch holds `lock`."""
 
     def __init__(self, batch: Batch, deps: JobDeps, committed: Callable[[Sequence[int]], None]) -> None:
-        """`committed` is told the numbers of lines that are done."""
+        """`committed` is called with the numbers of lines that are done."""
         self._deps, self._committed = deps, committed
         self.results = BatchResults(batch, deps.folder, deps.store)
         self.lock = asyncio.Lock()
@@ -75,7 +75,7 @@ class BatchState:
             await self.results.commit_answers(answered)
 
     async def retry_storage(self, work: Callable[[], Awaitable[Result]]) -> Result:
-        """Do it, however long there is no room for it on the disk."""
+        """Do `work`, and do it again for as long as the disk is full or the store cannot be used."""
         while True:
             try:
                 return await work()

@@ -16,7 +16,7 @@ _ID: Final = re.compile(r"file-[0-9a-f]{32}")
 
 
 def new_file_id() -> str:
-    """128 random bits: nobody finds a file by trying."""
+    """128 random bits: a file cannot be found by guessing."""
     return f"file-{secrets.token_hex(16)}"
 
 
@@ -106,7 +106,7 @@ class JobFolder:
             path.unlink(missing_ok=True)
 
     def remove_unknown(self, known_files: frozenset[str], open_batches: frozenset[str]) -> int:
-        """Remove what nobody knows of: uploads that a crash cut short, work of batches that are no more."""
+        """Remove what the store does not know: uploads that a crash cut short, work of batches that are no more."""
         found = [path for path in self._files.iterdir() if path.name not in known_files]
         found += [path for path in self._work.iterdir() if path.stem not in open_batches]
         for path in found:

@@ -5,13 +5,14 @@ which still wait, are answered again. So no line is lost and none is there twice
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import orjson
 
+from appliance.core.json_types import JsonObject, MutableJsonObject
 from appliance.errors import StorageFull
 from appliance.files import OWNER_ONLY, is_disk_full
 from appliance.jobs.models import BadLine, BatchProblem, LineAnswer
@@ -88,8 +89,8 @@ class ResultFile:
 
 
 def format_answer(batch_id: str, number: int, custom_id: str, answer: LineAnswer) -> bytes:
-    """A line's answer, good or bad, in OpenAI's shape, with the decision that `/v1/explain` tells more of."""
-    response: dict[str, Any] = {"status_code": answer.status, "request_id": answer.request_id, "body": answer.body}
+    """A line's answer, good or bad, in OpenAI's shape, with its decision for `/v1/explain`."""
+    response: MutableJsonObject = {"status_code": answer.status, "request_id": answer.request_id, "body": answer.body}
     if answer.decision_id is not None:
         response["decision_id"] = answer.decision_id
     return _row(batch_id, number, custom_id, response, None)
@@ -114,8 +115,8 @@ def _row(
     batch_id: str,
     number: int,
     custom_id: str | None,
-    response: Mapping[str, Any] | None,
-    error: Mapping[str, Any] | None,
+    response: JsonObject | None,
+    error: JsonObject | None,
 ) -> bytes:
     name = f"batch_req_{batch_id.removeprefix('batch_')}_{number}"
     row = {"id": name, "custom_id": custom_id, "line": number, "response": response, "error": error}

@@ -32,7 +32,7 @@ class _Row:
 class BatchResults:
     """One batch's. `batch` is always what is committed; every method either commits or changes nothing.
 
-    Raises StorageFull where there is no room: then the same can be tried again.
+    Raises StorageFull where the disk is full: then the same can be tried again.
     """
 
     def __init__(self, batch: Batch, folder: JobFolder, store: JobStore) -> None:

@@ -83,7 +83,7 @@ STORE_SPEC: Final = StoreSpec(
 
 
 class JobStore(SqliteStore):
-    """`open` it, and `close` it. Raises JobsUnavailable, or StorageFull where the disk has no room, from any method."""
+    """`open` it, and `close` it. Every method raises JobsUnavailable, or StorageFull where the disk is full."""
 
     @classmethod
     async def open(cls, url: str) -> "JobStore":
@@ -241,22 +241,22 @@ class JobStore(SqliteStore):
 
         await self._transact(write)
 
-    # Parcels: lines that lie in a provider's batch.
+    # Provider batches, and the lines that are in them.
 
-    async def add_provider_batch(self, provider_batch: ProviderBatch, given: Mapping[int, str]) -> None:
-        """It is going to be sent, with the tickets of its lines: from now on they do not wait any more."""
+    async def add_provider_batch(self, provider_batch: ProviderBatch, records: Mapping[int, str]) -> None:
+        """It is going to be sent, with the records of its lines: from now on they do not wait any more."""
         mark = (
             update(lines).where(lines.c.batch_id == provider_batch.batch_id, lines.c.number == bindparam("n"))
         ).values(state=POSTED)
         rows = [
-            {"batch_id": provider_batch.batch_id, "number": number, "parcel": provider_batch.name, "ticket": ticket}
-            for number, ticket in given.items()
+            {"batch_id": provider_batch.batch_id, "number": number, "parcel": provider_batch.name, "ticket": record}
+            for number, record in records.items()
         ]
 
         def write(connection: Connection) -> None:
             connection.execute(insert(parcels), [asdict(provider_batch)])
             connection.execute(insert(tickets), rows)
-            connection.execute(mark, [{"n": number} for number in given])
+            connection.execute(mark, [{"n": number} for number in records])
 
         await self._transact(write)
 
@@ -291,7 +291,7 @@ class JobStore(SqliteStore):
         ]
 
     async def end_provider_batch(self, provider_batch: ProviderBatch) -> Mapping[int, str]:
-        """Forget it. Those of its lines that have not ended wait again; returns their tickets."""
+        """Forget it. Those of its lines that have not ended wait again; returns their records."""
         mine = tickets.c.parcel == provider_batch.name
         numbers = select(tickets.c.number).where(mine)
 

@@ -51,7 +51,7 @@ lines = Table(
     Column("twin_of", Integer),
     # 0 waits, 1 answered, 2 failed, 3 lies in a provider's batch.
     Column("state", Integer, nullable=False),
-    # Where in the output or error file what a twin copies is; set once it is there.
+    # Where in the output or error file what a duplicate copies is; set once it is there.
     Column("result_offset", Integer),
     Column("result_length", Integer),
     Index("ix_lines_twin", "batch_id", "twin_of", sqlite_where=text("twin_of IS NOT NULL")),
@@ -78,9 +78,9 @@ tickets = Table(
     Column("batch_id", String, primary_key=True),
     Column("number", Integer, primary_key=True),
     Column("parcel", String, nullable=False, index=True),
-    # What was decided of the line and put aside for it, by whoever sends it.
+    # What was decided of the line and reserved for it (a line record).
     Column("ticket", Text, nullable=False),
 )
-"""One row a line that lies in a parcel."""
+"""One row a line that was sent in a provider's batch."""
 
 WAITING, ANSWERED, FAILED, POSTED = 0, 1, 2, 3

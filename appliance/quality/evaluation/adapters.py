@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Final, Literal, get_args
 
+from appliance.core.json_types import JsonObject
 from appliance.errors import ConfigError
 
 RowKind = Literal["decision", "extraction"]
@@ -29,14 +30,14 @@ class Adapter:
     prompt: str = ""
     keys: tuple[str, ...] = ()
     """All that right answers may use; empty: anything."""
-    schema: Mapping[str, Any] | None = None
+    schema: JsonObject | None = None
 
     @property
     def own_prompts(self) -> bool:
         """Whether every row is asked something else."""
         return bool(_PLACE.search(self.prompt))
 
-    def suits(self, row: Mapping[str, Any]) -> bool:
+    def suits(self, row: JsonObject) -> bool:
         if any(name not in row for name in self.fields):
             return False
         given = row.get(self.gold)
@@ -52,10 +53,10 @@ class Adapter:
             not self.keys or {one["type"] for one in given} <= set(self.keys)
         )
 
-    def asked(self, row: Mapping[str, Any]) -> str:
+    def asked(self, row: JsonObject) -> str:
         return _PLACE.sub(lambda match: str(row.get(match[1], "")), self.prompt)
 
-    def right(self, row: Mapping[str, Any]) -> Mapping[str, Sequence[str]]:
+    def right(self, row: JsonObject) -> Mapping[str, Sequence[str]]:
         """Field -> right values. Of `answers` any is right, of `entities` all are; a decision's field is its label."""
         given = row[self.gold]
         if self.form == "label":
@@ -69,7 +70,7 @@ class Adapter:
             return {kind: tuple(dict.fromkeys(texts)) for kind, texts in found.items()}
         return {name: (str(value),) for name, value in given.items() if value not in (None, "")}
 
-    def example(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+    def example(self, row: JsonObject) -> JsonObject:
         """The row as an example to show to a model."""
         if self.kind == "decision":
             return {"input": row[self.text], "label": row[self.gold]}
@@ -96,7 +97,7 @@ def load_adapters(path: Path | None = None) -> Sequence[Adapter]:
         raise ConfigError(f"holds no adapters ({error!r})", file=place) from error
 
 
-def _adapter(row: Mapping[str, Any]) -> Adapter:
+def _adapter(row: JsonObject) -> Adapter:
     known = {field.name for field in fields(Adapter)}
     if unknown := row.keys() - known:
         raise ValueError(f"{sorted(unknown)[0]} is not known: an adapter has {', '.join(sorted(known))}")

@@ -1,14 +1,15 @@
-"""Rows put to a node over HTTP, several requests at once, with patience for a node that is busy."""
+"""Rows sent to a node over HTTP, several requests at once; a busy node is asked again."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import httpx
 import orjson
 
+from appliance.core.json_types import JsonObject, MutableJsonObject
 from appliance.errors import Unavailable
 from appliance.quality.evaluation.adapters import Adapter
 from appliance.quality.evaluation.datasets import DatasetRow
@@ -26,23 +27,23 @@ _BUSY: Final = frozenset({429, 503, 529})
 
 @dataclass(frozen=True, slots=True)
 class EvalRequestOptions:
-    """What is put to a model with every row."""
+    """What is sent to a model with every row."""
 
     adapter: Adapter
     model: str
     labels: Sequence[str] = ()
-    examples: Sequence[Mapping[str, Any]] = ()
+    examples: Sequence[JsonObject] = ()
     task: str | None = None
     """A saved task instead of the adapter's own question or schema."""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: JsonObject = field(default_factory=dict)
 
     @property
     def is_classifier(self) -> bool:
         return self.model.startswith(CLASSIFIER)
 
-    def make_body(self, rows: Sequence[DatasetRow]) -> tuple[str, Mapping[str, Any]]:
+    def make_body(self, rows: Sequence[DatasetRow]) -> tuple[str, JsonObject]:
         """Path and body of the request about `rows`."""
-        body: dict[str, Any] = {"model": self.model, **self.options}
+        body: MutableJsonObject = {"model": self.model, **self.options}
         texts = [row.text for row in rows]
         if self.adapter.kind == "decision":
             return "/v1/decisions/batch", {**body, **self._question(), "inputs": texts}
@@ -54,7 +55,7 @@ class EvalRequestOptions:
             body["instructions"] = rows[0].asked
         return "/v1/extract", body | ({"examples": list(self.examples)} if self.examples else {})
 
-    def _question(self) -> Mapping[str, Any]:
+    def _question(self) -> JsonObject:
         if self.task is not None:
             return {"task": self.task}
         if self.is_classifier:
@@ -79,7 +80,7 @@ class EvalReply:
 
 
 class NodeClient:
-    """Raises Unavailable where nobody answers as a node does."""
+    """Raises Unavailable where no node answers."""
 
     def __init__(self, url: str, key: str | None = None) -> None:
         headers = {"authorization": f"Bearer {key}"} if key else {}
@@ -127,24 +128,24 @@ class NodeClient:
 
 
 def _pause(reply: httpx.Response, attempt: int) -> float:
-    told = reply.headers.get("retry-after", "")
-    seconds = float(told) if told.replace(".", "", 1).isdecimal() else 2.0**attempt
+    text = reply.headers.get("retry-after", "")
+    seconds = float(text) if text.replace(".", "", 1).isdecimal() else 2.0**attempt
     return min(_LONGEST_PAUSE_SECONDS, max(0.1, seconds))
 
 
 def _results(reply: httpx.Response, count: int) -> Sequence[GradedRow]:
     try:
-        told = reply.json()
+        body = reply.json()
     except ValueError:
-        told = {}
-    if reply.status_code != 200 or not isinstance(told.get("results"), list) or len(told["results"]) != count:
-        error = told.get("error") or {"message": f"the node answered {reply.status_code}"}
+        body = {}
+    if reply.status_code != 200 or not isinstance(body.get("results"), list) or len(body["results"]) != count:
+        error = body.get("error") or {"message": f"the node answered {reply.status_code}"}
         return [GradedRow({"error": error})] * count
-    usage = read_payload_usage(told)
+    usage = read_payload_usage(body)
     cost = reply.headers.get("x-appliance-cost-usd", "")
     paid = float(cost) if cost.replace(".", "", 1).replace("e-", "", 1).isdecimal() else None
     tokens_in, tokens_out = usage.prompt_tokens, usage.completion_tokens
     return [
-        GradedRow(row, told.get("model"), None if paid is None else paid / count, tokens_in / count, tokens_out / count)
-        for row in told["results"]
+        GradedRow(row, body.get("model"), None if paid is None else paid / count, tokens_in / count, tokens_out / count)
+        for row in body["results"]
     ]

@@ -5,10 +5,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import orjson
 
+from appliance.core.json_types import JsonObject
 from appliance.errors import RequestError
 from appliance.quality.evaluation.adapters import Adapter
 
@@ -22,7 +23,7 @@ class DatasetRow:
     right: Mapping[str, Sequence[str]]
     asked: str
     """What is asked of it."""
-    given: Mapping[str, Any]
+    given: JsonObject
     line: int
 
 
@@ -56,7 +57,7 @@ def read_dataset(path: Path, adapters: Sequence[Adapter]) -> Dataset:
     return Dataset(path.stem, adapter, rows)
 
 
-def _row(given: Mapping[str, Any], adapter: Adapter, path: Path, number: int) -> DatasetRow:
+def _row(given: JsonObject, adapter: Adapter, path: Path, number: int) -> DatasetRow:
     if not adapter.suits(given):
         raise RequestError(f"{path}:{number} is not of kind {adapter.name}: it needs {', '.join(adapter.fields)}")
     text = given[adapter.text]
@@ -65,7 +66,7 @@ def _row(given: Mapping[str, Any], adapter: Adapter, path: Path, number: int) ->
     return DatasetRow(text, adapter.right(given), adapter.asked(given), given, number)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _lines(path: Path) -> Iterator[tuple[int, JsonObject]]:
     try:
         with path.open("rb") as file:
             number = 0
@@ -79,7 +80,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _parsed(raw: bytes, path: Path, number: int) -> Mapping[str, Any]:
+def _parsed(raw: bytes, path: Path, number: int) -> JsonObject:
     try:
         row = orjson.loads(raw.removeprefix(b"\xef\xbb\xbf"))
     except orjson.JSONDecodeError as error:
@@ -101,7 +102,7 @@ def sample_rows(rows: Sequence[DatasetRow], limit: int | None, seed: int) -> Seq
     return [rows[place] for place in drawn]
 
 
-def pick_examples(rows: Sequence[DatasetRow], adapter: Adapter, count: int, seed: int) -> Sequence[Mapping[str, Any]]:
+def pick_examples(rows: Sequence[DatasetRow], adapter: Adapter, count: int, seed: int) -> Sequence[JsonObject]:
     """Rows to show: `count` for each label of a decision, the labels mixed; `count` in all of an extraction."""
     shuffled = list(rows)
     random.Random(seed).shuffle(shuffled)

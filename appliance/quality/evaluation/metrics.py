@@ -28,7 +28,7 @@ class MetricInterval:
     low: float
     high: float
 
-    def told(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, float]:
         return {"value": self.value, "low": self.low, "high": self.high}
 
 

@@ -5,10 +5,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import orjson
 
+from appliance.core.json_types import JsonObject
 from appliance.errors import RequestError
 from appliance.quality.evaluation.client import EvalReply, EvalRequestOptions
 from appliance.quality.evaluation.datasets import DatasetRow
@@ -32,25 +32,25 @@ class AnswerRecord:
 
     def known(self, asking: EvalRequestOptions, rows: Sequence[DatasetRow]) -> Mapping[int, GradedRow]:
         """Place of a row -> what was said of it before."""
-        told = identity(asking)
-        found = ((place, self._known.get(_key(told, row))) for place, row in enumerate(rows))
+        run_id = identity(asking)
+        found = ((place, self._known.get(_key(run_id, row))) for place, row in enumerate(rows))
         return {place: result for place, result in found if result is not None}
 
     def seconds(self, asking: EvalRequestOptions) -> float:
-        told = identity(asking)
-        return sum(seconds for (one, _), seconds in self._seconds.items() if one == told)
+        run_id = identity(asking)
+        return sum(seconds for (one, _), seconds in self._seconds.items() if one == run_id)
 
     def add(self, asking: EvalRequestOptions, reply: EvalReply) -> None:
         """Failures are not kept, so that they are asked again."""
-        told = identity(asking)
-        place = (told, self._session)
+        run_id = identity(asking)
+        place = (run_id, self._session)
         self._seconds[place] = max(self._seconds.get(place, 0.0), reply.elapsed_seconds)
         lines = []
         for row, result in zip(reply.rows, reply.results, strict=True):
             if result.error is None:
-                self._known[_key(told, row)] = result
-                about = {"asking": told, "session": self._session, "elapsed_seconds": reply.elapsed_seconds}
-                lines.append(orjson.dumps({"key": _key(told, row), **about, "result": asdict(result)}))
+                self._known[_key(run_id, row)] = result
+                about = {"asking": run_id, "session": self._session, "elapsed_seconds": reply.elapsed_seconds}
+                lines.append(orjson.dumps({"key": _key(run_id, row), **about, "result": asdict(result)}))
         if self._path is not None and lines:
             with self._path.open("ab") as file:
                 file.write(b"".join(line + b"\n" for line in lines))
@@ -71,7 +71,7 @@ class AnswerRecord:
 def identity(asking: EvalRequestOptions) -> str:
     """Equal for askings that put the same question to the same model."""
     adapter = asking.adapter
-    said: Mapping[str, Any] = {
+    said: JsonObject = {
         "model": asking.model,
         "labels": list(asking.labels),
         "examples": list(asking.examples),

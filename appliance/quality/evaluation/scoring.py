@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from appliance.core.json_types import JsonObject
 from appliance.quality.evaluation import metrics
 from appliance.quality.evaluation.adapters import ANSWER, Adapter
 from appliance.quality.evaluation.datasets import DatasetRow
@@ -19,7 +20,7 @@ _EDGES: Final = " \t\n.,;:!?'\"()[]"
 class GradedRow:
     """What a model said of one row, and its share of what that took."""
 
-    said: Mapping[str, Any]
+    said: JsonObject
     """A row of the node's reply: {answers}, {object, ...} or {error}."""
     model: str | None = None
     """Who answered."""
@@ -29,13 +30,13 @@ class GradedRow:
 
     @property
     def error(self) -> str | None:
-        told = self.said.get("error")
-        return None if told is None else str(told.get("message") if isinstance(told, Mapping) else told)
+        error = self.said.get("error")
+        return None if error is None else str(error.get("message") if isinstance(error, Mapping) else error)
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredModel:
-    report: Mapping[str, Any]
+    report: JsonObject
     by_row: Sequence[float]
     """From 0 to 1, for comparing models row by row."""
 
@@ -50,12 +51,12 @@ def score_model(
     return ScoredModel({**_effort(results, seconds), **graded.report}, graded.by_row)
 
 
-def compare_models(ours: ScoredModel, theirs: ScoredModel) -> Mapping[str, Any]:
+def compare_models(ours: ScoredModel, theirs: ScoredModel) -> JsonObject:
     gap = metrics.difference(ours.by_row, theirs.by_row)
-    return {"difference": gap.told(), "verdict": metrics.verdict(gap)}
+    return {"difference": gap.to_json(), "verdict": metrics.verdict(gap)}
 
 
-def _effort(results: Sequence[GradedRow], seconds: float) -> Mapping[str, Any]:
+def _effort(results: Sequence[GradedRow], seconds: float) -> JsonObject:
     errors = [result.error for result in results if result.error is not None]
     costs = [result.cost_usd for result in results]
     known = [cost for cost in costs if cost is not None]
@@ -76,7 +77,7 @@ def _decisions(
     adapter: Adapter, rows: Sequence[DatasetRow], results: Sequence[GradedRow], labels: Sequence[str]
 ) -> ScoredModel:
     places = {label: place for place, label in enumerate(labels)}
-    answers: list[Mapping[str, Any]] = [next(iter(result.said.get("answers") or ()), {}) for result in results]
+    answers: list[JsonObject] = [next(iter(result.said.get("answers") or ()), {}) for result in results]
     said = [answer.get("choice") for answer in answers]
     right = [row.right[adapter.gold][0] for row in rows]
     hits = [one == other for one, other in zip(said, right, strict=True)]
@@ -87,10 +88,10 @@ def _decisions(
     truth = np.array([places[one] for one in right])
     answered = np.array([places.get(str(one), -1) if one is not None else -1 for one in said])
     report = {
-        "accuracy": metrics.share(sum(hits), len(hits)).told(),
+        "accuracy": metrics.share(sum(hits), len(hits)).to_json(),
         # Every row has one label and gets one answer, so the F1 over all answers is their accuracy.
-        "micro_f1": metrics.share(sum(hits), len(hits)).told(),
-        "macro_f1": metrics.class_f1(truth, answered, len(labels)).told(),
+        "micro_f1": metrics.share(sum(hits), len(hits)).to_json(),
+        "macro_f1": metrics.class_f1(truth, answered, len(labels)).to_json(),
         "ece": metrics.ece([confidence for confidence, _ in sure], [hit for _, hit in sure]),
         "label_mass": statistics.median(masses) if masses else None,
         "unsure": sum(bool(answer.get("unsure")) for answer in answers) / len(answers),
@@ -107,21 +108,22 @@ def _objects(adapter: Adapter, rows: Sequence[DatasetRow], results: Sequence[Gra
     values = sum(one.values for one in graded)
     exact = [[one.exact[name] for name in names] for one in graded]
     report = {
-        "field_exactness": metrics.mean([statistics.fmean(row) for row in exact]).told(),
-        "object_exactness": metrics.share(sum(all(row) for row in exact), len(exact)).told(),
-        "micro_f1": f1.micro.told(),
-        "macro_f1": f1.macro.told(),
+        "field_exactness": metrics.mean([statistics.fmean(row) for row in exact]).to_json(),
+        "object_exactness": metrics.share(sum(all(row) for row in exact), len(exact)).to_json(),
+        "micro_f1": f1.micro.to_json(),
+        "macro_f1": f1.macro.to_json(),
         "precision": f1.precision,
         "recall": f1.recall,
         "ece": metrics.ece([confidence for confidence, _ in sure], [hit for _, hit in sure]),
         "values": values,
         "not_in_text": sum(one.missing for one in graded) / values if values else 0.0,
         "fields": {
-            name: metrics.share(sum(row[place] for row in exact), len(exact)).told() for place, name in enumerate(names)
+            name: metrics.share(sum(row[place] for row in exact), len(exact)).to_json()
+            for place, name in enumerate(names)
         },
     }
     if adapter.form == "answers":
-        report["token_f1"] = metrics.mean([one.token_f1 for one in graded]).told()
+        report["token_f1"] = metrics.mean([one.token_f1 for one in graded]).to_json()
     return ScoredModel(report, [statistics.fmean(row) for row in exact])
 
 
@@ -148,9 +150,9 @@ def _grade(adapter: Adapter, names: Sequence[str], row: DatasetRow, result: Grad
         folded, wanted = {_folded(one) for one in said}, {_folded(one) for one in right}
         exact[name] = result.error is None and {_plain(one) for one in said} == {_plain(one) for one in right}
         counts[name] = (len(folded & wanted), len(folded), len(wanted))
-        told = [share for place, share in confidence.items() if place == f"/{name}" or place.startswith(f"/{name}/")]
-        if said and len(told) == len(said):
-            sure += [(share, _folded(one) in wanted) for share, one in zip(told, said, strict=True)]
+        shares = [share for place, share in confidence.items() if place == f"/{name}" or place.startswith(f"/{name}/")]
+        if said and len(shares) == len(said):
+            sure += [(share, _folded(one) in wanted) for share, one in zip(shares, said, strict=True)]
     said_all = sum(len(_values(found.get(name))) for name in names)
     missing = len(result.said.get("not_in_text") or ())
     token_f1 = _token_f1(found.get(ANSWER), row.right.get(ANSWER, ())) if adapter.form == "answers" else 0.0
