@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -122,7 +123,11 @@ def test_the_overflow_set_up_of_the_readme_sends_out_what_is_complex_and_nothing
     easy, complex_one = (json.loads(body) for body in ANY_BODIES)
     with running_node(home, config=config, environment={"OPENAI_API_KEY": "sk-example"}) as node:
         ask = f"{node.url}/v1/chat/completions"
-        asked = ((easy, {}), (complex_one, {}), (complex_one, {"x-appliance-residency": "onsite"}))
+        asked: tuple[tuple[Any, dict[str, str]], ...] = (
+            (easy, {}),
+            (complex_one, {}),
+            (complex_one, {"x-appliance-residency": "onsite"}),
+        )
         answers = [httpx.post(ask, json=body, headers=headers, timeout=60).headers for body, headers in asked]
     found = [(answer["x-appliance-location"], answer["x-appliance-reason"]) for answer in answers]
     assert [location for location, _ in found] == ["onsite", "hosted", "onsite"], found

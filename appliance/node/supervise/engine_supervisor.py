@@ -285,6 +285,9 @@ class EngineSupervisor:
         before = monitor.progress
         if await monitor.check_ready(client):
             self._check_abilities(monitor.abilities)
+            # An engine whose load is unknown gets no requests: the first one after "ready" would overflow, and cost.
+            await monitor.read_load(client, may_probe=False)
+            self._load = monitor.load
             return Healthy()
         if monitor.progress != before:
             self._publish()
