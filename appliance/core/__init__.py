@@ -36,6 +36,7 @@ from appliance.core.results import (
     ResponseMetadata,
     StreamCheck,
     TaskCall,
+    TaskResult,
     UpstreamCall,
     UpstreamReply,
 )
@@ -103,6 +104,7 @@ __all__ = [
     "Target",
     "Task",
     "TaskCall",
+    "TaskResult",
     "Thinking",
     "TimeLimits",
     "TokenLimit",

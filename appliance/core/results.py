@@ -44,6 +44,25 @@ class UpstreamReply:
     """The JSON body as it came, where it is in the caller's own dialect; `payload` is its translation then."""
 
 
+class TaskResult(Protocol):
+    """What a call came to."""
+
+    @property
+    def payload(self) -> Any:
+        """The JSON that the client gets, or its part of that where a request has several calls."""
+
+    @property
+    def usage(self) -> Usage: ...
+
+    @property
+    def confidence(self) -> float | None:
+        """The least confidence among the answer's parts, from 0 to 1; None where none is known."""
+
+    @property
+    def label_mass(self) -> float | None:
+        """The least share of a model's distribution that fell on the labels asked for; None where not known."""
+
+
 class TaskCall(Protocol):
     """One piece of work in a form that any able target can be given. Pure: no I/O.
 
@@ -65,7 +84,7 @@ class TaskCall(Protocol):
 
     def outgoing(self, target: Target) -> Sequence[UpstreamCall]: ...
 
-    def read(self, target: Target, replies: Sequence[UpstreamReply]) -> Any: ...
+    def read(self, target: Target, replies: Sequence[UpstreamReply]) -> TaskResult: ...
 
 
 class StreamCheck(Protocol):

@@ -22,6 +22,7 @@ from appliance.core import (
     Route,
     Target,
     TaskCall,
+    TaskResult,
 )
 from appliance.errors import ApplianceError, ClientGone, RejectedReply, StreamBroken, UnknownModel
 from appliance.router.attempts.loop import AttemptLoop
@@ -37,6 +38,8 @@ from appliance.router.routing.match import list_visible_targets
 from appliance.router.routing.router import Router, RoutingResult
 from appliance.router.token_count import TokenCount, count_prompt_tokens
 from appliance.telemetry import traces
+
+Results = list[TaskResult | ApplianceError | None]
 
 
 class Pipeline:
@@ -77,7 +80,7 @@ class Pipeline:
         loop, close = self._start(request, call.prompt_tokens, call.output_tokens, llm_profile)
         try:
             with traces.use_request_span(loop.span):
-                runner, payload = await loop.run(call)
+                runner, result = await loop.run(call)
         except ApplianceError as error:
             close(error)
             raise
@@ -85,7 +88,7 @@ class Pipeline:
             close(_as_internal_error(error))
             raise
         if runner is None or runner.stream is None:
-            return Answer(close(None), payload=payload, raw=None if runner is None else runner.raw)
+            return Answer(close(None), result, raw=None if runner is None else runner.raw)
         return Answer(loop.interim_metadata(runner), streaming=_Streaming(runner, loop, close))
 
     async def answer_many(self, request: Request, calls: Sequence[TaskCall], *, concurrency: int) -> "BatchAnswer":
@@ -99,13 +102,13 @@ class Pipeline:
         request = await self.with_pii_scan(request)
         llm_profile = await self._profiler.llm_profile(request)
         loop, close = self._start(request, prompt_tokens, max(call.output_tokens for call in calls), llm_profile)
-        results: list[Any] = [None] * len(calls)
+        results: Results = [None] * len(calls)
         try:
             if loop.refusal is not None:
                 raise loop.refusal
             with traces.use_request_span(loop.span):
                 if loop.uses_cascade(calls[0]):
-                    results = await loop.run_cascade(calls, at_once=concurrency)
+                    results = list(await loop.run_cascade(calls, at_once=concurrency))
                 else:
                     await _run_all(loop, calls, concurrency, results)
         except ApplianceError as error:
@@ -189,24 +192,29 @@ class Pipeline:
 class Answer:
     """A response in the making, owned by whoever sends it, who must `aclose` it, sent or not, begun or not.
 
-    Either `payload` (parsed JSON) or `stream` (bytes of server-sent events, ending with `[DONE]`, or with an error
+    Either `result` or `stream` (bytes of server-sent events, ending with `[DONE]`, or with an error
     event and then without it) is set.
     """
 
     def __init__(
         self,
         metadata: ResponseMetadata,
+        result: TaskResult | None = None,
         *,
-        payload: Any = None,
         raw: bytes | None = None,
         streaming: "_Streaming | None" = None,
     ) -> None:
         self.status = 200
         self.metadata = metadata
-        self.payload = payload
+        self.result = result
         self.raw = raw
         """The whole reply as the target sent it, where that is in the caller's own dialect."""
         self._streaming = streaming
+
+    @property
+    def payload(self) -> Any:
+        """The response's JSON; None for a stream."""
+        return None if self.result is None else self.result.payload
 
     @property
     def stream(self) -> AsyncIterator[bytes] | None:
@@ -228,7 +236,7 @@ class BatchAnswer:
     """What came of many calls under one decision: in the calls' order, a result or the error in its place."""
 
     metadata: ResponseMetadata
-    results: list[Any]
+    results: Sequence[Any]
 
 
 class _Streaming:
@@ -310,14 +318,14 @@ class _Streaming:
         self._close(error)
 
 
-async def _run_all(loop: AttemptLoop, calls: Sequence[TaskCall], concurrency: int, results: list[Any]) -> None:
+async def _run_all(loop: AttemptLoop, calls: Sequence[TaskCall], concurrency: int, results: Results) -> None:
     async with asyncio.TaskGroup() as group:
         waiting = iter(enumerate(calls))
         for _ in range(max(1, min(concurrency, len(calls)))):
             group.create_task(_run_calls(loop, waiting, results))
 
 
-async def _run_calls(loop: AttemptLoop, waiting: Iterator[tuple[int, TaskCall]], results: list[Any]) -> None:
+async def _run_calls(loop: AttemptLoop, waiting: Iterator[tuple[int, TaskCall]], results: Results) -> None:
     for index, call in waiting:
         try:
             _, results[index] = await loop.run(call)

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from appliance.core import Caller, Decision, Request, ResponseMetadata, Target, TaskCall
+from appliance.core import Caller, Decision, Request, ResponseMetadata, Target, TaskCall, TaskResult
 
 
 class PipelineAnswer(Protocol):
@@ -17,6 +17,10 @@ class PipelineAnswer(Protocol):
 
     @property
     def payload(self) -> Any:
+        """The response's JSON; None for a stream."""
+
+    @property
+    def result(self) -> TaskResult | None:
         """What the call's `read` returned; None for a stream."""
 
     @property

@@ -7,7 +7,7 @@ What was decided is kept as text (a line record), because the answer may come af
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 import orjson
 
@@ -23,6 +23,7 @@ from appliance.core import (
     Request,
     Target,
     TaskCall,
+    TaskResult,
     Usage,
 )
 from appliance.errors import ApplianceError, BackendError, BackendRefused, ResidencyRefused, Unavailable, Unsupported
@@ -63,12 +64,12 @@ class PreparedLine:
 
 @dataclass(frozen=True, slots=True)
 class ReadLine:
-    """The result of a line. Either `payload`, or `error`: then it is asked again."""
+    """The result of a line. Either `result`, or `error`: then it is asked again."""
 
     decision_id: str
     usage: Usage
     cost_usd: float
-    payload: Any = None
+    result: TaskResult | None = None
     error: ApplianceError | None = None
 
 
@@ -178,7 +179,7 @@ class ProviderBatchSubmitter:
         """Verify and read what came back for it, settle what it cost, and write it down."""
         found = _LineRecord.read(record)
         target = self._find_target(found.target)
-        usage, payload, error = Usage(), None, None
+        usage, result, error = Usage(), None, None
         try:
             if row.status != 200:
                 raise BackendError(f"{target.name}: {_NOT_DONE}")
@@ -187,14 +188,14 @@ class ProviderBatchSubmitter:
                 raise BackendError(f"{target.name} was asked otherwise than this node asks now")
             reply = client.read_batched(wire_request, row.payload)
             usage = reply.usage
-            payload = read_verified_reply(call, target, [wire_request.outgoing], [reply])
+            result = read_verified_reply(call, target, [wire_request.outgoing], [reply])
         except ApplianceError as problem:
             error = problem
         cost_usd = hosted_cost_usd(found.price, usage, found.usd) if row.status == 200 else 0.0
         self._deps.ledger.settle(found.reservation, usd=cost_usd)
         if row.status == 200:  # a line that was not answered costs nothing and is asked again
             self._deps.ledger.record(self._make_outcome(found, batch, usage, cost_usd, error))
-        return ReadLine(found.outcome.decision_id, usage, cost_usd, payload, error)
+        return ReadLine(found.outcome.decision_id, usage, cost_usd, result, error)
 
     def _make_outcome(
         self, record: "_LineRecord", batch: str, usage: Usage, cost_usd: float, error: ApplianceError | None

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import orjson
 
@@ -19,6 +19,7 @@ from appliance.core import (
 )
 from appliance.core.json_types import JsonObject, JsonSchema
 from appliance.errors import RequestError, Unsupported
+from appliance.tasks.reply_result import ReplyResult
 from appliance.wire.chat_fields import is_harmless
 from appliance.wire.chat_ir import MAX_CHOICES, MAX_STOPS, MAX_TOP_LOGPROBS, REASONING_EFFORTS, ChatBody, ChatChoice
 from appliance.wire.chat_replies import ChatStreamCheck, check_choices, check_json_choice, check_tool_calls
@@ -99,12 +100,12 @@ class ChatCall:
             return None
         return CallerBody(self.forwards_as, self.original)
 
-    def read(self, target: Target, replies: Sequence[UpstreamReply]) -> Any:
+    def read(self, target: Target, replies: Sequence[UpstreamReply]) -> ReplyResult:
         """The target's payload, untouched. Raises BackendGarbage or RejectedReply."""
         payload = replies[0].payload
         for choice in check_choices(payload, "message"):
             self._check_choice(choice)
-        return payload
+        return ReplyResult(payload, replies[0].usage)
 
     def _check_choice(self, choice: ChatChoice) -> None:
         if self.wants_json:

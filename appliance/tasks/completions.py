@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from appliance.core import Ability, ParsedRequest, Target, UpstreamCall, UpstreamReply
 from appliance.core.json_types import JsonObject
 from appliance.errors import RequestError, Unsupported
 from appliance.tasks.chat import check_sampling
+from appliance.tasks.reply_result import ReplyResult
 from appliance.wire.chat_ir import MAX_TOP_LOGPROBS
 from appliance.wire.chat_replies import check_choices
 from appliance.wire.strict_fields import missing, read_bool, read_int, read_list, read_model, wrong
@@ -34,10 +34,10 @@ class CompletionCall:
     def outgoing(self, target: Target) -> Sequence[UpstreamCall]:
         return (UpstreamCall("/completions", self.body),)
 
-    def read(self, target: Target, replies: Sequence[UpstreamReply]) -> Any:
+    def read(self, target: Target, replies: Sequence[UpstreamReply]) -> ReplyResult:
         """The target's payload, untouched. Raises BackendGarbage."""
         check_choices(replies[0].payload, "text")
-        return replies[0].payload
+        return ReplyResult(replies[0].payload, replies[0].usage)
 
 
 def read_completion_request(body: JsonObject) -> tuple[ParsedRequest, Sequence[CompletionCall]]:

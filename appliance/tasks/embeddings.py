@@ -5,11 +5,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from appliance.core import ParsedRequest, Target, UpstreamCall, UpstreamReply
 from appliance.core.json_types import JsonObject
 from appliance.errors import BackendGarbage, RequestError, Unsupported
+from appliance.tasks.reply_result import ReplyResult
 from appliance.wire.strict_fields import missing, read_int, read_list, read_model, wrong
 from appliance.wire.token_estimate import estimate_tokens
 
@@ -37,7 +37,7 @@ class EmbeddingsCall:
     def outgoing(self, target: Target) -> Sequence[UpstreamCall]:
         return (UpstreamCall("/embeddings", self.body),)
 
-    def read(self, target: Target, replies: Sequence[UpstreamReply]) -> Any:
+    def read(self, target: Target, replies: Sequence[UpstreamReply]) -> ReplyResult:
         """The target's payload, untouched. Raises BackendGarbage unless every text has its vector."""
         payload = replies[0].payload
         rows = payload.get("data") if isinstance(payload, dict) else None
@@ -46,7 +46,7 @@ class EmbeddingsCall:
         wanted = str if self.body.get("encoding_format") == "base64" else list
         if not all(isinstance(row, dict) and isinstance(row.get("embedding"), wanted) for row in rows):
             raise BackendGarbage("an embedding of the target's reply is not in the format that was asked for")
-        return payload
+        return ReplyResult(payload, replies[0].usage)
 
 
 def read_embedding_request(body: JsonObject) -> tuple[ParsedRequest, Sequence[EmbeddingsCall]]:

@@ -81,12 +81,16 @@ class StandInStream:
 @dataclass
 class StandInAnswer:
     metadata: ResponseMetadata
-    payload: Any = None
+    result: Any = None
     stream: StandInStream | None = None
     raw: bytes | None = None
     is_forwarded: bool = False
     status: int = 200
     closed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def payload(self) -> Any:
+        return None if self.result is None else self.result.payload
 
     async def aclose(self) -> None:
         self.closed.set()
@@ -158,7 +162,7 @@ class StandInPipeline:
             pieces = self.pieces or tuple(write_chat_stream(self.reply(outgoing), outgoing.body))
             answer.stream = StandInStream(pieces, self.stream_error, self.hangs_after)
         else:
-            answer.payload = self._read(call)
+            answer.result = self._read(call)
         return answer
 
     async def answer_many(self, request: Request, calls: Sequence[TaskCall], *, concurrency: int) -> StandInMany:

@@ -30,6 +30,7 @@ from appliance.router.pii.scanner import PiiDetector, make_detector
 from appliance.router.pipeline import Answer, Pipeline
 from appliance.router.residency import EgressPermitIssuer
 from appliance.state import State
+from appliance.tasks.reply_result import ReplyResult
 from appliance.upstream.base import Transports
 from appliance.upstream.egress import EgressTransport
 from appliance.upstream.local import LocalTransport
@@ -152,10 +153,11 @@ class ChatCall:
     def outgoing(self, target: Target) -> Sequence[UpstreamCall]:
         return [UpstreamCall(self.path, self.body)] * self.calls
 
-    def read(self, target: Target, replies: Sequence[UpstreamReply]) -> Any:
+    def read(self, target: Target, replies: Sequence[UpstreamReply]) -> ReplyResult:
         if target.name in self.rejects:
             raise RejectedReply(f"{target.name} answered nonsense")
-        return replies[0].payload if self.calls == 1 else [reply.payload for reply in replies]
+        payloads = [reply.payload for reply in replies]
+        return ReplyResult(payloads[0] if self.calls == 1 else payloads)
 
 
 def call_of(request: Request, **fields: Any) -> ChatCall:

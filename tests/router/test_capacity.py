@@ -223,9 +223,9 @@ def verified(payload: Any, body: Any = None, path: str = "/chat/completions") ->
 
 def test_a_whole_reply_passes() -> None:
     payload = {"choices": [{"finish_reason": "stop"}]}
-    assert verified(payload, SCHEMA_BODY) is payload
-    assert verified({"choices": [{"finish_reason": "length"}]})
-    assert verified({"labels": []}, path="/labels")
+    assert verified(payload, SCHEMA_BODY).payload is payload
+    assert verified({"choices": [{"finish_reason": "length"}]}).payload
+    assert verified({"labels": []}, path="/labels").payload
 
 
 @pytest.mark.parametrize("payload", [{}, {"choices": None}, {"choices": {}}])

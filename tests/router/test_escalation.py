@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from appliance.config import EscalationRule
-from appliance.core import ONSITE, Usage
+from appliance.core import ONSITE, TaskResult, UpstreamReply, Usage
 from appliance.errors import ContextTooLong
-from appliance.router.attempts.escalation import confidence_of, find_doubt, label_mass_of
-from appliance.tasks.decisions.openai_shape import DecisionResult
+from appliance.router.attempts.verify import find_doubt
+from appliance.tasks.decisions.openai_shape import DecisionResult, read_decision_request
 from appliance.tasks.decisions.questions import QuestionResult
 from appliance.tasks.extract.extraction import Extracted
+from appliance.tasks.reply_result import ReplyResult
+from tests.router.scene import hosted_target
 from tests.router.stage import Stage, attempts
 
 pytestmark = pytest.mark.anyio
@@ -36,6 +38,26 @@ def told(confidence: float, **fields: Any) -> dict[str, Any]:
     return {"choices": [choice], **fields}
 
 
+def answered(*answers: dict[str, Any]) -> TaskResult:
+    """What a target's `/decisions` reply with these answers comes to; each choice and score has two options."""
+    questions, given = [], []
+    for answer in answers:
+        kind = "predicate" if answer["type"] == "refusal" else answer["type"]
+        row: dict[str, Any] = {"type": kind, "instructions": "Which?"}
+        if kind != "predicate":
+            key, field = ("value", "choices") if kind == "choice" else ("label", "levels")
+            row[field] = [{key: "a"}, {key: "b"}]
+            shares = [1 - answer["confidence"], answer["confidence"]]
+            pairs = zip(row[field], shares, strict=True)
+            answer = {**answer, "probabilities": [{**one, "probability": share} for one, share in pairs]}
+        questions.append(row)
+        given.append(answer)
+    _, (call,) = read_decision_request({"input": "x", "questions": questions})
+    return call.read(
+        hosted_target(abilities=frozenset({"decisions"})), [UpstreamReply({"answers": given}, Usage(), 0.1, 0.2)]
+    )
+
+
 @pytest.fixture
 def unsure(stage: Stage) -> Stage:
     """A route that escalates, an engine that is unsure and a provider that is sure of itself."""
@@ -49,24 +71,26 @@ def unsure(stage: Stage) -> Stage:
 
 
 @pytest.mark.parametrize(
-    ("payload", "confidence"),
+    ("result", "confidence"),
     [
-        (told(0.5), 0.5),
-        ({"choices": [{"message": {"content": "x"}}]}, None),
-        ({"answers": [{"type": "choice", "confidence": 0.8}, {"type": "predicate", "probability": 0.35}]}, 0.65),
-        ({"answers": {"a": {"type": "noul", "noul": 0.1}, "b": {"type": "score", "confidence": 0.95}}}, 0.9),
-        ({"answers": [{"type": "refusal"}]}, None),
+        (ReplyResult(told(0.5)), 0.5),
+        (ReplyResult({"choices": [{"message": {"content": "x"}}]}), None),
+        (answered({"type": "choice", "confidence": 0.8}, {"type": "predicate", "probability": 0.35}), 0.65),
+        (answered({"type": "predicate", "probability": 0.1}, {"type": "score", "confidence": 0.95}), 0.9),
+        (answered({"type": "refusal"}), None),
         (Extracted({"a": 1}, {"/a": 0.6, "/b": 0.9}, "m", Usage()), 0.6),
         (Extracted({"a": 1}, None, "m", Usage()), None),
         (DecisionResult("m", ((QuestionResult((0.2, 0.8), 0.3),), (QuestionResult((0.6, 0.4), 0.9),)), Usage()), 0.6),
         (DecisionResult("m", (ContextTooLong("long"), (QuestionResult(None),)), Usage()), None),
-        ([], None),
-        ("text", None),
-        ({"choices": [None, {"logprobs": {"content": ["odd", {"logprob": "odd"}]}}]}, None),
+        (ReplyResult([]), None),
+        (ReplyResult("text"), None),
+        (ReplyResult({"choices": [None, {"logprobs": {"content": ["odd", {"logprob": "odd"}]}}]}), None),
     ],
 )
-def test_the_confidence_of_an_answer_is_that_of_its_least_sure_part(payload: Any, confidence: float | None) -> None:
-    found = confidence_of(payload)
+def test_the_confidence_of_an_answer_is_that_of_its_least_sure_part(
+    result: TaskResult, confidence: float | None
+) -> None:
+    found = result.confidence
     assert found is None if confidence is None else found == pytest.approx(confidence)
 
 
@@ -74,7 +98,8 @@ def test_little_label_mass_makes_an_answer_unsure_where_the_route_says_so() -> N
     judged = DecisionResult("m", ((QuestionResult((0.95, 0.05), 0.1),),), Usage())
     plain = EscalationRule(below_confidence=0.7, max_rate=1.0, to=("hosted",))
     strict = EscalationRule(below_confidence=0.7, below_label_mass=0.2, max_rate=1.0, to=("hosted",))
-    assert label_mass_of(judged) == 0.1 and label_mass_of({"answers": [{"label_mass": 0.4}]}) == 0.4
+    told_by_target = answered({"type": "predicate", "probability": 0.4, "label_mass": 0.4})
+    assert judged.label_mass == 0.1 and told_by_target.label_mass == 0.4
     assert find_doubt(judged, plain) is None
     assert find_doubt(judged, strict) == "label mass 0.10 is below 0.20"
 

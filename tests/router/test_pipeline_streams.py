@@ -140,7 +140,7 @@ async def test_results_of_many_calls_stand_in_the_calls_order(stage: Stage) -> N
     request = request_of()
     calls = [call_of(request, body={"messages": [{"content": str(index)}]}) for index in range(30)]
     many = await stage.pipeline.answer_many(request, calls, concurrency=8)
-    assert [result["choices"][0]["message"] for result in many.results] == [str(index) for index in range(30)]
+    assert [result.payload["choices"][0]["message"] for result in many.results] == [str(index) for index in range(30)]
 
 
 async def test_many_bound_calls_wait_their_turn_and_never_leave(stage: Stage) -> None:

@@ -7,7 +7,7 @@ import orjson
 import pytest
 
 from appliance.config import EscalationRule
-from appliance.router.attempts.escalation import find_doubt
+from appliance.router.attempts.verify import find_doubt
 from appliance.tasks.extract import extraction
 from appliance.tasks.extract.evidence import find_evidence
 from tests.tasks.rows import LOCAL, chat_payload, refusal, reply

@@ -147,7 +147,7 @@ def test_tool_calls_are_streamed_where_the_engine_holds_them_to_their_schemas_an
 def test_a_valid_json_reply_is_handed_on_untouched() -> None:
     _, (call,) = chat.read_chat_request({"messages": HELLO, "response_format": FORMAT})
     payload = chat_payload('{"age": 5}', x_vendor={"a": 1})
-    assert call.read(LOCAL, [reply(payload)]) is payload
+    assert call.read(LOCAL, [reply(payload)]).payload is payload
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_any_json_object_will_do_for_json_object_and_nothing_else() -> None:
 def test_a_refusal_is_an_answer_and_not_a_broken_json() -> None:
     _, (call,) = chat.read_chat_request({"messages": HELLO, "response_format": FORMAT})
     payload = chat_payload(None, message={"refusal": "I will not."})
-    assert call.read(LOCAL, [reply(payload)]) is payload
+    assert call.read(LOCAL, [reply(payload)]).payload is payload
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_tool_calls_must_name_an_offered_tool_with_json_arguments(function: dict
     calls = [{"id": "t", "type": "function", "function": function}]
     payload = chat_payload(None, message={"tool_calls": calls})
     if accepted:
-        assert call.read(LOCAL, [reply(payload)]) is payload
+        assert call.read(LOCAL, [reply(payload)]).payload is payload
     else:
         with pytest.raises(RejectedReply):
             call.read(LOCAL, [reply(payload)])
@@ -206,7 +206,7 @@ def test_only_the_last_call_of_a_reply_that_was_cut_off_may_be_unfinished() -> N
     whole = {"id": "t", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
     half = {"id": "u", "type": "function", "function": {"name": "weather", "arguments": '{"ci'}}
     cut = chat_payload(None, message={"tool_calls": [whole, half]}, finish_reason="length")
-    assert call.read(LOCAL, [reply(cut)]) is cut
+    assert call.read(LOCAL, [reply(cut)]).payload is cut
     for calls, end in (([half, whole], "length"), ([whole, half], "tool_calls")):
         broken = chat_payload(None, message={"tool_calls": calls}, finish_reason=end)
         with pytest.raises(RejectedReply):
@@ -243,7 +243,7 @@ def test_a_completions_body_travels_on_verbatim() -> None:
     assert call.output_tokens == 20
     assert call.outgoing(LOCAL)[0].body is body
     payload = {"choices": [{"text": "three"}]}
-    assert call.read(LOCAL, [reply(payload)]) is payload
+    assert call.read(LOCAL, [reply(payload)]).payload is payload
 
 
 @pytest.mark.parametrize(

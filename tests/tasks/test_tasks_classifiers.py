@@ -35,7 +35,7 @@ def answered(body: dict[str, Any], given: UpstreamReply) -> Any:
     _, (call,) = openai_shape.read_decision_request({"model": "classifier/mail", "input": "hello", **body})
     (outgoing,) = call.outgoing(MAIL)
     assert (outgoing.path, outgoing.body) == ("/classify", {"texts": ["hello"]})
-    return call.read(MAIL, [given])
+    return call.read(MAIL, [given]).payload
 
 
 @pytest.mark.parametrize("body", [{}, {"questions": [{"type": "choice", "instructions": "Which?"}]}])
@@ -112,13 +112,15 @@ def test_many_labels_are_written_as_few_are() -> None:
 
 def test_systemone_asks_a_classifier_too() -> None:
     _, (call,) = systemone.read_systemone_request({"model": "classifier/mail", "state": "hello"})
-    told = call.read(MAIL, [reply()])
+    told = call.read(MAIL, [reply()]).payload
     assert told["answers"]["label"]["probabilities"] == {"a": 0.7, "b": 0.2, "c": 0.1}
     questions = {"kind": {"type": "choice", "instructions": "Which?", "criteria": {"a": None, "c": None}}}
     _, (call,) = systemone.read_systemone_request(
         {"model": "classifier/mail", "state": "hello", "questions": questions}
     )
-    assert call.read(MAIL, [reply()])["answers"]["kind"]["probabilities"] == pytest.approx({"a": 0.875, "c": 0.125})
+    assert call.read(MAIL, [reply()]).payload["answers"]["kind"]["probabilities"] == pytest.approx(
+        {"a": 0.875, "c": 0.125}
+    )
 
 
 @pytest.mark.parametrize(

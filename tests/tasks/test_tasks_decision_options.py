@@ -73,7 +73,7 @@ def test_levels_in_the_other_order_go_down_and_keep_their_meaning() -> None:
 def test_debiasing_averages_both_orders() -> None:
     call = one_call({"debias": True})
     assert len(items(call)) == 2 and call.output_tokens == 2
-    payload = call.read(LOCAL, [reply({"results": [scored(0.8, 0.2, mass=0.6), scored(0.5, 0.5, mass=0.2)]})])
+    payload = call.read(LOCAL, [reply({"results": [scored(0.8, 0.2, mass=0.6), scored(0.5, 0.5, mass=0.2)]})]).payload
     assert answer_of(payload) == pytest.approx({"billing": 2 / 3, "sports": 1 / 3})  # the geometric mean, normalised
     assert payload["answers"][0]["label_mass"] == pytest.approx(0.4)
 
@@ -83,7 +83,7 @@ def test_numbered_options_are_read_by_what_their_number_meant() -> None:
     _, (call,) = openai_shape.read_decision_request(
         {"input": "x", "questions": [{**TOPIC, "choices": choices}], "debias": True}, None, None
     )
-    payload = call.read(LOCAL, [reply({"results": [scored(0.8, 0.1, 0.1), scored(0.1, 0.1, 0.8)]})])
+    payload = call.read(LOCAL, [reply({"results": [scored(0.8, 0.1, 0.1), scored(0.1, 0.1, 0.8)]})]).payload
     assert payload["answers"][0]["choice"] == "a" * 50
     assert payload["answers"][0]["confidence"] == pytest.approx(0.8)
 
@@ -94,11 +94,11 @@ def test_content_free_calibration_takes_off_what_is_said_to_nothing_and_asks_tha
     assert len(items(first)) == 2 and any(
         CONTENT_FREE in str(item) for item in items(one_call({"calibrate": "content_free"}))
     )
-    payload = first.read(LOCAL, [reply({"results": [scored(0.8, 0.2), scored(0.8, 0.2)]})])
+    payload = first.read(LOCAL, [reply({"results": [scored(0.8, 0.2), scored(0.8, 0.2)]})]).payload
     assert answer_of(payload) == pytest.approx({"billing": 0.5, "sports": 0.5})
     second = one_call({"calibrate": "content_free"}, None, priors)
     assert len(items(second)) == 1
-    payload = second.read(LOCAL, [reply({"results": [scored(0.6, 0.4)]})])
+    payload = second.read(LOCAL, [reply({"results": [scored(0.6, 0.4)]})]).payload
     assert answer_of(payload)["sports"] == pytest.approx(0.4 / 0.2 / (0.4 / 0.2 + 0.6 / 0.8))
 
 
@@ -134,7 +134,7 @@ def tasks_with(target: str = LOCAL.name, variant: str | None = None, **more: Any
 
 
 def test_a_named_task_applies_its_fit_and_says_so() -> None:
-    payload = one_call({"task": "mail"}, tasks_with()).read(LOCAL, [reply({"results": [scored(0.8, 0.2)]})])
+    payload = one_call({"task": "mail"}, tasks_with()).read(LOCAL, [reply({"results": [scored(0.8, 0.2)]})]).payload
     weights = math.sqrt(0.8), math.sqrt(0.2) * math.e
     assert answer_of(payload)["billing"] == pytest.approx(weights[0] / sum(weights))
     assert payload["answers"][0]["calibrated_for"] == "mail"
@@ -142,7 +142,7 @@ def test_a_named_task_applies_its_fit_and_says_so() -> None:
 
 @pytest.mark.parametrize("tasks", [tasks_with("onsite/other"), tasks_with(variant="q8_0")])
 def test_a_fit_is_never_given_to_another_model_or_variant(tasks: Tasks) -> None:
-    payload = one_call({"task": "mail"}, tasks).read(LOCAL, [reply({"results": [scored(0.8, 0.2)]})])
+    payload = one_call({"task": "mail"}, tasks).read(LOCAL, [reply({"results": [scored(0.8, 0.2)]})]).payload
     assert answer_of(payload)["billing"] == pytest.approx(0.8)
     assert "calibrated_for" not in payload["answers"][0]
 
@@ -152,7 +152,7 @@ def test_a_hosted_answer_is_given_as_it_comes_and_our_fields_stay_here() -> None
     target = hosted("decisions")
     assert set(call.outgoing(target)[0].body) == {"input", "questions", "prompt_cache_key"}
     probabilities = [{"value": "billing", "probability": 0.3}, {"value": "sports", "probability": 0.7}]
-    payload = call.read(target, [reply({"answers": [{"type": "choice", "probabilities": probabilities}]})])
+    payload = call.read(target, [reply({"answers": [{"type": "choice", "probabilities": probabilities}]})]).payload
     assert answer_of(payload) == {"billing": 0.3, "sports": 0.7}
     assert "calibrated_for" not in payload["answers"][0]
 
@@ -168,7 +168,7 @@ def test_the_short_layout_puts_the_label_behind_the_text() -> None:
 
 
 def test_a_low_label_mass_makes_an_answer_unsure_in_both_formats() -> None:
-    payload = one_call({}).read(LOCAL, [reply({"results": [scored(0.9, 0.1, mass=0.01)]})])
+    payload = one_call({}).read(LOCAL, [reply({"results": [scored(0.9, 0.1, mass=0.01)]})]).payload
     assert payload["answers"][0]["unsure"] is True
     body = {
         "state": "x",
@@ -176,9 +176,9 @@ def test_a_low_label_mass_makes_an_answer_unsure_in_both_formats() -> None:
     }
     _, (call,) = systemone.read_systemone_request({**body, "debias": True})
     results = [scored(0.9, 0.1, mass=0.01), scored(0.9, 0.1, mass=0.02)]
-    answer = call.read(LOCAL, [reply({"results": results})])["answers"]["t"]
+    answer = call.read(LOCAL, [reply({"results": results})]).payload["answers"]["t"]
     assert answer["unsure"] is True and answer["confidence"] == pytest.approx(0.9)
-    assert "unsure" not in one_call({}).read(LOCAL, [reply({"results": [scored(0.9, 0.1)]})])["answers"][0]
+    assert "unsure" not in one_call({}).read(LOCAL, [reply({"results": [scored(0.9, 0.1)]})]).payload["answers"][0]
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_values_that_read_alike_are_shown_apart_and_answered_with_their_type() -
     (outgoing,) = call.outgoing(LOCAL)
     shown = outgoing.body["messages"][0]["content"]
     assert '- 1: "true"' in shown and "- 2: true (not the word)" in shown
-    payload = call.read(LOCAL, [reply({"results": [scored({"1": 0.1, "2": 0.9})]})])
+    payload = call.read(LOCAL, [reply({"results": [scored({"1": 0.1, "2": 0.9})]})]).payload
     assert payload["answers"][0]["choice"] is True
     assert [row["value"] for row in payload["answers"][0]["probabilities"]] == ["true", True]
 
@@ -128,7 +128,7 @@ def test_answers_are_what_the_official_sdk_reads() -> None:
         scored({"billing": 0.75, "sports": 0.25}),
         scored({"calm": 0.0, "annoyed": 0.5, "furious": 0.5}),
     ]
-    payload = call.read(LOCAL, [reply({"results": results}, Usage(100, 3, 40))])
+    payload = call.read(LOCAL, [reply({"results": results}, Usage(100, 3, 40))]).payload
     decision = Decision.model_validate(payload, strict=True)
     urgent, topic, mood = decision.answers
     assert urgent.type == "predicate" and urgent.probability == pytest.approx(0.8)
@@ -156,7 +156,7 @@ def test_a_hosted_answer_is_checked_and_keeps_no_local_score() -> None:
         {"type": "refusal", "name": "topic"},
         {"type": "score", "probabilities": [{"value": 2, "label": "furious", "probability": 1.0}]},
     ]
-    payload = call.read(hosted("decisions"), [reply({"answers": answers}, Usage(7, 0))])
+    payload = call.read(hosted("decisions"), [reply({"answers": answers}, Usage(7, 0))]).payload
     assert payload["answers"][0] == {
         "type": "predicate",
         "name": "urgent",
@@ -337,7 +337,7 @@ def test_system_one_is_answered_in_its_own_shape() -> None:
         scored({"billing": 0.75, "sports": 0.25}),
         scored({"calm": 0.5, "furious": 0.5}),
     ]
-    payload = call.read(LOCAL, [reply({"results": results}, Usage(10, 0))])
+    payload = call.read(LOCAL, [reply({"results": results}, Usage(10, 0))]).payload
     answers = payload["answers"]
     assert answers["urgent"]["type"] == "noul" and answers["urgent"]["noul"] == pytest.approx(0.8)
     assert answers["topic"]["choice"] == "billing"
@@ -361,7 +361,7 @@ def test_system_one_is_translated_for_a_hosted_target() -> None:
         {"type": "refusal"},
         {"type": "score", "probabilities": [{"label": "calm", "value": 0, "probability": 1}]},
     ]
-    payload = call.read(hosted("decisions"), [reply({"answers": answers})])
+    payload = call.read(hosted("decisions"), [reply({"answers": answers})]).payload
     assert set(payload["answers"]) == {"urgent", "mood"}
 
 

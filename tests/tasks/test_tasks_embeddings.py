@@ -18,7 +18,7 @@ def test_the_body_travels_verbatim_and_needs_a_model_that_embeds() -> None:
     (outgoing,) = call.outgoing(hosted("embeddings"))
     assert (outgoing.path, outgoing.body) == ("/embeddings", BODY)
     payload = {"data": [{"embedding": [0.5]}, {"embedding": [1.0]}], "usage": {}}
-    assert call.read(hosted("embeddings"), [reply(payload)]) is payload
+    assert call.read(hosted("embeddings"), [reply(payload)]).payload is payload
 
 
 @pytest.mark.parametrize(

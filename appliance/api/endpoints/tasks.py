@@ -16,7 +16,7 @@ from appliance.tasks.decisions import calibration, openai_shape, systemone
 from appliance.tasks.decisions.decision_options import Priors
 from appliance.tasks.decisions.openai_shape import DecisionsCall
 from appliance.tasks.extract import extraction
-from appliance.tasks.extract.extraction import ExtractCall
+from appliance.tasks.extract.extraction import ExtractCall, Extracted
 from appliance.tasks.saved_tasks import Shape
 from appliance.tasks.store import KnownTasks
 
@@ -74,7 +74,8 @@ class TaskEndpoints:
         if is_single and len(inbound.calls) == 1:
             answer = await self._intake.answer(http, inbound)
             try:
-                payload = await asyncio.to_thread(extraction.make_extract_payload, [answer.payload], inbound.calls)
+                assert isinstance(answer.result, Extracted)
+                payload = await asyncio.to_thread(extraction.make_extract_payload, [answer.result], inbound.calls)
             except BaseException:
                 await answer.aclose()
                 raise

@@ -60,7 +60,7 @@ class LineExecutor:
         if len(calls) == 1:
             answer = await self._pipeline().answer(request, calls[0])
             try:
-                return [answer.payload], answer.metadata
+                return [answer.result], answer.metadata
             finally:
                 await answer.aclose()
         many = await self._pipeline().answer_many(request, calls, concurrency=_CALLS_AT_ONCE)

@@ -50,12 +50,12 @@ class LineEndpoint:
 
 
 def _only(results: Sequence[Any], calls: Sequence[Any]) -> Any:
-    return results[0]
+    return results[0].payload
 
 
 def _translated(dialect: InboundDialect) -> LineEndpoint:
     def write(results: Sequence[Any], calls: Sequence[Any]) -> Any:
-        return dialect.write_reply(results[0], calls[0].original or {})
+        return dialect.write_reply(results[0].payload, calls[0].original or {})
 
     return LineEndpoint(partial(chat.read_translated_chat, dialect), write)
 

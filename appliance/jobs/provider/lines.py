@@ -61,7 +61,7 @@ class ProviderLines:
         found = self.submitter.read(request, call, record, provider_batch.remote_id or "", row)
         if found.error is not None:
             return None
-        payload = self._requests.make_payload(line, [found.payload], [call])
+        payload = self._requests.make_payload(line, [found.result], [call])
         name = make_request_id(line, terms)
         metadata = ResponseMetadata(
             name, found.decision_id, provider_batch.target, "hosted", "", "", "", found.cost_usd, True

@@ -10,7 +10,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from appliance.core import (
     Attempt,
@@ -20,7 +20,6 @@ from appliance.core import (
     ResponseMetadata,
     Route,
     Target,
-    TaskCall,
     Usage,
 )
 from appliance.errors import ApplianceError, Unavailable
@@ -40,8 +39,8 @@ class StepExecutor(Protocol):
     """The attempt loop that a cascade is part of."""
 
     async def run_step(
-        self, call: TaskCall, route: Route, attempts_used: int, *, retries: bool
-    ) -> tuple[AttemptRunner, Any]: ...
+        self, call: DecisionsCall, route: Route, attempts_used: int, *, retries: bool
+    ) -> tuple[AttemptRunner, DecisionResult]: ...
 
     def amend_outcome(self, runner: AttemptRunner, result: AttemptResult, detail: str, *, is_unsure: bool) -> None: ...
 

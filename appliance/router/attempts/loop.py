@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 from opentelemetry.trace import Span
 
@@ -18,11 +18,11 @@ from appliance.core import (
     Route,
     Target,
     TaskCall,
+    TaskResult,
     Usage,
 )
 from appliance.errors import ApplianceError, DeadlineExceeded
 from appliance.router.attempts.cascade import CascadeRunner
-from appliance.router.attempts.escalation import confidence_of, find_doubt
 from appliance.router.attempts.outcome import build_outcome, make_response_metadata, sum_cost_usd
 from appliance.router.attempts.retry_policy import (
     FailedAttempt,
@@ -36,13 +36,15 @@ from appliance.router.attempts.retry_policy import (
     take_next_in_order,
 )
 from appliance.router.attempts.runner import AttemptContext, AttemptRunner
+from appliance.router.attempts.verify import find_doubt
 from appliance.router.deps import RouterDeps
 from appliance.router.limits import AttemptTimeouts, RequestBudget
 from appliance.router.routing.router import RoutingResult
 from appliance.router.routing.truncation import make_static_answer, tighten_trim, trim_call
 from appliance.tasks.chat import CHAT_ENDPOINTS
 from appliance.tasks.classify.cascade import split_result
-from appliance.tasks.decisions.openai_shape import DecisionsCall
+from appliance.tasks.decisions.openai_shape import DecisionResult, DecisionsCall
+from appliance.tasks.reply_result import ReplyResult
 
 _UNKNOWN_FALLBACK_SHARE: Final = 0.25
 """Share of a budget that is kept for the next target while nothing is known of how long it takes."""
@@ -79,8 +81,8 @@ class AttemptLoop:
     def refusal(self) -> ApplianceError | None:
         return self._routing.refusal
 
-    async def run(self, call: TaskCall) -> tuple[AttemptRunner | None, Any]:
-        """The attempt that answered (None: no model did), and its payload; None for an open stream.
+    async def run(self, call: TaskCall) -> tuple[AttemptRunner | None, TaskResult | None]:
+        """The attempt that answered (None: no model did), and its result; None for an open stream.
 
         Raises the last error, which names what was tried.
         """
@@ -91,7 +93,7 @@ class AttemptLoop:
                 raise routing.refusal
             if isinstance(call, DecisionsCall) and self.uses_cascade(call):
                 result = await self._start_cascade(1).run((call,))
-                return None, result if call.render is None else call.render(result, call.questions)
+                return None, call.rendered(result)
             trimmed = trim_call(call, self._request.body, routing.trim)
             retries = all(step.step == "static" for step in steps)
             return await self._run_attempts(trimmed, routing, 0, retries=retries)
@@ -106,20 +108,25 @@ class AttemptLoop:
         has_steps = rule is not None and rule.cascade is not None and not self.decision.route.pinned
         return has_steps and isinstance(call, DecisionsCall)
 
-    async def run_cascade(self, calls: Sequence[Any], *, at_once: int) -> list[Any]:
+    async def run_cascade(
+        self, calls: Sequence[TaskCall], *, at_once: int
+    ) -> Sequence[DecisionResult | ApplianceError]:
         """The results of calls that one was split into. All their texts go through the cascade together."""
-        return split_result(await self._start_cascade(at_once).run(calls), calls)
+        decisions = [call for call in calls if isinstance(call, DecisionsCall)]
+        return split_result(await self._start_cascade(at_once).run(decisions), decisions)
 
     def _start_cascade(self, at_once: int) -> CascadeRunner:
         self._cascade = CascadeRunner(self, self._deps, self._request, self._routing, at_once)
         return self._cascade
 
     async def run_step(
-        self, call: TaskCall, route: Route, attempts_used: int, *, retries: bool
-    ) -> tuple[AttemptRunner, Any]:
+        self, call: DecisionsCall, route: Route, attempts_used: int, *, retries: bool
+    ) -> tuple[AttemptRunner, DecisionResult]:
         """Send some of a cascade's texts to the attempts that `route` has."""
         routing = replace(self._routing, decision=replace(self.decision, route=route))
-        return await self._run_attempts(call, routing, attempts_used, retries=retries)
+        runner, result = await self._run_attempts(call, routing, attempts_used, retries=retries)
+        assert isinstance(result, DecisionResult)
+        return runner, result
 
     def response_metadata(self) -> ResponseMetadata:
         metadata = make_response_metadata(self._request, self.decision, self.attempts)
@@ -158,7 +165,7 @@ class AttemptLoop:
 
     async def _run_attempts(
         self, call: TaskCall, routing: RoutingResult, attempts_used: int, *, retries: bool
-    ) -> tuple[AttemptRunner, Any]:
+    ) -> tuple[AttemptRunner, TaskResult | None]:
         """Attempt after attempt. `attempts_used`: how many this call has had before."""
         route = routing.decision.route
         failures: list[FailedAttempt] = []
@@ -170,7 +177,7 @@ class AttemptLoop:
                 is_held = self._holds_back(route, upcoming, attempts_used + len(failures) + 1)
                 sent = _streamed_or_whole(call, runner, is_held=is_held)
                 timeouts = self._timeouts(route, upcoming.following, stream=sent.streams(runner.target))
-                payload = await runner.run(sent, timeouts)
+                result = await runner.run(sent, timeouts)
             except ApplianceError as error:
                 failures.append(FailedAttempt(runner.target, runner.outcome, error))
                 if not may_fall_back(error):
@@ -180,7 +187,7 @@ class AttemptLoop:
                 if runner.outcome is not None:
                     self.attempts.append(runner.outcome)
             self._record_first_byte()
-            return await self._escalate_if_unsure(call, routing, runner, payload, attempts_used + len(failures) + 1)
+            return await self._escalate_if_unsure(call, routing, runner, result, attempts_used + len(failures) + 1)
         raise final_error(failures)
 
     def _holds_back(self, route: Route, upcoming: NextAttempt, attempts_used: int) -> bool:
@@ -236,20 +243,25 @@ class AttemptLoop:
         )
 
     async def _escalate_if_unsure(
-        self, call: TaskCall, routing: RoutingResult, runner: AttemptRunner, payload: Any, attempts_used: int
-    ) -> tuple[AttemptRunner, Any]:
+        self,
+        call: TaskCall,
+        routing: RoutingResult,
+        runner: AttemptRunner,
+        result: TaskResult | None,
+        attempts_used: int,
+    ) -> tuple[AttemptRunner, TaskResult | None]:
         """The answer, or a better target's where it is unsure, the route escalates, and the rate allows it."""
         rule, route = routing.rule.escalation if routing.rule else None, routing.decision.route
         better = [one for one in route.escalations if one.target.name != runner.target.name]
-        if rule is None or runner.stream is not None or not better or confidence_of(payload) is None:
-            return runner, payload
+        if rule is None or result is None or not better or result.confidence is None:
+            return runner, result
         if len(better) < len(route.escalations):
-            return runner, payload  # one of the better targets gave this answer
+            return runner, result  # one of the better targets gave this answer
         windows, now = self._deps.stats.windows, self._deps.clock()
         windows.record_answers(route.name, rule, now)
-        doubt = find_doubt(payload, rule)
+        doubt = find_doubt(result, rule)
         if doubt is None:
-            return runner, payload
+            return runner, result
         if not windows.may_escalate(route.name, rule, now):
             text = (
                 f"route {route.name!r} would escalate more than {rule.max_rate:.0%} of its answers; unsure ones stand"
@@ -258,21 +270,21 @@ class AttemptLoop:
             self.amend_outcome(
                 runner, "answered", f"unsure: {doubt}; not escalated, the rate is used up", is_unsure=True
             )
-            return runner, payload
+            return runner, result
         windows.record_escalations(route.name, rule, now)
         if windows.is_under_rate(route.name, rule, now):
             self._deps.alerts.clear("escalation_capped", route.name)
-        return await self._escalate(call, routing, runner, payload, better[: route.max_attempts - attempts_used], doubt)
+        return await self._escalate(call, routing, runner, result, better[: route.max_attempts - attempts_used], doubt)
 
     async def _escalate(
         self,
         call: TaskCall,
         routing: RoutingResult,
         unsure: AttemptRunner,
-        payload: Any,
+        result: TaskResult,
         better: Sequence[Attempt],
         doubt: str,
-    ) -> tuple[AttemptRunner, Any]:
+    ) -> tuple[AttemptRunner, TaskResult | None]:
         """Ask the better targets in order. Where none of them answers, the unsure answer stands."""
         reason = f"escalation: {unsure.target.name} {doubt}"
         for number, attempt in enumerate(better, unsure.index + 1):
@@ -289,7 +301,7 @@ class AttemptLoop:
                 if runner.outcome is not None:
                     self.attempts.append(runner.outcome)
         self.amend_outcome(unsure, "answered", f"unsure: {doubt}; nobody better answered", is_unsure=True)
-        return unsure, payload
+        return unsure, result
 
     def amend_outcome(self, runner: AttemptRunner, result: AttemptResult, detail: str, *, is_unsure: bool) -> None:
         """Correct how an attempt ended, now that more is known of it."""
@@ -307,7 +319,7 @@ class AttemptLoop:
 
     async def _degrade(
         self, call: TaskCall, steps: Sequence[DegradeRule], cause: ApplianceError
-    ) -> tuple[AttemptRunner | None, Any]:
+    ) -> tuple[AttemptRunner | None, TaskResult | None]:
         """The declared steps in their order, until one answers. Raises `cause` where none does."""
         for step in steps:
             if step.step == "static":
@@ -326,7 +338,7 @@ class AttemptLoop:
                     raise
         raise cause
 
-    def _answer_statically(self, step: DegradeRule, cause: ApplianceError) -> Any:
+    def _answer_statically(self, step: DegradeRule, cause: ApplianceError) -> TaskResult:
         """An answer without a model, written down as an on-site attempt that cost nothing."""
         request = self._request
         self.attempts.append(
@@ -346,7 +358,7 @@ class AttemptLoop:
             )
         )
         self._record_first_byte()
-        return make_static_answer(step, request.id, request.endpoint, int(request.received_at))
+        return ReplyResult(make_static_answer(step, request.id, request.endpoint, int(request.received_at)))
 
     def _record_first_byte(self) -> None:
         if self.first_byte_seconds is None:

@@ -4,7 +4,7 @@ import asyncio
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from appliance.core import (
     Attempt,
@@ -15,6 +15,7 @@ from appliance.core import (
     Request,
     StreamCheck,
     TaskCall,
+    TaskResult,
     UpstreamReply,
     Usage,
 )
@@ -118,8 +119,8 @@ class AttemptRunner:
         self.first_byte_seconds: float | None = None
         self.outcome: AttemptOutcome | None = None
 
-    async def run(self, call: TaskCall, timeouts: AttemptTimeouts) -> Any:
-        """The verified payload, or None with `stream` open. Raises ApplianceError, having ended itself."""
+    async def run(self, call: TaskCall, timeouts: AttemptTimeouts) -> TaskResult | None:
+        """The verified result, or None with `stream` open. Raises ApplianceError, having ended itself."""
         target, request = self.target, self._context.request
         wire_requests: Sequence[WireRequest] = ()
         self._call = call
@@ -140,7 +141,7 @@ class AttemptRunner:
             if call.streams(target):
                 await self._open_stream(wire_requests[0], permit, timeouts)
                 return None
-            payload = await self._request_whole(call, wire_requests, permit, timeouts)
+            result = await self._request_whole(call, wire_requests, permit, timeouts)
         except ApplianceError as error:
             self._update_health(error)
             several = self._sent and len(wire_requests) > 1  # the others may have been answered
@@ -153,7 +154,7 @@ class AttemptRunner:
         if len(wire_requests) == 1:
             self.record_usage()
         self.end("answered", "")
-        return payload
+        return result
 
     def end(self, result: AttemptResult, detail: str, *, may_have_cost: bool = True) -> AttemptOutcome:
         """Give back slot, probe and reservation, and set `outcome`. Only the first call counts."""
@@ -373,7 +374,7 @@ class AttemptRunner:
         wire_requests: Sequence[WireRequest],
         permit: EgressPermit | None,
         timeouts: AttemptTimeouts,
-    ) -> Any:
+    ) -> TaskResult:
         assert self._slot is not None
         until = self._seconds_before_giving_up(timeouts.answer_seconds, self._slot.predicted.finish_seconds, timeouts)
         left = self._seconds_left(timeouts)

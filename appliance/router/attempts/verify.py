@@ -1,9 +1,9 @@
-"""Whether a set of replies is an answer at all, before the call itself reads them. Pure and small."""
+"""Whether replies are an answer at all, before the call reads them, and whether a result is sure enough. Pure."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from appliance.core import StreamCheck, Target, TaskCall, UpstreamCall, UpstreamReply
+from appliance.config import EscalationRule
+from appliance.core import StreamCheck, Target, TaskCall, TaskResult, UpstreamCall, UpstreamReply
 from appliance.errors import BackendGarbage, RejectedReply
 from appliance.wire.streams import StreamTranslator
 
@@ -12,8 +12,8 @@ _MUST_HAVE = {"/chat/completions": "choices", "/completions": "choices", "/decis
 
 def read_verified_reply(
     call: TaskCall, target: Target, outgoing: Sequence[UpstreamCall], replies: Sequence[UpstreamReply]
-) -> Any:
-    """What the caller gets. Raises BackendGarbage (not what the dialect promises) or RejectedReply (does not pass)."""
+) -> TaskResult:
+    """The call's result. Raises BackendGarbage (not what the dialect promises) or RejectedReply (does not pass)."""
     for sent, reply in zip(outgoing, replies, strict=True):
         field = _MUST_HAVE.get(sent.path)
         if field is not None and not isinstance(reply.payload.get(field), list):
@@ -23,6 +23,16 @@ def read_verified_reply(
         if wants_schema(sent) and _is_cut_off(reply):
             raise RejectedReply(f"{target.name} ran out of tokens before its JSON was complete: raise max_tokens")
     return call.read(target, replies)
+
+
+def find_doubt(result: TaskResult, rule: EscalationRule) -> str | None:
+    """Why `result` counts as unsure, or None. An answer without a confidence is never unsure."""
+    confidence, mass = result.confidence, result.label_mass
+    if confidence is not None and confidence < rule.below_confidence:
+        return f"confidence {confidence:.2f} is below {rule.below_confidence:.2f}"
+    if rule.below_label_mass is not None and mass is not None and mass < rule.below_label_mass:
+        return f"label mass {mass:.2f} is below {rule.below_label_mass:.2f}"
+    return None
 
 
 def wants_schema(outgoing: UpstreamCall) -> bool:

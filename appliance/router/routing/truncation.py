@@ -5,10 +5,10 @@ The caller's body is never changed; what leaves for a target is a copy with fewe
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 from appliance.config import DegradeRule, RouteRule
-from appliance.core import LateVerifiedCall, Target, TaskCall, UpstreamCall, UpstreamReply
+from appliance.core import LateVerifiedCall, Target, TaskCall, TaskResult, UpstreamCall, UpstreamReply
 from appliance.core.json_types import JsonObject
 from appliance.tasks.chat import CHAT_ENDPOINTS
 from appliance.wire.openai.inbound import join_message_text
@@ -79,7 +79,7 @@ class TrimmedCall:
     def outgoing(self, target: Target) -> Sequence[UpstreamCall]:
         return [self._shaped(one) for one in self.call.outgoing(target)]
 
-    def read(self, target: Target, replies: Sequence[UpstreamReply]) -> Any:
+    def read(self, target: Target, replies: Sequence[UpstreamReply]) -> TaskResult:
         return self.call.read(target, replies)
 
     def _shaped(self, outgoing: UpstreamCall) -> UpstreamCall:

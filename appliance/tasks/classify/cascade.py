@@ -6,7 +6,6 @@ scope; a model's stands from a fixed confidence on, and not where its label mass
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from appliance.core import Usage
 from appliance.errors import ApplianceError
@@ -143,10 +142,10 @@ def _signed(one: CascadeAnswer) -> Row:
     )
 
 
-def split_result(result: DecisionResult, calls: Sequence[DecisionsCall]) -> list[Any]:
+def split_result(result: DecisionResult, calls: Sequence[DecisionsCall]) -> list[DecisionResult | ApplianceError]:
     """The rows given back to the calls they are of; a call whose rows all failed is their error. What was used stands
     with the first."""
-    results: list[Any] = []
+    results: list[DecisionResult | ApplianceError] = []
     at, usage = 0, result.usage
     for call in calls:
         rows = result.rows[at : at + len(call.inputs)]

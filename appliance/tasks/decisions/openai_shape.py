@@ -58,20 +58,36 @@ Row = tuple[QuestionResult, ...] | ApplianceError
 
 @dataclass(frozen=True, slots=True)
 class DecisionResult:
-    """What a decisions call comes to: a row for each input, in order."""
+    """A TaskResult of decisions: a row for each input, in order."""
 
     model: str
     rows: tuple[Row, ...]
     usage: Usage
     target: str = ""
     variant: str | None = None
+    payload: Any = None
+    """The response, where the call is a whole request."""
+
+    @property
+    def confidence(self) -> float | None:
+        shares = (answer.probabilities for answer in self._answers())
+        return min((max(one) for one in shares if one is not None), default=None)
+
+    @property
+    def label_mass(self) -> float | None:
+        return min((one.label_mass for one in self._answers() if one.label_mass is not None), default=None)
+
+    def _answers(self) -> Iterator[QuestionResult]:
+        for row in self.rows:
+            if not isinstance(row, ApplianceError):
+                yield from row
 
 
 @dataclass(frozen=True, slots=True)
 class DecisionsCall:
     """Some questions about some inputs.
 
-    `render` makes the caller's payload from the result; without one `read` returns the DecisionResult itself.
+    `render` makes the caller's response from the result, where the call is a whole request.
     """
 
     inputs: tuple[Input, ...]
@@ -145,8 +161,8 @@ class DecisionsCall:
         what = "look at images" if has_image else "answer decisions"
         raise Unsupported(f"{target.name} cannot {what}", param="input" if has_image else "model")
 
-    def read(self, target: Target, replies: Sequence[UpstreamReply]) -> Any:
-        """The rendered payload. Raises BackendGarbage, or a single input's own error."""
+    def read(self, target: Target, replies: Sequence[UpstreamReply]) -> DecisionResult:
+        """The result, rendered. Raises BackendGarbage, or a single input's own error."""
         rows: Sequence[Row]
         if "classify" in target.abilities:
             rows = classifiers.read_classification(
@@ -160,7 +176,11 @@ class DecisionsCall:
         name = target.name if "classify" in target.abilities else target.model
         variant = classifiers.read_version(replies[0].payload) if "classify" in target.abilities else target.variant
         result = DecisionResult(name, tuple(rows), usage, target.name, variant)
-        return result if self.render is None else self.render(result, self.questions)
+        return self.rendered(result)
+
+    def rendered(self, result: DecisionResult) -> DecisionResult:
+        """`result` with the response as its payload, where this call is a whole request. Raises the input's error."""
+        return result if self.render is None else replace(result, payload=self.render(result, self.questions))
 
     def _read_labels(self, target: Target, payload: object) -> Sequence[Row]:
         rows = list(label_prompts.read_label_scores(payload, self.questions, debias=self.options.method.debias))

@@ -58,8 +58,11 @@ _TASK = "Return a JSON object with these fields of the text above, each copied e
 
 @dataclass(frozen=True, slots=True)
 class Extracted:
+    """A TaskResult of an extraction."""
+
     object: JsonObject
-    confidence: Mapping[str, float] | None
+    confidences: Mapping[str, float] | None
+    """By JSON pointer of each leaf."""
     model: str
     usage: Usage
     cut: tuple[str, ...] = ()
@@ -67,6 +70,18 @@ class Extracted:
     evidence: Mapping[str, chunks.Span] | None = None
     extra_fields: JsonObject = field(default_factory=dict)
     """Fields of the response besides."""
+
+    @property
+    def payload(self) -> JsonObject:
+        return self.object
+
+    @property
+    def confidence(self) -> float | None:
+        return min((self.confidences or {}).values(), default=None)
+
+    @property
+    def label_mass(self) -> float | None:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +302,7 @@ def make_texts_payload(results: Sequence[Result], calls: Sequence[ExtractCall]) 
 
 
 def _row(found: Extracted) -> JsonObject:
-    row: MutableJsonObject = {"object": found.object, "confidence": found.confidence}
+    row: MutableJsonObject = {"object": found.object, "confidence": found.confidences}
     if found.evidence is not None:
         row["evidence"] = {place: {"start": start, "end": end} for place, (start, end) in found.evidence.items()}
     if found.cut:
@@ -310,7 +325,7 @@ def _of_text(pairs: Sequence[tuple[ExtractCall, Result]]) -> Result:
     if len(done) == 1:
         call, found = done[0]
         return found if call.annotations is None else _with_more(found, call.annotations, lambda pointer: call.piece)
-    merged = chunks.merge_chunks([chunks.TextChunk(call.span, found.object, found.confidence) for call, found in done])
+    merged = chunks.merge_chunks([chunks.TextChunk(call.span, found.object, found.confidences) for call, found in done])
     try:
         check_value(done[0][0].schema, merged.object)
     except RejectedReply as error:
