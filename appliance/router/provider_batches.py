@@ -255,9 +255,9 @@ def _write_request(request: Request, call: TaskCall, target: Target) -> WireRequ
     outgoing = call.outgoing(target)
     if len(outgoing) != 1 or call.streams(target):
         return None
-    salt = client.salt_of(request.caller.key_id)
-    wire_request = client.write(target, outgoing[0], stream=False, salt=salt)
-    return None if token_labels.is_asked(wire_request) else wire_request
+    salt = client.derive_cache_salt(request.caller.key_id)
+    wire_request = client.write_request(target, outgoing[0], stream=False, salt=salt)
+    return None if token_labels.is_label_request(wire_request) else wire_request
 
 
 def _api(target: Target) -> BatchApiClient:

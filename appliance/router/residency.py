@@ -16,7 +16,7 @@ from appliance.core import (
     strictest,
 )
 from appliance.errors import ResidencyRefused
-from appliance.upstream.permit_signature import batch_id, seal
+from appliance.upstream.permit_signature import batch_id, sign_permit
 
 KIND_NAMES: Final[Mapping[PersonalKind, str]] = {
     "email": "e-mail address",
@@ -107,13 +107,13 @@ class EgressPermitIssuer:
                 raise ResidencyRefused(
                     f"{target.name} is hosted{_in_region(target)}, and this request is bound to {limit}"
                 )
-        return EgressPermit(request.id, target.name, seal(self.key, request.id, target))
+        return EgressPermit(request.id, target.name, sign_permit(self.key, request.id, target))
 
     def batch_permit(self, name: str, target: Target) -> EgressPermit:
         """Leave to speak to `target` of the batch `name`, whose lines each had a permit. With it no request can be
         sent; what comes back is the answers to what was sent before."""
         said = batch_id(name)
-        return EgressPermit(said, target.name, seal(self.key, said, target))
+        return EgressPermit(said, target.name, sign_permit(self.key, said, target))
 
 
 def _in_region(target: Target) -> str:

@@ -1,4 +1,4 @@
-"""A door: the only way to a target's HTTP server. There are two, and nothing else in the project opens connections."""
+"""Transports: the only ways to a target's HTTP server. Nothing but the two of them opens connections."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ class Transport(Protocol):
         `path` may have a query. It is below the target's address; with `at_root` it is beside the version that the
         address ends with, as `server_root` says. `headers` are the dialect's own; the transport adds the key.
 
-        Raises ResidencyRefused where this door does not lead to `target`, BackendUnreachable, BackendGarbage.
+        Raises ResidencyRefused where this transport does not lead to `target`, BackendUnreachable, BackendGarbage.
         """
 
     async def aclose(self) -> None: ...
@@ -62,7 +62,7 @@ class RequestFrame:
 
 @runtime_checkable
 class BatchTransport(Transport, Protocol):
-    """A door through which a provider's own batches go as well."""
+    """A transport through which a provider's own batches go as well."""
 
     async def open_lines(
         self,
@@ -96,7 +96,7 @@ class BatchTransport(Transport, Protocol):
         """
 
 
-def key_headers(target: Target, secrets: Mapping[str, str]) -> Mapping[str, str]:
+def make_key_headers(target: Target, secrets: Mapping[str, str]) -> Mapping[str, str]:
     """The key of `target`'s provider, where there is one, in the header that the provider reads it from."""
     secret = secrets.get(target.provider) if target.provider is not None else None
     if not secret:
@@ -105,12 +105,12 @@ def key_headers(target: Target, secrets: Mapping[str, str]) -> Mapping[str, str]
     return {name: f"Bearer {secret}" if name == "authorization" else secret}
 
 
-def session_over(connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:
+def make_session(connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:
     """A session that keeps no cookies (callers are not to meet in a jar) and asks no environment for proxies."""
     return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False)
 
 
-def transport_over(session: aiohttp.ClientSession) -> AiohttpTransport:
+def make_transport(session: aiohttp.ClientSession) -> AiohttpTransport:
     """httpx's API over aiohttp's connections. Used without httpx.Client: so no redirect is ever followed."""
     return AiohttpTransport(client=session, verify=False)
 
@@ -174,13 +174,13 @@ def _words(error: aiohttp.ClientConnectorError) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Transports:
-    """Both doors of a node. `egress` is None where no hosted provider is configured: then there is nothing to open."""
+    """Both transports of a node. `egress` is None where no hosted provider is configured: there is nothing to open."""
 
     local: Transport
     egress: Transport | None = None
 
     def to(self, target: Target) -> Transport:
-        """Raises ResidencyRefused where no door leads to `target`."""
+        """Raises ResidencyRefused where no transport leads to `target`."""
         if target.location == "onsite":
             return self.local
         if self.egress is None:
@@ -189,10 +189,10 @@ class Transports:
 
     def for_batches(self, target: Target) -> BatchTransport:
         """Raises ResidencyRefused where none leads to `target`."""
-        door = self.to(target)
-        if not isinstance(door, BatchTransport):
-            raise ResidencyRefused(f"no door for batches leads to {target.name}")
-        return door
+        transport = self.to(target)
+        if not isinstance(transport, BatchTransport):
+            raise ResidencyRefused(f"no transport for batches leads to {target.name}")
+        return transport
 
     async def aclose(self) -> None:
         await self.local.aclose()

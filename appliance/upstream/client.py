@@ -22,7 +22,7 @@ from appliance.errors import ApplianceError, BackendGarbage, BackendTimeout, Str
 from appliance.upstream.base import Transport, close_response, transport_error
 from appliance.upstream.error_mapping import error_in_success, error_of_status, is_error_payload
 from appliance.upstream.label_scoring import tokens
-from appliance.upstream.rate_limit_headers import rest_seconds
+from appliance.upstream.rate_limit_headers import cooldown_seconds
 from appliance.wire.chat_ir import SHAPE_ERRORS
 from appliance.wire.dialect import WireRequest, is_written
 from appliance.wire.forward import ForwardedStream
@@ -48,18 +48,18 @@ _UNLIMITED_OUTPUT_TOKENS: Final = 8192
 """What a target is given time for that was sent no limit and has none that is known; few replies are longer."""
 
 
-def whole_reply_seconds(letter: WireRequest, expected_tokens: int) -> float:
+def whole_reply_seconds(wire_request: WireRequest, expected_tokens: int) -> float:
     """How long a target may be silent before a reply that is not streamed: as long as it may write.
 
     The limit that was sent counts; `expected_tokens` alone only for calls in whose answer nothing is written. Engines
     of this node are watched by their token progress, so only the total limit holds for them.
     """
-    target = letter.target
+    target = wire_request.target
     if target.provider is None:
         return target.limits.total_seconds
-    most = letter.most_output_tokens
+    most = wire_request.most_output_tokens
     if most is None:
-        most = _UNLIMITED_OUTPUT_TOKENS if is_written(letter.outgoing) else 0
+        most = _UNLIMITED_OUTPUT_TOKENS if is_written(wire_request.outgoing) else 0
     writing = max(most, expected_tokens) / _SLOWEST_TOKENS_PER_SECOND
     return min(target.limits.total_seconds, target.limits.first_byte_seconds + writing)
 
@@ -69,12 +69,14 @@ def first_event_seconds(target: Target) -> float:
     return target.limits.total_seconds if target.provider is None else target.limits.first_byte_seconds
 
 
-def salt_of(key_id: str) -> str:
+def derive_cache_salt(key_id: str) -> str:
     """What keeps one caller's cached prefixes from another's: time to first token must not tell what others sent."""
     return hashlib.sha256(key_id.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def write(target: Target, outgoing: UpstreamCall, *, stream: bool, salt: str, may_forward: bool = False) -> WireRequest:
+def write_request(
+    target: Target, outgoing: UpstreamCall, *, stream: bool, salt: str, may_forward: bool = False
+) -> WireRequest:
     """What is to be sent to `target`. Nothing is sent yet. `may_forward`: the caller's own body, where that can be.
 
     Raises Unsupported naming the field that `target` cannot be given, RequestError where it cannot be written as JSON.
@@ -87,15 +89,19 @@ def write(target: Target, outgoing: UpstreamCall, *, stream: bool, salt: str, ma
     return find_outbound(target, outgoing).write_request(target, outgoing, stream=stream, salt=salt)
 
 
-async def send(door: Transport, letter: WireRequest, *, permit: EgressPermit | None, seconds: float) -> UpstreamReply:
+async def send_request(
+    transport: Transport, wire_request: WireRequest, *, permit: EgressPermit | None, seconds: float
+) -> UpstreamReply:
     """Get a whole reply within `seconds`. Raises BackendError's family, ContextTooLong, ResidencyRefused."""
-    target = letter.target
-    if tokens.is_asked(letter):
-        return await _LABELS.send(door, letter, permit=permit, seconds=seconds)
+    target = wire_request.target
+    if tokens.is_label_request(wire_request):
+        return await _LABELS.send(transport, wire_request, permit=permit, seconds=seconds)
     started = time.monotonic()
     try:
         async with asyncio.timeout(seconds):
-            response = await door.open(target, letter.path, letter.body, permit=permit, headers=letter.headers)
+            response = await transport.open(
+                target, wire_request.path, wire_request.body, permit=permit, headers=wire_request.headers
+            )
             first_byte = time.monotonic() - started
             try:
                 if response.status_code != 200:
@@ -105,29 +111,31 @@ async def send(door: Transport, letter: WireRequest, *, permit: EgressPermit | N
                 await close_response(response)
     except TimeoutError as error:
         raise BackendTimeout(f"{target.name} did not answer within {seconds:.1f} s") from error
-    payload, usage = _read_reply(letter, _payload(target, raw))
-    rest = rest_seconds(response.headers, time.time()) if target.provider is not None else None
-    own = raw if letter.is_forwarded else None
+    payload, usage = _read_reply(wire_request, _payload(target, raw))
+    rest = cooldown_seconds(response.headers, time.time()) if target.provider is not None else None
+    own = raw if wire_request.is_forwarded else None
     return UpstreamReply(payload, usage, first_byte, time.monotonic() - started, rest, own)
 
 
-def read_batched(letter: WireRequest, payload: Any) -> UpstreamReply:
-    """The reply that came back for one line of a provider's batch. Raises as `send`."""
-    target = letter.target
+def read_batched(wire_request: WireRequest, payload: Any) -> UpstreamReply:
+    """The reply that came back for one line of a provider's batch. Raises as `send_request`."""
+    target = wire_request.target
     if is_error_payload(payload):
         raise error_in_success(target, payload["error"])
     if not isinstance(payload, dict):
         raise BackendGarbage(f"{target.name} answered a line of its batch without an object")
-    read, usage = _read_reply(letter, payload)
+    read, usage = _read_reply(wire_request, payload)
     return UpstreamReply(read, usage, 0.0, 0.0)
 
 
-def _read_reply(letter: WireRequest, payload: JsonObject) -> tuple[JsonObject, Usage]:
+def _read_reply(wire_request: WireRequest, payload: JsonObject) -> tuple[JsonObject, Usage]:
     """Replies are not validated field by field: one of another shape shows when it is read."""
     try:
-        return find_outbound(letter.target, letter.outgoing).read_reply(letter, payload)
+        return find_outbound(wire_request.target, wire_request.outgoing).read_reply(wire_request, payload)
     except SHAPE_ERRORS as error:
-        raise BackendGarbage(f"{letter.target.name} answered in a shape that its dialect does not have") from error
+        raise BackendGarbage(
+            f"{wire_request.target.name} answered in a shape that its dialect does not have"
+        ) from error
 
 
 def _payload(target: Target, raw: bytes) -> JsonObject:
@@ -145,12 +153,12 @@ def _payload(target: Target, raw: bytes) -> JsonObject:
 class ReplyStream:
     """An open stream whose first event has been seen. `next_block` until it returns b""; `aclose` in any case."""
 
-    def __init__(self, letter: WireRequest, response: httpx.Response, seconds: float) -> None:
-        self._target = letter.target
+    def __init__(self, wire_request: WireRequest, response: httpx.Response, seconds: float) -> None:
+        self._target = wire_request.target
         self._response = response
-        self.is_forwarded = letter.is_forwarded
-        self._passage: StreamTranslator = _stream_reader(letter)
-        choices = letter.outgoing.body.get("n")
+        self.is_forwarded = wire_request.is_forwarded
+        self._passage: StreamTranslator = _stream_reader(wire_request)
+        choices = wire_request.outgoing.body.get("n")
         self._choices = choices if isinstance(choices, int) else 1
         self._ends_at = asyncio.get_running_loop().time() + seconds
         plain = "content-encoding" not in response.headers
@@ -175,7 +183,7 @@ class ReplyStream:
     @property
     def rest_seconds(self) -> float | None:
         """How long the target wants no more requests, where it said that this one took the last that it allows."""
-        return rest_seconds(self._response.headers, time.time()) if self._target.provider is not None else None
+        return cooldown_seconds(self._response.headers, time.time()) if self._target.provider is not None else None
 
     @property
     def is_whole(self) -> bool:
@@ -274,19 +282,19 @@ class ReplyStream:
         await self.aclose()
 
 
-def _stream_reader(letter: WireRequest) -> StreamTranslator:
-    forwarder = find_forwarder(letter.target, letter.outgoing) if letter.is_forwarded else None
-    return translate_stream(letter) if forwarder is None else forwarder.read_stream(letter)
+def _stream_reader(wire_request: WireRequest) -> StreamTranslator:
+    forwarder = find_forwarder(wire_request.target, wire_request.outgoing) if wire_request.is_forwarded else None
+    return translate_stream(wire_request) if forwarder is None else forwarder.read_stream(wire_request)
 
 
-def translate_stream(letter: WireRequest) -> StreamTranslator:
+def translate_stream(wire_request: WireRequest) -> StreamTranslator:
     """What makes a stream of chat chunks of the target's, event by event."""
-    return find_outbound(letter.target, letter.outgoing).translate_stream(letter)
+    return find_outbound(wire_request.target, wire_request.outgoing).translate_stream(wire_request)
 
 
 async def open_stream(
-    door: Transport,
-    letter: WireRequest,
+    transport: Transport,
+    wire_request: WireRequest,
     *,
     permit: EgressPermit | None,
     seconds: float,
@@ -297,16 +305,18 @@ async def open_stream(
 
     Raises BackendError's family: until this returns another target may be tried.
     """
-    target = letter.target
+    target = wire_request.target
     loop = asyncio.get_running_loop()
     patience = min(seconds, first_event_seconds(target), first_event_within)
     started = loop.time()
     try:
         async with asyncio.timeout(patience):
-            response = await door.open(target, letter.path, letter.body, permit=permit, headers=letter.headers)
+            response = await transport.open(
+                target, wire_request.path, wire_request.body, permit=permit, headers=wire_request.headers
+            )
     except TimeoutError as error:
         raise BackendTimeout(f"{target.name} sent nothing for {patience:.1f} s") from error
-    stream = ReplyStream(letter, response, seconds)
+    stream = ReplyStream(wire_request, response, seconds)
     try:
         if response.status_code != 200 or "event-stream" not in response.headers.get("content-type", ""):
             async with asyncio.timeout_at(started + patience):

@@ -1,4 +1,4 @@
-"""The only door off this machine's site. Built only where a hosted provider is configured; opens only to a permit."""
+"""The only transport that leaves the site. It is built only with a hosted provider, and opens only to a permit."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -8,8 +8,8 @@ import httpx
 
 from appliance.core import EgressPermit, Target
 from appliance.errors import BackendAuth, ResidencyRefused
-from appliance.upstream.base import Method, RequestFrame, key_headers, post, send, session_over, transport_over
-from appliance.upstream.permit_signature import is_for_batch, is_sealed, line_start
+from appliance.upstream.base import Method, RequestFrame, make_key_headers, make_session, make_transport, post, send
+from appliance.upstream.permit_signature import is_for_batch, is_signed, line_start
 
 _MAX_CONNECTIONS: Final = 1024
 _KEEPALIVE_SECONDS: Final = 15.0
@@ -35,10 +35,10 @@ class EgressTransport:
         connector = aiohttp.TCPConnector(
             limit=_MAX_CONNECTIONS, keepalive_timeout=_KEEPALIVE_SECONDS, ssl=httpx.create_ssl_context()
         )
-        self._transport = transport_over(session_over(connector))
+        self._transport = make_transport(make_session(connector))
 
     def __repr__(self) -> str:
-        return f"EgressDoor(providers={sorted(self._addresses)})"
+        return f"EgressTransport(providers={sorted(self._addresses)})"
 
     async def open(
         self,
@@ -98,7 +98,7 @@ class EgressTransport:
         return await send(self._transport, target, method, url, body, self._headers(target, headers))
 
     def _headers(self, target: Target, more: Mapping[str, str] | None) -> Mapping[str, str]:
-        return {**_HEADERS, **(more or {}), **key_headers(target, self._secrets)}
+        return {**_HEADERS, **(more or {}), **make_key_headers(target, self._secrets)}
 
     def _check_each_once(self, ids: Sequence[str], target: Target) -> None:
         if not ids or len(set(ids)) != len(ids):
@@ -111,7 +111,7 @@ class EgressTransport:
         """Default deny: a permit for this very endpoint, sealed by this process, to an address that was configured."""
         if permit is None or permit.target != target.name:
             raise ResidencyRefused(f"there is no permit to send this request to {target.name}")
-        if not is_sealed(self._key, permit.request_id, target, permit.seal):
+        if not is_signed(self._key, permit.request_id, target, permit.seal):
             raise ResidencyRefused(f"the permit for {target.name} was not made by this node's residency decision")
         if target.provider is None or target.provider not in self._addresses:
             raise BackendAuth(f"{target.name} belongs to no configured provider")

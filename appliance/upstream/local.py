@@ -1,4 +1,4 @@
-"""The door to this node's engines (unix sockets) and to other servers of the site. It leads nowhere else."""
+"""The transport to this node's engines (unix sockets) and to other servers of the site. It leads nowhere else."""
 
 import ipaddress
 import socket
@@ -11,7 +11,7 @@ import httpx
 
 from appliance.core import EgressPermit, Target
 from appliance.errors import ResidencyRefused
-from appliance.upstream.base import KEEPALIVE_SECONDS, key_headers, post, server_root, session_over, transport_over
+from appliance.upstream.base import KEEPALIVE_SECONDS, make_key_headers, make_session, make_transport, post, server_root
 
 _MAX_CONNECTIONS: Final = 512
 """Per socket or host. Admission keeps engines at far fewer; this bounds what a mistake could open."""
@@ -42,7 +42,7 @@ class LocalTransport:
         self._urls: dict[tuple[str, str, bool], httpx.URL] = {}
 
     def __repr__(self) -> str:
-        return f"LocalDoor(networks={[str(network) for network in self._networks]})"
+        return f"LocalTransport(networks={[str(network) for network in self._networks]})"
 
     async def open(
         self,
@@ -55,8 +55,10 @@ class LocalTransport:
         at_root: bool = False,
     ) -> httpx.Response:
         if target.location != "onsite":
-            raise ResidencyRefused(f"{target.name} is not on this site, and this door leads nowhere else")
-        keys = key_headers(target, self._secrets) if target.provider is not None else self._engine_key(target.address)
+            raise ResidencyRefused(f"{target.name} is not on this site, and this transport leads nowhere else")
+        keys = (
+            make_key_headers(target, self._secrets) if target.provider is not None else self._engine_key(target.address)
+        )
         sent = {**_HEADERS, **(headers or {}), **keys}
         url = self._url(target.address, path, at_root=at_root)
         return await post(self._transport(target.address), target, url, body, sent)
@@ -80,7 +82,7 @@ class LocalTransport:
     def _transport(self, address: str) -> httpx.AsyncBaseTransport:
         if not address.startswith("unix:"):
             if self._tcp is None:
-                self._tcp = transport_over(session_over(self._site_connector()))
+                self._tcp = make_transport(make_session(self._site_connector()))
             return self._tcp
         if address not in self._sockets:
             if len(self._sockets) >= _MAX_SOCKETS:
@@ -88,7 +90,7 @@ class LocalTransport:
             connector = aiohttp.UnixConnector(
                 path=address.removeprefix("unix:"), limit=_MAX_CONNECTIONS, keepalive_timeout=KEEPALIVE_SECONDS
             )
-            self._sockets[address] = transport_over(session_over(connector))
+            self._sockets[address] = make_transport(make_session(connector))
         return self._sockets[address]
 
     def _site_connector(self) -> aiohttp.TCPConnector:

@@ -11,15 +11,15 @@ _BATCH: Final = "\x00batch "
 """No request's id begins so: it comes in a header, or is made here."""
 
 
-def seal(key: bytes, request_id: str, target: Target) -> bytes:
+def sign_permit(key: bytes, request_id: str, target: Target) -> bytes:
     """Bind a request to one concrete endpoint: name, address and region, so that none can be changed afterwards."""
     parts = (request_id, target.name, target.address, target.region or "")
     message = b"".join(len(part := text.encode("utf-8", "surrogatepass")).to_bytes(4, "big") + part for text in parts)
     return hmac.digest(key, message, "sha256")
 
 
-def is_sealed(key: bytes, request_id: str, target: Target, given: bytes) -> bool:
-    return hmac.compare_digest(seal(key, request_id, target), given)
+def is_signed(key: bytes, request_id: str, target: Target, given: bytes) -> bool:
+    return hmac.compare_digest(sign_permit(key, request_id, target), given)
 
 
 def batch_id(name: str) -> str:

@@ -1,10 +1,10 @@
 """A provider's own batches: many requests sent at once, cheaper, and answered within a day.
 
-What differs between providers is in `APIS`, by `Wire.batches`. All of it goes through the egress door: lines with a
-permit each, all else (starting, looking, fetching, cancelling) with one that is good for that alone.
+What differs between providers is in `APIS`, by `Wire.batches`. All of it goes through the egress transport: lines with
+a permit each, all else (starting, looking, fetching, cancelling) with one that is good for that alone.
 
-Sources: the API references of OpenAI, Azure, Groq, Mistral and Anthropic, and the types of the official SDKs
-(openai 3.51, anthropic 2.10), as of November 2026.
+Sources: the API references of OpenAI, Azure, Groq, Mistral and Anthropic, and the types of the official SDKs (openai
+3.51, anthropic 2.10), as of November 2026.
 """
 
 import asyncio
@@ -69,7 +69,7 @@ class BatchResult:
 class BatchClient:
     """Speaks to one provider of one batch."""
 
-    door: BatchTransport
+    transport: BatchTransport
     target: Target
     permit: EgressPermit
 
@@ -77,21 +77,21 @@ class BatchClient:
         """A JSON object. Raises BackendError's family."""
         raw = b"" if body is None else orjson.dumps(body)
         return await self._told(
-            self.door.follow(
+            self.transport.follow(
                 self.target, method, self._path(path), permit=self.permit, body=raw, headers=self._headers
             ),
             _SECONDS,
         )
 
     async def send(self, path: str, lines: Lines, frame: RequestFrame) -> dict[str, Any]:
-        opening = self.door.open_lines(self.target, self._path(path), lines, frame, headers=self._headers)
+        opening = self.transport.open_lines(self.target, self._path(path), lines, frame, headers=self._headers)
         return await self._told(opening, _UPLOAD_SECONDS)
 
     async def rows(self, path: str) -> AsyncIterator[dict[str, Any]]:
         """A JSONL file, a line at a time. Raises BackendGarbage where it is cut off."""
         try:
             async with asyncio.timeout(_SECONDS):
-                response = await self.door.follow(
+                response = await self.transport.follow(
                     self.target, "GET", self._path(path), permit=self.permit, headers=self._headers
                 )
         except TimeoutError as error:
@@ -173,10 +173,10 @@ class BatchApiClient(Protocol):
     finds: bool
     """Whether `find` can tell."""
 
-    def endpoint(self, letter: WireRequest) -> str | None:
+    def endpoint(self, wire_request: WireRequest) -> str | None:
         """What a batch of such requests is made for; None: they are not taken in batches."""
 
-    def line(self, letter: WireRequest, request_id: str) -> bytes: ...
+    def line(self, wire_request: WireRequest, request_id: str) -> bytes: ...
 
     async def send(self, to: BatchClient, name: str, endpoint: str, lines: Lines, note: Note) -> str:
         """The batch's id there. `note` is told of the file that was uploaded for it, where there is one."""
@@ -210,18 +210,18 @@ class OpenaiBatches:
     _over: frozenset[str] = frozenset({"completed", "failed", "expired", "cancelled"})
     _outputs = ("output_file_id", "error_file_id")
 
-    def endpoint(self, letter: WireRequest) -> str | None:
-        wire = letter.target.wire
-        path = letter.path.partition("?")[0]
+    def endpoint(self, wire_request: WireRequest) -> str | None:
+        wire = wire_request.target.wire
+        path = wire_request.path.partition("?")[0]
         if wire.deployments:
-            path = path.removeprefix(f"/deployments/{quote(letter.target.model, safe='')}")
+            path = path.removeprefix(f"/deployments/{quote(wire_request.target.model, safe='')}")
         if path not in self._endpoints:
             return None
         return path if wire.deployments else f"/v1{path}"
 
-    def line(self, letter: WireRequest, request_id: str) -> bytes:
-        url = orjson.dumps(self.endpoint(letter))
-        return line_start(request_id) + b',"method":"POST","url":' + url + b',"body":' + letter.body + b"}"
+    def line(self, wire_request: WireRequest, request_id: str) -> bytes:
+        url = orjson.dumps(self.endpoint(wire_request))
+        return line_start(request_id) + b',"method":"POST","url":' + url + b',"body":' + wire_request.body + b"}"
 
     async def send(self, to: BatchClient, name: str, endpoint: str, lines: Lines, note: Note) -> str:
         head = (
@@ -288,8 +288,8 @@ class MistralBatches(OpenaiBatches):
     _over = frozenset({"success", "failed", "timeout_exceeded", "cancelled"})
     _outputs = ("output_file", "error_file")
 
-    def line(self, letter: WireRequest, request_id: str) -> bytes:
-        return line_start(request_id) + b',"body":' + letter.body + b"}"
+    def line(self, wire_request: WireRequest, request_id: str) -> bytes:
+        return line_start(request_id) + b',"body":' + wire_request.body + b"}"
 
     def _asked(self, target: Target, name: str, endpoint: str, file: str) -> Mapping[str, Any]:
         window = {"metadata": {TAG: name}, "timeout_hours": 24}
@@ -312,11 +312,11 @@ class AnthropicBatches:
 
     finds = False
 
-    def endpoint(self, letter: WireRequest) -> str | None:
-        return "/v1/messages" if letter.path.partition("?")[0] == "/messages" else None
+    def endpoint(self, wire_request: WireRequest) -> str | None:
+        return "/v1/messages" if wire_request.path.partition("?")[0] == "/messages" else None
 
-    def line(self, letter: WireRequest, request_id: str) -> bytes:
-        return line_start(request_id) + b',"params":' + letter.body + b"}"
+    def line(self, wire_request: WireRequest, request_id: str) -> bytes:
+        return line_start(request_id) + b',"params":' + wire_request.body + b"}"
 
     async def send(self, to: BatchClient, name: str, endpoint: str, lines: Lines, note: Note) -> str:
         frame = RequestFrame("application/json", b'{"requests":[', b",", b"]}")

@@ -20,7 +20,7 @@ _EPOCH: Final = 1_000_000_000.0
 """A reset beyond this is a point in time, not a number of seconds."""
 
 
-def rest_seconds(headers: Mapping[str, str], wall: float) -> float | None:
+def cooldown_seconds(headers: Mapping[str, str], wall: float) -> float | None:
     """Seconds until a limit is renewed of which nothing remains; None where something does, or nothing is said.
 
     `headers` in lower case; `wall` seconds since the epoch.

@@ -186,8 +186,8 @@ async def engine_table(rows: Sequence[Row], address: str, model: str, most: int)
             started = time.perf_counter()
             outgoing = make_question(take_excerpt(row.text))
             try:
-                letter = client.write(target, outgoing, stream=False, salt="bench")
-                reply = await client.send(door, letter, permit=None, seconds=60)
+                letter = client.write_request(target, outgoing, stream=False, salt="bench")
+                reply = await client.send_request(door, letter, permit=None, seconds=60)
                 guess = make_profile_guess(read_llm_profile(target, reply), by_rules(row))
             except ApplianceError as error:
                 errors.append(error.message)

@@ -23,12 +23,12 @@ def target_of(model: dict[str, Any] | None = None, **row: Any) -> Target:
 
 
 def sent(target: Target, body: dict[str, Any], path: str = CHAT, *, stream: bool = False) -> dict[str, Any]:
-    letter = client.write(target, UpstreamCall(path, {**ASK, **body}), stream=stream, salt="s")
+    letter = client.write_request(target, UpstreamCall(path, {**ASK, **body}), stream=stream, salt="s")
     return orjson.loads(letter.body)  # type: ignore[no-any-return]
 
 
 def path_of(target: Target, path: str = CHAT, *, stream: bool = False) -> str:
-    return client.write(target, UpstreamCall(path, ASK), stream=stream, salt="s").path
+    return client.write_request(target, UpstreamCall(path, ASK), stream=stream, salt="s").path
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_prices_know_what_a_cache_costs() -> None:
 
 def test_extra_headers_go_along() -> None:
     target = target_of(kind="openrouter", headers={"X-Title": "ours"})
-    assert client.write(target, UpstreamCall(CHAT, ASK), stream=False, salt="s").headers == {"X-Title": "ours"}
+    assert client.write_request(target, UpstreamCall(CHAT, ASK), stream=False, salt="s").headers == {"X-Title": "ours"}
 
 
 def test_every_kind_is_sound() -> None:

@@ -11,7 +11,7 @@ from appliance.config import NodeConfig, list_provider_targets
 from appliance.core import EgressPermit, Target, UpstreamCall, UpstreamReply
 from appliance.upstream import client
 from appliance.upstream.egress import EgressTransport
-from appliance.upstream.permit_signature import seal
+from appliance.upstream.permit_signature import sign_permit
 from tests.providers.anthropic_api import AnthropicApi
 from tests.providers.collected import Collected, collected
 from tests.providers.gemini_api import GeminiApi
@@ -59,16 +59,16 @@ class Reached:
 
     @property
     def permit(self) -> EgressPermit:
-        return EgressPermit("req-1", self.target.name, seal(KEY, "req-1", self.target))
+        return EgressPermit("req-1", self.target.name, sign_permit(KEY, "req-1", self.target))
 
     async def send(self, body: Mapping[str, Any], path: str = "/chat/completions") -> UpstreamReply:
-        letter = client.write(self.target, UpstreamCall(path, body), stream=False, salt="s")
-        return await client.send(self.door, letter, permit=self.permit, seconds=10)
+        letter = client.write_request(self.target, UpstreamCall(path, body), stream=False, salt="s")
+        return await client.send_request(self.door, letter, permit=self.permit, seconds=10)
 
     async def stream(self, body: Mapping[str, Any]) -> tuple[Collected, client.ReplyStream]:
         """Everything that the stream had to say. Raises StreamBroken as it comes."""
         body = {**body, "stream": True, "stream_options": {"include_usage": True}}
-        letter = client.write(self.target, UpstreamCall("/chat/completions", body), stream=True, salt="s")
+        letter = client.write_request(self.target, UpstreamCall("/chat/completions", body), stream=True, salt="s")
         opened = await client.open_stream(self.door, letter, permit=self.permit, seconds=10)
         blocks = []
         try:

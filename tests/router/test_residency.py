@@ -12,7 +12,7 @@ from appliance.core import ANYWHERE, ONSITE, ParsedRequest, PersonalKind, PiiSca
 from appliance.errors import RequestError, ResidencyRefused
 from appliance.router.request_builder import make_request, new_decision_id
 from appliance.router.residency import KIND_NAMES, EgressPermitIssuer, resolve_residency
-from appliance.upstream.permit_signature import is_sealed
+from appliance.upstream.permit_signature import is_signed
 from tests.router.scene import EU, caller_of, engine_target, hosted_target, request_of
 
 SOURCE = Path(__file__).parents[2] / "appliance"
@@ -99,10 +99,10 @@ def test_every_kind_has_a_name_for_reasons() -> None:
 def test_a_permit_is_for_one_request_and_one_endpoint() -> None:
     office, request, target = EgressPermitIssuer(), request_of(), hosted_target()
     permit = office.permit(request, target, ANYWHERE)
-    assert is_sealed(office.key, request.id, target, permit.seal)
-    assert not is_sealed(office.key, "another", target, permit.seal)
-    assert not is_sealed(office.key, request.id, hosted_target("http://elsewhere/v1"), permit.seal)
-    assert not is_sealed(EgressPermitIssuer().key, request.id, target, permit.seal)
+    assert is_signed(office.key, request.id, target, permit.seal)
+    assert not is_signed(office.key, "another", target, permit.seal)
+    assert not is_signed(office.key, request.id, hosted_target("http://elsewhere/v1"), permit.seal)
+    assert not is_signed(EgressPermitIssuer().key, request.id, target, permit.seal)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def calls_of(*names: str) -> dict[str, set[str]]:
 
 def test_only_the_residency_decision_makes_permits() -> None:
     assert calls_of("EgressPermit") == {"EgressPermit": {"router/residency.py"}}
-    assert calls_of("seal")["seal"] == {"router/residency.py", "upstream/permit_signature.py"}
+    assert calls_of("sign_permit")["sign_permit"] == {"router/residency.py", "upstream/permit_signature.py"}
 
 
 CLIENTS = ("AsyncClient", "Client", "ClientSession", "AiohttpTransport", "TCPConnector", "UnixConnector", "urlopen")

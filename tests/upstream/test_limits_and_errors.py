@@ -18,7 +18,7 @@ from appliance.errors import (
     ContextTooLong,
 )
 from appliance.upstream.error_mapping import error_in_success, error_of_status
-from appliance.upstream.rate_limit_headers import MAX_REST_SECONDS, parse_reset, rest_seconds, retry_seconds
+from appliance.upstream.rate_limit_headers import MAX_REST_SECONDS, cooldown_seconds, parse_reset, retry_seconds
 from scripts.docs import DOCS
 from tests.router.scene import engine_target, hosted_target
 
@@ -85,7 +85,7 @@ REST: list[tuple[dict[str, str], float | None]] = [
 
 @pytest.mark.parametrize(("headers", "seconds"), REST)
 def test_a_used_up_limit_is_seen_with_its_reset(headers: dict[str, str], seconds: float | None) -> None:
-    assert rest_seconds(headers, NOW) == (None if seconds is None else pytest.approx(seconds))
+    assert cooldown_seconds(headers, NOW) == (None if seconds is None else pytest.approx(seconds))
 
 
 def test_a_refusal_is_waited_for_as_it_says_else_until_its_limit_is_renewed() -> None:

@@ -153,8 +153,8 @@ async def _ask(server: Server, inputs: Sequence[str], choices: Sequence[str], **
     target, door = _target(server), LocalTransport()
     try:
         (outgoing,) = calls[0].outgoing(target)
-        letter = client.write(target, outgoing, stream=False, salt="salt")
-        reply: UpstreamReply = await client.send(door, letter, permit=None, seconds=10)
+        letter = client.write_request(target, outgoing, stream=False, salt="salt")
+        reply: UpstreamReply = await client.send_request(door, letter, permit=None, seconds=10)
         return calls[0].read(target, [reply])
     finally:
         await door.aclose()

@@ -28,7 +28,7 @@ from appliance.upstream.base import Transports, server_root
 from appliance.upstream.egress import EgressTransport
 from appliance.upstream.error_mapping import error_of_status
 from appliance.upstream.local import LocalTransport, NotOnSite
-from appliance.upstream.permit_signature import seal
+from appliance.upstream.permit_signature import sign_permit
 from appliance.upstream.rate_limit_headers import MAX_RETRY_AFTER_SECONDS, parse_retry_after
 from appliance.wire.dialect import WireRequest
 from tests.router.scene import engine_target, hosted_target
@@ -61,11 +61,11 @@ async def local() -> AsyncIterator[LocalTransport]:
 
 
 def permit_for(target: Target, key: bytes = KEY) -> EgressPermit:
-    return EgressPermit("req-1", target.name, seal(key, "req-1", target))
+    return EgressPermit("req-1", target.name, sign_permit(key, "req-1", target))
 
 
 def letter_of(target: Target, *, stream: bool = False, salt: str = "s", ask: UpstreamCall = ASK) -> WireRequest:
-    return client.write(target, ask, stream=stream, salt=salt)
+    return client.write_request(target, ask, stream=stream, salt=salt)
 
 
 def chat_of(**fields: Any) -> UpstreamCall:
@@ -73,12 +73,12 @@ def chat_of(**fields: Any) -> UpstreamCall:
 
 
 async def send(door: EgressTransport, target: Target, seconds: float = 5.0, outgoing: UpstreamCall = ASK) -> Any:
-    letter = client.write(target, outgoing, stream=False, salt="s")
-    return await client.send(door, letter, permit=permit_for(target), seconds=seconds)
+    letter = client.write_request(target, outgoing, stream=False, salt="s")
+    return await client.send_request(door, letter, permit=permit_for(target), seconds=seconds)
 
 
 async def open_stream(door: EgressTransport, target: Target, outgoing: UpstreamCall = ASK) -> client.ReplyStream:
-    letter = client.write(target, outgoing, stream=True, salt="s")
+    letter = client.write_request(target, outgoing, stream=True, salt="s")
     return await client.open_stream(door, letter, permit=permit_for(target), seconds=10)
 
 
@@ -150,14 +150,14 @@ async def test_without_a_provider_there_is_no_door_out(local: LocalTransport) ->
 async def test_the_local_door_reaches_an_engine_on_a_unix_socket(tmp_path: Path, local: LocalTransport) -> None:
     async with StandIn(uds=str(tmp_path / "e.sock")) as engine:
         target = engine_target(engine.address)
-        reply = await client.send(local, letter_of(target, salt="abc"), permit=None, seconds=5)
+        reply = await client.send_request(local, letter_of(target, salt="abc"), permit=None, seconds=5)
         assert reply.usage.prompt_tokens > 0
         assert engine.bodies[0]["cache_salt"] == "abc" and engine.bodies[0]["model"] == "tiny"
 
 
 def test_two_callers_never_share_a_salt() -> None:
-    assert client.salt_of("key-1") != client.salt_of("key-2")
-    assert "key-1" not in client.salt_of("key-1")
+    assert client.derive_cache_salt("key-1") != client.derive_cache_salt("key-2")
+    assert "key-1" not in client.derive_cache_salt("key-1")
 
 
 async def test_the_local_door_does_not_lead_to_hosted_targets(local: LocalTransport, provider: StandIn) -> None:
@@ -169,7 +169,7 @@ async def test_the_local_door_does_not_lead_to_hosted_targets(local: LocalTransp
 async def test_an_on_site_server_is_reached_on_loopback_with_its_key(provider: StandIn) -> None:
     door = LocalTransport(secrets={"lan": "sk-lan"})
     target = engine_target(provider.address, "lan/big", provider="lan")
-    await client.send(door, letter_of(target, salt="s"), permit=None, seconds=5)
+    await client.send_request(door, letter_of(target, salt="s"), permit=None, seconds=5)
     await door.aclose()
     assert provider.headers[0]["authorization"] == "Bearer sk-lan"
     assert "cache_salt" not in provider.bodies[0] and "sk-lan" not in repr(door)
@@ -189,7 +189,7 @@ async def test_an_on_site_name_or_address_that_leads_out_is_not_connected_to(
     door = LocalTransport(networks=["10.0.0.0/8"])
     target = engine_target(f"http://{host}/v1", "lan/big", provider="lan")
     with pytest.raises(BackendUnreachable, match="not on this site"):
-        await client.send(door, letter_of(target, salt="s"), permit=None, seconds=5)
+        await client.send_request(door, letter_of(target, salt="s"), permit=None, seconds=5)
     await door.aclose()
 
 
@@ -205,7 +205,7 @@ async def test_what_counts_as_this_site() -> None:
 async def test_an_engine_that_is_not_there_is_unreachable(tmp_path: Path, local: LocalTransport) -> None:
     target = engine_target(f"unix:{tmp_path}/none.sock")
     with pytest.raises(BackendUnreachable, match="cannot connect to onsite/tiny") as caught:
-        await client.send(local, letter_of(target, salt="s"), permit=None, seconds=5)
+        await client.send_request(local, letter_of(target, salt="s"), permit=None, seconds=5)
     assert not caught.value.may_have_cost
 
 
@@ -368,7 +368,7 @@ def test_a_whole_reply_without_a_limit_of_its_caller_gets_the_time_of_the_limit_
 
 def test_a_reply_in_which_nothing_is_written_has_the_time_of_what_is_expected() -> None:
     target = hosted_target(limits=TimeLimits(first_byte_seconds=10))
-    letter = client.write(target, UpstreamCall("/decisions", {"questions": []}), stream=False, salt="s")
+    letter = client.write_request(target, UpstreamCall("/decisions", {"questions": []}), stream=False, salt="s")
     assert client.whole_reply_seconds(letter, 40) == 12
 
 

@@ -29,7 +29,7 @@ def written(
     endpoint: Any, body: Mapping[str, Any], chat: Mapping[str, Any] | None = None, **fields: Any
 ) -> WireRequest:
     call = UpstreamCall("/chat/completions", {"messages": [ASK], **(chat or {})}, CallerBody(endpoint, body))
-    return client.write(target_for(endpoint, **fields), call, stream=False, salt="s", may_forward=True)
+    return client.write_request(target_for(endpoint, **fields), call, stream=False, salt="s", may_forward=True)
 
 
 def forwarded(endpoint: Any, body: Mapping[str, Any], chat: Mapping[str, Any] | None = None, **fields: Any) -> Any:

@@ -19,7 +19,7 @@ ADDRESS = "https://elsewhere.example/seen?by=secret"
 def written(target: Target, part: Any, path: str = "/chat/completions") -> bytes:
     row = {"role": "user", "content": [{"type": "text", "text": ADDRESS, "cache_control": {"type": "ephemeral"}}, part]}
     body = {"input": [row]} if path == "/decisions" else {"messages": [row]}
-    return client.write(target, UpstreamCall(path, body), stream=False, salt="s").body
+    return client.write_request(target, UpstreamCall(path, body), stream=False, salt="s").body
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_no_body_that_the_front_door_lets_in_breaks_a_dialect(spoken: Spoken) ->
             continue
         try:
             for one in call.outgoing(target):
-                client.write(target, UpstreamCall(one.path, one.body), stream=call.stream, salt="s")
+                client.write_request(target, UpstreamCall(one.path, one.body), stream=call.stream, salt="s")
             ends["written"] += 1
         except RequestError as error:
             assert error.param is None or isinstance(error.param, str)
@@ -142,7 +142,7 @@ def replies(spoken: Spoken) -> tuple[dict[str, Any], bytes]:
 def test_no_reply_breaks_more_than_itself(spoken: Spoken) -> None:
     chance = random.Random(7)
     target = target_of(row_of(spoken, "https://host.example.org/v1"))
-    letter = client.write(target, UpstreamCall("/chat/completions", {"messages": ASK}), stream=True, salt="s")
+    letter = client.write_request(target, UpstreamCall("/chat/completions", {"messages": ASK}), stream=True, salt="s")
     whole, stream = replies(spoken)
     events = stream.replace(b"\r\n", b"\n").split(b"\n\n")
     broken = 0

@@ -125,11 +125,11 @@ class AttemptRunner:
         wire_requests: Sequence[WireRequest] = ()
         self._call = call
         try:
-            salt = client.salt_of(request.caller.key_id)
+            salt = client.derive_cache_salt(request.caller.key_id)
             # before anything is waited for, reserved or sent: what cannot be carried over goes elsewhere at once
             wire_requests = [
                 add_idempotency_key(
-                    request, client.write(target, one, stream=call.streams(target), salt=salt, may_forward=True)
+                    request, client.write_request(target, one, stream=call.streams(target), salt=salt, may_forward=True)
                 )
                 for one in set_priority(request, target, call.outgoing(target))
             ]
@@ -400,7 +400,7 @@ class AttemptRunner:
 
         async def send_one(one: WireRequest) -> UpstreamReply:
             limit = min(seconds, client.whole_reply_seconds(one, call.output_tokens))
-            return await client.send(transport, one, permit=permit, seconds=limit)
+            return await client.send_request(transport, one, permit=permit, seconds=limit)
 
         if len(wire_requests) == 1:
             return [await send_one(wire_requests[0])]

@@ -90,9 +90,9 @@ class LlmProfiler:
             target, load, is_residency_bound=False, wait_seconds=0.0, budget_seconds=SECONDS
         )
         try:
-            salt = client.salt_of(request.caller.key_id)
-            wire_request = client.write(target, make_question(seen), stream=False, salt=salt)
-            reply = await client.send(deps.transports.local, wire_request, permit=None, seconds=SECONDS)
+            salt = client.derive_cache_salt(request.caller.key_id)
+            wire_request = client.write_request(target, make_question(seen), stream=False, salt=salt)
+            reply = await client.send_request(deps.transports.local, wire_request, permit=None, seconds=SECONDS)
             return read_llm_profile(target, reply)
         except ApplianceError as error:
             self._rests_until = deps.clock() + REST_SECONDS

@@ -32,8 +32,8 @@ _NO_THOUGHTS: Final = {"enable_thinking": False}
 _TOKENIZE: Final = "/tokenize"
 
 
-def is_asked(letter: WireRequest) -> bool:
-    return letter.outgoing.path == PATH and "token_logprobs" in letter.target.abilities
+def is_label_request(wire_request: WireRequest) -> bool:
+    return wire_request.outgoing.path == PATH and "token_logprobs" in wire_request.target.abilities
 
 
 class TokenLabelScorer:
@@ -44,19 +44,24 @@ class TokenLabelScorer:
         self._ends: dict[str, int] = {}
 
     async def send(
-        self, door: Transport, letter: WireRequest, *, permit: EgressPermit | None, seconds: float
+        self, transport: Transport, wire_request: WireRequest, *, permit: EgressPermit | None, seconds: float
     ) -> UpstreamReply:
         """The scores of every item. Raises what a plain exchange with the target raises."""
         started = time.monotonic()
-        body = orjson.loads(letter.body)
-        call = _Call(door, letter.target, permit, str(body.get("cache_salt", "")), body.get("priority"))
+        body = orjson.loads(wire_request.body)
+        call = _Call(transport, wire_request.target, permit, str(body.get("cache_salt", "")), body.get("priority"))
         try:
             async with asyncio.timeout(seconds):
                 trees = {name: await self._tree(call, body, labels) for name, labels in body["label_sets"].items()}
                 results = await _all(_item(call, body, item, *trees[item["labels"]]) for item in body["items"])
         except TimeoutError as error:
-            raise BackendTimeout(f"{letter.target.name} did not answer within {seconds:.1f} s") from error
-        payload = {"object": "list", "model": letter.target.model, "results": results, "usage": write_usage(call.usage)}
+            raise BackendTimeout(f"{wire_request.target.name} did not answer within {seconds:.1f} s") from error
+        payload = {
+            "object": "list",
+            "model": wire_request.target.model,
+            "results": results,
+            "usage": write_usage(call.usage),
+        }
         taken = time.monotonic() - started
         return UpstreamReply(payload, call.usage, taken, taken)
 
@@ -140,9 +145,9 @@ class _Call:
     """The exchanges that one request for labels comes to."""
 
     def __init__(
-        self, door: Transport, target: Target, permit: EgressPermit | None, salt: str, priority: int | None
+        self, transport: Transport, target: Target, permit: EgressPermit | None, salt: str, priority: int | None
     ) -> None:
-        self._door, self.target, self._permit = door, target, permit
+        self._transport, self.target, self._permit = transport, target, permit
         self._common = {"model": target.model} | ({"priority": priority} if priority is not None else {})
         self._salt = {"cache_salt": salt} if salt else {}
         self._gate = asyncio.Semaphore(_AT_ONCE)
@@ -184,7 +189,7 @@ class _Call:
 
     async def _post(self, path: str, body: Mapping[str, Any], *, at_root: bool = False) -> dict[str, Any]:
         async with self._gate:
-            response = await self._door.open(
+            response = await self._transport.open(
                 self.target, path, orjson.dumps(body), permit=self._permit, at_root=at_root
             )
             try:

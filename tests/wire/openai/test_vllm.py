@@ -16,7 +16,7 @@ MESSAGES = [{"role": "user", "content": "yes or no?"}]
 
 
 def _write(body: dict[str, Any], path: str = "/chat/completions") -> bytes:
-    return client.write(TARGET, UpstreamCall(path, body), stream=False, salt="s").body
+    return client.write_request(TARGET, UpstreamCall(path, body), stream=False, salt="s").body
 
 
 @pytest.mark.parametrize("field", ["guided_choice", "guided_json", "temprature", "chat_template", "kv_transfer_params"])
@@ -40,7 +40,7 @@ def test_fields_that_change_no_answer_are_left_out() -> None:
 
 def test_other_targets_get_what_was_written() -> None:
     other = Target("p/m", "onsite", "openai", "http://127.0.0.1:1/v1", "m", frozenset({"chat"}), provider="p")
-    letter = client.write(other, UpstreamCall("/chat/completions", {"mine": 1}), stream=False, salt="s")
+    letter = client.write_request(other, UpstreamCall("/chat/completions", {"mine": 1}), stream=False, salt="s")
     assert b"mine" in letter.body
 
 
