@@ -41,22 +41,27 @@ def match_route(request: Request, profile: Profile, policy: Policy, over_quota: 
 
 def matches(match: RouteMatch, request: Request, profile: Profile) -> bool:
     """Whether every field of `match` that is given holds."""
-    values = (
-        profile.task,
-        request.endpoint,
-        profile.format,
-        profile.latency_class,
-        profile.language,
-        profile.risk,
-        request.caller.name,
-        request.caller.tier,
-        request.tag,
-    )
-    for (_, accepted), value in zip(match.lists(), values, strict=True):
-        if accepted is not None and value not in accepted:
+    values: dict[str, str | None] = {
+        "task": profile.task,
+        "endpoint": request.endpoint,
+        "format": profile.format,
+        "latency_class": profile.latency_class,
+        "language": profile.language,
+        "risk": profile.risk,
+        "key": request.caller.name,
+        "tier": request.caller.tier,
+        "tag": request.tag,
+    }
+    for name, accepted in match.lists():
+        if accepted is not None and values[name] not in accepted:
             return False
-    figures = (profile.complexity, profile.prompt_tokens, profile.output_tokens)
-    for (_, low, high), figure in zip(match.ranges(), figures, strict=True):
+    figures: dict[str, float] = {
+        "complexity": profile.complexity,
+        "prompt_tokens": profile.prompt_tokens,
+        "output_tokens": profile.output_tokens,
+    }
+    for name, low, high in match.ranges():
+        figure = figures[name]
         if (low is not None and figure < low) or (high is not None and figure >= high):
             return False
     return match.header is None or all(request.headers.get(name) == text for name, text in match.header.items())
