@@ -59,18 +59,22 @@ def read_events(block: bytes) -> Iterator[bytes]:
     if b"\r" in block:
         block = block.replace(b"\r\n", b"\n")
     for event in block.split(b"\n\n"):
-        if event.startswith(b"data:") and b"\n" not in event:
-            yield event[5:].strip()
-        elif b"data:" in event:
-            data = b"\n".join(line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:"))
-            if data:
-                yield data
+        start = 0 if event.startswith(b"data:") else event.find(b"\ndata:") + 1
+        if not start and not event.startswith(b"data:"):
+            continue
+        data = event[start + 5 :].strip()
+        if b"\n" in data:
+            lines = event[start:].split(b"\n")
+            data = b"\n".join([line[5:].strip() for line in lines if line.startswith(b"data:")])
+        if data or not start:
+            yield data
 
 
 def write_event(data: object, name: str | None = None) -> bytes:
     """One event with `data` as JSON."""
-    head = b"" if name is None else b"event: " + name.encode() + b"\n"
-    return head + b"data: " + orjson.dumps(data) + b"\n\n"
+    if name is None:
+        return b"data: " + orjson.dumps(data) + b"\n\n"
+    return b"event: " + name.encode() + b"\ndata: " + orjson.dumps(data) + b"\n\n"
 
 
 def without_end(block: bytes) -> bytes:
