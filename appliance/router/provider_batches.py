@@ -35,8 +35,9 @@ from appliance.router.routing.router import RoutingResult
 from appliance.router.routing.truncation import trim_call
 from appliance.telemetry.redaction import scrub_text
 from appliance.upstream import client
+from appliance.upstream.batch_client import BatchClient, BatchResult
 from appliance.upstream.label_scoring import tokens as token_labels
-from appliance.upstream.provider_batches import APIS, BatchApiClient, BatchClient, BatchResult
+from appliance.upstream.provider_batches import APIS, BatchApiClient
 from appliance.wire.dialect import WireRequest
 
 _NOT_DONE: Final = "not answered within the batch"

@@ -39,7 +39,7 @@ from appliance.wire.strict_fields import (
     show,
     wrong,
 )
-from appliance.wire.token_estimate import MESSAGE_TOKENS, estimate_tokens
+from appliance.wire.usage import MESSAGE_TOKENS, estimate_tokens
 
 CHAT_ENDPOINTS: frozenset[Endpoint] = frozenset({"chat", *INBOUND})
 """Those whose requests are chats, whatever dialect they came in: their bodies hold OpenAI's `messages`."""

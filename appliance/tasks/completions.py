@@ -11,7 +11,7 @@ from appliance.tasks.reply_result import ReplyResult
 from appliance.wire.chat_ir import MAX_TOP_LOGPROBS
 from appliance.wire.chat_replies import check_choices
 from appliance.wire.strict_fields import missing, read_bool, read_int, read_list, read_model, wrong
-from appliance.wire.token_estimate import estimate_tokens
+from appliance.wire.usage import estimate_tokens
 
 DEFAULT_OUTPUT_TOKENS = 16
 """OpenAI's default for this endpoint."""

@@ -11,7 +11,7 @@ from appliance.core.json_types import JsonObject
 from appliance.errors import BackendGarbage, RequestError, Unsupported
 from appliance.tasks.reply_result import ReplyResult
 from appliance.wire.strict_fields import missing, read_int, read_list, read_model, wrong
-from appliance.wire.token_estimate import estimate_tokens
+from appliance.wire.usage import estimate_tokens
 
 MAX_INPUTS = 2_048
 """OpenAI's own limit."""

@@ -23,8 +23,9 @@ from appliance.upstream.base import Transport, close_response, transport_error
 from appliance.upstream.error_mapping import error_in_success, error_of_status, is_error_payload
 from appliance.upstream.label_scoring import tokens
 from appliance.upstream.rate_limit_headers import cooldown_seconds
+from appliance.upstream.reply_times import _EVENT_BYTES, first_event_seconds
 from appliance.wire.chat_ir import SHAPE_ERRORS
-from appliance.wire.dialect import WireRequest, is_written
+from appliance.wire.dialect import WireRequest
 from appliance.wire.forward import ForwardedStream
 from appliance.wire.media import check_carried
 from appliance.wire.registry import find_forwarder, find_outbound
@@ -37,36 +38,6 @@ MAX_REPLY_BYTES: Final = 64_000_000
 _MAX_ERROR_BYTES: Final = 64_000
 _DRAIN_SECONDS: Final = 0.5
 """After `[DONE]` only the end of the body is due; waiting for it keeps the connection fit for the next request."""
-
-_EVENT_BYTES: Final = 150
-"""Of an event without its text, at least."""
-
-_SLOWEST_TOKENS_PER_SECOND: Final = 20.0
-"""A hosted target that sends its reply whole is silent while it writes; slower than this counts as hung."""
-
-_UNLIMITED_OUTPUT_TOKENS: Final = 8192
-"""What a target is given time for that was sent no limit and has none that is known; few replies are longer."""
-
-
-def whole_reply_seconds(wire_request: WireRequest, expected_tokens: int) -> float:
-    """How long a target may be silent before a reply that is not streamed: as long as it may write.
-
-    The limit that was sent counts; `expected_tokens` alone only for calls in whose answer nothing is written. Engines
-    of this node are watched by their token progress, so only the total limit holds for them.
-    """
-    target = wire_request.target
-    if target.provider is None:
-        return target.limits.total_seconds
-    most = wire_request.most_output_tokens
-    if most is None:
-        most = _UNLIMITED_OUTPUT_TOKENS if is_written(wire_request.outgoing) else 0
-    writing = max(most, expected_tokens) / _SLOWEST_TOKENS_PER_SECOND
-    return min(target.limits.total_seconds, target.limits.first_byte_seconds + writing)
-
-
-def first_event_seconds(target: Target) -> float:
-    """How long a target may be silent before the first event; long prompts keep a CPU engine busy for minutes."""
-    return target.limits.total_seconds if target.provider is None else target.limits.first_byte_seconds
 
 
 def derive_cache_salt(key_id: str) -> str:

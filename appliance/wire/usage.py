@@ -1,6 +1,7 @@
 """Token counts: what each dialect calls them, read into `Usage` and written from it.
 
-A dialect describes its names once, as a `UsageShape`; there is one reader for all of them.
+A dialect describes its names once, as a `UsageShape`; there is one reader for all of them. `estimate_tokens` says how
+many a text may have before a tokenizer has seen it: for admission and for sizing answers, not for money.
 """
 
 from collections.abc import Mapping
@@ -10,6 +11,12 @@ from typing import Final
 from appliance.core import Usage
 from appliance.core.json_types import JsonObject
 from appliance.wire.chat_ir import ChatUsage
+
+CHARACTERS_PER_TOKEN = 4.0
+"""English prose on byte-pair vocabularies of 30,000 to 200,000 entries; the usual rule of thumb."""
+
+MESSAGE_TOKENS = 5
+"""What a chat template adds around one message: role and turn markers."""
 
 MAX_TOKEN_COUNT: Final = 1_000_000_000
 """More than this in one call is no count; no ledger could hold what it would cost."""
@@ -107,3 +114,14 @@ def _count(fields: JsonObject, name: str) -> int | None:
     if inner:
         value = value.get(inner) if isinstance(value, Mapping) else None
     return value if type(value) is int and 0 <= value <= MAX_TOKEN_COUNT else None
+
+
+def estimate_tokens(text: str) -> int:
+    """About how many tokens `text` has.
+
+    Text outside ASCII counts half by its UTF-8 bytes, so that scripts which vocabularies cover badly do not look cheap.
+    """
+    if not text:
+        return 0
+    length = len(text) if text.isascii() else (len(text) + len(text.encode("utf-8", "replace"))) / 2
+    return max(1, round(length / CHARACTERS_PER_TOKEN))

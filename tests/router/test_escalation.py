@@ -10,7 +10,8 @@ from appliance.config import EscalationRule
 from appliance.core import ONSITE, TaskResult, UpstreamReply, Usage
 from appliance.errors import ContextTooLong
 from appliance.router.attempts.verify import find_doubt
-from appliance.tasks.decisions.openai_shape import DecisionResult, read_decision_request
+from appliance.tasks.decisions.decision_results import DecisionResult
+from appliance.tasks.decisions.openai_shape import read_decision_request
 from appliance.tasks.decisions.questions import QuestionResult
 from appliance.tasks.extract.extraction import Extracted
 from appliance.tasks.reply_result import ReplyResult

@@ -10,6 +10,7 @@ from appliance.config import EscalationRule
 from appliance.router.attempts.verify import find_doubt
 from appliance.tasks.extract import extraction
 from appliance.tasks.extract.evidence import find_evidence
+from appliance.tasks.extract.extract_payload import make_extract_payload
 from tests.tasks.rows import LOCAL, chat_payload, refusal, reply
 
 RECEIPT = "OLIVE9  PHARMACY\nSDN BHD\nDATE: 31/03/2017\nTOTAL RM 1,012.15\n2 items, settled"
@@ -75,12 +76,12 @@ def answered(body: dict[str, Any], found: dict[str, Any], logprobs: Any = None) 
 def test_without_being_asked_nothing_more_is_told() -> None:
     plain = {**SCHEMA, "properties": {"company": {"type": "string"}}}
     result, call = answered({"schema": plain}, {"company": "ACME"})
-    assert set(extraction.make_extract_payload([result], [call])) == {"model", "object", "confidence", "usage"}
+    assert set(make_extract_payload([result], [call])) == {"model", "object", "confidence", "usage"}
 
 
 def test_normalised_values_stand_in_the_object_and_what_was_written_beside_it() -> None:
     found = {"company": "OLIVE9", "date": "31/03/2017", "total": "1,012.15"}
-    told = extraction.make_extract_payload(*[[one] for one in answered({"normalise": True, "evidence": True}, found)])
+    told = make_extract_payload(*[[one] for one in answered({"normalise": True, "evidence": True}, found)])
     assert told["object"] == {"company": "OLIVE9", "date": "2017-03-31", "total": 1012.15}
     assert told["normalised"]["/date"] == {"kind": "date", "raw": "31/03/2017", "value": "2017-03-31"}
     assert told["normalised"]["/total"]["currency"] == "MYR"
@@ -89,9 +90,9 @@ def test_normalised_values_stand_in_the_object_and_what_was_written_beside_it() 
 
 
 def test_what_cannot_be_told_is_null_with_its_reason() -> None:
-    told = extraction.make_extract_payload(*[[one] for one in answered({"normalise": True}, {"date": "03/04/2017"})])
+    told = make_extract_payload(*[[one] for one in answered({"normalise": True}, {"date": "03/04/2017"})])
     assert told["object"]["date"] is None and "or 2017-04-03" in told["normalised"]["/date"]["reason"]
-    told = extraction.make_extract_payload(
+    told = make_extract_payload(
         *[[one] for one in answered({"normalise": {"locale": "en-GB"}}, {"date": "03/04/2017"})]
     )
     assert told["object"]["date"] == "2017-04-03"
@@ -102,7 +103,7 @@ def test_an_invented_value_is_marked_and_makes_the_answer_unsure() -> None:
         return {"content": [{"token": content, "logprob": math.log(0.9), "bytes": list(content.encode())}]}
 
     result, call = answered({"evidence": True}, {"company": "ACME", "status": "paid"}, sure)
-    told = extraction.make_extract_payload([result], [call])
+    told = make_extract_payload([result], [call])
     assert told["evidence"] == {"/company": None, "/status": None} and told["not_in_text"] == ["/company"]
     assert told["confidence"] == {"/company": 0.0, "/status": pytest.approx(0.9)}
     rule = EscalationRule(below_confidence=0.5, max_rate=1.0, to=("hosted",))
@@ -122,7 +123,7 @@ def test_places_in_a_long_text_are_those_of_the_whole() -> None:
     for call in calls:
         names = [name for name in ("Zoë Ltd", "müller") if name.casefold() in call.text.casefold()]
         results.append(call.read(LOCAL, [reply(chat_payload(orjson.dumps({"names": names}).decode()))]))
-    told = extraction.make_extract_payload(results, calls)
+    told = make_extract_payload(results, calls)
     assert told["object"] == {"names": ["Zoë Ltd", "müller"]}
     words = [text[place["start"] : place["end"]] for place in told["evidence"].values()]
     assert words == ["Zoë Ltd", "Müller"]

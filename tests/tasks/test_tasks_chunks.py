@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from appliance.tasks.extract.chunks import TextChunk, merge_chunks, split_spans
-from appliance.wire.token_estimate import estimate_tokens
+from appliance.wire.usage import estimate_tokens
 
 PROSE = "\n\n".join(f"Paragraph {n}. " + "Some words of it. " * 12 for n in range(40))
 

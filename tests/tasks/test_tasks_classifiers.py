@@ -8,7 +8,7 @@ import pytest
 
 from appliance.core import Target, UpstreamReply, Usage
 from appliance.errors import BackendGarbage, RequestError, Unsupported
-from appliance.tasks.decisions import openai_shape, systemone
+from appliance.tasks.decisions import decision_results, openai_shape, systemone
 
 MAIL = Target(
     name="classifier/mail",
@@ -103,7 +103,7 @@ def test_many_labels_are_written_as_few_are() -> None:
     question_result = calls[0].read(MAIL, [reply(shares, labels)])
     told = orjson.loads(orjson.dumps(openai_shape.make_batch_payload([question_result], calls)))
     one_by_one = [
-        openai_shape.make_openai_payload(replace(question_result, rows=(row,)), calls[0].questions)
+        decision_results.make_openai_payload(replace(question_result, rows=(row,)), calls[0].questions)
         for row in question_result.rows
     ]
     assert [row["answers"] for row in told["results"]] == [payload["answers"] for payload in one_by_one]

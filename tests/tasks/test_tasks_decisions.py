@@ -10,8 +10,9 @@ from openai.types import Decision
 from appliance.core import Usage
 from appliance.errors import ApplianceError, BackendGarbage, BackendOverloaded, ContextTooLong, Unsupported
 from appliance.tasks.decisions import openai_shape, systemone
+from appliance.tasks.decisions.decision_results import DecisionResult
 from appliance.tasks.decisions.label_prompts import list_labels
-from appliance.tasks.decisions.openai_shape import DecisionResult, make_batch_payload
+from appliance.tasks.decisions.openai_shape import make_batch_payload
 from appliance.tasks.decisions.questions import Option, Question, read_questions
 from tests.tasks.rows import LOCAL, hosted, refusal, reply
 

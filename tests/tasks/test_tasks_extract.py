@@ -8,6 +8,7 @@ import pytest
 from appliance.core import Usage
 from appliance.errors import BackendOverloaded, RejectedReply
 from appliance.tasks.extract import extraction
+from appliance.tasks.extract.extract_payload import make_extract_payload, make_texts_payload
 from tests.tasks.rows import LOCAL, chat_payload, hosted, refusal, reply
 
 SCHEMA: dict[str, Any] = {
@@ -57,7 +58,7 @@ def test_an_object_comes_with_a_confidence_for_each_field() -> None:
     tokens = [('{"name":', 1.0), ('"Ann"', 0.5), (',"age":', 1.0), ("42", 0.25), ("}", 1.0)]
     content = "".join(text for text, _ in tokens)
     found = call.read(LOCAL, [reply(chat_payload(content, logprobs=logprobs(*tokens)), Usage(20, 9, 5))])
-    assert extraction.make_extract_payload([found], [call]) == {
+    assert make_extract_payload([found], [call]) == {
         "model": "small",
         "object": {"name": "Ann", "age": 42},
         "confidence": {"/name": pytest.approx(0.5), "/age": pytest.approx(0.25)},
@@ -74,7 +75,7 @@ def test_an_object_comes_with_a_confidence_for_each_field() -> None:
 def test_without_token_probabilities_the_confidence_is_null() -> None:
     _, (call,) = extraction.read_extract_request({"text": "Ann is 42.", "schema": SCHEMA})
     found = call.read(hosted("chat"), [reply(chat_payload('{"name":"Ann","age":42}'))])
-    assert extraction.make_extract_payload([found], [call])["confidence"] is None
+    assert make_extract_payload([found], [call])["confidence"] is None
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_an_object_that_does_not_match_is_rejected(payload: dict[str, Any]) -> N
 def test_results_come_in_order_with_the_errors_of_single_texts() -> None:
     _, calls = extraction.read_extract_request({"texts": ["one", "two", "three"], "schema": SCHEMA})
     found = calls[0].read(LOCAL, [reply(chat_payload('{"name":"Ann","age":42}'), Usage(20, 9))])
-    payload = extraction.make_texts_payload([found, BackendOverloaded("full"), found], calls)
+    payload = make_texts_payload([found, BackendOverloaded("full"), found], calls)
     assert [row["index"] for row in payload["results"]] == [0, 1, 2]
     assert payload["results"][0]["object"] == {"name": "Ann", "age": 42}
     assert payload["results"][1]["error"]["code"] == "backend_overloaded"
@@ -160,9 +161,9 @@ def test_a_string_that_reached_our_own_limit_is_told() -> None:
     _, (call,) = extraction.read_extract_request({"text": "one", "schema": SCHEMA})
     long = "x" * 200
     found = call.read(LOCAL, [reply(chat_payload(f'{{"name":"{long}","age":42}}'))])
-    assert extraction.make_extract_payload([found], [call])["cut"] == ("/name",)
+    assert make_extract_payload([found], [call])["cut"] == ("/name",)
     found = call.read(hosted("chat"), [reply(chat_payload(f'{{"name":"{long}","age":42}}'))])
-    assert "cut" not in extraction.make_extract_payload([found], [call])
+    assert "cut" not in make_extract_payload([found], [call])
 
 
 def pieces_of(*objects: str) -> tuple[Any, Any]:
@@ -186,7 +187,7 @@ LISTING: dict[str, Any] = {
 
 def test_a_long_text_is_read_in_pieces_and_says_where_each_value_came_from() -> None:
     found, calls = pieces_of('{"name":null,"items":["a","b"]}', '{"name":"Ann","items":["b","c"]}')
-    payload = extraction.make_extract_payload(found, calls)
+    payload = make_extract_payload(found, calls)
     assert payload["object"] == {"name": "Ann", "items": ["a", "b", "c"]}
     start, end = calls[1].span
     assert payload["evidence"]["/name"] == {"start": start, "end": end}
@@ -198,12 +199,12 @@ def test_a_long_text_is_read_in_pieces_and_says_where_each_value_came_from() -> 
 def test_pieces_that_do_not_fit_the_schema_together_are_rejected() -> None:
     found, calls = pieces_of('{"name":null,"items":["a","b"]}', '{"name":"Ann","items":["c","d"]}')
     with pytest.raises(RejectedReply, match="2 pieces"):
-        extraction.make_extract_payload(found, calls)
+        make_extract_payload(found, calls)
 
 
 def test_a_text_fails_with_any_of_its_pieces_and_others_do_not() -> None:
     found, calls = pieces_of('{"name":null,"items":[]}', '{"name":"Ann","items":[]}')
-    payload = extraction.make_texts_payload([found[0], BackendOverloaded("full")], calls)
+    payload = make_texts_payload([found[0], BackendOverloaded("full")], calls)
     assert [row["error"]["code"] for row in payload["results"]] == ["backend_overloaded"]
     with pytest.raises(BackendOverloaded):
-        extraction.make_extract_payload([found[0], BackendOverloaded("full")], calls)
+        make_extract_payload([found[0], BackendOverloaded("full")], calls)

@@ -30,6 +30,7 @@ from appliance.upstream.error_mapping import error_of_status
 from appliance.upstream.local import LocalTransport, NotOnSite
 from appliance.upstream.permit_signature import sign_permit
 from appliance.upstream.rate_limit_headers import MAX_RETRY_AFTER_SECONDS, parse_retry_after
+from appliance.upstream.reply_times import whole_reply_seconds
 from appliance.wire.dialect import WireRequest
 from tests.router.scene import engine_target, hosted_target
 from tests.standin import Mood, StandIn
@@ -350,26 +351,24 @@ async def test_pitfall_3_a_stream_has_a_total_limit_too(provider: StandIn, door:
 
 def test_pitfall_3_a_whole_reply_may_be_silent_for_as_long_as_it_is_written() -> None:
     limits = TimeLimits(first_byte_seconds=10, total_seconds=600)
-    assert client.whole_reply_seconds(letter_of(hosted_target(limits=limits), ask=chat_of(max_tokens=2000)), 16) == 110
-    assert client.whole_reply_seconds(letter_of(hosted_target(limits=limits), ask=chat_of(max_tokens=10**6)), 16) == 600
-    assert client.whole_reply_seconds(letter_of(engine_target(limits=limits)), 1) == 600, (
-        "its progress is watched elsewhere"
-    )
+    assert whole_reply_seconds(letter_of(hosted_target(limits=limits), ask=chat_of(max_tokens=2000)), 16) == 110
+    assert whole_reply_seconds(letter_of(hosted_target(limits=limits), ask=chat_of(max_tokens=10**6)), 16) == 600
+    assert whole_reply_seconds(letter_of(engine_target(limits=limits)), 1) == 600, "its progress is watched elsewhere"
 
 
 @pytest.mark.parametrize("dialect", ["openai", "anthropic", "gemini"])
 def test_a_whole_reply_without_a_limit_of_its_caller_gets_the_time_of_the_limit_that_is_sent(dialect: Any) -> None:
     limits = TimeLimits(first_byte_seconds=60, total_seconds=600)
     target = hosted_target(dialect=dialect, limits=limits)
-    assert client.whole_reply_seconds(letter_of(target, ask=chat_of()), 256) == 60 + 8192 / 20
+    assert whole_reply_seconds(letter_of(target, ask=chat_of()), 256) == 60 + 8192 / 20
     small = replace(target, wire=ProviderQuirks(max_output_tokens=1000))
-    assert client.whole_reply_seconds(letter_of(small, ask=chat_of()), 256) == 110
+    assert whole_reply_seconds(letter_of(small, ask=chat_of()), 256) == 110
 
 
 def test_a_reply_in_which_nothing_is_written_has_the_time_of_what_is_expected() -> None:
     target = hosted_target(limits=TimeLimits(first_byte_seconds=10))
     letter = client.write_request(target, UpstreamCall("/decisions", {"questions": []}), stream=False, salt="s")
-    assert client.whole_reply_seconds(letter, 40) == 12
+    assert whole_reply_seconds(letter, 40) == 12
 
 
 async def test_a_path_beside_the_version_is_built_from_the_servers_root(local: LocalTransport, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from appliance.router.protocols import PipelineBatchAnswer
 from appliance.tasks.decisions import calibration, openai_shape, systemone
 from appliance.tasks.decisions.decision_options import Priors
 from appliance.tasks.decisions.openai_shape import DecisionsCall
-from appliance.tasks.extract import extraction
+from appliance.tasks.extract import extract_payload, extraction
 from appliance.tasks.extract.extraction import ExtractCall, Extracted
 from appliance.tasks.saved_tasks import Shape
 from appliance.tasks.store import KnownTasks
@@ -75,7 +75,7 @@ class TaskEndpoints:
             answer = await self._intake.answer(http, inbound)
             try:
                 assert isinstance(answer.result, Extracted)
-                payload = await asyncio.to_thread(extraction.make_extract_payload, [answer.result], inbound.calls)
+                payload = await asyncio.to_thread(extract_payload.make_extract_payload, [answer.result], inbound.calls)
             except BaseException:
                 await answer.aclose()
                 raise
@@ -83,9 +83,9 @@ class TaskEndpoints:
         many = await self._intake.answer_many(http, inbound, concurrency=EXTRACT_CALLS_AT_ONCE)
         results = _some(many)
         if not is_single:
-            return _rows(many, await asyncio.to_thread(extraction.make_texts_payload, results, inbound.calls))
+            return _rows(many, await asyncio.to_thread(extract_payload.make_texts_payload, results, inbound.calls))
         try:
-            return _rows(many, await asyncio.to_thread(extraction.make_extract_payload, results, inbound.calls))
+            return _rows(many, await asyncio.to_thread(extract_payload.make_extract_payload, results, inbound.calls))
         except ApplianceError as error:
             error.headers = {**many.metadata.headers(), **error.headers}
             raise

@@ -12,9 +12,10 @@ from appliance.jobs.lines.answers import make_answer, make_refusal
 from appliance.jobs.lines.requests import LineRequests, make_request_id
 from appliance.jobs.models import BatchLine, BatchTerms, LineAnswer
 from appliance.router.protocols import RequestPipeline
-from appliance.tasks.decisions import openai_shape
-from appliance.tasks.decisions.openai_shape import DecisionResult, DecisionsCall
-from appliance.wire.token_estimate import estimate_tokens
+from appliance.tasks.decisions import decision_results, openai_shape
+from appliance.tasks.decisions.decision_results import DecisionResult
+from appliance.tasks.decisions.openai_shape import DecisionsCall
+from appliance.wire.usage import estimate_tokens
 
 TOKENS_PER_GROUP: Final = 6_144
 """Of lines that are asked together. Nobody waits for them, and the engine puts them back for those who do."""
@@ -126,7 +127,7 @@ class DecisionGroups:
         if isinstance(row, ApplianceError):
             row.headers = row.headers or metadata.headers()
             return make_refusal(row, name)
-        payload = openai_shape.make_openai_payload(row, one.call.questions)
+        payload = decision_results.make_openai_payload(row, one.call.questions)
         cost = None if metadata.cost_usd is None else metadata.cost_usd / lines
         return make_answer(payload, name, metadata, usage, cost)
 

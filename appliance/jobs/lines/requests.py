@@ -21,6 +21,7 @@ from appliance.tasks.calibration_store import TaskCalibrationStore
 from appliance.tasks.decisions import openai_shape, systemone
 from appliance.tasks.decisions.decision_options import Priors
 from appliance.tasks.extract import extraction
+from appliance.tasks.extract.extract_payload import make_extract_payload, make_texts_payload
 from appliance.tasks.saved_tasks import Shape
 from appliance.tasks.store import KnownTasks, SavedTasks
 from appliance.wire.dialect import InboundDialect
@@ -62,9 +63,7 @@ def _translated(dialect: InboundDialect) -> LineEndpoint:
 
 def _extracted(results: Sequence[Any], calls: Sequence[Any]) -> Any:
     is_single = all(call.index == 0 for call in calls)
-    return (
-        extraction.make_extract_payload(results, calls) if is_single else extraction.make_texts_payload(results, calls)
-    )
+    return make_extract_payload(results, calls) if is_single else make_texts_payload(results, calls)
 
 
 def make_line_endpoints(fits: TaskCalibrationStore) -> Mapping[str, LineEndpoint]:

@@ -29,7 +29,7 @@ from appliance.jobs.models import BatchLine, BatchTerms, LineAnswer, ProviderBat
 from appliance.jobs.provider.lines import ProviderLines, read_line_number
 from appliance.jobs.storage.batch_state import BatchState
 from appliance.router.provider_batches import PreparedLine, ProviderConnection
-from appliance.upstream.provider_batches import BatchResult, BatchStatus
+from appliance.upstream.batch_client import BatchResult, BatchStatus
 
 SPARE_SHARE: Final = 0.1
 """Of the time a provider may take: what is left for asking singly whatever it did not answer."""

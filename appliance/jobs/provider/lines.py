@@ -10,7 +10,7 @@ from appliance.jobs.lines.answers import make_answer
 from appliance.jobs.lines.requests import LineRequests, make_request_id
 from appliance.jobs.models import BatchLine, BatchTerms, LineAnswer, ProviderBatch
 from appliance.router.provider_batches import PreparedLine, ProviderBatchSubmitter
-from appliance.upstream.provider_batches import BatchResult
+from appliance.upstream.batch_client import BatchResult
 from appliance.wire.usage import read_payload_usage
 
 

@@ -30,7 +30,8 @@ from appliance.router.routing.router import RoutingResult
 from appliance.tasks.classify import cascade as tasks
 from appliance.tasks.classify.cascade import CascadeAnswer, CascadeCall, CascadeText, CascadeThresholds
 from appliance.tasks.decisions import openai_shape
-from appliance.tasks.decisions.openai_shape import DecisionResult, DecisionsCall, Row
+from appliance.tasks.decisions.decision_results import DecisionResult, Row
+from appliance.tasks.decisions.openai_shape import DecisionsCall
 
 _CAPPED: Final = "escalation_capped"
 

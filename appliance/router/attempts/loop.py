@@ -43,7 +43,8 @@ from appliance.router.routing.router import RoutingResult
 from appliance.router.routing.truncation import make_static_answer, tighten_trim, trim_call
 from appliance.tasks.chat import CHAT_ENDPOINTS
 from appliance.tasks.classify.cascade import split_result
-from appliance.tasks.decisions.openai_shape import DecisionResult, DecisionsCall
+from appliance.tasks.decisions.decision_results import DecisionResult
+from appliance.tasks.decisions.openai_shape import DecisionsCall
 from appliance.tasks.reply_result import ReplyResult
 
 _UNKNOWN_FALLBACK_SHARE: Final = 0.25

@@ -47,7 +47,7 @@ from appliance.router.deps import RouterDeps
 from appliance.router.limits import AttemptTimeouts, RequestBudget
 from appliance.telemetry import traces
 from appliance.telemetry.redaction import scrub_text
-from appliance.upstream import client
+from appliance.upstream import client, reply_times
 from appliance.wire.dialect import WireRequest
 
 _CALLS_AT_ONCE: Final = 8
@@ -399,7 +399,7 @@ class AttemptRunner:
         transport = self._deps.transports.to(self.target)
 
         async def send_one(one: WireRequest) -> UpstreamReply:
-            limit = min(seconds, client.whole_reply_seconds(one, call.output_tokens))
+            limit = min(seconds, reply_times.whole_reply_seconds(one, call.output_tokens))
             return await client.send_request(transport, one, permit=permit, seconds=limit)
 
         if len(wire_requests) == 1:

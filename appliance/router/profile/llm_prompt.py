@@ -12,7 +12,7 @@ from appliance.router.profile.estimate import BASE_COMPLEXITY, SIMPLE, SIMPLE_SC
 from appliance.tasks.decisions import label_prompts
 from appliance.tasks.decisions.inputs import Input
 from appliance.tasks.decisions.questions import Option, Question
-from appliance.wire.token_estimate import MESSAGE_TOKENS, estimate_tokens
+from appliance.wire.usage import MESSAGE_TOKENS, estimate_tokens
 
 HEAD_CHARACTERS: Final = 500
 TAIL_CHARACTERS: Final = 200

@@ -12,7 +12,7 @@ from appliance.core import LateVerifiedCall, Target, TaskCall, TaskResult, Upstr
 from appliance.core.json_types import JsonObject
 from appliance.tasks.chat import CHAT_ENDPOINTS
 from appliance.wire.openai.inbound import join_message_text
-from appliance.wire.token_estimate import MESSAGE_TOKENS, estimate_tokens
+from appliance.wire.usage import MESSAGE_TOKENS, estimate_tokens
 
 _LIMITED_PATHS: Final = frozenset({"/chat/completions", "/completions"})
 _LIMIT_FIELDS: Final = ("max_completion_tokens", "max_tokens")

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from appliance.core import Usage
 from appliance.errors import ApplianceError
 from appliance.tasks.decisions.confidence import UNSURE_LABEL_MASS
-from appliance.tasks.decisions.openai_shape import DecisionResult, DecisionsCall, Row
+from appliance.tasks.decisions.decision_results import DecisionResult, Row
+from appliance.tasks.decisions.openai_shape import DecisionsCall
 from appliance.tasks.decisions.questions import Question, QuestionResult
 
 

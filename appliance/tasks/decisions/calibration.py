@@ -26,15 +26,10 @@ from appliance.tasks.decisions.decision_options import (
     read_method,
     read_task,
 )
+from appliance.tasks.decisions.decision_results import DecisionResult
 from appliance.tasks.decisions.examples import attach_examples, read_label
 from appliance.tasks.decisions.inputs import Input, read_input
-from appliance.tasks.decisions.openai_shape import (
-    DecisionResult,
-    DecisionsCall,
-    make_call,
-    make_parsed_request,
-    split_call,
-)
+from appliance.tasks.decisions.openai_shape import DecisionsCall, make_call, make_parsed_request, split_call
 from appliance.tasks.decisions.questions import Question, read_questions
 from appliance.wire.strict_fields import missing, read_bool, read_list, read_object, refuse_other_contract
 from appliance.wire.usage import write_responses_usage

@@ -14,7 +14,7 @@ from appliance.errors import ApplianceError, BackendGarbage, BackendRefused, Con
 from appliance.tasks.decisions.confidence import average_scores, calibrate_scores, normalise_logprobs
 from appliance.tasks.decisions.inputs import Input
 from appliance.tasks.decisions.questions import Option, Question, QuestionResult
-from appliance.wire.token_estimate import MESSAGE_TOKENS, estimate_tokens
+from appliance.wire.usage import MESSAGE_TOKENS, estimate_tokens
 
 PATH = "/labels"
 MAX_LABEL_CHARS = 40

@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import orjson
-
 from appliance.core import Ability, ParsedRequest, Target, UpstreamCall, UpstreamReply, Usage
 from appliance.core.json_types import JsonObject
 from appliance.errors import ApplianceError, BackendGarbage, Unsupported
@@ -35,13 +33,13 @@ from appliance.tasks.decisions.decision_options import (
     hash_question,
     read_decision_options,
 )
+from appliance.tasks.decisions.decision_results import DecisionResult, Row, make_openai_payload, write_answers
 from appliance.tasks.decisions.examples import attach_examples
 from appliance.tasks.decisions.inputs import Input, read_input
-from appliance.tasks.decisions.probabilities import WORTH_A_TEMPLATE, ShareWriter
+from appliance.tasks.decisions.probabilities import ShareWriter
 from appliance.tasks.decisions.questions import Question, QuestionResult, join_question_texts, read_questions
 from appliance.wire.strict_fields import missing, read_list, read_model, refuse_other_contract
-from appliance.wire.token_estimate import estimate_tokens
-from appliance.wire.usage import write_responses_usage
+from appliance.wire.usage import estimate_tokens, write_responses_usage
 
 MAX_INPUTS = 10_000
 INPUTS_PER_CALL = 32
@@ -52,35 +50,6 @@ others get their turn between two, and a failure costs no more than one."""
 _OTHERS = {"state": "/v1/systemone", "inputs": "/v1/decisions/batch"}
 _OWN_FIELDS = frozenset({"model", "input", "inputs", "questions", "examples", "stream"}) | OPTION_FIELDS
 _NOTHING = Input(CONTENT_FREE, CONTENT_FREE)
-
-Row = tuple[QuestionResult, ...] | ApplianceError
-
-
-@dataclass(frozen=True, slots=True)
-class DecisionResult:
-    """A TaskResult of decisions: a row for each input, in order."""
-
-    model: str
-    rows: tuple[Row, ...]
-    usage: Usage
-    target: str = ""
-    variant: str | None = None
-    payload: Any = None
-    """The response, where the call is a whole request."""
-
-    @property
-    def confidence(self) -> float | None:
-        shares = (answer.probabilities for answer in self._answers())
-        return min((max(one) for one in shares if one is not None), default=None)
-
-    @property
-    def label_mass(self) -> float | None:
-        return min((one.label_mass for one in self._answers() if one.label_mass is not None), default=None)
-
-    def _answers(self) -> Iterator[QuestionResult]:
-        for row in self.rows:
-            if not isinstance(row, ApplianceError):
-                yield from row
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,23 +305,6 @@ def make_parsed_request(body: JsonObject, call: DecisionsCall) -> ParsedRequest:
     )
 
 
-def make_openai_payload(result: DecisionResult, questions: Sequence[Question]) -> JsonObject:
-    """The response of /v1/decisions. Raises the error of its one input."""
-    row = require_single_row(result)
-    return {
-        "model": result.model,
-        "answers": _answers(row, questions),
-        "usage": write_responses_usage(result.usage),
-    }
-
-
-def require_single_row(result: DecisionResult) -> tuple[QuestionResult, ...]:
-    (row,) = result.rows
-    if isinstance(row, ApplianceError):
-        raise row
-    return row
-
-
 def make_batch_payload(
     results: Sequence[DecisionResult | ApplianceError], calls: Sequence[DecisionsCall]
 ) -> JsonObject:
@@ -368,7 +320,7 @@ def make_batch_payload(
             if isinstance(row, ApplianceError):
                 rows.append({**index, **row.to_openai()})
             else:
-                rows.append({**index, "answers": _answers(row, call.questions, writer)})
+                rows.append({**index, "answers": write_answers(row, call.questions, writer)})
         if isinstance(result, DecisionResult):
             usage += result.usage
             models.append(result.model)
@@ -377,35 +329,3 @@ def make_batch_payload(
         "results": rows,
         "usage": write_responses_usage(usage),
     }
-
-
-def _answers(
-    row: Sequence[QuestionResult], questions: Sequence[Question], writer: ShareWriter | None = None
-) -> Sequence[JsonObject]:
-    return [
-        _answer(question_result, question, writer) for question_result, question in zip(row, questions, strict=True)
-    ]
-
-
-def _answer(question_result: QuestionResult, question: Question, writer: ShareWriter | None) -> JsonObject:
-    if question_result.probabilities is None:
-        return {"type": "refusal", "name": question.name}
-    head = {"type": question.kind, "name": question.name}
-    tail = question_result.extra_fields
-    if question.kind == "predicate":
-        return {**head, "probability": question_result.probabilities[0], **tail}
-    options = question_result.options or question.options
-    pairs = zip(options, question_result.probabilities, strict=True)
-    rows: Sequence[JsonObject] | orjson.Fragment
-    if question.kind == "choice":
-        if writer is not None and len(options) >= WORTH_A_TEMPLATE:
-            rows = writer.write(options, question_result.probabilities)
-        else:
-            rows = [{"value": option.value, "probability": share} for option, share in pairs]
-        result: JsonObject = {"choice": options[question_result.chosen].value}
-    else:
-        rows = [
-            {"value": level, "label": option.value, "probability": share} for level, (option, share) in enumerate(pairs)
-        ]
-        result = {"score": question_result.score}
-    return {**head, **result, "confidence": question_result.confidence, "probabilities": rows, **tail}

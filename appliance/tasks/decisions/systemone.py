@@ -18,16 +18,11 @@ from appliance.core.json_types import JsonObject
 from appliance.errors import RequestError
 from appliance.tasks.classify import classifiers
 from appliance.tasks.decisions.decision_options import Priors, Tasks, read_decision_options
+from appliance.tasks.decisions.decision_results import DecisionResult, require_single_row
 from appliance.tasks.decisions.examples import attach_examples
 from appliance.tasks.decisions.inputs import Input
 from appliance.tasks.decisions.openai_decisions import write_openai_questions
-from appliance.tasks.decisions.openai_shape import (
-    DecisionResult,
-    DecisionsCall,
-    make_call,
-    make_parsed_request,
-    require_single_row,
-)
+from appliance.tasks.decisions.openai_shape import DecisionsCall, make_call, make_parsed_request
 from appliance.tasks.decisions.questions import (
     MAX_CHOICES,
     MAX_LEVELS,

@@ -8,7 +8,7 @@ import orjson
 
 from appliance.core.json_types import JsonObject, MutableJsonObject
 from appliance.tasks.extract.value_spans import escape_pointer_key
-from appliance.wire.token_estimate import estimate_tokens
+from appliance.wire.usage import estimate_tokens
 
 OVERLAP_SHARE = 0.1
 """Of a piece: what stands at a cut stands whole in one of the two."""

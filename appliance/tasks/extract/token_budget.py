@@ -3,7 +3,7 @@
 from typing import Any
 
 from appliance.core.json_types import JsonSchema
-from appliance.wire.token_estimate import estimate_tokens
+from appliance.wire.usage import estimate_tokens
 
 STRING_TOKENS = 64
 """For strings without maxLength: names, addresses, a sentence."""
